@@ -1,0 +1,1 @@
+"""Code generated from protos/chat_ticket (make proto)."""

@@ -1,0 +1,1 @@
+"""Messages and stubs of package chat_ticket.v1."""
