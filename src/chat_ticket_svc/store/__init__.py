@@ -1,0 +1,1 @@
+"""The SQL, beside the functions that run it."""
