@@ -1,0 +1,209 @@
+"""The composition root: what one server process is made of, and the order it starts and ends in."""
+
+import asyncio
+import contextlib
+
+import grpc
+import grpc.aio
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from chat_ticket.v1 import (
+    chat_attachment_pb2,
+    chat_attachment_pb2_grpc,
+    chat_message_pb2,
+    chat_message_pb2_grpc,
+    chat_session_pb2,
+    chat_session_pb2_grpc,
+    chat_ticket_pb2,
+    chat_ticket_pb2_grpc,
+)
+from chat_ticket_svc.attachment_url import AttachmentUrlChecker
+from chat_ticket_svc.config import MIB, ConfigurationError, Settings
+from chat_ticket_svc.errors import DomainError
+from chat_ticket_svc.follow import Follow
+from chat_ticket_svc.services.attachments import ChatAttachmentService
+from chat_ticket_svc.services.messages import ChatMessageService
+from chat_ticket_svc.services.sessions import ChatSessionService
+from chat_ticket_svc.services.tickets import ChatTicketService
+from chat_ticket_svc.status import StatusInterceptor
+from chat_ticket_svc.store import schema
+from chat_ticket_svc.store.database import Database
+
+log = structlog.get_logger()
+
+SERVICES = [
+    file.DESCRIPTOR.services_by_name[name].full_name
+    for file, name in (
+        (chat_session_pb2, "ChatSessionService"),
+        (chat_message_pb2, "ChatMessageService"),
+        (chat_attachment_pb2, "ChatAttachmentService"),
+        (chat_ticket_pb2, "ChatTicketService"),
+    )
+]
+
+HEALTH_CHECK_SECONDS = 1
+DRAIN_NOTICE_SECONDS = 0.2
+
+OPTIONS = [
+    # On by default, and then a second server silently shares the port.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", 4 * MIB),
+    ("grpc.max_metadata_size", 8192),
+    ("grpc.max_concurrent_streams", 200),
+    ("grpc.max_connection_age_ms", 1_800_000),
+    ("grpc.max_connection_age_grace_ms", 60_000),
+    ("grpc.max_connection_idle_ms", 900_000),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+]
+
+
+class StaleSchemaError(Exception):
+    """The database lacks migrations that this version needs; carries their names."""
+
+    def __init__(self, missing: list[str]):
+        super().__init__(f"the database lacks {', '.join(missing)}: run make migrate")
+
+
+class PortTakenError(Exception):
+    """Nothing can listen on the address."""
+
+
+class Server:
+    """One server process: `start`, then `stop`. Not reusable."""
+
+    port: int
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+        self._db = Database(
+            settings.database_url,
+            pool_size=settings.pool_size,
+            prepare_statements=settings.prepare_statements,
+            statement_timeout_ms=settings.statement_timeout_ms,
+            lock_timeout_ms=settings.lock_timeout_ms,
+        )
+        self._follow = Follow(
+            self._db,
+            settings.listen_url,
+            poll_seconds=settings.poll_seconds,
+            readers=max(1, settings.pool_size // 2),
+        )
+        self._urls = _url_checker(settings)
+        self._interceptor = StatusInterceptor(
+            unary_timeout_seconds=settings.unary_timeout_seconds,
+            slow_reader_seconds=settings.slow_reader_seconds,
+        )
+        self._health = health.aio.HealthServicer()
+        self._grpc = grpc.aio.server(interceptors=[self._interceptor], options=OPTIONS)
+        self._health_task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Listen. A database that is reachable and not migrated raises StaleSchemaError.
+
+        One that cannot be reached does not: the health service says NOT_SERVING until it can.
+        """
+        self._register()
+        address = f"{self._settings.host}:{self._settings.port}"
+        try:
+            self.port = self._grpc.add_insecure_port(address)
+        except RuntimeError as error:
+            raise PortTakenError(f"cannot listen on {address}: is the port taken?") from error
+        await self._db.open()
+        try:
+            await self._check_schema()
+        except BaseException:
+            await self._db.close()
+            raise
+        self._follow.start()
+        self._health_task = asyncio.create_task(self._watch_health())
+        await self._grpc.start()
+
+    async def stop(self) -> None:
+        """Drain: tell health checks and followers first, let calls finish, then let go."""
+        if self._health_task is not None:
+            self._health_task.cancel()
+            await asyncio.gather(self._health_task, return_exceptions=True)
+        await self._health.enter_graceful_shutdown()
+        await asyncio.sleep(DRAIN_NOTICE_SECONDS)
+        self._follow.drain()
+        await self._grpc.stop(self._settings.drain_seconds)
+        await self._interceptor.finished(timeout=1)
+        await self._follow.stop()
+        await self._db.close()
+
+    def _register(self) -> None:
+        server, db, follow, settings = self._grpc, self._db, self._follow, self._settings
+        chat_session_pb2_grpc.add_ChatSessionServiceServicer_to_server(
+            ChatSessionService(db, follow, settings), server
+        )
+        chat_message_pb2_grpc.add_ChatMessageServiceServicer_to_server(
+            ChatMessageService(db, follow, self._urls, settings), server
+        )
+        chat_attachment_pb2_grpc.add_ChatAttachmentServiceServicer_to_server(
+            ChatAttachmentService(db, follow, self._urls, settings), server
+        )
+        chat_ticket_pb2_grpc.add_ChatTicketServiceServicer_to_server(
+            ChatTicketService(db, follow, settings), server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if settings.reflection:
+            names = [*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME]
+            reflection.enable_server_reflection(names, server)
+
+    async def _check_schema(self) -> None:
+        try:
+            missing = await schema.missing(self._db)
+        except DomainError as error:
+            log.warning("the database cannot be reached yet", reason=error.reason)
+            return
+        if missing:
+            raise StaleSchemaError(missing)
+
+    async def _watch_health(self) -> None:
+        """Keep the health service's answer at what the database allows."""
+        was = None
+        while True:
+            try:
+                missing = await schema.missing(self._db)
+                now = f"the database lacks {', '.join(missing)}" if missing else ""
+            except DomainError as error:
+                now = str(error)
+            if now != was:
+                was = now
+                status = health_pb2.HealthCheckResponse.ServingStatus
+                for name in ("", *SERVICES):
+                    await self._health.set(name, status.NOT_SERVING if now else status.SERVING)
+                if now:
+                    log.warning("not serving", because=now)
+                else:
+                    log.info("serving")
+            await asyncio.sleep(HEALTH_CHECK_SECONDS)
+
+
+def _url_checker(settings: Settings) -> AttachmentUrlChecker | None:
+    if not settings.attachment_url_check:
+        return None
+    try:
+        return AttachmentUrlChecker(
+            schemes=settings.attachment_url_schemes,
+            allowed_hosts=settings.attachment_url_allowed_hosts,
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"CHAT_TICKET_ATTACHMENT_URL_ALLOWED_HOSTS: {error}") from error
+
+
+async def run(settings: Settings, stop: asyncio.Event) -> None:
+    """Serve until `stop` is set."""
+    server = Server(settings)
+    await server.start()
+    log.info("listening", host=settings.host, port=server.port)
+    try:
+        await stop.wait()
+    finally:
+        log.info("draining")
+        with contextlib.suppress(asyncio.CancelledError):
+            await server.stop()

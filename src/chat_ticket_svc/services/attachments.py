@@ -1,0 +1,133 @@
+"""ChatAttachmentService."""
+
+from typing import Any
+
+import grpc.aio
+
+from chat_ticket.v1 import chat_attachment_pb2 as pb
+from chat_ticket.v1 import chat_attachment_pb2_grpc
+from chat_ticket_svc import caller, convert, paging
+from chat_ticket_svc.attachment_url import AttachmentUrlChecker
+from chat_ticket_svc.config import Settings
+from chat_ticket_svc.follow import Follow
+from chat_ticket_svc.services.messages import not_accessible
+from chat_ticket_svc.store import attachments, messages, sessions
+from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.validate import NO_ID, Check
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServicer):
+    """See chat_attachment.proto."""
+
+    def __init__(
+        self, db: Database, follow: Follow, urls: AttachmentUrlChecker | None, settings: Settings
+    ):
+        self._db = db
+        self._follow = follow
+        self._urls = urls
+        self._limits = settings.limits
+        self._url_schemes = settings.attachment_url_schemes
+
+    async def CreateChatAttachment(
+        self, request: pb.CreateChatAttachmentRequest, context: Context
+    ) -> pb.CreateChatAttachmentResponse:
+        tenant_id = caller.tenant_id(context)
+        check = Check(self._limits, self._url_schemes)
+        message_id = check.id("message_id", request.message_id)
+        new = check.new_attachment("attachment", request.attachment)
+        check.done()
+        attachment = await self._create(tenant_id, message_id, new)
+        return pb.CreateChatAttachmentResponse(attachment=convert.attachment(attachment))
+
+    async def _create(
+        self, tenant_id: str, message_id: str, new: attachments.NewAttachment
+    ) -> attachments.Attachment:
+        """Create, in the order of ChatMessageService's append."""
+        if self._urls is not None:
+            stored = await attachments.repeated(self._db, tenant_id, message_id, new)
+            if stored is not None:
+                return stored
+            refused = await self._urls.inaccessible([new.file_url])
+            if refused:
+                stored = await attachments.repeated(self._db, tenant_id, message_id, new)
+                if stored is not None:
+                    return stored
+                raise not_accessible(refused)
+        attachment, session_id = await attachments.create(
+            self._db, tenant_id, message_id, new, limit=self._limits.attachments
+        )
+        self._follow.changed(tenant_id, session_id)
+        return attachment
+
+    async def GetChatAttachment(
+        self, request: pb.GetChatAttachmentRequest, context: Context
+    ) -> pb.GetChatAttachmentResponse:
+        tenant_id = caller.tenant_id(context)
+        check = Check(self._limits)
+        attachment_id = check.id("attachment_id", request.attachment_id)
+        check.done()
+        attachment = await attachments.get(self._db, tenant_id, attachment_id)
+        return pb.GetChatAttachmentResponse(attachment=convert.attachment(attachment))
+
+    async def ListChatAttachments(
+        self, request: pb.ListChatAttachmentsRequest, context: Context
+    ) -> pb.ListChatAttachmentsResponse:
+        tenant_id = caller.tenant_id(context)
+        check = Check(self._limits)
+        of_session = request.WhichOneof("parent") == "session_id"
+        if request.WhichOneof("parent") is None:
+            check.add("parent", "is required: a message or a session")
+            parent_id = ""
+        elif of_session:
+            parent_id = check.id("session_id", request.session_id)
+        else:
+            parent_id = check.id("message_id", request.message_id)
+        page_size = check.page_size(request.page_size)
+        after_sequence, after_time, after_id = paging.position(
+            check,
+            tenant_id,
+            request,
+            (0, convert.EPOCH, NO_ID),
+            paging.integer_of,
+            paging.time_of,
+            paging.id_of,
+        )
+        check.done()
+        rows = await attachments.page(
+            self._db,
+            tenant_id,
+            parent_id,
+            of_session=of_session,
+            after_sequence=after_sequence,
+            after_time=after_time,
+            after_id=after_id,
+            limit=page_size + 1,
+        )
+        if not rows and of_session:
+            await sessions.get(self._db, tenant_id, parent_id)
+        elif not rows:
+            await messages.get(self._db, tenant_id, parent_id)
+
+        def token(last: attachments.Placed) -> str:
+            attachment = last.attachment
+            return paging.token(
+                tenant_id, request, last.sequence, attachment.created_at, attachment.id
+            )
+
+        found, next_page_token = paging.fill(
+            rows, page_size, lambda placed: convert.attachment(placed.attachment), token
+        )
+        return pb.ListChatAttachmentsResponse(attachments=found, next_page_token=next_page_token)
+
+    async def DeleteChatAttachment(
+        self, request: pb.DeleteChatAttachmentRequest, context: Context
+    ) -> pb.DeleteChatAttachmentResponse:
+        tenant_id = caller.tenant_id(context)
+        check = Check(self._limits)
+        attachment_id = check.id("attachment_id", request.attachment_id)
+        check.done()
+        session_id = await attachments.delete(self._db, tenant_id, attachment_id)
+        self._follow.changed(tenant_id, session_id)
+        return pb.DeleteChatAttachmentResponse()

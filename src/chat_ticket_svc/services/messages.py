@@ -1,0 +1,297 @@
+"""ChatMessageService."""
+
+import asyncio
+import contextlib
+import math
+import re
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+import grpc.aio
+
+from chat_ticket.v1 import chat_message_pb2 as pb
+from chat_ticket.v1 import chat_message_pb2_grpc
+from chat_ticket_svc import caller, convert, errors, paging
+from chat_ticket_svc.attachment_url import AttachmentUrlChecker
+from chat_ticket_svc.config import Settings
+from chat_ticket_svc.follow import Follow
+from chat_ticket_svc.services.sessions import END_OF_TIME, FIRST_PAGE, LARGEST_PAGE
+from chat_ticket_svc.store import messages, sessions
+from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.validate import LAST_ID, Check
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+AFTER_THE_LAST = 2**63 - 1
+
+
+class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
+    """See chat_message.proto."""
+
+    def __init__(
+        self, db: Database, follow: Follow, urls: AttachmentUrlChecker | None, settings: Settings
+    ):
+        self._db = db
+        self._follow = follow
+        self._urls = urls
+        self._limits = settings.limits
+        self._url_schemes = settings.attachment_url_schemes
+
+    async def CreateChatMessage(
+        self, request: pb.CreateChatMessageRequest, context: Context
+    ) -> pb.CreateChatMessageResponse:
+        tenant_id = caller.tenant_id(context)
+        check = Check(self._limits, self._url_schemes)
+        session_id = check.id("session_id", request.session_id)
+        new = [check.new_message("message", request.message)]
+        check.new_attachments("message.attachments", new)
+        check.done()
+        [message] = await self._append(tenant_id, session_id, new)
+        return pb.CreateChatMessageResponse(message=convert.message(message))
+
+    async def BatchCreateChatMessages(
+        self, request: pb.BatchCreateChatMessagesRequest, context: Context
+    ) -> pb.BatchCreateChatMessagesResponse:
+        tenant_id = caller.tenant_id(context)
+        check = Check(self._limits, self._url_schemes)
+        session_id = check.id("session_id", request.session_id)
+        new = check.new_messages("messages", request.messages)
+        check.new_attachments("messages", new)
+        check.done()
+        created = await self._append(tenant_id, session_id, new)
+        return pb.BatchCreateChatMessagesResponse(
+            messages=[
+                pb.BatchCreateChatMessagesResponse.CreatedChatMessage(
+                    id=message.id,
+                    sequence=message.sequence,
+                    create_time=convert.timestamp(message.created_at),
+                )
+                for message in created
+            ]
+        )
+
+    async def _append(
+        self, tenant_id: str, session_id: str, new: list[messages.NewMessage]
+    ) -> list[messages.Message]:
+        """Append, after the attachments' URLs have been checked outside of any connection.
+
+        A repeat is answered whatever has become of the URLs, also when it and the first call
+        have crossed: so its ids are looked up before the check, and again when it refuses.
+        """
+        urls = [each.file_url for message in new for each in message.attachments]
+        if urls and self._urls is not None:
+            stored = await messages.repeated(self._db, tenant_id, session_id, new)
+            if stored is not None:
+                return stored
+            refused = await self._urls.inaccessible(urls)
+            if refused:
+                stored = await messages.repeated(self._db, tenant_id, session_id, new)
+                if stored is not None:
+                    return stored
+                raise not_accessible(refused)
+        appended = await messages.append(self._db, tenant_id, session_id, new)
+        self._follow.changed(tenant_id, session_id)
+        return appended
+
+    async def GetChatMessage(
+        self, request: pb.GetChatMessageRequest, context: Context
+    ) -> pb.GetChatMessageResponse:
+        tenant_id = caller.tenant_id(context)
+        check = Check(self._limits)
+        message_id = check.id("message_id", request.message_id)
+        check.done()
+        message = await messages.get(self._db, tenant_id, message_id)
+        return pb.GetChatMessageResponse(message=convert.message(message))
+
+    async def ListChatMessages(
+        self, request: pb.ListChatMessagesRequest, context: Context
+    ) -> AsyncIterator[pb.ListChatMessagesResponse]:
+        tenant_id = caller.tenant_id(context)
+        check = Check(self._limits)
+        session_id = check.id("session_id", request.session_id)
+        after = check.not_negative("after_sequence", request.after_sequence)
+        before = check.not_negative("before_sequence", request.before_sequence)
+        limit = check.not_negative("limit", request.limit)
+        roles = check.choices("roles", request.roles, convert.MESSAGE_ROLE)
+        if request.order not in pb.ChatMessageOrder.values():
+            check.add("order", f"has the unknown value {request.order}")
+        check.done()
+
+        session = await sessions.get(self._db, tenant_id, session_id)
+        response = pb.ListChatMessagesResponse(session=convert.session(session))
+        pages = self._pages(
+            tenant_id,
+            session_id,
+            after=after,
+            before=min(before or AFTER_THE_LAST, session.revision + 1),
+            descending=request.order == pb.CHAT_MESSAGE_ORDER_DESC,
+            roles=roles,
+            limit=limit or AFTER_THE_LAST,
+        )
+        async with contextlib.aclosing(pages):
+            async for page in pages:
+                response.messages.extend(convert.message(message) for message in page)
+                yield response
+                response = pb.ListChatMessagesResponse()
+        if response.HasField("session"):
+            yield response
+
+    async def _pages(
+        self,
+        tenant_id: str,
+        session_id: str,
+        *,
+        after: int,
+        before: int,
+        descending: bool,
+        roles: list[str] | None,
+        limit: int,
+    ) -> AsyncGenerator[list[messages.Message]]:
+        """Pages that double in size, the next one read while the caller takes this one."""
+
+        def read(page_size: int) -> asyncio.Task[messages.Page]:
+            return asyncio.create_task(
+                messages.page(
+                    self._db,
+                    tenant_id,
+                    session_id,
+                    after=after,
+                    before=before,
+                    descending=descending,
+                    roles=roles,
+                    limit=min(page_size, limit),
+                )
+            )
+
+        page_size = FIRST_PAGE
+        reading = read(page_size)
+        try:
+            while True:
+                found, more = await reading
+                limit -= len(found)
+                if more and limit:
+                    if descending:
+                        before = found[-1].sequence
+                    else:
+                        after = found[-1].sequence
+                    page_size = min(2 * page_size, LARGEST_PAGE)
+                    reading = read(page_size)
+                if found:
+                    yield found
+                if not more or not limit:
+                    return
+        finally:
+            # The caller has left in the middle: the page on its way is of no use to anybody.
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+    async def UpdateChatMessage(
+        self, request: pb.UpdateChatMessageRequest, context: Context
+    ) -> pb.UpdateChatMessageResponse:
+        tenant_id = caller.tenant_id(context)
+        check = Check(self._limits)
+        message_id = check.id("message.id", request.message.id)
+        metadata = None
+        if "metadata_json" in check.mask(request.update_mask, ["metadata_json"]):
+            metadata = check.metadata("message.metadata_json", request.message.metadata_json)
+        check.done()
+        message = await messages.set_metadata(self._db, tenant_id, message_id, metadata)
+        self._follow.changed(tenant_id, message.session_id)
+        return pb.UpdateChatMessageResponse(message=convert.message(message))
+
+    async def DeleteChatMessage(
+        self, request: pb.DeleteChatMessageRequest, context: Context
+    ) -> pb.DeleteChatMessageResponse:
+        tenant_id = caller.tenant_id(context)
+        check = Check(self._limits)
+        message_id = check.id("message_id", request.message_id)
+        check.done()
+        session_id = await messages.delete(self._db, tenant_id, message_id)
+        self._follow.changed(tenant_id, session_id)
+        return pb.DeleteChatMessageResponse()
+
+    async def SearchChatMessages(
+        self, request: pb.SearchChatMessagesRequest, context: Context
+    ) -> pb.SearchChatMessagesResponse:
+        tenant_id = caller.tenant_id(context)
+        check = Check(self._limits)
+        query = check.text("query", request.query, self._limits.query)
+        session_id = check.optional_id("session_id", request.session_id)
+        roles = check.choices("roles", request.roles, convert.MESSAGE_ROLE)
+        created_from = check.time(
+            "start_create_time", request.HasField("start_create_time"), request.start_create_time
+        )
+        created_to = check.time(
+            "end_create_time", request.HasField("end_create_time"), request.end_create_time
+        )
+        page_size = check.page_size(request.page_size)
+        after_score, after_time, after_id = paging.position(
+            check,
+            tenant_id,
+            request,
+            (math.inf, END_OF_TIME, LAST_ID),
+            paging.number_of,
+            paging.time_of,
+            paging.id_of,
+        )
+        check.done()
+        # Nobody who wrote a message could know these, so nothing in it can look like a hit.
+        start_marker, stop_marker = secrets.token_hex(16), secrets.token_hex(16)
+        hits = await messages.search(
+            self._db,
+            tenant_id,
+            query,
+            session_id=session_id,
+            roles=roles,
+            created_from=created_from,
+            created_to=created_to,
+            after_score=after_score,
+            after_time=after_time,
+            after_id=after_id,
+            start_marker=start_marker,
+            stop_marker=stop_marker,
+            limit=page_size + 1,
+        )
+
+        def convert_hit(hit: messages.Hit) -> pb.SearchChatMessagesResponse.Hit:
+            return pb.SearchChatMessagesResponse.Hit(
+                message_id=hit.message_id,
+                session_id=hit.session_id,
+                sequence=hit.sequence,
+                role=convert.MESSAGE_ROLE[hit.role],
+                create_time=convert.timestamp(hit.created_at),
+                score=hit.score,
+                snippet=_snippet(hit.headline, start_marker, stop_marker),
+            )
+
+        def token(last: messages.Hit) -> str:
+            return paging.token(tenant_id, request, last.score, last.created_at, last.message_id)
+
+        found, next_page_token = paging.fill(hits, page_size, convert_hit, token)
+        return pb.SearchChatMessagesResponse(hits=found, next_page_token=next_page_token)
+
+
+def not_accessible(refused: list[int]) -> errors.FailedPreconditionError:
+    """The one answer for every URL that could not be reached, whatever the cause."""
+    positions = ", ".join(str(position + 1) for position in refused)
+    return errors.FailedPreconditionError(
+        f"the file URL is not accessible (attachment {positions} of the request)",
+        reason="ATTACHMENT_URL_NOT_ACCESSIBLE",
+        subject="file_url",
+    )
+
+
+def _snippet(
+    headline: str, start_marker: str, stop_marker: str
+) -> list[pb.SearchChatMessagesResponse.SnippetPart]:
+    if len(headline) == messages.HEADLINE_CHARACTERS:  # cut off, perhaps within a marker
+        headline = re.sub(f"{start_marker[0]}[0-9a-f]*$|{stop_marker[0]}[0-9a-f]*$", "", headline)
+    parts = []
+    hit = False
+    for text in re.split(f"({start_marker}|{stop_marker})", headline):
+        if text in (start_marker, stop_marker):
+            hit = text == start_marker
+        elif text:
+            parts.append(pb.SearchChatMessagesResponse.SnippetPart(text=text, hit=hit))
+    return parts

@@ -1,0 +1,244 @@
+"""The second of two hops: domain error → gRPC status, in one table and one interceptor.
+
+The interceptor is the outermost of the server. Services raise; nothing else aborts a call.
+"""
+
+import asyncio
+import contextlib
+import inspect
+import traceback
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import grpc
+import grpc.aio
+import structlog
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2 as details_pb2
+from google.rpc import status_pb2
+
+from chat_ticket_svc import errors
+
+log = structlog.get_logger()
+
+DOMAIN = "chat-ticket-svc"
+
+# Subclasses stand before their base.
+TABLE: tuple[tuple[type[errors.DomainError], grpc.StatusCode], ...] = (
+    (errors.InvalidArgumentError, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
+    (errors.NotFoundError, grpc.StatusCode.NOT_FOUND),
+    (errors.AlreadyExistsError, grpc.StatusCode.ALREADY_EXISTS),
+    (errors.FailedPreconditionError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.AbortedError, grpc.StatusCode.ABORTED),
+    (errors.OutOfRangeError, grpc.StatusCode.OUT_OF_RANGE),
+    (errors.ResourceExhaustedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.UnavailableError, grpc.StatusCode.UNAVAILABLE),
+    (errors.DeadlineExceededError, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (errors.UnsupportedError, grpc.StatusCode.UNIMPLEMENTED),
+)
+
+RETRIED = (errors.AbortedError, errors.ResourceExhaustedError, errors.UnavailableError)
+RETRY_DELAY = Duration(seconds=1)
+
+# Trailers have to fit into the 8 KiB of metadata that callers accept, details in base64.
+TEXT_CHARACTERS = 500
+VIOLATION_BYTES = 3500
+
+
+def code_of(error: errors.DomainError) -> grpc.StatusCode:
+    return next(code for kind, code in TABLE if isinstance(error, kind))
+
+
+def _details(error: errors.DomainError) -> Iterator[Message]:
+    yield details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    match error:
+        case errors.InvalidArgumentError():
+            yield _bad_request(error)
+        case errors.FailedPreconditionError():
+            violation = details_pb2.PreconditionFailure.Violation(
+                type=error.reason, subject=error.subject, description=str(error)
+            )
+            yield details_pb2.PreconditionFailure(violations=[violation])
+        case errors.NotFoundError() | errors.AlreadyExistsError():
+            yield details_pb2.ResourceInfo(
+                resource_type=error.resource,
+                resource_name=error.resource_id,
+                description=str(error),
+            )
+    if isinstance(error, RETRIED):
+        yield details_pb2.RetryInfo(retry_delay=RETRY_DELAY)
+
+
+def _bad_request(error: errors.InvalidArgumentError) -> details_pb2.BadRequest:
+    details = details_pb2.BadRequest()
+    for index, violation in enumerate(error.violations):
+        details.field_violations.add(field=violation.field, description=violation.description)
+        if details.ByteSize() > VIOLATION_BYTES:
+            del details.field_violations[-1]
+            rest = len(error.violations) - index
+            details.field_violations.add(field="", description=f"and {rest} more violations")
+            break
+    return details
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= TEXT_CHARACTERS else f"{text[: TEXT_CHARACTERS - 1]}…"
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.DomainError) -> None:
+    code = code_of(error)
+    status = status_pb2.Status(code=code.value[0], message=_shortened(str(error)))
+    for detail in _details(error):
+        status.details.add().Pack(detail)
+    trailer = ("grpc-status-details-bin", status.SerializeToString())
+    await context.abort(code, status.message, trailing_metadata=(trailer,))
+
+
+async def _abort_unknown(
+    context: grpc.aio.ServicerContext[Any, Any], method: str, error: BaseException
+) -> None:
+    """Log where an unexpected error came from; tell the caller nothing but an id.
+
+    The log has the frames and the kind of the error, not its text, which may quote content.
+    """
+    correlation_id = uuid.uuid4().hex
+    log.error(
+        "internal error",
+        correlation_id=correlation_id,
+        method=method,
+        error=type(error).__qualname__,
+        sqlstate=getattr(error, "sqlstate", None),
+        frames=[
+            f"{frame.filename}:{frame.lineno} {frame.name}"
+            for frame in traceback.extract_tb(error.__traceback__)
+        ],
+    )
+    info = details_pb2.ErrorInfo(
+        reason="INTERNAL", domain=DOMAIN, metadata={"correlation_id": correlation_id}
+    )
+    status = status_pb2.Status(
+        code=grpc.StatusCode.INTERNAL.value[0], message=f"internal error {correlation_id}"
+    )
+    status.details.add().Pack(info)
+    trailer = ("grpc-status-details-bin", status.SerializeToString())
+    await context.abort(grpc.StatusCode.INTERNAL, status.message, trailing_metadata=(trailer,))
+
+
+class _Malformed:
+    """Stands for a request whose bytes are not the message they should be."""
+
+
+def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """A failure inside gRPC's own deserialization would be sent to the caller verbatim."""
+    if deserialize is None:
+        return None
+
+    def tolerant(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except (DecodeError, ValueError):
+            return _Malformed()
+
+    return tolerant
+
+
+class StatusInterceptor(grpc.aio.ServerInterceptor):
+    """Maps what services raise, gives unary calls a deadline, and bounds the writes of streams."""
+
+    def __init__(self, *, unary_timeout_seconds: float, slow_reader_seconds: float):
+        self._unary_timeout = unary_timeout_seconds
+        self._slow_reader = slow_reader_seconds
+        self._in_flight: set[asyncio.Task[Any]] = set()
+
+    async def finished(self, timeout: float) -> None:
+        """Wait for the handlers that still run, and end those that go on."""
+        if self._in_flight:
+            _, running = await asyncio.wait(set(self._in_flight), timeout=timeout)
+            for task in running:
+                task.cancel()
+            if running:
+                await asyncio.wait(running, timeout=timeout)
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        method = str(handler_call_details.method)
+        if not handler.response_streaming:
+            return grpc.unary_unary_rpc_method_handler(
+                self._unary(method, handler.unary_unary),
+                _tolerant(handler.request_deserializer),
+                handler.response_serializer,
+            )
+        if not inspect.isasyncgenfunction(handler.unary_stream):
+            return handler  # the health service's Watch, which writes by itself
+        return grpc.unary_stream_rpc_method_handler(
+            self._stream(method, handler.unary_stream),
+            _tolerant(handler.request_deserializer),
+            handler.response_serializer,
+        )
+
+    def _unary(self, method: str, behavior: Callable[..., Awaitable[Any]]) -> Any:
+        async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            async with self._mapped(method, request, context):
+                remaining = context.time_remaining()
+                timeout = self._unary_timeout if remaining is None else remaining
+                try:
+                    async with asyncio.timeout(timeout):
+                        return await behavior(request, context)
+                except TimeoutError as error:
+                    raise errors.DeadlineExceededError from error
+
+        return unary
+
+    def _stream(self, method: str, behavior: Callable[..., AsyncIterator[Any]]) -> Any:
+        async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            async with (
+                self._mapped(method, request, context),
+                contextlib.aclosing(behavior(request, context)) as responses,  # type: ignore[type-var]
+            ):
+                async for response in responses:
+                    await self._write(context, response)
+
+        return stream
+
+    async def _write(self, context: grpc.aio.ServicerContext[Any, Any], response: Any) -> None:
+        try:
+            async with asyncio.timeout(self._slow_reader):
+                await context.write(response)
+        except TimeoutError as error:
+            raise errors.ResourceExhaustedError(
+                f"nothing was read for {self._slow_reader:g} seconds: resume",
+                reason="SLOW_READER",
+            ) from error
+
+    @contextlib.asynccontextmanager
+    async def _mapped(
+        self, method: str, request: Any, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[None]:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - for the type checker: a handler is a task
+        self._in_flight.add(task)
+        try:
+            if isinstance(request, _Malformed):
+                raise errors.InvalidArgumentError(
+                    [errors.Violation("", "the request is not the message of this method")]
+                )
+            yield
+        except errors.DomainError as error:
+            await _abort(context, error)
+        except asyncio.CancelledError as error:
+            if task.cancelling():  # by the caller, or by the server's end
+                raise
+            await _abort_unknown(context, method, error)
+        except Exception as error:
+            await _abort_unknown(context, method, error)
+        finally:
+            self._in_flight.discard(task)

@@ -1,0 +1,260 @@
+"""The connection pool, transactions, and the first of two hops: driver error → domain error.
+
+Every statement runs in autocommit, prepared, in the binary protocol, or inside `transaction`.
+What is retried here: serialization failures and deadlocks, and once, after the pool has been
+checked, what a lost connection cut off and is safe to repeat.
+"""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, LiteralString, TypeVar
+
+import psycopg
+import psycopg_pool
+from psycopg import conninfo
+from psycopg import errors as pg_errors
+
+from chat_ticket_svc import errors
+
+T = TypeVar("T")
+Params = Mapping[str, Any]
+
+CONTENTION_RETRIES = 3
+
+# Reliability notes 10 and 15: bounded waits everywhere, and a dead peer noticed within seconds.
+POOL_TIMEOUT_SECONDS = 2
+POOL_MAX_LIFETIME_SECONDS = 1800
+CONNECTION_OPTIONS = {
+    "connect_timeout": "3",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "15000",
+    "application_name": "chat-ticket-svc",
+}
+
+
+class ConstraintViolation(Exception):  # noqa: N818 - a signal to the store, never to a caller
+    """A named constraint refused a write; the store function knows what that means."""
+
+    def __init__(self, constraint: str):
+        super().__init__(constraint)
+        self.constraint = constraint
+
+
+def connection_string(url: str, **session_settings: str | int) -> str:
+    """`url` with our timeouts added, and PostgreSQL settings for the session as options."""
+    given = conninfo.conninfo_to_dict(url)
+    options = [str(given["options"])] if "options" in given else []
+    options += [f"-c {name}={value}" for name, value in session_settings.items()]
+    return conninfo.make_conninfo(
+        **{**CONNECTION_OPTIONS, **given, "options": " ".join(options)}  # type: ignore[arg-type]
+    )
+
+
+def _is_lost(error: psycopg.Error, connection: psycopg.AsyncConnection[Any]) -> bool:
+    state = error.sqlstate or ""
+    return connection.closed or state.startswith("08") or state in ("57P01", "57P02", "57P03")
+
+
+def translate(error: psycopg.Error) -> Exception:
+    """The domain error, or the constraint, behind a driver error; unknown ones come back as is."""
+    match error.sqlstate or "":
+        case state if state.startswith("23"):
+            return ConstraintViolation(error.diag.constraint_name or "")
+        case "55P03":  # lock_not_available
+            return errors.ContentionError()
+        case "57014":  # query_canceled: by the statement timeout; ours cancel the task as well
+            return errors.DeadlineExceededError()
+        case "53100":  # disk_full
+            return errors.ResourceExhaustedError("the database's disk is full", reason="DISK_FULL")
+        case state if state.startswith("53"):  # insufficient_resources
+            return errors.ResourceExhaustedError(
+                "the database is out of resources", reason="DATABASE_RESOURCES"
+            )
+        case "0A000":  # feature_not_supported
+            return errors.UnsupportedError(
+                "the database server lacks a feature that this call needs",
+                reason="UNSUPPORTED_BY_DATABASE",
+            )
+        case "25006":  # read_only_sql_transaction: a standby, or a failover under way
+            return errors.UnavailableError("the database is read-only", reason="DATABASE_READ_ONLY")
+        case state if state.startswith(("22", "54")):  # data_exception, program_limit_exceeded
+            return errors.InvalidArgumentError(
+                [errors.Violation("", "holds a value that the database cannot store")]
+            )
+    return error
+
+
+class Transaction:
+    """The statements of one transaction."""
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any]):
+        self._connection = connection
+
+    async def rows(self, sql: LiteralString, params: Params, make: Callable[..., T]) -> list[T]:
+        async with self._connection.cursor(binary=True) as cursor:
+            await cursor.execute(sql, params)
+            return [make(*row) for row in await cursor.fetchall()]
+
+    async def row(self, sql: LiteralString, params: Params, make: Callable[..., T]) -> T | None:
+        found = await self.rows(sql, params, make)
+        return found[0] if found else None
+
+    async def execute(self, sql: LiteralString, params: Params) -> None:
+        await self._connection.execute(sql, params)
+
+
+class _Attempt:
+    """Whether what was sent so far may have been committed."""
+
+    unsure = False
+
+
+class Database:
+    """A pool of connections to one PostgreSQL database."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        pool_size: int,
+        prepare_statements: bool,
+        statement_timeout_ms: int,
+        lock_timeout_ms: int,
+    ):
+        self._pool = psycopg_pool.AsyncConnectionPool(
+            connection_string(
+                url,
+                statement_timeout=statement_timeout_ms,
+                lock_timeout=lock_timeout_ms,
+                idle_in_transaction_session_timeout="10s",
+            ),
+            kwargs={"autocommit": True, "prepare_threshold": 0 if prepare_statements else None},
+            min_size=min(pool_size, 2),
+            max_size=pool_size,
+            max_waiting=4 * pool_size,
+            timeout=POOL_TIMEOUT_SECONDS,
+            max_lifetime=POOL_MAX_LIFETIME_SECONDS,
+            open=False,
+        )
+        self._checking: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Start connecting. Does not wait: a database that is down must not stop the server."""
+        await self._pool.open(wait=False)
+
+    async def close(self) -> None:
+        await self._pool.close()
+
+    async def rows(self, sql: LiteralString, params: Params, make: Callable[..., T]) -> list[T]:
+        """Read rows in one statement, `make(*columns)` each."""
+
+        async def work(transaction: Transaction, _: _Attempt) -> list[T]:
+            return await transaction.rows(sql, params, make)
+
+        return await self._run(work, repeatable=True)
+
+    async def row(self, sql: LiteralString, params: Params, make: Callable[..., T]) -> T | None:
+        """Read one row, or None."""
+        found = await self.rows(sql, params, make)
+        return found[0] if found else None
+
+    async def write(
+        self, sql: LiteralString, params: Params, make: Callable[..., T], *, repeatable: bool
+    ) -> list[T]:
+        """Write in one statement that is its own transaction, and return its rows.
+
+        `repeatable` says that running it again after it has happened does no harm.
+        """
+
+        async def work(transaction: Transaction, attempt: _Attempt) -> list[T]:
+            attempt.unsure = True
+            return await transaction.rows(sql, params, make)
+
+        return await self._run(work, repeatable=repeatable)
+
+    async def transaction(
+        self, body: Callable[[Transaction], Awaitable[T]], *, repeatable: bool
+    ) -> T:
+        """Run `body` in a READ COMMITTED transaction; it may be run again after a conflict.
+
+        `repeatable` says that running it again after it was committed does no harm.
+        """
+
+        async def work(transaction: Transaction, attempt: _Attempt) -> T:
+            await transaction.execute("BEGIN", {})
+            try:
+                result = await body(transaction)
+            except BaseException:
+                with contextlib.suppress(psycopg.Error):
+                    await transaction.execute("ROLLBACK", {})
+                raise
+            attempt.unsure = True
+            await transaction.execute("COMMIT", {})
+            return result
+
+        return await self._run(work, repeatable=repeatable)
+
+    async def _run(
+        self, work: Callable[[Transaction, _Attempt], Awaitable[T]], *, repeatable: bool
+    ) -> T:
+        attempt = _Attempt()
+        conflicts = 0
+        retried = False
+        while True:
+            async with self._connection(attempt) as connection:
+                try:
+                    return await work(Transaction(connection), attempt)
+                except (pg_errors.SerializationFailure, pg_errors.DeadlockDetected) as error:
+                    attempt.unsure = False
+                    conflicts += 1
+                    if conflicts > CONTENTION_RETRIES:
+                        raise errors.ContentionError from error
+                except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+                    if not _is_lost(error, connection):
+                        raise translate(error) from error
+                    if retried or (attempt.unsure and not repeatable):
+                        raise self._lost(attempt) from error
+                    retried = True
+                except psycopg.Error as error:
+                    raise translate(error) from error
+            if retried:
+                await self._check_pool(attempt)
+            else:
+                await asyncio.sleep(random.uniform(0, 0.01 * 2**conflicts))  # noqa: S311 - jitter
+
+    @contextlib.asynccontextmanager
+    async def _connection(self, attempt: _Attempt) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+        try:
+            connection = await self._pool.getconn()
+        except psycopg_pool.TooManyRequests as error:
+            if attempt.unsure:
+                raise self._lost(attempt) from error
+            raise errors.ResourceExhaustedError(
+                "too many calls wait for a database connection", reason="POOL_QUEUE_FULL"
+            ) from error
+        except psycopg.Error as error:
+            raise self._lost(attempt) from error
+        try:
+            yield connection
+        finally:
+            await self._pool.putconn(connection)
+
+    def _lost(self, attempt: _Attempt) -> errors.UnavailableError:
+        if attempt.unsure:
+            return errors.OutcomeUnknownError()
+        return errors.UnavailableError(
+            "the database cannot be reached", reason="DATABASE_UNAVAILABLE"
+        )
+
+    async def _check_pool(self, attempt: _Attempt) -> None:
+        """Drop the dead connections, once for everybody who met one."""
+        if self._checking is None or self._checking.done():
+            self._checking = asyncio.create_task(self._pool.check())
+        try:
+            await asyncio.shield(self._checking)
+        except psycopg.Error as error:
+            raise self._lost(attempt) from error

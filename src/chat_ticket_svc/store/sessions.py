@@ -1,0 +1,219 @@
+"""Chat sessions."""
+
+from datetime import datetime
+from typing import NamedTuple
+
+from chat_ticket_svc import errors
+from chat_ticket_svc.store.database import ConstraintViolation, Database, Transaction
+
+
+class Session(NamedTuple):
+    """A row of chat_sessions; times are microseconds since the Unix epoch."""
+
+    id: str
+    tenant_id: str
+    status: str
+    has_ticket: bool
+    revision: int
+    created_at: int
+    updated_at: int
+
+
+class Filter(NamedTuple):
+    """Which sessions to list; None filters nothing. Ranges include their start, not their end."""
+
+    statuses: list[str] | None
+    has_ticket: bool | None
+    created_from: datetime | None
+    created_to: datetime | None
+    updated_from: datetime | None
+    updated_to: datetime | None
+
+
+COLUMNS = """
+    id::text, tenant_id, status, has_ticket, revision,
+    (extract(epoch FROM created_at) * 1000000)::bigint,
+    (extract(epoch FROM updated_at) * 1000000)::bigint
+"""
+
+CREATE = f"""
+INSERT INTO chat_sessions (tenant_id, id, status)
+VALUES (%(tenant_id)s, %(id)s::uuid, %(status)s)
+ON CONFLICT (tenant_id, id) DO NOTHING
+RETURNING {COLUMNS}
+"""
+
+GET = f"""
+SELECT {COLUMNS} FROM chat_sessions
+ WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
+"""
+
+LOCK = f"""
+SELECT {COLUMNS} FROM chat_sessions
+ WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
+   FOR UPDATE
+"""
+
+LOCK_OF_MESSAGE = """
+SELECT s.id::text
+  FROM chat_messages m
+  JOIN chat_sessions s ON s.tenant_id = m.tenant_id AND s.id = m.session_id
+ WHERE m.tenant_id = %(tenant_id)s AND m.id = %(message_id)s::uuid
+   FOR UPDATE OF s
+"""
+
+SET_STATUS = f"""
+UPDATE chat_sessions
+   SET status = %(status)s,
+       revision = revision + 1,
+       updated_at = next_change_time(updated_at)
+ WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
+RETURNING {COLUMNS}
+"""
+
+DELETE = """
+DELETE FROM chat_sessions WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
+"""
+
+FILTER = """
+   AND (%(statuses)s::text[] IS NULL OR status = ANY (%(statuses)s::text[]))
+   AND (%(has_ticket)s::boolean IS NULL OR has_ticket = %(has_ticket)s::boolean)
+   AND (%(created_from)s::timestamptz IS NULL OR created_at >= %(created_from)s::timestamptz)
+   AND (%(created_to)s::timestamptz IS NULL OR created_at < %(created_to)s::timestamptz)
+   AND (%(updated_from)s::timestamptz IS NULL OR updated_at >= %(updated_from)s::timestamptz)
+   AND (%(updated_to)s::timestamptz IS NULL OR updated_at < %(updated_to)s::timestamptz)
+"""
+
+LIST_BY_CREATE_TIME = f"""
+SELECT {COLUMNS} FROM chat_sessions
+ WHERE tenant_id = %(tenant_id)s {FILTER}
+   AND (created_at, id) < (%(after_time)s::timestamptz, %(after_id)s::uuid)
+ ORDER BY created_at DESC, id DESC
+ LIMIT %(limit)s
+"""
+
+LIST_BY_UPDATE_TIME = f"""
+SELECT {COLUMNS} FROM chat_sessions
+ WHERE tenant_id = %(tenant_id)s {FILTER}
+   AND (updated_at, id) < (%(after_time)s::timestamptz, %(after_id)s::uuid)
+ ORDER BY updated_at DESC, id DESC
+ LIMIT %(limit)s
+"""
+
+REVISIONS = """
+SELECT watched.tenant_id, watched.id::text, s.revision
+  FROM unnest(%(tenant_ids)s::text[], %(ids)s::uuid[]) AS watched (tenant_id, id)
+  LEFT JOIN chat_sessions s ON s.tenant_id = watched.tenant_id AND s.id = watched.id
+"""
+
+
+def not_found(session_id: str) -> errors.NotFoundError:
+    return errors.NotFoundError("chat_session", session_id)
+
+
+async def create(db: Database, tenant_id: str, session_id: str, status: str) -> Session:
+    """Create a session, or return the one that has the id already."""
+    params = {"tenant_id": tenant_id, "id": session_id, "status": status}
+    created = await db.write(CREATE, params, Session, repeatable=True)
+    if created:
+        return created[0]
+    existing = await db.row(GET, params, Session)
+    if existing is None:  # deleted in between: its id is not for another session
+        raise errors.AlreadyExistsError.id_taken("chat_session", session_id)
+    return existing
+
+
+async def get(db: Database, tenant_id: str, session_id: str) -> Session:
+    session = await db.row(GET, {"tenant_id": tenant_id, "id": session_id}, Session)
+    if session is None:
+        raise not_found(session_id)
+    return session
+
+
+async def page(
+    db: Database,
+    tenant_id: str,
+    chosen: Filter,
+    *,
+    by_update_time: bool,
+    after_time: datetime,
+    after_id: str,
+    limit: int,
+) -> list[Session]:
+    """The newest sessions before (after_time, after_id), newest first."""
+    params = {"after_time": after_time, "after_id": after_id, "limit": limit}
+    return await db.rows(
+        LIST_BY_UPDATE_TIME if by_update_time else LIST_BY_CREATE_TIME,
+        {"tenant_id": tenant_id, **params, **chosen._asdict()},
+        Session,
+    )
+
+
+async def lock(
+    transaction: Transaction, tenant_id: str, session_id: str, etag: int | None = None
+) -> Session:
+    """Lock a session against every other change to it; the first statement of such a change."""
+    session = await transaction.row(LOCK, {"tenant_id": tenant_id, "id": session_id}, Session)
+    if session is None:
+        raise not_found(session_id)
+    if etag is not None and etag != session.revision:
+        raise errors.AbortedError(
+            f"the session is at revision {session.revision}, not {etag}", reason="ETAG_MISMATCH"
+        )
+    return session
+
+
+async def lock_of_message(transaction: Transaction, tenant_id: str, message_id: str) -> str:
+    """Lock the session of a message, like `lock`; returns its id.
+
+    The message may be gone when the lock is had: the statement that follows finds out.
+    """
+    params = {"tenant_id": tenant_id, "message_id": message_id}
+    session_id = await transaction.row(LOCK_OF_MESSAGE, params, str)
+    if session_id is None:
+        raise errors.NotFoundError("chat_message", message_id)
+    return session_id
+
+
+async def set_status(
+    db: Database, tenant_id: str, session_id: str, status: str, etag: int | None
+) -> Session:
+    """Change the status; what it is already counts as no change."""
+
+    async def body(transaction: Transaction) -> Session:
+        session = await lock(transaction, tenant_id, session_id, etag)
+        if session.status == status:
+            return session
+        params = {"tenant_id": tenant_id, "id": session_id, "status": status}
+        [changed] = await transaction.rows(SET_STATUS, params, Session)
+        return changed
+
+    return await db.transaction(body, repeatable=etag is None)
+
+
+async def delete(db: Database, tenant_id: str, session_id: str, etag: int | None) -> None:
+    """Delete a session with all it holds, unless its ticket is active."""
+
+    async def body(transaction: Transaction) -> None:
+        await lock(transaction, tenant_id, session_id, etag)
+        await transaction.execute(DELETE, {"tenant_id": tenant_id, "id": session_id})
+
+    try:
+        await db.transaction(body, repeatable=False)
+    except ConstraintViolation as violation:
+        if violation.constraint != "chat_sessions_ticket_status_check":
+            raise
+        raise errors.FailedPreconditionError(
+            "the session's ticket is open or pending",
+            reason="SESSION_HAS_ACTIVE_TICKET",
+            subject=f"chat_sessions/{session_id}",
+        ) from violation
+
+
+async def revisions(
+    db: Database, watched: list[tuple[str, str]]
+) -> dict[tuple[str, str], int | None]:
+    """The present revision of each (tenant, session); None where the session is gone."""
+    params = {"tenant_ids": [t for t, _ in watched], "ids": [s for _, s in watched]}
+    found = await db.rows(REVISIONS, params, lambda tenant, session, rev: ((tenant, session), rev))
+    return dict(found)
