@@ -1,0 +1,78 @@
+"""The service as its operator runs it: a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+START_SECONDS = 30
+
+
+class ServerProcess:
+    """A running `chat-ticket-svc serve` and what it logged so far."""
+
+    def __init__(self, *arguments: str, environment: dict[str, str]):
+        self.log: list[dict[str, Any]] = []
+        self._logged = threading.Condition()
+        self.popen = subprocess.Popen(
+            [sys.executable, "-m", "chat_ticket_svc", "serve", *arguments],
+            env={**os.environ, "CHAT_TICKET_LOG_FORMAT": "json", **environment},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.popen.stderr is not None
+        for line in self.popen.stderr:
+            with self._logged:
+                try:
+                    self.log.append(json.loads(line))
+                except ValueError:
+                    self.log.append({"event": line.rstrip("\n")})
+                self._logged.notify_all()
+
+    def wait_for(self, event: str, timeout: float = START_SECONDS) -> dict[str, Any]:
+        """The first log line with this event, which has come or will come."""
+
+        def found() -> dict[str, Any] | None:
+            return next((line for line in self.log if line["event"] == event), None)
+
+        with self._logged:
+            self._logged.wait_for(lambda: found() or self.popen.poll() is not None, timeout)
+            line = found()
+        assert line is not None, f"no {event!r} in the log: {self.log}"
+        return line
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.wait_for('listening')['port']}"
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal, and return the exit status."""
+        if self.popen.poll() is None:
+            self.popen.send_signal(number)
+        status = self.popen.wait(timeout=30)
+        self._reader.join(timeout=5)
+        assert self.popen.stderr is not None
+        self.popen.stderr.close()
+        return status
+
+
+@contextmanager
+def server_process(database_url: str = "", *arguments: str, **settings: str) -> Iterator[Any]:
+    """A server process on a free port; `settings` are environment variables."""
+    environment = {"DATABASE_URL": database_url, "CHAT_TICKET_PORT": "0", **settings}
+    process = ServerProcess(*arguments, environment=environment)
+    try:
+        yield process
+    finally:
+        if process.popen.poll() is None:
+            process.popen.kill()
+        process.stop()
