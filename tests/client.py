@@ -45,12 +45,8 @@ class Api:
         self.tenant = tenant
         self.channel = grpc.aio.insecure_channel(address)
         metadata = [("x-tenant-id", tenant)]
-        self.sessions = _Bound(
-            chat_session_pb2_grpc.ChatSessionServiceStub(self.channel), metadata
-        )
-        self.messages = _Bound(
-            chat_message_pb2_grpc.ChatMessageServiceStub(self.channel), metadata
-        )
+        self.sessions = _Bound(chat_session_pb2_grpc.ChatSessionServiceStub(self.channel), metadata)
+        self.messages = _Bound(chat_message_pb2_grpc.ChatMessageServiceStub(self.channel), metadata)
         self.attachments = _Bound(
             chat_attachment_pb2_grpc.ChatAttachmentServiceStub(self.channel), metadata
         )

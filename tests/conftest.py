@@ -57,6 +57,8 @@ class Run:
             directory = self._stack.enter_context(
                 tempfile.TemporaryDirectory(prefix="chat-ticket-tests-", ignore_cleanup_errors=True)
             )
+            # Where root may not use a user namespace, PostgreSQL runs as nobody.
+            Path(directory).chmod(0o711)
             postgres = EmbeddedPostgres(Path(directory) / "data", durable=False)
             url = self._stack.enter_context(postgres).url("postgres")
         self.url = url

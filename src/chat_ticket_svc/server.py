@@ -43,6 +43,7 @@ SERVICES = [
     )
 ]
 
+SERVING_STATUS = health_pb2.HealthCheckResponse.ServingStatus
 HEALTH_CHECK_SECONDS = 1
 DRAIN_NOTICE_SECONDS = 0.2
 
@@ -119,6 +120,7 @@ class Server:
             await self._db.close()
             raise
         self._follow.start()
+        await self._set_health(SERVING_STATUS.NOT_SERVING)
         self._health_task = asyncio.create_task(self._watch_health())
         await self._grpc.start()
 
@@ -174,14 +176,17 @@ class Server:
                 now = str(error)
             if now != was:
                 was = now
-                status = health_pb2.HealthCheckResponse.ServingStatus
-                for name in ("", *SERVICES):
-                    await self._health.set(name, status.NOT_SERVING if now else status.SERVING)
                 if now:
+                    await self._set_health(SERVING_STATUS.NOT_SERVING)
                     log.warning("not serving", because=now)
                 else:
+                    await self._set_health(SERVING_STATUS.SERVING)
                     log.info("serving")
             await asyncio.sleep(HEALTH_CHECK_SECONDS)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in ("", *SERVICES):
+            await self._health.set(name, status)
 
 
 def _url_checker(settings: Settings) -> AttachmentUrlChecker | None:

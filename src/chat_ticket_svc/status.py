@@ -88,13 +88,26 @@ def _shortened(text: str) -> str:
     return text if len(text) <= TEXT_CHARACTERS else f"{text[: TEXT_CHARACTERS - 1]}…"
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: errors.DomainError) -> None:
-    code = code_of(error)
-    status = status_pb2.Status(code=code.value[0], message=_shortened(str(error)))
-    for detail in _details(error):
+async def _abort(
+    context: grpc.aio.ServicerContext[Any, Any], status: status_pb2.Status, *details: Message
+) -> None:
+    for detail in details:
         status.details.add().Pack(detail)
+    code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
     trailer = ("grpc-status-details-bin", status.SerializeToString())
-    await context.abort(code, status.message, trailing_metadata=(trailer,))
+    try:
+        await context.abort(code, status.message, trailing_metadata=(trailer,))
+    except grpc.aio.AbortError:
+        raise
+    except grpc.aio.BaseError as error:  # the caller has left without waiting for the status
+        raise asyncio.CancelledError from error
+
+
+async def _abort_known(
+    context: grpc.aio.ServicerContext[Any, Any], error: errors.DomainError
+) -> None:
+    status = status_pb2.Status(code=code_of(error).value[0], message=_shortened(str(error)))
+    await _abort(context, status, *_details(error))
 
 
 async def _abort_unknown(
@@ -116,15 +129,13 @@ async def _abort_unknown(
             for frame in traceback.extract_tb(error.__traceback__)
         ],
     )
-    info = details_pb2.ErrorInfo(
-        reason="INTERNAL", domain=DOMAIN, metadata={"correlation_id": correlation_id}
-    )
     status = status_pb2.Status(
         code=grpc.StatusCode.INTERNAL.value[0], message=f"internal error {correlation_id}"
     )
-    status.details.add().Pack(info)
-    trailer = ("grpc-status-details-bin", status.SerializeToString())
-    await context.abort(grpc.StatusCode.INTERNAL, status.message, trailing_metadata=(trailer,))
+    info = details_pb2.ErrorInfo(
+        reason="INTERNAL", domain=DOMAIN, metadata={"correlation_id": correlation_id}
+    )
+    await _abort(context, status, info)
 
 
 class _Malformed:
@@ -233,7 +244,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
                 )
             yield
         except errors.DomainError as error:
-            await _abort(context, error)
+            await _abort_known(context, error)
         except asyncio.CancelledError as error:
             if task.cancelling():  # by the caller, or by the server's end
                 raise

@@ -1,0 +1,117 @@
+"""Following across processes: two servers on one database, with and without NOTIFY."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+from client import Api
+from process import ServerProcess, server_process
+from test_watch import assert_same_state, following
+
+from chat_ticket.v1.chat_session_pb2 import DeleteChatSessionRequest
+
+# So long that only a notification can come sooner.
+NO_POLL = "3600"
+
+
+@pytest.fixture
+def shared(fresh_database: str) -> Iterator[list[ServerProcess]]:
+    """Two servers on one database, whose polls are out of the way."""
+    poll = {"CHAT_TICKET_POLL_SECONDS": NO_POLL}
+    with (
+        server_process(fresh_database, **poll) as one,
+        server_process(fresh_database, **poll) as two,
+    ):
+        yield [one, two]
+
+
+@pytest.fixture
+async def pair(shared: list[ServerProcess], tenant: str) -> AsyncIterator[tuple[Api, Api]]:
+    async with Api(shared[0].address, tenant) as one, Api(shared[1].address, tenant) as two:
+        yield one, two
+
+
+def terminate_listeners(database_url: str) -> int:
+    """End the LISTEN connections of all servers on a database; returns how many there were."""
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        rows = connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND query LIKE 'LISTEN%'"
+        ).fetchall()
+    return len(rows)
+
+
+async def test_servers_see_each_others_writes(pair: tuple[Api, Api]) -> None:
+    """A write on one wakes the followers on the other by NOTIFY: no poll runs here."""
+    one, two = pair
+    session = await one.session()
+    async with following(one, session.id) as here, following(two, session.id) as there:
+        await here.until("caught_up")
+        await there.until("caught_up")
+        for writer in (one, two, one):
+            message = await writer.message(session.id)
+            await here.until_revision(message.sequence)
+            await there.until_revision(message.sequence)
+        for follower in (here, there):
+            await assert_same_state(one, follower, session.id)
+        await two.sessions.DeleteChatSession(DeleteChatSessionRequest(session_id=session.id))
+        await here.until("session_deleted")
+        await there.until("session_deleted")
+
+
+async def test_killed_listener_misses_nothing(pair: tuple[Api, Api], fresh_database: str) -> None:
+    """What is written while nobody listens is read when the listener is back, without a poll."""
+    one, two = pair
+    session = await one.session()
+    async with following(one, session.id) as follower:
+        await follower.until("caught_up")
+        assert terminate_listeners(fresh_database) == 2
+        message = await two.message(session.id)
+        await follower.until_revision(message.sequence)
+        async with asyncio.timeout(10):
+            while terminate_listeners(fresh_database) == 0:
+                await asyncio.sleep(0.05)
+        await two.message(session.id)
+        message = await two.message(session.id)
+        await follower.until_revision(message.sequence)
+        await assert_same_state(one, follower, session.id)
+
+
+async def test_poll_stands_in_for_notify(fresh_database: str, cluster: object, tenant: str) -> None:
+    """With NOTIFY suppressed entirely, a follower still gets everything."""
+    # Notifications do not cross databases: servers that listen on another one hear nothing.
+    elsewhere = urlsplit(fresh_database)._replace(path="/postgres").geturl()
+    settings = {"DATABASE_LISTEN_URL": elsewhere, "CHAT_TICKET_POLL_SECONDS": "0.2"}
+    with (
+        server_process(fresh_database, **settings) as first,
+        server_process(fresh_database, **settings) as second,
+    ):
+        async with Api(first.address, tenant) as one, Api(second.address, tenant) as two:
+            session = await one.session()
+            async with following(one, session.id) as follower:
+                await follower.until("caught_up")
+                for _ in range(3):
+                    message = await two.message(session.id)
+                    await follower.until_revision(message.sequence)
+                await assert_same_state(one, follower, session.id)
+                request = DeleteChatSessionRequest(session_id=session.id)
+                await two.sessions.DeleteChatSession(request)
+                await follower.until("session_deleted")
+
+
+async def test_unknown_notifications_are_harmless(
+    pair: tuple[Api, Api], fresh_database: str
+) -> None:
+    """Anybody may NOTIFY: what is no session of ours wakes nobody, and breaks nothing."""
+    one, two = pair
+    session = await one.session()
+    async with following(one, session.id) as follower:
+        await follower.until("caught_up")
+        with psycopg.connect(fresh_database, autocommit=True) as connection:
+            for payload in ("", "x", "é" * 100, f"{session.id}another tenant"):
+                connection.execute("SELECT pg_notify('chat_ticket_session_changed', %s)", [payload])
+        message = await two.message(session.id)
+        await follower.until_revision(message.sequence)
+        assert follower.kinds == ["session", "caught_up", "messages_created"]

@@ -1,0 +1,96 @@
+"""The structure of the code: imports point downward, and each library has its room."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import chat_ticket_svc
+
+ROOT = Path(chat_ticket_svc.__file__).parent
+
+# From the top: a module may import those below it. One row holds what may not import each other,
+# but for the modules of a package among themselves.
+LAYERS = [
+    ["__main__"],
+    ["cli"],
+    ["server"],
+    ["services"],
+    ["follow", "paging", "status"],
+    ["validate", "caller"],
+    ["convert"],
+    ["migrate"],
+    ["store", "attachment_url", "embedded"],
+    ["errors", "config"],
+]
+PSYCOPG = {"store", "follow", "embedded"}
+GRPC = {"server", "services", "status", "caller"}
+
+
+def layer(module: str) -> int:
+    return next(index for index, row in enumerate(LAYERS) if module in row)
+
+
+def room(path: Path) -> str:
+    """The module or package of a file that LAYERS names."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    """The dotted names of everything a file imports, also inside of functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_downward(path: Path) -> None:
+    """cli → server → services → store → errors, and never back."""
+    here = room(path)
+    for name in imports(path):
+        if name.startswith("chat_ticket_svc."):
+            there = name.split(".")[1]
+            assert there == here or layer(there) > layer(here), f"{here} imports {there}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_drivers_stay_in_their_rooms(path: Path) -> None:
+    """psycopg in the store, the follow and the embedded server; gRPC never in the store."""
+    names = {name.split(".")[0] for name in imports(path)}
+    if names & {"psycopg", "psycopg_pool"}:
+        assert room(path) in PSYCOPG
+    if names & {"grpc", "grpc_status", "grpc_health", "grpc_reflection"}:
+        assert room(path) in GRPC
+    if names & {"chat_ticket"}:
+        assert room(path) not in {"store", "follow", "errors"}
+
+
+def test_every_statement_of_the_store_names_the_tenant() -> None:
+    """tenant_id is in every SQL statement over our tables."""
+    for path in (ROOT / "store").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                sql = ast.unparse(node.value)
+                if any(f"{verb} " in sql for verb in ("SELECT", "INSERT", "UPDATE", "DELETE")):
+                    named = "tenant_id" in sql or "schema_migrations" in sql
+                    assert named, f"{path.name}: {node.targets[0].id}"
+
+
+def test_services_have_no_sql_and_no_try() -> None:
+    """A servicer is a request, store calls, and a response; errors pass through."""
+    for path in (ROOT / "services").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            # What has to be let go is let go in a finally; nothing is caught.
+            assert not (isinstance(node, ast.Try) and node.handlers), path.name
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert "SELECT " not in node.value, path.name

@@ -1,0 +1,216 @@
+"""The server process: settings, start, stop, health, and how it says what is wrong."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import psycopg
+import pytest
+from client import Api, refused
+from grpc import StatusCode
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from process import server_process
+from test_watch import following
+
+from chat_ticket.v1 import chat_session_pb2, chat_session_pb2_grpc
+from chat_ticket_svc import config
+from chat_ticket_svc.server import SERVICES
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "chat_ticket_svc", *arguments],
+        env={**os.environ, "DATABASE_URL": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+class TestSettings:
+    def test_everything_wrong_is_said_at_once_without_the_values(self) -> None:
+        """One line each, by the name of the variable; a value could be a secret."""
+        result = command(
+            "serve",
+            CHAT_TICKET_PORT="CANARY",
+            CHAT_TICKET_POOL_SIZE="0",
+            CHAT_TICKET_ATTACHMENT_URL_SCHEMES="ftp",
+            CHAT_TICKET_LIMITS__TITLE="CANARY",
+        )
+        assert result.returncode != 0
+        for name in ("PORT", "POOL_SIZE", "ATTACHMENT_URL_SCHEMES", "LIMITS"):
+            assert f"CHAT_TICKET_{name}" in result.stderr
+        assert "CANARY" not in result.stderr
+        assert "Traceback" not in result.stderr
+
+    @pytest.mark.parametrize("name", ["serve", "migrate", "migrate-status"])
+    def test_database_is_required(self, name: str) -> None:
+        """The command says which variable is missing."""
+        result = command(name)
+        assert result.returncode != 0
+        assert "DATABASE_URL" in result.stderr
+        assert "Traceback" not in result.stderr
+
+    def test_bad_allowed_hosts_are_refused(self, database: str) -> None:
+        """An entry that could never work is a mistake, not a silent nothing."""
+        result = command(
+            "serve", DATABASE_URL=database, CHAT_TICKET_ATTACHMENT_URL_ALLOWED_HOSTS="a b,x:99999"
+        )
+        assert result.returncode != 0
+        assert "CHAT_TICKET_ATTACHMENT_URL_ALLOWED_HOSTS" in result.stderr
+        assert "Traceback" not in result.stderr
+
+    def test_lists_and_limits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Lists are separated by commas; limits are nested by two underscores."""
+        monkeypatch.setenv("CHAT_TICKET_ATTACHMENT_URL_SCHEMES", "https, http")
+        monkeypatch.setenv("CHAT_TICKET_LIMITS__TITLE", "7")
+        settings = config.load()
+        assert settings.attachment_url_schemes == ("https", "http")
+        assert settings.limits.title == 7
+        assert settings.limits.query == 1000
+
+    def test_readme_names_every_setting(self) -> None:
+        """The README's table is complete and has nothing else."""
+        import re
+
+        named = set(re.findall(r"^\| `([A-Z_]+)`", (ROOT / "README.md").read_text(), re.MULTILINE))
+        fields = config.Settings.model_fields
+        settings = {
+            str(field.validation_alias or f"CHAT_TICKET_{name.upper()}")
+            for name, field in fields.items()
+            if name != "limits"
+        }
+        limits = {f"CHAT_TICKET_LIMITS__{name.upper()}" for name in config.Limits.model_fields}
+        assert named - limits == settings
+
+
+class TestProcess:
+    def test_taken_port_is_said_clearly(self, database: str) -> None:
+        """Two servers never share a port."""
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            result = command("serve", "--port", str(port), DATABASE_URL=database)
+        assert result.returncode != 0
+        assert f"127.0.0.1:{port}" in result.stderr
+        assert "port taken" in result.stderr
+        assert "Traceback" not in result.stderr
+        with server_process(database) as first:
+            port = first.wait_for("listening")["port"]
+            result = command("serve", "--port", str(port), DATABASE_URL=database)
+        assert result.returncode != 0
+        assert "port taken" in result.stderr
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    async def test_signal_drains(self, database: str, tenant: str, number: int) -> None:
+        """A follower is told to resume, a call under way is answered, the exit status is 0."""
+        with server_process(database) as process:
+            async with Api(process.address, tenant) as api:
+                session = await api.session()
+                async with following(api, session.id) as follower:
+                    await follower.until("caught_up")
+                    with psycopg.connect(database) as connection:
+                        connection.execute(
+                            "SELECT FROM chat_sessions WHERE id = %s FOR UPDATE", [session.id]
+                        )
+                        writing = asyncio.create_task(api.message(session.id))
+                        await asyncio.sleep(0.2)
+                        process.popen.send_signal(number)
+                        with refused(StatusCode.UNAVAILABLE, "DRAINING"):
+                            await follower.next()
+                    assert (await writing).sequence == 1
+            assert await asyncio.to_thread(process.stop) == 0
+
+    async def test_health_of_every_service(self, api: Api) -> None:
+        """The standard health service answers for the server and each service."""
+        for name in ("", *SERVICES):
+            async with asyncio.timeout(10):
+                while True:
+                    request = health_pb2.HealthCheckRequest(service=name)
+                    if (await api.health.Check(request)).status == 1:
+                        break
+                    await asyncio.sleep(0.1)
+
+    async def test_health_can_be_watched(self, api: Api) -> None:
+        """The health service's own stream passes through our interceptor."""
+        stub = health_pb2_grpc.HealthStub(api.channel)
+        call = stub.Watch(health_pb2.HealthCheckRequest(), timeout=10)
+        assert (await call.read()).status in (1, 2)
+        call.cancel()
+
+    def test_plain_synchronous_client(self, database: str) -> None:
+        """The generated stubs work without asyncio."""
+        with server_process(database) as process:
+            before = len(list_sessions(process.address))
+            create_session(process.address)
+            assert len(list_sessions(process.address)) == before + 1
+
+
+class TestEmbedded:
+    def test_serves_from_nothing_and_again(self, tmp_path: Path) -> None:
+        """An empty directory becomes a migrated database; the next start finds what is there."""
+        data = str(tmp_path / "a b" / "data")
+        for expected in (0, 1):
+            with server_process("", "--embedded", data) as process:
+                process.wait_for("serving")
+                create_session(process.address)
+                count = len(list_sessions(process.address))
+                assert count == expected + 1
+                assert process.stop() == 0
+
+    def test_killed_server_leaves_no_postgres_and_starts_again(self, tmp_path: Path) -> None:
+        """SIGKILL of the server ends its PostgreSQL; what was acknowledged is there afterwards."""
+        data = tmp_path / "data"
+        with server_process("", "--embedded", str(data)) as process:
+            process.wait_for("serving")
+            create_session(process.address)
+            postmaster = int((data / "postmaster.pid").read_text().split()[0])
+            process.stop(signal.SIGKILL)
+        with server_process("", "--embedded", str(data)) as process:
+            process.wait_for("serving")
+            assert len(list_sessions(process.address)) == 1
+            assert not is_running(postmaster, data)
+
+    def test_second_server_on_the_directory_is_refused(self, tmp_path: Path) -> None:
+        """Clearly, naming the directory; the first one goes on."""
+        data = str(tmp_path / "data")
+        with server_process("", "--embedded", data) as process:
+            process.wait_for("serving")
+            result = command("serve", "--port", "0", "--embedded", data)
+            assert result.returncode != 0
+            assert data in result.stderr
+            assert "Traceback" not in result.stderr
+            create_session(process.address)
+
+
+def create_session(address: str) -> None:
+    """Create a session of tenant t."""
+    with grpc.insecure_channel(address) as channel:
+        chat_session_pb2_grpc.ChatSessionServiceStub(channel).CreateChatSession(
+            chat_session_pb2.CreateChatSessionRequest(), metadata=[("x-tenant-id", "t")], timeout=10
+        )
+
+
+def list_sessions(address: str) -> list[str]:
+    with grpc.insecure_channel(address) as channel:
+        page = chat_session_pb2_grpc.ChatSessionServiceStub(channel).ListChatSessions(
+            chat_session_pb2.ListChatSessionsRequest(), metadata=[("x-tenant-id", "t")], timeout=10
+        )
+    return [session.id for session in page.sessions]
+
+
+def is_running(pid: int, data: Path) -> bool:
+    """Whether this pid is still the PostgreSQL of a data directory that it was."""
+    try:
+        return os.fsencode(data) in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
