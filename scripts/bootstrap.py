@@ -75,9 +75,7 @@ def main():
     if sys.version_info < OLDEST:
         newer = newer_python()
         if newer is None:
-            sys.exit(
-                "chat-ticket-svc needs Python 3.11 or newer; make PYTHON=/path/to/python3 names one."
-            )
+            sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/python3 names one.")
         os.execv(newer, [newer] + sys.argv)
     with open(os.path.join(ROOT, ".bootstrap.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -136,7 +136,7 @@ async def test_escalate_archive_delete_append(callers: list[Api], database: str)
         session_id = (await one.session()).id
         link, archive, drop, append = await race(
             lambda: one.escalate(session_id),
-            lambda: two.sessions and set_status(two, session_id, ARCHIVED),
+            lambda: set_status(two, session_id, ARCHIVED),
             lambda: delete_session(three, session_id),
             lambda: four.message(session_id),
         )

@@ -43,7 +43,6 @@ SERVICES = [
     )
 ]
 
-SERVING_STATUS = health_pb2.HealthCheckResponse.ServingStatus
 HEALTH_CHECK_SECONDS = 1
 DRAIN_NOTICE_SECONDS = 0.2
 
@@ -120,7 +119,7 @@ class Server:
             await self._db.close()
             raise
         self._follow.start()
-        await self._set_health(SERVING_STATUS.NOT_SERVING)
+        await self._set_health(serving=False)
         self._health_task = asyncio.create_task(self._watch_health())
         await self._grpc.start()
 
@@ -177,14 +176,16 @@ class Server:
             if now != was:
                 was = now
                 if now:
-                    await self._set_health(SERVING_STATUS.NOT_SERVING)
+                    await self._set_health(serving=False)
                     log.warning("not serving", because=now)
                 else:
-                    await self._set_health(SERVING_STATUS.SERVING)
+                    await self._set_health(serving=True)
                     log.info("serving")
             await asyncio.sleep(HEALTH_CHECK_SECONDS)
 
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+    async def _set_health(self, *, serving: bool) -> None:
+        answer = health_pb2.HealthCheckResponse
+        status = answer.SERVING if serving else answer.NOT_SERVING
         for name in ("", *SERVICES):
             await self._health.set(name, status)
 
