@@ -15,7 +15,7 @@ venv: ## create .venv from requirements.lock, when it is not up to date
 	@$(PYTHON) scripts/bootstrap.py
 
 run: venv ## serve on PORT=50051 with an embedded PostgreSQL in .data, migrated
-	@$(BIN)/chat-ticket-svc serve --port $(PORT) --embedded .data
+	@$(BIN)/chat-ticket-svc serve --port $(PORT) --embedded .data/postgres
 
 test: venv ## run the tests; ARGS= goes to pytest
 	@$(BIN)/python -m pytest $(ARGS)

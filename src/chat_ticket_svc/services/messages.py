@@ -17,7 +17,7 @@ from chat_ticket_svc.attachment_url import AttachmentUrlChecker
 from chat_ticket_svc.config import Settings
 from chat_ticket_svc.follow import Follow
 from chat_ticket_svc.services.sessions import END_OF_TIME, FIRST_PAGE, LARGEST_PAGE
-from chat_ticket_svc.store import messages, sessions
+from chat_ticket_svc.store import messages, search, sessions
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.validate import LAST_ID, Check
 
@@ -238,7 +238,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         check.done()
         # Nobody who wrote a message could know these, so nothing in it can look like a hit.
         start_marker, stop_marker = secrets.token_hex(16), secrets.token_hex(16)
-        hits = await messages.search(
+        hits = await search.page(
             self._db,
             tenant_id,
             query,
@@ -254,7 +254,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             limit=page_size + 1,
         )
 
-        def convert_hit(hit: messages.Hit) -> pb.SearchChatMessagesResponse.Hit:
+        def convert_hit(hit: search.Hit) -> pb.SearchChatMessagesResponse.Hit:
             return pb.SearchChatMessagesResponse.Hit(
                 message_id=hit.message_id,
                 session_id=hit.session_id,
@@ -265,7 +265,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                 snippet=_snippet(hit.headline, start_marker, stop_marker),
             )
 
-        def token(last: messages.Hit) -> str:
+        def token(last: search.Hit) -> str:
             return paging.token(tenant_id, request, last.score, last.created_at, last.message_id)
 
         found, next_page_token = paging.fill(hits, page_size, convert_hit, token)
@@ -285,7 +285,7 @@ def not_accessible(refused: list[int]) -> errors.FailedPreconditionError:
 def _snippet(
     headline: str, start_marker: str, stop_marker: str
 ) -> list[pb.SearchChatMessagesResponse.SnippetPart]:
-    if len(headline) == messages.HEADLINE_CHARACTERS:  # cut off, perhaps within a marker
+    if len(headline) == search.HEADLINE_CHARACTERS:  # cut off, perhaps within a marker
         headline = re.sub(f"{start_marker[0]}[0-9a-f]*$|{stop_marker[0]}[0-9a-f]*$", "", headline)
     parts = []
     hit = False
