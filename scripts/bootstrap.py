@@ -63,8 +63,17 @@ def install():
         "--quiet",
         "--disable-pip-version-check",
     ]
+    # Older pips build without PEP 517 by default, and then write scripts that cannot run from a
+    # path with a space in it.
     subprocess.check_call(
-        pip + ["install", "--require-hashes", "-r", os.path.join(ROOT, "requirements.lock")]
+        pip
+        + [
+            "install",
+            "--use-pep517",
+            "--require-hashes",
+            "-r",
+            os.path.join(ROOT, "requirements.lock"),
+        ]
     )
     subprocess.check_call(
         pip + ["install", "--no-deps", "--no-build-isolation", "--editable", ROOT]
