@@ -83,6 +83,7 @@ class TestCreate:
             ("file_name", ""),
             ("file_name", "a\nb"),
             ("file_name", "a\0b"),
+            ("file_name", "a\u0085b"),
             ("file_name", "a" * 256),
             ("file_type", ""),
             ("file_type", "png"),
@@ -104,7 +105,7 @@ class TestCreate:
     async def test_limits_themselves_are_accepted(self, api: Api, message: r.ChatMessage) -> None:
         """A URL of 2,048 characters, a name and a type of 255."""
         url = "https://files.example/" + "a" * (2048 - 22)
-        file = a_file(file_url=url, file_name="é" * 255, file_type="a/" + "b" * 253)
+        file = a_file(file_url=url, file_name="é/\\\u2028" + "é" * 251, file_type="a/" + "b" * 253)
         stored = await api.attachment(
             message.id, file_url=file.file_url, file_name=file.file_name, file_type=file.file_type
         )

@@ -319,8 +319,9 @@ class TestRepeat:
         session = await api.session()
         file_id = an_id()
         await api.message(session.id, attachments=[a_file(id=file_id)])
-        with refused(StatusCode.ALREADY_EXISTS, "CHAT_ATTACHMENT_ALREADY_EXISTS"):
-            await api.message(session.id, attachments=[a_file(id=file_id)])
+        with refused(StatusCode.ALREADY_EXISTS, "CHAT_ATTACHMENT_ALREADY_EXISTS") as refusal:
+            await api.message(session.id, attachments=[a_file(), a_file(id=file_id)])
+        assert refusal.details["ResourceInfo"].resource_name == file_id
         assert await revision(api, session.id) == 1
 
     async def test_same_id_in_two_tenants_is_two_messages(self, api: Api, other: Api) -> None:

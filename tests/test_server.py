@@ -2,10 +2,12 @@
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import grpc
@@ -19,6 +21,7 @@ from test_watch import following
 
 from chat_ticket.v1 import chat_session_pb2, chat_session_pb2_grpc
 from chat_ticket_svc import config
+from chat_ticket_svc.embedded import EmbeddedPostgres
 from chat_ticket_svc.server import SERVICES
 
 ROOT = Path(__file__).parent.parent
@@ -79,8 +82,6 @@ class TestSettings:
 
     def test_readme_names_every_setting(self) -> None:
         """The README's table is complete and has nothing else."""
-        import re
-
         named = set(re.findall(r"^\| `([A-Z_]+)`", (ROOT / "README.md").read_text(), re.MULTILINE))
         fields = config.Settings.model_fields
         settings = {
@@ -179,6 +180,21 @@ class TestEmbedded:
             process.wait_for("serving")
             assert len(list_sessions(process.address)) == 1
             assert not is_running(postmaster, data)
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_signal_while_it_starts_ends_postgres_too(self, tmp_path: Path, number: int) -> None:
+        """Whenever the signal comes, nothing stays behind: no process, no socket directory."""
+        data = tmp_path / "data"
+        with server_process("", "--embedded", str(data)) as process:
+            end = time.monotonic() + 30
+            while not (data / "postmaster.pid").exists():
+                assert time.monotonic() < end
+                time.sleep(0.005)
+            pid = int((data / "postmaster.pid").read_text().split()[0])
+            assert process.stop(number) in (0, 128 + number)
+            assert not is_running(pid, data)
+            sockets = re.findall("host=([^&]*)", EmbeddedPostgres(data).url("x"))
+            assert [path for path in sockets if Path(path).exists()] == []
 
     def test_second_server_on_the_directory_is_refused(self, tmp_path: Path) -> None:
         """Clearly, naming the directory; the first one goes on."""

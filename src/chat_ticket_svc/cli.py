@@ -8,6 +8,8 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import structlog
 
@@ -55,6 +57,9 @@ def _serve(options: argparse.Namespace) -> int:
     from chat_ticket_svc import server
 
     overrides = {} if options.port is None else {"port": options.port}
+    # Before and after the event loop, a signal has to leave through the embedded PostgreSQL's end.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
     with _database(options.embedded) as embedded:
         settings = config.load(**overrides, **embedded)
         if not settings.database_url:
@@ -71,9 +76,14 @@ def _serve(options: argparse.Namespace) -> int:
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(until_signalled())
+            signal.signal(signal.SIGTERM, _leave)  # closing the loop has reset it
         except (server.StaleSchemaError, server.PortTakenError) as error:
             sys.exit(f"chat-ticket-svc: {error}")
     return 0
+
+
+def _leave(number: int, _: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
 
 
 @contextlib.contextmanager

@@ -86,6 +86,7 @@ class Server:
             statement_timeout_ms=settings.statement_timeout_ms,
             lock_timeout_ms=settings.lock_timeout_ms,
         )
+        self._probe = schema.Probe(settings.database_url)
         self._follow = Follow(
             self._db,
             settings.listen_url,
@@ -112,12 +113,8 @@ class Server:
             self.port = self._grpc.add_insecure_port(address)
         except RuntimeError as error:
             raise PortTakenError(f"cannot listen on {address}: is the port taken?") from error
+        await self._check_schema()
         await self._db.open()
-        try:
-            await self._check_schema()
-        except BaseException:
-            await self._db.close()
-            raise
         self._follow.start()
         await self._set_health(serving=False)
         self._health_task = asyncio.create_task(self._watch_health())
@@ -134,6 +131,7 @@ class Server:
         await self._grpc.stop(self._settings.drain_seconds)
         await self._interceptor.finished(timeout=1)
         await self._follow.stop()
+        await self._probe.close()
         await self._db.close()
 
     def _register(self) -> None:
@@ -157,11 +155,12 @@ class Server:
 
     async def _check_schema(self) -> None:
         try:
-            missing = await schema.missing(self._db)
+            missing = await self._probe.missing()
         except DomainError as error:
             log.warning("the database cannot be reached yet", reason=error.reason)
             return
         if missing:
+            await self._probe.close()
             raise StaleSchemaError(missing)
 
     async def _watch_health(self) -> None:
@@ -169,7 +168,7 @@ class Server:
         was = None
         while True:
             try:
-                missing = await schema.missing(self._db)
+                missing = await self._probe.missing()
                 now = f"the database lacks {', '.join(missing)}" if missing else ""
             except DomainError as error:
                 now = str(error)

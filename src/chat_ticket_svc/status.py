@@ -243,6 +243,8 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
                     [errors.Violation("", "the request is not the message of this method")]
                 )
             yield
+        except grpc.aio.AbortError:  # the health service ends its calls by itself
+            raise
         except errors.DomainError as error:
             await _abort_known(context, error)
         except asyncio.CancelledError as error:

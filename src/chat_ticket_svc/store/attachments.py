@@ -1,5 +1,6 @@
 """Attachments of chat messages. Each change to one is a change to its message."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -51,6 +52,12 @@ COLUMNS = """
 GET = f"""
 SELECT {COLUMNS} FROM chat_attachments a
  WHERE a.tenant_id = %(tenant_id)s AND a.id = %(id)s::uuid
+"""
+
+FIRST_TAKEN = """
+SELECT id::text FROM chat_attachments
+ WHERE tenant_id = %(tenant_id)s AND id = ANY (%(ids)s::uuid[])
+ LIMIT 1
 """
 
 COUNT = """
@@ -189,6 +196,15 @@ async def create(
         if violation.constraint != "chat_attachments_pkey":
             raise
         raise errors.AlreadyExistsError.id_taken("chat_attachment", new.id) from violation
+
+
+async def id_taken(
+    db: Database, tenant_id: str, new: Sequence[NewAttachment]
+) -> errors.AlreadyExistsError:
+    """What to raise when one of `new` has the id of another attachment: names it."""
+    params = {"tenant_id": tenant_id, "ids": [attachment.id for attachment in new]}
+    taken = await db.row(FIRST_TAKEN, params, str)
+    return errors.AlreadyExistsError.id_taken("chat_attachment", taken or new[0].id)
 
 
 async def get(db: Database, tenant_id: str, attachment_id: str) -> Attachment:

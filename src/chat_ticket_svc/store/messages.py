@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from chat_ticket_svc import errors
-from chat_ticket_svc.store import sessions
+from chat_ticket_svc.store import attachments, sessions
 from chat_ticket_svc.store.attachments import Attachment, NewAttachment
 from chat_ticket_svc.store.database import ConstraintViolation, Database, Transaction
 
@@ -260,12 +260,8 @@ async def append(
     if repeat is not None:
         return repeat
     if refused is not None and refused.constraint == "chat_attachments_pkey":
-        raise errors.AlreadyExistsError(
-            "the id of an attachment is taken by another one",
-            reason="CHAT_ATTACHMENT_ALREADY_EXISTS",
-            resource="chat_attachment",
-            resource_id="",
-        ) from refused
+        new_attachments = [attachment for attachment, _, _ in attached]
+        raise await attachments.id_taken(db, tenant_id, new_attachments) from refused
     await sessions.get(db, tenant_id, session_id)
     # An id existed when the statement looked and is gone: its session was deleted in between.
     raise errors.ContentionError from refused
@@ -274,13 +270,13 @@ async def append(
 def _stored(
     session_id: str, new: NewMessage, sequence: int, metadata: str | None, created_at: int
 ) -> Message:
-    attachments = tuple(
+    stored = tuple(
         Attachment(a.id, new.id, a.file_url, a.file_name, a.file_type, created_at + tick)
         for tick, a in enumerate(new.attachments, start=1)
     )
     return Message(
         new.id, session_id, sequence, sequence, new.role, new.content, metadata, created_at,
-        attachments,
+        stored,
     )  # fmt: skip
 
 
@@ -295,8 +291,8 @@ async def repeated(
     stored: list[Message] = []
     taken: int | None = None
     for index, (message, row) in enumerate(zip(new, rows, strict=True)):
-        exists, tombstoned, same, sequence, revision, metadata, created_at, attachments = row
-        existing = _attachments(attachments)
+        exists, tombstoned, same, sequence, revision, metadata, created_at, files = row
+        existing = _attachments(files)
         if tombstoned or (exists and not same):
             taken = index
             break
