@@ -6,10 +6,8 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 import structlog
 
@@ -57,9 +55,7 @@ def _serve(options: argparse.Namespace) -> int:
     from chat_ticket_svc import server
 
     overrides = {} if options.port is None else {"port": options.port}
-    # Before and after the event loop, a signal has to leave through the embedded PostgreSQL's end.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave)
+    end = _End()
     with _database(options.embedded) as embedded:
         settings = config.load(**overrides, **embedded)
         if not settings.database_url:
@@ -69,21 +65,33 @@ def _serve(options: argparse.Namespace) -> int:
         async def until_signalled() -> None:
             stop = asyncio.Event()
             loop = asyncio.get_running_loop()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, stop.set)
+            end.request = lambda: loop.call_soon_threadsafe(stop.set)
             await server.run(settings, stop)
 
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(until_signalled())
-            signal.signal(signal.SIGTERM, _leave)  # closing the loop has reset it
         except (server.StaleSchemaError, server.PortTakenError) as error:
             sys.exit(f"chat-ticket-svc: {error}")
     return 0
 
 
-def _leave(number: int, _: FrameType | None) -> NoReturn:
-    sys.exit(128 + number)
+class _End:
+    """Makes the first SIGTERM or SIGINT end the process in order, and later ones do nothing.
+
+    Not by the event loop's own handlers: those begin and end with the loop, and a signal has to
+    leave through the end of the embedded PostgreSQL also before and after.
+    """
+
+    def __init__(self) -> None:
+        self.request: Callable[[], object] = sys.exit
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, *_: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        self.request()
 
 
 @contextlib.contextmanager
