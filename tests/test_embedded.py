@@ -305,6 +305,7 @@ def test_restarts_after_its_owner_was_killed_in_initdb(place: Path, own: Own) ->
     owner = own(data)
     _wait_until(lambda: (half / "base" / "1").exists())
     owner.kill()
+    owner.wait()
     assert not data.exists()
     with EmbeddedPostgres(data, durable=False) as postgres:
         assert _ask(postgres, "SELECT 1") == "1"
@@ -337,7 +338,7 @@ def test_lock_lasts_as_long_as_the_server(
     data: Path, own: Own, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that outlives its owner for a while keeps the directory to itself."""
-    monkeypatch.setattr(embedded, "_HANDOVER_SECONDS", 0.1)
+    monkeypatch.setattr(embedded, "_LINGER_SECONDS", 0.1)
     owner = own(data)
     server = _pid(owner)
     os.kill(server, signal.SIGSTOP)
