@@ -50,8 +50,9 @@ CREATE UNIQUE INDEX idx_chat_message_tombstones_session
     ON chat_message_tombstones (tenant_id, session_id, revision);
 
 -- AFTER, so that an insert which waited for the deletion of the same id sees its tombstone.
+-- The search_path names pg_temp last, so that no temporary table stands in for one of ours.
 CREATE FUNCTION chat_messages_refuse_tombstoned_id() RETURNS trigger
-    LANGUAGE plpgsql AS $$
+    LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     IF EXISTS (
         SELECT FROM inserted

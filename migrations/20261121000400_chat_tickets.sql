@@ -37,9 +37,10 @@ CREATE INDEX idx_chat_tickets_ticket ON chat_tickets (tenant_id, ticket_id, crea
 
 -- Each rule trigger judges in a statement of its own, after the session's row is locked: under
 -- READ COMMITTED only such a statement sees what the transaction it waited for has committed.
+-- The search_path names pg_temp last, so that no temporary table stands in for one of ours.
 
 CREATE FUNCTION chat_tickets_link() RETURNS trigger
-    LANGUAGE plpgsql AS $$
+    LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
     session_status text;
 BEGIN
@@ -62,7 +63,7 @@ CREATE TRIGGER chat_tickets_link AFTER INSERT ON chat_tickets
 
 -- Also run by the session's own cascade, when there is no session left to update.
 CREATE FUNCTION chat_tickets_unlink() RETURNS trigger
-    LANGUAGE plpgsql AS $$
+    LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     UPDATE chat_sessions
        SET has_ticket = false,
@@ -95,11 +96,8 @@ CREATE TRIGGER chat_tickets_refuse_key_change
 CREATE FUNCTION chat_tickets_refuse_truncate() RETURNS trigger
     LANGUAGE plpgsql AS $$
 BEGIN
-    IF EXISTS (SELECT FROM chat_tickets) THEN
-        RAISE 'chat tickets are deleted, not truncated'
-            USING ERRCODE = 'restrict_violation', CONSTRAINT = 'chat_tickets_truncate_check';
-    END IF;
-    RETURN NULL;
+    RAISE 'chat tickets are deleted, not truncated'
+        USING ERRCODE = 'restrict_violation', CONSTRAINT = 'chat_tickets_truncate_check';
 END
 $$;
 
@@ -107,7 +105,7 @@ CREATE TRIGGER chat_tickets_refuse_truncate BEFORE TRUNCATE ON chat_tickets
     FOR EACH STATEMENT EXECUTE FUNCTION chat_tickets_refuse_truncate();
 
 CREATE FUNCTION chat_sessions_check_has_ticket() RETURNS trigger
-    LANGUAGE plpgsql AS $$
+    LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     IF NEW.has_ticket IS DISTINCT FROM EXISTS (
         SELECT FROM chat_tickets WHERE tenant_id = NEW.tenant_id AND session_id = NEW.id
@@ -127,7 +125,7 @@ CREATE TRIGGER chat_sessions_check_has_ticket_update BEFORE UPDATE OF has_ticket
     FOR EACH ROW EXECUTE FUNCTION chat_sessions_check_has_ticket();
 
 CREATE FUNCTION chat_sessions_refuse_delete() RETURNS trigger
-    LANGUAGE plpgsql AS $$
+    LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     -- Every linked ticket is locked, whatever its status: one could be reopening right now.
     PERFORM FROM tickets t

@@ -20,6 +20,13 @@ from chat_ticket_svc.validate import Check, is_uuid
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
 
+# Where a list that goes back in time starts.
+END_OF_TIME = convert.to_datetime(253_402_300_799_999_999)  # the last microsecond of 9999
+
+# A stream's pages double from the first of these to the last: the first one comes soon.
+FIRST_PAGE = 32
+LARGEST_PAGE = 500
+
 # Callers refuse responses over 4 MiB by default.
 RESPONSE_BYTES = 3 * 1024 * 1024
 

@@ -68,6 +68,15 @@ class Check:
             return new_id()
         return self.id(field, value)
 
+    def parent(self, request: Any) -> tuple[str, str]:
+        """The field of the oneof `parent` that a list names, and the id in it."""
+        field = request.WhichOneof("parent")
+        if field is None:
+            fields = request.DESCRIPTOR.oneofs_by_name["parent"].fields
+            self.add("parent", f"is required: {' or '.join(field.name for field in fields)}")
+            return "", ""
+        return field, self.id(field, getattr(request, field))
+
     def text(self, field: str, value: str, limit: int) -> str:
         """Required text of at most `limit` characters."""
         if not value:

@@ -10,7 +10,7 @@ from chat_ticket_svc import caller, convert, paging
 from chat_ticket_svc.attachment_url import AttachmentUrlChecker
 from chat_ticket_svc.config import Settings
 from chat_ticket_svc.follow import Follow
-from chat_ticket_svc.services.messages import not_accessible
+from chat_ticket_svc.services import accessible
 from chat_ticket_svc.store import attachments, messages, sessions
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.validate import NO_ID, Check
@@ -38,28 +38,17 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
         message_id = check.id("message_id", request.message_id)
         new = check.new_attachment("attachment", request.attachment)
         check.done()
-        attachment = await self._create(tenant_id, message_id, new)
-        return pb.CreateChatAttachmentResponse(attachment=convert.attachment(attachment))
-
-    async def _create(
-        self, tenant_id: str, message_id: str, new: attachments.NewAttachment
-    ) -> attachments.Attachment:
-        """Create, in the order of ChatMessageService's append."""
-        if self._urls is not None:
-            stored = await attachments.repeated(self._db, tenant_id, message_id, new)
-            if stored is not None:
-                return stored
-            refused = await self._urls.inaccessible([new.file_url])
-            if refused:
-                stored = await attachments.repeated(self._db, tenant_id, message_id, new)
-                if stored is not None:
-                    return stored
-                raise not_accessible(refused)
-        attachment, session_id = await attachments.create(
-            self._db, tenant_id, message_id, new, limit=self._limits.attachments
+        attachment = await accessible.repeat_or_check(
+            self._urls,
+            [new.file_url],
+            lambda: attachments.repeated(self._db, tenant_id, message_id, new),
         )
-        self._follow.changed(tenant_id, session_id)
-        return attachment
+        if attachment is None:
+            attachment, session_id = await attachments.create(
+                self._db, tenant_id, message_id, new, limit=self._limits.attachments
+            )
+            self._follow.changed(tenant_id, session_id)
+        return pb.CreateChatAttachmentResponse(attachment=convert.attachment(attachment))
 
     async def GetChatAttachment(
         self, request: pb.GetChatAttachmentRequest, context: Context
@@ -76,14 +65,8 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
     ) -> pb.ListChatAttachmentsResponse:
         tenant_id = caller.tenant_id(context)
         check = Check(self._limits)
-        of_session = request.WhichOneof("parent") == "session_id"
-        if request.WhichOneof("parent") is None:
-            check.add("parent", "is required: a message or a session")
-            parent_id = ""
-        elif of_session:
-            parent_id = check.id("session_id", request.session_id)
-        else:
-            parent_id = check.id("message_id", request.message_id)
+        parent, parent_id = check.parent(request)
+        of_session = parent == "session_id"
         page_size = check.page_size(request.page_size)
         after_sequence, after_time, after_id = paging.position(
             check,

@@ -12,11 +12,11 @@ import grpc.aio
 
 from chat_ticket.v1 import chat_message_pb2 as pb
 from chat_ticket.v1 import chat_message_pb2_grpc
-from chat_ticket_svc import caller, convert, errors, paging
+from chat_ticket_svc import caller, convert, paging
 from chat_ticket_svc.attachment_url import AttachmentUrlChecker
 from chat_ticket_svc.config import Settings
 from chat_ticket_svc.follow import Follow
-from chat_ticket_svc.services.sessions import END_OF_TIME, FIRST_PAGE, LARGEST_PAGE
+from chat_ticket_svc.services import accessible
 from chat_ticket_svc.store import messages, search, sessions
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.validate import LAST_ID, Check
@@ -74,25 +74,15 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     async def _append(
         self, tenant_id: str, session_id: str, new: list[messages.NewMessage]
     ) -> list[messages.Message]:
-        """Append, after the attachments' URLs have been checked outside of any connection.
-
-        A repeat is answered whatever has become of the URLs, also when it and the first call
-        have crossed: so its ids are looked up before the check, and again when it refuses.
-        """
-        urls = [each.file_url for message in new for each in message.attachments]
-        if urls and self._urls is not None:
-            stored = await messages.repeated(self._db, tenant_id, session_id, new)
-            if stored is not None:
-                return stored
-            refused = await self._urls.inaccessible(urls)
-            if refused:
-                stored = await messages.repeated(self._db, tenant_id, session_id, new)
-                if stored is not None:
-                    return stored
-                raise not_accessible(refused)
-        appended = await messages.append(self._db, tenant_id, session_id, new)
-        self._follow.changed(tenant_id, session_id)
-        return appended
+        stored = await accessible.repeat_or_check(
+            self._urls,
+            [each.file_url for message in new for each in message.attachments],
+            lambda: messages.repeated(self._db, tenant_id, session_id, new),
+        )
+        if stored is None:
+            stored = await messages.append(self._db, tenant_id, session_id, new)
+            self._follow.changed(tenant_id, session_id)
+        return stored
 
     async def GetChatMessage(
         self, request: pb.GetChatMessageRequest, context: Context
@@ -164,7 +154,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                 )
             )
 
-        page_size = FIRST_PAGE
+        page_size = paging.FIRST_PAGE
         reading = read(page_size)
         try:
             while True:
@@ -175,7 +165,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                         before = found[-1].sequence
                     else:
                         after = found[-1].sequence
-                    page_size = min(2 * page_size, LARGEST_PAGE)
+                    page_size = min(2 * page_size, paging.LARGEST_PAGE)
                     reading = read(page_size)
                 if found:
                     yield found
@@ -230,7 +220,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             check,
             tenant_id,
             request,
-            (math.inf, END_OF_TIME, LAST_ID),
+            (math.inf, paging.END_OF_TIME, LAST_ID),
             paging.number_of,
             paging.time_of,
             paging.id_of,
@@ -270,16 +260,6 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
 
         found, next_page_token = paging.fill(hits, page_size, convert_hit, token)
         return pb.SearchChatMessagesResponse(hits=found, next_page_token=next_page_token)
-
-
-def not_accessible(refused: list[int]) -> errors.FailedPreconditionError:
-    """The one answer for every URL that could not be reached, whatever the cause."""
-    positions = ", ".join(str(position + 1) for position in refused)
-    return errors.FailedPreconditionError(
-        f"the file URL is not accessible (attachment {positions} of the request)",
-        reason="ATTACHMENT_URL_NOT_ACCESSIBLE",
-        subject="file_url",
-    )
 
 
 def _snippet(

@@ -17,12 +17,6 @@ from chat_ticket_svc.validate import LAST_ID, Check
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-# Pages of a history double from the first to the last of these: the first one comes soon.
-FIRST_PAGE = 32
-LARGEST_PAGE = 500
-
-END_OF_TIME = convert.to_datetime(253_402_300_799_999_999)  # the last microsecond of 9999
-
 
 class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     """See chat_session.proto."""
@@ -78,7 +72,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         by_update_time = request.order_by == pb.CHAT_SESSION_ORDER_UPDATE_TIME
         page_size = check.page_size(request.page_size)
         after_time, after_id = paging.position(
-            check, tenant_id, request, (END_OF_TIME, LAST_ID), paging.time_of, paging.id_of
+            check, tenant_id, request, (paging.END_OF_TIME, LAST_ID), paging.time_of, paging.id_of
         )
         check.done()
         rows = await sessions.page(
@@ -135,7 +129,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         check.done()
 
         clock = asyncio.get_running_loop().time
-        page_size = FIRST_PAGE
+        page_size = paging.FIRST_PAGE
         shown: tuple[str, bool] | None = None
         caught_up = False
         sent_at = clock()
@@ -169,7 +163,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
                     position = response.revision
                     sent_at = clock()
                 if page.more:
-                    page_size = min(2 * page_size, LARGEST_PAGE)
+                    page_size = min(2 * page_size, paging.LARGEST_PAGE)
                     continue
                 position = watcher.revision = page.session.revision
                 if not caught_up:

@@ -9,7 +9,6 @@ from chat_ticket.v1 import chat_ticket_pb2_grpc, resources_pb2
 from chat_ticket_svc import caller, convert, paging
 from chat_ticket_svc.config import Settings
 from chat_ticket_svc.follow import Follow
-from chat_ticket_svc.services.sessions import END_OF_TIME
 from chat_ticket_svc.store import sessions, tickets
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.validate import LAST_ID, NO_ID, Check
@@ -71,14 +70,8 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     ) -> pb.ListChatTicketsResponse:
         tenant_id = caller.tenant_id(context)
         check = Check(self._limits)
-        of_session = request.WhichOneof("parent") == "session_id"
-        if request.WhichOneof("parent") is None:
-            check.add("parent", "is required: a session or a ticket")
-            parent_id = ""
-        elif of_session:
-            parent_id = check.id("session_id", request.session_id)
-        else:
-            parent_id = check.id("ticket_id", request.ticket_id)
+        parent, parent_id = check.parent(request)
+        of_session = parent == "session_id"
         page_size = check.page_size(request.page_size)
         after_time, after_id = paging.position(
             check, tenant_id, request, (convert.EPOCH, NO_ID), paging.time_of, paging.id_of
@@ -134,7 +127,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
         statuses = check.choices("statuses", request.statuses, convert.TICKET_STATUS)
         page_size = check.page_size(request.page_size)
         after_time, after_id = paging.position(
-            check, tenant_id, request, (END_OF_TIME, LAST_ID), paging.time_of, paging.id_of
+            check, tenant_id, request, (paging.END_OF_TIME, LAST_ID), paging.time_of, paging.id_of
         )
         check.done()
         rows = await tickets.page(
