@@ -14,7 +14,7 @@ CREATE TABLE chat_attachments (
     CONSTRAINT chat_attachments_pkey PRIMARY KEY (tenant_id, id),
     CONSTRAINT fk_chat_attachments_message FOREIGN KEY (tenant_id, message_id)
         REFERENCES chat_messages (tenant_id, id) ON DELETE CASCADE,
-    CONSTRAINT chat_attachments_file_url_check CHECK (file_url ~ '^https?://[^/?#[:space:]][^[:space:]]*$'),
+    CONSTRAINT chat_attachments_file_url_check CHECK (file_url ~* '^https?://[^/?#[:space:]][^[:space:]]*$'),
     -- Not [:cntrl:], which means something else under each locale.
     CONSTRAINT chat_attachments_file_name_check
         CHECK (file_name <> '' AND file_name !~ '[\u0001-\u001f\u007f-\u009f]'),

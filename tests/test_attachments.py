@@ -115,6 +115,13 @@ class TestCreate:
             file.file_type,
         )
 
+    async def test_scheme_in_capitals(self, api: Api, message: r.ChatMessage) -> None:
+        """A scheme is the same in any case; the URL is kept as sent."""
+        url = "HTTPS://Files.example/A.png"
+        assert (await api.attachment(message.id, file_url=url)).file_url == url
+        with_message = await api.message(message.session_id, attachments=[a_file(file_url=url)])
+        assert with_message.attachments[0].file_url == url
+
     async def test_message_holds_20(self, api: Api, message: r.ChatMessage) -> None:
         """The limit holds under concurrency."""
         results = await asyncio.gather(

@@ -266,6 +266,65 @@ class TestDatabaseAway:
         stored = [answer for answer in answers if not isinstance(answer, BaseException)]
         assert sorted(message.sequence for message in stored) == list(range(1, len(stored) + 1))
 
+    async def test_callers_who_left_do_not_fill_the_queue(
+        self, start_server: Any, fresh_database: str
+    ) -> None:
+        """Only those who still wait count."""
+        api = await start_server(fresh_database, pool_size=1)
+        session = await api.session()
+        request = GetChatSessionRequest(session_id=session.id)
+        with locked(fresh_database, session.id):
+            writing = asyncio.create_task(api.message(session.id))
+            await asyncio.sleep(0.2)
+            waiting = [
+                asyncio.ensure_future(api.sessions.GetChatSession(request)) for _ in range(4)
+            ]
+            await asyncio.sleep(0.2)
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            await asyncio.sleep(0.2)
+            last = asyncio.ensure_future(api.sessions.GetChatSession(request))
+            await asyncio.sleep(0.2)
+            assert not last.done(), "refused though nobody else waits"
+        assert (await last).session.id == session.id
+        assert (await writing).sequence == 1
+
+    async def test_searches_leave_connections_to_others(
+        self, start_server: Any, fresh_database: str
+    ) -> None:
+        """However many searches run, another tenant's calls are answered."""
+        api = await start_server(fresh_database, pool_size=3)
+        session = await api.session()
+        with psycopg.connect(fresh_database) as connection:
+            connection.execute("LOCK TABLE chat_messages IN ACCESS EXCLUSIVE MODE")
+            searches = [
+                asyncio.ensure_future(
+                    api.messages.SearchChatMessages(SearchChatMessagesRequest(query="x"))
+                )
+                for _ in range(6)
+            ]
+            await asyncio.sleep(0.3)
+            request = GetChatSessionRequest(session_id=session.id)
+            assert (await api.sessions.GetChatSession(request)).session.id == session.id
+        await asyncio.gather(*searches)
+
+    async def test_clients_that_leave_are_no_errors(
+        self, api: Api, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A stream that is cancelled while it is written to is not an internal error."""
+        from test_list_messages import filled
+
+        session_id = await filled(api, 2000, "x" * 500)
+        request = ListChatMessagesRequest(session_id=session_id)
+        for n in range(150):
+            call = api.messages.ListChatMessages(request)
+            await asyncio.sleep(0.0004 * (n % 50))
+            call.cancel()
+        await api.session()
+        captured = capsys.readouterr()
+        assert "internal error" not in captured.out + captured.err
+
 
 class TestCaller:
     async def call(self, api: Api, *metadata: tuple[str, str]) -> None:

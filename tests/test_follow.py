@@ -101,6 +101,26 @@ async def test_poll_stands_in_for_notify(fresh_database: str, cluster: object, t
                 await follower.until("session_deleted")
 
 
+async def test_poll_survives_whatever_goes_wrong(
+    fresh_database: str, cluster: object, tenant: str
+) -> None:
+    """An error that nobody foresaw does not end the fallback for good."""
+    elsewhere = urlsplit(fresh_database)._replace(path="/postgres").geturl()
+    settings = {"DATABASE_LISTEN_URL": elsewhere, "CHAT_TICKET_POLL_SECONDS": "0.1"}
+    with server_process(fresh_database, **settings) as process:
+        async with Api(process.address, tenant) as api:
+            session = await api.session()
+            async with following(api, session.id) as follower:
+                await follower.until("caught_up")
+                with psycopg.connect(fresh_database, autocommit=True) as connection:
+                    connection.execute("ALTER TABLE chat_sessions RENAME TO away")
+                    process.wait_for("could not poll the watched sessions")
+                    connection.execute("ALTER TABLE away RENAME TO chat_sessions")
+                    connection.execute("UPDATE chat_sessions SET status = 'resolved', revision = 1")
+                event = await follower.next()
+                assert (event.WhichOneof("event"), event.revision) == ("session", 1)
+
+
 async def test_unknown_notifications_are_harmless(
     pair: tuple[Api, Api], fresh_database: str
 ) -> None:

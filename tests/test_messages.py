@@ -14,6 +14,7 @@ from chat_ticket.v1.chat_message_pb2 import (
     CreateChatMessageRequest,
     DeleteChatMessageRequest,
     GetChatMessageRequest,
+    SearchChatMessagesRequest,
     UpdateChatMessageRequest,
 )
 from chat_ticket.v1.chat_session_pb2 import DeleteChatSessionRequest, GetChatSessionRequest
@@ -143,6 +144,25 @@ class TestCreate:
             await api.message(session.id, text + "x")
         assert refusal.fields == {"message.content": "has 262145 bytes, more than 262144"}
 
+    async def test_list_that_is_too_long_is_not_looked_into(self, api: Api) -> None:
+        """4 MiB hold two million empty messages: the count is checked before what they are."""
+        session = await api.session()
+        many = 300_000
+        with refused(StatusCode.INVALID_ARGUMENT) as refusal:
+            await api.message(session.id, attachments=[r.ChatAttachment()] * many)
+        assert refusal.fields == {"message.attachments": "has 300000, more than 20"}
+        with refused(StatusCode.INVALID_ARGUMENT) as refusal:
+            await api.messages.SearchChatMessages(
+                SearchChatMessagesRequest(query="x", roles=[USER] * many)
+            )
+        assert refusal.fields == {"roles": "has 300000, more than 20"}
+        request = UpdateChatMessageRequest(
+            message=r.ChatMessage(id=an_id()), update_mask=FieldMask(paths=[""] * many)
+        )
+        with refused(StatusCode.INVALID_ARGUMENT) as refusal:
+            await api.messages.UpdateChatMessage(request)
+        assert refusal.fields == {"update_mask": "has 300000, more than 20"}
+
     async def test_nul_is_refused(self, api: Api) -> None:
         """PostgreSQL cannot store it, so it never gets there."""
         session = await api.session()
@@ -171,6 +191,7 @@ class TestMetadata:
             '{"n": -1.7e308, "m": 4.9e-324, "z": 0e5}',
             '{"a": "\\ud83d\\ude00 \\u00e9", "": [[[]]]}',
             '{"a": ' * 19 + "{}" + "}" * 19,
+            '{"a": 0.' + "1" * 16383 + ', "b": 1.5e-300}',
         ],
     )
     async def test_object_is_kept_without_loss(self, api: Api, text: str) -> None:
@@ -218,6 +239,10 @@ class TestMetadata:
             ('{"a": ' * 24 + "[]" + "}" * 24, "nested more than 20 deep"),
             ('{"a": ' + "[" * 30_000, "nested more than 20 deep"),
             ('{"a": [' + "1e300," * 1000 + "0]}", "with its numbers written out"),
+            ('{"a": 0e' + "9" * 4300 + "}", "beyond the range of a double"),
+            ('{"a": 0e-20000}', "beyond the range of a double"),
+            ('{"a": 0.' + "1" * 16384 + "}", "more than 16383 digits after the point"),
+            ('{"a": 1.' + "1" * 16100 + "e-300}", "more than 16383 digits after the point"),
         ],
     )
     async def test_what_cannot_be_stored_is_refused(self, api: Api, text: str, said: str) -> None:
@@ -392,7 +417,7 @@ class TestBatch:
         session = await api.session()
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await batch(api, session.id, [said("x", attachments=[a_file()] * 7)] * 3)
-        assert list(refusal.fields) == ["messages"]
+        assert list(refusal.fields) == ["messages.attachments"]
 
     async def test_same_id_twice_is_refused(self, api: Api) -> None:
         """A batch cannot hold a message twice."""
@@ -464,6 +489,17 @@ class TestUpdate:
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await api.messages.UpdateChatMessage(request)
         assert list(refusal.fields) == ["update_mask"]
+
+    async def test_long_refusal_fits_into_trailers(self, api: Api) -> None:
+        """Whatever the caller wrote, the real status arrives: trailers stay under 8 KiB."""
+        request = UpdateChatMessageRequest(
+            message=r.ChatMessage(id="\U0001f600" * 1000),
+            update_mask=FieldMask(paths=["\U0001f600" * 97] * 20),
+        )
+        for _ in range(20):
+            with refused(StatusCode.INVALID_ARGUMENT) as refusal:
+                await api.messages.UpdateChatMessage(request)
+            assert "update_mask" in refusal.fields
 
     async def test_absent_and_foreign_are_not_found(self, api: Api, other: Api) -> None:
         """Nobody changes or reads another tenant's message."""

@@ -7,6 +7,7 @@ from grpc import StatusCode
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import SearchChatMessagesRequest, SearchChatMessagesResponse
+from chat_ticket_svc import paging
 
 Hit = SearchChatMessagesResponse.Hit
 
@@ -159,4 +160,14 @@ async def test_token_of_another_query_is_refused(api: Api) -> None:
     )
     with refused(StatusCode.INVALID_ARGUMENT) as refusal:
         await search(api, "fig", page_token=page.next_page_token)
+    assert list(refusal.fields) == ["page_token"]
+
+
+@pytest.mark.parametrize("score", [5e-324, 3.5e38, float("nan"), float("inf"), 1, "1", None])
+async def test_forged_token_is_refused(api: Api, score: object) -> None:
+    """A token with the right digest and a position that no page ends at."""
+    request = SearchChatMessagesRequest(query="x")
+    request.page_token = paging.token(api.tenant, request, score, 1, an_id())  # type: ignore[arg-type]
+    with refused(StatusCode.INVALID_ARGUMENT) as refusal:
+        await api.messages.SearchChatMessages(request)
     assert list(refusal.fields) == ["page_token"]

@@ -131,6 +131,21 @@ class TestProcess:
                     assert (await writing).sequence == 1
             assert await asyncio.to_thread(process.stop) == 0
 
+    async def test_new_call_during_the_drain(self, database: str, tenant: str) -> None:
+        """A call that comes too late is told so in the words of the error table."""
+        from conftest import serving
+
+        async with serving(database, drain_seconds=5) as server:
+            api = Api(f"127.0.0.1:{server.port}", tenant)
+            await api.session()
+            stopping = asyncio.create_task(server.stop())
+            with refused(StatusCode.UNAVAILABLE, "DRAINING") as refusal:
+                while not stopping.done():
+                    await api.session()
+            assert "RetryInfo" in refusal.details
+            await stopping
+            await api.channel.close()
+
     async def test_health_of_every_service(self, api: Api) -> None:
         """The standard health service answers for the server and each service."""
         for name in ("", *SERVICES):
@@ -186,11 +201,12 @@ class TestEmbedded:
         """Whenever the signal comes, nothing stays behind: no process, no socket directory."""
         data = tmp_path / "data"
         with server_process("", "--embedded", str(data)) as process:
+            pid_file = data / "postmaster.pid"
             end = time.monotonic() + 30
-            while not (data / "postmaster.pid").exists():
+            while not (pid_file.exists() and pid_file.read_text()):
                 assert time.monotonic() < end
                 time.sleep(0.005)
-            pid = int((data / "postmaster.pid").read_text().split()[0])
+            pid = int(pid_file.read_text().split()[0])
             assert process.stop(number) == 0
             assert not is_running(pid, data)
             sockets = re.findall("host=([^&]*)", EmbeddedPostgres(data).url("x"))

@@ -340,6 +340,61 @@ class TestLive:
         finished.set()
         await asyncio.gather(*followers)
 
+    async def test_position_moves_with_what_does_not_show(
+        self, start_server: Any, database: str, tenant: str
+    ) -> None:
+        """A follower reaches every revision: also one whose change is undone, without a wait."""
+        api = await start_server(database, poll_seconds=0.1)
+        session = await api.session()
+        async with following(api, session.id) as follower:
+            await follower.until("caught_up")
+            changed = await set_status(api, session.id, RESOLVED)
+            assert (await follower.next()).revision == changed.revision
+            with psycopg.connect(database) as connection:
+                connection.execute(
+                    "UPDATE chat_sessions SET revision = revision + 2 WHERE tenant_id = %s",
+                    [tenant],
+                )
+            event = await follower.next(timeout=5)
+            assert (event.WhichOneof("event"), event.revision) == ("heartbeat", 3)
+
+    async def test_history_that_went_back_ends_the_stream(
+        self, start_server: Any, database: str, tenant: str
+    ) -> None:
+        """A follower beyond the session's revision has another history: OUT_OF_RANGE."""
+        api = await start_server(database, poll_seconds=0.1)
+        session = await api.session()
+        for _ in range(3):
+            await api.message(session.id)
+        async with following(api, session.id) as follower:
+            await follower.until("caught_up")
+            with psycopg.connect(database) as connection:
+                for sql in (
+                    "DELETE FROM chat_messages WHERE tenant_id = %s AND sequence > 1",
+                    "UPDATE chat_sessions SET revision = 1 WHERE tenant_id = %s",
+                ):
+                    connection.execute(sql, [tenant])
+            with refused(StatusCode.OUT_OF_RANGE, "REVISION_OUT_OF_RANGE"):
+                await follower.next(timeout=5)
+
+    async def test_session_created_again_is_another_one(
+        self, start_server: Any, database: str, tenant: str
+    ) -> None:
+        """An id that should not have been used again does not carry a follower over."""
+        api = await start_server(database, poll_seconds=0.1)
+        session = await api.session()
+        await api.message(session.id)
+        async with following(api, session.id) as follower:
+            await follower.until("caught_up")
+            with psycopg.connect(database) as connection:
+                for sql in (
+                    "DELETE FROM chat_sessions WHERE tenant_id = %(t)s",
+                    "INSERT INTO chat_sessions (tenant_id, id, revision) VALUES (%(t)s, %(id)s, 9)",
+                ):
+                    connection.execute(sql, {"t": tenant, "id": session.id})
+            assert (await follower.next(timeout=5)).HasField("session_deleted")
+            await follower.end()
+
 
 class TestRefusals:
     async def test_absent_and_foreign_are_not_found(self, api: Api, other: Api) -> None:

@@ -29,12 +29,13 @@ class DomainError(Exception):
 
 
 class InvalidArgumentError(DomainError):
-    """The request itself is wrong; carries every violation found."""
+    """The request itself is wrong; carries the violations found, and how many more there are."""
 
-    def __init__(self, violations: Sequence[Violation]):
+    def __init__(self, violations: Sequence[Violation], *, unlisted: int = 0):
         text = "; ".join(f"{v.field}: {v.description}" for v in violations)
         super().__init__(text, reason="INVALID_ARGUMENT")
         self.violations = violations
+        self.unlisted = unlisted
 
 
 class UnauthenticatedError(DomainError):

@@ -151,7 +151,7 @@ class Follow:
                     self._conninfo, autocommit=True
                 ) as connection:
                     await run(connection)
-            except psycopg.Error as error:
+            except Exception as error:  # whatever it is, the next connection may do
                 log.warning(f"{name} lost its connection", error=type(error).__qualname__)
             await asyncio.sleep(RECONNECT_SECONDS)
 
@@ -183,8 +183,8 @@ class Follow:
                 continue
             try:
                 found = await sessions.revisions(self._db, list(self._watchers))
-            except errors.DomainError as error:
-                log.warning("could not poll the watched sessions", reason=error.reason)
+            except Exception as error:  # whatever it is: without the poll a watcher could be stuck
+                log.warning("could not poll the watched sessions", error=type(error).__qualname__)
                 continue
             for key, revision in found.items():
                 for watcher in self._watchers.get(key, ()):

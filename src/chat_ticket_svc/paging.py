@@ -59,7 +59,8 @@ def integer_of(value: Any) -> int:
 
 
 def number_of(value: Any) -> float:
-    if type(value) is not float:
+    """A PostgreSQL real."""
+    if type(value) is not float or not (value == 0 or 1e-37 < abs(value) < 3e38):
         raise ValueError
     return value
 

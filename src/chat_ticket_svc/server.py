@@ -127,7 +127,9 @@ class Server:
             await asyncio.gather(self._health_task, return_exceptions=True)
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(DRAIN_NOTICE_SECONDS)
+        self._interceptor.drain()
         self._follow.drain()
+        await asyncio.sleep(DRAIN_NOTICE_SECONDS)
         await self._grpc.stop(self._settings.drain_seconds)
         await self._interceptor.finished(timeout=1)
         await self._follow.stop()
@@ -170,8 +172,10 @@ class Server:
             try:
                 missing = await self._probe.missing()
                 now = f"the database lacks {', '.join(missing)}" if missing else ""
-            except DomainError as error:
-                now = str(error)
+                if was and not now:
+                    await self._db.check()  # the pool may take longer to come back
+            except Exception as error:  # whatever it is, it is no health
+                now = str(error) if isinstance(error, DomainError) else type(error).__qualname__
             if now != was:
                 was = now
                 if now:

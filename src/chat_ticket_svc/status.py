@@ -44,7 +44,7 @@ RETRIED = (errors.AbortedError, errors.ResourceExhaustedError, errors.Unavailabl
 RETRY_DELAY = Duration(seconds=1)
 
 # Trailers have to fit into the 8 KiB of metadata that callers accept, details in base64.
-TEXT_CHARACTERS = 500
+TEXT_BYTES = 300
 VIOLATION_BYTES = 3500
 
 
@@ -78,14 +78,18 @@ def _bad_request(error: errors.InvalidArgumentError) -> details_pb2.BadRequest:
         details.field_violations.add(field=violation.field, description=violation.description)
         if details.ByteSize() > VIOLATION_BYTES:
             del details.field_violations[-1]
-            rest = len(error.violations) - index
+            rest = len(error.violations) - index + error.unlisted
             details.field_violations.add(field="", description=f"and {rest} more violations")
-            break
+            return details
+    if error.unlisted:
+        details.field_violations.add(field="", description=f"and {error.unlisted} more violations")
     return details
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= TEXT_CHARACTERS else f"{text[: TEXT_CHARACTERS - 1]}…"
+    """In bytes, which may travel percent-encoded, as three characters each."""
+    data = text.encode()
+    return text if len(data) <= TEXT_BYTES else data[:TEXT_BYTES].decode(errors="ignore") + "..."
 
 
 async def _abort(
@@ -163,6 +167,11 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         self._unary_timeout = unary_timeout_seconds
         self._slow_reader = slow_reader_seconds
         self._in_flight: set[asyncio.Task[Any]] = set()
+        self._draining = False
+
+    def drain(self) -> None:
+        """Refuse every new call: answers of gRPC's own during its stop carry no details."""
+        self._draining = True
 
     async def finished(self, timeout: float) -> None:
         """Wait for the handlers that still run, and end those that go on."""
@@ -238,6 +247,8 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         assert task is not None  # noqa: S101 - for the type checker: a handler is a task
         self._in_flight.add(task)
         try:
+            if self._draining:
+                raise errors.UnavailableError("the server shuts down", reason="DRAINING")
             if isinstance(request, _Malformed):
                 raise errors.InvalidArgumentError(
                     [errors.Violation("", "the request is not the message of this method")]
@@ -247,6 +258,8 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
             raise
         except errors.DomainError as error:
             await _abort_known(context, error)
+        except grpc.aio.BaseError as error:  # the caller has left while it was written to
+            raise asyncio.CancelledError from error
         except asyncio.CancelledError as error:
             if task.cancelling():  # by the caller, or by the server's end
                 raise

@@ -5,6 +5,7 @@ in the form that the store takes. What it returns for a bad value does not matte
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -29,6 +30,16 @@ MIME_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 ETAG = re.compile(r"[0-9]{1,18}")
 
+# What a caller is told of at the most; the rest is counted.
+MAX_VIOLATIONS = 100
+
+# More than any enum has values, or any entity fields.
+MAX_FILTER_VALUES = 20
+
+# The most that PostgreSQL's numeric keeps; and of a power of ten with its sign, for any double.
+MAX_SCALE = 16383
+MAX_EXPONENT_CHARACTERS = 5
+
 MAX_PAGE_SIZE = 1000
 DEFAULT_PAGE_SIZE = 50
 
@@ -45,13 +56,23 @@ class Check:
         self._limits = limits
         self._url_schemes = url_schemes
         self._violations: list[Violation] = []
+        self._unlisted = 0
 
     def done(self) -> None:
         if self._violations:
-            raise InvalidArgumentError(self._violations)
+            raise InvalidArgumentError(self._violations, unlisted=self._unlisted)
 
     def add(self, field: str, description: str) -> None:
-        self._violations.append(Violation(field, description))
+        if len(self._violations) < MAX_VIOLATIONS:
+            self._violations.append(Violation(field, description))
+        else:
+            self._unlisted += 1
+
+    def fits(self, field: str, values: Sequence[Any], limit: int) -> bool:
+        """Whether a list is short enough to look into: 4 MiB hold two million empty messages."""
+        if len(values) > limit:
+            self.add(field, f"has {len(values)}, more than {limit}")
+        return len(values) <= limit
 
     def id(self, field: str, value: str) -> str:
         """A required id of something that exists."""
@@ -109,6 +130,8 @@ class Check:
         self, field: str, values: Sequence[int], choices: Mapping[str, int]
     ) -> list[str] | None:
         """The names of enum values to filter by; None when there are none."""
+        if not self.fits(field, values, MAX_FILTER_VALUES):
+            return None
         named = [
             self.choice(f"{field}[{index}]", value, choices) for index, value in enumerate(values)
         ]
@@ -137,6 +160,8 @@ class Check:
         names = ", ".join(allowed)
         if not mask.paths:
             self.add("update_mask", f"names no field; can be changed: {names}")
+        if not self.fits("update_mask", mask.paths, MAX_FILTER_VALUES):
+            return set()
         for path in mask.paths:
             if path not in allowed:
                 self.add("update_mask", f"names {path!r:.100}; can be changed: {names}")
@@ -197,34 +222,33 @@ class Check:
         self.add(field, f"is nested more than {self._limits.metadata_depth} deep")
 
     def new_message(self, field: str, message: pb.ChatMessage) -> NewMessage:
+        attachments: tuple[NewAttachment, ...] = ()
+        if self.fits(f"{field}.attachments", message.attachments, self._limits.attachments):
+            attachments = tuple(
+                self.new_attachment(f"{field}.attachments[{index}]", attachment)
+                for index, attachment in enumerate(message.attachments)
+            )
         return NewMessage(
             id=self.new_id(f"{field}.id", message.id),
             role=self.choice(f"{field}.role", message.role, convert.MESSAGE_ROLE),
             content=self.content(f"{field}.content", message.content),
             metadata=self.metadata(f"{field}.metadata_json", message.metadata_json),
-            attachments=tuple(
-                self.new_attachment(f"{field}.attachments[{index}]", attachment)
-                for index, attachment in enumerate(message.attachments)
-            ),
+            attachments=attachments,
         )
 
     def new_messages(self, field: str, messages: Sequence[pb.ChatMessage]) -> list[NewMessage]:
         if not messages:
             self.add(field, "is required")
-        if len(messages) > self._limits.batch_messages:
-            self.add(field, f"has {len(messages)}, more than {self._limits.batch_messages}")
+        if not self.fits(field, messages, self._limits.batch_messages):
             return []
         return [
             self.new_message(f"{field}[{index}]", message) for index, message in enumerate(messages)
         ]
 
-    def new_attachments(self, field: str, messages: Sequence[NewMessage]) -> None:
+    def together(self, field: str, messages: Sequence[NewMessage]) -> None:
         """What holds for the messages of a request together: how many files, and distinct ids."""
         attachments = [each for message in messages for each in message.attachments]
-        if len(attachments) > self._limits.attachments:
-            self.add(
-                field, f"has {len(attachments)} attachments, more than {self._limits.attachments}"
-            )
+        self.fits(f"{field}.attachments", attachments, self._limits.attachments)
         for kind, ids in (
             ("message", [message.id for message in messages]),
             ("attachment", [attachment.id for attachment in attachments]),
@@ -279,11 +303,14 @@ class _Numbers:
 
     def check(self, text: str) -> int:
         number = float(text)
-        digits = text.lower().split("e")[0]
-        if number in (float("inf"), float("-inf")) or (number == 0 and digits.strip("-0.")):
+        digits, _, power = text.lower().partition("e")
+        beyond = math.isinf(number) or (number == 0 and digits.strip("-0."))
+        if beyond or len(power) > MAX_EXPONENT_CHARACTERS:
             raise ValueError("a number is beyond the range of a double")
-        exponent = text.lower().partition("e")[2]
-        self.growth += abs(int(exponent)) if exponent else 0
+        exponent = int(power or 0)
+        if len(digits.partition(".")[2]) - exponent > MAX_SCALE:
+            raise ValueError(f"a number has more than {MAX_SCALE} digits after the point")
+        self.growth += abs(exponent)
         return 0
 
     def refuse(self, name: str) -> None:

@@ -497,7 +497,9 @@ class WatchChatSessionResponse(_message.Message):
 
     @_builtins.property
     def heartbeat(self) -> Global___WatchChatSessionResponse.Heartbeat:
-        """Nothing happened for a while; keeps the connection in use."""
+        """Nothing happened for a while, or nothing that shows: the connection is in use, and the
+        position may have moved.
+        """
 
     def __init__(
         self,

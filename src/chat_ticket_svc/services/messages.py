@@ -37,6 +37,8 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         self._urls = urls
         self._limits = settings.limits
         self._url_schemes = settings.attachment_url_schemes
+        # A search can take a connection for seconds: most are left to everybody else.
+        self._searching = asyncio.Semaphore(max(1, settings.pool_size // 3))
 
     async def CreateChatMessage(
         self, request: pb.CreateChatMessageRequest, context: Context
@@ -45,7 +47,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         check = Check(self._limits, self._url_schemes)
         session_id = check.id("session_id", request.session_id)
         new = [check.new_message("message", request.message)]
-        check.new_attachments("message.attachments", new)
+        check.together("message", new)
         check.done()
         [message] = await self._append(tenant_id, session_id, new)
         return pb.CreateChatMessageResponse(message=convert.message(message))
@@ -57,7 +59,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         check = Check(self._limits, self._url_schemes)
         session_id = check.id("session_id", request.session_id)
         new = check.new_messages("messages", request.messages)
-        check.new_attachments("messages", new)
+        check.together("messages", new)
         check.done()
         created = await self._append(tenant_id, session_id, new)
         return pb.BatchCreateChatMessagesResponse(
@@ -228,21 +230,22 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         check.done()
         # Nobody who wrote a message could know these, so nothing in it can look like a hit.
         start_marker, stop_marker = secrets.token_hex(16), secrets.token_hex(16)
-        hits = await search.page(
-            self._db,
-            tenant_id,
-            query,
-            session_id=session_id,
-            roles=roles,
-            created_from=created_from,
-            created_to=created_to,
-            after_score=after_score,
-            after_time=after_time,
-            after_id=after_id,
-            start_marker=start_marker,
-            stop_marker=stop_marker,
-            limit=page_size + 1,
-        )
+        async with self._searching:
+            hits = await search.page(
+                self._db,
+                tenant_id,
+                query,
+                session_id=session_id,
+                roles=roles,
+                created_from=created_from,
+                created_to=created_to,
+                after_score=after_score,
+                after_time=after_time,
+                after_id=after_id,
+                start_marker=start_marker,
+                stop_marker=stop_marker,
+                limit=page_size + 1,
+            )
 
         def convert_hit(hit: search.Hit) -> pb.SearchChatMessagesResponse.Hit:
             return pb.SearchChatMessagesResponse.Hit(

@@ -16,6 +16,7 @@ from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.validate import LAST_ID, Check
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Event = pb.WatchChatSessionResponse
 
 
 class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
@@ -121,7 +122,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
 
     async def WatchChatSession(
         self, request: pb.WatchChatSessionRequest, context: Context
-    ) -> AsyncIterator[pb.WatchChatSessionResponse]:
+    ) -> AsyncIterator[Event]:
         tenant_id = caller.tenant_id(context)
         check = Check(self._limits)
         session_id = check.id("session_id", request.session_id)
@@ -130,6 +131,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
 
         clock = asyncio.get_running_loop().time
         page_size = paging.FIRST_PAGE
+        first: sessions.Session | None = None
         shown: tuple[str, bool] | None = None
         caught_up = False
         sent_at = clock()
@@ -139,47 +141,46 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
                 page = await self._follow.read(
                     changes.page(self._db, tenant_id, session_id, after=position, limit=page_size)
                 )
-                if page is None:
-                    if shown is None:
+                if page is None or (first and first.created_at != page.session.created_at):
+                    if first is None:
                         raise sessions.not_found(session_id)
-                    yield pb.WatchChatSessionResponse(
-                        revision=position,
-                        session_deleted=pb.WatchChatSessionResponse.ChatSessionDeleted(),
-                    )
+                    # Another session of the same id, which must not be, is not the one followed.
+                    yield Event(revision=position, session_deleted=Event.ChatSessionDeleted())
                     return
-                if shown is None and position > page.session.revision:
+                first = first or page.session
+                end = page.session.revision
+                if position > end:
                     raise errors.OutOfRangeError(
-                        f"the session is at revision {page.session.revision}, before {position}",
+                        f"the session is at revision {end}, before {position}",
                         reason="REVISION_OUT_OF_RANGE",
                     )
-                if shown != (page.session.status, page.session.has_ticket):
-                    shown = (page.session.status, page.session.has_ticket)
-                    yield pb.WatchChatSessionResponse(
-                        revision=position, session=convert.session(page.session)
-                    )
-                    sent_at = clock()
-                for response in _events(page):
-                    yield response
-                    position = response.revision
+                events = list(_events(page))
+                state = (page.session.status, page.session.has_ticket)
+                if state != shown:
+                    # Before the messages: it is not known where among them it belongs.
+                    at = end if shown and not events else position
+                    events.insert(0, Event(revision=at, session=convert.session(page.session)))
+                    shown = state
+                if not page.more and not caught_up:
+                    events.append(Event(revision=end, caught_up=Event.CaughtUp()))
+                    caught_up = True
+                elif not events and position < end:
+                    # What happened has cancelled itself out: nothing to show but the place.
+                    events.append(Event(revision=end, heartbeat=Event.Heartbeat()))
+                for event in events:
+                    yield event
+                    position = event.revision
                     sent_at = clock()
                 if page.more:
                     page_size = min(2 * page_size, paging.LARGEST_PAGE)
                     continue
-                position = watcher.revision = page.session.revision
-                if not caught_up:
-                    caught_up = True
-                    yield pb.WatchChatSessionResponse(
-                        revision=position, caught_up=pb.WatchChatSessionResponse.CaughtUp()
-                    )
-                    sent_at = clock()
+                watcher.revision = end
                 while not await watcher.changed(sent_at + self._heartbeat_seconds - clock()):
-                    yield pb.WatchChatSessionResponse(
-                        revision=position, heartbeat=pb.WatchChatSessionResponse.Heartbeat()
-                    )
+                    yield Event(revision=position, heartbeat=Event.Heartbeat())
                     sent_at = clock()
 
 
-def _events(page: changes.Page) -> Iterator[pb.WatchChatSessionResponse]:
+def _events(page: changes.Page) -> Iterator[Event]:
     """The changes of a page, runs of new messages together.
 
     The last one stands for all there is in the session when no more follows.
@@ -191,7 +192,7 @@ def _events(page: changes.Page) -> Iterator[pb.WatchChatSessionResponse]:
         ):
             yield response
             response = None
-        response = response or pb.WatchChatSessionResponse()
+        response = response or Event()
         response.revision = change.revision
         if change.message is None:
             response.message_deleted.message_id = change.message_id

@@ -26,6 +26,9 @@ CONTENTION_RETRIES = 3
 # Reliability notes 10 and 15: bounded waits everywhere, and a dead peer noticed within seconds.
 POOL_TIMEOUT_SECONDS = 2
 POOL_MAX_LIFETIME_SECONDS = 1800
+WAITING_PER_CONNECTION = 4
+# After which the pool tries again when it is asked, instead of backing off for minutes.
+RECONNECT_SECONDS = 2
 CONNECTION_OPTIONS = {
     "connect_timeout": "3",
     "keepalives_idle": "10",
@@ -135,12 +138,15 @@ class Database:
             kwargs={"autocommit": True, "prepare_threshold": 0 if prepare_statements else None},
             min_size=min(pool_size, 2),
             max_size=pool_size,
-            max_waiting=4 * pool_size,
+            reconnect_timeout=RECONNECT_SECONDS,
             timeout=POOL_TIMEOUT_SECONDS,
             max_lifetime=POOL_MAX_LIFETIME_SECONDS,
             open=False,
         )
         self._checking: asyncio.Task[None] | None = None
+        # Counted here and not by the pool's max_waiting, which counts callers who have left.
+        self._busy = 0
+        self._most_busy = pool_size * (1 + WAITING_PER_CONNECTION)
 
     async def open(self) -> None:
         """Start connecting. Does not wait: a database that is down must not stop the server."""
@@ -148,6 +154,10 @@ class Database:
 
     async def close(self) -> None:
         await self._pool.close()
+
+    async def check(self) -> None:
+        """Raises UnavailableError unless the pool has a connection that works."""
+        await self.rows("SELECT 1", {}, int)
 
     async def rows(self, sql: LiteralString, params: Params, make: Callable[..., T]) -> list[T]:
         """Read rows in one statement, `make(*columns)` each."""
@@ -204,12 +214,13 @@ class Database:
         attempt = _Attempt()
         conflicts = 0
         retried = False
+        unsure_before = False  # a conflict undoes its own attempt, not one whose commit was lost
         while True:
             async with self._connection(attempt) as connection:
                 try:
                     return await work(Transaction(connection), attempt)
                 except (pg_errors.SerializationFailure, pg_errors.DeadlockDetected) as error:
-                    attempt.unsure = False
+                    attempt.unsure = unsure_before
                     conflicts += 1
                     if conflicts > CONTENTION_RETRIES:
                         raise errors.ContentionError from error
@@ -219,6 +230,7 @@ class Database:
                     if retried or (attempt.unsure and not repeatable):
                         raise self._lost(attempt) from error
                     retried = True
+                    unsure_before = attempt.unsure
                 except psycopg.Error as error:
                     raise translate(error) from error
             if retried:
@@ -228,26 +240,30 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def _connection(self, attempt: _Attempt) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
-        try:
-            connection = await self._pool.getconn()
-        except psycopg_pool.TooManyRequests as error:
+        if self._busy >= self._most_busy:
             if attempt.unsure:
-                raise self._lost(attempt) from error
+                raise self._lost(attempt)
             raise errors.ResourceExhaustedError(
                 "too many calls wait for a database connection", reason="POOL_QUEUE_FULL"
-            ) from error
-        except psycopg.Error as error:
-            raise self._lost(attempt) from error
+            )
+        self._busy += 1
         try:
-            yield connection
+            try:
+                connection = await self._pool.getconn()
+            except psycopg.Error as error:
+                raise self._lost(attempt) from error
+            try:
+                yield connection
+            finally:
+                await self._pool.putconn(connection)
         finally:
-            await self._pool.putconn(connection)
+            self._busy -= 1
 
     def _lost(self, attempt: _Attempt) -> errors.UnavailableError:
         if attempt.unsure:
             return errors.OutcomeUnknownError()
         return errors.UnavailableError(
-            "the database cannot be reached", reason="DATABASE_UNAVAILABLE"
+            "the database cannot be reached, or not in time", reason="DATABASE_UNAVAILABLE"
         )
 
     async def _check_pool(self, attempt: _Attempt) -> None:

@@ -107,6 +107,9 @@ WITH session AS (
 SELECT sequence, metadata, created_at FROM message ORDER BY sequence
 """
 
+# The constraints that refuse an id, also when a concurrent call was the first to use it.
+TAKEN = {"chat_messages_pkey", "chat_message_tombstones_pkey", "chat_attachments_pkey"}
+
 # Metadata is compared as jsonb prints it: 1.0 and 1 are equal as jsonb, and different as sent.
 REPEATED = f"""
 SELECT m.id IS NOT NULL, t.message_id IS NOT NULL,
@@ -255,6 +258,8 @@ async def append(
                 _stored(session_id, message, *row) for message, row in zip(new, rows, strict=True)
             ]
     except ConstraintViolation as violation:
+        if violation.constraint not in TAKEN:
+            raise
         refused = violation
     repeat = await repeated(db, tenant_id, session_id, new)
     if repeat is not None:
