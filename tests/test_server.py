@@ -111,6 +111,15 @@ class TestProcess:
         assert result.returncode != 0
         assert "port taken" in result.stderr
 
+    def test_every_log_line_has_one_form(self) -> None:
+        """JSON, also what libraries say of a database that is not there."""
+        with server_process("postgresql://nobody@127.0.0.1:1/none") as process:
+            process.wait_for("listening")
+            process.wait_for("not serving")
+            assert process.stop() == 0
+        assert any(line.get("logger") == "psycopg.pool" for line in process.log)
+        assert all("level" in line and "timestamp" in line for line in process.log)
+
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     async def test_signal_drains(self, database: str, tenant: str, number: int) -> None:
         """A follower is told to resume, a call under way is answered, the exit status is 0."""

@@ -108,19 +108,28 @@ def _database(directory: Path | None) -> Iterator[dict[str, str]]:
 
 
 def _configure_log(settings: Settings) -> None:
+    """One form for all lines, those of the libraries included."""
     for_people = settings.log_format == "console" or (
         settings.log_format == "auto" and sys.stderr.isatty()
     )
     renderer = (
         structlog.dev.ConsoleRenderer() if for_people else structlog.processors.JSONRenderer()
     )
+    common: list[structlog.typing.Processor] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso"),
+    ]
     structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            renderer,
-        ],
+        processors=[*common, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*common, structlog.stdlib.add_logger_name],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
