@@ -2,8 +2,9 @@
 
 import asyncio
 import http.server
+import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -164,12 +165,12 @@ class TestUrlCheck:
     """With the check on, as it is by default."""
 
     @contextmanager
-    def files(self) -> Iterator[str]:
-        """An HTTP server that has /there and nothing else; yields host:port."""
+    def files(self, handle: Callable[[str], int]) -> Iterator[str]:
+        """An HTTP server whose answers have the status that `handle` says; yields host:port."""
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.send_response(200 if self.path == "/there" else 404)
+                self.send_response(handle(self.path))
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
@@ -206,7 +207,7 @@ class TestUrlCheck:
         self, start_server: Any, database: str
     ) -> None:
         """A repeat returns what is stored, also when the file is gone by then."""
-        with self.files() as host:
+        with self.files(lambda path: 200 if path == "/there" else 404) as host:
             api = await start_server(
                 database,
                 attachment_url_check=True,
@@ -227,6 +228,65 @@ class TestUrlCheck:
         assert repeated.id == message.id
         assert len(repeated.attachments) == 2
         assert await api.attachment(message.id, **alone) == attachment
+
+    @pytest.mark.parametrize("alone", [False, True])
+    async def test_repeat_asks_nobody(self, start_server: Any, database: str, alone: bool) -> None:
+        """One that is stored already is answered without a request to its host."""
+        requests = []
+        with self.files(lambda _: requests.append(1) or 200) as host:
+            api = await start_server(
+                database,
+                attachment_url_check=True,
+                attachment_url_schemes="http",
+                attachment_url_allowed_hosts=host,
+            )
+            session = await api.session()
+            message = await api.message(session.id, id=an_id())
+            fields = {"id": an_id(), "file_url": f"http://{host}/"}
+            for _ in range(2):
+                if alone:
+                    await api.attachment(message.id, **fields)
+                else:
+                    await api.message(session.id, id=fields["id"], attachments=[a_file(**fields)])
+        assert len(requests) == 1
+
+    @pytest.mark.parametrize("alone", [False, True])
+    async def test_repeats_that_cross_get_the_same_answer(
+        self, start_server: Any, database: str, alone: bool
+    ) -> None:
+        """The file may go between the first call's check and the second's: it is stored by then."""
+        both, stored = threading.Barrier(2), threading.Event()
+        turns = itertools.count()
+
+        def handle(_: str) -> int:
+            both.wait(10)
+            if next(turns) == 0:
+                return 200
+            stored.wait(10)
+            return 404
+
+        with self.files(handle) as host:
+            api = await start_server(
+                database,
+                attachment_url_check=True,
+                attachment_url_schemes="http",
+                attachment_url_allowed_hosts=host,
+            )
+            session = await api.session()
+            message = await api.message(session.id)
+            fields = {"id": an_id(), "file_url": f"http://{host}/"}
+            calls = [
+                asyncio.create_task(
+                    api.attachment(message.id, **fields)
+                    if alone
+                    else api.message(session.id, id=fields["id"], attachments=[a_file(**fields)])
+                )
+                for _ in range(2)
+            ]
+            await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+            stored.set()
+            first, second = await asyncio.gather(*calls)
+        assert first == second
 
 
 class TestList:

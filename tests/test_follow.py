@@ -1,7 +1,9 @@
 """Following across processes: two servers on one database, with and without NOTIFY."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
@@ -79,14 +81,14 @@ async def test_killed_listener_misses_nothing(pair: tuple[Api, Api], fresh_datab
         await assert_same_state(one, follower, session.id)
 
 
-async def test_poll_stands_in_for_notify(fresh_database: str, cluster: object, tenant: str) -> None:
+async def test_poll_stands_in_for_notify(fresh_database: str, cluster: Any, tenant: str) -> None:
     """With NOTIFY suppressed entirely, a follower still gets everything."""
-    # Notifications do not cross databases: servers that listen on another one hear nothing.
-    elsewhere = urlsplit(fresh_database)._replace(path="/postgres").geturl()
-    settings = {"DATABASE_LISTEN_URL": elsewhere, "CHAT_TICKET_POLL_SECONDS": "0.2"}
+    # Notifications do not cross databases, and each server has another one for them.
+    elsewhere = [cluster.create(), cluster.create()]
+    poll = {"CHAT_TICKET_POLL_SECONDS": "0.2"}
     with (
-        server_process(fresh_database, **settings) as first,
-        server_process(fresh_database, **settings) as second,
+        server_process(fresh_database, DATABASE_LISTEN_URL=elsewhere[0], **poll) as first,
+        server_process(fresh_database, DATABASE_LISTEN_URL=elsewhere[1], **poll) as second,
     ):
         async with Api(first.address, tenant) as one, Api(second.address, tenant) as two:
             session = await one.session()
@@ -99,6 +101,21 @@ async def test_poll_stands_in_for_notify(fresh_database: str, cluster: object, t
                 request = DeleteChatSessionRequest(session_id=session.id)
                 await two.sessions.DeleteChatSession(request)
                 await follower.until("session_deleted")
+    for url in elsewhere:
+        cluster.drop(url)
+
+
+async def test_writes_to_many_sessions_at_once(pair: tuple[Api, Api]) -> None:
+    """What gathers while a NOTIFY is in flight is told whole by the next."""
+    one, two = pair
+    sessions = [await one.session() for _ in range(20)]
+    async with contextlib.AsyncExitStack() as stack:
+        followers = [
+            await stack.enter_async_context(following(two, session.id)) for session in sessions
+        ]
+        await asyncio.gather(*(follower.until("caught_up") for follower in followers))
+        await asyncio.gather(*(one.message(session.id) for session in sessions))
+        await asyncio.gather(*(follower.until_revision(1) for follower in followers))
 
 
 async def test_poll_survives_whatever_goes_wrong(

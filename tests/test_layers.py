@@ -2,10 +2,13 @@
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import chat_ticket_svc
+from chat_ticket.v1 import resources_pb2 as r
+from chat_ticket_svc import convert
 
 ROOT = Path(chat_ticket_svc.__file__).parent
 
@@ -94,3 +97,19 @@ def test_services_have_no_sql_and_no_try() -> None:
             assert not (isinstance(node, ast.Try) and node.handlers), path.name
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 assert "SELECT " not in node.value, path.name
+
+
+@pytest.mark.parametrize(
+    ("names", "enum"),
+    [
+        (convert.SESSION_STATUS, r.ChatSessionStatus),
+        (convert.MESSAGE_ROLE, r.ChatMessageRole),
+        (convert.TICKET_STATUS, r.TicketStatus),
+    ],
+)
+def test_database_has_the_names_of_the_enums(names: dict[str, int], enum: Any) -> None:
+    """What is stored means the same to who reads the database as to who reads the API."""
+    prefix = enum.Name(0).removesuffix("UNSPECIFIED")
+    assert names == {
+        name.removeprefix(prefix).lower(): value for name, value in enum.items() if value
+    }

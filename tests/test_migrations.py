@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -334,7 +335,18 @@ class TestUpAndDown:
 class TestMake:
     def test_three_migrate_at_once(self, empty_database: str, fresh_database: str) -> None:
         """Concurrent runs wait for one another, all end well, and the schema is there once."""
-        for process in [make("migrate", url=empty_database) for _ in range(3)]:
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' "
+        waiting += "AND datname = current_database()"
+        with psycopg.connect(empty_database) as holder:
+            # What each does first; so all three are at it when the first can go on.
+            holder.execute("CREATE TABLE schema_migrations (version text PRIMARY KEY)")
+            processes = [make("migrate", url=empty_database) for _ in range(3)]
+            deadline = time.monotonic() + 30
+            while ask(empty_database, waiting) != [(3,)]:
+                assert time.monotonic() < deadline, "they did not wait"
+                time.sleep(0.02)
+            holder.rollback()
+        for process in processes:
             finished(process)
         assert applied(empty_database) == VERSIONS
         assert catalog(empty_database) == catalog(fresh_database)

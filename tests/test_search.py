@@ -171,3 +171,15 @@ async def test_forged_token_is_refused(api: Api, score: object) -> None:
     with refused(StatusCode.INVALID_ARGUMENT) as refusal:
         await api.messages.SearchChatMessages(request)
     assert list(refusal.fields) == ["page_token"]
+
+
+@pytest.mark.parametrize("length", [7850, 7875, 7900, 7910, 7930])
+async def test_snippet_is_cut_beside_a_marker_not_in_it(api: Api, length: int) -> None:
+    """Where a hit begins or ends at the limit, the snippet still has nothing but the content."""
+    # Words of 2,048 characters and more are left out of headlines.
+    content = "needle " + (("x" * 1500 + " ") * 6)[:length] + " needle " + "y" * 1500
+    await api.message((await api.session()).id, content)
+    [hit] = await search(api, "needle")
+    text = "".join(part.text for part in hit.snippet)
+    assert text in content
+    assert length < len(text) <= 8000

@@ -18,6 +18,7 @@ from chat_ticket.v1.chat_session_pb2 import (
     UpdateChatSessionRequest,
 )
 
+NIL = "00000000-0000-0000-0000-000000000000"
 ACTIVE = r.CHAT_SESSION_STATUS_ACTIVE
 RESOLVED = r.CHAT_SESSION_STATUS_RESOLVED
 ARCHIVED = r.CHAT_SESSION_STATUS_ARCHIVED
@@ -109,7 +110,17 @@ class TestGet:
         assert texts[0] == texts[1]
 
     @pytest.mark.parametrize(
-        "bad", ["", "x", "{00000000-0000-0000-0000-000000000000}", "0" * 32, "é" * 36]
+        "bad",
+        [
+            "",
+            "x",
+            "{00000000-0000-0000-0000-000000000000}",
+            "0" * 32,
+            "é" * 36,
+            f"{NIL}0",
+            f"{NIL}\n",
+            f" {NIL}",
+        ],
     )
     async def test_malformed_id_is_refused(self, api: Api, bad: str) -> None:
         """Only the text form of RFC 9562 is an id."""

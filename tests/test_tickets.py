@@ -187,6 +187,36 @@ class TestRepeat:
                 await api.escalate(session_id, **fields)
         assert not (await session_of(api, second.id)).has_ticket
 
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"ticket": r.Ticket(id=an_id(), title="help")},
+            {"ticket": r.Ticket(title="other")},
+            {"ticket": r.Ticket(title="help", status=PENDING)},
+            {"ticket_id": an_id()},
+        ],
+        ids=["id", "title", "status", "existing"],
+    )
+    async def test_other_target_is_refused(self, api: Api, changed: dict[str, Any]) -> None:
+        """A link's id stands for the ticket that it was first used for, its id included."""
+        session = await api.session()
+        ticket = r.Ticket(id=an_id(), title="help")
+        link = await api.escalate(session.id, chat_ticket_id=an_id(), ticket=ticket)
+        with refused(StatusCode.ALREADY_EXISTS, "CHAT_TICKET_ALREADY_EXISTS"):
+            await api.escalate(session.id, chat_ticket_id=link.id, **changed)
+        assert await api.escalate(session.id, chat_ticket_id=link.id, ticket=ticket) == link
+
+    async def test_other_ticket_with_the_tickets_id_is_refused(self, api: Api) -> None:
+        """The id of a new ticket stands for its title and status, while it is unchanged."""
+        session = await api.session()
+        ticket_id = an_id()
+        await api.escalate(session.id, ticket=r.Ticket(id=ticket_id, title="help"))
+        for fields in ({"title": "other"}, {"title": "help", "status": PENDING}):
+            with refused(StatusCode.ALREADY_EXISTS, "TICKET_ALREADY_EXISTS"):
+                await api.escalate(session.id, ticket=r.Ticket(id=ticket_id, **fields))
+        with refused(StatusCode.ALREADY_EXISTS, "SESSION_HAS_TICKET"):
+            await api.escalate(session.id, ticket=r.Ticket(id=an_id(), title="help"))
+
 
 class TestUnlink:
     async def test_session_is_free_again_and_the_ticket_stays(self, api: Api) -> None:

@@ -223,7 +223,8 @@ class Database:
                     attempt.unsure = unsure_before
                     conflicts += 1
                     if conflicts > CONTENTION_RETRIES:
-                        raise errors.ContentionError from error
+                        lost = self._lost(attempt) if unsure_before else errors.ContentionError()
+                        raise lost from error
                 except (psycopg.OperationalError, psycopg.InterfaceError) as error:
                     if not _is_lost(error, connection):
                         raise translate(error) from error
