@@ -1,8 +1,8 @@
 # Every target sets up what it needs. `make` alone lists them.
 
-PYTHON ?= python3
-PORT   ?= 50051
 BIN    := .venv/bin
+# An environment that is there keeps its Python, unless another is named.
+PYTHON ?= $(or $(wildcard $(BIN)/python3),python3)
 SOURCES := src/chat_ticket_svc scripts tests
 
 .DEFAULT_GOAL := help
@@ -14,8 +14,8 @@ help: ## list the targets
 venv: ## create .venv from requirements.lock, when it is not up to date
 	@$(PYTHON) scripts/bootstrap.py
 
-run: venv ## serve on PORT=50051 with an embedded PostgreSQL in .data, migrated
-	@$(BIN)/chat-ticket-svc serve --port $(PORT) --embedded .data/postgres
+run: venv ## serve on PORT= or 50051, with an embedded PostgreSQL in .data, migrated
+	@$(BIN)/chat-ticket-svc serve $(if $(PORT),--port $(PORT)) --embedded .data/postgres
 
 test: venv ## run the tests; ARGS= goes to pytest
 	@$(BIN)/python -m pytest $(ARGS)
@@ -29,6 +29,9 @@ migrate-status: venv ## list the applied and the pending migrations of DATABASE_
 new-migration: venv ## create an empty migration: NAME=add_something
 	@test -n "$(NAME)" || { echo "usage: make new-migration NAME=add_something"; exit 2; }
 	@$(BIN)/dbmate --migrations-dir migrations new "$(NAME)"
+	@file=$$(ls migrations/*_"$(NAME)".sql | tail -n 1); \
+		{ sed '/^-- migrate:down/,$$d' "$$file"; printf '%s\n\n' "SET LOCAL lock_timeout = '5s';" "-- migrate:down"; } \
+		> "$$file.new" && mv "$$file.new" "$$file"
 
 proto: venv ## generate the stubs in src/chat_ticket/v1 from protos
 	@$(BIN)/python scripts/generate_stubs.py
@@ -41,7 +44,9 @@ lint: venv ## check the style of Python, protos and migrations
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/buf lint protos
 	@$(BIN)/buf format --diff --exit-code protos
-	@$(BIN)/squawk --config migrations/.squawk.toml migrations/*.sql
+	@for file in migrations/*.sql; do \
+		sed '/^-- migrate:down/,$$d' "$$file" \
+		| $(BIN)/squawk --config migrations/.squawk.toml --stdin-filepath "$$file" || exit 1; done
 
 format: venv ## format Python and protos
 	@$(BIN)/ruff check --fix $(SOURCES)

@@ -64,7 +64,7 @@ class Run:
         self.url = url
         cluster = Cluster(url)
         cluster.execute(f"DROP DATABASE IF EXISTS {TEMPLATE}")
-        assert migrate.dbmate(cluster.url(TEMPLATE), "up", quiet=True) == 0
+        assert migrate.up(cluster.url(TEMPLATE), quiet=True) == 0
 
     def close(self) -> None:
         self._stack.close()

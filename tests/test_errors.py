@@ -156,7 +156,7 @@ class TestDatabaseAway:
         from chat_ticket_svc import migrate
 
         with EmbeddedPostgres(tmp_path / "data", durable=False) as postgres:
-            assert migrate.dbmate(postgres.url("chat_ticket"), "up", quiet=True) == 0
+            assert migrate.up(postgres.url("chat_ticket"), quiet=True) == 0
             yield postgres
 
     async def health(self, api: Api) -> int:

@@ -105,9 +105,10 @@ def ask(url: str, statement: LiteralString) -> list[Any]:
 def catalog(url: str) -> list[str]:
     """All that is in a database, as definitions that can be compared with another's."""
     statement = """
-        SELECT concat_ws(' ', relkind, relname, attnum, attname, attnotnull,
+        SELECT concat_ws(' ', relkind, relname, attname, attnotnull,
                          format_type(atttypid, atttypmod), pg_get_expr(adbin, adrelid))
-          FROM pg_class c LEFT JOIN pg_attribute ON attrelid = c.oid AND attnum > 0
+          FROM pg_class c
+          LEFT JOIN pg_attribute ON attrelid = c.oid AND attnum > 0 AND NOT attisdropped
           LEFT JOIN pg_attrdef ON adrelid = c.oid AND adnum = attnum
          WHERE relnamespace = 'public'::regnamespace
          UNION ALL
@@ -284,14 +285,14 @@ class TestUpAndDown:
         steps = [ours(empty_database)]
         for name in FILES:
             shutil.copy(MIGRATIONS / name, directory)
-            assert migrate.dbmate(empty_database, "up", quiet=True) == 0
+            assert migrate.up(empty_database, quiet=True) == 0
             assert ours(empty_database) not in steps
             steps.append(ours(empty_database))
         for step in reversed(steps[:-1]):
             assert migrate.dbmate(empty_database, "rollback", quiet=True) == 0
             assert ours(empty_database) == step
         assert applied(empty_database) == []
-        assert migrate.dbmate(empty_database, "up", quiet=True) == 0
+        assert migrate.up(empty_database, quiet=True) == 0
         assert ours(empty_database) == steps[-1]
 
     def test_no_file_stays_half_done(self, empty_database: str, directory: Path) -> None:
@@ -302,10 +303,10 @@ class TestUpAndDown:
             (directory / name).write_text(
                 text.replace("-- migrate:down", "SELECT 1/0;\n-- migrate:down")
             )
-            assert migrate.dbmate(empty_database, "up", quiet=True) != 0
+            assert migrate.up(empty_database, quiet=True) != 0
             assert ours(empty_database) == before
             (directory / name).write_text(text)
-            assert migrate.dbmate(empty_database, "up", quiet=True) == 0
+            assert migrate.up(empty_database, quiet=True) == 0
             before = ours(empty_database)
 
     def test_file_that_fails_leaves_nothing(
@@ -327,7 +328,7 @@ class TestUpAndDown:
         assert migrate.dbmate(fresh_database, "status") == 0
         assert f"[ ] {file.name}" in capfd.readouterr().out
         file.write_text(text.format(1))
-        assert migrate.dbmate(fresh_database, "up", quiet=True) == 0
+        assert migrate.up(fresh_database, quiet=True) == 0
         assert applied(fresh_database) == [*VERSIONS, "99990101000000"]
         assert set(catalog(fresh_database)) > set(before)
 
@@ -349,6 +350,15 @@ class TestMake:
         for process in processes:
             finished(process)
         assert applied(empty_database) == VERSIONS
+        assert catalog(empty_database) == catalog(fresh_database)
+
+    def test_three_create_the_database_at_once(
+        self, cluster: Cluster, empty_database: str, fresh_database: str
+    ) -> None:
+        """A database that does not exist yet is created once, and all succeed."""
+        cluster.drop(empty_database)
+        for process in [make("migrate", url=empty_database) for _ in range(3)]:
+            finished(process)
         assert catalog(empty_database) == catalog(fresh_database)
 
     def test_migrating_again_does_nothing(self, fresh_database: str) -> None:
@@ -384,7 +394,9 @@ class TestMake:
         (file,) = (tmp_path / "migrations").iterdir()
         assert re.fullmatch(r"\d{14}_add_something\.sql", file.name)
         assert file.name > FILES[-1]
-        assert re.findall(r"^-- migrate:(\w+)$", file.read_text(), re.MULTILINE) == ["up", "down"]
+        text = file.read_text()
+        assert re.findall(r"^-- migrate:(\w+)$", text, re.MULTILINE) == ["up", "down"]
+        assert "SET LOCAL lock_timeout = '5s';" in text.partition("-- migrate:down")[0]
 
 
 class TestService:

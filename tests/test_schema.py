@@ -293,7 +293,7 @@ class TestValues:
             us.add("chat_messages", role=role)
         for metadata in (None, Jsonb({}), Jsonb({"model": [1, None]})):
             us.add("chat_messages", metadata=metadata)
-        for url in ("http://h", "https://h:8443/p?q#f", "https://[::1]/ä"):
+        for url in ("http://h", "HTTPS://h", "https://h:8443/p?q#f", "https://[::1]/ä"):
             us.add("chat_attachments", file_url=url)
         us.add("chat_attachments", file_name="Rechnung\u2028№5\xa0(🙂).pdf", file_type="a/b+c.d")
 

@@ -49,7 +49,7 @@ class TestSettings:
             CHAT_TICKET_LIMITS__TITLE="CANARY",
         )
         assert result.returncode != 0
-        for name in ("PORT", "POOL_SIZE", "ATTACHMENT_URL_SCHEMES", "LIMITS"):
+        for name in ("PORT", "POOL_SIZE", "ATTACHMENT_URL_SCHEMES", "LIMITS__TITLE"):
             assert f"CHAT_TICKET_{name}" in result.stderr
         assert "CANARY" not in result.stderr
         assert "Traceback" not in result.stderr
@@ -61,6 +61,16 @@ class TestSettings:
         assert result.returncode != 0
         assert "DATABASE_URL" in result.stderr
         assert "Traceback" not in result.stderr
+
+    @pytest.mark.parametrize("url", ["host=localhost dbname=x", "mysql://x", "CANARY"])
+    def test_database_is_named_by_a_url(self, url: str) -> None:
+        """In the one form that the service and dbmate both take."""
+        result = command("migrate", DATABASE_URL=url)
+        assert result.returncode != 0
+        assert (
+            result.stderr
+            == "chat-ticket-svc: DATABASE_URL: Value error, is not a postgresql:// URL\n"
+        )
 
     def test_bad_allowed_hosts_are_refused(self, database: str) -> None:
         """An entry that could never work is a mistake, not a silent nothing."""

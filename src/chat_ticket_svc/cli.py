@@ -45,7 +45,9 @@ def _migrate(command: str) -> int:
     settings = config.load()
     if not settings.migrate_url:
         raise ConfigurationError("DATABASE_URL: is required")
-    return migrate.dbmate(settings.migrate_url, "up" if command == "migrate" else "status")
+    if command == "migrate":
+        return migrate.up(settings.migrate_url)
+    return migrate.dbmate(settings.migrate_url, "status")
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -102,7 +104,7 @@ def _database(directory: Path | None) -> Iterator[dict[str, str]]:
         return
     with EmbeddedPostgres(directory) as postgres:
         url = postgres.url("chat_ticket")
-        if migrate.dbmate(url, "up", quiet=True) != 0:
+        if migrate.up(url, quiet=True) != 0:
             raise EmbeddedPostgresError(f"the database in {directory} could not be migrated")
         yield dict.fromkeys(("DATABASE_URL", "DATABASE_LISTEN_URL"), url)
 

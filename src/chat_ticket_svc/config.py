@@ -6,7 +6,7 @@ secrets. The README lists the same settings.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 # A comma-separated list in the environment.
@@ -25,16 +25,16 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    content_bytes: int = 256 * KIB
-    metadata_bytes: int = 64 * KIB
-    metadata_depth: int = 20
-    attachments: int = 20
-    batch_messages: int = 500
-    file_url: int = 2048
-    file_name: int = 255
-    file_type: int = 255
-    title: int = 500
-    query: int = 1000
+    content_bytes: PositiveInt = 256 * KIB
+    metadata_bytes: PositiveInt = 64 * KIB
+    metadata_depth: PositiveInt = 20
+    attachments: PositiveInt = 20
+    batch_messages: PositiveInt = 500
+    file_url: PositiveInt = 2048
+    file_name: PositiveInt = 255
+    file_type: PositiveInt = 255
+    title: PositiveInt = 500
+    query: PositiveInt = 1000
 
 
 class Settings(BaseSettings):
@@ -77,6 +77,13 @@ class Settings(BaseSettings):
     limits: Limits = Limits()
     log_format: Literal["auto", "json", "console"] = "auto"
 
+    @field_validator("database_url", "database_listen_url", "migrate_database_url")
+    @classmethod
+    def _a_url(cls, value: str) -> str:
+        if value and not value.startswith(("postgres://", "postgresql://")):
+            raise ValueError("is not a postgresql:// URL")
+        return value
+
     @field_validator("attachment_url_schemes", "attachment_url_allowed_hosts", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
@@ -109,7 +116,7 @@ def load(**overrides: object) -> Settings:
         prefix = Settings.model_config["env_prefix"]
         lines = []
         for problem in error.errors(include_input=False, include_url=False):
-            name = str(problem["loc"][0])
+            name = "__".join(str(part) for part in problem["loc"])
             name = name if name.isupper() else f"{prefix}{name.upper()}"
             lines.append(f"{name}: {problem['msg']}")
         raise ConfigurationError("\n".join(lines)) from None

@@ -4,12 +4,25 @@ import os
 import subprocess
 import sysconfig
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from chat_ticket_svc.store.schema import MIGRATIONS
 
 
-def dbmate(url: str, *command: str, quiet: bool = False) -> int:
+def up(url: str, *, quiet: bool = False) -> int:
+    """Bring a database to the newest schema, creating it first when there is none."""
+    # In two steps: of several that create at once all but one fail, and need not.
+    _run(url, "create", capture_output=True)
+    return dbmate(url, "migrate", quiet=quiet)
+
+
+def dbmate(url: str, command: str, *, quiet: bool = False) -> int:
     """Run a dbmate command on the database of `url`; returns its exit status."""
+    return _run(url, command, stdout=subprocess.DEVNULL if quiet else None).returncode
+
+
+def _run(url: str, command: str, **streams: Any) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(  # noqa: S603 - our own binary
         [
             Path(sysconfig.get_path("scripts")) / "dbmate",
@@ -17,10 +30,18 @@ def dbmate(url: str, *command: str, quiet: bool = False) -> int:
             MIGRATIONS,
             "--migration-lock",
             "--no-dump-schema",
-            *command,
+            command,
         ],
         # Not as an argument: the URL holds a password, and arguments are there for all to see.
-        env={**os.environ, "DATABASE_URL": url},
-        stdout=subprocess.DEVNULL if quiet else None,
+        env={**os.environ, "DATABASE_URL": _like_libpq(url)},
         check=False,
-    ).returncode
+        **streams,
+    )
+
+
+def _like_libpq(url: str) -> str:
+    """dbmate insists on TLS where libpq only prefers it."""
+    parts = urlsplit(url)
+    if "sslmode=" in parts.query or "PGSSLMODE" in os.environ:
+        return url
+    return parts._replace(query="&".join(filter(None, [parts.query, "sslmode=prefer"]))).geturl()

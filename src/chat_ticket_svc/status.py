@@ -40,7 +40,8 @@ TABLE: tuple[tuple[type[errors.DomainError], grpc.StatusCode], ...] = (
     (errors.UnsupportedError, grpc.StatusCode.UNIMPLEMENTED),
 )
 
-RETRIED = (errors.AbortedError, errors.ResourceExhaustedError, errors.UnavailableError)
+# Not with every ABORTED: with a stale etag the same call never succeeds.
+RETRIED = (errors.ContentionError, errors.ResourceExhaustedError, errors.UnavailableError)
 RETRY_DELAY = Duration(seconds=1)
 
 # Trailers have to fit into the 8 KiB of metadata that callers accept, details in base64.
