@@ -49,6 +49,22 @@ CREATE TABLE chat_message_tombstones (
 CREATE UNIQUE INDEX idx_chat_message_tombstones_session
     ON chat_message_tombstones (tenant_id, session_id, revision);
 
+-- What a row is and where it stands does not change; used by chat_tickets as well.
+CREATE FUNCTION refuse_key_change() RETURNS trigger
+    LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE 'the keys of % do not change', TG_TABLE_NAME
+        USING ERRCODE = 'check_violation', CONSTRAINT = TG_TABLE_NAME || '_keys_check';
+END
+$$;
+
+CREATE TRIGGER chat_messages_refuse_key_change
+    BEFORE UPDATE OF id, tenant_id, session_id, sequence ON chat_messages
+    FOR EACH ROW
+    WHEN ((OLD.id, OLD.tenant_id, OLD.session_id, OLD.sequence)
+          IS DISTINCT FROM (NEW.id, NEW.tenant_id, NEW.session_id, NEW.sequence))
+    EXECUTE FUNCTION refuse_key_change();
+
 -- AFTER, so that an insert which waited for the deletion of the same id sees its tombstone.
 -- The search_path names pg_temp last, so that no temporary table stands in for one of ours.
 CREATE FUNCTION chat_messages_refuse_tombstoned_id() RETURNS trigger
@@ -75,3 +91,4 @@ CREATE TRIGGER chat_messages_refuse_tombstoned_id
 DROP TABLE chat_message_tombstones;
 DROP TABLE chat_messages;
 DROP FUNCTION chat_messages_refuse_tombstoned_id();
+DROP FUNCTION refuse_key_change();

@@ -77,20 +77,12 @@ $$;
 CREATE TRIGGER chat_tickets_unlink AFTER DELETE ON chat_tickets
     FOR EACH ROW EXECUTE FUNCTION chat_tickets_unlink();
 
-CREATE FUNCTION chat_tickets_refuse_key_change() RETURNS trigger
-    LANGUAGE plpgsql AS $$
-BEGIN
-    RAISE 'the keys of a chat ticket do not change: delete it and create another'
-        USING ERRCODE = 'check_violation', CONSTRAINT = 'chat_tickets_keys_check';
-END
-$$;
-
 CREATE TRIGGER chat_tickets_refuse_key_change
     BEFORE UPDATE OF id, tenant_id, session_id, ticket_id ON chat_tickets
     FOR EACH ROW
     WHEN ((OLD.id, OLD.tenant_id, OLD.session_id, OLD.ticket_id)
           IS DISTINCT FROM (NEW.id, NEW.tenant_id, NEW.session_id, NEW.ticket_id))
-    EXECUTE FUNCTION chat_tickets_refuse_key_change();
+    EXECUTE FUNCTION refuse_key_change();
 
 -- TRUNCATE fires no row trigger, so it would leave has_ticket behind and lose active tickets.
 CREATE FUNCTION chat_tickets_refuse_truncate() RETURNS trigger
@@ -158,6 +150,5 @@ DROP TABLE tickets;
 DROP FUNCTION chat_sessions_refuse_delete();
 DROP FUNCTION chat_sessions_check_has_ticket();
 DROP FUNCTION chat_tickets_refuse_truncate();
-DROP FUNCTION chat_tickets_refuse_key_change();
 DROP FUNCTION chat_tickets_unlink();
 DROP FUNCTION chat_tickets_link();

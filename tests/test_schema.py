@@ -263,7 +263,9 @@ class TestValues:
         for value in values:
             with refused(CheckViolation, f"{table}_{column}_check"):
                 us.add(table, **{column: value})
-            with refused(CheckViolation, f"{table}_{column}_check"):
+            # A message's place does not change at all.
+            rule = "keys" if (table, column) == ("chat_messages", "sequence") else column
+            with refused(CheckViolation, f"{table}_{rule}_check"):
                 us.set(table, row, **{column: value})
 
     @pytest.mark.parametrize(
@@ -338,12 +340,30 @@ class TestParents:
         """The key of a parent does not change, nor its tenant, while it has children."""
         row = us.add(parent)
         us.add(table, **{column: row})
+        rule: tuple[type[psycopg.Error], str]
+        rule = ForeignKeyViolation, f"fk_{table}_{column.removesuffix('_id')}"
+        if parent == "chat_messages":  # nor while it has none
+            rule = CheckViolation, "chat_messages_keys_check"
         for change in ({"id": uuid.uuid4()}, {"tenant_id": them.tenant}):
-            with refused(ForeignKeyViolation, f"fk_{table}_{column.removesuffix('_id')}"):
+            with refused(*rule):
                 us.set(parent, row, **change)
 
 
 class TestTombstones:
+    @pytest.mark.parametrize("column", ["id", "tenant_id", "session_id", "sequence"])
+    def test_keys_of_a_message_do_not_change(self, us: Rows, them: Rows, column: str) -> None:
+        """It stays what and where it is: no update takes the id of a deleted message either."""
+        message = us.add("chat_messages")
+        others = {
+            "id": us.add("chat_message_tombstones"),
+            "tenant_id": them.tenant,
+            "session_id": us.add("chat_sessions"),
+            "sequence": 10**6,
+        }
+        with refused(CheckViolation, "chat_messages_keys_check"):
+            us.set("chat_messages", message, **{column: others[column]})
+        us.set("chat_messages", message, id=message)
+
     def test_id_of_a_deleted_message_is_not_used_again(self, us: Rows, them: Rows) -> None:
         """Not in its session, nor in another, nor among others; another tenant can have it."""
         tombstone = us.add("chat_message_tombstones")
