@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import random
 import shutil
 import socket
 import ssl
@@ -93,6 +94,14 @@ class Site:
         return len(self.peers)
 
 
+def unused_port() -> int:
+    """A port that is free on every address, below those that the system gives to others."""
+    while True:
+        port = random.randint(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("", port)):
+            return port
+
+
 @contextlib.asynccontextmanager
 async def serve(
     answer: Answer = OK, host: str = PRIVATE, port: int = 0, tls: ssl.SSLContext | None = None
@@ -125,7 +134,9 @@ async def serve(
             site.left.set()
             writer.close()
 
-    server = await asyncio.start_server(connected, host, port, ssl=tls)
+    # Not a port of the system's choice: another test may have that one on another address, where
+    # the second site of a pair has to be.
+    server = await asyncio.start_server(connected, host, port or unused_port(), ssl=tls)
     site.port = server.sockets[0].getsockname()[1]
     try:
         yield site
