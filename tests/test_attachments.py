@@ -363,3 +363,19 @@ class TestDelete:
             with refused(StatusCode.NOT_FOUND, "CHAT_ATTACHMENT_NOT_FOUND"):
                 await attempt(api, theirs.attachments[0].id)
         assert await of_message(other, theirs.id) == theirs
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"file_url": "https://files.example/b"}, {"file_name": "b"}, {"file_type": "a/b"}],
+    ids=["url", "name", "type"],
+)
+async def test_id_of_another_file_is_refused(api: Api, changed: dict[str, str]) -> None:
+    """An id stands for the URL, the name and the type that it was first used for."""
+    session, message_id, file_id = await api.session(), an_id(), an_id()
+    await api.message(session.id, id=message_id, attachments=[a_file(id=file_id)])
+    with refused(StatusCode.ALREADY_EXISTS, "CHAT_ATTACHMENT_ALREADY_EXISTS"):
+        await api.attachment(message_id, id=file_id, **changed)
+    with refused(StatusCode.ALREADY_EXISTS, "CHAT_MESSAGE_ALREADY_EXISTS"):
+        await api.message(session.id, id=message_id, attachments=[a_file(id=file_id, **changed)])
+    assert (await api.attachment(message_id, id=file_id)).id == file_id

@@ -8,7 +8,7 @@ import pytest
 from client import a_file, an_id, refused
 from grpc import StatusCode
 from test_attachments import delete as delete_file
-from test_errors import execute, locked
+from test_errors import execute, locked, raise_on_insert
 from test_follow import pair, shared  # noqa: F401 - fixtures
 from test_messages import delete, set_metadata
 from test_sessions import ACTIVE, RESOLVED, set_status
@@ -200,3 +200,14 @@ async def test_callers_own_deadline_goes_before_ours(
         await until_waiting(fresh_database, 1)
         await asyncio.sleep(0.5)
     assert (await waiting).sequence == 1
+
+
+async def test_connection_lost_every_time_is_not_tried_for_ever(
+    start_server: Any, fresh_database: str
+) -> None:
+    """What is safe to repeat is repeated once."""
+    api = await start_server(fresh_database, pool_size=2)
+    raise_on_insert(fresh_database, "PERFORM pg_terminate_backend(pg_backend_pid())")
+    with refused(StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN"):
+        async with asyncio.timeout(10):
+            await api.session()

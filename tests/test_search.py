@@ -183,3 +183,11 @@ async def test_snippet_is_cut_beside_a_marker_not_in_it(api: Api, length: int) -
     text = "".join(part.text for part in hit.snippet)
     assert text in content
     assert length < len(text) <= 8000
+
+
+async def test_best_match_of_all_comes_first(api: Api) -> None:
+    """A page has the best of all matches, not the best of the first ones found."""
+    session = await api.session()
+    ids = [(await api.message(session.id, "cat " * n + "dog " * (9 - n))).id for n in range(1, 9)]
+    hits = await search(api, "cat", page_size=1)
+    assert [hit.message_id for hit in hits] == ids[::-1]
