@@ -209,8 +209,14 @@ class TestHistory:
 
 
 class TestLive:
-    async def test_every_kind_of_change_arrives(self, api: Api) -> None:
+    @pytest.fixture
+    async def unpolled(self, start_server: Any, database: str) -> Api:
+        """A client of a server that does not poll: only what a write tells wakes a follower."""
+        return await start_server(database, poll_seconds=3600)  # type: ignore[no-any-return]
+
+    async def test_every_kind_of_change_arrives(self, unpolled: Api) -> None:
         """Messages, batches, metadata, attachments, deletions, status, ticket: as they happen."""
+        api = unpolled
         session = await api.session()
         async with following(api, session.id) as follower:
             await follower.until("caught_up")
@@ -255,8 +261,9 @@ class TestLive:
             await follower.next()
             await assert_same_state(api, follower, session.id)
 
-    async def test_deletion_of_the_session_ends_the_stream(self, api: Api) -> None:
+    async def test_deletion_of_the_session_ends_the_stream(self, unpolled: Api) -> None:
         """The stream says so and ends OK."""
+        api = unpolled
         session = await api.session()
         await api.message(session.id)
         async with following(api, session.id) as follower:
