@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from client import Api, a_file, an_id
 from test_attachments import delete as delete_file
 from test_follow import pair, shared  # noqa: F401 - fixtures
@@ -64,15 +65,22 @@ async def everything(api: Api, ids: Ids) -> list[Any]:
     return found
 
 
-async def test_same_ids_in_two_tenants_stay_apart(api: Api, other: Api) -> None:
+@pytest.mark.parametrize("but", ["none", "session"])
+async def test_same_ids_in_two_tenants_stay_apart(api: Api, other: Api, but: str) -> None:
     """Whatever one tenant does with its rows, the other's of the same ids are as they were."""
-    ids = {name: an_id() for name in ("session", "message", "second", "file", "ticket", "link")}
-    await world(other, ids)
-    theirs = await everything(other, ids)
+    names = ("session", "message", "second", "file", "ticket", "link")
+    their_ids = {name: an_id() for name in names}
+    ids = {**their_ids, but: an_id()}
+    await world(other, their_ids)
+    theirs = await everything(other, their_ids)
     await world(api, ids)
+    assert other.tenant not in str(await everything(api, ids))
+    ticket = r.Ticket(id=ids["ticket"], title=api.tenant)
+    assert (await api.escalate(ids["session"], ticket=ticket)).ticket.tenant_id == api.tenant
     message = await set_metadata(api, ids["message"], "{}")
     assert await set_metadata(api, ids["message"], "{}") == message, "theirs has none"
-    file_id = (await api.attachment(ids["second"])).id
+    for _ in range(19):
+        file_id = (await api.attachment(ids["message"])).id
     for change in (
         lambda: world(api, ids),
         lambda: set_status(api, ids["session"], RESOLVED),
@@ -85,5 +93,5 @@ async def test_same_ids_in_two_tenants_stay_apart(api: Api, other: Api) -> None:
         lambda: delete_session(api, ids["session"]),
     ):
         await change()
-        await world(other, ids)
-        assert await everything(other, ids) == theirs
+        await world(other, their_ids)
+        assert await everything(other, their_ids) == theirs
