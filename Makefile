@@ -62,7 +62,6 @@ demo: venv ## load real conversations through the API and show what the service 
 	@$(BIN)/python scripts/demo.py $(if $(ALL),--all)
 
 lock: venv ## resolve requirements.lock again from pyproject.toml
-	@$(BIN)/python -m pip install --quiet uv
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --python-version 3.11 \
 		--all-extras --group dev --custom-compile-command "make lock" \
 		--output-file requirements.lock pyproject.toml
