@@ -14,8 +14,8 @@ help: ## list the targets
 venv: ## create .venv from requirements.lock, when it is not up to date
 	@$(PYTHON) scripts/bootstrap.py
 
-run: venv ## serve on PORT= or 50051, with an embedded PostgreSQL in .data, migrated
-	@$(BIN)/chat-ticket-svc serve $(if $(PORT),--port $(PORT)) --embedded .data/postgres
+run: venv ## serve on PORT= or 50051, with an embedded PostgreSQL in .data; AUTH=jwt asks for tokens
+	@$(if $(AUTH),CHAT_TICKET_AUTH=$(AUTH)) $(BIN)/chat-ticket-svc serve $(if $(PORT),--port $(PORT)) --embedded .data/postgres
 
 test: venv ## run the tests; ARGS= goes to pytest
 	@$(BIN)/python -m pytest $(ARGS)

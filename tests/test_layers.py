@@ -20,14 +20,16 @@ LAYERS = [
     ["server"],
     ["services"],
     ["follow", "paging", "status"],
-    ["validate", "caller"],
+    ["validate"],
     ["convert"],
-    ["migrate"],
-    ["store", "attachment_url", "embedded"],
-    ["errors", "config"],
+    ["development", "migrate"],
+    ["access", "attachment_url", "embedded", "store"],
+    ["caller", "logs"],
+    ["errors"],
+    ["config"],
 ]
 PSYCOPG = {"store", "follow", "embedded"}
-GRPC = {"server", "services", "status", "caller"}
+GRPC = {"server", "services", "status", "access"}
 
 
 def layer(module: str) -> int:

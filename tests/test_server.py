@@ -67,10 +67,7 @@ class TestSettings:
         """In the one form that the service and dbmate both take."""
         result = command("migrate", DATABASE_URL=url)
         assert result.returncode != 0
-        assert (
-            result.stderr
-            == "chat-ticket-svc: DATABASE_URL: Value error, is not a postgresql:// URL\n"
-        )
+        assert result.stderr == "chat-ticket-svc: DATABASE_URL: is not a postgresql:// URL\n"
 
     def test_bad_allowed_hosts_are_refused(self, database: str) -> None:
         """An entry that could never work is a mistake, not a silent nothing."""
@@ -97,10 +94,17 @@ class TestSettings:
         settings = {
             str(field.validation_alias or f"CHAT_TICKET_{name.upper()}")
             for name, field in fields.items()
-            if name != "limits"
+            if name not in ("limits", "quotas")
         }
-        limits = {f"CHAT_TICKET_LIMITS__{name.upper()}" for name in config.Limits.model_fields}
-        assert named - limits == settings
+        assert named == settings
+        text = (ROOT / "README.md").read_text()
+        for prefix, group in (("LIMITS", config.Limits), ("QUOTAS", config.Quotas)):
+            [listed] = re.findall(rf"^`CHAT_TICKET_{prefix}__.*$", text, re.MULTILINE)
+            defaults = {
+                name.lower(): float(default)
+                for name, default in re.findall(r"__([A-Z_]+)` \((\d+)\)", listed)
+            }
+            assert defaults == {n: f.default for n, f in group.model_fields.items()}, prefix
 
 
 class TestProcess:

@@ -1,27 +1,22 @@
-"""Who makes a call: the one place where it gets its tenant, and where credentials belong."""
+"""Which tenant the call at hand acts for, as the door has found."""
 
-import re
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 
-import grpc.aio
-
-from chat_ticket_svc.errors import InvalidArgumentError, UnauthenticatedError, Violation
-
-TENANT_KEY = "x-tenant-id"
-# Printable ASCII, without spaces around it: it travels in metadata.
-TENANT_ID = re.compile(r"[!-~]([ -~]{0,253}[!-~])?")
+_TENANT_ID: ContextVar[str] = ContextVar("tenant_id")
 
 
-def tenant_id(context: grpc.aio.ServicerContext[Any, Any]) -> str:
-    """The tenant that the call acts for."""
-    given = [value for key, value in context.invocation_metadata() or () if key == TENANT_KEY]
-    if not given:
-        raise UnauthenticatedError(
-            f"the metadata key {TENANT_KEY} is missing", reason="TENANT_REQUIRED"
-        )
-    tenant = given[0]
-    if len(given) > 1 or not isinstance(tenant, str) or not TENANT_ID.fullmatch(tenant):
-        raise InvalidArgumentError(
-            [Violation(TENANT_KEY, "is not one text of 1 to 255 printable ASCII characters")]
-        )
-    return tenant
+@contextlib.contextmanager
+def acting_for(tenant_id: str) -> Iterator[None]:
+    """Around the handling of a call."""
+    token = _TENANT_ID.set(tenant_id)
+    try:
+        yield
+    finally:
+        _TENANT_ID.reset(token)
+
+
+def tenant_id() -> str:
+    """The tenant of the call. LookupError outside of one."""
+    return _TENANT_ID.get()

@@ -1,17 +1,17 @@
-"""The command line: serve, migrate, migrate-status."""
+"""The command line: serve, migrate, migrate-status, token."""
 
 import argparse
 import asyncio
 import contextlib
-import logging
+import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import structlog
-
-from chat_ticket_svc import config, migrate
+from chat_ticket_svc import config, logs, migrate
+from chat_ticket_svc.access.credential import Permission
 from chat_ticket_svc.config import ConfigurationError, Settings
 from chat_ticket_svc.embedded import EmbeddedPostgres, EmbeddedPostgresError
 
@@ -33,12 +33,58 @@ def main(arguments: list[str] | None = None) -> None:
     )
     commands.add_parser("migrate", help="bring the database to the newest schema")
     commands.add_parser("migrate-status", help="list the applied and the pending migrations")
+    token = commands.add_parser(
+        "token", help="print a token for a server that `serve --embedded` runs with jwt"
+    )
+    token.add_argument(
+        "--tenant",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="a tenant that the token is for; may be repeated; without it, all tenants",
+    )
+    token.add_argument(
+        "--permission",
+        action="append",
+        default=[],
+        choices=list(Permission),
+        help="may be repeated; without it, all of them",
+    )
+    token.add_argument(
+        "--seconds", type=int, default=3600, help="how long it is valid (default: %(default)s)"
+    )
+    token.add_argument(
+        "--directory",
+        type=Path,
+        default=Path(".data"),
+        help="where the key is, or will be: beside the data directory (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     try:
-        status = _serve(options) if options.command == "serve" else _migrate(options.command)
+        match options.command:
+            case "serve":
+                status = _serve(options)
+            case "token":
+                status = _token(options)
+            case command:
+                status = _migrate(command)
     except (ConfigurationError, EmbeddedPostgresError) as error:
         sys.exit(f"chat-ticket-svc: {error}")
     sys.exit(status)
+
+
+def _token(options: argparse.Namespace) -> int:
+    from chat_ticket_svc import development
+
+    print(
+        development.token(
+            options.directory,
+            tenants=options.tenant,
+            permissions=options.permission,
+            seconds=options.seconds,
+        )
+    )
+    return 0
 
 
 def _migrate(command: str) -> int:
@@ -62,13 +108,18 @@ def _serve(options: argparse.Namespace) -> int:
         settings = config.load(**overrides, **embedded)
         if not settings.database_url:
             raise ConfigurationError("DATABASE_URL: is required (or serve --embedded DIRECTORY)")
-        _configure_log(settings)
+        logs.configure(settings)
+
+        def listening(port: int) -> None:
+            if options.embedded is not None:
+                print(_an_example(settings, port, options.embedded.parent), flush=True)
 
         async def until_signalled() -> None:
             stop = asyncio.Event()
             loop = asyncio.get_running_loop()
             end.request = lambda: loop.call_soon_threadsafe(stop.set)
-            await server.run(settings, stop)
+            loop.set_exception_handler(logs.background_error)
+            await server.run(settings, stop, listening)
 
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -106,32 +157,31 @@ def _database(directory: Path | None) -> Iterator[dict[str, str]]:
         url = postgres.url("chat_ticket")
         if migrate.up(url, quiet=True) != 0:
             raise EmbeddedPostgresError(f"the database in {directory} could not be migrated")
-        yield dict.fromkeys(("DATABASE_URL", "DATABASE_LISTEN_URL"), url)
+        overrides = dict.fromkeys(("DATABASE_URL", "DATABASE_LISTEN_URL"), url)
+        if "jwt" in os.environ.get("CHAT_TICKET_AUTH", "") and not os.environ.get(
+            "CHAT_TICKET_JWT_KEYS"
+        ):
+            from chat_ticket_svc import development
+
+            overrides |= development.settings(directory.parent)
+        yield overrides
 
 
-def _configure_log(settings: Settings) -> None:
-    """One form for all lines, those of the libraries included."""
-    for_people = settings.log_format == "console" or (
-        settings.log_format == "auto" and sys.stderr.isatty()
-    )
-    renderer = (
-        structlog.dev.ConsoleRenderer() if for_people else structlog.processors.JSONRenderer()
-    )
-    common: list[structlog.typing.Processor] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso"),
-    ]
-    structlog.configure(
-        processors=[*common, renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
-        cache_logger_on_first_use=True,
-    )
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*common, structlog.stdlib.add_logger_name],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
-        )
-    )
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+def _an_example(settings: Settings, port: int, directory: Path) -> str:
+    """A call of this server, to be pasted into a shell."""
+    python = os.path.relpath(sys.executable)
+    words = [str(Path(python).with_name("grpcurl"))]
+    if settings.tls_certificate is None:
+        words.append("-plaintext")
+    else:
+        words += ["-cacert", "AUTHORITY.pem"]
+    if "mtls" in settings.auth:
+        words += ["-cert", "CLIENT.pem", "-key", "CLIENT-KEY.pem"]
+    line = shlex.join(words)
+    if "jwt" in settings.auth:
+        token = [python, "-m", "chat_ticket_svc", "token", "--tenant", "acme"]
+        token += ["--directory", str(directory)]
+        line += f' -H "authorization: Bearer $({shlex.join(token)})"'
+    else:
+        line += " -H 'x-tenant-id: acme'"
+    return f"{line} localhost:{port} chat_ticket.v1.ChatSessionService/ListChatSessions"

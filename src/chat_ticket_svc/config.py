@@ -4,13 +4,35 @@ Frozen once read; all that is wrong is reported at once, without the values, som
 secrets. The README lists the same settings.
 """
 
-from typing import Annotated, Literal
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 # A comma-separated list in the environment.
 CommaSeparated = Annotated[tuple[str, ...], NoDecode]
+
+PREFIX = "CHAT_TICKET_"
+
+# Those by which knowing how to check a token is not knowing how to make one.
+SIGNATURES = {
+    *("RS256", "RS384", "RS512"),
+    *("PS256", "PS384", "PS512"),
+    *("ES256", "ES384", "ES512"),
+    "EdDSA",
+}
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -37,12 +59,27 @@ class Limits(BaseModel):
     query: PositiveInt = 1000
 
 
+class Quotas(BaseModel):
+    """What callers may use of one server process. Streams of messages and changes both count."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tenant_calls_per_second: PositiveFloat = 500
+    tenant_burst: PositiveInt = 1000
+    tenant_calls_in_flight: PositiveInt = 40
+    tenant_streams: PositiveInt = 1000
+    session_streams: PositiveInt = 100
+    calls_in_flight: PositiveInt = 400
+    streams: PositiveInt = 4000
+
+
 class Settings(BaseSettings):
     """The settings of one server process; each is the environment variable of the same name."""
 
     model_config = SettingsConfigDict(
-        env_prefix="CHAT_TICKET_",
+        env_prefix=PREFIX,
         env_nested_delimiter="__",
+        env_ignore_empty=True,
         frozen=True,
         hide_input_in_errors=True,
         extra="ignore",
@@ -64,6 +101,19 @@ class Settings(BaseSettings):
     unary_timeout_seconds: float = Field(default=10, gt=0)
     drain_seconds: float = Field(default=10, ge=0)
 
+    # Callers
+    auth: Literal["insecure", "jwt", "mtls", "jwt,mtls"] = "insecure"
+    allow_insecure: bool = False
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    mtls_authority: Path | None = None
+    mtls_callers: Path | None = None
+    jwt_keys: str = ""
+    jwt_issuer: str = ""
+    jwt_audience: str = ""
+    jwt_algorithms: CommaSeparated = ("RS256", "ES256", "EdDSA")
+    quotas: Quotas = Quotas()
+
     # Streams
     heartbeat_seconds: float = Field(default=15, gt=0)
     slow_reader_seconds: float = Field(default=30, gt=0)
@@ -76,6 +126,7 @@ class Settings(BaseSettings):
 
     limits: Limits = Limits()
     log_format: Literal["auto", "json", "console"] = "auto"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("database_url", "database_listen_url", "migrate_database_url")
     @classmethod
@@ -84,7 +135,9 @@ class Settings(BaseSettings):
             raise ValueError("is not a postgresql:// URL")
         return value
 
-    @field_validator("attachment_url_schemes", "attachment_url_allowed_hosts", mode="before")
+    @field_validator(
+        "attachment_url_schemes", "attachment_url_allowed_hosts", "jwt_algorithms", mode="before"
+    )
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
@@ -98,6 +151,53 @@ class Settings(BaseSettings):
             raise ValueError("is https, http or both, separated by a comma")
         return value
 
+    @field_validator("jwt_algorithms")
+    @classmethod
+    def _public_key_algorithms(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or set(value) - SIGNATURES:
+            raise ValueError(f"is one or more of {', '.join(sorted(SIGNATURES))}")
+        return value
+
+    @field_validator("jwt_keys")
+    @classmethod
+    def _keys_that_nobody_can_swap(cls, value: str) -> str:
+        url = urlsplit(value)
+        if url.scheme == "http" and not is_loopback(url.hostname or ""):
+            raise ValueError("is neither https:// nor a file")
+        return value
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        """What the ways in need besides."""
+        required = {"tls_certificate", "tls_key"} if self.tls_certificate or self.tls_key else set()
+        if "jwt" in self.auth:
+            required |= {"jwt_keys", "jwt_issuer", "jwt_audience"}
+        if "mtls" in self.auth:
+            required |= {"tls_certificate", "tls_key", "mtls_authority", "mtls_callers"}
+        problems = [
+            f"{_variable(name)}: is required with the other settings of callers"
+            for name in type(self).model_fields
+            if name in required and not getattr(self, name)
+        ]
+        if self.exposed and not self.allow_insecure:
+            problems.append(
+                f"{_variable('host')}: is not loopback, where {self.exposed}: "
+                f"see {_variable('auth')}, {_variable('tls_certificate')} and, "
+                f"if it must be, {_variable('allow_insecure')}"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def exposed(self) -> str:
+        """What anybody on the network could do to this server, if anything."""
+        if is_loopback(self.host):
+            return ""
+        if self.auth == "insecure":
+            return "anybody could act for any tenant"
+        return "" if self.tls_certificate else "anybody on the way could read and take credentials"
+
     @property
     def listen_url(self) -> str:
         """Where LISTEN runs: past a pooler, which would lose it."""
@@ -108,16 +208,28 @@ class Settings(BaseSettings):
         return self.migrate_database_url or self.database_url
 
 
+def is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _variable(field: str) -> str:
+    """The environment variable of a field, whose validation alias is one already."""
+    return field if field.isupper() else f"{PREFIX}{field.upper()}"
+
+
 def load(**overrides: object) -> Settings:
     """Read the environment; raises ConfigurationError naming all that is wrong."""
     try:
         settings = Settings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
-        prefix = Settings.model_config["env_prefix"]
         lines = []
         for problem in error.errors(include_input=False, include_url=False):
-            name = "__".join(str(part) for part in problem["loc"])
-            name = name if name.isupper() else f"{prefix}{name.upper()}"
-            lines.append(f"{name}: {problem['msg']}")
+            text = problem["msg"].removeprefix("Value error, ")
+            if problem["loc"]:
+                text = f"{_variable('__'.join(str(part) for part in problem['loc']))}: {text}"
+            lines.append(text)
         raise ConfigurationError("\n".join(lines)) from None
     return settings

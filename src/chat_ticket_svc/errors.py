@@ -17,10 +17,14 @@ class Violation:
 
 
 class DomainError(Exception):
-    """An error that its caller is told about: `reason` is for programs, the text for people."""
+    """An error that its caller is told about: `reason` is for programs, the text for people.
+
+    `retry_seconds` is after how long the same call may succeed; None where it never does.
+    """
 
     reason: str
     metadata: Mapping[str, str]
+    retry_seconds: float | None = None
 
     def __init__(self, text: str, *, reason: str, metadata: Mapping[str, str] | None = None):
         super().__init__(text)
@@ -40,6 +44,10 @@ class InvalidArgumentError(DomainError):
 
 class UnauthenticatedError(DomainError):
     """The call does not say, or cannot prove, who makes it."""
+
+
+class PermissionDeniedError(DomainError):
+    """The call has proved who makes it, who may not make it."""
 
 
 class NotFoundError(DomainError):
@@ -98,6 +106,8 @@ class AbortedError(DomainError):
 class ContentionError(AbortedError):
     """The database gave up on a conflict between transactions, after our own retries."""
 
+    retry_seconds = 1.0
+
     def __init__(self) -> None:
         super().__init__("too many concurrent changes to the same data", reason="CONTENTION")
 
@@ -109,9 +119,26 @@ class OutOfRangeError(DomainError):
 class ResourceExhaustedError(DomainError):
     """A limit of the service, not of the request, has been reached."""
 
+    retry_seconds = 1.0
+
+
+class QuotaExceededError(ResourceExhaustedError):
+    """A caller uses all that it may: `quota` is the setting's name; without a tenant, all do."""
+
+    def __init__(self, quota: str, limit: float, tenant_id: str | None, *, retry_seconds: float):
+        super().__init__(
+            f"the limit {quota} of {limit:g} is reached",
+            reason="QUOTA_EXCEEDED",
+            metadata={"quota": quota, "limit": f"{limit:g}"},
+        )
+        self.subject = "server" if tenant_id is None else f"tenant:{tenant_id}"
+        self.retry_seconds = retry_seconds
+
 
 class UnavailableError(DomainError):
     """The service cannot answer now; nothing was done."""
+
+    retry_seconds = 1.0
 
 
 class OutcomeUnknownError(UnavailableError):

@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import grpc
 import grpc.aio
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from chat_ticket.v1 import (
     chat_attachment_pb2,
@@ -19,6 +21,12 @@ from chat_ticket.v1 import (
     chat_ticket_pb2,
     chat_ticket_pb2_grpc,
 )
+from chat_ticket_svc.access import methods
+from chat_ticket_svc.access.certificates import Certificates
+from chat_ticket_svc.access.door import Door, Proof
+from chat_ticket_svc.access.peers import Peers
+from chat_ticket_svc.access.quotas import Quotas
+from chat_ticket_svc.access.tokens import KeySet, Tokens
 from chat_ticket_svc.attachment_url import AttachmentUrlChecker
 from chat_ticket_svc.config import MIB, ConfigurationError, Settings
 from chat_ticket_svc.errors import DomainError
@@ -94,7 +102,10 @@ class Server:
             readers=max(1, settings.pool_size // 2),
         )
         self._urls = _url_checker(settings)
+        self._certificates = _certificates(settings)
+        self._keys = KeySet(settings.jwt_keys) if "jwt" in settings.auth else None
         self._interceptor = StatusInterceptor(
+            Door(_proofs(settings, self._keys), Quotas(settings.quotas)),
             unary_timeout_seconds=settings.unary_timeout_seconds,
             slow_reader_seconds=settings.slow_reader_seconds,
         )
@@ -107,15 +118,19 @@ class Server:
 
         One that cannot be reached does not: the health service says NOT_SERVING until it can.
         """
-        self._register()
-        address = f"{self._settings.host}:{self._settings.port}"
         try:
-            self.port = self._grpc.add_insecure_port(address)
-        except RuntimeError as error:
-            raise PortTakenError(f"cannot listen on {address}: is the port taken?") from error
-        await self._check_schema()
+            self._register()
+            self._listen()
+            if self._keys is not None:
+                await self._keys.open()
+            await self._check_schema()
+        except BaseException:
+            await self._close()
+            raise
         await self._db.open()
         self._follow.start()
+        if self._certificates is not None:
+            self._certificates.watch()
         await self._set_health(serving=False)
         self._health_task = asyncio.create_task(self._watch_health())
         await self._grpc.start()
@@ -133,11 +148,29 @@ class Server:
         await self._grpc.stop(self._settings.drain_seconds)
         await self._interceptor.finished(timeout=1)
         await self._follow.stop()
+        await self._close()
+
+    async def _close(self) -> None:
+        if self._certificates is not None:
+            await self._certificates.close()
+        if self._keys is not None:
+            await self._keys.close()
         await self._probe.close()
         await self._db.close()
 
+    def _listen(self) -> None:
+        address = f"{self._settings.host}:{self._settings.port}"
+        try:
+            if self._certificates is None:
+                self.port = self._grpc.add_insecure_port(address)
+            else:
+                self.port = self._grpc.add_secure_port(address, self._certificates.credentials())
+        except RuntimeError as error:
+            raise PortTakenError(f"cannot listen on {address}: is the port taken?") from error
+
     def _register(self) -> None:
-        server, db, follow, settings = self._grpc, self._db, self._follow, self._settings
+        db, follow, settings = self._db, self._follow, self._settings
+        server: Any = _Methods(self._grpc)
         chat_session_pb2_grpc.add_ChatSessionServiceServicer_to_server(
             ChatSessionService(db, follow, settings), server
         )
@@ -153,7 +186,10 @@ class Server:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if settings.reflection:
             names = [*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME]
-            reflection.enable_server_reflection(names, server)
+            reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]
+                reflection.aio.ReflectionServicer(names), server
+            )
+        methods.require_known(server.names)
 
     async def _check_schema(self) -> None:
         try:
@@ -162,7 +198,6 @@ class Server:
             log.warning("the database cannot be reached yet", reason=error.reason)
             return
         if missing:
-            await self._probe.close()
             raise StaleSchemaError(missing)
 
     async def _watch_health(self) -> None:
@@ -193,6 +228,43 @@ class Server:
             await self._health.set(name, status)
 
 
+class _Methods:
+    """Passes on what is registered, and remembers its methods."""
+
+    def __init__(self, server: grpc.aio.Server):
+        self.names: set[str] = set()
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: Iterable[str]) -> None:
+        self.names |= {f"/{service}/{name}" for name in handlers}
+
+
+def _proofs(settings: Settings, keys: KeySet | None) -> list[Proof]:
+    proofs: list[Proof] = []
+    if settings.mtls_callers is not None and "mtls" in settings.auth:
+        proofs.append(Peers(settings.mtls_callers))
+    if keys is not None:
+        proofs.append(
+            Tokens(
+                keys,
+                issuer=settings.jwt_issuer,
+                audience=settings.jwt_audience,
+                algorithms=settings.jwt_algorithms,
+            )
+        )
+    return proofs
+
+
+def _certificates(settings: Settings) -> Certificates | None:
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return None
+    return Certificates(
+        certificate=settings.tls_certificate,
+        key=settings.tls_key,
+        client_authority=settings.mtls_authority if "mtls" in settings.auth else None,
+    )
+
+
 def _url_checker(settings: Settings) -> AttachmentUrlChecker | None:
     if not settings.attachment_url_check:
         return None
@@ -205,11 +277,14 @@ def _url_checker(settings: Settings) -> AttachmentUrlChecker | None:
         raise ConfigurationError(f"CHAT_TICKET_ATTACHMENT_URL_ALLOWED_HOSTS: {error}") from error
 
 
-async def run(settings: Settings, stop: asyncio.Event) -> None:
-    """Serve until `stop` is set."""
+async def run(settings: Settings, stop: asyncio.Event, listening: Callable[[int], None]) -> None:
+    """Serve until `stop` is set; `listening` is told the port."""
+    if settings.exposed:
+        log.warning(f"{settings.exposed}, as CHAT_TICKET_ALLOW_INSECURE wants it")
     server = Server(settings)
     await server.start()
-    log.info("listening", host=settings.host, port=server.port)
+    log.info("listening", host=settings.host, port=server.port, auth=settings.auth)
+    listening(server.port)
     try:
         await stop.wait()
     finally:

@@ -6,9 +6,9 @@ The interceptor is the outermost of the server. Services raise; nothing else abo
 import asyncio
 import contextlib
 import inspect
-import traceback
+import math
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -19,7 +19,8 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2 as details_pb2
 from google.rpc import status_pb2
 
-from chat_ticket_svc import errors
+from chat_ticket_svc import errors, logs
+from chat_ticket_svc.access.door import Door
 
 log = structlog.get_logger()
 
@@ -29,6 +30,7 @@ DOMAIN = "chat-ticket-svc"
 TABLE: tuple[tuple[type[errors.DomainError], grpc.StatusCode], ...] = (
     (errors.InvalidArgumentError, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
+    (errors.PermissionDeniedError, grpc.StatusCode.PERMISSION_DENIED),
     (errors.NotFoundError, grpc.StatusCode.NOT_FOUND),
     (errors.AlreadyExistsError, grpc.StatusCode.ALREADY_EXISTS),
     (errors.FailedPreconditionError, grpc.StatusCode.FAILED_PRECONDITION),
@@ -39,10 +41,6 @@ TABLE: tuple[tuple[type[errors.DomainError], grpc.StatusCode], ...] = (
     (errors.DeadlineExceededError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (errors.UnsupportedError, grpc.StatusCode.UNIMPLEMENTED),
 )
-
-# Not with every ABORTED: with a stale etag the same call never succeeds.
-RETRIED = (errors.ContentionError, errors.ResourceExhaustedError, errors.UnavailableError)
-RETRY_DELAY = Duration(seconds=1)
 
 # Trailers have to fit into the 8 KiB of metadata that callers accept, details in base64.
 TEXT_BYTES = 300
@@ -69,8 +67,15 @@ def _details(error: errors.DomainError) -> Iterator[Message]:
                 resource_name=error.resource_id,
                 description=str(error),
             )
-    if isinstance(error, RETRIED):
-        yield details_pb2.RetryInfo(retry_delay=RETRY_DELAY)
+        case errors.QuotaExceededError():
+            quota = details_pb2.QuotaFailure.Violation(
+                subject=error.subject, description=str(error)
+            )
+            yield details_pb2.QuotaFailure(violations=[quota])
+    if error.retry_seconds is not None:
+        delay = Duration()
+        delay.FromMilliseconds(math.ceil(1000 * error.retry_seconds))
+        yield details_pb2.RetryInfo(retry_delay=delay)
 
 
 def _bad_request(error: errors.InvalidArgumentError) -> details_pb2.BadRequest:
@@ -118,21 +123,10 @@ async def _abort_known(
 async def _abort_unknown(
     context: grpc.aio.ServicerContext[Any, Any], method: str, error: BaseException
 ) -> None:
-    """Log where an unexpected error came from; tell the caller nothing but an id.
-
-    The log has the frames and the kind of the error, not its text, which may quote content.
-    """
+    """Log what an unexpected error is and where it came from; tell the caller nothing but an id."""
     correlation_id = uuid.uuid4().hex
     log.error(
-        "internal error",
-        correlation_id=correlation_id,
-        method=method,
-        error=type(error).__qualname__,
-        sqlstate=getattr(error, "sqlstate", None),
-        frames=[
-            f"{frame.filename}:{frame.lineno} {frame.name}"
-            for frame in traceback.extract_tb(error.__traceback__)
-        ],
+        "internal error", correlation_id=correlation_id, method=method, errors=logs.story(error)
     )
     status = status_pb2.Status(
         code=grpc.StatusCode.INTERNAL.value[0], message=f"internal error {correlation_id}"
@@ -161,10 +155,29 @@ def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], A
     return tolerant
 
 
-class StatusInterceptor(grpc.aio.ServerInterceptor):
-    """Maps what services raise, gives unary calls a deadline, and bounds the writes of streams."""
+def _require_message(request: Any) -> None:
+    if isinstance(request, _Malformed):
+        raise errors.InvalidArgumentError(
+            [errors.Violation("", "the request is not the message of this method")]
+        )
 
-    def __init__(self, *, unary_timeout_seconds: float, slow_reader_seconds: float):
+
+def _well_formed(behavior: Callable[..., Any]) -> Callable[..., Any]:
+    """`behavior` with each of the requests of its stream looked at."""
+
+    async def messages(requests: AsyncIterable[Any]) -> AsyncIterator[Any]:
+        async for request in requests:
+            _require_message(request)
+            yield request
+
+    return lambda requests, context: behavior(messages(requests), context)
+
+
+class StatusInterceptor(grpc.aio.ServerInterceptor):
+    """Lets calls in by the door, maps what they raise, gives deadlines, bounds writes."""
+
+    def __init__(self, door: Door, *, unary_timeout_seconds: float, slow_reader_seconds: float):
+        self._door = door
         self._unary_timeout = unary_timeout_seconds
         self._slow_reader = slow_reader_seconds
         self._in_flight: set[asyncio.Task[Any]] = set()
@@ -189,44 +202,51 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
-            return handler
+        if handler is None:
+            return None
         method = str(handler_call_details.method)
-        if not handler.response_streaming:
-            return grpc.unary_unary_rpc_method_handler(
-                self._unary(method, handler.unary_unary),
-                _tolerant(handler.request_deserializer),
-                handler.response_serializer,
-            )
-        if not inspect.isasyncgenfunction(handler.unary_stream):
-            return handler  # the health service's Watch, which writes by itself
-        return grpc.unary_stream_rpc_method_handler(
-            self._stream(method, handler.unary_stream),
-            _tolerant(handler.request_deserializer),
-            handler.response_serializer,
+        coding = (_tolerant(handler.request_deserializer), handler.response_serializer)
+        if handler.stream_stream:
+            behavior = self._stream(method, _well_formed(handler.stream_stream))
+            return grpc.stream_stream_rpc_method_handler(behavior, *coding)
+        if handler.unary_stream:
+            behavior = self._stream(method, handler.unary_stream)
+            return grpc.unary_stream_rpc_method_handler(behavior, *coding)
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(method, handler.unary_unary), *coding
         )
 
     def _unary(self, method: str, behavior: Callable[..., Awaitable[Any]]) -> Any:
         async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            async with self._mapped(method, request, context):
+            async with self._mapped(method, context):
                 remaining = context.time_remaining()
                 timeout = self._unary_timeout if remaining is None else remaining
                 try:
-                    async with asyncio.timeout(timeout):
+                    async with asyncio.timeout(timeout), self._door.call(method, context):
+                        _require_message(request)
                         return await behavior(request, context)
                 except TimeoutError as error:
                     raise errors.DeadlineExceededError from error
 
         return unary
 
-    def _stream(self, method: str, behavior: Callable[..., AsyncIterator[Any]]) -> Any:
+    def _stream(self, method: str, behavior: Callable[..., Any]) -> Any:
+        """Around a method that streams its responses."""
+
         async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            session_id = getattr(request, "session_id", "")
             async with (
-                self._mapped(method, request, context),
-                contextlib.aclosing(behavior(request, context)) as responses,  # type: ignore[type-var]
+                self._mapped(method, context),
+                self._door.stream(method, context, session_id),
             ):
-                async for response in responses:
-                    await self._write(context, response)
+                _require_message(request)
+                responses = behavior(request, context)
+                if inspect.isawaitable(responses):  # the health service's Watch writes by itself
+                    await responses
+                    return
+                async with contextlib.aclosing(responses):
+                    async for response in responses:
+                        await self._write(context, response)
 
         return stream
 
@@ -242,7 +262,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
 
     @contextlib.asynccontextmanager
     async def _mapped(
-        self, method: str, request: Any, context: grpc.aio.ServicerContext[Any, Any]
+        self, method: str, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[None]:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - for the type checker: a handler is a task
@@ -250,10 +270,6 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         try:
             if self._draining:
                 raise errors.UnavailableError("the server shuts down", reason="DRAINING")
-            if isinstance(request, _Malformed):
-                raise errors.InvalidArgumentError(
-                    [errors.Violation("", "the request is not the message of this method")]
-                )
             yield
         except grpc.aio.AbortError:  # the health service ends its calls by itself
             raise

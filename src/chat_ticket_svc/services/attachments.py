@@ -33,7 +33,7 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
     async def CreateChatAttachment(
         self, request: pb.CreateChatAttachmentRequest, context: Context
     ) -> pb.CreateChatAttachmentResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits, self._url_schemes)
         message_id = check.id("message_id", request.message_id)
         new = check.new_attachment("attachment", request.attachment)
@@ -53,7 +53,7 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
     async def GetChatAttachment(
         self, request: pb.GetChatAttachmentRequest, context: Context
     ) -> pb.GetChatAttachmentResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         attachment_id = check.id("attachment_id", request.attachment_id)
         check.done()
@@ -63,7 +63,7 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
     async def ListChatAttachments(
         self, request: pb.ListChatAttachmentsRequest, context: Context
     ) -> pb.ListChatAttachmentsResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         parent, parent_id = check.parent(request)
         of_session = parent == "session_id"
@@ -107,7 +107,7 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
     async def DeleteChatAttachment(
         self, request: pb.DeleteChatAttachmentRequest, context: Context
     ) -> pb.DeleteChatAttachmentResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         attachment_id = check.id("attachment_id", request.attachment_id)
         check.done()

@@ -43,7 +43,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     async def CreateChatMessage(
         self, request: pb.CreateChatMessageRequest, context: Context
     ) -> pb.CreateChatMessageResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits, self._url_schemes)
         session_id = check.id("session_id", request.session_id)
         new = [check.new_message("message", request.message)]
@@ -55,7 +55,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     async def BatchCreateChatMessages(
         self, request: pb.BatchCreateChatMessagesRequest, context: Context
     ) -> pb.BatchCreateChatMessagesResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits, self._url_schemes)
         session_id = check.id("session_id", request.session_id)
         new = check.new_messages("messages", request.messages)
@@ -89,7 +89,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     async def GetChatMessage(
         self, request: pb.GetChatMessageRequest, context: Context
     ) -> pb.GetChatMessageResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         message_id = check.id("message_id", request.message_id)
         check.done()
@@ -99,7 +99,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     async def ListChatMessages(
         self, request: pb.ListChatMessagesRequest, context: Context
     ) -> AsyncIterator[pb.ListChatMessagesResponse]:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         session_id = check.id("session_id", request.session_id)
         after = check.not_negative("after_sequence", request.after_sequence)
@@ -181,7 +181,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     async def UpdateChatMessage(
         self, request: pb.UpdateChatMessageRequest, context: Context
     ) -> pb.UpdateChatMessageResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         message_id = check.id("message.id", request.message.id)
         metadata = None
@@ -195,7 +195,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     async def DeleteChatMessage(
         self, request: pb.DeleteChatMessageRequest, context: Context
     ) -> pb.DeleteChatMessageResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         message_id = check.id("message_id", request.message_id)
         check.done()
@@ -206,7 +206,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     async def SearchChatMessages(
         self, request: pb.SearchChatMessagesRequest, context: Context
     ) -> pb.SearchChatMessagesResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         query = check.text("query", request.query, self._limits.query)
         session_id = check.optional_id("session_id", request.session_id)

@@ -31,7 +31,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     async def CreateChatSession(
         self, request: pb.CreateChatSessionRequest, context: Context
     ) -> pb.CreateChatSessionResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         session_id = check.new_id("session.id", request.session.id)
         status = "active"
@@ -44,7 +44,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     async def GetChatSession(
         self, request: pb.GetChatSessionRequest, context: Context
     ) -> pb.GetChatSessionResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         session_id = check.id("session_id", request.session_id)
         check.done()
@@ -54,7 +54,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     async def ListChatSessions(
         self, request: pb.ListChatSessionsRequest, context: Context
     ) -> pb.ListChatSessionsResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
 
         def time(field: str) -> Any:
@@ -96,7 +96,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     async def UpdateChatSession(
         self, request: pb.UpdateChatSessionRequest, context: Context
     ) -> pb.UpdateChatSessionResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         session_id = check.id("session.id", request.session.id)
         etag = check.etag("session.etag", request.session.etag)
@@ -111,7 +111,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     async def DeleteChatSession(
         self, request: pb.DeleteChatSessionRequest, context: Context
     ) -> pb.DeleteChatSessionResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         session_id = check.id("session_id", request.session_id)
         etag = check.etag("etag", request.etag)
@@ -123,7 +123,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     async def WatchChatSession(
         self, request: pb.WatchChatSessionRequest, context: Context
     ) -> AsyncIterator[Event]:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         session_id = check.id("session_id", request.session_id)
         position = check.not_negative("after_revision", request.after_revision)

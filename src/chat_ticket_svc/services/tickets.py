@@ -27,7 +27,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     async def CreateChatTicket(
         self, request: pb.CreateChatTicketRequest, context: Context
     ) -> pb.CreateChatTicketResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         session_id = check.id("session_id", request.session_id)
         link_id = check.new_id("chat_ticket_id", request.chat_ticket_id)
@@ -58,7 +58,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     async def GetChatTicket(
         self, request: pb.GetChatTicketRequest, context: Context
     ) -> pb.GetChatTicketResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         chat_ticket_id = check.id("chat_ticket_id", request.chat_ticket_id)
         check.done()
@@ -68,7 +68,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     async def ListChatTickets(
         self, request: pb.ListChatTicketsRequest, context: Context
     ) -> pb.ListChatTicketsResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         parent, parent_id = check.parent(request)
         of_session = parent == "session_id"
@@ -101,7 +101,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     async def DeleteChatTicket(
         self, request: pb.DeleteChatTicketRequest, context: Context
     ) -> pb.DeleteChatTicketResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         chat_ticket_id = check.id("chat_ticket_id", request.chat_ticket_id)
         check.done()
@@ -112,7 +112,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     async def GetTicket(
         self, request: pb.GetTicketRequest, context: Context
     ) -> pb.GetTicketResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         ticket_id = check.id("ticket_id", request.ticket_id)
         check.done()
@@ -122,7 +122,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     async def ListTickets(
         self, request: pb.ListTicketsRequest, context: Context
     ) -> pb.ListTicketsResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         statuses = check.choices("statuses", request.statuses, convert.TICKET_STATUS)
         page_size = check.page_size(request.page_size)
@@ -149,7 +149,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     async def UpdateTicket(
         self, request: pb.UpdateTicketRequest, context: Context
     ) -> pb.UpdateTicketResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         ticket_id = check.id("ticket.id", request.ticket.id)
         named = check.mask(request.update_mask, ["title", "status"])
@@ -165,7 +165,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     async def DeleteTicket(
         self, request: pb.DeleteTicketRequest, context: Context
     ) -> pb.DeleteTicketResponse:
-        tenant_id = caller.tenant_id(context)
+        tenant_id = caller.tenant_id()
         check = Check(self._limits)
         ticket_id = check.id("ticket_id", request.ticket_id)
         check.done()

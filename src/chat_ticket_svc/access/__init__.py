@@ -1,0 +1,1 @@
+"""Who may call, for which tenants, to do what, and how much."""

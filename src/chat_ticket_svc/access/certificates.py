@@ -1,0 +1,93 @@
+"""The server's own certificate, which may be renewed while it serves."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+import structlog
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+from chat_ticket_svc.config import ConfigurationError
+
+log = structlog.get_logger()
+
+RELOAD_SECONDS = 2
+
+
+class Certificates:
+    """What the server shows to callers, and what it judges theirs by, from PEM files.
+
+    Files that change are used for the connections made from then on; what cannot be used is
+    logged, and what was read before stays.
+    """
+
+    def __init__(self, *, certificate: Path, key: Path, client_authority: Path | None):
+        self._paths = [certificate, key, *([client_authority] if client_authority else [])]
+        try:
+            self._read = self._contents()
+            self._current = self._given = _configuration(*self._read)
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigurationError(f"the certificate files cannot be used: {error}") from error
+        self._watching: asyncio.Task[None] | None = None
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Callers must show a certificate exactly when there is an authority to judge it by."""
+        return grpc.dynamic_ssl_server_credentials(
+            self._current,
+            self._renewed,  # type: ignore[arg-type] # gRPC's own documentation allows None
+            require_client_authentication=len(self._paths) == 3,
+        )
+
+    def watch(self) -> None:
+        self._watching = asyncio.create_task(self._watch())
+
+    async def close(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+
+    def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
+        """Asked by gRPC, on a thread of its own, before each handshake; None is no change."""
+        current = self._current
+        if current is self._given:
+            return None
+        self._given = current
+        return current
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(RELOAD_SECONDS)
+            try:
+                contents = await asyncio.to_thread(self._contents)
+                if contents == self._read:
+                    continue
+                self._read = contents
+                self._current = _configuration(*contents)
+            except Exception as error:  # whatever it is, the certificate of before still serves
+                log.error(
+                    "the certificate files cannot be used: the old ones are kept",
+                    error=type(error).__qualname__,
+                )
+            else:
+                log.info("the certificate files are renewed")
+
+    def _contents(self) -> list[bytes]:
+        return [path.read_bytes() for path in self._paths]
+
+
+def _configuration(
+    certificate: bytes, key: bytes, client_authority: bytes | None = None
+) -> grpc.ServerCertificateConfiguration:
+    """Raises ValueError or TypeError for what gRPC would fail to serve, handshake by handshake."""
+    own = x509.load_pem_x509_certificates(certificate)[0]
+    if own.public_key() != serialization.load_pem_private_key(key, None).public_key():
+        raise ValueError("the key is not that of the certificate")
+    if own.not_valid_after_utc <= datetime.now(UTC):
+        raise ValueError("the certificate has expired")
+    if client_authority is not None:
+        x509.load_pem_x509_certificates(client_authority)
+    return grpc.ssl_server_certificate_configuration([(key, certificate)], client_authority)

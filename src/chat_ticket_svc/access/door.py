@@ -1,0 +1,81 @@
+"""The way in: every call is let in here, or refused, before anything looks at its request."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
+
+import grpc.aio
+
+from chat_ticket_svc import caller
+from chat_ticket_svc.access.credential import EVERYTHING, TENANT_KEY, Credential, expired
+from chat_ticket_svc.access.methods import OPEN, PERMISSIONS
+from chat_ticket_svc.access.quotas import Quotas
+from chat_ticket_svc.errors import PermissionDeniedError
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+# The event loop takes no time that is too far away; a connection is closed long before.
+LONGEST_STREAM_SECONDS = 1_000_000
+
+
+class Proof(Protocol):
+    """One way in which callers prove who they are."""
+
+    async def credential(self, context: Context) -> Credential:
+        """Raises UnauthenticatedError."""
+        ...
+
+
+class Door:
+    """Lets a call in when its credential, its tenant and the quotas allow it.
+
+    With several proofs a caller has to give all of them, and may do what all of them allow; with
+    none, everybody may do everything.
+    """
+
+    def __init__(self, proofs: Sequence[Proof], quotas: Quotas):
+        self._proofs = proofs
+        self._quotas = quotas
+
+    @contextlib.asynccontextmanager
+    async def call(self, method: str, context: Context) -> AsyncIterator[None]:
+        """Around a unary call."""
+        if method in OPEN:
+            yield
+            return
+        _, tenant_id = await self._admitted(method, context)
+        with self._quotas.call(tenant_id), caller.acting_for(tenant_id):
+            yield
+
+    @contextlib.asynccontextmanager
+    async def stream(self, method: str, context: Context, session_id: str) -> AsyncIterator[None]:
+        """Around a stream, which ends when its credential expires."""
+        if method in OPEN:
+            with self._quotas.open_stream(method):
+                yield
+            return
+        credential, tenant_id = await self._admitted(method, context)
+        with (
+            self._quotas.stream(tenant_id, session_id.lower()),
+            caller.acting_for(tenant_id),
+        ):
+            left = min(credential.expires_at - time.time(), LONGEST_STREAM_SECONDS)
+            try:
+                async with asyncio.timeout(left) as timeout:
+                    yield
+            except TimeoutError as error:
+                if not timeout.expired():
+                    raise
+                raise expired() from error
+
+    async def _admitted(self, method: str, context: Context) -> tuple[Credential, str]:
+        if method not in PERMISSIONS:
+            raise PermissionDeniedError("nobody may call this", reason="METHOD_NOT_ALLOWED")
+        credential = EVERYTHING
+        for proof in self._proofs:
+            credential &= await proof.credential(context)
+        credential.require(PERMISSIONS[method])
+        given = [value for key, value in context.invocation_metadata() or () if key == TENANT_KEY]
+        return credential, credential.tenant(given)

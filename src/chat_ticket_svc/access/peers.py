@@ -1,0 +1,90 @@
+"""Callers that prove themselves by a client certificate, as a file lists them.
+
+The file is TOML, with one table for each caller, named by the SPIFFE id or by a DNS name of its
+certificate:
+
+    ["spiffe://example.org/assistant"]
+    tenants = "*"
+    permissions = ["read", "write", "ticket"]
+
+    ["billing.internal"]
+    tenants = ["acme"]
+    permissions = ["read"]
+"""
+
+import functools
+import time
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import grpc.aio
+from cryptography import x509
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from chat_ticket_svc.access.credential import Credential, Permission, expired, tenants_of
+from chat_ticket_svc.config import ConfigurationError
+from chat_ticket_svc.errors import UnauthenticatedError
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+SPIFFE_ID = r"spiffe://[a-z0-9._-]+(/[A-Za-z0-9._-]+)*"
+DNS_NAME = r"[a-z0-9_-]+(\.[a-z0-9_-]+)*"
+
+
+class _Caller(BaseModel):
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    tenants: Annotated[frozenset[str] | None, BeforeValidator(tenants_of)]
+    permissions: frozenset[Permission] = Field(min_length=1)
+
+
+_Name = Annotated[str, Field(pattern=f"^({SPIFFE_ID}|{DNS_NAME})$")]
+_FILE = TypeAdapter(dict[_Name, _Caller])
+
+
+class Peers:
+    """Turns the client certificate of a call's connection into a credential.
+
+    gRPC has verified it against the authority of callers before the first call.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            listed = _FILE.validate_python(tomllib.loads(path.read_text()))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigurationError(f"CHAT_TICKET_MTLS_CALLERS: {error}") from error
+        except ValidationError as error:
+            raise ConfigurationError(
+                "\n".join(
+                    f"CHAT_TICKET_MTLS_CALLERS: {'.'.join(map(str, each['loc']))}: {each['msg']}"
+                    for each in error.errors(include_input=False, include_url=False)
+                )
+            ) from error
+        self._callers = {
+            # By the kind of name: one that signs any DNS name could write a SPIFFE id into it.
+            ("peer_spiffe_id" if "://" in name else "peer_dns", name): caller
+            for name, caller in listed.items()
+        }
+
+    async def credential(self, context: Context) -> Credential:
+        proved = context.auth_context()
+        names = [("peer_spiffe_id", name.decode()) for name in proved.get("peer_spiffe_id", ())]
+        names += [("peer_dns", name.decode().lower()) for name in proved.get("peer_dns", ())]
+        caller = next((self._callers[name] for name in names if name in self._callers), None)
+        if caller is None:
+            raise UnauthenticatedError(
+                "the client certificate is of no listed caller", reason="CREDENTIAL_INVALID"
+            )
+        # Verified when the connection was made, which can be long ago.
+        expires_at = _not_after(next(iter(proved["x509_pem_cert"])))
+        if expires_at <= time.time():
+            raise expired()
+        return Credential(
+            tenants=caller.tenants, permissions=caller.permissions, expires_at=expires_at
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def _not_after(pem: bytes) -> float:
+    return x509.load_pem_x509_certificate(pem).not_valid_after_utc.timestamp()

@@ -1,0 +1,116 @@
+"""How much callers may use at once, of one server process.
+
+What one tenant may take is less than what there is, so that it cannot take it from the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+
+from chat_ticket_svc import config
+from chat_ticket_svc.errors import QuotaExceededError
+
+# For each of the methods that ask for no credential.
+OPEN_STREAMS = 100
+
+# How many tenants are remembered before those that do nothing are forgotten.
+TENANTS = 1024
+
+
+class _Use:
+    """What a tenant uses now."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.streams = 0
+        self.sessions: Counter[str] = Counter()
+        # When, in the loop's time, all that was taken of the rate will have been given back.
+        self.even_at = 0.0
+
+
+class Quotas:
+    """Counts calls and streams, and refuses those beyond the limits with QuotaExceededError."""
+
+    def __init__(self, limits: config.Quotas):
+        self._limits = limits
+        self._uses: dict[str, _Use] = {}
+        self._forget_at = TENANTS
+        self._calls = 0
+        self._streams = 0
+        self._open: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def call(self, tenant_id: str) -> Iterator[None]:
+        """A unary call, while it runs."""
+        limits, use = self._limits, self._use(tenant_id)
+        self._take_turn(tenant_id, use)
+        _below("tenant_calls_in_flight", limits.tenant_calls_in_flight, use.calls, tenant_id)
+        _below("calls_in_flight", limits.calls_in_flight, self._calls)
+        use.calls += 1
+        self._calls += 1
+        try:
+            yield
+        finally:
+            use.calls -= 1
+            self._calls -= 1
+
+    @contextlib.contextmanager
+    def stream(self, tenant_id: str, session_id: str) -> Iterator[None]:
+        """A stream of a session's messages or changes, while it is open."""
+        limits, use = self._limits, self._use(tenant_id)
+        self._take_turn(tenant_id, use)
+        _below("tenant_streams", limits.tenant_streams, use.streams, tenant_id)
+        _below("session_streams", limits.session_streams, use.sessions[session_id], tenant_id)
+        _below("streams", limits.streams, self._streams)
+        use.streams += 1
+        use.sessions[session_id] += 1
+        self._streams += 1
+        try:
+            yield
+        finally:
+            use.streams -= 1
+            use.sessions[session_id] -= 1
+            if not use.sessions[session_id]:
+                del use.sessions[session_id]
+            self._streams -= 1
+
+    @contextlib.contextmanager
+    def open_stream(self, method: str) -> Iterator[None]:
+        """A stream of a method that is open to everybody."""
+        _below("open_streams", OPEN_STREAMS, self._open[method])
+        self._open[method] += 1
+        try:
+            yield
+        finally:
+            self._open[method] -= 1
+
+    def _take_turn(self, tenant_id: str, use: _Use) -> None:
+        """The generic cell rate algorithm of ITU-T I.371: a token bucket in one number."""
+        rate, burst = self._limits.tenant_calls_per_second, self._limits.tenant_burst
+        now = asyncio.get_running_loop().time()
+        even_at = max(now, use.even_at) + 1 / rate
+        too_early = even_at - now - burst / rate
+        if too_early > 1e-6:
+            raise QuotaExceededError(
+                "tenant_calls_per_second", rate, tenant_id, retry_seconds=too_early
+            )
+        use.even_at = even_at
+
+    def _use(self, tenant_id: str) -> _Use:
+        if len(self._uses) >= self._forget_at:
+            now = asyncio.get_running_loop().time()
+            self._uses = {
+                tenant: use
+                for tenant, use in self._uses.items()
+                if use.calls or use.streams or use.even_at > now
+            }
+            self._forget_at = max(TENANTS, 2 * len(self._uses))
+        return self._uses.setdefault(tenant_id, _Use())
+
+
+def _below(quota: str, limit: int, used: int, tenant_id: str | None = None) -> None:
+    if used >= limit:
+        raise QuotaExceededError(quota, limit, tenant_id, retry_seconds=1)

@@ -1,0 +1,197 @@
+"""Callers that prove themselves by a JSON Web Token, signed with a key that we are told of.
+
+The claims are `iss`, `aud` and `exp` of RFC 7519, `scope` of RFC 8693 (our permissions, by
+spaces; others are ignored), and `tenants`: a list of tenant ids, or "*" for all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import httpx
+import jwt
+import structlog
+
+from chat_ticket_svc.access.credential import Credential, Permission, expired, tenants_of
+from chat_ticket_svc.config import ConfigurationError
+from chat_ticket_svc.errors import UnauthenticatedError, UnavailableError
+
+log = structlog.get_logger()
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+# A key that was withdrawn is forgotten after this time.
+REFRESH_SECONDS = 60
+# Whoever invents key ids makes us ask for the keys no more often than this.
+COOLDOWN_SECONDS = 10
+FETCH_TIMEOUT_SECONDS = 3
+MAX_KEY_SET_BYTES = 1024 * 1024
+
+
+class KeySet:
+    """The public keys of a JSON Web Key Set (RFC 7517) at a URL or in a file, by key id.
+
+    It is read again from time to time, and when a token names a key that is not in it. While it
+    cannot be read, the keys that were read last stay.
+    """
+
+    def __init__(self, location: str):
+        self._location = location
+        self._keys: dict[str, jwt.PyJWK] | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._asked_at = -math.inf
+        self._refreshing: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Read the keys. ConfigurationError for a file that has none.
+
+        A server of keys that does not answer is only logged: it is asked again.
+        """
+        self._asked_at = asyncio.get_running_loop().time()
+        try:
+            self._keys = await self._fetch()
+        except Exception as error:
+            if not self._is_url:
+                raise ConfigurationError(
+                    f"CHAT_TICKET_JWT_KEYS: not a file of keys ({type(error).__qualname__})"
+                ) from error
+            self._failed(error)
+        self._refreshing = asyncio.create_task(self._refresh())
+
+    async def close(self) -> None:
+        tasks = [task for task in (self._refreshing, self._reading) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def get(self, key_id: str) -> jwt.PyJWK | None:
+        """The key of this id. UnavailableError when the keys have never been read."""
+        if self._keys is None or key_id not in self._keys:
+            await self._read_soon()
+        if self._keys is None:
+            raise UnavailableError(
+                "the keys that tokens are checked with are out of reach", reason="KEYS_UNAVAILABLE"
+            )
+        return self._keys.get(key_id)
+
+    @property
+    def _is_url(self) -> bool:
+        return self._location.startswith(("https://", "http://"))
+
+    async def _refresh(self) -> None:
+        while True:
+            await asyncio.sleep(REFRESH_SECONDS)
+            await self._read_soon()
+
+    async def _read_soon(self) -> None:
+        """Read once for everybody who waits, unless that was done a moment ago."""
+        now = asyncio.get_running_loop().time()
+        idle = self._reading is None or self._reading.done()
+        if idle and now - self._asked_at >= COOLDOWN_SECONDS:
+            self._asked_at = now
+            self._reading = asyncio.create_task(self._read())
+        if self._reading is not None:
+            await asyncio.shield(self._reading)
+
+    async def _read(self) -> None:
+        try:
+            self._keys = await self._fetch()
+        except Exception as error:  # whatever it is, the keys of before are the best there is
+            self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        log.warning("could not read the keys of tokens", error=type(error).__qualname__)
+
+    async def _fetch(self) -> dict[str, jwt.PyJWK]:
+        if self._is_url:
+            async with asyncio.timeout(FETCH_TIMEOUT_SECONDS):
+                data = await self._download()
+        else:
+            data = await asyncio.to_thread(Path(self._location).read_bytes)
+        keys = jwt.PyJWKSet.from_dict(json.loads(data)).keys
+        found = {key.key_id: key for key in keys if key.key_id}
+        if not found:
+            raise ValueError("no key with an id")
+        return found
+
+    async def _download(self) -> bytes:
+        data = bytearray()
+        async with (
+            httpx.AsyncClient(timeout=FETCH_TIMEOUT_SECONDS) as client,
+            client.stream("GET", self._location) as response,
+        ):
+            response.raise_for_status()
+            async for chunk in response.aiter_bytes():
+                data += chunk
+                if len(data) > MAX_KEY_SET_BYTES:
+                    raise ValueError("too large for a set of keys")
+        return bytes(data)
+
+
+class Tokens:
+    """Turns the bearer token of a call into a credential."""
+
+    def __init__(self, keys: KeySet, *, issuer: str, audience: str, algorithms: Sequence[str]):
+        self._keys = keys
+        self._issuer = issuer
+        self._audience = audience
+        self._algorithms = algorithms
+
+    async def credential(self, context: Context) -> Credential:
+        given = [
+            value for key, value in context.invocation_metadata() or () if key == "authorization"
+        ]
+        if not given:
+            raise UnauthenticatedError(
+                "the metadata key authorization is missing", reason="CREDENTIAL_REQUIRED"
+            )
+        scheme, _, token = str(given[0]).partition(" ")
+        if len(given) > 1 or scheme.lower() != "bearer":
+            raise UnauthenticatedError(
+                "the metadata key authorization is not one bearer token",
+                reason="CREDENTIAL_INVALID",
+            )
+        try:
+            return await self._verified(token.strip())
+        except UnavailableError:
+            raise
+        except jwt.ExpiredSignatureError as error:
+            raise expired() from error
+        except Exception as error:  # whatever a forged token makes the parsers raise
+            log.debug("token refused", error=type(error).__qualname__)
+            raise UnauthenticatedError(
+                "the token is not valid here", reason="CREDENTIAL_INVALID"
+            ) from error
+
+    async def _verified(self, token: str) -> Credential:
+        header = jwt.get_unverified_header(token)
+        if header["alg"] not in self._algorithms:
+            raise jwt.InvalidAlgorithmError
+        key = await self._keys.get(header["kid"])
+        if key is None:
+            raise jwt.InvalidKeyError
+        claims = jwt.decode(
+            token,
+            key,
+            algorithms=self._algorithms,
+            issuer=self._issuer,
+            audience=self._audience,
+            options={
+                "require": ["exp", "iss", "aud"],
+                # Says when a token was made, and nothing about whether it is valid.
+                "verify_iat": False,
+                "enforce_minimum_key_length": True,
+            },
+        )
+        granted = claims.get("scope", "").split()
+        return Credential(
+            tenants=tenants_of(claims["tenants"]),
+            permissions=frozenset(each for each in Permission if each in granted),
+            expires_at=float(claims["exp"]),
+        )

@@ -1,0 +1,85 @@
+"""What the process logs, in one form for our lines and those of the libraries.
+
+Lines hold ids, sizes, codes, durations and places in the code, and never content, SQL parameters,
+URLs or credentials. An exception's text may quote any of those, so it is left out: `story` tells
+the kind of each exception and where it was raised.
+"""
+
+import logging
+import sys
+import traceback
+from typing import Any
+
+import structlog
+
+from chat_ticket_svc.config import Settings
+
+log = structlog.get_logger()
+
+
+def story(error: BaseException) -> list[dict[str, Any]]:
+    """What happened, in the order it happened: the first is the root."""
+    chain: list[BaseException] = []
+    each: BaseException | None = error
+    while each is not None and each not in chain:
+        chain.insert(0, each)
+        each = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
+    return [_told(each) for each in chain]
+
+
+def _told(error: BaseException) -> dict[str, Any]:
+    told: dict[str, Any] = {"error": type(error).__qualname__}
+    diagnosis = getattr(error, "diag", None)  # of psycopg, which has no room here
+    for name in ("sqlstate", "table_name", "constraint_name"):
+        value = getattr(diagnosis, name, None)
+        if value:
+            told[name] = value
+    told["frames"] = [
+        f"{frame.filename}:{frame.lineno} {frame.name}"
+        for frame in traceback.extract_tb(error.__traceback__)
+    ]
+    return told
+
+
+def background_error(_: object, context: dict[str, Any]) -> None:
+    """The event loop's exception handler; its own would print the exception's text."""
+    error = context.get("exception")
+    errors = [] if error is None else story(error)
+    log.error("error in the background", about=context["message"], errors=errors)
+
+
+def configure(settings: Settings) -> None:
+    for_people = settings.log_format == "console" or (
+        settings.log_format == "auto" and sys.stderr.isatty()
+    )
+    renderer = (
+        structlog.dev.ConsoleRenderer() if for_people else structlog.processors.JSONRenderer()
+    )
+    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
+    common: list[structlog.typing.Processor] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso"),
+    ]
+    structlog.configure(
+        processors=[*common, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*common, structlog.stdlib.add_logger_name, _discreet],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    # The libraries' own DEBUG and INFO quote what they handle.
+    logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING))
+
+
+def _discreet(_: Any, __: str, line: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """A library's line about an exception, without the exception's text."""
+    info = line.pop("exc_info", None)
+    if isinstance(info, tuple) and info[1] is not None:
+        line["errors"] = story(info[1])
+    return line
