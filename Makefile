@@ -6,7 +6,7 @@ PYTHON ?= $(or $(wildcard $(BIN)/python3),python3)
 SOURCES := src/chat_ticket_svc scripts tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test migrate migrate-status new-migration proto check-proto lint format typecheck check demo lock clean
+.PHONY: help venv run test migrate migrate-status new-migration proto check-proto lint format typecheck check demo lock audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -65,6 +65,9 @@ lock: venv ## resolve requirements.lock again from pyproject.toml
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --python-version 3.11 \
 		--all-extras --group dev --custom-compile-command "make lock" \
 		--output-file requirements.lock pyproject.toml
+
+audit: venv ## look the locked dependencies up in PyPI's database of vulnerabilities
+	@$(BIN)/python scripts/audit.py
 
 clean: ## remove what the targets made: .venv, .data and caches
 	@rm -rf .venv .data .bootstrap.lock .mypy_cache .pytest_cache .ruff_cache .hypothesis dist tests/node/node_modules

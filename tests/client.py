@@ -38,13 +38,28 @@ class _Bound:
 
 
 class Api:
-    """All services of a server, for one tenant; and short ways to make what tests are not about."""
+    """All services of a server, for one tenant; and short ways to make what tests are not about.
 
-    def __init__(self, address: str, tenant: str):
+    Without a tenant the calls do not name one; with a token or credentials they carry those.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        tenant: str,
+        *,
+        token: str = "",
+        credentials: grpc.ChannelCredentials | None = None,
+    ):
         self.address = address
         self.tenant = tenant
-        self.channel = grpc.aio.insecure_channel(address)
-        metadata = [("x-tenant-id", tenant)]
+        if credentials is None:
+            self.channel = grpc.aio.insecure_channel(address)
+        else:
+            self.channel = grpc.aio.secure_channel(address, credentials)
+        metadata = [("x-tenant-id", tenant)] if tenant else []
+        if token:
+            metadata.append(("authorization", f"Bearer {token}"))
         self.sessions = _Bound(chat_session_pb2_grpc.ChatSessionServiceStub(self.channel), metadata)
         self.messages = _Bound(chat_message_pb2_grpc.ChatMessageServiceStub(self.channel), metadata)
         self.attachments = _Bound(

@@ -22,6 +22,7 @@ class ServerProcess:
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "chat_ticket_svc", "serve", *arguments],
             env={**os.environ, "CHAT_TICKET_LOG_FORMAT": "json", **environment},
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -54,14 +55,20 @@ class ServerProcess:
     def address(self) -> str:
         return f"127.0.0.1:{self.wait_for('listening')['port']}"
 
+    def printed(self) -> str:
+        """The next line of its output, which is not its log."""
+        assert self.popen.stdout is not None
+        return self.popen.stdout.readline()
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal, and return the exit status."""
         if self.popen.poll() is None:
             self.popen.send_signal(number)
         status = self.popen.wait(timeout=30)
         self._reader.join(timeout=5)
-        assert self.popen.stderr is not None
-        self.popen.stderr.close()
+        for stream in (self.popen.stdout, self.popen.stderr):
+            assert stream is not None
+            stream.close()
         return status
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from chat_ticket_svc import config, logs, migrate
-from chat_ticket_svc.access.credential import Permission
+from chat_ticket_svc.access.credential import TENANT_ID, Permission
 from chat_ticket_svc.config import ConfigurationError, Settings
 from chat_ticket_svc.embedded import EmbeddedPostgres, EmbeddedPostgresError
 
@@ -40,6 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--tenant",
         action="append",
         default=[],
+        type=_tenant_id,
         metavar="ID",
         help="a tenant that the token is for; may be repeated; without it, all tenants",
     )
@@ -71,6 +72,12 @@ def main(arguments: list[str] | None = None) -> None:
     except (ConfigurationError, EmbeddedPostgresError) as error:
         sys.exit(f"chat-ticket-svc: {error}")
     sys.exit(status)
+
+
+def _tenant_id(text: str) -> str:
+    if not TENANT_ID.fullmatch(text):
+        raise argparse.ArgumentTypeError("is not 1 to 255 printable ASCII characters")
+    return text
 
 
 def _token(options: argparse.Namespace) -> int:

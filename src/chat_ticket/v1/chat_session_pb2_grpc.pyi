@@ -3,9 +3,16 @@
 isort:skip_file
 Chat sessions: create, read, change, delete, and follow live.
 
+A call's credential (see the README: a token, a client certificate, or none) needs the permission
+`read` for Get, List, Search and Watch, `delete` for Delete, `ticket` to link, unlink and change
+tickets, and `write` for all else.
+
 Errors common to every RPC of chat_ticket.v1: INVALID_ARGUMENT with every field violation at
-once, UNAUTHENTICATED without `x-tenant-id`, RESOURCE_EXHAUSTED and UNAVAILABLE (with RetryInfo)
-when the service is full or its database out of reach, DEADLINE_EXCEEDED. Every error carries
+once; UNAUTHENTICATED without a valid credential, or without `x-tenant-id` where the credential
+does not settle it, and in the middle of a stream when the credential expires; PERMISSION_DENIED
+when the credential is not for this tenant or method; RESOURCE_EXHAUSTED and UNAVAILABLE (with
+RetryInfo) when a quota is used up (QUOTA_EXCEEDED with QuotaFailure), the service is full or its
+database out of reach; DEADLINE_EXCEEDED. Every error carries
 google.rpc.ErrorInfo with the domain `chat-ticket-svc` and a reason. UNAVAILABLE with the reason
 OUTCOME_UNKNOWN means that a write may have happened: repeat it with the same id.
 """

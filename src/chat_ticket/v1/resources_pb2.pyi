@@ -5,7 +5,8 @@ The entities that the services of chat_ticket.v1 hold. They stand in a file of t
 they appear in one another's services: reading messages returns their session, following a
 session returns its messages.
 
-Every entity belongs to a tenant, named by the metadata key `x-tenant-id` of the call. What
+Every entity belongs to a tenant, named by the metadata key `x-tenant-id` of the call, or by its
+credential when that is for one tenant only. What
 belongs to another tenant looks exactly like what does not exist.
 
 Ids are UUIDs in the text form of RFC 9562; requests may have them in upper case. Ids that the
