@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import json
 import ssl
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest_asyncio
 from authority import AUDIENCE, ISSUER, Authority, Certificate, Key, key_set
 from client import Api, refused
 from grpc import StatusCode
+from test_other_clients import needs_grpcurl
 from test_tokens import listed
 from test_watch import following
 
@@ -167,6 +170,30 @@ class TestBoth:
             await listed(await connect(narrow, "other", key.token()))
         with refused(StatusCode.UNAUTHENTICATED, "TENANT_REQUIRED"):
             await listed(await connect(narrow, "", key.token(tenants=["other"])))
+
+    @needs_grpcurl
+    async def test_grpcurl_with_both(self, start: NewServer, tmp_path: Path) -> None:
+        """A client that is not ours, with the options that `make run` names."""
+        key = Key()
+        (tmp_path / "keys.json").write_bytes(key_set(key))
+        connect = await start(
+            auth="jwt,mtls",
+            jwt_keys=str(tmp_path / "keys.json"),
+            jwt_issuer=ISSUER,
+            jwt_audience=AUDIENCE,
+        )
+        caller = CA.caller(uris=[ASSISTANT]).write(tmp_path / "caller")
+        process = await asyncio.create_subprocess_exec(
+            str(Path(sys.executable).with_name("grpcurl")),
+            *("-cacert", str(tmp_path / "authority.pem")),
+            *("-cert", caller["tls_certificate"], "-key", caller["tls_key"]),
+            *("-H", f"authorization: Bearer {key.token(tenants=['acme'])}"),
+            (await connect()).address,
+            "chat_ticket.v1.ChatSessionService/CreateChatSession",
+            stdout=asyncio.subprocess.PIPE,
+        )
+        output, _ = await process.communicate()
+        assert json.loads(output)["session"]["tenant_id"] == "acme"
 
 
 async def shown(address: str) -> bytes:

@@ -14,6 +14,7 @@ from client import Api, refused
 from google.protobuf import descriptor_pool
 from grpc import StatusCode
 from process import server_process
+from test_other_clients import needs_grpcurl
 from test_server import ROOT, command
 
 from chat_ticket_svc.access import methods
@@ -164,6 +165,7 @@ class TestSettings:
 
 
 class TestDevelopment:
+    @needs_grpcurl
     @pytest.mark.parametrize("auth", ["insecure", "jwt"])
     def test_run_prints_a_call_that_works(self, tmp_path: Path, auth: str) -> None:
         """With what the server asks for; a token of the command is what it takes."""
