@@ -324,9 +324,9 @@ class TestKeys:
 
     @pytest.fixture(autouse=True)
     def _soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tokens, "COOLDOWN_SECONDS", 0.3)
+        monkeypatch.setattr(tokens, "COOLDOWN_SECONDS", 0.1)
         monkeypatch.setattr(tokens, "REFRESH_SECONDS", 0.5)
-        monkeypatch.setattr(tokens, "FETCH_TIMEOUT_SECONDS", 0.5)
+        monkeypatch.setattr(tokens, "FETCH_TIMEOUT_SECONDS", 2)
 
     @pytest_asyncio.fixture
     async def keys(self) -> AsyncIterator[KeyServer]:
