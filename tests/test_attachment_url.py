@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import secrets
 import shutil
@@ -9,7 +10,7 @@ import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from ipaddress import ip_network
 from pathlib import Path
@@ -23,8 +24,11 @@ from ssrfguard.resolvers import UdpResolver
 
 from chat_ticket_svc import attachment_url
 from chat_ticket_svc.attachment_url import AttachmentUrlChecker
+from chat_ticket_svc.errors import ResourceExhaustedError
 
 pytestmark = pytest.mark.asyncio
+
+TENANT, ANOTHER = "a tenant", "another tenant"
 
 PRIVATE = "127.0.0.1"
 PUBLIC = "127.0.0.2"  # where the `internet` fixture is used
@@ -168,12 +172,17 @@ def opened(*sites: Site, **settings: Any) -> AttachmentUrlChecker:
     )
 
 
-@pytest.fixture
-def internet(monkeypatch: pytest.MonkeyPatch) -> NewChecker:
-    """Makes checkers to which PUBLIC is a public address, and a site's port the port of http."""
+def open_public(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes PUBLIC a public address."""
     public = Block(ip_network(PUBLIC), "Public", "", Reach.PERMITTED)
     denied = AddressTable((*attachment_url._DENIED.blocks, public))
     monkeypatch.setattr(attachment_url, "_DENIED", denied)
+
+
+@pytest.fixture
+def internet(monkeypatch: pytest.MonkeyPatch) -> NewChecker:
+    """Makes checkers to which PUBLIC is a public address, and a site's port the port of http."""
+    open_public(monkeypatch)
 
     def checker(site: Site, **settings: Any) -> AttachmentUrlChecker:
         monkeypatch.setitem(attachment_url._PORTS, "http", site.port)
@@ -206,15 +215,20 @@ async def test_status() -> None:
     good, bad = [200, 204, 206, 299, 416], [300, 304, 401, 403, 404, 410, 500, 503]
     async with serve(paths({f"/{code}": status(code) for code in good + bad})) as site:
         checker = opened(site)
-        assert await checker.inaccessible([f"http://{site.at}/{code}" for code in good]) == []
+        assert (
+            await checker.inaccessible(TENANT, [f"http://{site.at}/{code}" for code in good]) == []
+        )
         urls = [f"http://{site.at}/{code}" for code in bad]
-        assert await checker.inaccessible(urls) == list(range(len(urls)))
+        assert await checker.inaccessible(TENANT, urls) == list(range(len(urls)))
 
 
 async def test_asks_for_one_byte() -> None:
     """One uncompressed byte is asked for, of exactly the path and query given."""
     async with serve() as site:
-        assert await opened(site).inaccessible([f"http://{site.at}/a;v=1/b%20c;w?d=;e#f"]) == []
+        assert (
+            await opened(site).inaccessible(TENANT, [f"http://{site.at}/a;v=1/b%20c;w?d=;e#f"])
+            == []
+        )
     head = site.requests[0].lower().split("\r\n")
     assert head[0] == "get /a;v=1/b%20c;w?d=;e http/1.1"
     assert {f"host: {site.at}", "range: bytes=0-0", "accept-encoding: identity"} < set(head)
@@ -224,7 +238,7 @@ async def test_ipv6() -> None:
     """An IPv6 address is asked by its proper name."""
     try:
         async with serve(host="::1") as site:
-            assert await opened(site).inaccessible([f"http://{site.at}/"]) == []
+            assert await opened(site).inaccessible(TENANT, [f"http://{site.at}/"]) == []
     except OSError:
         pytest.skip("needs IPv6")
     assert f"host: {site.at}" in site.requests[0].lower().split("\r\n")
@@ -235,9 +249,9 @@ async def test_positions() -> None:
     async with serve(paths({"/yes": OK, "/no": status(404)})) as site:
         yes, no = f"http://{site.at}/yes", f"http://{site.at}/no"
         urls = [no, yes, "http://[", yes, no, "http://10.0.0.1/"]
-        assert await opened(site).inaccessible(urls) == [0, 2, 4, 5]
+        assert await opened(site).inaccessible(TENANT, urls) == [0, 2, 4, 5]
         assert await site.visits() == 2, "a repeated URL is asked once"
-        assert await opened(site).inaccessible([]) == []
+        assert await opened(site).inaccessible(TENANT, []) == []
 
 
 async def test_concurrent() -> None:
@@ -250,12 +264,16 @@ async def test_concurrent() -> None:
 
     async with serve(answer) as site:
         urls = [f"http://{site.at}/{number}" for number in range(20)]
-        assert await opened(site).inaccessible(urls) == []
+        assert await opened(site).inaccessible(TENANT, urls) == []
 
 
-async def test_concurrency_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many URLs there are, few are asked at a time, over all callers; yet all are."""
+@pytest.mark.parametrize(("tenants", "at_once"), [([TENANT], 2), ([TENANT, ANOTHER], 3)])
+async def test_concurrency_is_bounded(
+    tenants: list[str], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many URLs there are, few are asked at a time, of a tenant fewer; yet all are."""
     monkeypatch.setattr(attachment_url, "_AT_ONCE", 3)
+    monkeypatch.setattr(attachment_url, "_AT_ONCE_OF_A_TENANT", 2)
     busy, most_busy = 0, 0
 
     async def answer(request: str, writer: asyncio.StreamWriter) -> None:
@@ -269,8 +287,9 @@ async def test_concurrency_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     async with serve(answer) as site:
         checker = opened(site)
         urls = [f"http://{site.at}/{number}" for number in range(10)]
-        assert await asyncio.gather(*map(checker.inaccessible, [urls, urls])) == [[], []]
-        assert most_busy == 3
+        calls = [checker.inaccessible(tenant, urls) for tenant in 2 * tenants]
+        assert await asyncio.gather(*calls) == [[]] * len(calls)
+        assert most_busy == at_once
 
 
 @pytest.fixture
@@ -295,10 +314,10 @@ async def test_tls(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         urls = [f"https://{host}/" for host in hosts]
         resolver = dns({"a.test": [PRIVATE], "b.test": [PRIVATE]})
         checker = AttachmentUrlChecker(allowed_hosts=hosts, resolver=resolver)
-        assert await checker.inaccessible(urls) == [0, 1]
+        assert await checker.inaccessible(TENANT, urls) == [0, 1]
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         checker = AttachmentUrlChecker(allowed_hosts=hosts, resolver=resolver)
-        assert await checker.inaccessible(urls) == [1]
+        assert await checker.inaccessible(TENANT, urls) == [1]
 
 
 # ---- What is never reached ----
@@ -308,7 +327,7 @@ async def test_https_only_by_default() -> None:
     """Without a setting http is refused, even to an allowed host."""
     async with serve() as site:
         checker = AttachmentUrlChecker(allowed_hosts=[site.at])
-        assert await checker.inaccessible([f"http://{site.at}/"]) == [0]
+        assert await checker.inaccessible(TENANT, [f"http://{site.at}/"]) == [0]
         assert await site.visits() == 0
 
 
@@ -337,7 +356,7 @@ async def test_refused_addresses(internet: NewChecker, attempts: list[str]) -> N
         # The platform's resolver understands notations that no URL should have.
         checker = internet(site, resolver=socket.getaddrinfo)
         urls = [f"http://{host}:{site.port}/" for host in REFUSED]
-        assert await checker.inaccessible(urls) == list(range(len(urls)))
+        assert await checker.inaccessible(TENANT, urls) == list(range(len(urls)))
         assert attempts == []
         assert await site.visits() == 0
 
@@ -348,7 +367,7 @@ PUBLIC_ADDRESSES = ["8.8.8.8", "[2606:4700::1111]", "[64:ff9b::8.8.8.8]", "[::ff
 async def test_public_addresses(attempts: list[str]) -> None:
     """Public addresses are not refused, nor are those that an IPv6-only network puts for them."""
     urls = [f"https://{host}/" for host in PUBLIC_ADDRESSES]
-    await AttachmentUrlChecker().inaccessible(urls)
+    await AttachmentUrlChecker().inaccessible(TENANT, urls)
     assert len(attempts) == len(urls)
 
 
@@ -361,7 +380,7 @@ async def test_refused_names(addresses: list[str], internet: NewChecker) -> None
     async with serve(host=PUBLIC) as public, serve(host=PRIVATE, port=public.port) as private:
         checker = internet(public, resolver=dns({"good.test": [PUBLIC], "bad.test": addresses}))
         urls = [f"http://{name}.test:{public.port}/" for name in ("good", "bad")]
-        assert await checker.inaccessible(urls) == [1]
+        assert await checker.inaccessible(TENANT, urls) == [1]
         assert await private.visits() == 0
         assert await public.visits() == 1
 
@@ -379,9 +398,9 @@ async def test_rebinding(internet: NewChecker) -> None:
         serve(answer, host=PRIVATE, port=public.port) as private,
     ):
         checker = internet(public, resolver=resolve)
-        assert await checker.inaccessible([f"http://a.test:{public.port}/"]) == []
+        assert await checker.inaccessible(TENANT, [f"http://a.test:{public.port}/"]) == []
         answers.append(PUBLIC)
-        assert await checker.inaccessible([f"http://a.test:{public.port}/again"]) == [0]
+        assert await checker.inaccessible(TENANT, [f"http://a.test:{public.port}/again"]) == [0]
         assert await public.visits() == 2
         assert await private.visits() == 0
 
@@ -391,7 +410,7 @@ async def test_ports(internet: NewChecker) -> None:
     async with serve(host=PUBLIC) as usual, serve(host=PUBLIC) as other:
         checker = internet(usual)
         urls = [f"http://{usual.at}/", f"http://{other.at}/", f"http://{PUBLIC}:0/"]
-        assert await checker.inaccessible(urls) == [1, 2]
+        assert await checker.inaccessible(TENANT, urls) == [1, 2]
         assert await other.visits() == 0
 
 
@@ -399,7 +418,7 @@ async def test_ports(internet: NewChecker) -> None:
 async def test_user_info(user: str) -> None:
     """User info is refused, even empty."""
     async with serve() as site:
-        assert await opened(site).inaccessible([f"http://{user}{site.at}/"]) == [0]
+        assert await opened(site).inaccessible(TENANT, [f"http://{user}{site.at}/"]) == [0]
         assert await site.visits() == 0
 
 
@@ -415,7 +434,7 @@ NONSENSE = [
 async def test_nonsense() -> None:
     """What is no URL is inaccessible, and nothing worse."""
     checker = AttachmentUrlChecker(schemes=("http", "https"), resolver=dns({}))
-    assert await checker.inaccessible(NONSENSE) == list(range(len(NONSENSE)))
+    assert await checker.inaccessible(TENANT, NONSENSE) == list(range(len(NONSENSE)))
 
 
 async def test_unexpected_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,7 +445,7 @@ async def test_unexpected_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async with serve() as site:
         monkeypatch.setattr(httpcore.AsyncConnectionPool, "stream", broken)
-        assert await opened(site).inaccessible([f"http://{site.at}/"]) == [0]
+        assert await opened(site).inaccessible(TENANT, [f"http://{site.at}/"]) == [0]
 
 
 # ---- Redirects ----
@@ -437,7 +456,7 @@ async def test_redirects() -> None:
     chain = {f"/{left}": redirect(f"/{left - 1}") for left in range(1, 7)}
     async with serve(paths({"/0": OK, **chain})) as site:
         urls = [f"http://{site.at}/5", f"http://{site.at}/6"]
-        assert await opened(site).inaccessible(urls) == [1]
+        assert await opened(site).inaccessible(TENANT, urls) == [1]
         assert await site.visits() == 6 + 6
 
 
@@ -448,7 +467,7 @@ async def test_redirect_to_refused(host: str, internet: NewChecker) -> None:
         answer = redirect(f"http://{host}:{private.port}/")
         async with serve(answer, host=PUBLIC, port=private.port) as public:
             checker = internet(public, resolver=socket.getaddrinfo)
-            assert await checker.inaccessible([f"http://{public.at}/"]) == [0]
+            assert await checker.inaccessible(TENANT, [f"http://{public.at}/"]) == [0]
             assert await public.visits() == 1
             assert await private.visits() == 0
 
@@ -465,7 +484,7 @@ async def test_redirect_to_other_scheme(internet: NewChecker) -> None:
         location = f"https://a.test:{site.port}/"
         async with serve(redirect(location), host=PUBLIC) as first:
             checker = internet(first, resolver=resolve)
-            assert await checker.inaccessible([f"http://{first.at}/"]) == [0]
+            assert await checker.inaccessible(TENANT, [f"http://{first.at}/"]) == [0]
             assert looked_up == [PUBLIC]
 
 
@@ -474,7 +493,7 @@ async def test_redirect_with_user_info() -> None:
     async with serve() as site:
         answers = {"/": redirect(f"http://user:secret@{site.at}/b"), "/b": OK}
     async with serve(paths(answers), port=site.port) as site:
-        assert await opened(site).inaccessible([f"http://{site.at}/"]) == [0]
+        assert await opened(site).inaccessible(TENANT, [f"http://{site.at}/"]) == [0]
         assert await site.visits() == 1
 
 
@@ -484,7 +503,7 @@ async def test_cookies() -> None:
     async with serve(paths(answers)) as site:
         checker = opened(site)
         for _ in range(2):
-            assert await checker.inaccessible([f"http://{site.at}/first"]) == []
+            assert await checker.inaccessible(TENANT, [f"http://{site.at}/first"]) == []
     assert len(site.requests) == 4
     assert not [request for request in site.requests if "cookie:" in request.lower()]
 
@@ -497,14 +516,16 @@ async def test_allowed_host_is_reached_by_its_name_only(internet: NewChecker) ->
     async with serve(host=PRIVATE) as store:
         answer = redirect(f"http://store.test:{store.port}/")
         async with serve(answer, host=PUBLIC, port=store.port) as public:
-            hosts = ["STORE.test", "store.test.", "other.test", "a.store.test", PRIVATE]
+            hosts = ["STORE.test", "store.test.", "other.test", "a.store.test", "astore.test"]
+            hosts += ["store.test.a.test", PRIVATE]
             checker = internet(
                 public,
                 allowed_hosts=[f"Store.test:{store.port}"],
                 resolver=dns({host.lower().rstrip("."): [PRIVATE] for host in hosts}),
             )
             urls = [f"http://{host}:{store.port}/" for host in hosts]
-            assert await checker.inaccessible([*urls, f"http://{public.at}/"]) == [2, 3, 4, 5]
+            urls.append(f"http://{public.at}/")
+            assert await checker.inaccessible(TENANT, urls) == list(range(2, len(urls)))
             assert await public.visits() == 1
             assert await store.visits() == 2
 
@@ -517,7 +538,7 @@ async def test_allowed_port(attempts: list[str]) -> None:
     )
     for host in ("a.test", "b.test"):
         for port in ("", ":80", ":443", ":8080"):
-            await checker.inaccessible([f"http://{host}{port}/"])
+            await checker.inaccessible(TENANT, [f"http://{host}{port}/"])
     assert attempts == ["10.0.0.1 8080", "10.0.0.2 80", "10.0.0.2 80", "10.0.0.2 443"]
 
 
@@ -527,8 +548,26 @@ async def test_allowed_host_redirects() -> None:
         answers = {"/out": redirect(f"http://{other.at}/"), "/in": redirect("/"), "/": OK}
         async with serve(paths(answers)) as site:
             urls = [f"http://{site.at}/out", f"http://{site.at}/in"]
-            assert await opened(site, other).inaccessible(urls) == [0]
+            assert await opened(site, other).inaccessible(TENANT, urls) == [0]
             assert await other.visits() == 0
+
+
+@pytest.mark.parametrize("host", ["localhost:{}", "127.0.0.2:{}", "u@a.test:{}", "a.test:1{}"])
+async def test_allowed_host_leads_nowhere_else(host: str, internet: NewChecker) -> None:
+    """Not to itself by another name, to the internet, to a user or to another port of its own."""
+    async with serve() as probe:
+        answers = {"/": OK, "/in": redirect(f"//A.test:{probe.port}/")}
+        answers["/out"] = redirect(f"http://{host.format(probe.port)}/")
+    async with (
+        serve(paths(answers), port=probe.port) as store,
+        serve(host=PUBLIC, port=probe.port) as public,
+    ):
+        resolver = dns({"a.test": [PRIVATE], "localhost": [PRIVATE]})
+        checker = internet(store, allowed_hosts=[f"a.test:{store.port}"], resolver=resolver)
+        urls = [f"http://a.test:{store.port}/{path}" for path in ("in", "out")]
+        assert await checker.inaccessible(TENANT, urls) == [1]
+        assert await public.visits() == 0
+        assert [request.split()[1] for request in store.requests].count("/") == 1
 
 
 @pytest.mark.parametrize("address", ["169.254.169.254", "fe80::1", "0.0.0.0", "224.0.0.1"])
@@ -536,7 +575,7 @@ async def test_allowed_name_to_metadata(address: str, attempts: list[str]) -> No
     """An allowed name may lead to private addresses, not to link-local and stranger ones."""
     resolver = dns({"a.test": ["10.0.0.1"], "b.test": [address]})
     checker = AttachmentUrlChecker(allowed_hosts=["a.test", "b.test"], resolver=resolver)
-    assert await checker.inaccessible(["https://a.test/", "https://b.test/"]) == [0, 1]
+    assert await checker.inaccessible(TENANT, ["https://a.test/", "https://b.test/"]) == [0, 1]
     assert attempts == ["10.0.0.1 443"]
 
 
@@ -575,7 +614,7 @@ async def test_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
             monkeypatch.setenv(name, f"http://{proxy.at}")
         monkeypatch.delenv("NO_PROXY", raising=False)
         monkeypatch.setenv("NETRC", str(netrc))
-        assert await opened(site).inaccessible([f"http://{site.at}/"]) == []
+        assert await opened(site).inaccessible(TENANT, [f"http://{site.at}/"]) == []
         assert await proxy.visits() == 0
         assert "authorization" not in site.requests[0].lower()
 
@@ -586,7 +625,7 @@ async def test_logs(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     answers = {"/?canary=1": redirect("/?canary=2"), "/?canary=2": status(404)}
     async with serve(paths(answers)) as site:
-        assert await opened(site).inaccessible([f"http://{site.at}/?canary=1"]) == [0]
+        assert await opened(site).inaccessible(TENANT, [f"http://{site.at}/?canary=1"]) == [0]
         assert len(site.requests) == 2
     assert "canary" not in caplog.text
     assert PRIVATE not in caplog.text
@@ -606,7 +645,7 @@ async def test_bodies_are_not_downloaded() -> None:
     ):
         checker = opened(store, mover, timeout=60)
         urls = [f"http://{store.at}/", f"http://{mover.at}/"]
-        assert await checker.inaccessible(urls) == [1]
+        assert await checker.inaccessible(TENANT, urls) == [1]
         await store.left.wait()
         await mover.left.wait()
         # What the kernel buffers on both sides was sent, whoever reads it.
@@ -625,7 +664,7 @@ async def test_bodies_are_not_downloaded() -> None:
 async def test_endless_headers(head: bytes, chunk: bytes) -> None:
     """An answer that is all headers is cut off by its size, long before the timeout."""
     async with serve(endless(head, chunk)) as site, asyncio.timeout(10):
-        assert await opened(site, timeout=60).inaccessible([f"http://{site.at}/"]) == [0]
+        assert await opened(site, timeout=60).inaccessible(TENANT, [f"http://{site.at}/"]) == [0]
 
 
 @pytest.mark.parametrize(
@@ -645,7 +684,7 @@ async def test_slow(scheme: str, answer: Answer) -> None:
         )
         urls = [f"{scheme}://{slow.at}/{number}" for number in range(5)]
         urls.insert(2, f"http://{quick.at}/")
-        assert await checker.inaccessible(urls) == [0, 1, 3, 4, 5]
+        assert await checker.inaccessible(TENANT, urls) == [0, 1, 3, 4, 5]
         await slow.left.wait()
 
 
@@ -665,7 +704,7 @@ async def test_dead_address(monkeypatch: pytest.MonkeyPatch) -> None:
         checker = AttachmentUrlChecker(
             schemes=("http",), allowed_hosts=[host], timeout=1.5, resolver=resolver
         )
-        assert await checker.inaccessible([f"http://{host}/"]) == []
+        assert await checker.inaccessible(TENANT, [f"http://{host}/"]) == []
 
 
 @pytest.mark.usefixtures("attempts")
@@ -675,15 +714,16 @@ async def test_many_addresses() -> None:
         host = f"a.test:{site.port}"
         resolver = dns({"a.test": [*(f"fc00::{number}" for number in range(8)), PRIVATE]})
         checker = AttachmentUrlChecker(schemes=("http",), allowed_hosts=[host], resolver=resolver)
-        assert await checker.inaccessible([f"http://{host}/"]) == []
+        assert await checker.inaccessible(TENANT, [f"http://{host}/"]) == []
 
 
 @pytest.mark.parametrize("host", [PRIVATE, PUBLIC], ids=["allowed", "public"])
 async def test_hung_lookups(
     host: str, internet: NewChecker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lookups that hang hold up no other work, and abandoned ones stay within a number."""
-    monkeypatch.setattr(attachment_url, "_AT_ONCE", 50)
+    """Lookups that hang hold up no other work; abandoned ones count as their tenant's checks."""
+    monkeypatch.setattr(attachment_url, "_AT_ONCE", 60)
+    monkeypatch.setattr(attachment_url, "_AT_ONCE_OF_A_TENANT", 50)
     loop, hung, release = asyncio.get_running_loop(), asyncio.Queue[str](), threading.Event()
 
     def resolve(name: str, *rest: int) -> Iterable[Any]:
@@ -695,54 +735,59 @@ async def test_hung_lookups(
     async with serve(host=host) as site, asyncio.timeout(10), asyncio.TaskGroup() as group:
         slow, quick = (f"{name}.test:{site.port}" for name in ("slow", "quick"))
         allowed = [slow, quick] if host == PRIVATE else []
-        checker = internet(site, allowed_hosts=allowed, timeout=60, resolver=resolve)
+        checker = internet(site, allowed_hosts=allowed, timeout=2, resolver=resolve)
         urls = [f"http://{slow}/{number}" for number in range(45)]
         try:
-            for hanging, found in ((45, []), (5, [0])):
-                check = group.create_task(checker.inaccessible(urls))
+            for hanging in (45, 5):
+                check = group.create_task(checker.inaccessible(TENANT, urls[:hanging]))
                 for _ in range(hanging):
                     await hung.get()
-                assert await checker.inaccessible([f"http://{quick}/"]) == found
+                assert await checker.inaccessible(ANOTHER, [f"http://{quick}/"]) == []
                 assert await asyncio.to_thread(int) == await anyio.to_thread.run_sync(int) == 0
                 check.cancel()
                 await asyncio.wait([check])
+            with pytest.raises(ResourceExhaustedError):
+                await checker.inaccessible(TENANT, [f"http://{quick}/"])
             assert hung.empty()
         finally:
             release.set()
-        for _ in range(1000):
-            if await checker.inaccessible([f"http://{quick}/"]) == []:
-                break
-        else:
-            pytest.fail("the threads were not given back")
+        assert await checker.inaccessible(TENANT, [f"http://{quick}/"]) == []
+        del check  # its error holds the frames that it went through
+        while checker._shares:
+            gc.collect()
+            await asyncio.sleep(0.01)
 
 
 class NameServer(asyncio.DatagramProtocol):
-    """Answers for every name with these records, or not at all."""
+    """Answers for a name and a type of record with these records, or not at all."""
 
-    def __init__(self, records: dict[int, bytes] | None) -> None:
-        self.records = records
+    def __init__(self, find: Callable[[str, int], Collection[bytes] | None]) -> None:
+        self.find = find
 
     def connection_made(self, transport: asyncio.DatagramTransport) -> None:  # type: ignore[override]
         self.transport = transport
 
     def datagram_received(self, query: bytes, client: Any) -> None:
-        if self.records is None:
+        labels, rest = [], query[12:]
+        while size := rest[0]:
+            labels.append(rest[1 : 1 + size].decode())
+            rest = rest[1 + size :]
+        records = self.find(".".join(labels).lower(), query[-3])
+        if records is None:
             return
-        kind = query[-3]
-        reply = query[:2] + b"\x81\x80\0\1" + bytes([0, kind in self.records, 0, 0, 0, 0])
-        reply += query[12:]
-        if data := self.records.get(kind):
+        reply = query[:2] + b"\x81\x80\0\1" + bytes([0, len(records), 0, 0, 0, 0]) + query[12:]
+        for data in records:
             reply += b"\xc0\x0c" + query[-4:] + bytes([0, 0, 0, 0, 0, len(data)]) + data
         self.transport.sendto(reply, client)
 
 
 @contextlib.asynccontextmanager
 async def name_server(
-    monkeypatch: pytest.MonkeyPatch, records: dict[int, bytes] | None
+    monkeypatch: pytest.MonkeyPatch, find: Callable[[str, int], Collection[bytes] | None]
 ) -> AsyncIterator[threading.Event]:
     """Serves the lookups of public names; the event is set when one has ended."""
     transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(
-        lambda: NameServer(records), (PRIVATE, 0)
+        lambda: NameServer(find), (PRIVATE, 0)
     )
     port = transport.get_extra_info("sockname")[1]
     ended = threading.Event()
@@ -765,8 +810,10 @@ async def name_server(
 
 async def test_silent_name_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lookup of a public name ends by itself when the time is up."""
-    async with name_server(monkeypatch, None) as ended:
-        assert await AttachmentUrlChecker(timeout=0.3).inaccessible(["https://a.test/"]) == [0]
+    async with name_server(monkeypatch, lambda *_: None) as ended:
+        assert await AttachmentUrlChecker(timeout=0.3).inaccessible(
+            TENANT, ["https://a.test/"]
+        ) == [0]
         assert await asyncio.to_thread(ended.wait, 5)
 
 
@@ -775,21 +822,25 @@ async def test_name_server(
     other: str, internet: NewChecker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A public name is looked up in both families, and a bad address in either is enough."""
-    records = {1: socket.inet_aton(PUBLIC)}
+    records = {1: [socket.inet_aton(PUBLIC)], 28: []}
     if other:
-        records[28] = socket.inet_pton(socket.AF_INET6, other)
-    async with serve(host=PUBLIC) as site, name_server(monkeypatch, records):
+        records[28].append(socket.inet_pton(socket.AF_INET6, other))
+
+    def find(name: str, kind: int) -> Collection[bytes]:
+        return records[kind]
+
+    async with serve(host=PUBLIC) as site, name_server(monkeypatch, find):
         checker = internet(site, resolver=None)
         url = f"http://a.test:{site.port}/"
-        assert await checker.inaccessible([url]) == ([0] if other else [])
+        assert await checker.inaccessible(TENANT, [url]) == ([0] if other else [])
         assert await site.visits() == (0 if other else 1)
 
 
 async def test_families(attempts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Both families of a public name are tried, IPv4 first."""
     records = {1: socket.inet_aton("8.8.8.8"), 28: socket.inet_pton(socket.AF_INET6, "2600::1")}
-    async with name_server(monkeypatch, records):
-        assert await AttachmentUrlChecker().inaccessible(["https://a.test/"]) == [0]
+    async with name_server(monkeypatch, lambda _, kind: [records[kind]]):
+        assert await AttachmentUrlChecker().inaccessible(TENANT, ["https://a.test/"]) == [0]
         assert attempts == ["8.8.8.8 443", "2600::1 443"]
 
 
@@ -798,10 +849,66 @@ async def test_cancellation(scheme: str) -> None:
     """A caller who gives up is let go, and the connection is closed, even in a handshake."""
     async with serve(silence) as site, asyncio.timeout(10):
         checker = AttachmentUrlChecker(schemes=(scheme,), allowed_hosts=[site.at], timeout=60)
-        check = asyncio.create_task(checker.inaccessible([f"{scheme}://{site.at}/"]))
+        check = asyncio.create_task(checker.inaccessible(TENANT, [f"{scheme}://{site.at}/"]))
         await site.arrived.wait()
         await asyncio.sleep(0.05)
         check.cancel()
         with pytest.raises(asyncio.CancelledError):
             await check
         await site.left.wait()
+
+
+# ---- Turns ----
+
+
+def flood(host: str) -> list[str]:
+    """What a tenant asks for in one request, over and over."""
+    return [f"http://{host}/{number}" for number in range(20)]
+
+
+async def test_tenants_take_turns() -> None:
+    """A tenant who floods us with slow URLs is told to wait; another's URL is looked at."""
+    async with serve(silence) as slow, serve() as quick:
+        checker = opened(slow, quick, timeout=1)
+        calls = [checker.inaccessible(TENANT, flood(slow.at)) for _ in range(5)]
+        flooding = asyncio.gather(*calls, return_exceptions=True)
+        while len(slow.requests) < 25:
+            await asyncio.sleep(0.01)
+        assert await checker.inaccessible(ANOTHER, [f"http://{quick.at}/"]) == []
+        assert not flooding.done()
+        found, *busy = await flooding
+        assert found == list(range(20))
+        assert [type(error) for error in busy] == [ResourceExhaustedError] * 4
+        assert {error.reason for error in busy} == {"URL_CHECKS_BUSY"}
+        assert await slow.visits() == 25, "the others were never asked"
+
+
+async def test_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Busy is the one answer when a URL found no turn, whatever it is and the others answer."""
+    monkeypatch.setattr(attachment_url, "_AT_ONCE_OF_A_TENANT", 2)
+    async with serve(silence) as slow, serve(paths({"/": OK, "/gone": status(404)})) as site:
+        checker = opened(slow, site, timeout=1)
+        good, gone = f"http://{site.at}/", f"http://{site.at}/gone"
+        hanging = flood(slow.at)
+        calls = [
+            [hanging[0]],
+            [gone, hanging[1], good],
+            *([url] for url in (good, gone, hanging[2], "http://127.0.0.1/", "ftp://a/", "[")),
+        ]
+        answers = await asyncio.gather(
+            *(checker.inaccessible(TENANT, urls) for urls in calls), return_exceptions=True
+        )
+        assert answers[0] == [0], "two had their turn and took it up"
+        assert await slow.visits() == 2
+        assert len({repr(answer) for answer in answers[1:]}) == 1
+        assert isinstance(answers[1], ResourceExhaustedError)
+
+
+async def test_tenants_are_forgotten() -> None:
+    """Nothing is kept of a tenant whose checks are over."""
+    async with serve() as site:
+        checker = opened(site)
+        for number in range(5):
+            assert await checker.inaccessible(f"tenant {number}", [f"http://{site.at}/"]) == []
+        gc.collect()
+        assert not checker._shares

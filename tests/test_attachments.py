@@ -76,6 +76,8 @@ class TestCreate:
             ("file_url", "https://files.example/é"),
             ("file_url", "https://files.example:99999/"),
             ("file_url", "https://[::1/"),
+            ("file_url", "https://[::1].files.example/"),
+            ("file_url", "https://files.example[::1]/"),
             ("file_url", "http://files.example/"),
             ("file_url", "ftp://files.example/"),
             ("file_url", "javascript:alert(1)"),

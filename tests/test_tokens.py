@@ -260,7 +260,7 @@ class TestForged:
             await listed(await server.api("", "acme"))
 
     @pytest.mark.parametrize(
-        "values", [["Basic YTpi"], [KEY.token()], [f"Bearer {KEY.token()}"] * 2]
+        "values", [[f"Basic {KEY.token()}"], [KEY.token()], [f"Bearer {KEY.token()}"] * 2]
     )
     async def test_not_one_bearer_token(self, server: Server, values: list[str]) -> None:
         """Another scheme, none, or two tokens."""

@@ -7,19 +7,23 @@ bound on time, connections, threads and bytes, and which hosts the operator has 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from ipaddress import ip_network
 from typing import Any
 from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
 
 import httpcore
 import httpx
 from ssrfguard import DEFAULT_DENIED, AddressTable, Block, Policy, Reach, Resolver, SSRFGuardError
 from ssrfguard.httpx import AsyncSafeBackend
 from ssrfguard.resolvers import UdpResolver
+
+from chat_ticket_svc import errors
 
 _PORTS = {"http": 80, "https": 443}
 
@@ -33,9 +37,10 @@ _HEADERS = {
 # What is read of one answer. Node's limit for headers; bodies are not wanted at all.
 _MAX_BYTES = 16 * 1024
 
-# Per process: connections, and separately name lookups, because a lookup cannot be cancelled and
-# so outlives the check that started it.
+# Turns, per process: each has a connection or a name lookup at a time. A tenant's share holds the
+# URLs of one request, and is so small that tenants who fill theirs leave room for others.
 _AT_ONCE = 100
+_AT_ONCE_OF_A_TENANT = 25
 
 # ssrfguard permits what no registry lists. Outside 2000::/3 no IPv6 address is public, translated
 # forms such as ::ffff:0:7f00:1 included; Azure's metadata service has a public IPv4 address.
@@ -93,16 +98,17 @@ class AttachmentUrlChecker:
         self._timeout = timeout
         self._tls = httpx.create_ssl_context()
         self._turns = asyncio.Semaphore(_AT_ONCE)
-        self._lookups = threading.BoundedSemaphore(_AT_ONCE)
+        # Of the tenants who have a check or a lookup under way; the others are forgotten.
+        self._shares = WeakValueDictionary[str, asyncio.Semaphore]()
 
         self._public = (
             _policy(schemes, allowed_ports=frozenset(_PORTS[scheme] for scheme in schemes)),
             # getaddrinfo has no deadline, and a caller who picks the name picks the name server.
-            self._bounded(resolver or self._query_dns),
+            resolver or self._query_dns,
         )
         self._opened: dict[tuple[str, int | None], tuple[Policy, Resolver]] = {}
         # The operator's names may be in /etc/hosts or need the search list.
-        internal = self._bounded(resolver or socket.getaddrinfo)
+        internal = resolver or socket.getaddrinfo
         malformed = []
         for entry in allowed_hosts:
             try:
@@ -119,33 +125,50 @@ class AttachmentUrlChecker:
         # At DEBUG it writes response headers, and with them the query of a redirect's target.
         logging.getLogger("httpcore").setLevel(logging.INFO)
 
-    async def inaccessible(self, urls: Sequence[str]) -> list[int]:
+    async def inaccessible(self, tenant_id: str, urls: Sequence[str]) -> list[int]:
         """The positions of the URLs that are not accessible, judged all at once.
 
         Returns within the timeout, which covers all of `urls` together: what has not answered by
         then is inaccessible. Why a URL is inaccessible is not told, not even to the logs, so that
-        the answer cannot be used to map a network. Raises nothing but cancellation.
+        the answer cannot be used to map a network.
+
+        Checks take turns, of which a tenant has a share. When one of `urls` has found none in half
+        of the time, ResourceExhaustedError says so, whatever the URLs are and the others answer.
         """
         deadline = asyncio.get_running_loop().time() + self._timeout
+        share = self._shares.setdefault(tenant_id, asyncio.Semaphore(_AT_ONCE_OF_A_TENANT))
         async with asyncio.TaskGroup() as group:
             checks = {
-                url: group.create_task(self._accessible(url, deadline))
+                url: group.create_task(self._accessible(url, share, deadline))
                 for url in dict.fromkeys(urls)
             }
-        return [position for position, url in enumerate(urls) if not checks[url].result()]
+        answers = {url: check.result() for url, check in checks.items()}
+        if None in answers.values():
+            raise errors.ResourceExhaustedError(
+                "too many file URLs are being checked", reason="URL_CHECKS_BUSY"
+            )
+        return [position for position, url in enumerate(urls) if not answers[url]]
 
-    async def _accessible(self, url: str, deadline: float) -> bool:
+    async def _accessible(self, url: str, share: asyncio.Semaphore, deadline: float) -> bool | None:
+        """Whether it is; None when its turn has not come in time to find out."""
         try:
-            async with asyncio.timeout_at(deadline), self._turns:
+            async with asyncio.timeout_at(deadline - self._timeout / 2):
+                turn = await _take_turn(share, self._turns)
+        except TimeoutError:
+            return None
+        try:
+            async with asyncio.timeout_at(deadline):
                 start = httpx.URL(url)
                 port = start.port or _PORTS.get(start.scheme)
                 host = start.raw_host.decode("ascii").rstrip(".")
                 policy, resolver = self._opened.get((host, port), self._public)
                 # Later it is judged as httpx reads it; this is how the caller wrote it.
                 policy.check_url(url)
-                return await self._answers(start, policy, resolver)
+                return await self._answers(start, policy, turn.held_by(resolver))
         except Exception:
             return False
+        finally:
+            turn.leave()
 
     async def _answers(self, url: httpx.URL, policy: Policy, resolver: Resolver) -> bool:
         # Not httpx's client: it reads and decompresses the whole body of each redirect it follows,
@@ -179,16 +202,43 @@ class AttachmentUrlChecker:
         families = (socket.AF_INET, socket.AF_INET6)
         return UdpResolver(timeout=self._timeout, families=families)(*query)
 
-    def _bounded(self, resolver: Resolver) -> Resolver:
+
+class _Turn:
+    """What a check holds; and its lookup, which cannot be cancelled and so may outlive it."""
+
+    def __init__(self, give_back: Callable[[], object]) -> None:
+        self._give_back = give_back
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._holders = 1
+
+    def held_by(self, resolver: Resolver) -> Resolver:
         def lookup(*query: Any) -> Iterable[Any]:
-            if not self._lookups.acquire(blocking=False):
-                raise socket.gaierror(socket.EAI_AGAIN, "too many lookups")
+            with self._lock:
+                if not self._holders:
+                    raise socket.gaierror(socket.EAI_AGAIN, "the check has ended")
+                self._holders += 1
             try:
                 return resolver(*query)
             finally:
-                self._lookups.release()
+                self.leave()
 
         return lookup
+
+    def leave(self) -> None:
+        with self._lock:
+            self._holders -= 1
+            last = not self._holders
+        if last:
+            self._loop.call_soon_threadsafe(self._give_back)
+
+
+async def _take_turn(*semaphores: asyncio.Semaphore) -> _Turn:
+    with contextlib.ExitStack() as taken:
+        for semaphore in semaphores:
+            await semaphore.acquire()
+            taken.callback(semaphore.release)
+        return _Turn(taken.pop_all().close)
 
 
 class _CappedStream(httpcore.AsyncNetworkStream):

@@ -26,6 +26,8 @@ from chat_ticket_svc.store.messages import NewMessage
 
 UUID_TEXT = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 URL_TEXT = re.compile(r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]+")
+# Older Pythons overlook what stands between the bracket and the port.
+IN_BRACKETS = re.compile(r"(.*@)?\[[^\[\]]+\](:[0-9]*)?")
 MIME_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 ETAG = re.compile(r"[0-9]{1,18}")
@@ -278,6 +280,8 @@ class Check:
         try:
             parts = urlsplit(value)
             has_host = bool(parts.hostname) and parts.port != 0
+            if "[" in parts.netloc or "]" in parts.netloc:
+                has_host = has_host and IN_BRACKETS.fullmatch(parts.netloc) is not None
         except ValueError:
             has_host = False
         if not URL_TEXT.fullmatch(value) or not has_host:

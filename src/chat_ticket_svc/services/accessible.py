@@ -11,6 +11,7 @@ T = TypeVar("T")
 
 async def repeat_or_check(
     checker: AttachmentUrlChecker | None,
+    tenant_id: str,
     urls: Sequence[str],
     repeated: Callable[[], Awaitable[T | None]],
 ) -> T | None:
@@ -25,7 +26,7 @@ async def repeat_or_check(
     stored = await repeated()
     if stored is not None:
         return stored
-    refused = await checker.inaccessible(urls)
+    refused = await checker.inaccessible(tenant_id, urls)
     if not refused:
         return None
     stored = await repeated()

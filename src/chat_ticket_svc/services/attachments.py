@@ -40,6 +40,7 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
         check.done()
         attachment = await accessible.repeat_or_check(
             self._urls,
+            tenant_id,
             [new.file_url],
             lambda: attachments.repeated(self._db, tenant_id, message_id, new),
         )

@@ -78,6 +78,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     ) -> list[messages.Message]:
         stored = await accessible.repeat_or_check(
             self._urls,
+            tenant_id,
             [each.file_url for message in new for each in message.attachments],
             lambda: messages.repeated(self._db, tenant_id, session_id, new),
         )
