@@ -149,7 +149,7 @@ async def api(server: Server, tenant: str) -> AsyncIterator[Api]:
 @pytest_asyncio.fixture
 async def other(server: Server) -> AsyncIterator[Api]:
     """Another tenant's client."""
-    async with Api(f"127.0.0.1:{server.port}", f"other {uuid.uuid4()}") as api:
+    async with Api(f"127.0.0.1:{server.port}", f"stranger {uuid.uuid4()}") as api:
         yield api
 
 

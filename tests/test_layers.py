@@ -79,17 +79,6 @@ def test_drivers_stay_in_their_rooms(path: Path) -> None:
         assert room(path) not in {"store", "follow", "errors"}
 
 
-def test_every_statement_of_the_store_names_the_tenant() -> None:
-    """tenant_id is in every SQL statement over our tables."""
-    for path in (ROOT / "store").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                sql = ast.unparse(node.value)
-                if any(f"{verb} " in sql for verb in ("SELECT", "INSERT", "UPDATE", "DELETE")):
-                    named = "tenant_id" in sql or "schema_migrations" in sql
-                    assert named, f"{path.name}: {node.targets[0].id}"
-
-
 def test_services_have_no_sql_and_no_try() -> None:
     """A servicer is a request, store calls, and a response; errors pass through."""
     for path in (ROOT / "services").glob("*.py"):

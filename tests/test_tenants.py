@@ -55,7 +55,9 @@ async def everything(api: Api, ids: Ids) -> list[Any]:
         await links(ListChatTicketsRequest(ticket_id=ids["ticket"])),
         await api.tickets.ListTickets(ListTicketsRequest()),
         await api.sessions.ListChatSessions(ListChatSessionsRequest()),
-        await api.messages.SearchChatMessages(SearchChatMessagesRequest(query="tenant or other")),
+        await api.messages.SearchChatMessages(
+            SearchChatMessagesRequest(query="tenant or stranger")
+        ),
         *[await batches(api, ids["session"], order=order) for order in (1, 2)],
     ]
     for after in (0, 3):
