@@ -22,6 +22,8 @@ from jwt.algorithms import ECAlgorithm
 ISSUER = "https://issuer.example"
 AUDIENCE = "chat-ticket-svc"
 
+OK = b"HTTP/1.1 200 OK\r\nConnection: close\r\n"
+
 
 class Key:
     """A key that an issuer signs with."""
@@ -59,24 +61,30 @@ def key_set(*keys: Key) -> bytes:
 
 
 class KeyServer:
-    """Serves a key set over HTTP, or whatever else it is told to, and counts how often."""
+    """Serves a key set over HTTP, or whatever else it is told to, and counts how often.
+
+    `/elsewhere` always has an answer that is in order.
+    """
 
     url: str
 
     def __init__(self, *keys: Key):
         self.body = key_set(*keys)
-        self.head = b"HTTP/1.1 200 OK\r\nConnection: close\r\n"
+        self.head = OK
         self.requests = 0
         self.answering = asyncio.Event()
         self.answering.set()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            await reader.readuntil(b"\r\n\r\n")
+            request = await reader.readuntil(b"\r\n\r\n")
+            head = OK if b"/elsewhere" in request else self.head
             self.requests += 1
-            await self.answering.wait()
-            length = b"Content-Length: %d\r\n\r\n" % len(self.body)
-            writer.write(self.head + length + self.body)
+            writer.write(head + b"\r\n")
+            while not self.answering.is_set():
+                writer.write(b" ")
+                await asyncio.sleep(0.1)
+            writer.write(self.body)
             await writer.drain()
         writer.close()
 

@@ -412,6 +412,28 @@ class TestKeys:
         async with asyncio.timeout(10):
             assert not await unknown
 
+    async def test_caller_that_leaves_does_not_take_the_keys_along(
+        self, start: Any, keys: KeyServer
+    ) -> None:
+        """Those who wait for the same keys get them."""
+        server = await start(jwt_keys=keys.url)
+        new = Key("new")
+        keys.body = key_set(KEY, new)
+        await asyncio.sleep(0.2)
+        keys.answering.clear()
+        asked = keys.requests
+        leaving, staying = [await server.api(new.token(), "acme") for _ in range(2)]
+        leaves = leaving.sessions.ListChatSessions(ListChatSessionsRequest())
+        stays = asyncio.create_task(listed(staying))
+        while keys.requests == asked:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        leaves.cancel()
+        await asyncio.sleep(0.2)
+        assert not stays.done()
+        keys.answering.set()
+        await stays
+
     async def test_broken_key_server_leaves_the_keys_of_before(
         self, start: Any, keys: KeyServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -427,7 +449,7 @@ class TestKeys:
             (good_head, b"[]"),
             (good_head, b'{"keys": [{"kty": "EC", "kid": "one"}]}'),
             (b"HTTP/1.1 500 No\r\nConnection: close\r\n", other),
-            (f"HTTP/1.1 302 F\r\nLocation: {keys.url}\r\n".encode(), other),
+            (f"HTTP/1.1 302 F\r\nLocation: {keys.url}/elsewhere\r\n".encode(), other),
             (good_head, other.ljust(1024 * 1024 + 1)),
         ]
         for keys.head, keys.body in broken:
