@@ -18,21 +18,23 @@ class ServerProcess:
 
     def __init__(self, *arguments: str, environment: dict[str, str]):
         self.log: list[dict[str, Any]] = []
+        self.output = ""  # both streams, as they came
         self._logged = threading.Condition()
         self.popen = subprocess.Popen(
             [sys.executable, "-m", "chat_ticket_svc", "serve", *arguments],
             env={**os.environ, "CHAT_TICKET_LOG_FORMAT": "json", **environment},
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.popen.stderr is not None
-        for line in self.popen.stderr:
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
             with self._logged:
+                self.output += line
                 try:
                     self.log.append(json.loads(line))
                 except ValueError:
@@ -55,10 +57,16 @@ class ServerProcess:
     def address(self) -> str:
         return f"127.0.0.1:{self.wait_for('listening')['port']}"
 
-    def printed(self) -> str:
-        """The next line of its output, which is not its log."""
-        assert self.popen.stdout is not None
-        return self.popen.stdout.readline()
+    def printed(self, timeout: float = START_SECONDS) -> str:
+        """The first line that is not of the log, which has come or will come."""
+
+        def found() -> str | None:
+            return next((line["event"] for line in self.log if "level" not in line), None)
+
+        with self._logged:
+            line = self._logged.wait_for(found, timeout)
+        assert line, f"nothing but the log: {self.log}"
+        return line
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal, and return the exit status."""
@@ -66,9 +74,8 @@ class ServerProcess:
             self.popen.send_signal(number)
         status = self.popen.wait(timeout=30)
         self._reader.join(timeout=5)
-        for stream in (self.popen.stdout, self.popen.stderr):
-            assert stream is not None
-            stream.close()
+        assert self.popen.stdout is not None
+        self.popen.stdout.close()
         return status
 
 

@@ -307,7 +307,7 @@ class TestServer:
             key.unlink()
             if content is not None:
                 key.write_bytes(content)
-        with pytest.raises(ConfigurationError, match="certificate"):
+        with pytest.raises(ConfigurationError, match="CHAT_TICKET_TLS_KEY"):
             await start(**settings)
 
     @pytest.mark.parametrize(

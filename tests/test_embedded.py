@@ -137,7 +137,10 @@ def _recall(postgres: EmbeddedPostgres) -> str:
 
 
 def test_serves_utf8_without_tcp_behind_a_private_directory(place: Path) -> None:
-    """The locale is fixed, the time zone UTC, and only the owner's user can reach the socket."""
+    """The locale is fixed, the time zone UTC, and only the owner's user can reach the socket.
+
+    Nor can others read the log, which quotes what an error is about.
+    """
     with EmbeddedPostgres(place / "data", durable=False) as postgres:
         assert _ask(postgres, "SHOW listen_addresses") == ""
         assert _ask(postgres, "SHOW server_encoding") == "UTF8"
@@ -146,6 +149,7 @@ def test_serves_utf8_without_tcp_behind_a_private_directory(place: Path) -> None
         assert _ask(postgres, locale) == "C.UTF-8 C.UTF-8"
         assert _ask(postgres, "SELECT current_user") == "postgres"
         assert stat.S_IMODE(_sockets(postgres).stat().st_mode) == 0o700
+        assert stat.S_IMODE((place / "data.log").stat().st_mode) == 0o600
 
 
 def test_stop_leaves_no_process_and_no_socket_directory(place: Path) -> None:

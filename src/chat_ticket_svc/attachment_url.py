@@ -79,7 +79,8 @@ class AttachmentUrlChecker:
     `allowed_hosts` opens internal stores. An entry is `host` or `host:port`, compared exactly but
     for case, and lifts the rules on port and private addresses for URLs that name it. It opens no
     way there from any other URL: a redirect to it is judged as if it were not listed, and its own
-    redirects must stay on it. ValueError names every entry that is malformed or could never work.
+    redirects must stay on it. ValueError tells the positions, from 1, of the entries that are
+    malformed or could never work.
 
     Certificates are verified against certifi's authorities, or those of `SSL_CERT_FILE`.
     `resolver` stands in for all name lookups, in tests.
@@ -110,17 +111,17 @@ class AttachmentUrlChecker:
         # The operator's names may be in /etc/hosts or need the search list.
         internal = resolver or socket.getaddrinfo
         malformed = []
-        for entry in allowed_hosts:
+        for position, entry in enumerate(allowed_hosts, 1):
             try:
                 policy = _opening(entry, schemes)
             except (ValueError, SSRFGuardError):
-                malformed.append(entry)
+                malformed.append(position)
                 continue
             for host in policy.allowed_hosts:
                 for port in policy.allowed_ports:
                     self._opened[host, port] = policy, internal
         if malformed:
-            raise ValueError(f"not a host or host:port that can be allowed: {malformed}")
+            raise ValueError(f"entries that are no host or host:port to be allowed: {malformed}")
 
         # At DEBUG it writes response headers, and with them the query of a redirect's target.
         logging.getLogger("httpcore").setLevel(logging.INFO)

@@ -17,6 +17,7 @@ from chat_ticket_svc.embedded import EmbeddedPostgres, EmbeddedPostgresError
 
 
 def main(arguments: list[str] | None = None) -> None:
+    logs.guard()
     parser = argparse.ArgumentParser(
         prog="chat-ticket-svc",
         description="A gRPC system of record for AI support chats, over PostgreSQL.",

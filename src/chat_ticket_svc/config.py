@@ -4,6 +4,7 @@ Frozen once read; all that is wrong is reported at once, without the values, som
 secrets. The README lists the same settings.
 """
 
+import re
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -19,7 +20,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 # A comma-separated list in the environment.
 CommaSeparated = Annotated[tuple[str, ...], NoDecode]
@@ -33,6 +34,9 @@ SIGNATURES = {
     *("ES256", "ES384", "ES512"),
     "EdDSA",
 }
+
+# The characters of a URL (RFC 3986). dbmate prints one that has others, password and all.
+URL = re.compile(r"([A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=]|%[0-9A-Fa-f]{2})*")
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -133,6 +137,8 @@ class Settings(BaseSettings):
     def _a_url(cls, value: str) -> str:
         if value and not value.startswith(("postgres://", "postgresql://")):
             raise ValueError("is not a postgresql:// URL")
+        if not URL.fullmatch(value) or not _is_split(value):
+            raise ValueError("is not a URL of one host with its special characters as %XX")
         return value
 
     @field_validator(
@@ -161,6 +167,8 @@ class Settings(BaseSettings):
     @field_validator("jwt_keys")
     @classmethod
     def _keys_that_nobody_can_swap(cls, value: str) -> str:
+        if not _is_split(value):
+            raise ValueError("is neither a URL nor a file")
         url = urlsplit(value)
         if url.scheme == "http" and not is_loopback(url.hostname or ""):
             raise ValueError("is neither https:// nor a file")
@@ -215,6 +223,26 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _is_split(url: str) -> bool:
+    """Whether the parts of a URL can be told; the errors of urlsplit quote them."""
+    try:
+        parts = urlsplit(url)
+        return parts.port != 0
+    except ValueError:
+        return False
+
+
+def contents(variable: str, path: Path) -> bytes:
+    """The bytes of the file that a variable names; ConfigurationError when they cannot be read.
+
+    Which never tells the path: people put there what belongs into the file.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigurationError(f"{variable}: {error.strerror}") from error
+
+
 def _variable(field: str) -> str:
     """The environment variable of a field, whose validation alias is one already."""
     return field if field.isupper() else f"{PREFIX}{field.upper()}"
@@ -232,4 +260,6 @@ def load(**overrides: object) -> Settings:
                 text = f"{_variable('__'.join(str(part) for part in problem['loc']))}: {text}"
             lines.append(text)
         raise ConfigurationError("\n".join(lines)) from None
+    except SettingsError as error:  # a whole group as one variable; names it, without the value
+        raise ConfigurationError(str(error)) from None
     return settings

@@ -8,6 +8,7 @@ but the standard library.
 import contextlib
 import ctypes
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import os
@@ -123,7 +124,9 @@ class EmbeddedPostgres:
         self._data.parent.mkdir(parents=True, exist_ok=True)
         lock = self._take_lock(undo)
         identity = _identity(binaries)
-        log = undo.enter_context(self._log.open("wb"))
+        # PostgreSQL writes there what an error is about, rows included.
+        for_us_only = functools.partial(os.open, mode=0o600)
+        log = undo.enter_context(open(self._log, "wb", opener=for_us_only))  # noqa: SIM115
         if not self._data.exists() or not any(self._data.iterdir()):
             self._initialise(undo, binaries, identity, lock, log)
         self._make_socket_directory(undo, identity)

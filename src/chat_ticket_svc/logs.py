@@ -6,7 +6,9 @@ the kind of each exception and where it was raised.
 """
 
 import logging
+import re
 import sys
+import threading
 import traceback
 from typing import Any
 
@@ -15,6 +17,9 @@ import structlog
 from chat_ticket_svc.config import Settings
 
 log = structlog.get_logger()
+
+# A name in a schema; a trigger may raise an error with any text in the place of one.
+NAME = re.compile(r"[a-z_][a-z0-9_]*")
 
 
 def story(error: BaseException) -> list[dict[str, Any]]:
@@ -32,7 +37,7 @@ def _told(error: BaseException) -> dict[str, Any]:
     diagnosis = getattr(error, "diag", None)  # of psycopg, which has no room here
     for name in ("sqlstate", "table_name", "constraint_name"):
         value = getattr(diagnosis, name, None)
-        if value:
+        if value and (name == "sqlstate" or NAME.fullmatch(value)):
             told[name] = value
     told["frames"] = [
         f"{frame.filename}:{frame.lineno} {frame.name}"
@@ -43,9 +48,21 @@ def _told(error: BaseException) -> dict[str, Any]:
 
 def background_error(_: object, context: dict[str, Any]) -> None:
     """The event loop's exception handler; its own would print the exception's text."""
-    error = context.get("exception")
-    errors = [] if error is None else story(error)
-    log.error("error in the background", about=context["message"], errors=errors)
+    # Behind the name of a callback are its arguments.
+    about = re.match(r"[\w .-]*", context["message"])
+    _failed("error in the background", context.get("exception"), about=about and about[0])
+
+
+def _failed(event: str, error: BaseException | None, **details: Any) -> None:
+    log.error(event, errors=[] if error is None else story(error), **details)
+
+
+def guard() -> None:
+    """Tell what nobody catches like all else; Python itself would print the exception's text."""
+    structlog.configure(logger_factory=structlog.WriteLoggerFactory(file=sys.stderr))
+    sys.excepthook = lambda _, error, __: _failed("unexpected error", error)
+    sys.unraisablehook = lambda raised: _failed("unexpected error", raised.exc_value)
+    threading.excepthook = lambda raised: _failed("unexpected error", raised.exc_value)
 
 
 def configure(settings: Settings) -> None:
@@ -67,6 +84,7 @@ def configure(settings: Settings) -> None:
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler()
+    handler.addFilter(_impersonal)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*common, structlog.stdlib.add_logger_name, _discreet],
@@ -75,6 +93,34 @@ def configure(settings: Settings) -> None:
     )
     # The libraries' own DEBUG and INFO quote what they handle.
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING))
+
+
+class _Withheld(str):
+    """Stands for an argument of a library's line, however the line spells it."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _withheld(argument: object) -> object:
+    if isinstance(argument, (int, float)):
+        return argument
+    if isinstance(argument, BaseException):
+        return _Withheld(type(argument).__qualname__)
+    return _Withheld("...")
+
+
+def _impersonal(record: logging.LogRecord) -> bool:
+    """A library's line without its arguments: texts of exceptions, tasks with their results."""
+    if not isinstance(record.msg, str):
+        record.msg = _withheld(record.msg)
+    if isinstance(record.args, tuple):
+        record.args = tuple(_withheld(each) for each in record.args)
+    elif record.args:
+        record.args = {key: _withheld(each) for key, each in record.args.items()}
+    return True
 
 
 def _discreet(_: Any, __: str, line: structlog.typing.EventDict) -> structlog.typing.EventDict:

@@ -1,7 +1,9 @@
 """Runs dbmate over the migrations. The lock makes concurrent runs wait for one another."""
 
 import os
+import re
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,23 @@ def up(url: str, *, quiet: bool = False) -> int:
 
 def dbmate(url: str, command: str, *, quiet: bool = False) -> int:
     """Run a dbmate command on the database of `url`; returns its exit status."""
-    return _run(url, command, stdout=subprocess.DEVNULL if quiet else None).returncode
+    streams = {"stdout": subprocess.DEVNULL if quiet else None, "stderr": subprocess.PIPE}
+    done = _run(url, command, **streams)
+    if done.returncode != 0:
+        why = _why(done.stderr.decode(errors="replace"))
+        print(f"chat-ticket-svc: {command} failed: {why}", file=sys.stderr)
+    return done.returncode
+
+
+def _why(text: str) -> str:
+    """What can be shown of dbmate's words, which may quote the URL, or what a row holds."""
+    known = (
+        r"\bline: \d+, column: \d+",  # in the migration
+        r"(?<=: )(?:no such host|i/o timeout|connect: [a-z ]+)$",
+        r"(?<=\()[0-9A-Z]{5}(?=\)$)",  # the SQLSTATE
+    )
+    found = [match[0] for each in known if (match := re.search(each, text, re.MULTILINE))]
+    return ", ".join(found) or "dbmate itself would tell more, the URL included"
 
 
 def _run(url: str, command: str, **streams: Any) -> subprocess.CompletedProcess[bytes]:

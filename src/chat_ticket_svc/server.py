@@ -37,7 +37,7 @@ from chat_ticket_svc.services.sessions import ChatSessionService
 from chat_ticket_svc.services.tickets import ChatTicketService
 from chat_ticket_svc.status import StatusInterceptor
 from chat_ticket_svc.store import schema
-from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store.database import Database, require_readable
 
 log = structlog.get_logger()
 
@@ -87,6 +87,8 @@ class Server:
 
     def __init__(self, settings: Settings):
         self._settings = settings
+        require_readable("DATABASE_URL", settings.database_url)
+        require_readable("DATABASE_LISTEN_URL", settings.listen_url)
         self._db = Database(
             settings.database_url,
             pool_size=settings.pool_size,

@@ -11,6 +11,7 @@ import structlog
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
+from chat_ticket_svc import config
 from chat_ticket_svc.config import ConfigurationError
 
 log = structlog.get_logger()
@@ -26,12 +27,16 @@ class Certificates:
     """
 
     def __init__(self, *, certificate: Path, key: Path, client_authority: Path | None):
-        self._paths = [certificate, key, *([client_authority] if client_authority else [])]
+        self._paths = {"CHAT_TICKET_TLS_CERTIFICATE": certificate, "CHAT_TICKET_TLS_KEY": key}
+        if client_authority is not None:
+            self._paths["CHAT_TICKET_MTLS_AUTHORITY"] = client_authority
         try:
             self._read = self._contents()
             self._current = self._given = _configuration(*self._read)
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigurationError(f"the certificate files cannot be used: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise ConfigurationError(
+                f"{', '.join(self._paths)}: cannot be used: {error}"
+            ) from error
         self._watching: asyncio.Task[None] | None = None
 
     def credentials(self) -> grpc.ServerCredentials:
@@ -76,7 +81,7 @@ class Certificates:
                 log.info("the certificate files are renewed")
 
     def _contents(self) -> list[bytes]:
-        return [path.read_bytes() for path in self._paths]
+        return [config.contents(*each) for each in self._paths.items()]
 
 
 def _configuration(

@@ -22,6 +22,7 @@ import grpc.aio
 from cryptography import x509
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from chat_ticket_svc import config
 from chat_ticket_svc.access.credential import Credential, Permission, expired, tenants_of
 from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.errors import UnauthenticatedError
@@ -51,8 +52,9 @@ class Peers:
 
     def __init__(self, path: Path):
         try:
-            listed = _FILE.validate_python(tomllib.loads(path.read_text()))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            text = config.contents("CHAT_TICKET_MTLS_CALLERS", path).decode()
+            listed = _FILE.validate_python(tomllib.loads(text))
+        except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigurationError(f"CHAT_TICKET_MTLS_CALLERS: {error}") from error
         except ValidationError as error:
             raise ConfigurationError(

@@ -17,6 +17,7 @@ from psycopg import conninfo
 from psycopg import errors as pg_errors
 
 from chat_ticket_svc import errors
+from chat_ticket_svc.config import ConfigurationError
 
 T = TypeVar("T")
 Params = Mapping[str, Any]
@@ -45,6 +46,14 @@ class ConstraintViolation(Exception):  # noqa: N818 - a signal to the store, nev
     def __init__(self, constraint: str):
         super().__init__(constraint)
         self.constraint = constraint
+
+
+def require_readable(variable: str, url: str) -> None:
+    """ConfigurationError unless libpq can read the URL of a variable; its own error quotes it."""
+    try:
+        connection_string(url)
+    except psycopg.Error:
+        raise ConfigurationError(f"{variable}: is not a URL that libpq can read") from None
 
 
 def connection_string(url: str, **session_settings: str | int) -> str:
