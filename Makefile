@@ -6,7 +6,7 @@ PYTHON ?= $(or $(wildcard $(BIN)/python3),python3)
 SOURCES := src/chat_ticket_svc scripts tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test migrate migrate-status new-migration proto check-proto lint format typecheck check demo lock audit clean
+.PHONY: help venv run test fuzz migrate migrate-status new-migration proto check-proto lint format typecheck check demo lock audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -19,6 +19,9 @@ run: venv ## serve on PORT= or 50051, with an embedded PostgreSQL in .data; AUTH
 
 test: venv ## run the tests; ARGS= goes to pytest
 	@$(BIN)/python -m pytest $(ARGS)
+
+fuzz: venv ## send 100,000 hostile requests, and as often bytes that are none; N= for as many, SEED= to repeat
+	@$(BIN)/python tests/hostile_run.py $(if $(N),--count $(N)) $(if $(SEED),--seed $(SEED))
 
 migrate: venv ## bring the database of DATABASE_URL to the newest schema
 	@$(BIN)/chat-ticket-svc migrate

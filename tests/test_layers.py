@@ -24,12 +24,12 @@ LAYERS = [
     ["convert"],
     ["development", "migrate"],
     ["access", "attachment_url", "embedded", "store"],
-    ["caller", "logs"],
+    ["caller", "grpc_server", "logs"],
     ["errors"],
     ["config"],
 ]
 PSYCOPG = {"store", "follow", "embedded"}
-GRPC = {"server", "services", "status", "access"}
+GRPC = {"server", "grpc_server", "services", "status", "access"}
 
 
 def layer(module: str) -> int:

@@ -20,9 +20,9 @@ from process import server_process
 from test_watch import following
 
 from chat_ticket.v1 import chat_session_pb2, chat_session_pb2_grpc
-from chat_ticket_svc import config
+from chat_ticket_svc import config, grpc_server
 from chat_ticket_svc.embedded import EmbeddedPostgres
-from chat_ticket_svc.server import SERVICES
+from chat_ticket_svc.server import SERVICES, run
 
 ROOT = Path(__file__).parent.parent
 
@@ -269,3 +269,19 @@ def is_running(pid: int, data: Path) -> bool:
         return os.fsencode(data) in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
+
+
+class TestCrash:
+    async def test_process_does_not_outlive_its_server(
+        self, database: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A defect that ends gRPC's server ends the process, whose supervisor starts another."""
+
+        async def crash(_: object) -> None:
+            raise ArithmeticError
+
+        monkeypatch.setattr(grpc_server._AioServer, "_refuse_unknown_methods", crash)
+        settings = config.load(DATABASE_URL=database, port=0, drain_seconds=0)
+        with pytest.raises(ArithmeticError):
+            async with asyncio.timeout(20):
+                await run(settings, asyncio.Event(), lambda _: None)

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
@@ -21,6 +21,7 @@ from chat_ticket.v1 import (
     chat_ticket_pb2,
     chat_ticket_pb2_grpc,
 )
+from chat_ticket_svc import grpc_server
 from chat_ticket_svc.access import methods
 from chat_ticket_svc.access.certificates import Certificates
 from chat_ticket_svc.access.door import Door, Proof
@@ -111,8 +112,8 @@ class Server:
             unary_timeout_seconds=settings.unary_timeout_seconds,
             slow_reader_seconds=settings.slow_reader_seconds,
         )
-        self._health = health.aio.HealthServicer()
-        self._grpc = grpc.aio.server(interceptors=[self._interceptor], options=OPTIONS)
+        self._health = _Health()
+        self._grpc = grpc_server.server(interceptors=[self._interceptor], options=OPTIONS)
         self._health_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -136,6 +137,10 @@ class Server:
         await self._set_health(serving=False)
         self._health_task = asyncio.create_task(self._watch_health())
         await self._grpc.start()
+
+    async def wait_for_termination(self) -> None:
+        """Return when it has been stopped; raise what has ended it otherwise."""
+        await self._grpc.wait_for_termination()
 
     async def stop(self) -> None:
         """Drain: tell health checks and followers first, let calls finish, then let go."""
@@ -230,15 +235,28 @@ class Server:
             await self._health.set(name, status)
 
 
+class _Health(health.aio.HealthServicer):
+    """The standard service; the library's lacks the newest of its methods."""
+
+    async def List(self, _: Any, context: Any) -> Any:
+        statuses = {
+            name: await self.Check(health_pb2.HealthCheckRequest(service=name), context)
+            for name in ("", *SERVICES)
+        }
+        return health_pb2.HealthListResponse(statuses=statuses)  # type: ignore[attr-defined]
+
+
 class _Methods:
     """Passes on what is registered, and remembers its methods."""
 
     def __init__(self, server: grpc.aio.Server):
         self.names: set[str] = set()
         self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+        self._register = server.add_registered_method_handlers
 
-    def add_registered_method_handlers(self, service: str, handlers: Iterable[str]) -> None:
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
         self.names |= {f"/{service}/{name}" for name in handlers}
+        self._register(service, handlers)
 
 
 def _proofs(settings: Settings, keys: KeySet | None) -> list[Proof]:
@@ -287,9 +305,14 @@ async def run(settings: Settings, stop: asyncio.Event, listening: Callable[[int]
     await server.start()
     log.info("listening", host=settings.host, port=server.port, auth=settings.auth)
     listening(server.port)
+    stopping = asyncio.create_task(stop.wait())
+    ending = asyncio.create_task(server.wait_for_termination())
     try:
-        await stop.wait()
+        await asyncio.wait({stopping, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if ending.done():  # nothing listens any more: whoever supervises us has to know
+            await ending
     finally:
+        stopping.cancel()
         log.info("draining")
         with contextlib.suppress(asyncio.CancelledError):
             await server.stop()

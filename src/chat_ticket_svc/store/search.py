@@ -3,6 +3,9 @@
 from datetime import datetime
 from typing import NamedTuple
 
+import psycopg
+
+from chat_ticket_svc import errors
 from chat_ticket_svc.store.database import Database
 
 
@@ -47,6 +50,10 @@ SELECT id::text, session_id::text, sequence, role,
 """
 
 
+# What PostgreSQL makes of a query, which it may fail to.
+PARSE = "SELECT websearch_to_tsquery('english', %(query)s)::text"
+
+
 async def page(
     db: Database,
     tenant_id: str,
@@ -63,7 +70,10 @@ async def page(
     stop_marker: str,
     limit: int,
 ) -> list[Hit]:
-    """The best matches after (score, time, id), with the words that match between the markers."""
+    """The best matches after (score, time, id), with the words that match between the markers.
+
+    InvalidArgumentError for a query that PostgreSQL cannot parse.
+    """
     params = {
         "tenant_id": tenant_id,
         "query": query,
@@ -78,4 +88,12 @@ async def page(
         "characters": HEADLINE_CHARACTERS,
         "limit": limit,
     }
-    return await db.rows(SEARCH, params, Hit)
+    try:
+        return await db.rows(SEARCH, params, Hit)
+    except psycopg.errors.InternalError_:  # more than 32 operators in one another, or a fault
+        try:
+            await db.rows(PARSE, params, str)
+        except psycopg.errors.InternalError_ as error:
+            violation = errors.Violation("query", "has too many operators, such as -, in a row")
+            raise errors.InvalidArgumentError([violation]) from error
+        raise
