@@ -3,10 +3,10 @@
 BIN    := .venv/bin
 # An environment that is there keeps its Python, unless another is named.
 PYTHON ?= $(or $(wildcard $(BIN)/python3),python3)
-SOURCES := src/chat_ticket_svc scripts tests
+SOURCES := src/chat_ticket_svc scripts benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test fuzz migrate migrate-status new-migration proto check-proto lint format typecheck check demo lock audit clean
+.PHONY: help venv run test fuzz migrate migrate-status new-migration proto check-proto lint format typecheck check demo bench lock audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -64,6 +64,9 @@ check: lint typecheck check-proto test ## all that CI runs
 demo: venv ## load real conversations through the API and show what the service does; ALL=1 for every chat
 	@$(BIN)/python scripts/demo.py $(if $(ALL),--all)
 
+bench: venv ## measure what one tenant's flood costs another; takes three minutes
+	@$(BIN)/python benchmarks/noisy_neighbour.py
+
 lock: venv ## resolve requirements.lock again from pyproject.toml
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --python-version 3.11 \
 		--all-extras --group dev --custom-compile-command "make lock" \
@@ -74,4 +77,4 @@ audit: venv ## look the locked dependencies up in PyPI's database of vulnerabili
 
 clean: ## remove what the targets made: .venv, .data and caches
 	@rm -rf .venv .data .bootstrap.lock .mypy_cache .pytest_cache .ruff_cache .hypothesis dist tests/node/node_modules
-	@find src scripts tests -name __pycache__ -type d -exec rm -rf {} +
+	@find src scripts benchmarks tests -name __pycache__ -type d -exec rm -rf {} +

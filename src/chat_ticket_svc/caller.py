@@ -20,3 +20,8 @@ def acting_for(tenant_id: str) -> Iterator[None]:
 def tenant_id() -> str:
     """The tenant of the call. LookupError outside of one."""
     return _TENANT_ID.get()
+
+
+def tenant_id_or_none() -> str | None:
+    """The tenant of the call; None outside of one."""
+    return _TENANT_ID.get(None)

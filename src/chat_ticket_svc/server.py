@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,7 +60,9 @@ OPTIONS = [
     # On by default, and then a second server silently shares the port.
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", 4 * MIB),
+    # Between the two, which are far apart by default, gRPC refuses at random.
     ("grpc.max_metadata_size", 8192),
+    ("grpc.absolute_max_metadata_size", 8192),
     ("grpc.max_concurrent_streams", 200),
     ("grpc.max_connection_age_ms", 1_800_000),
     ("grpc.max_connection_age_grace_ms", 60_000),
@@ -305,6 +308,8 @@ async def run(settings: Settings, stop: asyncio.Event, listening: Callable[[int]
     await server.start()
     log.info("listening", host=settings.host, port=server.port, auth=settings.auth)
     listening(server.port)
+    # What a server consists of stays: looking through it for garbage would stop every call.
+    gc.freeze()
     stopping = asyncio.create_task(stop.wait())
     ending = asyncio.create_task(server.wait_for_termination())
     try:

@@ -12,7 +12,7 @@ from chat_ticket_svc import caller
 from chat_ticket_svc.access.credential import EVERYTHING, TENANT_KEY, Credential, expired
 from chat_ticket_svc.access.methods import OPEN, PERMISSIONS
 from chat_ticket_svc.access.quotas import Quotas
-from chat_ticket_svc.errors import PermissionDeniedError
+from chat_ticket_svc.errors import PermissionDeniedError, QuotaExceededError
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -46,8 +46,9 @@ class Door:
             yield
             return
         _, tenant_id = await self._admitted(method, context)
-        with self._quotas.call(tenant_id), caller.acting_for(tenant_id):
-            yield
+        async with self._held_back(tenant_id, context):
+            with self._quotas.call(tenant_id), caller.acting_for(tenant_id):
+                yield
 
     @contextlib.asynccontextmanager
     async def stream(self, method: str, context: Context, session_id: str) -> AsyncIterator[None]:
@@ -57,18 +58,25 @@ class Door:
                 yield
             return
         credential, tenant_id = await self._admitted(method, context)
-        with (
-            self._quotas.stream(tenant_id, session_id.lower()),
-            caller.acting_for(tenant_id),
-        ):
-            left = min(credential.expires_at - time.time(), LONGEST_STREAM_SECONDS)
-            try:
-                async with asyncio.timeout(left) as timeout:
-                    yield
-            except TimeoutError as error:
-                if not timeout.expired():
-                    raise
-                raise expired() from error
+        async with self._held_back(tenant_id, context):
+            with self._quotas.stream(tenant_id, session_id.lower()), caller.acting_for(tenant_id):
+                left = min(credential.expires_at - time.time(), LONGEST_STREAM_SECONDS)
+                try:
+                    async with asyncio.timeout(left) as timeout:
+                        yield
+                except TimeoutError as error:
+                    if not timeout.expired():
+                        raise
+                    raise expired() from error
+
+    @contextlib.asynccontextmanager
+    async def _held_back(self, tenant_id: str, context: Context) -> AsyncIterator[None]:
+        """Around what the quotas may refuse: refusals leave a little later."""
+        try:
+            yield
+        except QuotaExceededError:
+            await self._quotas.hold_back(tenant_id, context.time_remaining())
+            raise
 
     async def _admitted(self, method: str, context: Context) -> tuple[Credential, str]:
         if method not in PERMISSIONS:

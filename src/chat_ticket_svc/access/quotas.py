@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 from collections import Counter
 from collections.abc import Iterator
 
@@ -19,6 +20,11 @@ OPEN_STREAMS = 100
 # How many tenants are remembered before those that do nothing are forgotten.
 TENANTS = 1024
 
+# How long a refusal is held back at most, and how many are, before more are answered at once.
+HOLD_SECONDS = 0.1
+HELD_OF_TENANT = 200
+HELD = 1000
+
 
 class _Use:
     """What a tenant uses now."""
@@ -26,6 +32,7 @@ class _Use:
     def __init__(self) -> None:
         self.calls = 0
         self.streams = 0
+        self.held = 0
         self.sessions: Counter[str] = Counter()
         # When, in the loop's time, all that was taken of the rate will have been given back.
         self.even_at = 0.0
@@ -40,15 +47,16 @@ class Quotas:
         self._forget_at = TENANTS
         self._calls = 0
         self._streams = 0
+        self._held = 0
         self._open: Counter[str] = Counter()
 
     @contextlib.contextmanager
     def call(self, tenant_id: str) -> Iterator[None]:
-        """A unary call, while it runs."""
+        """A unary call, while it runs. Its turn is taken last: what is refused costs none."""
         limits, use = self._limits, self._use(tenant_id)
-        self._take_turn(tenant_id, use)
         _below("tenant_calls_in_flight", limits.tenant_calls_in_flight, use.calls, tenant_id)
         _below("calls_in_flight", limits.calls_in_flight, self._calls)
+        self._take_turn(tenant_id, use)
         use.calls += 1
         self._calls += 1
         try:
@@ -61,10 +69,10 @@ class Quotas:
     def stream(self, tenant_id: str, session_id: str) -> Iterator[None]:
         """A stream of a session's messages or changes, while it is open."""
         limits, use = self._limits, self._use(tenant_id)
-        self._take_turn(tenant_id, use)
         _below("tenant_streams", limits.tenant_streams, use.streams, tenant_id)
         _below("session_streams", limits.session_streams, use.sessions[session_id], tenant_id)
         _below("streams", limits.streams, self._streams)
+        self._take_turn(tenant_id, use)
         use.streams += 1
         use.sessions[session_id] += 1
         self._streams += 1
@@ -76,6 +84,25 @@ class Quotas:
             if not use.sessions[session_id]:
                 del use.sessions[session_id]
             self._streams -= 1
+
+    async def hold_back(self, tenant_id: str, remaining: float | None) -> None:
+        """Let a refused caller wait a little for the refusal: it costs us the less often.
+
+        `remaining` is until its deadline. Without this, callers that call again at once keep the
+        event loop busy with nothing but refusals, and everybody waits behind them.
+        """
+        use = self._use(tenant_id)
+        if use.held >= HELD_OF_TENANT or self._held >= HELD:
+            return
+        # Those that are refused together do not come back together.
+        seconds = random.uniform(HOLD_SECONDS / 2, HOLD_SECONDS)  # noqa: S311 - jitter
+        use.held += 1
+        self._held += 1
+        try:
+            await asyncio.sleep(seconds if remaining is None else min(seconds, remaining / 2))
+        finally:
+            use.held -= 1
+            self._held -= 1
 
     @contextlib.contextmanager
     def open_stream(self, method: str) -> Iterator[None]:
@@ -105,7 +132,7 @@ class Quotas:
             self._uses = {
                 tenant: use
                 for tenant, use in self._uses.items()
-                if use.calls or use.streams or use.even_at > now
+                if use.calls or use.streams or use.held or use.even_at > now
             }
             self._forget_at = max(TENANTS, 2 * len(self._uses))
         return self._uses.setdefault(tenant_id, _Use())

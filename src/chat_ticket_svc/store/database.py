@@ -5,9 +5,12 @@ What is retried here: serialization failures and deadlocks, and once, after the 
 checked, what a lost connection cut off and is safe to repeat.
 """
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 import random
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, LiteralString, TypeVar
 
@@ -16,7 +19,7 @@ import psycopg_pool
 from psycopg import conninfo
 from psycopg import errors as pg_errors
 
-from chat_ticket_svc import errors
+from chat_ticket_svc import caller, errors
 from chat_ticket_svc.config import ConfigurationError
 
 T = TypeVar("T")
@@ -125,6 +128,14 @@ class _Attempt:
     unsure = False
 
 
+class _Share:
+    """What the calls of one tenant have of the pool."""
+
+    def __init__(self, connections: int):
+        self.turns = asyncio.Semaphore(connections)
+        self.busy = 0
+
+
 class Database:
     """A pool of connections to one PostgreSQL database."""
 
@@ -154,8 +165,14 @@ class Database:
         )
         self._checking: asyncio.Task[None] | None = None
         # Counted here and not by the pool's max_waiting, which counts callers who have left.
-        self._busy = 0
+        self.busy = 0
         self._most_busy = pool_size * (1 + WAITING_PER_CONNECTION)
+        # Half of the connections, so that a tenant whose calls hang, or come all at once, is waited
+        # for by itself alone. Weak: who has nothing to do is forgotten.
+        self._share = (pool_size + 1) // 2
+        self._shares: weakref.WeakValueDictionary[str | None, _Share] = (
+            weakref.WeakValueDictionary()
+        )
 
     async def open(self) -> None:
         """Start connecting. Does not wait: a database that is down must not stop the server."""
@@ -250,24 +267,42 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def _connection(self, attempt: _Attempt) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
-        if self._busy >= self._most_busy:
+        """One of the tenant's share, which it has POOL_TIMEOUT_SECONDS to come by."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + POOL_TIMEOUT_SECONDS
+        share = self._shares.setdefault(caller.tenant_id_or_none(), _Share(self._share))
+        async with self._place_in(share, attempt):
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await share.turns.acquire()
+            except TimeoutError as error:
+                raise self._lost(attempt) from error
+            try:
+                async with self._place_in(self, attempt):
+                    try:
+                        connection = await self._pool.getconn(max(deadline - clock(), 0.001))
+                    except psycopg.Error as error:
+                        raise self._lost(attempt) from error
+                    try:
+                        yield connection
+                    finally:
+                        await self._pool.putconn(connection)
+            finally:
+                share.turns.release()
+
+    @contextlib.asynccontextmanager
+    async def _place_in(self, queue: Database | _Share, attempt: _Attempt) -> AsyncIterator[None]:
+        if queue.busy >= self._most_busy:
             if attempt.unsure:
                 raise self._lost(attempt)
             raise errors.ResourceExhaustedError(
                 "too many calls wait for a database connection", reason="POOL_QUEUE_FULL"
             )
-        self._busy += 1
+        queue.busy += 1
         try:
-            try:
-                connection = await self._pool.getconn()
-            except psycopg.Error as error:
-                raise self._lost(attempt) from error
-            try:
-                yield connection
-            finally:
-                await self._pool.putconn(connection)
+            yield
         finally:
-            self._busy -= 1
+            queue.busy -= 1
 
     def _lost(self, attempt: _Attempt) -> errors.UnavailableError:
         if attempt.unsure:
