@@ -43,6 +43,15 @@ class Key:
             self.claims(**claims), self.private, "ES256", headers={"kid": self.key_id}
         )
 
+    def trusted(self, directory: Path) -> dict[str, str]:
+        """The settings by which a server believes its tokens."""
+        (directory / "keys.json").write_bytes(key_set(self))
+        return {
+            "jwt_keys": str(directory / "keys.json"),
+            "jwt_issuer": ISSUER,
+            "jwt_audience": AUDIENCE,
+        }
+
     @staticmethod
     def claims(**claims: Any) -> dict[str, Any]:
         claims = {

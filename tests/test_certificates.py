@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from authority import AUDIENCE, ISSUER, Authority, Certificate, Key, key_set
+from authority import Authority, Certificate, Key
 from client import Api, refused
 from grpc import StatusCode
 from test_other_clients import needs_grpcurl
@@ -145,13 +145,7 @@ class TestBoth:
     ) -> None:
         """The certificate is for read and write of all tenants, the token for less."""
         key = Key()
-        (tmp_path / "keys.json").write_bytes(key_set(key))
-        connect = await start(
-            auth="jwt,mtls",
-            jwt_keys=str(tmp_path / "keys.json"),
-            jwt_issuer=ISSUER,
-            jwt_audience=AUDIENCE,
-        )
+        connect = await start(auth="jwt,mtls", **key.trusted(tmp_path))
         assistant = CA.caller(uris=[ASSISTANT])
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_REQUIRED"):
             await listed(await connect(assistant, "acme"))
@@ -176,13 +170,7 @@ class TestBoth:
     async def test_grpcurl_with_both(self, start: NewServer, tmp_path: Path) -> None:
         """A client that is not ours, with the options that `make run` names."""
         key = Key()
-        (tmp_path / "keys.json").write_bytes(key_set(key))
-        connect = await start(
-            auth="jwt,mtls",
-            jwt_keys=str(tmp_path / "keys.json"),
-            jwt_issuer=ISSUER,
-            jwt_audience=AUDIENCE,
-        )
+        connect = await start(auth="jwt,mtls", **key.trusted(tmp_path))
         caller = CA.caller(uris=[ASSISTANT]).write(tmp_path / "caller")
         process = await asyncio.create_subprocess_exec(
             str(Path(sys.executable).with_name("grpcurl")),
@@ -226,13 +214,7 @@ class TestServer:
     async def test_tls_with_tokens(self, start: NewServer, tmp_path: Path, tenant: str) -> None:
         """Callers need no certificate where none is asked for."""
         key = Key()
-        (tmp_path / "keys.json").write_bytes(key_set(key))
-        connect = await start(
-            auth="jwt",
-            jwt_keys=str(tmp_path / "keys.json"),
-            jwt_issuer=ISSUER,
-            jwt_audience=AUDIENCE,
-        )
+        connect = await start(auth="jwt", **key.trusted(tmp_path))
         await (await connect(None, tenant, key.token())).session()
 
     async def test_renewed_certificate_is_served_without_restart(

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
-from authority import AUDIENCE, ISSUER, Key, key_set
+from authority import Key
 from client import Api, refused
 from google.protobuf import descriptor_pool
 from grpc import StatusCode
@@ -51,16 +51,7 @@ class TestPermissions:
     ) -> None:
         """With one permission exactly its methods can be called, and the others say what lacks."""
         key = Key()
-        (tmp_path / "keys.json").write_bytes(key_set(key))
-        address = (
-            await start_server(
-                database,
-                auth="jwt",
-                jwt_keys=str(tmp_path / "keys.json"),
-                jwt_issuer=ISSUER,
-                jwt_audience=AUDIENCE,
-            )
-        ).address
+        address = (await start_server(database, auth="jwt", **key.trusted(tmp_path))).address
         scope = {"none": None}.get(permission, f"openid {permission}")
         metadata = [("authorization", f"Bearer {key.token(tenants=['acme'], scope=scope)}")]
         async with grpc.aio.insecure_channel(address) as channel:
