@@ -6,6 +6,7 @@ one whose turn cannot have been taken.
 
 import asyncio
 import contextlib
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -229,9 +230,11 @@ class TestHoldingBack:
         api = await start(tenant_calls_per_second=0.1, tenant_burst=1)
         loop = asyncio.get_running_loop()
         await call(api)
-        began = loop.time()
-        assert len(await results(call(api), sequences(api, an_id()))) == 2
-        assert loop.time() - began >= HOLD_SECONDS / 2
+        for attempt in (call(api), sequences(api, an_id())):
+            began = loop.time()
+            with beyond("tenant_calls_per_second", 0.1, api):
+                await attempt
+            assert loop.time() - began >= HOLD_SECONDS / 2
         monkeypatch.setattr(quotas_module, "HOLD_SECONDS", 30)
         async with another(api) as other:
             async with asyncio.timeout(10):
@@ -578,6 +581,28 @@ class TestMemory:
         self.many(quotas)
         with pytest.raises(QuotaExceededError), quotas.call("spent"):
             pass
+
+    async def test_refused_calls_leave_nothing_to_the_garbage_collector(
+        self, start: Callable[..., Awaitable[Api]]
+    ) -> None:
+        """It stops everybody while it looks for what a flood has left."""
+        api = await start(tenant_calls_per_second=0.1, tenant_burst=3)
+        await call(api)
+        gc.collect()
+        gc.disable()
+        try:
+            for missing in (
+                api.sessions.GetChatSession(GetChatSessionRequest(session_id=an_id())),
+                sequences(api, an_id()),
+            ):
+                with refused(StatusCode.NOT_FOUND):
+                    await missing
+            assert len(await results(*(call(api) for _ in range(10)))) == 10
+            assert len(await results(*(sequences(api, an_id()) for _ in range(10)))) == 10
+            left = [each for each in gc.get_objects() if isinstance(each, grpc.aio.AbortError)]
+            assert len(left) < 5, "the latest may be on their way still"
+        finally:
+            gc.enable()
 
 
 class TestSizes:

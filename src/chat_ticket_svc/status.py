@@ -186,7 +186,6 @@ def _let_go(behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[
             return await behavior(request, context)
         except grpc.aio.AbortError as error:
             error.__traceback__ = error.__context__ = None
-            del request, context
             raise
 
     return outermost
