@@ -1,12 +1,10 @@
 """Measure what one tenant's flood costs another: a quiet tenant's latencies, alone and beside it.
 
-One server process with quotas, and for contrast a second one, on the same database, whose quotas
-are out of the way. The quotas are the defaults, but for a rate that a tenant can be given on a
-small machine: a fraction of what the last row of the table shows it to do. The quiet tenant calls
-at a steady rate, whether or not earlier calls have been answered, and its latency counts from
-when a call was due. The flooding tenant has many callers that each call again as soon as they are
-answered. Both have a process of their own; all of them share the machine, so what the flood's own
-process takes is in the figures as well.
+One server process with its default quotas, and for contrast a second one, on the same database,
+whose quotas are out of the way. The quiet tenant calls at a steady rate, whether or not earlier
+calls have been answered, and its latency counts from when a call was due. The flooding tenant has
+many callers that each call again as soon as they are answered. Both have a process of their own;
+all of them share the machine, so what the flood's own process takes is in the figures as well.
 
 Alone and with a flood take turns, so that whatever else the machine does meets both alike. The
 contrast comes last: what it writes in its seconds keeps the database busy for longer.
@@ -24,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -46,7 +44,6 @@ LEAD_SECONDS = 2.0  # of each phase before, in which a flood spends its burst
 CALLS_PER_SECOND = 50  # of the quiet tenant
 CALLERS = 64  # of the flooding tenant
 SESSIONS = 20  # of each tenant
-QUOTAS = {"TENANT_CALLS_PER_SECOND": 200, "TENANT_BURST": 400}
 TARGET = 2
 START_SECONDS = 60
 
@@ -177,9 +174,8 @@ def clients(addresses: list[str]) -> Iterator[tuple[Connection, Connection]]:
 
 
 @contextlib.contextmanager
-def server(log: Path, quotas: Mapping[str, int], *arguments: str, **settings: str) -> Iterator[str]:
+def server(log: Path, *arguments: str, **settings: str) -> Iterator[str]:
     """A server process; gives its address."""
-    settings |= {f"CHAT_TICKET_QUOTAS__{name}": str(limit) for name, limit in quotas.items()}
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "chat_ticket_svc", "serve", "--port", "0", *arguments],
@@ -204,11 +200,11 @@ def server(log: Path, quotas: Mapping[str, int], *arguments: str, **settings: st
 def servers(directory: Path) -> Iterator[list[str]]:
     """One with quotas and one without, on the same database."""
     data = directory / "postgres"
-    high = dict.fromkeys(map(str.upper, config.Quotas.model_fields), 1_000_000)
-    with server(directory / "limited.log", QUOTAS, "--embedded", str(data)) as limited:
+    high = {f"CHAT_TICKET_QUOTAS__{name.upper()}": "1000000" for name in config.Quotas.model_fields}
+    with server(directory / "limited.log", "--embedded", str(data)) as limited:
         # Not started here: it knows where the PostgreSQL of the first server listens.
         database_url = EmbeddedPostgres(data).url("chat_ticket")
-        with server(directory / "unlimited.log", high, DATABASE_URL=database_url) as unlimited:
+        with server(directory / "unlimited.log", DATABASE_URL=database_url, **high) as unlimited:
             yield [limited, unlimited]
 
 
@@ -236,7 +232,7 @@ def report(figures: dict[str, list[dict[str, float]]]) -> None:
 
     print(
         f"A quiet tenant of {CALLS_PER_SECOND} calls/s, a flood of {CALLERS} callers, "
-        f"a limit of {QUOTAS['TENANT_CALLS_PER_SECOND']} calls/s."
+        f"a limit of {config.Quotas().tenant_calls_per_second:g} calls/s."
     )
     print(f"The quiet tenant's latency in ms, and the flood's calls/s: medians of {ROUNDS} rounds")
     columns = ("p50", "p99", "p99 from-to", "p99 ratio", "failed", "accepted", "refused")

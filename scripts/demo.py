@@ -458,11 +458,14 @@ def serving(expect: Expectations, data: Path, allowed_host: str) -> Iterator[int
         # Our own web server has no certificate and a private address; nothing else is opened.
         "CHAT_TICKET_ATTACHMENT_URL_SCHEMES": "https,http",
         "CHAT_TICKET_ATTACHMENT_URL_ALLOWED_HOSTS": allowed_host,
+        # One tenant loads all it has as fast as it can.
+        "CHAT_TICKET_QUOTAS__TENANT_CALLS_PER_SECOND": "100000",
     }
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "chat_ticket_svc", "serve", "--port", "0", "--embedded", data],
             env={**os.environ, **settings},
+            stdout=subprocess.DEVNULL,
             stderr=output,
             start_new_session=True,  # Ctrl-C is for us, who end the server in our turn
         )

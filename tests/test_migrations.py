@@ -322,7 +322,7 @@ class TestUpAndDown:
         text = "-- migrate:up\nCREATE TABLE half_done ();\nSELECT 1/{};\n-- migrate:down\n"
         file.write_text(text.format(0))
         assert migrate.dbmate(fresh_database, "up") != 0
-        assert "division by zero" in capfd.readouterr().err
+        assert "SQLSTATE 22012" in capfd.readouterr().err
         assert catalog(fresh_database) == before
         assert applied(fresh_database) == VERSIONS
         assert migrate.dbmate(fresh_database, "status") == 0
@@ -379,7 +379,7 @@ class TestMake:
     def test_failure_is_an_exit_status(self) -> None:
         """What make runs next does not run on a database that was not migrated."""
         process = make("migrate", url="postgresql://nobody@/none?host=/nonexistent")
-        assert "/nonexistent" in process.communicate(timeout=60)[0]
+        assert "no such file or directory" in process.communicate(timeout=60)[0]
         assert process.returncode != 0
 
     def test_new_migration_has_an_up_and_a_down(self, tmp_path: Path) -> None:

@@ -68,8 +68,8 @@ class Quotas(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    tenant_calls_per_second: PositiveFloat = 500
-    tenant_burst: PositiveInt = 1000
+    tenant_calls_per_second: PositiveFloat = 200
+    tenant_burst: PositiveInt = 400
     tenant_calls_in_flight: PositiveInt = 40
     tenant_streams: PositiveInt = 1000
     session_streams: PositiveInt = 100

@@ -31,12 +31,16 @@ def dbmate(url: str, command: str, *, quiet: bool = False) -> int:
 
 def _why(text: str) -> str:
     """What can be shown of dbmate's words, which may quote the URL, or what a row holds."""
-    known = (
-        r"\bline: \d+, column: \d+",  # in the migration
-        r"(?<=: )(?:no such host|i/o timeout|connect: [a-z ]+)$",
-        r"(?<=\()[0-9A-Z]{5}(?=\)$)",  # the SQLSTATE
-    )
-    found = [match[0] for each in known if (match := re.search(each, text, re.MULTILINE))]
+    known = {
+        "": r"\bline: \d+, column: \d+",  # in the migration
+        "network: ": r"(?<=: )(?:no such host|i/o timeout|connect: [a-z ]+)$",
+        "SQLSTATE ": r"(?<=\()[0-9A-Z]{5}(?=\)$)",
+    }
+    found = [
+        kind + match[0]
+        for kind, each in known.items()
+        if (match := re.search(each, text, re.MULTILINE))
+    ]
     return ", ".join(found) or "dbmate itself would tell more, the URL included"
 
 
