@@ -22,7 +22,7 @@ from test_list_messages import filled, rest_of, sequences
 from test_watch import following
 
 from chat_ticket.v1 import chat_session_pb2_grpc
-from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest
+from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest, SearchChatMessagesRequest
 from chat_ticket.v1.chat_session_pb2 import (
     DeleteChatSessionRequest,
     GetChatSessionRequest,
@@ -33,6 +33,7 @@ from chat_ticket_svc import config, development
 from chat_ticket_svc.access import quotas as quotas_module
 from chat_ticket_svc.access.quotas import HOLD_SECONDS, OPEN_STREAMS, TENANTS, Quotas
 from chat_ticket_svc.errors import QuotaExceededError
+from chat_ticket_svc.store import changes, search
 
 SERVER = "server"
 
@@ -291,6 +292,52 @@ class TestConnections:
                         await call(other)
                 assert not any(task.done() for task in calls)
             assert not await results(*calls)
+
+
+class TestShares:
+    """What a call waits for within the process, another tenant's calls must not use up."""
+
+    async def hang(self, monkeypatch: pytest.MonkeyPatch, module: Any, api: Api) -> None:
+        """Make the reads of this tenant by `module.page` last for ever."""
+        page = module.page
+
+        async def hanging(db: Any, tenant_id: str, *arguments: Any, **named: Any) -> Any:
+            if tenant_id == api.tenant:
+                await asyncio.Event().wait()
+            return await page(db, tenant_id, *arguments, **named)
+
+        monkeypatch.setattr(module, "page", hanging)
+
+    async def test_searches(
+        self, start: Callable[..., Awaitable[Api]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However many of one tenant's searches hang, another's are answered."""
+        api = await start()
+        await self.hang(monkeypatch, search, api)
+        request = SearchChatMessagesRequest(query="hello")
+        hanging = [api.messages.SearchChatMessages(request) for _ in range(20)]
+        await call(api)
+        async with another(api) as other, asyncio.timeout(5):
+            await other.messages.SearchChatMessages(request)
+        for each in hanging:
+            each.cancel()
+
+    async def test_reads_of_followers(
+        self, start: Callable[..., Awaitable[Api]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However many of one tenant's followers hang, another's are told."""
+        api = await start()
+        await self.hang(monkeypatch, changes, api)
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(20):
+                follower = await stack.enter_async_context(following(api, an_id()))
+                task = asyncio.create_task(follower.next())
+                stack.callback(task.cancel)
+            await call(api)
+            async with another(api) as other, asyncio.timeout(5):
+                session = await other.session()
+                async with following(other, session.id) as told:
+                    await told.next()
 
 
 class TestCalls:

@@ -12,6 +12,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import psycopg
 import structlog
@@ -78,8 +79,11 @@ class Follow:
         self._conninfo = connection_string(listen_url)
         self._poll_seconds = poll_seconds
         self._watchers: dict[Key, set[Watcher]] = defaultdict(set)
-        # A thousand watchers that wake together must not fill the queue for connections.
+        # A thousand watchers that wake together must not fill the queue for connections, nor one
+        # tenant's keep out another's. Weak: who reads nothing is forgotten.
+        self._readers = readers
         self._reading = asyncio.Semaphore(readers)
+        self._shares = WeakValueDictionary[str, asyncio.Semaphore]()
         self._pending: set[Key] = set()
         self._has_pending = asyncio.Event()
         self._poll_now = asyncio.Event()
@@ -129,10 +133,11 @@ class Follow:
             if not self._watchers[key]:
                 del self._watchers[key]
 
-    async def read(self, page: Coroutine[Any, Any, T]) -> T:
+    async def read(self, tenant_id: str, page: Coroutine[Any, Any, T]) -> T:
         """Run a watcher's read when it is its turn."""
+        share = self._shares.setdefault(tenant_id, asyncio.Semaphore(max(1, self._readers - 1)))
         try:
-            async with self._reading:
+            async with share, self._reading:
                 return await page
         finally:
             page.close()

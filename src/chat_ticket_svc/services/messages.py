@@ -7,6 +7,7 @@ import re
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
+from weakref import WeakValueDictionary
 
 import grpc.aio
 
@@ -37,8 +38,11 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         self._urls = urls
         self._limits = settings.limits
         self._url_schemes = settings.attachment_url_schemes
-        # A search can take a connection for seconds: most are left to everybody else.
-        self._searching = asyncio.Semaphore(max(1, settings.pool_size // 3))
+        # A search can take a connection for seconds: most are left to everybody else, and of these
+        # few one to the other tenants. Weak: who does not search is forgotten.
+        self._searches = max(1, settings.pool_size // 3)
+        self._searching = asyncio.Semaphore(self._searches)
+        self._shares = WeakValueDictionary[str, asyncio.Semaphore]()
 
     async def CreateChatMessage(
         self, request: pb.CreateChatMessageRequest, context: Context
@@ -231,7 +235,8 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         check.done()
         # Nobody who wrote a message could know these, so nothing in it can look like a hit.
         start_marker, stop_marker = secrets.token_hex(16), secrets.token_hex(16)
-        async with self._searching:
+        share = self._shares.setdefault(tenant_id, asyncio.Semaphore(max(1, self._searches - 1)))
+        async with share, self._searching:
             hits = await search.page(
                 self._db,
                 tenant_id,

@@ -139,7 +139,8 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
             while True:
                 watcher.about_to_read()
                 page = await self._follow.read(
-                    changes.page(self._db, tenant_id, session_id, after=position, limit=page_size)
+                    tenant_id,
+                    changes.page(self._db, tenant_id, session_id, after=position, limit=page_size),
                 )
                 if page is None or (first and first.created_at != page.session.created_at):
                     if first is None:
