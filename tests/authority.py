@@ -28,14 +28,15 @@ OK = b"HTTP/1.1 200 OK\r\nConnection: close\r\n"
 class Key:
     """A key that an issuer signs with."""
 
-    def __init__(self, key_id: str = "one"):
+    def __init__(self, key_id: str = "one", use: str = "sig"):
         self.key_id = key_id
+        self._use = use
         self.private = ec.generate_private_key(ec.SECP256R1())
 
     @property
     def public(self) -> dict[str, str]:
         public = ECAlgorithm.to_jwk(self.private.public_key(), as_dict=True)
-        return {**public, "kid": self.key_id, "alg": "ES256", "use": "sig"}
+        return {**public, "kid": self.key_id, "alg": "ES256", "use": self._use}
 
     def token(self, **claims: Any) -> str:
         """A token for all tenants and permissions, but for `claims`; None leaves one out."""

@@ -275,11 +275,19 @@ class TestServer:
         with pytest.raises(Exception, match="UNAVAILABLE"):
             await listed(await connect(CA.caller(uris=[ASSISTANT]), tenant))
 
-    @pytest.mark.parametrize("broken", ["missing", "nonsense", "other key", "expired"])
+    @pytest.mark.parametrize(
+        ("broken", "said"),
+        [
+            ("missing", "CHAT_TICKET_TLS_KEY: No such file"),
+            ("nonsense", "CHAT_TICKET_TLS_KEY: does not hold a key in PEM"),
+            ("other key", "CHAT_TICKET_TLS_KEY: is not the key of the certificate"),
+            ("expired", "CHAT_TICKET_TLS_CERTIFICATE: has expired"),
+        ],
+    )
     async def test_broken_certificate_at_start(
-        self, start: NewServer, tmp_path: Path, broken: str
+        self, start: NewServer, tmp_path: Path, broken: str, said: str
     ) -> None:
-        """The server does not start."""
+        """The server does not start, and says what is wrong with which file."""
         settings = CA.server().write(tmp_path / "broken")
         if broken == "expired":
             CA.server(seconds=-60).write(tmp_path / "broken")
@@ -289,7 +297,7 @@ class TestServer:
             key.unlink()
             if content is not None:
                 key.write_bytes(content)
-        with pytest.raises(ConfigurationError, match="CHAT_TICKET_TLS_KEY"):
+        with pytest.raises(ConfigurationError, match=said):
             await start(**settings)
 
     @pytest.mark.parametrize(

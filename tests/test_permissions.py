@@ -147,6 +147,19 @@ class TestSettings:
             [warning] = [line for line in server.log if line["level"] == "warning"]
             assert "anybody could act for any tenant" in warning["event"]
 
+    def test_unknown_settings_are_warned_of(self, database: str) -> None:
+        """A misspelt one would leave open what it was to close. Others' variables are not ours."""
+        environment = {"CHAT_TICKET_ATUH": "jwt", "CHAT_TICKETS": "x"}
+        with server_process(database, **environment) as server:
+            line = server.wait_for("unknown settings are not in effect")
+            assert line["variables"] == ["CHAT_TICKET_ATUH"]
+
+    def test_unknown_limits_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They are in a group of ours, and can be nobody else's."""
+        monkeypatch.setenv("CHAT_TICKET_QUOTAS__STREAM", "3")
+        with pytest.raises(ConfigurationError, match="CHAT_TICKET_QUOTAS__STREAM"):
+            load()
+
     def test_refusal_names_the_way_out(self, database: str) -> None:
         """From the command line, in one line."""
         result = command("serve", DATABASE_URL=database, CHAT_TICKET_HOST="0.0.0.0")

@@ -235,6 +235,14 @@ class TestForged:
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"):
             await listed(await server.api(token, "acme"))
 
+    async def test_key_for_encryption(self, start: Any, tmp_path: Path) -> None:
+        """A key that is published for another use signs nothing."""
+        key = Key("two", use="enc")
+        (tmp_path / "keys.json").write_bytes(key_set(KEY, key))
+        server = await start(jwt_keys=str(tmp_path / "keys.json"))
+        with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"):
+            await listed(await server.api(key.token(), "acme"))
+
     async def test_expired_is_said(self, server: Server) -> None:
         """A caller that owns a token knows that it needs a new one."""
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_EXPIRED"):
@@ -397,6 +405,21 @@ class TestKeys:
         keys.answering.set()
         await waiting
         assert keys.requests == 2
+
+    async def test_no_proxy_stands_between(
+        self, start: Any, keys: KeyServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who answers for a key server without TLS could answer with keys of its own."""
+        forger = Key()
+        async with KeyServer(forger).running() as proxy:
+            for name in ("HTTP_PROXY", "ALL_PROXY"):  # gRPC's own clients read the lower case
+                monkeypatch.setenv(name, proxy.url)
+            for name in ("NO_PROXY", "no_proxy"):
+                monkeypatch.delenv(name, raising=False)
+            server = await start(jwt_keys=keys.url)
+            assert await self.accepts(server, KEY)
+            assert not await self.accepts(server, forger)
+            assert not proxy.requests
 
     async def test_slow_key_server_delays_nobody_with_a_known_key(
         self, start: Any, keys: KeyServer

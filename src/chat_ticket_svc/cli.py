@@ -10,10 +10,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import structlog
+
 from chat_ticket_svc import config, logs, migrate
 from chat_ticket_svc.access.credential import TENANT_ID, Permission
 from chat_ticket_svc.config import ConfigurationError, Settings
 from chat_ticket_svc.embedded import EmbeddedPostgres, EmbeddedPostgresError
+
+log = structlog.get_logger()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--permission",
         action="append",
         default=[],
-        choices=list(Permission),
+        choices=[permission.value for permission in Permission],
         help="may be repeated; without it, all of them",
     )
     token.add_argument(
@@ -59,7 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--directory",
         type=Path,
         default=Path(".data"),
-        help="where the key is, or will be: beside the data directory (default: %(default)s)",
+        help="where `serve --embedded DIRECTORY/...` has its key; made when there is none"
+        " (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
     try:
@@ -105,6 +110,8 @@ def _migrate(command: str) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    # One line for each handshake that fails is gRPC's default, in a form of its own.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     # Imported here: gRPC takes half a second that the other commands need not wait for.
     import uvloop
 
@@ -117,6 +124,8 @@ def _serve(options: argparse.Namespace) -> int:
         if not settings.database_url:
             raise ConfigurationError("DATABASE_URL: is required (or serve --embedded DIRECTORY)")
         logs.configure(settings)
+        if unknown := config.unknown(os.environ):
+            log.warning("unknown settings are not in effect", variables=unknown)
 
         def listening(port: int) -> None:
             if options.embedded is not None:
@@ -187,9 +196,13 @@ def _an_example(settings: Settings, port: int, directory: Path) -> str:
         words += ["-cert", "CLIENT.pem", "-key", "CLIENT-KEY.pem"]
     line = shlex.join(words)
     if "jwt" in settings.auth:
-        token = [python, "-m", "chat_ticket_svc", "token", "--tenant", "acme"]
-        token += ["--directory", str(directory)]
-        line += f' -H "authorization: Bearer $({shlex.join(token)})"'
+        from chat_ticket_svc import development
+
+        token = "TOKEN"  # noqa: S105 - the place of one
+        if settings.jwt_issuer == development.ISSUER:
+            command = [python, "-m", "chat_ticket_svc", "token", "--tenant", "acme"]
+            token = f"$({shlex.join([*command, '--directory', str(directory)])})"
+        line += f' -H "authorization: Bearer {token}"'
     else:
         line += " -H 'x-tenant-id: acme'"
     return f"{line} localhost:{port} chat_ticket.v1.ChatSessionService/ListChatSessions"

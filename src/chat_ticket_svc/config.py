@@ -5,6 +5,7 @@ secrets. The README lists the same settings.
 """
 
 import re
+from collections.abc import Iterable
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -49,7 +50,7 @@ class ConfigurationError(Exception):
 class Limits(BaseModel):
     """What a request may hold. Numbers of characters where nothing else is said."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     content_bytes: PositiveInt = 256 * KIB
     metadata_bytes: PositiveInt = 64 * KIB
@@ -66,7 +67,7 @@ class Limits(BaseModel):
 class Quotas(BaseModel):
     """What callers may use of one server process. Streams of messages and changes both count."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tenant_calls_per_second: PositiveFloat = 200
     tenant_burst: PositiveInt = 400
@@ -177,15 +178,19 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _complete(self) -> Self:
         """What the ways in need besides."""
-        required = {"tls_certificate", "tls_key"} if self.tls_certificate or self.tls_key else set()
-        if "jwt" in self.auth:
-            required |= {"jwt_keys", "jwt_issuer", "jwt_audience"}
+        required: dict[str, str] = {}
+        if self.tls_certificate or self.tls_key:
+            required |= dict.fromkeys(("tls_certificate", "tls_key"), "the other of the two")
         if "mtls" in self.auth:
-            required |= {"tls_certificate", "tls_key", "mtls_authority", "mtls_callers"}
+            names = ["tls_certificate", "tls_key", "mtls_authority", "mtls_callers"]
+            required |= dict.fromkeys(names, f"{_variable('auth')}={self.auth}")
+        if "jwt" in self.auth:
+            names = ["jwt_keys", "jwt_issuer", "jwt_audience"]
+            required |= dict.fromkeys(names, f"{_variable('auth')}={self.auth}")
         problems = [
-            f"{_variable(name)}: is required with the other settings of callers"
-            for name in type(self).model_fields
-            if name in required and not getattr(self, name)
+            f"{_variable(name)}: is required by {by}"
+            for name, by in required.items()
+            if not getattr(self, name)
         ]
         if self.exposed and not self.allow_insecure:
             problems.append(
@@ -246,6 +251,16 @@ def contents(variable: str, path: Path) -> bytes:
 def _variable(field: str) -> str:
     """The environment variable of a field, whose validation alias is one already."""
     return field if field.isupper() else f"{PREFIX}{field.upper()}"
+
+
+def unknown(environment: Iterable[str]) -> list[str]:
+    """The variables that look like ours and are none: perhaps misspelt, so not in effect."""
+    known = [_variable(name) for name in Settings.model_fields]
+    return sorted(
+        name
+        for name in environment
+        if name.startswith(PREFIX) and name.partition("__")[0] not in known
+    )
 
 
 def load(**overrides: object) -> Settings:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
 
 from chat_ticket_svc.access.credential import ALL_TENANTS, Permission
+from chat_ticket_svc.config import ConfigurationError
 
 ISSUER = "chat-ticket-svc development"
 AUDIENCE = "chat-ticket-svc"
 KEY_ID = "development"
+KEY_FILE = "development-key.pem"
 ALGORITHM = "ES256"
 
 
@@ -40,6 +43,8 @@ def token(
 
     No `tenants` are all tenants, no `permissions` all permissions.
     """
+    if not (directory / KEY_FILE).exists():
+        print(f"no server knows the new key in {directory} yet", file=sys.stderr)
     now = int(time.time())
     claims = {
         "iss": ISSUER,
@@ -54,15 +59,21 @@ def token(
 
 
 def _key(directory: Path) -> ec.EllipticCurvePrivateKey:
-    path = directory / "development-key.pem"
-    if not path.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        key = ec.generate_private_key(ec.SECP256R1())
-        pem = key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(pem)
-    return serialization.load_pem_private_key(path.read_bytes(), None)  # type: ignore[return-value]
+    path = directory / KEY_FILE
+    try:
+        if not path.exists():
+            _make_key(path)
+        return serialization.load_pem_private_key(path.read_bytes(), None)  # type: ignore[return-value]
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path}: no key can be read or made there") from error
+
+
+def _make_key(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pem = ec.generate_private_key(ec.SECP256R1()).private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(pem)

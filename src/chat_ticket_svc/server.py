@@ -169,14 +169,19 @@ class Server:
         await self._db.close()
 
     def _listen(self) -> None:
-        address = f"{self._settings.host}:{self._settings.port}"
+        host = self._settings.host
+        if ":" in host and not host.startswith("["):
+            host = f"[{host}]"
+        address = f"{host}:{self._settings.port}"
         try:
             if self._certificates is None:
                 self.port = self._grpc.add_insecure_port(address)
             else:
                 self.port = self._grpc.add_secure_port(address, self._certificates.credentials())
         except RuntimeError as error:
-            raise PortTakenError(f"cannot listen on {address}: is the port taken?") from error
+            raise PortTakenError(
+                f"cannot listen on {address}: is the port taken, or the address of another machine?"
+            ) from error
 
     def _register(self) -> None:
         db, follow, settings = self._db, self._follow, self._settings

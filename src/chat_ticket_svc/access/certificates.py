@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
 import structlog
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
 from chat_ticket_svc import config
@@ -30,13 +33,8 @@ class Certificates:
         self._paths = {"CHAT_TICKET_TLS_CERTIFICATE": certificate, "CHAT_TICKET_TLS_KEY": key}
         if client_authority is not None:
             self._paths["CHAT_TICKET_MTLS_AUTHORITY"] = client_authority
-        try:
-            self._read = self._contents()
-            self._current = self._given = _configuration(*self._read)
-        except (ValueError, TypeError) as error:
-            raise ConfigurationError(
-                f"{', '.join(self._paths)}: cannot be used: {error}"
-            ) from error
+        self._read = self._contents()
+        self._current = self._given = _configuration(*self._read)
         self._watching: asyncio.Task[None] | None = None
 
     def credentials(self) -> grpc.ServerCredentials:
@@ -64,35 +62,51 @@ class Certificates:
         return current
 
     async def _watch(self) -> None:
+        trouble = ""
         while True:
             await asyncio.sleep(RELOAD_SECONDS)
+            before = trouble
             try:
                 contents = await asyncio.to_thread(self._contents)
-                if contents == self._read:
-                    continue
-                self._read = contents
-                self._current = _configuration(*contents)
+                if contents != self._read:
+                    self._current = _configuration(*contents)
+                    self._read = contents
+                    log.info("the certificate files are renewed")
+                trouble = ""
+            except ConfigurationError as error:
+                trouble = str(error)
             except Exception as error:  # whatever it is, the certificate of before still serves
+                trouble = type(error).__qualname__
+            if trouble and trouble != before:
                 log.error(
-                    "the certificate files cannot be used: the old ones are kept",
-                    error=type(error).__qualname__,
+                    "the certificate files cannot be used: the old ones are kept", because=trouble
                 )
-            else:
-                log.info("the certificate files are renewed")
 
     def _contents(self) -> list[bytes]:
         return [config.contents(*each) for each in self._paths.items()]
 
 
+@contextlib.contextmanager
+def _must_be(variable: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ConfigurationError(f"{variable}: does not hold {what}") from error
+
+
 def _configuration(
     certificate: bytes, key: bytes, client_authority: bytes | None = None
 ) -> grpc.ServerCertificateConfiguration:
-    """Raises ValueError or TypeError for what gRPC would fail to serve, handshake by handshake."""
-    own = x509.load_pem_x509_certificates(certificate)[0]
-    if own.public_key() != serialization.load_pem_private_key(key, None).public_key():
-        raise ValueError("the key is not that of the certificate")
+    """Raises ConfigurationError for what gRPC would fail to serve, handshake by handshake."""
+    with _must_be("CHAT_TICKET_TLS_CERTIFICATE", "certificates in PEM"):
+        own = x509.load_pem_x509_certificates(certificate)[0]
+    with _must_be("CHAT_TICKET_TLS_KEY", "a key in PEM without a password"):
+        public = serialization.load_pem_private_key(key, None).public_key()
+    if own.public_key() != public:
+        raise ConfigurationError("CHAT_TICKET_TLS_KEY: is not the key of the certificate")
     if own.not_valid_after_utc <= datetime.now(UTC):
-        raise ValueError("the certificate has expired")
+        raise ConfigurationError("CHAT_TICKET_TLS_CERTIFICATE: has expired")
     if client_authority is not None:
-        x509.load_pem_x509_certificates(client_authority)
+        with _must_be("CHAT_TICKET_MTLS_AUTHORITY", "certificates in PEM"):
+            x509.load_pem_x509_certificates(client_authority)
     return grpc.ssl_server_certificate_configuration([(key, certificate)], client_authority)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc.aio
 import httpx
@@ -59,7 +60,8 @@ class KeySet:
         except Exception as error:
             if not self._is_url:
                 raise ConfigurationError(
-                    f"CHAT_TICKET_JWT_KEYS: not a file of keys ({type(error).__qualname__})"
+                    "CHAT_TICKET_JWT_KEYS: names no readable file with a JSON Web Key Set, in which"
+                    f" a key has a kid ({type(error).__qualname__})"
                 ) from error
             self._failed(error)
         self._refreshing = asyncio.create_task(self._refresh())
@@ -82,7 +84,7 @@ class KeySet:
 
     @property
     def _is_url(self) -> bool:
-        return self._location.startswith(("https://", "http://"))
+        return urlsplit(self._location).scheme in ("https", "http")
 
     async def _refresh(self) -> None:
         while True:
@@ -115,15 +117,18 @@ class KeySet:
         else:
             data = await asyncio.to_thread(Path(self._location).read_bytes)
         keys = jwt.PyJWKSet.from_dict(json.loads(data)).keys
-        found = {key.key_id: key for key in keys if key.key_id}
+        signing = [key for key in keys if key.public_key_use in (None, "sig")]
+        found = {key.key_id: key for key in signing if key.key_id}
         if not found:
             raise ValueError("no key with an id")
         return found
 
     async def _download(self) -> bytes:
         data = bytearray()
+        # A proxy of the environment sees through http, and could answer with keys of its own.
+        is_https = urlsplit(self._location).scheme == "https"
         async with (
-            httpx.AsyncClient(timeout=FETCH_TIMEOUT_SECONDS) as client,
+            httpx.AsyncClient(timeout=FETCH_TIMEOUT_SECONDS, trust_env=is_https) as client,
             client.stream("GET", self._location) as response,
         ):
             response.raise_for_status()
