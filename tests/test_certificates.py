@@ -102,6 +102,9 @@ class TestCallers:
             (("billing.internal",), ()),
             ((), ("*.internal",)),
             ((), ("evil.billing.internal",)),
+            # What gRPC tells of a name ends at a NUL.
+            ((), ("billing.internal\0.evil.com",)),
+            ((f"{ASSISTANT}\0/evil",), ()),
         ],
     )
     async def test_certificate_of_nobody_listed(

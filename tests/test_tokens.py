@@ -21,11 +21,13 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2
+from jwt.algorithms import ECAlgorithm
 from test_list_messages import batches
 from test_watch import following
 
 from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest
 from chat_ticket.v1.chat_session_pb2 import ListChatSessionsRequest
+from chat_ticket_svc import status
 from chat_ticket_svc.access import tokens
 from chat_ticket_svc.config import ConfigurationError
 
@@ -234,6 +236,47 @@ class TestForged:
         token = jwt.encode(Key.claims(), key, "RS256", headers={"kid": "short"})
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"):
             await listed(await server.api(token, "acme"))
+
+    async def test_odd_keys_beside_a_good_one(self, start: Any, tmp_path: Path) -> None:
+        """They are left out, private ones too; the good one does."""
+        private = Key("private")
+        secret = ECAlgorithm.to_jwk(private.private, as_dict=True)
+        odd = [
+            *(None, "x", [], {}, {"kid": "a"}, {"kty": "EC", "kid": "b"}),
+            {**KEY.public, "kid": ["c"]},
+            {**Key().public, "kid": "d", "alg": ["ES256"]},
+            {**KEY.public, "kid": None},
+            {**secret, "kid": private.key_id, "alg": "ES256"},
+        ]
+        (tmp_path / "keys.json").write_text(json.dumps({"keys": [*odd, KEY.public]}))
+        server = await start(jwt_keys=str(tmp_path / "keys.json"))
+        await listed(await server.api(KEY.token(), "acme"))
+        with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"):
+            await listed(await server.api(private.token(), "acme"))
+
+    async def test_no_request_is_parsed_before_its_caller_is_known(
+        self, server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Parsing takes memory and time: 4 KiB on the way can be two million messages."""
+        parsed = []
+        tolerant = status._tolerant
+
+        def counting(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+            return lambda data: (parsed.append(data), tolerant(deserialize)(data))[1]
+
+        monkeypatch.setattr(status, "_tolerant", counting)
+        request = ListChatMessagesRequest(session_id="0197a000-0000-7000-8000-000000000001")
+        nobody = await server.api("", "acme")
+        with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_REQUIRED"):
+            await listed(nobody)
+        with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_REQUIRED"):
+            await nobody.messages.ListChatMessages(request).read()
+        assert not parsed
+        api = await server.api(KEY.token(), "acme")
+        await listed(api)
+        with refused(StatusCode.NOT_FOUND):
+            await api.messages.ListChatMessages(request).read()
+        assert parsed == [b"", request.SerializeToString()]
 
     async def test_key_for_encryption(self, start: Any, tmp_path: Path) -> None:
         """A key that is published for another use signs nothing."""

@@ -5,6 +5,7 @@ The interceptor is the outermost of the server. Services raise; nothing else abo
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import math
 import uuid
@@ -141,10 +142,11 @@ class _Malformed:
     """Stands for a request whose bytes are not the message they should be."""
 
 
-def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-    """A failure inside gRPC's own deserialization would be sent to the caller verbatim."""
-    if deserialize is None:
-        return None
+def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """`deserialize`, which gRPC is not left to call: it would send a failure's text to the caller.
+
+    And it would call it before the door: 4 KiB on the way can be two million messages in memory.
+    """
 
     def tolerant(data: bytes) -> Any:
         try:
@@ -162,15 +164,14 @@ def _require_message(request: Any) -> None:
         )
 
 
-def _well_formed(behavior: Callable[..., Any]) -> Callable[..., Any]:
-    """`behavior` with each of the requests of its stream looked at."""
-
-    async def messages(requests: AsyncIterable[Any]) -> AsyncIterator[Any]:
-        async for request in requests:
-            _require_message(request)
-            yield request
-
-    return lambda requests, context: behavior(messages(requests), context)
+async def _each(
+    parse: Callable[[bytes], Any], requests: AsyncIterable[bytes]
+) -> AsyncIterator[Any]:
+    """The messages of a stream of requests."""
+    async for data in requests:
+        request = parse(data)
+        _require_message(request)
+        yield request
 
 
 def _let_go(behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
@@ -223,23 +224,31 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method = str(handler_call_details.method)
-        coding = (_tolerant(handler.request_deserializer), handler.response_serializer)
+        parse = _tolerant(handler.request_deserializer)
+        serialize = handler.response_serializer
         if handler.stream_stream:
-            behavior = _let_go(self._stream(method, _well_formed(handler.stream_stream)))
-            return grpc.stream_stream_rpc_method_handler(behavior, *coding)
+            parse = functools.partial(_each, parse)
+            behavior = _let_go(self._stream(method, handler.stream_stream, parse))
+            return grpc.stream_stream_rpc_method_handler(behavior, None, serialize)
         if handler.unary_stream:
-            behavior = _let_go(self._stream(method, handler.unary_stream))
-            return grpc.unary_stream_rpc_method_handler(behavior, *coding)
-        behavior = _let_go(self._unary(method, handler.unary_unary))
-        return grpc.unary_unary_rpc_method_handler(behavior, *coding)
+            behavior = _let_go(self._stream(method, handler.unary_stream, parse))
+            return grpc.unary_stream_rpc_method_handler(behavior, None, serialize)
+        behavior = _let_go(self._unary(method, handler.unary_unary, parse))
+        return grpc.unary_unary_rpc_method_handler(behavior, None, serialize)
 
-    def _unary(self, method: str, behavior: Callable[..., Awaitable[Any]]) -> Any:
-        async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    def _unary(
+        self,
+        method: str,
+        behavior: Callable[..., Awaitable[Any]],
+        parse: Callable[[bytes], Any],
+    ) -> Any:
+        async def unary(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             async with self._mapped(method, context):
                 remaining = context.time_remaining()
                 timeout = self._unary_timeout if remaining is None else remaining
                 try:
                     async with asyncio.timeout(timeout), self._door.call(method, context):
+                        request = parse(data)
                         _require_message(request)
                         return await behavior(request, context)
                 except TimeoutError as error:
@@ -247,15 +256,19 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
 
         return unary
 
-    def _stream(self, method: str, behavior: Callable[..., Any]) -> Any:
-        """Around a method that streams its responses."""
+    def _stream(
+        self, method: str, behavior: Callable[..., Any], parse: Callable[[Any], Any]
+    ) -> Any:
+        """Around a method that streams its responses, and perhaps its requests."""
 
-        async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-            session_id = getattr(request, "session_id", "")
+        async def stream(data: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            # Parsed within the door, which asks for the session of a caller that it knows.
+            parsed = functools.cache(lambda: parse(data))
             async with (
                 self._mapped(method, context),
-                self._door.stream(method, context, session_id),
+                self._door.stream(method, context, lambda: getattr(parsed(), "session_id", "")),
             ):
+                request = parsed()
                 _require_message(request)
                 responses = behavior(request, context)
                 if inspect.isawaitable(responses):  # the health service's Watch writes by itself

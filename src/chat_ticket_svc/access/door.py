@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 import grpc.aio
@@ -51,15 +51,17 @@ class Door:
                 yield
 
     @contextlib.asynccontextmanager
-    async def stream(self, method: str, context: Context, session_id: str) -> AsyncIterator[None]:
-        """Around a stream, which ends when its credential expires."""
+    async def stream(
+        self, method: str, context: Context, session_id: Callable[[], str]
+    ) -> AsyncIterator[None]:
+        """Around a stream of a session, which ends when its credential expires."""
         if method in OPEN:
             with self._quotas.open_stream(method):
                 yield
             return
         credential, tenant_id = await self._admitted(method, context)
         async with self._held_back(tenant_id, context):
-            with self._quotas.stream(tenant_id, session_id.lower()), caller.acting_for(tenant_id):
+            with self._quotas.stream(tenant_id, session_id().lower()), caller.acting_for(tenant_id):
                 left = min(credential.expires_at - time.time(), LONGEST_STREAM_SECONDS)
                 try:
                     async with asyncio.timeout(left) as timeout:

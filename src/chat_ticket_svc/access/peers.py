@@ -29,6 +29,9 @@ from chat_ticket_svc.errors import UnauthenticatedError
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+Name = tuple[type[x509.GeneralName], str]
+URI, DNS = x509.UniformResourceIdentifier, x509.DNSName
+
 SPIFFE_ID = r"spiffe://[a-z0-9._-]+(/[A-Za-z0-9._-]+)*"
 DNS_NAME = r"[a-z0-9_-]+(\.[a-z0-9_-]+)*"
 
@@ -65,21 +68,19 @@ class Peers:
             ) from error
         self._callers = {
             # By the kind of name: one that signs any DNS name could write a SPIFFE id into it.
-            ("peer_spiffe_id" if "://" in name else "peer_dns", name): caller
+            (URI if "://" in name else DNS, name): caller
             for name, caller in listed.items()
         }
 
     async def credential(self, context: Context) -> Credential:
-        proved = context.auth_context()
-        names = [("peer_spiffe_id", name.decode()) for name in proved.get("peer_spiffe_id", ())]
-        names += [("peer_dns", name.decode().lower()) for name in proved.get("peer_dns", ())]
+        pem = next(iter(context.auth_context().get("x509_pem_cert", ())), b"")
+        names, expires_at = _identity(pem)
         caller = next((self._callers[name] for name in names if name in self._callers), None)
         if caller is None:
             raise UnauthenticatedError(
                 "the client certificate is of no listed caller", reason="CREDENTIAL_INVALID"
             )
         # Verified when the connection was made, which can be long ago.
-        expires_at = _not_after(next(iter(proved["x509_pem_cert"])))
         if expires_at <= time.time():
             raise expired()
         return Credential(
@@ -88,5 +89,21 @@ class Peers:
 
 
 @functools.lru_cache(maxsize=1024)
-def _not_after(pem: bytes) -> float:
-    return x509.load_pem_x509_certificate(pem).not_valid_after_utc.timestamp()
+def _identity(pem: bytes) -> tuple[list[Name], float]:
+    """The names of a certificate by their kind, its SPIFFE id first, and when it expires.
+
+    Read from the certificate: what gRPC tells of it is cut off at a NUL, where another name can
+    begin. Nothing, when there is none.
+    """
+    if not pem:
+        return [], 0
+    certificate = x509.load_pem_x509_certificate(pem)
+    try:
+        named = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return [], 0
+    uris = named.get_values_for_type(URI)
+    # The SPIFFE X.509-SVID standard: exactly one URI.
+    names: list[Name] = [(URI, uri) for uri in uris if len(uris) == 1]
+    names += [(DNS, name.lower()) for name in named.get_values_for_type(DNS)]
+    return names, certificate.not_valid_after_utc.timestamp()

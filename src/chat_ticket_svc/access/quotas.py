@@ -22,8 +22,9 @@ TENANTS = 1024
 
 # How long a refusal is held back at most, and how many are, before more are answered at once.
 HOLD_SECONDS = 0.1
-HELD_OF_TENANT = 200
-HELD = 1000
+# Each holds its request.
+HELD_OF_TENANT = 64
+HELD = 256
 
 
 class _Use:

@@ -7,6 +7,7 @@ spaces; others are ignored), and `tenants`: a list of tenant ids, or "*" for all
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ REFRESH_SECONDS = 60
 COOLDOWN_SECONDS = 10
 FETCH_TIMEOUT_SECONDS = 3
 MAX_KEY_SET_BYTES = 1024 * 1024
+MAX_KEYS = 100
 
 
 class KeySet:
@@ -116,12 +118,7 @@ class KeySet:
                 data = await self._download()
         else:
             data = await asyncio.to_thread(Path(self._location).read_bytes)
-        keys = jwt.PyJWKSet.from_dict(json.loads(data)).keys
-        signing = [key for key in keys if key.public_key_use in (None, "sig")]
-        found = {key.key_id: key for key in signing if key.key_id}
-        if not found:
-            raise ValueError("no key with an id")
-        return found
+        return await asyncio.to_thread(_parsed, data)
 
     async def _download(self) -> bytes:
         data = bytearray()
@@ -137,6 +134,21 @@ class KeySet:
                 if len(data) > MAX_KEY_SET_BYTES:
                     raise ValueError("too large for a set of keys")
         return bytes(data)
+
+
+def _parsed(data: bytes) -> dict[str, jwt.PyJWK]:
+    """The keys of a key set that can be used; ValueError when there is none."""
+    found = {}
+    for entry in json.loads(data)["keys"][:MAX_KEYS]:
+        # A private key has no place in a key set, and takes seconds to look at.
+        if not isinstance(entry, dict) or "d" in entry or entry.get("use", "sig") != "sig":
+            continue
+        if isinstance(key_id := entry.get("kid"), str):
+            with contextlib.suppress(jwt.PyJWTError, TypeError, ValueError):
+                found[key_id] = jwt.PyJWK(entry)
+    if not found:
+        raise ValueError("no key with an id")
+    return found
 
 
 class Tokens:
