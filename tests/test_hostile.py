@@ -114,6 +114,17 @@ class TestFound:
         few = SearchChatMessagesRequest(query="-" * 20 + "word")
         await api.messages.SearchChatMessages(few)
 
+    async def test_reflection_of_what_is_as_deep_as_can_be(self, api: Api) -> None:
+        """The answer repeats the request, and can be parsed nevertheless."""
+        group, end = b"\x9b\x06", b"\x9c\x06"  # of the unknown field 99
+        request = reflection_pb2.ServerReflectionRequest(list_services="*").SerializeToString()
+        request += group * 100 + end * 100
+        reflection_pb2.ServerReflectionRequest.FromString(request)
+        method = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
+        call = api.channel.stream_stream(method)(iter([request]))
+        response = reflection_pb2.ServerReflectionResponse.FromString(await call.read())
+        assert len(response.list_services_response.service) == 6
+
 
 class TestLimits:
     """Sizes of whole requests, too large for each of many examples."""

@@ -171,6 +171,8 @@ async def _each(
     async for data in requests:
         request = parse(data)
         _require_message(request)
+        # Reflection repeats a request in its answer, one level deeper than callers may parse.
+        request.DiscardUnknownFields()
         yield request
 
 
