@@ -26,7 +26,7 @@ LAYERS = [
     ["access", "attachment_url", "embedded", "store"],
     ["caller", "grpc_server", "logs"],
     ["errors"],
-    ["config"],
+    ["config", "time_limit"],
 ]
 PSYCOPG = {"store", "follow", "embedded"}
 GRPC = {"server", "grpc_server", "services", "status", "access"}

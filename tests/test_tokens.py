@@ -255,7 +255,7 @@ class TestForged:
             await listed(await server.api(private.token(), "acme"))
 
     async def test_no_request_is_parsed_before_its_caller_is_known(
-        self, server: Server, monkeypatch: pytest.MonkeyPatch
+        self, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Parsing takes memory and time: 4 KiB on the way can be two million messages."""
         parsed = []
@@ -265,6 +265,8 @@ class TestForged:
             return lambda data: (parsed.append(data), tolerant(deserialize)(data))[1]
 
         monkeypatch.setattr(status, "_tolerant", counting)
+        (tmp_path / "keys.json").write_bytes(key_set(KEY))
+        server = await start(jwt_keys=str(tmp_path / "keys.json"))
         request = ListChatMessagesRequest(session_id="0197a000-0000-7000-8000-000000000001")
         nobody = await server.api("", "acme")
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_REQUIRED"):

@@ -116,7 +116,7 @@ class Server:
             slow_reader_seconds=settings.slow_reader_seconds,
         )
         self._health = _Health()
-        self._grpc = grpc_server.server(interceptors=[self._interceptor], options=OPTIONS)
+        self._grpc = grpc_server.server(options=OPTIONS)
         self._health_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -185,7 +185,7 @@ class Server:
 
     def _register(self) -> None:
         db, follow, settings = self._db, self._follow, self._settings
-        server: Any = _Methods(self._grpc)
+        server: Any = _Methods(self._grpc, self._interceptor)
         chat_session_pb2_grpc.add_ChatSessionServiceServicer_to_server(
             ChatSessionService(db, follow, settings), server
         )
@@ -255,16 +255,23 @@ class _Health(health.aio.HealthServicer):
 
 
 class _Methods:
-    """Passes on what is registered, and remembers its methods."""
+    """Registers methods behind the interceptor, and remembers their names."""
 
-    def __init__(self, server: grpc.aio.Server):
+    def __init__(self, server: grpc.aio.Server, interceptor: StatusInterceptor):
         self.names: set[str] = set()
-        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
-        self._register = server.add_registered_method_handlers
+        self._server = server
+        self._interceptor = interceptor
+
+    def add_generic_rpc_handlers(self, _: Any) -> None:
+        """Does nothing: the generated functions also register their methods one by one."""
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
-        self.names |= {f"/{service}/{name}" for name in handlers}
-        self._register(service, handlers)
+        wrapped = {}
+        for name, handler in handlers.items():
+            method = f"/{service}/{name}"
+            self.names.add(method)
+            wrapped[name] = self._interceptor.wrapped(method, handler)
+        self._server.add_registered_method_handlers(service, wrapped)
 
 
 def _proofs(settings: Settings, keys: KeySet | None) -> list[Proof]:

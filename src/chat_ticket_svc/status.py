@@ -22,6 +22,7 @@ from google.rpc import status_pb2
 
 from chat_ticket_svc import errors, logs
 from chat_ticket_svc.access.door import Door
+from chat_ticket_svc.time_limit import TimeLimit
 
 log = structlog.get_logger()
 
@@ -157,6 +158,17 @@ def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return tolerant
 
 
+def _serialized(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """`serialize`, but for responses that are bytes already: what many streams are sent is
+    serialised once, and what a page holds is encoded as it comes from the database.
+    """
+
+    def serialized(response: Any) -> bytes:
+        return response if type(response) is bytes else serialize(response)
+
+    return serialized
+
+
 def _require_message(request: Any) -> None:
     if isinstance(request, _Malformed):
         raise errors.InvalidArgumentError(
@@ -194,8 +206,11 @@ def _let_go(behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[
     return outermost
 
 
-class StatusInterceptor(grpc.aio.ServerInterceptor):
-    """Lets calls in by the door, maps what they raise, gives deadlines, bounds writes."""
+class StatusInterceptor:
+    """Lets calls in by the door, maps what they raise, gives deadlines, bounds writes.
+
+    Not one of gRPC's interceptors, which wrap the method anew for every call.
+    """
 
     def __init__(self, door: Door, *, unary_timeout_seconds: float, slow_reader_seconds: float):
         self._door = door
@@ -217,17 +232,10 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
             if running:
                 await asyncio.wait(running, timeout=timeout)
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        method = str(handler_call_details.method)
+    def wrapped(self, method: str, handler: Any) -> Any:
+        """The handler of a method, to be registered instead of it."""
         parse = _tolerant(handler.request_deserializer)
-        serialize = handler.response_serializer
+        serialize = _serialized(handler.response_serializer)
         if handler.stream_stream:
             parse = functools.partial(_each, parse)
             behavior = _let_go(self._stream(method, handler.stream_stream, parse))
@@ -245,16 +253,22 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         parse: Callable[[bytes], Any],
     ) -> Any:
         async def unary(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            async with self._mapped(method, context):
+            task = self._begin()
+            try:
+                self._require_serving()
                 remaining = context.time_remaining()
                 timeout = self._unary_timeout if remaining is None else remaining
                 try:
-                    async with asyncio.timeout(timeout), self._door.call(method, context):
+                    with TimeLimit(timeout), await self._door.call(method, context):
                         request = parse(data)
                         _require_message(request)
                         return await behavior(request, context)
                 except TimeoutError as error:
                     raise errors.DeadlineExceededError from error
+            except BaseException as error:
+                await self._refuse(method, context, task, error)
+            finally:
+                self._in_flight.discard(task)
 
         return unary
 
@@ -266,25 +280,30 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         async def stream(data: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
             # Parsed within the door, which asks for the session of a caller that it knows.
             parsed = functools.cache(lambda: parse(data))
-            async with (
-                self._mapped(method, context),
-                self._door.stream(method, context, lambda: getattr(parsed(), "session_id", "")),
-            ):
-                request = parsed()
-                _require_message(request)
-                responses = behavior(request, context)
-                if inspect.isawaitable(responses):  # the health service's Watch writes by itself
-                    await responses
-                    return
-                async with contextlib.aclosing(responses):
-                    async for response in responses:
-                        await self._write(context, response)
+            task = self._begin()
+            try:
+                self._require_serving()
+                session_id = lambda: getattr(parsed(), "session_id", "")  # noqa: E731
+                async with self._door.stream(method, context, session_id):
+                    request = parsed()
+                    _require_message(request)
+                    responses = behavior(request, context)
+                    if inspect.isawaitable(responses):  # the health service's Watch writes itself
+                        await responses
+                        return
+                    async with contextlib.aclosing(responses):
+                        async for response in responses:
+                            await self._write(context, response)
+            except BaseException as error:
+                await self._refuse(method, context, task, error)
+            finally:
+                self._in_flight.discard(task)
 
         return stream
 
     async def _write(self, context: grpc.aio.ServicerContext[Any, Any], response: Any) -> None:
         try:
-            async with asyncio.timeout(self._slow_reader):
+            with TimeLimit(self._slow_reader):
                 await context.write(response)
         except TimeoutError as error:
             raise errors.ResourceExhaustedError(
@@ -292,28 +311,34 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
                 reason="SLOW_READER",
             ) from error
 
-    @contextlib.asynccontextmanager
-    async def _mapped(
-        self, method: str, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[None]:
+    def _begin(self) -> asyncio.Task[Any]:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - for the type checker: a handler is a task
         self._in_flight.add(task)
-        try:
-            if self._draining:
-                raise errors.UnavailableError("the server shuts down", reason="DRAINING")
-            yield
-        except grpc.aio.AbortError:  # the health service ends its calls by itself
-            raise
-        except errors.DomainError as error:
-            await _abort_known(context, error)
-        except grpc.aio.BaseError as error:  # the caller has left while it was written to
-            raise asyncio.CancelledError from error
-        except asyncio.CancelledError as error:
-            if task.cancelling():  # by the caller, or by the server's end
-                raise
-            await _abort_unknown(context, method, error)
-        except Exception as error:
-            await _abort_unknown(context, method, error)
-        finally:
-            self._in_flight.discard(task)
+        return task
+
+    def _require_serving(self) -> None:
+        if self._draining:
+            raise errors.UnavailableError("the server shuts down", reason="DRAINING")
+
+    async def _refuse(
+        self,
+        method: str,
+        context: grpc.aio.ServicerContext[Any, Any],
+        task: asyncio.Task[Any],
+        error: BaseException,
+    ) -> None:
+        """End a call by what it has raised; always raises."""
+        match error:
+            case grpc.aio.AbortError():  # the health service ends its calls by itself
+                raise error
+            case errors.DomainError():
+                await _abort_known(context, error)
+            case grpc.aio.BaseError():  # the caller has left while it was written to
+                raise asyncio.CancelledError from error
+            case asyncio.CancelledError() if task.cancelling():  # by the caller, or our end
+                raise error
+            case asyncio.CancelledError() | Exception():
+                await _abort_unknown(context, method, error)
+            case _:
+                raise error

@@ -39,16 +39,17 @@ class Door:
         self._proofs = proofs
         self._quotas = quotas
 
-    @contextlib.asynccontextmanager
-    async def call(self, method: str, context: Context) -> AsyncIterator[None]:
-        """Around a unary call."""
+    async def call(self, method: str, context: Context) -> contextlib.AbstractContextManager[None]:
+        """Let a unary call in; what is returned is to be entered around it."""
         if method in OPEN:
-            yield
-            return
+            return contextlib.nullcontext()
         _, tenant_id = await self._admitted(method, context)
-        async with self._held_back(tenant_id, context):
-            with self._quotas.call(tenant_id), caller.acting_for(tenant_id):
-                yield
+        caller.act_for(tenant_id)
+        try:
+            return self._quotas.call(tenant_id)
+        except QuotaExceededError:
+            await self._quotas.hold_back(tenant_id, context.time_remaining())
+            raise
 
     @contextlib.asynccontextmanager
     async def stream(
@@ -60,25 +61,21 @@ class Door:
                 yield
             return
         credential, tenant_id = await self._admitted(method, context)
-        async with self._held_back(tenant_id, context):
-            with self._quotas.stream(tenant_id, session_id().lower()), caller.acting_for(tenant_id):
-                left = min(credential.expires_at - time.time(), LONGEST_STREAM_SECONDS)
-                try:
-                    async with asyncio.timeout(left) as timeout:
-                        yield
-                except TimeoutError as error:
-                    if not timeout.expired():
-                        raise
-                    raise expired() from error
-
-    @contextlib.asynccontextmanager
-    async def _held_back(self, tenant_id: str, context: Context) -> AsyncIterator[None]:
-        """Around what the quotas may refuse: refusals leave a little later."""
+        caller.act_for(tenant_id)
         try:
-            yield
+            use = self._quotas.stream(tenant_id, session_id().lower())
         except QuotaExceededError:
             await self._quotas.hold_back(tenant_id, context.time_remaining())
             raise
+        with use:
+            left = min(credential.expires_at - time.time(), LONGEST_STREAM_SECONDS)
+            try:
+                async with asyncio.timeout(left) as timeout:
+                    yield
+            except TimeoutError as error:
+                if not timeout.expired():
+                    raise
+                raise expired() from error
 
     async def _admitted(self, method: str, context: Context) -> tuple[Credential, str]:
         if method not in PERMISSIONS:

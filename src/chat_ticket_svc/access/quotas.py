@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from chat_ticket_svc import config
 from chat_ticket_svc.errors import QuotaExceededError
@@ -39,6 +40,18 @@ class _Use:
         self.even_at = 0.0
 
 
+class _Taken(contextlib.AbstractContextManager[None]):
+    """What was taken, until it is given back by `end`."""
+
+    # Not a generator: it is entered and left by every call, and costs a third.
+    def __init__(self, end: Callable[..., None], *use: Any):
+        self._end = end
+        self._use = use
+
+    def __exit__(self, *_: object) -> None:
+        self._end(*self._use)
+
+
 class Quotas:
     """Counts calls and streams, and refuses those beyond the limits with QuotaExceededError."""
 
@@ -51,24 +64,25 @@ class Quotas:
         self._held = 0
         self._open: Counter[str] = Counter()
 
-    @contextlib.contextmanager
-    def call(self, tenant_id: str) -> Iterator[None]:
-        """A unary call, while it runs. Its turn is taken last: what is refused costs none."""
+    def call(self, tenant_id: str) -> contextlib.AbstractContextManager[None]:
+        """Take what a unary call uses; leaving what is returned gives it back.
+
+        Its turn is taken last: what is refused costs none.
+        """
         limits, use = self._limits, self._use(tenant_id)
         _below("tenant_calls_in_flight", limits.tenant_calls_in_flight, use.calls, tenant_id)
         _below("calls_in_flight", limits.calls_in_flight, self._calls)
         self._take_turn(tenant_id, use)
         use.calls += 1
         self._calls += 1
-        try:
-            yield
-        finally:
-            use.calls -= 1
-            self._calls -= 1
+        return _Taken(self._end_call, use)
 
-    @contextlib.contextmanager
-    def stream(self, tenant_id: str, session_id: str) -> Iterator[None]:
-        """A stream of a session's messages or changes, while it is open."""
+    def _end_call(self, use: _Use) -> None:
+        use.calls -= 1
+        self._calls -= 1
+
+    def stream(self, tenant_id: str, session_id: str) -> contextlib.AbstractContextManager[None]:
+        """Take what a stream of a session's messages or changes uses, as `call` does."""
         limits, use = self._limits, self._use(tenant_id)
         _below("tenant_streams", limits.tenant_streams, use.streams, tenant_id)
         _below("session_streams", limits.session_streams, use.sessions[session_id], tenant_id)
@@ -77,14 +91,14 @@ class Quotas:
         use.streams += 1
         use.sessions[session_id] += 1
         self._streams += 1
-        try:
-            yield
-        finally:
-            use.streams -= 1
-            use.sessions[session_id] -= 1
-            if not use.sessions[session_id]:
-                del use.sessions[session_id]
-            self._streams -= 1
+        return _Taken(self._end_stream, use, session_id)
+
+    def _end_stream(self, use: _Use, session_id: str) -> None:
+        use.streams -= 1
+        use.sessions[session_id] -= 1
+        if not use.sessions[session_id]:
+            del use.sessions[session_id]
+        self._streams -= 1
 
     async def hold_back(self, tenant_id: str, remaining: float | None) -> None:
         """Let a refused caller wait a little for the refusal: it costs us the less often.
@@ -128,6 +142,8 @@ class Quotas:
         use.even_at = even_at
 
     def _use(self, tenant_id: str) -> _Use:
+        if (known := self._uses.get(tenant_id)) is not None:
+            return known
         if len(self._uses) >= self._forget_at:
             now = asyncio.get_running_loop().time()
             self._uses = {
@@ -136,7 +152,8 @@ class Quotas:
                 if use.calls or use.streams or use.held or use.even_at > now
             }
             self._forget_at = max(TENANTS, 2 * len(self._uses))
-        return self._uses.setdefault(tenant_id, _Use())
+        new = self._uses[tenant_id] = _Use()
+        return new
 
 
 def _below(quota: str, limit: int, used: int, tenant_id: str | None = None) -> None:
