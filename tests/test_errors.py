@@ -272,22 +272,22 @@ class TestDatabaseAway:
         """Only those who still wait count."""
         api = await start_server(fresh_database, pool_size=1)
         session = await api.session()
-        request = GetChatSessionRequest(session_id=session.id)
+        request = ListChatSessionsRequest()
         with locked(fresh_database, session.id):
             writing = asyncio.create_task(api.message(session.id))
             await asyncio.sleep(0.2)
             waiting = [
-                asyncio.ensure_future(api.sessions.GetChatSession(request)) for _ in range(4)
+                asyncio.ensure_future(api.sessions.ListChatSessions(request)) for _ in range(4)
             ]
             await asyncio.sleep(0.2)
             for task in waiting:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
             await asyncio.sleep(0.2)
-            last = asyncio.ensure_future(api.sessions.GetChatSession(request))
+            last = asyncio.ensure_future(api.sessions.ListChatSessions(request))
             await asyncio.sleep(0.2)
             assert not last.done(), "refused though nobody else waits"
-        assert (await last).session.id == session.id
+        assert [found.id for found in (await last).sessions] == [session.id]
         assert (await writing).sequence == 1
 
     async def test_searches_leave_connections_to_others(

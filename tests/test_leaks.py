@@ -731,7 +731,7 @@ class TestServer:
                 "CreateChatMessage",
                 ["CheckViolation", "ConstraintViolation"],
                 "no_content",
-                "store/messages.py",
+                "store/appends.py",
             ),
             "KeyError": ("GetChatSession", ["KeyError"], "KeyError", "convert.py"),
             "KeyError in a stream": ("ListChatMessages", ["KeyError"], "KeyError", "convert.py"),

@@ -18,7 +18,7 @@ from chat_ticket_svc.attachment_url import AttachmentUrlChecker
 from chat_ticket_svc.config import Settings
 from chat_ticket_svc.follow import Follow
 from chat_ticket_svc.services import accessible
-from chat_ticket_svc.store import messages, search, sessions
+from chat_ticket_svc.store import appends, messages, search, sessions
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.validate import LAST_ID, Check
 
@@ -34,6 +34,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         self, db: Database, follow: Follow, urls: AttachmentUrlChecker | None, settings: Settings
     ):
         self._db = db
+        self._appends = appends.Appends(db)
         self._follow = follow
         self._urls = urls
         self._limits = settings.limits
@@ -84,10 +85,10 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             self._urls,
             tenant_id,
             [each.file_url for message in new for each in message.attachments],
-            lambda: messages.repeated(self._db, tenant_id, session_id, new),
+            lambda: appends.repeated(self._db, tenant_id, session_id, new),
         )
         if stored is None:
-            stored = await messages.append(self._db, tenant_id, session_id, new)
+            stored = await self._appends.append(tenant_id, session_id, new)
             self._follow.changed(tenant_id, session_id)
         return stored
 

@@ -203,8 +203,8 @@ async def id_taken(
 ) -> errors.AlreadyExistsError:
     """What to raise when one of `new` has the id of another attachment: names it."""
     params = {"tenant_id": tenant_id, "ids": [attachment.id for attachment in new]}
-    taken = await db.row(FIRST_TAKEN, params, str)
-    return errors.AlreadyExistsError.id_taken("chat_attachment", taken or new[0].id)
+    taken = await db.rows(FIRST_TAKEN, params, str)
+    return errors.AlreadyExistsError.id_taken("chat_attachment", taken[0] if taken else new[0].id)
 
 
 async def get(db: Database, tenant_id: str, attachment_id: str) -> Attachment:

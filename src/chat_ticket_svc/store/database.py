@@ -1,6 +1,7 @@
 """The connection pool, transactions, and the first of two hops: driver error → domain error.
 
-Every statement runs in autocommit, prepared, in the binary protocol, or inside `transaction`.
+Every statement runs in autocommit, prepared, with its results in binary, or inside `transaction`.
+What is quick shares a connection (see lane.py), everything else takes one of its own.
 What is retried here: serialization failures and deadlocks, and once, after the pool has been
 checked, what a lost connection cut off and is safe to repeat.
 """
@@ -21,6 +22,7 @@ from psycopg import errors as pg_errors
 
 from chat_ticket_svc import caller, errors
 from chat_ticket_svc.config import ConfigurationError
+from chat_ticket_svc.store.lane import Lane
 
 T = TypeVar("T")
 Params = Mapping[str, Any]
@@ -31,6 +33,9 @@ CONTENTION_RETRIES = 3
 POOL_TIMEOUT_SECONDS = 2
 POOL_MAX_LIFETIME_SECONDS = 1800
 WAITING_PER_CONNECTION = 4
+MOST_SHARING = 1000
+# The connections that are shared come on top of the pool's size.
+LANES = 2
 # After which the pool tries again when it is asked, instead of backing off for minutes.
 RECONNECT_SECONDS = 2
 CONNECTION_OPTIONS = {
@@ -103,6 +108,10 @@ def translate(error: psycopg.Error) -> Exception:
     return error
 
 
+class ConnectionLost(Exception):  # noqa: N818 - as above
+    """The connection broke under a statement."""
+
+
 class Transaction:
     """The statements of one transaction."""
 
@@ -125,7 +134,8 @@ class Transaction:
 class _Attempt:
     """Whether what was sent so far may have been committed."""
 
-    unsure = False
+    def __init__(self, *, unsure: bool = False):
+        self.unsure = unsure
 
 
 class _Share:
@@ -157,11 +167,19 @@ class Database:
             ),
             kwargs={"autocommit": True, "prepare_threshold": 0 if prepare_statements else None},
             min_size=min(pool_size, 2),
-            max_size=pool_size,
+            max_size=pool_size + LANES,
             reconnect_timeout=RECONNECT_SECONDS,
             timeout=POOL_TIMEOUT_SECONDS,
             max_lifetime=POOL_MAX_LIFETIME_SECONDS,
             open=False,
+        )
+        self._reads, self._writes = (
+            Lane(
+                self._pool,
+                prepare_statements=prepare_statements,
+                lifetime_seconds=POOL_MAX_LIFETIME_SECONDS,
+            )
+            for _ in range(LANES)
         )
         self._checking: asyncio.Task[None] | None = None
         # Counted here and not by the pool's max_waiting, which counts callers who have left.
@@ -179,6 +197,8 @@ class Database:
         await self._pool.open(wait=False)
 
     async def close(self) -> None:
+        await self._reads.close()
+        await self._writes.close()
         await self._pool.close()
 
     async def check(self) -> None:
@@ -191,26 +211,47 @@ class Database:
         async def work(transaction: Transaction, _: _Attempt) -> list[T]:
             return await transaction.rows(sql, params, make)
 
-        return await self._run(work, repeatable=True)
+        return await self._run(self._leased(work), repeatable=True)
 
     async def row(self, sql: LiteralString, params: Params, make: Callable[..., T]) -> T | None:
-        """Read one row, or None."""
-        found = await self.rows(sql, params, make)
-        return found[0] if found else None
+        """Read one row, or None, by its key: it shares a connection with other such statements."""
+
+        async def work(attempt: _Attempt) -> list[tuple[Any, ...]]:
+            return await self._shared(self._reads, sql, params, attempt)
+
+        found = await self._run(work, repeatable=True)
+        return make(*found[0]) if found else None
 
     async def write(
-        self, sql: LiteralString, params: Params, make: Callable[..., T], *, repeatable: bool
+        self,
+        sql: LiteralString,
+        params: Params,
+        make: Callable[..., T],
+        *,
+        repeatable: bool,
+        unsure: bool = False,
     ) -> list[T]:
         """Write in one statement that is its own transaction, and return its rows.
 
-        `repeatable` says that running it again after it has happened does no harm.
+        `repeatable` says that running it again after it has happened does no harm; `unsure`, that
+        it may have happened already.
         """
 
         async def work(transaction: Transaction, attempt: _Attempt) -> list[T]:
             attempt.unsure = True
             return await transaction.rows(sql, params, make)
 
-        return await self._run(work, repeatable=repeatable)
+        return await self._run(self._leased(work), repeatable=repeatable, unsure=unsure)
+
+    async def write_shared(self, sql: LiteralString, params: Params) -> list[tuple[Any, ...]]:
+        """Write in one statement that waits for no lock, on a connection for such statements.
+
+        Nothing is repeated here: ConnectionLost says that it may have happened.
+        """
+        try:
+            return await self._shared(self._writes, sql, params, _Attempt())
+        except psycopg.Error as error:
+            raise translate(error) from error
 
     async def transaction(
         self, body: Callable[[Transaction], Awaitable[T]], *, repeatable: bool
@@ -232,34 +273,63 @@ class Database:
             await transaction.execute("COMMIT", {})
             return result
 
-        return await self._run(work, repeatable=repeatable)
+        return await self._run(self._leased(work), repeatable=repeatable)
 
-    async def _run(
-        self, work: Callable[[Transaction, _Attempt], Awaitable[T]], *, repeatable: bool
-    ) -> T:
-        attempt = _Attempt()
-        conflicts = 0
-        retried = False
-        unsure_before = False  # a conflict undoes its own attempt, not one whose commit was lost
-        while True:
+    def _leased(
+        self, work: Callable[[Transaction, _Attempt], Awaitable[T]]
+    ) -> Callable[[_Attempt], Awaitable[T]]:
+        """`work` on a connection of its own."""
+
+        async def leased(attempt: _Attempt) -> T:
             async with self._connection(attempt) as connection:
                 try:
                     return await work(Transaction(connection), attempt)
-                except (pg_errors.SerializationFailure, pg_errors.DeadlockDetected) as error:
-                    attempt.unsure = unsure_before
-                    conflicts += 1
-                    if conflicts > CONTENTION_RETRIES:
-                        lost = self._lost(attempt) if unsure_before else errors.ContentionError()
-                        raise lost from error
                 except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-                    if not _is_lost(error, connection):
-                        raise translate(error) from error
-                    if retried or (attempt.unsure and not repeatable):
-                        raise self._lost(attempt) from error
-                    retried = True
-                    unsure_before = attempt.unsure
-                except psycopg.Error as error:
-                    raise translate(error) from error
+                    if _is_lost(error, connection):
+                        raise ConnectionLost from error
+                    raise
+
+        return leased
+
+    async def _shared(
+        self, lane: Lane, sql: LiteralString, params: Params, attempt: _Attempt
+    ) -> list[tuple[Any, ...]]:
+        if lane.busy >= MOST_SHARING:
+            raise self._queue_full(attempt)
+        try:
+            return await lane.rows(sql, params)
+        except pg_errors.ConnectionFailure as error:
+            raise ConnectionLost from error
+        except psycopg_pool.PoolTimeout as error:
+            raise self._lost(attempt) from error
+
+    async def _run(
+        self,
+        work: Callable[[_Attempt], Awaitable[T]],
+        *,
+        repeatable: bool,
+        unsure: bool = False,
+    ) -> T:
+        attempt = _Attempt(unsure=unsure)
+        conflicts = 0
+        retried = False
+        unsure_before = unsure  # a conflict undoes its own attempt, not one whose commit was lost
+        while True:
+            try:
+                return await work(attempt)
+            except (pg_errors.SerializationFailure, pg_errors.DeadlockDetected) as error:
+                attempt.unsure = unsure_before
+                conflicts += 1
+                if conflicts > CONTENTION_RETRIES:
+                    lost = self._lost(attempt) if unsure_before else errors.ContentionError()
+                    raise lost from error
+            except ConnectionLost as error:
+                if retried or (attempt.unsure and not repeatable):
+                    raise self._lost(attempt) from error
+                retried = True
+                unsure_before = attempt.unsure
+            except psycopg.Error as error:
+                raise translate(error) from error
             if retried:
                 await self._check_pool(attempt)
             else:
@@ -293,16 +363,19 @@ class Database:
     @contextlib.asynccontextmanager
     async def _place_in(self, queue: Database | _Share, attempt: _Attempt) -> AsyncIterator[None]:
         if queue.busy >= self._most_busy:
-            if attempt.unsure:
-                raise self._lost(attempt)
-            raise errors.ResourceExhaustedError(
-                "too many calls wait for a database connection", reason="POOL_QUEUE_FULL"
-            )
+            raise self._queue_full(attempt)
         queue.busy += 1
         try:
             yield
         finally:
             queue.busy -= 1
+
+    def _queue_full(self, attempt: _Attempt) -> errors.DomainError:
+        if attempt.unsure:
+            return self._lost(attempt)
+        return errors.ResourceExhaustedError(
+            "too many calls wait for a database connection", reason="POOL_QUEUE_FULL"
+        )
 
     def _lost(self, attempt: _Attempt) -> errors.UnavailableError:
         if attempt.unsure:
