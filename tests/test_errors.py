@@ -35,13 +35,13 @@ def execute(database_url: str, *statements: str) -> None:
             connection.execute(statement)  # type: ignore[arg-type]
 
 
-def raise_on_insert(database_url: str, raised: str) -> None:
-    """Make every new session run `raised` in the database."""
+def raise_on_insert(database_url: str, raised: str, *, table: str = "chat_sessions") -> None:
+    """Make every new session, or row of another table, run `raised` in the database."""
     execute(
         database_url,
         "CREATE OR REPLACE FUNCTION sabotage() RETURNS trigger LANGUAGE plpgsql AS"
         f" $$ BEGIN {raised}; RETURN NEW; END $$",
-        "CREATE OR REPLACE TRIGGER sabotage BEFORE INSERT ON chat_sessions"
+        f"CREATE OR REPLACE TRIGGER sabotage BEFORE INSERT ON {table}"
         " FOR EACH ROW EXECUTE FUNCTION sabotage()",
     )
 

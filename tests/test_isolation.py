@@ -427,7 +427,17 @@ OTHERS = {
     *("store.database.'SELECT 1'", "follow.f'LISTEN {CHANNEL}'"),
     "store.database.sql",  # which is passed through
 }
-SENDERS = {"rows", "row", "write", "execute", "executemany", "stream", "copy"}
+SENDERS = {
+    "rows",
+    "rows_as",
+    "row",
+    "write",
+    "write_shared",
+    "execute",
+    "executemany",
+    "stream",
+    "copy",
+}
 
 # In a condition of a plan, and not as one side of an OR.
 EQUAL = re.compile(

@@ -4,15 +4,18 @@ import asyncio
 from typing import Any
 
 import grpc.aio
+import psycopg
 import pytest
 from client import Api, a_file, an_id, refused
 from grpc import StatusCode
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import (
+    CHAT_MESSAGE_ORDER_ASC,
     CHAT_MESSAGE_ORDER_DESC,
     BatchCreateChatMessagesRequest,
     DeleteChatMessageRequest,
+    GetChatMessageRequest,
     ListChatMessagesRequest,
     ListChatMessagesResponse,
 )
@@ -65,6 +68,71 @@ async def test_session_comes_first_and_once(api: Api) -> None:
     assert first.session == (await api.sessions.GetChatSession(request)).session
     assert rest
     assert not any(response.HasField("session") for response in rest)
+
+
+async def test_messages_are_what_get_says(api: Api, database: str) -> None:
+    """To the byte, whatever the lengths: the list writes the wire format by itself."""
+    session = await api.session()
+    file = a_file(file_name="ä" * 100, file_url="https://files.example/" + "x" * 1500)
+    created = [
+        await api.message(session.id, content, role=role, metadata_json=metadata, attachments=files)
+        for content, role, metadata, files in (
+            ("x", USER, "", []),
+            ("x" * 127, ASSISTANT, '{"a": 1}', []),
+            ("x" * 128, USER, "{}", [file]),
+            ("ä" * 1000, USER, '{"b": "%s"}' % ("y" * 127), [file] * 20),
+            ("x" * 16383, ASSISTANT, "", []),
+            ("x" * 16384, USER, '{"c": "%s"}' % ("z" * 16384), [a_file()]),
+            ("x" * 262144, USER, '{"d": "%s"}' % ("z" * 65000), []),
+            ('"\\{},NULL\x01\u202e😀', USER, "", []),
+        )
+    ]
+    # As old and as new as the database takes, and with numbers of every length.
+    times = (
+        "2000-01-01",
+        "1970-01-01 00:00:01",
+        "9999-12-31 23:59:59.999999",
+        "2026-01-01 0:0:0.0001",
+    )
+    numbers = (200, 16383, 16384, 2097152, 268435455, 268435456, 34359738368, 2**62)
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as connection:
+        await connection.execute(
+            "UPDATE chat_sessions SET revision = %s WHERE tenant_id = %s", (2**62, api.tenant)
+        )
+        await connection.execute("ALTER TABLE chat_messages DISABLE TRIGGER USER")
+        for index, (message, number) in enumerate(zip(created, numbers, strict=True)):
+            await connection.execute(
+                "UPDATE chat_messages SET sequence = %s, revision = %s, created_at = %s"
+                " WHERE tenant_id = %s AND id = %s",
+                (number, number + index % 2, times[index % 4], api.tenant, message.id),
+            )
+        await connection.execute("ALTER TABLE chat_messages ENABLE TRIGGER USER")
+    stored = [
+        (await api.messages.GetChatMessage(GetChatMessageRequest(message_id=message.id))).message
+        for message in created
+    ]
+    assert [message.sequence for message in stored] == list(numbers)
+    call = api.channel.unary_stream("/chat_ticket.v1.ChatMessageService/ListChatMessages")
+    request = ListChatMessagesRequest(session_id=session.id).SerializeToString()
+    listed = []
+    async for data in call(request, metadata=[("x-tenant-id", api.tenant)]):
+        response = ListChatMessagesResponse.FromString(data)
+        assert response.SerializeToString() == data
+        listed += response.messages
+    assert listed == stored
+
+
+async def test_large_messages_come_in_small_batches(api: Api) -> None:
+    """A megabyte each at most, among small ones too, and in either order."""
+    session = await api.session()
+    for size in (10, 2000, 200_000, 200_000, 10, 3000, *[250_000] * 6, 10):
+        await api.message(session.id, "x" * size)
+    for order in (CHAT_MESSAGE_ORDER_ASC, CHAT_MESSAGE_ORDER_DESC):
+        found = await batches(api, session.id, order=order)
+        assert max(response.ByteSize() for response in found) < 1.1 * 2**20
+        listed = [message.sequence for response in found for message in response.messages]
+        assert listed == sorted(range(1, 14), reverse=order == CHAT_MESSAGE_ORDER_DESC)
+    assert len(await sequences(api, session.id, limit=9)) == 9
 
 
 async def test_empty_session_is_one_response(api: Api) -> None:
@@ -234,9 +302,7 @@ async def test_cancellation_frees_everything(start_server: Any, fresh_database: 
 
 async def test_page_uses_the_index(api: Api, database: str) -> None:
     """A page deep in a session is read in index order, without a sort of the session."""
-    import psycopg
-
-    from chat_ticket_svc.store import messages
+    from chat_ticket_svc.store import listing
 
     session_id = await filled(api, 2000)
     params = {
@@ -246,11 +312,11 @@ async def test_page_uses_the_index(api: Api, database: str) -> None:
         "before": 2001,
         "roles": None,
         "limit": 100,
-        "bytes": messages.PAGE_BYTES,
+        "whole": listing.WHOLE_BYTES,
     }
     async with await psycopg.AsyncConnection.connect(database) as connection:
         await connection.execute("ANALYZE chat_messages")
-        for sql in (messages.LIST_ASC, messages.LIST_DESC):
+        for sql in (listing.FIRST_ASC, listing.FIRST_DESC, listing.LIST_ASC, listing.LIST_DESC):
             rows = await (await connection.execute(f"EXPLAIN {sql}", params)).fetchall()
             plan = "\n".join(row[0] for row in rows)
             assert "idx_chat_messages_session" in plan

@@ -1,16 +1,20 @@
 """Rows ↔ protobuf."""
 
+import json
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from chat_ticket.v1 import resources_pb2 as pb
 from chat_ticket_svc.store.attachments import Attachment
+from chat_ticket_svc.store.listing import Row
 from chat_ticket_svc.store.messages import Message
 from chat_ticket_svc.store.sessions import Session
 from chat_ticket_svc.store.tickets import ChatTicket, Ticket
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+EPOCH_OF_POSTGRESQL = 946_684_800_000_000
 
 SESSION_STATUS = {
     "active": pb.CHAT_SESSION_STATUS_ACTIVE,
@@ -64,6 +68,70 @@ def message(row: Message) -> pb.ChatMessage:
         create_time=timestamp(row.created_at),
         attachments=[attachment(each) for each in row.attachments],
     )
+
+
+# Numbers of 14 bits as varints: the last of a number, and what stands before others.
+LAST = [bytes([n]) if n < 0x80 else bytes([n & 0x7F | 0x80, n >> 7]) for n in range(1 << 14)]
+BEFORE = [bytes([n & 0x7F | 0x80, n >> 7 | 0x80]) for n in range(1 << 14)]
+
+ROLE_AND_CONTENT = {
+    name.encode(): b"(%b2" % bytes([number]) for name, number in MESSAGE_ROLE.items()
+}
+
+
+def _varint(number: int) -> bytes:
+    if number < 0x4000:
+        return LAST[number]
+    return BEFORE[number & 0x3FFF] + _varint(number >> 14)
+
+
+def messages(session_id: str, rows: Iterable[Row]) -> bytes:
+    """The field `messages` of a response, from the rows of a session's messages.
+
+    Written by hand in the wire format (https://protobuf.dev/programming-guides/encoding), and
+    with the usual lengths of numbers in line: building the messages takes three times as long,
+    and is most of what a list costs.
+    """
+    parts: list[bytes] = []
+    between = b"\x12$" + session_id.encode() + b"\x18"
+    time, at = b"", -1
+    for id_, sequence, revision, role, content, metadata, created_at, files, _ in rows:
+        if 0x4000 <= sequence < 0x10000000:
+            number = BEFORE[sequence & 0x3FFF] + LAST[sequence >> 14]
+        else:
+            number = _varint(sequence)
+        seconds, microseconds = divmod(created_at + EPOCH_OF_POSTGRESQL, 1_000_000)
+        if seconds != at:
+            time, at = b"\x08" + _varint(seconds), seconds
+        if (nanos := 1000 * microseconds) >= 0x10000000:
+            fraction = BEFORE[nanos & 0x3FFF] + BEFORE[nanos >> 14 & 0x3FFF] + LAST[nanos >> 28]
+            created = b"%b\x10%b" % (time, fraction)
+        else:
+            created = b"%b\x10%b" % (time, _varint(nanos)) if nanos else time
+        size = len(content)
+        message = b"\n$%b%b%b %b%b%b%bB%b%b" % (
+            id_,
+            between,
+            number,
+            number if revision == sequence else _varint(revision),
+            ROLE_AND_CONTENT[role],
+            LAST[size] if size < 0x4000 else _varint(size),
+            content
+            if metadata is None
+            else b"%b:%b%b" % (content, _varint(len(metadata)), metadata),
+            LAST[len(created)],
+            created,
+        )
+        if files is not None:
+            message += _attachments(files)
+        size = len(message)
+        parts += (b"\x12", LAST[size] if size < 0x4000 else _varint(size), message)
+    return b"".join(parts)
+
+
+def _attachments(files: bytes) -> bytes:
+    found = pb.ChatMessage(attachments=[attachment(Attachment(*row)) for row in json.loads(files)])
+    return found.SerializeToString()
 
 
 def attachment(row: Attachment) -> pb.ChatAttachment:

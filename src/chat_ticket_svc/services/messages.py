@@ -18,7 +18,7 @@ from chat_ticket_svc.attachment_url import AttachmentUrlChecker
 from chat_ticket_svc.config import Settings
 from chat_ticket_svc.follow import Follow
 from chat_ticket_svc.services import accessible
-from chat_ticket_svc.store import appends, messages, search, sessions
+from chat_ticket_svc.store import appends, listing, messages, search, sessions
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.validate import LAST_ID, Check
 
@@ -102,9 +102,9 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         message = await messages.get(self._db, tenant_id, message_id)
         return pb.GetChatMessageResponse(message=convert.message(message))
 
-    async def ListChatMessages(
+    async def ListChatMessages(  # type: ignore[override] # bytes, which pass as they are
         self, request: pb.ListChatMessagesRequest, context: Context
-    ) -> AsyncIterator[pb.ListChatMessagesResponse]:
+    ) -> AsyncIterator[bytes]:
         tenant_id = caller.tenant_id()
         check = Check(self._limits)
         session_id = check.id("session_id", request.session_id)
@@ -116,24 +116,21 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             check.add("order", f"has the unknown value {request.order}")
         check.done()
 
-        session = await sessions.get(self._db, tenant_id, session_id)
-        response = pb.ListChatMessagesResponse(session=convert.session(session))
         pages = self._pages(
             tenant_id,
             session_id,
             after=after,
-            before=min(before or AFTER_THE_LAST, session.revision + 1),
+            before=before or AFTER_THE_LAST,
             descending=request.order == pb.CHAT_MESSAGE_ORDER_DESC,
             roles=roles,
             limit=limit or AFTER_THE_LAST,
         )
         async with contextlib.aclosing(pages):
-            async for page in pages:
-                response.messages.extend(convert.message(message) for message in page)
-                yield response
-                response = pb.ListChatMessagesResponse()
-        if response.HasField("session"):
-            yield response
+            async for session, rows in pages:
+                response = pb.ListChatMessagesResponse(
+                    session=convert.session(session) if session else None
+                )
+                yield response.SerializeToString() + convert.messages(session_id, rows)
 
     async def _pages(
         self,
@@ -145,15 +142,19 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         descending: bool,
         roles: list[str] | None,
         limit: int,
-    ) -> AsyncGenerator[list[messages.Message]]:
-        """Pages that double in size, the next one read while the caller takes this one."""
+    ) -> AsyncGenerator[tuple[sessions.Session | None, list[listing.Row]]]:
+        """Pages that double in size, the next one read while the caller takes this one.
 
-        def read(page_size: int) -> asyncio.Task[messages.Page]:
+        The first has the session, and all end with what it held then.
+        """
+
+        def read(page_size: int, *, first: bool = False) -> asyncio.Task[listing.Page]:
             return asyncio.create_task(
-                messages.page(
+                listing.page(
                     self._db,
                     tenant_id,
                     session_id,
+                    first=first,
                     after=after,
                     before=before,
                     descending=descending,
@@ -163,20 +164,22 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             )
 
         page_size = paging.FIRST_PAGE
-        reading = read(page_size)
+        reading = read(page_size, first=True)
         try:
             while True:
-                found, more = await reading
+                session, found, more = await reading
+                if session is not None:
+                    before = min(before, session.revision + 1)
                 limit -= len(found)
                 if more and limit:
                     if descending:
-                        before = found[-1].sequence
+                        before = listing.sequence(found[-1])
                     else:
-                        after = found[-1].sequence
+                        after = listing.sequence(found[-1])
                     page_size = min(2 * page_size, paging.LARGEST_PAGE)
                     reading = read(page_size)
-                if found:
-                    yield found
+                if found or session is not None:
+                    yield session, found
                 if not more or not limit:
                     return
         finally:

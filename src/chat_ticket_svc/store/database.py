@@ -12,13 +12,14 @@ import asyncio
 import contextlib
 import random
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, LiteralString, TypeVar
 
 import psycopg
 import psycopg_pool
-from psycopg import conninfo
+from psycopg import conninfo, pq
 from psycopg import errors as pg_errors
+from psycopg.adapt import Transformer
 
 from chat_ticket_svc import caller, errors
 from chat_ticket_svc.config import ConfigurationError
@@ -112,6 +113,11 @@ class ConnectionLost(Exception):  # noqa: N818 - as above
     """The connection broke under a statement."""
 
 
+# What columns are read as, whatever they are: in binary, all of PostgreSQL's times are integers,
+# and its texts their bytes.
+BOOL, BYTES, INTEGER, TEXT = 16, 17, 20, 25
+
+
 class Transaction:
     """The statements of one transaction."""
 
@@ -126,6 +132,21 @@ class Transaction:
     async def row(self, sql: LiteralString, params: Params, make: Callable[..., T]) -> T | None:
         found = await self.rows(sql, params, make)
         return found[0] if found else None
+
+    async def rows_as(
+        self,
+        sql: LiteralString,
+        params: Params,
+        types: Sequence[int],
+        make: Callable[[Sequence[Any]], T],
+    ) -> list[T]:
+        async with self._connection.cursor(binary=True) as cursor:
+            await cursor.execute(sql, params)
+            result = cursor.pgresult
+            transformer = Transformer(self._connection)
+            transformer.set_pgresult(result, set_loaders=False)
+            transformer.set_loader_types(types, pq.Format.BINARY)
+            return transformer.load_rows(0, cursor.rowcount, make)
 
     async def execute(self, sql: LiteralString, params: Params) -> None:
         await self._connection.execute(sql, params)
@@ -210,6 +231,20 @@ class Database:
 
         async def work(transaction: Transaction, _: _Attempt) -> list[T]:
             return await transaction.rows(sql, params, make)
+
+        return await self._run(self._leased(work), repeatable=True)
+
+    async def rows_as(
+        self,
+        sql: LiteralString,
+        params: Params,
+        types: Sequence[int],
+        make: Callable[[Sequence[Any]], T],
+    ) -> list[T]:
+        """As `rows`, but the columns are read as `types`, and `make` is given them as one tuple."""
+
+        async def work(transaction: Transaction, _: _Attempt) -> list[T]:
+            return await transaction.rows_as(sql, params, types, make)
 
         return await self._run(self._leased(work), repeatable=True)
 

@@ -32,13 +32,6 @@ class NewMessage(NamedTuple):
     attachments: tuple[NewAttachment, ...]
 
 
-class Page(NamedTuple):
-    """Some messages in order, and whether there may be more behind them."""
-
-    messages: list[Message]
-    more: bool
-
-
 # Rows are cut off where they reach this many bytes, so that a page of large ones stays small.
 PAGE_BYTES = 1024 * 1024
 
@@ -68,39 +61,6 @@ SIZE = """
 GET = f"""
 SELECT {COLUMNS} FROM chat_messages m
  WHERE m.tenant_id = %(tenant_id)s AND m.id = %(id)s::uuid
-"""
-
-# No row at all says that the session is gone, a row without a message that there is none left.
-LIST_ASC = f"""
-SELECT page.* FROM chat_sessions s
-  LEFT JOIN LATERAL (
-      SELECT id, session_id, sequence, revision, role, content, metadata, created_at, attachments,
-             count(*) OVER () AS fetched, {SIZE} AS size,
-             sum({SIZE}) OVER (ORDER BY sequence) AS total
-        FROM (SELECT {COLUMNS} FROM chat_messages m
-               WHERE m.tenant_id = %(tenant_id)s AND m.session_id = %(session_id)s::uuid
-                 AND m.sequence > %(after)s AND m.sequence < %(before)s
-                 AND (%(roles)s::text[] IS NULL OR m.role = ANY (%(roles)s::text[]))
-               ORDER BY m.sequence LIMIT %(limit)s) AS found
-  ) AS page ON page.total <= %(bytes)s OR page.total = page.size
- WHERE s.tenant_id = %(tenant_id)s AND s.id = %(session_id)s::uuid
- ORDER BY page.sequence
-"""
-
-LIST_DESC = f"""
-SELECT page.* FROM chat_sessions s
-  LEFT JOIN LATERAL (
-      SELECT id, session_id, sequence, revision, role, content, metadata, created_at, attachments,
-             count(*) OVER () AS fetched, {SIZE} AS size,
-             sum({SIZE}) OVER (ORDER BY sequence DESC) AS total
-        FROM (SELECT {COLUMNS} FROM chat_messages m
-               WHERE m.tenant_id = %(tenant_id)s AND m.session_id = %(session_id)s::uuid
-                 AND m.sequence > %(after)s AND m.sequence < %(before)s
-                 AND (%(roles)s::text[] IS NULL OR m.role = ANY (%(roles)s::text[]))
-               ORDER BY m.sequence DESC LIMIT %(limit)s) AS found
-  ) AS page ON page.total <= %(bytes)s OR page.total = page.size
- WHERE s.tenant_id = %(tenant_id)s AND s.id = %(session_id)s::uuid
- ORDER BY page.sequence DESC
 """
 
 SET_METADATA = """
@@ -156,36 +116,6 @@ async def get(db: Database, tenant_id: str, message_id: str) -> Message:
     if message is None:
         raise not_found(message_id)
     return message
-
-
-async def page(
-    db: Database,
-    tenant_id: str,
-    session_id: str,
-    *,
-    after: int,
-    before: int,
-    descending: bool,
-    roles: list[str] | None,
-    limit: int,
-) -> Page:
-    """The messages with after < sequence < before, in order; fewer than `limit` if large."""
-    params = {
-        "tenant_id": tenant_id,
-        "session_id": session_id,
-        "after": after,
-        "before": before,
-        "roles": roles,
-        "limit": limit,
-        "bytes": PAGE_BYTES,
-    }
-    rows = await db.rows(LIST_DESC if descending else LIST_ASC, params, lambda *row: row)
-    if not rows:
-        raise sessions.not_found(session_id)
-    if rows[0][0] is None:
-        return Page([], more=False)
-    fetched = rows[0][-3]
-    return Page([make(*row[:-3]) for row in rows], more=len(rows) < fetched or fetched == limit)
 
 
 async def set_metadata(

@@ -31,9 +31,10 @@ class Filter(NamedTuple):
 
 
 COLUMNS = """
-    id::text, tenant_id, status, has_ticket, revision,
-    (extract(epoch FROM created_at) * 1000000)::bigint,
-    (extract(epoch FROM updated_at) * 1000000)::bigint
+    chat_sessions.id::text, chat_sessions.tenant_id, chat_sessions.status,
+    chat_sessions.has_ticket, chat_sessions.revision,
+    (extract(epoch FROM chat_sessions.created_at) * 1000000)::bigint,
+    (extract(epoch FROM chat_sessions.updated_at) * 1000000)::bigint
 """
 
 CREATE = f"""
