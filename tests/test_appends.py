@@ -207,19 +207,19 @@ class TestReads:
         request = GetChatSessionRequest(session_id=session.id)
 
         async def read() -> None:
-            for _ in range(40):
+            for _ in range(20):
+                await asyncio.sleep(0.01)
                 assert (await api.sessions.GetChatSession(request)).session == session
 
         readers = [asyncio.create_task(read()) for _ in range(8)]
         async with await psycopg.AsyncConnection.connect(
             fresh_database, autocommit=True
         ) as connection:
-            for _ in range(5):
-                await connection.execute(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-                    " WHERE datname = current_database() AND pid <> pg_backend_pid()"
-                )
-                await asyncio.sleep(0.05)
+            await asyncio.sleep(0.1)
+            await connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
         answers = await asyncio.gather(*readers, return_exceptions=True)
         assert answers == [None] * 8
 

@@ -293,6 +293,31 @@ class TestForged:
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_EXPIRED"):
             await listed(await server.api(KEY.token(exp=int(time.time()) - 1), "acme"))
 
+    async def test_token_found_valid_expires(self, server: Server) -> None:
+        """To the second, whenever its signature was looked at."""
+        api = await server.api(KEY.token(exp=int(time.time()) + 2), "acme")
+        await listed(api)
+        await asyncio.sleep(2.1)
+        with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_EXPIRED"):
+            await listed(api)
+
+    async def test_signature_is_looked_at_once(
+        self, server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of a token that comes again and again; those that are remembered are bounded."""
+        checked = []
+        decode = jwt.decode
+        monkeypatch.setattr(
+            tokens.jwt,
+            "decode",
+            lambda *args, **kw: (checked.append(args[0]), decode(*args, **kw))[1],
+        )
+        monkeypatch.setattr(tokens, "MAX_TOKENS", 2)
+        one, two, three = (KEY.token(n=n) for n in range(3))
+        for token in (one, one, two, one, three, three, one):
+            await listed(await server.api(token, "acme"))
+        assert checked == [one, two, three, one]
+
     async def test_expired_is_not_said_of_forged(self, server: Server) -> None:
         """The signature is looked at first."""
         token = Key().token(exp=int(time.time()) - 1)
@@ -411,6 +436,20 @@ class TestKeys:
         keys.body = key_set(new)
         await self.until(server, KEY, False)
         assert await self.accepts(server, new)
+
+    async def test_token_found_valid_is_not_for_ever(self, start: Any, keys: KeyServer) -> None:
+        """It is refused when its key is withdrawn, or replaced under the same id."""
+        server = await start(jwt_keys=keys.url)
+        token = KEY.token()
+        api = await server.api(token, "acme")
+        await listed(api)
+        keys.body = key_set(Key(KEY.key_id))
+        async with asyncio.timeout(10):
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                while await listed(api) is not None:
+                    await asyncio.sleep(0.05)
+        with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"):
+            await listed(api)
 
     async def test_keys_rotate_in_a_file(self, start: Any, tmp_path: Path) -> None:
         """As at a URL."""

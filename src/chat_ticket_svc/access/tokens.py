@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ COOLDOWN_SECONDS = 10
 FETCH_TIMEOUT_SECONDS = 3
 MAX_KEY_SET_BYTES = 1024 * 1024
 MAX_KEYS = 100
+# How many tokens that were found valid are remembered: checking a signature costs a tenth of a
+# millisecond, and a caller comes with the same token again and again.
+MAX_TOKENS = 1000
 
 
 class KeySet:
@@ -159,6 +163,8 @@ class Tokens:
         self._issuer = issuer
         self._audience = audience
         self._algorithms = algorithms
+        # With the key that each was signed by: it has to be among the keys still.
+        self._valid: dict[str, tuple[str, jwt.PyJWK, Credential]] = {}
 
     async def credential(self, context: Context) -> Credential:
         given = [
@@ -187,10 +193,24 @@ class Tokens:
             ) from error
 
     async def _verified(self, token: str) -> Credential:
-        header = jwt.get_unverified_header(token)
-        key = await self._keys.get(header["kid"])
-        if key is None:
+        if (known := self._valid.get(token)) is not None:
+            key_id, key, credential = known
+            if await self._keys.get(key_id) is key:
+                if credential.expires_at <= time.time():
+                    raise jwt.ExpiredSignatureError
+                return credential
+            self._valid.pop(token, None)
+        key_id = jwt.get_unverified_header(token)["kid"]
+        found = await self._keys.get(key_id)
+        if found is None:
             raise jwt.InvalidKeyError
+        credential = self._read(token, found)
+        if len(self._valid) >= MAX_TOKENS:
+            del self._valid[next(iter(self._valid))]
+        self._valid[token] = key_id, found, credential
+        return credential
+
+    def _read(self, token: str, key: jwt.PyJWK) -> Credential:
         claims = jwt.decode(
             token,
             key,
