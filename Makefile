@@ -64,8 +64,8 @@ check: lint typecheck check-proto test ## all that CI runs
 demo: venv ## load real conversations through the API and show what the service does; ALL=1 for every chat
 	@$(BIN)/python scripts/demo.py $(if $(ALL),--all)
 
-bench: venv ## measure what one tenant's flood costs another; takes three minutes
-	@$(BIN)/python benchmarks/noisy_neighbour.py
+bench: venv ## measure against limits and peers, in 15 minutes; PARTS="calls streams" chooses, ROUNDS=
+	@PARTS="$(PARTS)" ROUNDS="$(ROUNDS)" $(BIN)/python -m benchmarks.bench
 
 lock: venv ## resolve requirements.lock again from pyproject.toml
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --python-version 3.11 \
@@ -75,6 +75,6 @@ lock: venv ## resolve requirements.lock again from pyproject.toml
 audit: venv ## look the locked dependencies up in PyPI's database of vulnerabilities
 	@$(BIN)/python scripts/audit.py
 
-clean: ## remove what the targets made: .venv, .data and caches
-	@rm -rf .venv .data .bootstrap.lock .mypy_cache .pytest_cache .ruff_cache .hypothesis dist tests/node/node_modules
+clean: ## remove what the targets made: .venv, .data, build and caches
+	@rm -rf .venv .data build .bootstrap.lock .mypy_cache .pytest_cache .ruff_cache .hypothesis dist tests/node/node_modules
 	@find src scripts benchmarks tests -name __pycache__ -type d -exec rm -rf {} +
