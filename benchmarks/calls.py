@@ -1,0 +1,251 @@
+"""Unary calls against an empty one, and against PostgreSQL running the very statements.
+
+Messages are created durably, in a thousand sessions. All of it is called on one server process,
+but for the empty call without our interceptors, which has a process of its own.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import random
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psycopg
+
+from benchmarks import chats, empty, load, pgbench, service
+from benchmarks.figures import Figure
+from benchmarks.load import TENANTS, Load
+from benchmarks.service import Bench, Server
+from chat_ticket.v1 import resources_pb2
+from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest
+from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest
+from chat_ticket_svc import convert
+from chat_ticket_svc.store import messages, sessions
+
+NAME = "calls"
+SECONDS = 150
+
+PHASE_SECONDS = 1.5
+WARM_UP_SECONDS = 0.5
+CALLERS = (16, 64)
+SESSIONS = 250  # of each tenant that the service is called for, and as many for pgbench
+REQUESTS = 5_000
+TEXTS = 200  # that pgbench writes
+
+BARE, EMPTY = "empty call without interceptors", "empty call"
+GET, CREATE = "GetChatSession", "CreateChatMessage"
+MUST = {GET: 0.75, CREATE: 0.60}
+STRETCH = {GET: 0.90, CREATE: 0.80}
+
+# The ids of sessions are numbers in this part: pgbench has nothing else.
+CREATE_SESSIONS = """
+INSERT INTO chat_sessions (tenant_id, id)
+SELECT tenant, lpad(number::text, 32, '0')::uuid
+  FROM unnest(%s::text[]) AS tenant, generate_series(1, %s) AS number
+"""
+COUNT = "SELECT count(*) FROM chat_messages WHERE session_id <= lpad(%s::text, 32, '0')::uuid"
+
+# Message ids grow with time, as those that the service chooses.
+PGBENCH_VARIABLES = f"""\
+\\set tenant random(0, {len(TENANTS) - 1})
+\\set session random({SESSIONS + 1}, {2 * SESSIONS})
+\\set text random(1, {TEXTS})
+\\set n :n + 1
+\\set message (:run * 1000000 + :n) * {max(CALLERS)} + :client_id
+"""
+
+Outcomes = dict[tuple[str, int], list[load.Outcome]]
+Limits = dict[tuple[str, int], list[pgbench.Outcome]]
+
+
+def measure(bench: Bench) -> list[Figure]:
+    outcomes: Outcomes = defaultdict(list)
+    limits: Limits = defaultdict(list)
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(bench.postgres.database())
+        with psycopg.connect(url, autocommit=True) as db:
+            db.execute(CREATE_SESSIONS, (TENANTS, 2 * SESSIONS))
+            db.execute("VACUUM ANALYZE")
+        servers = [
+            stack.enter_context(
+                service.server(
+                    url,
+                    *arguments,
+                    log=bench.directory / f"server{number}.log",
+                    module="benchmarks.empty",
+                )
+            )
+            for number, arguments in enumerate(([], ["--bare"]))
+        ]
+        call = stack.enter_context(load.client())
+        calls = _calls(bench, *servers)
+        scripts = _scripts(bench.directory)
+        runs = itertools.count()
+
+        created = 0
+        for what, prepared in calls.items():
+            outcome = call(prepared(CALLERS[-1], WARM_UP_SECONDS))
+            created += outcome.calls if what == CREATE else 0
+        for number, callers in itertools.product(range(1, bench.rounds + 1), CALLERS):
+            for what, prepared in calls.items():
+                bench.progress(f"round {number}, {what}, {callers} callers")
+                outcome = call(prepared(callers, PHASE_SECONDS))
+                outcomes[what, callers].append(outcome)
+                created += outcome.calls if what == CREATE else 0
+            for what, script in scripts.items():
+                bench.progress(f"round {number}, {what} by pgbench, {callers} callers")
+                variables = {"run": next(runs), "n": 0}
+                limits[what, callers].append(
+                    pgbench.run(bench.postgres, url, script, clients=callers, variables=variables)
+                )
+        memory = service.rss_bytes(servers[0].pid) / 2**20
+        with psycopg.connect(url) as db:
+            stored = db.execute(COUNT, (SESSIONS,)).fetchone()
+        if stored != (created,):
+            raise RuntimeError(f"{created} messages were acknowledged, and {stored} are stored")
+    return [figure for callers in CALLERS for figure in _figures(outcomes, limits, callers)] + [
+        Figure(part=NAME, name="memory of the server afterwards", unit="MiB", measured=[memory])
+    ]
+
+
+def _calls(bench: Bench, ours: Server, bare: Server) -> dict[str, Callable[[int, float], Load]]:
+    """What is called, in this order in each round."""
+    chosen = random.Random(1)  # noqa: S311 - the same in every run
+    ids = [str(uuid.UUID(f"{chosen.randint(1, SESSIONS):032}")) for _ in range(REQUESTS)]
+    reads = [GetChatSessionRequest(session_id=each) for each in ids]
+    writes = [
+        CreateChatMessageRequest(
+            session_id=each,
+            message=resources_pb2.ChatMessage(
+                role=convert.MESSAGE_ROLE[said.role], content=said.content
+            ),
+        )
+        for each, said in zip(ids, chats.repeated(), strict=False)
+    ]
+
+    def prepare(
+        server: Server, path: str, requests: Sequence[bytes]
+    ) -> Callable[[int, float], Load]:
+        return lambda callers, seconds: Load(
+            address=server.address,
+            path=path,
+            requests=requests,
+            callers=callers,
+            seconds=seconds,
+            watched={"server": server.pid, "postgres": bench.postgres.pid},
+        )
+
+    service = "/chat_ticket.v1.Chat"
+    return {
+        BARE: prepare(bare, empty.PATH, [b""]),
+        EMPTY: prepare(ours, empty.PATH, [b""]),
+        GET: prepare(
+            ours,
+            f"{service}SessionService/{GET}",
+            [each.SerializeToString() for each in reads],
+        ),
+        CREATE: prepare(
+            ours,
+            f"{service}MessageService/{CREATE}",
+            [each.SerializeToString() for each in writes],
+        ),
+    }
+
+
+def _scripts(directory: Path) -> dict[str, Path]:
+    """The same for pgbench: the statements of the store, with a row each."""
+    tenant_id, session_id = "'tenant-' || :tenant::text", "lpad(:session::text, 32, '0')"
+    contents = [said.content for said in itertools.islice(chats.repeated(), TEXTS)]
+    statements = {
+        GET: pgbench.statement(sessions.GET, {"tenant_id": tenant_id, "id": session_id}),
+        CREATE: pgbench.statement(
+            messages.APPEND,
+            {
+                "tenant_id": tenant_id,
+                "session_id": session_id,
+                "count": "1",
+                "ticks": "1",
+                "ids": "ARRAY[lpad(:message::text, 32, '0')]",
+                "roles": "ARRAY['user']",
+                "contents": f"ARRAY[{pgbench.texts(contents, ':text')}]",
+                "metadatas": "ARRAY[NULL]",
+                "message_ticks": "ARRAY[0]",
+                **dict.fromkeys(
+                    (
+                        "attachment_ids", "attachment_message_ids", "attachment_ticks",
+                        "file_urls", "file_names", "file_types",
+                    ),
+                    "'{}'",
+                ),
+            },
+        ),
+    }  # fmt: skip
+    scripts = {}
+    for what, statement in statements.items():
+        scripts[what] = directory / f"{what}.sql"
+        scripts[what].write_text(PGBENCH_VARIABLES + statement)
+    return scripts
+
+
+def _figures(outcomes: Outcomes, limits: Limits, callers: int) -> list[Figure]:
+    def rates(rounds: Sequence[load.Outcome | pgbench.Outcome]) -> list[float]:
+        return [outcome.calls_per_second for outcome in rounds]
+
+    def cpu(rounds: Sequence[load.Outcome | pgbench.Outcome], of: str) -> list[float]:
+        return [outcome.cpu_us[of] for outcome in rounds]
+
+    base, bare = outcomes[EMPTY, callers], outcomes[BARE, callers]
+    found = [
+        Figure(
+            part=NAME,
+            name=f"CPU of the {EMPTY}, {callers} callers",
+            unit="µs",
+            measured=cpu(base, "server"),
+            limit=cpu(bare, "server"),
+            against="without interceptors",
+            must=1.15,
+            at_most=True,
+            details={
+                "with": [dataclasses.asdict(outcome) for outcome in base],
+                "without": [dataclasses.asdict(outcome) for outcome in bare],
+            },
+        )
+    ]
+    for what in (GET, CREATE):
+        ours, direct = outcomes[what, callers], limits[what, callers]
+        found += [
+            Figure(
+                part=NAME,
+                name=f"{what}, {callers} callers",
+                unit="calls/s",
+                measured=rates(ours),
+                limit=rates(base),
+                against="empty calls",
+                must=MUST[what],
+                stretch=STRETCH[what],
+                details={"rounds": [dataclasses.asdict(outcome) for outcome in ours]},
+            ),
+            Figure(
+                part=NAME,
+                name=f"{what}, {callers} callers",
+                unit="calls/s",
+                measured=rates(ours),
+                limit=rates(direct),
+                against="by pgbench",
+                details={"pgbench": [dataclasses.asdict(outcome) for outcome in direct]},
+            ),
+            Figure(
+                part=NAME,
+                name=f"PostgreSQL's CPU of {what}, {callers} callers",
+                unit="µs",
+                measured=cpu(ours, "postgres"),
+                limit=cpu(direct, "postgres"),
+                against="by pgbench",
+                stretch=0.6 if what == CREATE else None,
+                at_most=True,
+            ),
+        ]
+    return found

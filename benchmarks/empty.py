@@ -1,0 +1,68 @@
+"""A server with a method that does nothing: `python -m benchmarks.empty serve [--bare]`.
+
+The method is what every unary call pays before it does anything. It is added to the service's own
+composition here and nowhere else, so that it is served as the others are; with `--bare` it is all
+there is, on gRPC's server with the same options and nothing of ours around it.
+"""
+
+import asyncio
+import gc
+import json
+import sys
+from typing import Any, cast
+
+import grpc
+import uvloop
+from google.protobuf.empty_pb2 import Empty
+
+from chat_ticket_svc import cli, grpc_server, server
+from chat_ticket_svc.access import methods
+from chat_ticket_svc.access.credential import Permission
+
+SERVICE = "chat_ticket.bench.Bench"
+PATH = f"/{SERVICE}/Empty"
+
+
+async def _empty(_: Empty, context: object) -> Empty:  # noqa: ARG001 - what gRPC gives
+    return Empty()
+
+
+def _register(target: Any) -> None:
+    """As the generated functions do it."""
+    handler = grpc.unary_unary_rpc_method_handler(
+        _empty,
+        request_deserializer=Empty.FromString,
+        response_serializer=Empty.SerializeToString,
+    )
+    generic = grpc.method_handlers_generic_handler(SERVICE, {"Empty": handler})
+    target.add_generic_rpc_handlers((generic,))
+    target.add_registered_method_handlers(SERVICE, {"Empty": handler})
+
+
+class _Server(server.Server):
+    def _register(self) -> None:
+        super()._register()
+        _register(self._grpc)
+
+
+async def _bare() -> None:
+    bare = grpc_server.server(options=server.OPTIONS)
+    _register(bare)
+    port = bare.add_insecure_port("127.0.0.1:0")
+    await bare.start()
+    print(json.dumps({"event": "listening", "port": port}), file=sys.stderr, flush=True)
+    gc.freeze()
+    await bare.wait_for_termination()
+
+
+def main() -> None:
+    if "--bare" in sys.argv:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_bare())
+    cast("dict[str, Permission]", methods.PERMISSIONS)[PATH] = Permission.READ
+    server.Server = _Server  # type: ignore[misc]
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""As much of HTTP/2 as a gRPC client needs, at a few microseconds a call.
+
+A client of gRPC's own takes longer for a call than the server does, and would be what is measured.
+tests/http2.py speaks by a library, and says what no client should; this one only says what it must.
+"""
+
+import socket
+import struct
+from collections.abc import Iterator, Mapping
+
+import hpack
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
+END_STREAM, ACK, END_HEADERS = 1, 1, 4
+INITIAL_WINDOW_SIZE = 4  # a setting
+
+DEFAULT_WINDOW = 65_535
+LARGEST_WINDOW = 2**31 - 1
+LARGEST_FRAME = 16_384
+RECEIVE_BYTES = 262_144
+
+
+Headers = Mapping[str, str]
+
+
+class CallFailedError(Exception):
+    """A call did not end with grpc-status 0, or its connection ended before it did."""
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    size = len(payload)
+    return struct.pack(">BHBBI", size >> 16, size & 0xFFFF, kind, flags, stream) + payload
+
+
+def message(serialized: bytes) -> bytes:
+    """A message as gRPC frames it."""
+    return struct.pack(">BI", 0, len(serialized)) + serialized
+
+
+def request_headers(path: str, tenant: str) -> bytes:
+    """The headers of a call, as literals that are not to be remembered."""
+    headers = (
+        (":method", "POST"),
+        (":scheme", "http"),
+        (":path", path),
+        (":authority", "localhost"),
+        ("te", "trailers"),
+        ("content-type", "application/grpc"),
+        ("x-tenant-id", tenant),
+    )
+    return b"".join(
+        b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+        for name, value in headers
+    )
+
+
+class Connection:
+    """One connection; `window` is how many bytes the server may send on each stream, in all."""
+
+    def __init__(self, address: str, *, window: int = LARGEST_WINDOW):
+        host, _, port = address.rpartition(":")
+        self._socket = socket.create_connection((host, int(port)), timeout=10)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._next_stream = 1
+        self._buffer = b""
+        self._received = 0  # since the server was last given a window of the connection
+        self._decoder = hpack.Decoder()
+        self._known: dict[bytes, Headers] = {}
+        # What the server takes: on the connection, on a new stream, and on those that wait for it.
+        self._window = self._stream_window = DEFAULT_WINDOW
+        self._waiting: dict[int, tuple[bytes, int]] = {}
+        settings = struct.pack(">HI", INITIAL_WINDOW_SIZE, window)
+        more = struct.pack(">I", LARGEST_WINDOW - DEFAULT_WINDOW)
+        self._socket.sendall(
+            PREFACE + frame(SETTINGS, 0, 0, settings) + frame(WINDOW_UPDATE, 0, 0, more)
+        )
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def call(self, headers: bytes, body: bytes) -> int:
+        """Begin a call with one request; returns its stream."""
+        stream = self._next_stream
+        self._next_stream += 2
+        out = frame(HEADERS, END_HEADERS, stream, headers)
+        size = len(body)
+        if size <= min(self._window, self._stream_window, LARGEST_FRAME) and not self._waiting:
+            self._window -= size
+            self._socket.sendall(out + frame(DATA, END_STREAM, stream, body))
+        else:
+            self._waiting[stream] = body, self._stream_window
+            self._socket.sendall(out)
+            self._send_waiting()
+        return stream
+
+    def cancel(self, stream: int) -> None:
+        self._socket.sendall(frame(RST_STREAM, 0, stream, struct.pack(">I", 8)))
+
+    def receive(self) -> Iterator[tuple[int, bytes | None]]:
+        """Read once; gives data by stream, and None for a stream that has ended with status 0."""
+        received = self._socket.recv(RECEIVE_BYTES)
+        if not received:
+            raise CallFailedError("the server closed the connection")
+        buffer = self._buffer + received if self._buffer else received
+        at, end = 0, len(buffer)
+        while end - at >= 9:
+            high, low, kind, flags, stream = struct.unpack_from(">BHBBI", buffer, at)
+            stop = at + 9 + (high << 16 | low)
+            if stop > end:
+                break
+            payload = buffer[at + 9 : stop]
+            at = stop
+            if kind == DATA:
+                self._received += len(payload)
+                yield stream, payload
+            elif kind == HEADERS:
+                headers = self._decoded(payload)
+                if flags & END_STREAM:
+                    self._require_ok(headers)
+                    yield stream, None
+            else:
+                self._handle(kind, flags, stream, payload)
+        self._buffer = buffer[at:]
+        if self._received > LARGEST_WINDOW // 2:
+            self._socket.sendall(frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", self._received)))
+            self._received = 0
+
+    def _handle(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
+        if kind == SETTINGS and not flags & ACK:
+            for name, value in struct.iter_unpack(">HI", payload):
+                if name == INITIAL_WINDOW_SIZE:
+                    more, self._stream_window = value - self._stream_window, value
+                    self._waiting = {s: (b, w + more) for s, (b, w) in self._waiting.items()}
+            self._socket.sendall(frame(SETTINGS, ACK, 0))
+            self._send_waiting()
+        elif kind == PING and not flags & ACK:
+            self._socket.sendall(frame(PING, ACK, 0, payload))
+        elif kind == WINDOW_UPDATE:
+            more = int.from_bytes(payload, "big")
+            if stream == 0:
+                self._window += more
+            elif stream in self._waiting:
+                body, window = self._waiting[stream]
+                self._waiting[stream] = body, window + more
+            self._send_waiting()
+        elif kind in (RST_STREAM, GOAWAY):
+            raise CallFailedError(f"frame {kind} on stream {stream}: {payload!r}")
+        elif kind not in (SETTINGS, PING):
+            raise CallFailedError(f"a frame of kind {kind}, which is not expected")
+
+    def _send_waiting(self) -> None:
+        """What did not fit before, as far as it fits now."""
+        for stream, (body, window) in list(self._waiting.items()):
+            rest = body
+            while room := min(self._window, window, LARGEST_FRAME, len(rest)):
+                part, rest = rest[:room], rest[room:]
+                self._window -= room
+                window -= room
+                flags = 0 if rest else END_STREAM
+                self._socket.sendall(frame(DATA, flags, stream, part))
+            if rest:
+                self._waiting[stream] = rest, window
+            else:
+                del self._waiting[stream]
+
+    def _decoded(self, block: bytes) -> Headers:
+        headers = self._known.get(block)
+        if headers is None:
+            table = self._decoder.header_table.dynamic_entries
+            before = list(table)
+            headers = {str(name): str(value) for name, value in self._decoder.decode(block)}
+            if list(table) == before:
+                self._known[block] = headers
+            else:  # the same bytes may mean something else from now on
+                self._known.clear()
+        return headers
+
+    @staticmethod
+    def _require_ok(headers: Headers) -> None:
+        if headers.get("grpc-status") != "0":
+            raise CallFailedError(f"a call ended with {headers}")
