@@ -5,7 +5,6 @@ but for the empty call without our interceptors, which has a process of its own.
 """
 
 import contextlib
-import dataclasses
 import itertools
 import random
 import uuid
@@ -67,7 +66,7 @@ def measure(bench: Bench) -> list[Figure]:
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(bench.postgres.database())
         with psycopg.connect(url, autocommit=True) as db:
-            db.execute(CREATE_SESSIONS, (TENANTS, 2 * SESSIONS))
+            db.execute(CREATE_SESSIONS, (list(TENANTS), 2 * SESSIONS))
             db.execute("VACUUM ANALYZE")
         servers = [
             stack.enter_context(
@@ -209,8 +208,8 @@ def _figures(outcomes: Outcomes, limits: Limits, callers: int) -> list[Figure]:
             must=1.15,
             at_most=True,
             details={
-                "with": [dataclasses.asdict(outcome) for outcome in base],
-                "without": [dataclasses.asdict(outcome) for outcome in bare],
+                "with": base,
+                "without": bare,
             },
         )
     ]
@@ -226,7 +225,7 @@ def _figures(outcomes: Outcomes, limits: Limits, callers: int) -> list[Figure]:
                 against="empty calls",
                 must=MUST[what],
                 stretch=STRETCH[what],
-                details={"rounds": [dataclasses.asdict(outcome) for outcome in ours]},
+                details={"rounds": ours},
             ),
             Figure(
                 part=NAME,
@@ -235,7 +234,7 @@ def _figures(outcomes: Outcomes, limits: Limits, callers: int) -> list[Figure]:
                 measured=rates(ours),
                 limit=rates(direct),
                 against="by pgbench",
-                details={"pgbench": [dataclasses.asdict(outcome) for outcome in direct]},
+                details={"pgbench": direct},
             ),
             Figure(
                 part=NAME,

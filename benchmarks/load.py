@@ -7,13 +7,13 @@ part of what is measured: one that did not ends the measurement.
 import contextlib
 import gc
 import itertools
+import math
 import multiprocessing
 import select
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection as Pipe
-from typing import Any
 
 from benchmarks import http2
 from benchmarks.service import CONNECTIONS, cpu_seconds
@@ -23,19 +23,23 @@ PATIENCE_SECONDS = 10  # with a server that does not answer
 FEWEST_CALLS = 200
 
 # A session of the same id in each of them is another session.
-TENANTS = [f"tenant-{number}" for number in range(4)]
+TENANTS = tuple(f"tenant-{number}" for number in range(4))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What to call, and the processes whose CPU time is looked at meanwhile, by name."""
+    """What to call, and the processes whose CPU time is looked at meanwhile, by name.
+
+    Calls go on for `seconds`, the requests taken in turn; or, for None, until each was sent once.
+    """
 
     address: str
     path: str
-    requests: Sequence[bytes]  # serialised, taken in turn
+    requests: Sequence[bytes]  # serialised
     callers: int
-    seconds: float
+    seconds: float | None
     watched: Mapping[str, int]
+    tenants: Sequence[str] = TENANTS  # of the connections, in turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,10 @@ class Outcome:
     p99_ms: float
     cpu_us: Mapping[str, float]  # with the client's own
     calls: int  # all there were, also before and after what was measured
+
+
+# A connection, the headers of its calls, and when those that run were begun.
+_Callers = tuple[http2.Connection, bytes, dict[int, float]]
 
 
 @contextlib.contextmanager
@@ -86,33 +94,44 @@ def _obey(orders: Pipe) -> None:
 
 def _run(load: Load) -> Outcome:
     with contextlib.ExitStack() as stack:
-        connections: dict[int, tuple[http2.Connection, bytes, dict[int, float]]] = {}
-        for number in range(CONNECTIONS):
+        connections: dict[int, _Callers] = {}
+        for number in range(min(CONNECTIONS, load.callers)):
             connection = stack.enter_context(contextlib.closing(http2.Connection(load.address)))
-            headers = http2.request_headers(load.path, TENANTS[number % len(TENANTS)])
+            tenant = load.tenants[number % len(load.tenants)]
+            headers = http2.request_headers(load.path, tenant)
             connections[connection.fileno()] = connection, headers, {}
-        return _calls(load, connections)
+        poll = stack.enter_context(select.epoll())
+        for descriptor in connections:
+            poll.register(descriptor, select.EPOLLIN)
+        return _calls(load, connections, poll)
 
 
-def _calls(load: Load, connections: Mapping[int, Any]) -> Outcome:
+def _calls(load: Load, connections: Mapping[int, _Callers], poll: select.epoll) -> Outcome:
     clock = time.perf_counter
-    bodies = itertools.cycle([http2.message(request) for request in load.requests])
-    poll = select.epoll()
-    for descriptor in connections:
-        poll.register(descriptor, select.EPOLLIN)
-
-    begin = clock()
-    measured_from = begin + LEAD_SECONDS
-    end = measured_from + load.seconds
+    framed = [http2.message(request) for request in load.requests]
+    before: dict[str, float] = {}
+    after: dict[str, float] = {}
+    if load.seconds is None:
+        bodies: Iterator[bytes] = iter(framed)
+        before = _cpu(load.watched)
+        measured_from, end = clock(), math.inf
+    else:
+        bodies = itertools.cycle(framed)
+        measured_from = clock() + LEAD_SECONDS
+        end = measured_from + load.seconds
     for _ in range(load.callers // len(connections)):
         for connection, headers, started in connections.values():
-            started[connection.call(headers, next(bodies))] = clock()
+            if body := next(bodies, None):
+                started[connection.call(headers, body)] = clock()
 
-    running, calls = load.callers, 0
+    running, calls = sum(len(started) for _, _, started in connections.values()), 0
     latencies: list[float] = []
-    cpu_before: dict[str, float] = {}
-    taken: dict[str, float] = {}
     while running:
+        if not before and clock() >= measured_from:
+            before = _cpu(load.watched)
+            measured_from = clock()
+        if not after and clock() >= end:
+            after = _cpu(load.watched)
         ready = poll.poll(PATIENCE_SECONDS)
         if not ready:
             raise http2.CallFailedError(f"no answer for {PATIENCE_SECONDS} seconds")
@@ -124,26 +143,22 @@ def _calls(load: Load, connections: Mapping[int, Any]) -> Outcome:
                 now = clock()
                 calls += 1
                 latency = now - started.pop(stream)
-                if now < end:
-                    started[connection.call(headers, next(bodies))] = now
-                else:
-                    running -= 1
                 if measured_from <= now < end:
                     latencies.append(latency)
-        if not cpu_before and clock() >= measured_from:
-            measured_from = clock()
-            cpu_before = _cpu(load.watched)
-        elif not taken and clock() >= end:
-            taken = {name: at - cpu_before[name] for name, at in _cpu(load.watched).items()}
-    poll.close()
-    if len(latencies) < FEWEST_CALLS:
+                if now < end and (body := next(bodies, None)):
+                    started[connection.call(headers, body)] = now
+                else:
+                    running -= 1
+    after = after or _cpu(load.watched)
+    seconds = min(end, clock()) - measured_from
+    if load.seconds is not None and len(latencies) < FEWEST_CALLS:
         raise http2.CallFailedError(f"{len(latencies)} calls are too few to tell anything")
     latencies.sort()
     return Outcome(
-        calls_per_second=len(latencies) / (end - measured_from),
+        calls_per_second=len(latencies) / seconds,
         p50_ms=1000 * latencies[len(latencies) // 2],
         p99_ms=1000 * latencies[len(latencies) * 99 // 100],
-        cpu_us={name: 1e6 * seconds / len(latencies) for name, seconds in taken.items()},
+        cpu_us={name: 1e6 * (after[name] - before[name]) / len(latencies) for name in after},
         calls=calls,
     )
 
