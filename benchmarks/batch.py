@@ -6,8 +6,6 @@ run as well; ids, sequences and times, which the service finds by itself, are in
 
 import contextlib
 import itertools
-import re
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ from benchmarks import chats, load, service
 from benchmarks.chats import Utterance
 from benchmarks.figures import Figure
 from benchmarks.load import Load
-from benchmarks.service import Bench, Postgres, Server
+from benchmarks.service import Bench, Server
 from chat_ticket.v1.chat_message_pb2 import BatchCreateChatMessagesRequest
 from chat_ticket.v1.resources_pb2 import ChatMessage
 from chat_ticket_svc import convert
@@ -35,10 +33,8 @@ TENANT = "acme"
 
 CREATE_SESSIONS = "INSERT INTO chat_sessions (tenant_id, id) SELECT %s, unnest(%s::uuid[])"
 COPY = """\
-\\timing on
 \\copy chat_messages (tenant_id, id, session_id, sequence, revision, role, content, metadata, \
-created_at) from '{}'
-"""
+created_at) from '{}'"""
 
 
 def measure(bench: Bench) -> list[Figure]:
@@ -60,7 +56,7 @@ def measure(bench: Bench) -> list[Figure]:
             rows = list(itertools.islice(said, BATCHES * BATCH))
             bench.progress(f"round {number}, COPY")
             file = _file(bench.directory / "rows", sessions(), rows)
-            copied.append(len(rows) / _copy(bench.postgres, url, file))
+            copied.append(len(rows) / bench.postgres.psql_seconds(url, COPY.format(file)))
             for callers, outcomes in batched.items():
                 bench.progress(f"round {number}, {callers} callers")
                 outcomes.append(call(_load(bench, server, sessions(), rows, callers)))
@@ -95,7 +91,7 @@ def _load(
                 ChatMessage(
                     role=convert.MESSAGE_ROLE[said.role],
                     content=said.content,
-                    metadata_json=said.metadata,
+                    metadata_json=said.metadata or "",
                 )
                 for said in itertools.islice(rest, BATCH)
             ],
@@ -121,22 +117,7 @@ def _file(path: Path, sessions: Sequence[str], rows: Sequence[Utterance]) -> Pat
         for session_id in sessions:
             for sequence, said in enumerate(itertools.islice(rest, BATCH), start=1):
                 columns = [TENANT, str(uuid_utils.uuid7()), session_id, *[str(sequence)] * 2]
-                columns += [said.role, said.content, said.metadata]
+                columns += [said.role, said.content, said.metadata or r"\N"]
                 columns.append(time.strftime("%Y-%m-%d %H:%M:%S") + f".{sequence:06}")
                 file.write("\t".join(column.translate(escapes) for column in columns) + "\n")
     return path
-
-
-def _copy(postgres: Postgres, database_url: str, file: Path) -> float:
-    """Seconds that psql's \\copy of the file takes."""
-    psql = [str(postgres.binaries / "psql"), "--no-psqlrc", "--quiet", "-v", "ON_ERROR_STOP=1"]
-    done = subprocess.run(
-        psql,
-        env=service.libpq(database_url),
-        input=COPY.format(file),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    [took] = re.findall(r"^Time: ([\d.]+) ms", done.stdout, re.MULTILINE)
-    return float(took) / 1000

@@ -38,6 +38,17 @@ def message(serialized: bytes) -> bytes:
     return struct.pack(">BI", 0, len(serialized)) + serialized
 
 
+def messages(data: bytes) -> Iterator[bytes]:
+    """The whole messages at the beginning of what came on a stream."""
+    at = 0
+    while at + 5 <= len(data):
+        _, size = struct.unpack_from(">BI", data, at)
+        if at + 5 + size > len(data):
+            return
+        yield data[at + 5 : at + 5 + size]
+        at += 5 + size
+
+
 def request_headers(path: str, tenant: str) -> bytes:
     """The headers of a call, as literals that are not to be remembered."""
     headers = (

@@ -1,0 +1,226 @@
+"""Reading a session of 100,000 messages, against COPY of the same in the order of the index.
+
+Of the rows as they are stored, and of the columns that the service reads: with the attachments.
+"""
+
+import contextlib
+import itertools
+import select
+import statistics
+import time
+from collections import defaultdict
+
+import psycopg
+
+from benchmarks import chats, http2, service
+from benchmarks.figures import Figure
+from benchmarks.service import Bench, Server
+from chat_ticket.v1.chat_message_pb2 import (
+    GetChatMessageRequest,
+    ListChatMessagesRequest,
+    ListChatMessagesResponse,
+)
+from chat_ticket_svc.store import messages
+
+NAME = "streams"
+SECONDS = 75
+
+TENANT = "acme"
+MESSAGES = 100_000
+# The same messages, in one session without their metadata.
+SESSIONS = {
+    "with": "0197a000-0000-7000-8000-000000000001",
+    "without": "0197a000-0000-7000-8000-000000000002",
+}
+FIRSTS = 100  # streams a round of which only the first message is waited for
+PAUSE_SECONDS = 0.005  # in which a stream that was left comes to its end
+OPEN = 20  # streams at the same time
+OPEN_SECONDS = 2
+MEMORY = 4  # MiB a stream
+
+LIST = http2.request_headers("/chat_ticket.v1.ChatMessageService/ListChatMessages", TENANT)
+GET = http2.request_headers("/chat_ticket.v1.ChatMessageService/GetChatMessage", TENANT)
+
+COPY = """
+COPY (
+    SELECT {} FROM chat_messages m
+     WHERE m.tenant_id = '{}' AND m.session_id = '{}' ORDER BY m.sequence
+) TO STDOUT;
+"""
+ROWS = "m.id, m.session_id, m.sequence, m.revision, m.role, m.content, m.metadata, m.created_at"
+
+
+def measure(bench: Bench) -> list[Figure]:
+    with bench.postgres.database() as url:
+        bench.progress("loading")
+        with psycopg.connect(url, autocommit=True) as db:
+            said = list(itertools.islice(chats.repeated(), MESSAGES))
+            chats.store(db, TENANT, SESSIONS["with"], said)
+            bare = (each._replace(metadata=None) for each in said)
+            chats.store(db, TENANT, SESSIONS["without"], bare)
+            db.execute("VACUUM ANALYZE")
+        with service.server(url, log=bench.directory / "server.log") as server:
+            speed = _speed(bench, url, server)
+            first = _first_message(bench, server)
+        return [*speed, first, *_memory(bench, url)]
+
+
+def _speed(bench: Bench, url: str, server: Server) -> list[Figure]:
+    listed: dict[str, list[float]] = defaultdict(list)
+    copied: dict[str, list[float]] = defaultdict(list)
+    copied_same: dict[str, list[float]] = defaultdict(list)
+    cpu: dict[str, list[dict[str, float]]] = defaultdict(list)
+    pids = {"server": server.pid, "postgres": bench.postgres.pid}
+    for number in range(bench.rounds + 1):  # the first warms up
+        for name, session_id in SESSIONS.items():
+            bench.progress(f"round {number}, {name} metadata")
+            before = {of: service.cpu_seconds(pid) for of, pid in pids.items()}
+            listed[name].append(MESSAGES / _list(server, session_id))
+            taken = {of: service.cpu_seconds(pid) - before[of] for of, pid in pids.items()}
+            cpu[name].append({of: 1e6 * seconds / MESSAGES for of, seconds in taken.items()})
+            for columns, rates in ((ROWS, copied[name]), (messages.COLUMNS, copied_same[name])):
+                command = COPY.format(columns, TENANT, session_id)
+                rates.append(MESSAGES / bench.postgres.psql_seconds(url, command))
+    figures = []
+    for name in SESSIONS:
+        what = f"ListChatMessages of {MESSAGES:,} {name} metadata"
+        figures += [
+            Figure(
+                part=NAME,
+                name=what,
+                unit="messages/s",
+                measured=listed[name][1:],
+                limit=limit[name][1:],
+                against=against,
+                must=0.90,
+                stretch=1.0,
+                details={"cpu_us": cpu[name][1:]},
+            )
+            for limit, against in (
+                (copied, "by COPY of the rows"),
+                (copied_same, "by COPY of the same columns"),
+            )
+        ]
+    slowdown = Figure(
+        part=NAME,
+        name="a message with metadata",
+        unit="µs",
+        measured=[1e6 / rate for rate in listed["with"][1:]],
+        limit=[1e6 / rate for rate in listed["without"][1:]],
+        against="without",
+        must=1.2,
+        at_most=True,
+    )
+    return [*figures, slowdown]
+
+
+def _list(server: Server, session_id: str) -> float:
+    """Seconds until all messages of the session have come, each in its place."""
+    request = ListChatMessagesRequest(session_id=session_id).SerializeToString()
+    received: list[bytes | None] = []
+    with contextlib.closing(http2.Connection(server.address)) as connection:
+        began = time.perf_counter()
+        connection.call(LIST, http2.message(request))
+        while received[-1:] != [None]:
+            received += [data for _, data in connection.receive()]
+        took = time.perf_counter() - began
+    sequences = [
+        message.sequence
+        for response in http2.messages(b"".join(data for data in received if data))
+        for message in ListChatMessagesResponse.FromString(response).messages
+    ]
+    if sequences != list(range(1, MESSAGES + 1)):
+        raise RuntimeError(f"{len(sequences)} messages came, or not in their order")
+    return took
+
+
+def _first_message(bench: Bench, server: Server) -> Figure:
+    """Of a stream that is left then, and beside it a call that reads one message."""
+    listing = ListChatMessagesRequest(session_id=SESSIONS["with"])
+    firsts, gets = [], []
+    with contextlib.closing(http2.Connection(server.address)) as connection:
+
+        def first(headers: bytes, request: bytes) -> tuple[float, bytes]:
+            """Milliseconds until a response has come, and the response."""
+            began = time.perf_counter()
+            stream = connection.call(headers, http2.message(request))
+            data = b""
+            while not (found := list(http2.messages(data))):
+                data += b"".join(part or b"" for of, part in connection.receive() if of == stream)
+            took = 1000 * (time.perf_counter() - began)
+            connection.cancel(stream)
+            time.sleep(PAUSE_SECONDS)
+            return took, found[0]
+
+        _, response = first(LIST, listing.SerializeToString())
+        message_id = ListChatMessagesResponse.FromString(response).messages[0].id
+        get = GetChatMessageRequest(message_id=message_id)
+        for number in range(bench.rounds):
+            bench.progress(f"round {number + 1}, first messages")
+            pairs = [
+                (
+                    first(LIST, listing.SerializeToString())[0],
+                    first(GET, get.SerializeToString())[0],
+                )
+                for _ in range(FIRSTS)
+            ]
+            firsts.append(statistics.median(pair[0] for pair in pairs))
+            gets.append(statistics.median(pair[1] for pair in pairs))
+    return Figure(
+        part=NAME,
+        name="first message",
+        unit="ms",
+        measured=firsts,
+        limit=gets,
+        against="GetChatMessage",
+        must=2,
+        at_most=True,
+    )
+
+
+def _memory(bench: Bench, url: str) -> list[Figure]:
+    """What open streams add to a new server, while nobody reads them and while all are read."""
+    unread: list[float] = []
+    read: list[float] = []
+    for number in range(bench.rounds):
+        bench.progress(f"round {number + 1}, memory")
+        with service.server(url, log=bench.directory / "memory.log") as server:
+            before = service.rss_bytes(server.pid)
+            for growth, window in ((unread, http2.DEFAULT_WINDOW), (read, http2.LARGEST_WINDOW)):
+                service.forget_peak_rss(server.pid)
+                _open(server, window)
+                growth.append((service.peak_rss_bytes(server.pid) - before) / OPEN / 2**20)
+    return [
+        Figure(
+            part=NAME,
+            name=f"memory of a stream, {OPEN} {what}",
+            unit="MiB",
+            measured=growth,
+            must=MEMORY,
+            at_most=True,
+        )
+        for what, growth in (("that nobody reads", unread), ("that are read", read))
+    ]
+
+
+def _open(server: Server, window: int) -> None:
+    """Read from several streams for a while, each as far as its window."""
+    request = ListChatMessagesRequest(session_id=SESSIONS["with"]).SerializeToString()
+    with contextlib.ExitStack() as stack:
+        poll = stack.enter_context(select.epoll())
+        connections = {}
+        for _ in range(OPEN):
+            connection = stack.enter_context(
+                contextlib.closing(http2.Connection(server.address, window=window))
+            )
+            connection.call(LIST, http2.message(request))
+            connections[connection.fileno()] = connection
+            poll.register(connection.fileno(), select.EPOLLIN)
+        received = dict.fromkeys(connections, 0)
+        end = time.perf_counter() + OPEN_SECONDS
+        while (left := end - time.perf_counter()) > 0:
+            for descriptor, _ in poll.poll(left):
+                for _, data in connections[descriptor].receive():
+                    received[descriptor] += len(data or b"")
+        if min(received.values()) < min(window, MESSAGES):
+            raise RuntimeError(f"a stream brought {min(received.values())} bytes")
