@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from benchmarks import batch, calls, figures, neighbour, service, streams
+from benchmarks import batch, calls, figures, follow, neighbour, service, streams
 from benchmarks.figures import Figure
 from benchmarks.service import ROOT, Bench
 
@@ -39,7 +39,7 @@ class Part(Protocol):
     def measure(self, bench: Bench) -> list[Figure]: ...
 
 
-PARTS: Sequence[Part] = (calls, batch, streams, neighbour)
+PARTS: Sequence[Part] = (calls, batch, streams, follow, neighbour)
 
 
 def main() -> int:

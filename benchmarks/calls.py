@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psycopg
 
-from benchmarks import chats, empty, load, pgbench, service
+from benchmarks import chats, load, pgbench, service, variants
 from benchmarks.figures import Figure
 from benchmarks.load import TENANTS, Load
 from benchmarks.service import Bench, Server
@@ -74,10 +74,10 @@ def measure(bench: Bench) -> list[Figure]:
                     url,
                     *arguments,
                     log=bench.directory / f"server{number}.log",
-                    module="benchmarks.empty",
+                    module="benchmarks.variants",
                 )
             )
-            for number, arguments in enumerate(([], ["--bare"]))
+            for number, arguments in enumerate(([], [variants.BARE]))
         ]
         call = stack.enter_context(load.client())
         calls = _calls(bench, *servers)
@@ -139,8 +139,8 @@ def _calls(bench: Bench, ours: Server, bare: Server) -> dict[str, Callable[[int,
 
     service = "/chat_ticket.v1.Chat"
     return {
-        BARE: prepare(bare, empty.PATH, [b""]),
-        EMPTY: prepare(ours, empty.PATH, [b""]),
+        BARE: prepare(bare, variants.PATH, [b""]),
+        EMPTY: prepare(ours, variants.PATH, [b""]),
         GET: prepare(
             ours,
             f"{service}SessionService/{GET}",

@@ -111,11 +111,18 @@ class Connection:
     def cancel(self, stream: int) -> None:
         self._socket.sendall(frame(RST_STREAM, 0, stream, struct.pack(">I", 8)))
 
-    def receive(self) -> Iterator[tuple[int, bytes | None]]:
-        """Read once; gives data by stream, and None for a stream that has ended with status 0."""
+    def read(self) -> bytes:
+        """What has come, to be given to `feed`."""
         received = self._socket.recv(RECEIVE_BYTES)
         if not received:
             raise CallFailedError("the server closed the connection")
+        return received
+
+    def receive(self) -> Iterator[tuple[int, bytes | None]]:
+        return self.feed(self.read())
+
+    def feed(self, received: bytes) -> Iterator[tuple[int, bytes | None]]:
+        """Gives data by stream, and None for a stream that has ended with status 0."""
         buffer = self._buffer + received if self._buffer else received
         at, end = 0, len(buffer)
         while end - at >= 9:

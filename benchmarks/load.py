@@ -12,8 +12,8 @@ import multiprocessing
 import select
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import Connection as Pipe
 
 from benchmarks import http2
 from benchmarks.service import CONNECTIONS, cpu_seconds
@@ -60,36 +60,15 @@ _Callers = tuple[http2.Connection, bytes, dict[int, float]]
 @contextlib.contextmanager
 def client() -> Iterator[Callable[[Load], Outcome]]:
     """A process that makes calls."""
+    with process() as pool:
+        yield lambda load: pool.submit(_run, load).result()
+
+
+def process() -> ProcessPoolExecutor:
+    """A process of its own, without what ours has in memory."""
+    # A collection of garbage would be in somebody's latency.
     spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
-    process = spawn.Process(target=_obey, args=(theirs,))
-    process.start()
-    theirs.close()
-
-    def run(load: Load) -> Outcome:
-        ours.send(load)
-        answer = ours.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        assert isinstance(answer, Outcome)  # noqa: S101 - for the type checker
-        return answer
-
-    try:
-        yield run
-    finally:
-        ours.close()
-        process.join()
-
-
-def _obey(orders: Pipe) -> None:
-    gc.disable()  # a collection would be in somebody's latency
-    with contextlib.suppress(EOFError):
-        while True:
-            load = orders.recv()
-            try:
-                orders.send(_run(load))
-            except Exception as error:
-                orders.send(error)
+    return ProcessPoolExecutor(1, mp_context=spawn, initializer=gc.disable)
 
 
 def _run(load: Load) -> Outcome:

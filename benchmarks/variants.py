@@ -1,8 +1,9 @@
-"""A server with a method that does nothing: `python -m benchmarks.empty serve [--bare]`.
+"""Servers that the service is compared with: `python -m benchmarks.variants serve [OPTION]`.
 
-The method is what every unary call pays before it does anything. It is added to the service's own
-composition here and nowhere else, so that it is served as the others are; with `--bare` it is all
-there is, on gRPC's server with the same options and nothing of ours around it.
+Without an option it is the service with one more method, which does nothing: what every unary call
+pays before it does anything. It is added to the composition here and nowhere else, so that it is
+served as the others are. With `--bare` this method is all there is, on gRPC's server with the same
+options and nothing of ours around it. With `--unfollowed` no write wakes anybody.
 """
 
 import asyncio
@@ -15,9 +16,11 @@ import grpc
 import uvloop
 from google.protobuf.empty_pb2 import Empty
 
-from chat_ticket_svc import cli, grpc_server, server
+from chat_ticket_svc import cli, follow, grpc_server, server
 from chat_ticket_svc.access import methods
 from chat_ticket_svc.access.credential import Permission
+
+BARE, UNFOLLOWED = "--bare", "--unfollowed"
 
 SERVICE = "chat_ticket.bench.Bench"
 PATH = f"/{SERVICE}/Empty"
@@ -56,12 +59,16 @@ async def _bare() -> None:
 
 
 def main() -> None:
-    if "--bare" in sys.argv:
+    if BARE in sys.argv:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_bare())
     cast("dict[str, Permission]", methods.PERMISSIONS)[PATH] = Permission.READ
     server.Server = _Server  # type: ignore[misc]
-    cli.main()
+    arguments = sys.argv[1:]
+    if UNFOLLOWED in arguments:
+        arguments.remove(UNFOLLOWED)
+        follow.Follow.changed = lambda *_: None  # type: ignore[method-assign]
+    cli.main(arguments)
 
 
 if __name__ == "__main__":
