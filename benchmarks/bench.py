@@ -19,7 +19,16 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from benchmarks import batch, calls, figures, follow, neighbour, service, streams
+from benchmarks import (
+    batch,
+    calls,
+    figures,
+    follow,
+    neighbour,
+    service,
+    streams,
+    workers,
+)
 from benchmarks.figures import Figure
 from benchmarks.service import ROOT, Bench
 
@@ -39,7 +48,14 @@ class Part(Protocol):
     def measure(self, bench: Bench) -> list[Figure]: ...
 
 
-PARTS: Sequence[Part] = (calls, batch, streams, follow, neighbour)
+PARTS: Sequence[Part] = (
+    calls,
+    batch,
+    streams,
+    follow,
+    workers,
+    neighbour,
+)
 
 
 def main() -> int:

@@ -9,12 +9,12 @@ import itertools
 import random
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psycopg
 
-from benchmarks import chats, load, pgbench, service, variants
+from benchmarks import chats, http2, load, pgbench, service, variants
 from benchmarks.figures import Figure
 from benchmarks.load import TENANTS, Load
 from benchmarks.service import Bench, Server
@@ -66,9 +66,8 @@ def measure(bench: Bench) -> list[Figure]:
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(bench.postgres.database())
         with psycopg.connect(url, autocommit=True) as db:
-            db.execute(CREATE_SESSIONS, (list(TENANTS), 2 * SESSIONS))
-            db.execute("VACUUM ANALYZE")
-        servers = [
+            create_sessions(db)
+        ours, bare = (
             stack.enter_context(
                 service.server(
                     url,
@@ -78,29 +77,44 @@ def measure(bench: Bench) -> list[Figure]:
                 )
             )
             for number, arguments in enumerate(([], [variants.BARE]))
-        ]
+        )
         call = stack.enter_context(load.client())
-        calls = _calls(bench, *servers)
+        _require_interceptors(ours)
+        prepared = requests()
         scripts = _scripts(bench.directory)
         runs = itertools.count()
-
         created = 0
-        for what, prepared in calls.items():
-            outcome = call(prepared(CALLERS[-1], WARM_UP_SECONDS))
+
+        def run(what: str, callers: int, seconds: float) -> load.Outcome:
+            nonlocal created
+            server = bare if what == BARE else ours
+            path, bodies = prepared[what]
+            outcome = call(
+                Load(
+                    address=server.address,
+                    path=path,
+                    requests=bodies,
+                    callers=callers,
+                    seconds=seconds,
+                    watched={"server": server.pid, "postgres": bench.postgres.pid},
+                )
+            )
             created += outcome.calls if what == CREATE else 0
+            return outcome
+
+        for what in prepared:
+            run(what, CALLERS[-1], WARM_UP_SECONDS)
         for number, callers in itertools.product(range(1, bench.rounds + 1), CALLERS):
-            for what, prepared in calls.items():
+            for what in prepared:
                 bench.progress(f"round {number}, {what}, {callers} callers")
-                outcome = call(prepared(callers, PHASE_SECONDS))
-                outcomes[what, callers].append(outcome)
-                created += outcome.calls if what == CREATE else 0
+                outcomes[what, callers].append(run(what, callers, PHASE_SECONDS))
             for what, script in scripts.items():
                 bench.progress(f"round {number}, {what} by pgbench, {callers} callers")
                 variables = {"run": next(runs), "n": 0}
                 limits[what, callers].append(
                     pgbench.run(bench.postgres, url, script, clients=callers, variables=variables)
                 )
-        memory = service.rss_bytes(servers[0].pid) / 2**20
+        memory = service.rss_bytes(ours.pid) / 2**20
         with psycopg.connect(url) as db:
             stored = db.execute(COUNT, (SESSIONS,)).fetchone()
         if stored != (created,):
@@ -110,8 +124,25 @@ def measure(bench: Bench) -> list[Figure]:
     ]
 
 
-def _calls(bench: Bench, ours: Server, bare: Server) -> dict[str, Callable[[int, float], Load]]:
-    """What is called, in this order in each round."""
+def create_sessions(db: psycopg.Connection) -> None:
+    db.execute(CREATE_SESSIONS, (list(TENANTS), 2 * SESSIONS))
+    db.execute("VACUUM ANALYZE")
+
+
+def _require_interceptors(server: Server) -> None:
+    """That the empty call passes through them: they refuse one without a tenant."""
+    with contextlib.closing(http2.Connection(server.address)) as connection:
+        connection.call(http2.request_headers(variants.PATH, ""), http2.message(b""))
+        try:
+            while (0, None) not in connection.receive():
+                pass
+        except http2.CallFailedError:
+            return
+    raise RuntimeError("the empty call passes by the interceptors")
+
+
+def requests() -> dict[str, tuple[str, list[bytes]]]:
+    """The path and the requests of what is called, in this order in each round."""
     chosen = random.Random(1)  # noqa: S311 - the same in every run
     ids = [str(uuid.UUID(f"{chosen.randint(1, SESSIONS):032}")) for _ in range(REQUESTS)]
     reads = [GetChatSessionRequest(session_id=each) for each in ids]
@@ -124,31 +155,15 @@ def _calls(bench: Bench, ours: Server, bare: Server) -> dict[str, Callable[[int,
         )
         for each, said in zip(ids, chats.repeated(), strict=False)
     ]
-
-    def prepare(
-        server: Server, path: str, requests: Sequence[bytes]
-    ) -> Callable[[int, float], Load]:
-        return lambda callers, seconds: Load(
-            address=server.address,
-            path=path,
-            requests=requests,
-            callers=callers,
-            seconds=seconds,
-            watched={"server": server.pid, "postgres": bench.postgres.pid},
-        )
-
-    service = "/chat_ticket.v1.Chat"
     return {
-        BARE: prepare(bare, variants.PATH, [b""]),
-        EMPTY: prepare(ours, variants.PATH, [b""]),
-        GET: prepare(
-            ours,
-            f"{service}SessionService/{GET}",
+        BARE: (variants.PATH, [b""]),
+        EMPTY: (variants.PATH, [b""]),
+        GET: (
+            f"/chat_ticket.v1.ChatSessionService/{GET}",
             [each.SerializeToString() for each in reads],
         ),
-        CREATE: prepare(
-            ours,
-            f"{service}MessageService/{CREATE}",
+        CREATE: (
+            f"/chat_ticket.v1.ChatMessageService/{CREATE}",
             [each.SerializeToString() for each in writes],
         ),
     }

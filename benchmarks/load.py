@@ -40,6 +40,7 @@ class Load:
     seconds: float | None
     watched: Mapping[str, int]
     tenants: Sequence[str] = TENANTS  # of the connections, in turn
+    connections: int = CONNECTIONS  # at most: not more than callers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ def process() -> ProcessPoolExecutor:
 def _run(load: Load) -> Outcome:
     with contextlib.ExitStack() as stack:
         connections: dict[int, _Callers] = {}
-        for number in range(min(CONNECTIONS, load.callers)):
+        for number in range(min(load.connections, load.callers)):
             connection = stack.enter_context(contextlib.closing(http2.Connection(load.address)))
             tenant = load.tenants[number % len(load.tenants)]
             headers = http2.request_headers(load.path, tenant)

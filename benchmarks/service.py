@@ -37,6 +37,9 @@ UNLIMITED = {
 }
 
 
+_LISTENING = re.compile(r'^.*"listening".*}$', re.MULTILINE)
+
+
 class Postgres:
     """A PostgreSQL with fsync on, for the parts of one run."""
 
@@ -123,10 +126,13 @@ def server(
     *arguments: str,
     log: Path,
     module: str = "chat_ticket_svc",
+    workers: int = 1,
     settings: Mapping[str, str] = UNLIMITED,
 ) -> Iterator[Server]:
     """`python -m MODULE serve ARGUMENTS`; `settings` are environment variables."""
     command = [sys.executable, "-m", module, "serve", "--port", "0", *arguments]
+    if workers > 1:
+        command += ["--workers", str(workers)]
     environment = {"CHAT_TICKET_LOG_FORMAT": "json", "DATABASE_URL": database_url, **settings}
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -139,7 +145,7 @@ def server(
         )
     try:
         deadline = time.monotonic() + START_SECONDS
-        while not (listening := re.search(r'^.*"listening".*}$', log.read_text(), re.MULTILINE)):
+        while len(listening := _LISTENING.findall(log.read_text())) < workers:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server did not start: {log.read_text()[-2000:]}")
             time.sleep(0.05)

@@ -10,12 +10,14 @@ import asyncio
 import gc
 import json
 import sys
+from collections.abc import Callable
 from typing import Any, cast
 
 import grpc
 import uvloop
 from google.protobuf.empty_pb2 import Empty
 
+from chat_ticket.v1 import chat_session_pb2_grpc
 from chat_ticket_svc import cli, follow, grpc_server, server
 from chat_ticket_svc.access import methods
 from chat_ticket_svc.access.credential import Permission
@@ -42,10 +44,14 @@ def _register(target: Any) -> None:
     target.add_registered_method_handlers(SERVICE, {"Empty": handler})
 
 
-class _Server(server.Server):
-    def _register(self) -> None:
-        super()._register()
-        _register(self._grpc)
+def _register_too(add: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """As the service registers its own methods, whatever it puts around them."""
+
+    def added(servicer: Any, target: Any) -> None:
+        add(servicer, target)
+        _register(target)
+
+    return added
 
 
 async def _bare() -> None:
@@ -63,7 +69,9 @@ def main() -> None:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_bare())
     cast("dict[str, Permission]", methods.PERMISSIONS)[PATH] = Permission.READ
-    server.Server = _Server  # type: ignore[misc]
+    generated: Any = chat_session_pb2_grpc
+    add = generated.add_ChatSessionServiceServicer_to_server
+    generated.add_ChatSessionServiceServicer_to_server = _register_too(add)
     arguments = sys.argv[1:]
     if UNFOLLOWED in arguments:
         arguments.remove(UNFOLLOWED)
