@@ -16,7 +16,8 @@ NAME = "workers"
 SECONDS = 50
 
 CALLERS = 64  # each on a connection of its own: the kernel spreads those over the workers
-PHASE_SECONDS = 2
+PHASE_SECONDS = 1.5
+WARM_UP_SECONDS = 0.5
 WORKERS = (1, 2)
 
 
@@ -52,7 +53,7 @@ def measure(bench: Bench) -> list[Figure]:
                             requests=requests,
                             callers=CALLERS,
                             connections=CALLERS,
-                            seconds=PHASE_SECONDS,
+                            seconds=PHASE_SECONDS if number else WARM_UP_SECONDS,
                             watched={"servers": server.pid, "postgres": bench.postgres.pid},
                         )
                     )
