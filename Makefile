@@ -6,13 +6,16 @@ PYTHON ?= $(or $(wildcard $(BIN)/python3),python3)
 SOURCES := src/chat_ticket_svc scripts benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv run test fuzz migrate migrate-status new-migration proto check-proto lint format typecheck check demo bench lock audit clean
+.PHONY: help venv venv-bench run test fuzz migrate migrate-status new-migration proto check-proto lint format typecheck check demo bench lock audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
 
 venv: ## create .venv from requirements.lock, when it is not up to date
 	@$(PYTHON) scripts/bootstrap.py
+
+venv-bench: venv ## create .venv-bench from benchmarks/requirements.lock, for make bench
+	@$(BIN)/python scripts/bootstrap.py .venv-bench
 
 run: venv ## serve on PORT= or 50051, with an embedded PostgreSQL in .data; AUTH=jwt asks for tokens
 	@$(if $(AUTH),CHAT_TICKET_AUTH=$(AUTH)) $(BIN)/chat-ticket-svc serve $(if $(PORT),--port $(PORT)) --embedded .data/postgres
@@ -64,17 +67,19 @@ check: lint typecheck check-proto test ## all that CI runs
 demo: venv ## load real conversations through the API and show what the service does; ALL=1 for every chat
 	@$(BIN)/python scripts/demo.py $(if $(ALL),--all)
 
-bench: venv ## measure against limits and peers, in 15 minutes; PARTS="calls streams" chooses, ROUNDS=
+bench: venv-bench ## measure against limits and peers, in 15 minutes; PARTS="calls streams" chooses, ROUNDS=
 	@PARTS="$(PARTS)" ROUNDS="$(ROUNDS)" $(BIN)/python -m benchmarks.bench
 
-lock: venv ## resolve requirements.lock again from pyproject.toml
-	@$(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --python-version 3.11 \
-		--all-extras --group dev --custom-compile-command "make lock" \
-		--output-file requirements.lock pyproject.toml
+COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes \
+	--python-version 3.11 --custom-compile-command "make lock"
+
+lock: venv ## resolve requirements.lock again from pyproject.toml, and that of the benchmark
+	@$(COMPILE) --all-extras --group dev --output-file requirements.lock pyproject.toml
+	@$(COMPILE) --output-file benchmarks/requirements.lock benchmarks/requirements.in
 
 audit: venv ## look the locked dependencies up in PyPI's database of vulnerabilities
 	@$(BIN)/python scripts/audit.py
 
-clean: ## remove what the targets made: .venv, .data, build and caches
-	@rm -rf .venv .data build .bootstrap.lock .mypy_cache .pytest_cache .ruff_cache .hypothesis dist tests/node/node_modules
+clean: ## remove what the targets made: .venv, .venv-bench, .data, build and caches
+	@rm -rf .venv .venv-bench .data build .bootstrap.lock .mypy_cache .pytest_cache .ruff_cache .hypothesis dist tests/node/node_modules
 	@find src scripts benchmarks tests -name __pycache__ -type d -exec rm -rf {} +

@@ -11,14 +11,23 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+LOCKS = (ROOT / "requirements.lock", ROOT / "benchmarks" / "requirements.lock")
 SHOWN = 5
 
 
 def main() -> None:
+    found = {(each["name"], each.get("version")): each for lock in LOCKS for each in audited(lock)}
+    text, status = judged(list(found.values()))
+    print(text)
+    sys.exit(status)
+
+
+def audited(lock: Path) -> list[dict[str, Any]]:
+    """What pip-audit says of each package of a lock; it takes no two locks with one in common."""
     result = subprocess.run(
         [
             Path(sys.executable).with_name("pip-audit"),
-            *("--requirement", ROOT / "requirements.lock", "--require-hashes", "--disable-pip"),
+            *("--requirement", lock, "--require-hashes", "--disable-pip"),
             *("--format", "json", "--progress-spinner", "off"),
         ],
         capture_output=True,
@@ -26,14 +35,12 @@ def main() -> None:
         check=False,
     )
     try:
-        dependencies = json.loads(result.stdout)["dependencies"]
+        dependencies: list[dict[str, Any]] = json.loads(result.stdout)["dependencies"]
     except (ValueError, KeyError):
         last = result.stderr.strip().splitlines()[-1:]
         print("nothing was audited: PyPI's database cannot be reached", *last, sep="\n  ")
         sys.exit(2)
-    text, status = judged(dependencies)
-    print(text)
-    sys.exit(status)
+    return dependencies
 
 
 def judged(dependencies: list[dict[str, Any]]) -> tuple[str, int]:

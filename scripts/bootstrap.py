@@ -1,7 +1,7 @@
-"""Create or refresh .venv from requirements.lock. Run by make, with any Python.
+"""Create or refresh .venv, or another environment by its name, from its lock. Run by make.
 
-Does nothing when .venv is already the lock's and this checkout's. Concurrent runs wait for
-one another. Kept in the syntax of old Pythons so that it can say which one is needed.
+Does nothing when it is already the lock's and this checkout's. Concurrent runs wait for one
+another. Takes any Python: kept in the syntax of old ones so that it can say which one is needed.
 """
 
 import fcntl
@@ -12,19 +12,23 @@ import subprocess
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-VENV = os.path.join(ROOT, ".venv")
+PROJECT = ".venv"  # the one that the project itself is installed in
+NAME = sys.argv[1] if len(sys.argv) > 1 else PROJECT
+LOCKS = {PROJECT: "requirements.lock", ".venv-bench": "benchmarks/requirements.lock"}
+LOCK = os.path.join(ROOT, LOCKS[NAME])
+VENV = os.path.join(ROOT, NAME)
 STAMP = os.path.join(VENV, "installed")
 OLDEST = (3, 11)
 
 
 def fingerprint():
-    """What .venv depends on: the lock, the package's metadata, the interpreter, its place."""
+    """What it depends on: the lock, the package's metadata, the interpreter, its place."""
     import tomllib
 
-    with open(os.path.join(ROOT, "requirements.lock"), "rb") as file:
+    with open(LOCK, "rb") as file:
         lock = file.read()
     with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
-        project = tomllib.load(file)["project"]
+        project = tomllib.load(file)["project"] if NAME == PROJECT else None
     return hashlib.sha256(lock + repr((project, sys.version_info[:2], ROOT)).encode()).hexdigest()
 
 
@@ -49,7 +53,7 @@ def installed():
 def install():
     if os.path.exists(VENV):
         shutil.rmtree(VENV)
-    print("Setting up .venv (once; about a minute) ...", flush=True)
+    print("Setting up %s (once; about a minute) ..." % NAME, flush=True)
     # Not the Python of .venv itself, which has just gone, when somebody has it activated.
     python = getattr(sys, "_base_executable", sys.executable)
     if subprocess.call([python, "-m", "venv", VENV]) != 0:
@@ -72,12 +76,13 @@ def install():
             "--use-pep517",
             "--require-hashes",
             "-r",
-            os.path.join(ROOT, "requirements.lock"),
+            LOCK,
         ]
     )
-    subprocess.check_call(
-        pip + ["install", "--no-deps", "--no-build-isolation", "--editable", ROOT]
-    )
+    if NAME == PROJECT:
+        subprocess.check_call(
+            pip + ["install", "--no-deps", "--no-build-isolation", "--editable", ROOT]
+        )
 
 
 def main():

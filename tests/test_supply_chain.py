@@ -13,6 +13,7 @@ import pytest
 from test_server import ROOT
 
 LOCK = ROOT / "requirements.lock"
+BENCHMARK_LOCK = ROOT / "benchmarks" / "requirements.lock"
 
 
 def audit() -> Any:
@@ -25,9 +26,10 @@ def audit() -> Any:
 
 
 class TestLock:
-    def test_every_requirement_is_pinned_and_hashed(self) -> None:
+    @pytest.mark.parametrize("lock", [LOCK, BENCHMARK_LOCK], ids=["project", "benchmark"])
+    def test_every_requirement_is_pinned_and_hashed(self, lock: Path) -> None:
         """One version each, and no host, path or version range."""
-        text = LOCK.read_text()
+        text = lock.read_text()
         entries = re.split(r"\n(?=\S)", re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE))
         assert len(entries) > 50
         for entry in entries:
