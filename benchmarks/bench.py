@@ -25,6 +25,7 @@ from benchmarks import (
     figures,
     follow,
     neighbour,
+    peers,
     service,
     streams,
     workers,
@@ -54,6 +55,7 @@ PARTS: Sequence[Part] = (
     streams,
     follow,
     workers,
+    peers,
     neighbour,
 )
 
