@@ -1,14 +1,15 @@
 """What a caller would use instead: libraries that keep conversations in PostgreSQL themselves.
 
-They run in the caller's process, on the same PostgreSQL, and pay for no RPC; ours is called through
-gRPC by a process that is measured as well. Each has a process of its own, which does the same work
-on the same texts, and they take turns. What the libraries do not promise, and ours does:
+They run in the caller's process, on the same PostgreSQL. Ours is called through gRPC, by a process
+that counts as well, and pays for what they do not have: the RPC, revisions, a full-text index. Each
+has a process of its own, which does the same work on the same texts, and they take turns. What the
+libraries do not promise, and ours does:
 
 - **Order.** PostgresChatMessageHistory reads by a serial number that is drawn before the commit,
   SQLAlchemySession by the time at which the transaction began: with several callers, a message may
   come to stand before some that were read already. Ours reads in the order of the commits.
 - **Retries.** Both keep a message that is added again twice, even with the same id.
-- **Tenants.** Neither has any, nor roles, sizes or types that are checked, nor a search.
+- **Tenants.** Neither knows any: who has the name of a conversation has the conversation.
 
 SQLAlchemySession makes its tables in Python anew for each conversation, so that SQLAlchemy finds
 none of their statements in its cache once more of them are in use than the 500 it holds. That is a
@@ -21,19 +22,23 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psycopg
 
-from benchmarks import chats, service
+from benchmarks import chats, load, service
 from benchmarks.figures import Figure
+from benchmarks.load import Load
 from benchmarks.peers_worker import CALLERS
-from benchmarks.service import ROOT, Bench
+from benchmarks.service import ROOT, Bench, Server
+from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest
+from chat_ticket.v1.resources_pb2 import ChatMessage
+from chat_ticket_svc import convert
 
 NAME = "peers"
-SECONDS = 90
+SECONDS = 100
 
 CONVERSATIONS = 256  # that are appended to
 SIZES = (10, 1_000, 10_000)
@@ -44,8 +49,17 @@ FOLLOW_SECONDS = 0.5
 OURS = "ours"
 LIBRARIES = {"peer_langchain": "langchain-postgres", "peer_openai_agents": "openai-agents"}
 
+CREATE_SESSIONS = """
+INSERT INTO chat_sessions (tenant_id) SELECT %s FROM generate_series(1, %s) RETURNING id::text
+"""
+
 # Half of its connections are for one tenant at most: so many as the libraries have.
 SETTINGS = {**service.UNLIMITED, "CHAT_TICKET_POOL_SIZE": str(2 * CALLERS)}
+
+BENCH_PYTHON = str(ROOT / ".venv-bench" / "bin" / "python")
+
+# By what was done, and by whom, the answers of each round.
+Answers = dict[str, dict[str, list[Any]]]
 
 
 class Process:
@@ -84,29 +98,30 @@ def process(python: str, module: str, address: str, log: Path) -> Iterator[Proce
 
 
 def measure(bench: Bench) -> list[Figure]:
-    found: dict[str, dict[str, list[Any]]] = collections.defaultdict(
-        lambda: collections.defaultdict(list)
-    )
+    found: Answers = collections.defaultdict(lambda: collections.defaultdict(list))
+    raw: list[load.Outcome] = []
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(bench.postgres.database())
         log = bench.directory / "server.log"
         server = stack.enter_context(service.server(url, log=log, settings=SETTINGS))
-        python = str(ROOT / ".venv-bench" / "bin" / "python")
+        call = stack.enter_context(load.client())
         processes = {
             name: stack.enter_context(
-                process(executable, module, address, bench.directory / f"{module}.log")
+                process(python, module, address, bench.directory / f"{module}.log")
             )
-            for name, executable, module, address in (
+            for name, python, module, address in (
                 (OURS, sys.executable, "peer_ours", server.address),
-                *((name, python, module, url) for module, name in LIBRARIES.items()),
+                *((name, BENCH_PYTHON, module, url) for module, name in LIBRARIES.items()),
             )
         }
-        said = [each[:2] for each in itertools.islice(chats.repeated(), max(SIZES))]
+        said = list(itertools.islice(chats.repeated(), max(SIZES)))
         for name, work in processes.items():
             bench.progress(f"{name}: fill")
-            work("prepare", said=said, conversations=CONVERSATIONS, sizes=SIZES)
+            texts = [(each.role, each.content) for each in said]
+            work("prepare", said=texts, conversations=CONVERSATIONS, sizes=SIZES)
             found["repeat"][name].append(work("repeat"))
         with psycopg.connect(url, autocommit=True) as db:
+            appends = raw_appends(db, server, said)
             db.execute("VACUUM ANALYZE")
 
         orders: list[tuple[str, str, dict[str, Any]]] = [
@@ -114,25 +129,58 @@ def measure(bench: Bench) -> list[Figure]:
             *((f"read {n}", "read", {"size": n, "seconds": READ_SECONDS}) for n in SIZES),
             ("follow", "follow", {"seconds": FOLLOW_SECONDS}),
         ]
-        for what, order, arguments in orders * bench.rounds:
-            for name, work in processes.items():
-                bench.progress(f"{name}: {what}")
-                servers = service.cpu_seconds(server.pid)
-                databases = service.cpu_seconds(bench.postgres.pid)
-                answer = work(order, **arguments)
-                answer["server_cpu_seconds"] = service.cpu_seconds(server.pid) - servers
-                answer["postgres_cpu_seconds"] = service.cpu_seconds(bench.postgres.pid) - databases
-                found[what][name].append(answer)
-    return list(figures(found))
+        for _ in range(bench.rounds):
+            bench.progress("raw client: append")
+            raw.append(call(appends))
+            for what, order, arguments in orders:
+                for name, work in processes.items():
+                    bench.progress(f"{name}: {what}")
+                    servers = service.cpu_seconds(server.pid)
+                    databases = service.cpu_seconds(bench.postgres.pid)
+                    answer = work(order, **arguments)
+                    servers = service.cpu_seconds(server.pid) - servers
+                    databases = service.cpu_seconds(bench.postgres.pid) - databases
+                    answer |= {"server_cpu_seconds": servers, "postgres_cpu_seconds": databases}
+                    found[what][name].append(answer)
+    return list(figures(found, [outcome.calls_per_second for outcome in raw]))
 
 
-def figures(found: dict[str, dict[str, list[Any]]]) -> Iterator[Figure]:
+def raw_appends(db: psycopg.Connection, server: Server, said: Sequence[chats.Utterance]) -> Load:
+    """The same by a client that costs little: what a caller in another language may come to."""
+    ids = [session_id for (session_id,) in db.execute(CREATE_SESSIONS, ("raw", CONVERSATIONS))]
+    requests = [
+        CreateChatMessageRequest(
+            session_id=session_id,
+            message=ChatMessage(role=convert.MESSAGE_ROLE[each.role], content=each.content),
+        )
+        for session_id, each in zip(itertools.cycle(ids), said, strict=False)
+    ]
+    return Load(
+        address=server.address,
+        path="/chat_ticket.v1.ChatMessageService/CreateChatMessage",
+        requests=[request.SerializeToString() for request in requests],
+        callers=CALLERS,
+        seconds=APPEND_SECONDS,
+        watched={},
+        tenants=["raw"],
+    )
+
+
+def figures(found: Answers, raw: list[float]) -> Iterator[Figure]:
     append = f"append, {CALLERS} callers, {CONVERSATIONS} conversations"
     longest = max(SIZES)
     for library in LIBRARIES.values():
         yield compared(found["append"], library, append, rate, "messages/s", must=1)
         yield compared(
             found["append"], library, f"{append}: CPU of all", cpu, "µs a message", at_most=True
+        )
+        yield Figure(
+            part=NAME,
+            name=f"{append}, by a raw client",
+            unit="messages/s",
+            measured=raw,
+            limit=[rate(answer) for answer in found["append"][library]],
+            against=library,
         )
         for size in SIZES:
             yield compared(
