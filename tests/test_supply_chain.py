@@ -37,18 +37,25 @@ class TestLock:
             assert "--hash=sha256:" in entry, entry
         assert "://" not in text
 
-    def test_a_file_that_is_not_the_locked_one_is_not_installed(self, tmp_path: Path) -> None:
-        """The set-up of .venv fails, and says why."""
+    @pytest.mark.parametrize(
+        ("environment", "lock"), [(".venv", LOCK), (".venv-bench", BENCHMARK_LOCK)]
+    )
+    def test_a_file_that_is_not_the_locked_one_is_not_installed(
+        self, tmp_path: Path, environment: str, lock: Path
+    ) -> None:
+        """The set-up of the environment fails, and says why."""
         for name in ("Makefile", "README.md", "pyproject.toml"):
             shutil.copy(ROOT / name, tmp_path)
         for name in ("scripts", "src"):
             shutil.copytree(ROOT / name, tmp_path / name)
         wheel = re.escape("annotated-types==") + r"\S+ \\\n(    --hash=sha256:[0-9a-f]{64} ?\\?\n)+"
-        [entry] = re.finditer(wheel, LOCK.read_text())
+        [entry] = re.finditer(wheel, lock.read_text())
         forged = re.sub(r"sha256:[0-9a-f]{64}", "sha256:" + "0" * 64, entry.group())
-        (tmp_path / "requirements.lock").write_text(forged)
+        forged_lock = tmp_path / lock.relative_to(ROOT)
+        forged_lock.parent.mkdir(exist_ok=True)
+        forged_lock.write_text(forged)
         result = subprocess.run(
-            [sys.executable, "scripts/bootstrap.py"],
+            [sys.executable, "scripts/bootstrap.py", environment],
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -56,7 +63,7 @@ class TestLock:
         )
         assert result.returncode != 0
         assert "DO NOT MATCH THE HASHES" in result.stdout + result.stderr
-        assert not (tmp_path / ".venv" / "installed").exists()
+        assert not (tmp_path / environment / "installed").exists()
 
 
 class TestAudit:
