@@ -74,6 +74,7 @@ def measure(bench: Bench) -> list[Figure]:
             against="by COPY",
             must=0.4,
             stretch=0.6,
+            note=load.note(outcomes[1:]),
             details={"rounds": outcomes[1:]},
         )
         for callers, outcomes in batched.items()

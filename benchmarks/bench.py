@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,9 +62,48 @@ PARTS: Sequence[Part] = (
 
 
 def main() -> int:
+    # Every way to be ended is a Ctrl-C, which leaves nothing behind.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        return _run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run() -> int:
     chosen = _chosen(os.environ.get("PARTS", ""))
     rounds = int(os.environ.get("ROUNDS") or ROUNDS)
-    budget = sum(part.SECONDS for part in chosen)
+    about = _about()
+    began = time.monotonic()
+    found, failed, took = _measure(chosen, rounds)
+    seconds = time.monotonic() - began
+    report = {
+        "about": about,
+        "rounds": rounds,
+        "seconds": took,
+        "failed": failed,
+        "figures": [figure.as_json() for figure in found],
+    }
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    file = OUTPUT / "figures.json"
+    file.write_text(json.dumps(report, indent=1, ensure_ascii=False))
+    print(figures.table(found))
+    print(f"\n{rounds} rounds:", ", ".join(f"{name} {each:.0f} s" for name, each in took.items()))
+    print(file.relative_to(ROOT), _picture(file))
+    for name, error in failed.items():
+        print(f"\n{name} FAILED\n{error}", file=sys.stderr)
+    if seconds > MOST_SECONDS:
+        print(f"TOO LONG: {seconds:.0f} s, of {MOST_SECONDS} s at most", file=sys.stderr)
+    return 1 if failed or seconds > MOST_SECONDS else 0
+
+
+def _measure(
+    parts: Sequence[Part], rounds: int
+) -> tuple[list[Figure], dict[str, str], dict[str, float]]:
+    """The figures; the parts that failed, and how; and the seconds that each part took."""
+    budget = sum(part.SECONDS for part in parts)
     began = time.monotonic()
     found: list[Figure] = []
     failed: dict[str, str] = {}
@@ -87,7 +127,7 @@ def main() -> int:
             bar.refresh()
 
         with service.postgres(directory) as postgres:
-            for part in chosen:
+            for part in parts:
                 part_began = time.monotonic()
                 scratch = directory / part.NAME
                 scratch.mkdir()
@@ -96,24 +136,7 @@ def main() -> int:
                 except Exception:  # the others are measured all the same
                     failed[part.NAME] = traceback.format_exc()
                 took[part.NAME] = time.monotonic() - part_began
-    print(figures.table(found))
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    file = OUTPUT / "figures.json"
-    report = {
-        "about": _about(),
-        "rounds": rounds,
-        "seconds": took,
-        "failed": failed,
-        "figures": [figure.as_json() for figure in found],
-    }
-    file.write_text(json.dumps(report, indent=1, ensure_ascii=False))
-    seconds = time.monotonic() - began
-    print(f"\n{rounds} rounds in {seconds:.0f} s: {file.relative_to(ROOT)}", _picture(file))
-    for name, error in failed.items():
-        print(f"\n{name} FAILED\n{error}", file=sys.stderr)
-    if seconds > MOST_SECONDS:
-        print(f"TOO LONG: {MOST_SECONDS} s are the most", file=sys.stderr)
-    return 1 if failed or seconds > MOST_SECONDS else 0
+    return found, failed, took
 
 
 def _chosen(names: str) -> list[Part]:

@@ -222,6 +222,7 @@ def _figures(outcomes: Outcomes, limits: Limits, callers: int) -> list[Figure]:
             against="without interceptors",
             must=1.15,
             at_most=True,
+            note=load.note(base),
             details={
                 "with": base,
                 "without": bare,
@@ -240,6 +241,7 @@ def _figures(outcomes: Outcomes, limits: Limits, callers: int) -> list[Figure]:
                 against="empty calls",
                 must=MUST[what],
                 stretch=STRETCH[what],
+                note=load.note(ours),
                 details={"rounds": ours},
             ),
             Figure(
@@ -249,6 +251,7 @@ def _figures(outcomes: Outcomes, limits: Limits, callers: int) -> list[Figure]:
                 measured=rates(ours),
                 limit=rates(direct),
                 against="by pgbench",
+                note=f"pgbench: {load.cpu_note([outcome.cpu_us for outcome in direct])}",
                 details={"pgbench": direct},
             ),
             Figure(

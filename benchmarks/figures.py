@@ -15,8 +15,9 @@ class Figure:
     in the same rounds, when there is such a thing; `against` says what it is. `must` and `stretch`
     are targets of the ratio where there is a limit, of the measured value where there is none.
 
-    `details` go into the JSON as they are. A mapping `by_size` in them, from the size of the data
-    (as text) to what was measured there, is drawn as a curve.
+    `note` ends the line, with what else is worth seeing. `details` go into the JSON as they are; a
+    mapping `by_size` in them, from the size of the data (as text) to what was measured there, is
+    drawn as a curve.
     """
 
     part: str
@@ -28,6 +29,7 @@ class Figure:
     must: float | None = None
     stretch: float | None = None
     at_most: bool = False
+    note: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -70,7 +72,17 @@ class Figure:
 
 def table(figures: Sequence[Figure]) -> str:
     """The figures, a line each."""
-    head = ("part", "what", "measured", "limit or peer", "ratio", "must", "stretch", "")
+    head = (
+        "part",
+        "what",
+        "measured",
+        "limit or peer",
+        "ratio",
+        "must",
+        "stretch",
+        "",
+        "beside it",
+    )
     rows = [head, *(_row(figure) for figure in figures)]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -97,6 +109,7 @@ def _row(figure: Figure) -> tuple[str, ...]:
         ratio,
         *targets,
         verdict,
+        figure.note,
     )
 
 

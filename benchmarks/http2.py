@@ -1,4 +1,4 @@
-"""As much of HTTP/2 as a gRPC client needs, at a few microseconds a call.
+"""As much of HTTP/2 as a gRPC client needs, and no more, so that it costs what h2load costs.
 
 A client of gRPC's own takes longer for a call than the server does, and would be what is measured.
 tests/http2.py speaks by a library, and says what no client should; this one only says what it must.

@@ -10,6 +10,8 @@ import itertools
 import math
 import multiprocessing
 import select
+import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -54,6 +56,18 @@ class Outcome:
     calls: int  # all there were, also before and after what was measured
 
 
+def note(outcomes: Sequence[Outcome]) -> str:
+    """What else there is to see of the rounds of a figure."""
+    p50 = statistics.median(outcome.p50_ms for outcome in outcomes)
+    p99 = statistics.median(outcome.p99_ms for outcome in outcomes)
+    return f"p50 {p50:.1f}, p99 {p99:.1f} ms; {cpu_note([each.cpu_us for each in outcomes])}"
+
+
+def cpu_note(rounds: Sequence[Mapping[str, float]]) -> str:
+    medians = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+    return f"CPU in µs: {', '.join(f'{name} {value:.3g}' for name, value in medians.items())}"
+
+
 # A connection, the headers of its calls, and when those that run were begun.
 _Callers = tuple[http2.Connection, bytes, dict[int, float]]
 
@@ -67,9 +81,13 @@ def client() -> Iterator[Callable[[Load], Outcome]]:
 
 def process() -> ProcessPoolExecutor:
     """A process of its own, without what ours has in memory."""
-    # A collection of garbage would be in somebody's latency.
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=spawn, initializer=gc.disable)
+    return ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin)
+
+
+def _begin() -> None:
+    gc.disable()  # a collection would be in somebody's latency
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for our parent, who ends us
 
 
 def _run(load: Load) -> Outcome:

@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 
+COLUMNS = 3
 COLOURS = {None: "tab:grey", True: "tab:green", False: "tab:red"}
 
 
@@ -21,38 +22,41 @@ def main(source: Path, target: Path) -> None:
     figures = json.loads(source.read_text())["figures"]
     ratios = [figure for figure in figures if figure["ratio"] is not None]
     curves = [figure for figure in figures if "by_size" in figure["details"]]
-    rows = 1 + (len(curves) + 1) // 2
-    height = 1 + 0.32 * len(ratios)
-    plot = pyplot.figure(figsize=(13, height + 3 * (rows - 1)), layout="constrained")
-    grid = plot.add_gridspec(rows, 2, height_ratios=[height] + [3] * (rows - 1))
-    bars(plot.add_subplot(grid[0, :]), ratios)
+    rows = -(-len(curves) // COLUMNS)
+    height = 1 + 0.3 * len(ratios)
+    plot = pyplot.figure(figsize=(15, height + 3 * rows), layout="constrained")
+    grid = plot.add_gridspec(1 + rows, COLUMNS, height_ratios=[height] + [3] * rows)
+    if ratios:
+        bars(plot.add_subplot(grid[0, :]), ratios)
     for number, figure in enumerate(curves):
-        curve(plot.add_subplot(grid[1 + number // 2, number % 2]), figure)
+        curve(plot.add_subplot(grid[1 + number // COLUMNS, number % COLUMNS]), figure)
     plot.savefig(target, dpi=110)
 
 
 def bars(axes: Any, figures: list[dict[str, Any]]) -> None:
     """The ratio of each figure to its limit, and with a line what it must be."""
-    names = [f"{figure['part']}: {figure['name']}" for figure in figures]
+    places = range(len(figures))
     ratios = [figure["ratio"] for figure in figures]
-    axes.barh(names, ratios, color=[COLOURS[figure["met"]] for figure in figures])
+    axes.barh(places, ratios, color=[COLOURS[figure["met"]] for figure in figures])
+    axes.set_yticks(places, [f"{figure['part']}: {figure['name']}" for figure in figures])
     for place, figure in enumerate(figures):
-        axes.text(
-            figure["ratio"], place, f" {figure['ratio']:.2f} of {figure['against']}", va="center"
-        )
+        text = f" {figure['ratio']:.2f} ({figure['against']})"
+        axes.text(figure["ratio"], place, text, va="center")
         for target, style in ((figure["must"], "-"), (figure["stretch"], ":")):
             if target is not None:
                 axes.plot([target, target], [place - 0.4, place + 0.4], style, color="black")
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel("ratio to the limit or peer; lines: must, and dotted: stretch")
+    axes.set_xlim(min(ratios) / 2, 5 * max(ratios))
+    axes.axvline(1, color="black", linewidth=0.5)
+    axes.set_xlabel("ratio to the limit or peer in brackets; black: must, dotted: stretch")
 
 
 def curve(axes: Any, figure: dict[str, Any]) -> None:
     by_size = figure["details"]["by_size"]
     axes.plot([float(size) for size in by_size], list(by_size.values()), marker="o")
     axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.2 * max(by_size.values()))
     axes.set_title(f"{figure['part']}: {figure['name']}")
     axes.set_xlabel("size of the data")
     axes.set_ylabel(figure["unit"])

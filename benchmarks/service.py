@@ -166,12 +166,15 @@ def libpq(database_url: str) -> dict[str, str]:
 
 def cpu_seconds(pid: int) -> float:
     """What a process and all of its descendants have taken of the CPUs, since they began."""
-    total = 0
-    for member in tree(pid):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            # In user and kernel mode; then the same of children that have ended and were reaped.
-            total += sum(int(field) for field in _stat(member)[11:15])
-    return total / TICKS
+    while True:
+        members = tree(pid)
+        total = 0
+        for member in members:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                # In user and kernel mode; then the same of children that have been reaped.
+                total += sum(int(field) for field in _stat(member)[11:15])
+        if members == tree(pid):  # none was reaped between being looked at and its parent's turn
+            return total / TICKS
 
 
 def rss_bytes(pid: int) -> int:
@@ -191,15 +194,11 @@ def forget_peak_rss(pid: int) -> None:
 
 def tree(pid: int) -> list[int]:
     """A process and its descendants."""
-    children: dict[int, list[int]] = {}
-    for directory in Path("/proc").iterdir():
-        if directory.name.isdigit():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                member = int(directory.name)
-                children.setdefault(int(_stat(member)[1]), []).append(member)
     found = [pid]
     for member in found:  # which grows as we go
-        found += children.get(member, [])
+        for thread in Path(f"/proc/{member}/task").glob("*/children"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found += map(int, thread.read_text().split())
     return found
 
 

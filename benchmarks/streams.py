@@ -12,7 +12,7 @@ from collections import defaultdict
 
 import psycopg
 
-from benchmarks import chats, http2, service
+from benchmarks import chats, http2, load, service
 from benchmarks.figures import Figure
 from benchmarks.service import Bench, Server
 from chat_ticket.v1.chat_message_pb2 import (
@@ -94,6 +94,7 @@ def _speed(bench: Bench, url: str, server: Server) -> list[Figure]:
                 against=against,
                 must=0.90,
                 stretch=1.0,
+                note=load.cpu_note(cpu[name][1:]),
                 details={"cpu_us": cpu[name][1:]},
             )
             for limit, against in (

@@ -70,6 +70,7 @@ def measure(bench: Bench) -> list[Figure]:
                 measured=[outcome.calls_per_second for outcome in found[what, two]],
                 limit=[outcome.calls_per_second for outcome in found[what, one]],
                 against="with one",
+                note=load.note(found[what, two]),
                 details={str(count): found[what, count] for count in WORKERS},
             )
         )
