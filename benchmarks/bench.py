@@ -63,6 +63,7 @@ PARTS: Sequence[Part] = (
 
 def main() -> int:
     # Every way to be ended is a Ctrl-C, which leaves nothing behind.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
