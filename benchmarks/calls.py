@@ -70,13 +70,10 @@ def measure(bench: Bench) -> list[Figure]:
         ours, bare = (
             stack.enter_context(
                 service.server(
-                    url,
-                    *arguments,
-                    log=bench.directory / f"server{number}.log",
-                    module="benchmarks.variants",
+                    url, *option, log=bench.directory / name, module="benchmarks.variants"
                 )
             )
-            for number, arguments in enumerate(([], [variants.BARE]))
+            for name, option in (("ours.log", []), ("bare.log", [variants.BARE]))
         )
         call = stack.enter_context(load.client())
         _require_interceptors(ours)
@@ -132,9 +129,9 @@ def create_sessions(db: psycopg.Connection) -> None:
 def _require_interceptors(server: Server) -> None:
     """That the empty call passes through them: they refuse one without a tenant."""
     with contextlib.closing(http2.Connection(server.address)) as connection:
-        connection.call(http2.request_headers(variants.PATH, ""), http2.message(b""))
+        stream = connection.call(http2.request_headers(variants.PATH, ""), http2.message(b""))
         try:
-            while (0, None) not in connection.receive():
+            while (stream, None) not in connection.receive():
                 pass
         except http2.CallFailedError:
             return
@@ -223,10 +220,7 @@ def _figures(outcomes: Outcomes, limits: Limits, callers: int) -> list[Figure]:
             must=1.15,
             at_most=True,
             note=load.note(base),
-            details={
-                "with": base,
-                "without": bare,
-            },
+            details={"with": base, "without": bare},
         )
     ]
     for what in (GET, CREATE):

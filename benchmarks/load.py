@@ -117,12 +117,13 @@ def _calls(load: Load, connections: Mapping[int, _Callers], poll: select.epoll) 
         bodies = itertools.cycle(framed)
         measured_from = clock() + LEAD_SECONDS
         end = measured_from + load.seconds
-    for _ in range(load.callers // len(connections)):
-        for connection, headers, started in connections.values():
-            if body := next(bodies, None):
-                started[connection.call(headers, body)] = clock()
-
-    running, calls = sum(len(started) for _, _, started in connections.values()), 0
+    running = calls = 0
+    for connection, headers, started in itertools.islice(
+        itertools.cycle(connections.values()), load.callers
+    ):
+        if body := next(bodies, None):
+            started[connection.call(headers, body)] = clock()
+            running += 1
     latencies: list[float] = []
     while running:
         if not before and clock() >= measured_from:

@@ -46,8 +46,11 @@ class Postgres:
     def __init__(self, embedded: EmbeddedPostgres):
         self._embedded = embedded
         self._numbers = itertools.count()
-        # A checkpoint in one round and not in its neighbour would be in their ratio.
         with psycopg.connect(embedded.url("postgres"), autocommit=True) as db:
+            for name in ("fsync", "synchronous_commit", "full_page_writes"):
+                if db.execute(f"SHOW {name}").fetchone() != ("on",):
+                    raise RuntimeError(f"PostgreSQL runs without {name}")
+            # A checkpoint in one round and not in its neighbour would be in their ratio.
             for name, value in (("max_wal_size", "16GB"), ("checkpoint_timeout", "1h")):
                 db.execute(f"ALTER SYSTEM SET {name} = '{value}'")
             db.execute("SELECT pg_reload_conf()")
