@@ -22,7 +22,7 @@ LAYERS = [
     ["follow", "paging", "status"],
     ["validate"],
     ["convert"],
-    ["development", "migrate"],
+    ["development", "migrate", "workers"],
     ["access", "attachment_url", "embedded", "store"],
     ["caller", "grpc_server", "logs"],
     ["errors"],

@@ -7,12 +7,13 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import structlog
 
-from chat_ticket_svc import config, logs, migrate
+from chat_ticket_svc import config, logs, migrate, workers
 from chat_ticket_svc.access.credential import TENANT_ID, Permission
 from chat_ticket_svc.config import ConfigurationError, Settings
 from chat_ticket_svc.embedded import EmbeddedPostgres, EmbeddedPostgresError
@@ -31,11 +32,16 @@ def main(arguments: list[str] | None = None) -> None:
     serve = commands.add_parser("serve", help="serve until SIGTERM or SIGINT")
     serve.add_argument("--port", type=int, help="overrides CHAT_TICKET_PORT")
     serve.add_argument(
+        "--workers", type=int, metavar="N", help="server processes; overrides CHAT_TICKET_WORKERS"
+    )
+    serve.add_argument(
         "--embedded",
         type=Path,
         metavar="DIRECTORY",
         help="run a private PostgreSQL on this data directory, migrated, for development",
     )
+    worker = commands.add_parser("worker")  # for `serve` alone, so the help does not list it
+    worker.add_argument("parent", type=int)
     commands.add_parser("migrate", help="bring the database to the newest schema")
     commands.add_parser("migrate-status", help="list the applied and the pending migrations")
     token = commands.add_parser(
@@ -71,11 +77,13 @@ def main(arguments: list[str] | None = None) -> None:
         match options.command:
             case "serve":
                 status = _serve(options)
+            case "worker":
+                status = _work(options.parent)
             case "token":
                 status = _token(options)
             case command:
                 status = _migrate(command)
-    except (ConfigurationError, EmbeddedPostgresError) as error:
+    except (ConfigurationError, EmbeddedPostgresError, workers.PortTakenError) as error:
         sys.exit(f"chat-ticket-svc: {error}")
     sys.exit(status)
 
@@ -110,17 +118,12 @@ def _migrate(command: str) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    # One line for each handshake that fails is gRPC's default, in a form of its own.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    # Imported here: gRPC takes half a second that the other commands need not wait for.
-    import uvloop
-
-    from chat_ticket_svc import server
-
-    overrides = {} if options.port is None else {"port": options.port}
+    given = {"port": options.port, "workers": options.workers}
+    overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     end = _End()
     with _database(options.embedded) as embedded:
-        settings = config.load(**overrides, **embedded)
+        overrides |= embedded
+        settings = config.load(**overrides)
         if not settings.database_url:
             raise ConfigurationError("DATABASE_URL: is required (or serve --embedded DIRECTORY)")
         logs.configure(settings)
@@ -131,19 +134,73 @@ def _serve(options: argparse.Namespace) -> int:
             if options.embedded is not None:
                 print(_an_example(settings, port, options.embedded.parent), flush=True)
 
-        async def until_signalled() -> None:
-            stop = asyncio.Event()
-            loop = asyncio.get_running_loop()
-            end.request = lambda: loop.call_soon_threadsafe(stop.set)
-            loop.set_exception_handler(logs.background_error)
-            await server.run(settings, stop, listening)
+        if settings.workers == 1:
+            return _run_server(settings, end, listening)
+        return _run_workers(settings, overrides, end, listening)
 
-        try:
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(until_signalled())
-        except (server.StaleSchemaError, server.PortTakenError) as error:
-            sys.exit(f"chat-ticket-svc: {error}")
-    return 0
+
+def _run_server(settings: Settings, end: "_End", listening: Callable[[int], None]) -> int:
+    # One line for each handshake that fails is gRPC's default, in a form of its own.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # Imported here: gRPC takes half a second that others need not wait for.
+    import uvloop
+
+    from chat_ticket_svc import server
+
+    async def serve(stop: asyncio.Event) -> int:
+        await server.run(settings, stop, listening)
+        return 0
+
+    try:
+        return _run(serve, end, uvloop.new_event_loop)
+    except server.StaleSchemaError as error:
+        sys.exit(f"chat-ticket-svc: {error}")
+
+
+def _run_workers(
+    settings: Settings,
+    overrides: Mapping[str, Any],
+    end: "_End",
+    listening: Callable[[int], None],
+) -> int:
+    with workers.reserved(settings.host, settings.port) as port:
+        overrides = {**overrides, "port": port, "workers": settings.workers}
+        variables = {config.variable(name): str(value) for name, value in overrides.items()}
+
+        async def supervise(stop: asyncio.Event) -> int:
+            parent = workers.Parent(settings.workers, {**os.environ, **variables}, stop)
+            return await parent.run(lambda: listening(port))
+
+        return _run(supervise, end)
+
+
+def _work(parent: int) -> int:
+    """Be one of the workers of a `serve`, which has looked at the settings."""
+    workers.end_with_parent(parent)
+    end = _End()
+    settings = config.load()
+    logs.configure(settings)
+    return _run_server(settings, end, lambda _: workers.tell_parent_of_listening())
+
+
+def _run(
+    work: Callable[[asyncio.Event], Coroutine[Any, Any, int]],
+    end: "_End",
+    new_event_loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> int:
+    """Run `work`, whose event is set by the signal to end; returns the exit status."""
+
+    async def until_signalled() -> int:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        end.request = lambda: loop.call_soon_threadsafe(stop.set)
+        if end.requested:  # and SystemExit was lost: where import cleans up, exceptions are ignored
+            stop.set()
+        loop.set_exception_handler(logs.background_error)
+        return await work(stop)
+
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(until_signalled())
 
 
 class _End:
@@ -155,12 +212,14 @@ class _End:
 
     def __init__(self) -> None:
         self.request: Callable[[], object] = sys.exit
+        self.requested = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
     def _handle(self, *_: object) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
+        self.requested = True
         self.request()
 
 

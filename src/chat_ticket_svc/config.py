@@ -102,6 +102,7 @@ class Settings(BaseSettings):
     # The server
     host: str = "127.0.0.1"
     port: int = Field(default=50051, ge=0, le=65535)
+    workers: int = Field(default=1, ge=1, le=128)
     reflection: bool = True
     unary_timeout_seconds: float = Field(default=10, gt=0)
     drain_seconds: float = Field(default=10, ge=0)
@@ -183,20 +184,20 @@ class Settings(BaseSettings):
             required |= dict.fromkeys(("tls_certificate", "tls_key"), "the other of the two")
         if "mtls" in self.auth:
             names = ["tls_certificate", "tls_key", "mtls_authority", "mtls_callers"]
-            required |= dict.fromkeys(names, f"{_variable('auth')}={self.auth}")
+            required |= dict.fromkeys(names, f"{variable('auth')}={self.auth}")
         if "jwt" in self.auth:
             names = ["jwt_keys", "jwt_issuer", "jwt_audience"]
-            required |= dict.fromkeys(names, f"{_variable('auth')}={self.auth}")
+            required |= dict.fromkeys(names, f"{variable('auth')}={self.auth}")
         problems = [
-            f"{_variable(name)}: is required by {by}"
+            f"{variable(name)}: is required by {by}"
             for name, by in required.items()
             if not getattr(self, name)
         ]
         if self.exposed and not self.allow_insecure:
             problems.append(
-                f"{_variable('host')}: is not loopback, where {self.exposed}: "
-                f"see {_variable('auth')}, {_variable('tls_certificate')} and, "
-                f"if it must be, {_variable('allow_insecure')}"
+                f"{variable('host')}: is not loopback, where {self.exposed}: "
+                f"see {variable('auth')}, {variable('tls_certificate')} and, "
+                f"if it must be, {variable('allow_insecure')}"
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -248,14 +249,14 @@ def contents(variable: str, path: Path) -> bytes:
         raise ConfigurationError(f"{variable}: {error.strerror}") from error
 
 
-def _variable(field: str) -> str:
+def variable(field: str) -> str:
     """The environment variable of a field, whose validation alias is one already."""
     return field if field.isupper() else f"{PREFIX}{field.upper()}"
 
 
 def unknown(environment: Iterable[str]) -> list[str]:
     """The variables that look like ours and are none: perhaps misspelt, so not in effect."""
-    known = [_variable(name) for name in Settings.model_fields]
+    known = [variable(name) for name in Settings.model_fields]
     return sorted(
         name
         for name in environment
@@ -272,7 +273,7 @@ def load(**overrides: object) -> Settings:
         for problem in error.errors(include_input=False, include_url=False):
             text = problem["msg"].removeprefix("Value error, ")
             if problem["loc"]:
-                text = f"{_variable('__'.join(str(part) for part in problem['loc']))}: {text}"
+                text = f"{variable('__'.join(str(part) for part in problem['loc']))}: {text}"
             lines.append(text)
         raise ConfigurationError("\n".join(lines)) from None
     except SettingsError as error:  # a whole group as one variable; names it, without the value

@@ -314,6 +314,18 @@ def _command(identity: str, program: Path, *arguments: str) -> list[str]:
     return [*launcher, str(program), *arguments]
 
 
+def end_with(owner: int, number: int) -> None:
+    """Have this process be sent a signal when its parent, `owner`, ends, however it ends.
+
+    More exactly: when the thread of the owner ends that started this process.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(number)) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+    if os.getppid() != owner:
+        raise SystemExit("the owner ended before it could be watched")
+
+
 def _launch(owner: int, identity: str, program: str, *arguments: str) -> NoReturn:
     """Become `program`, as `identity`, to be interrupted when `owner` ends, however it ends.
 
@@ -332,11 +344,7 @@ def _launch(owner: int, identity: str, program: str, *arguments: str) -> NoRetur
         os.setgid(_NOBODY)
         os.setuid(_NOBODY)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the owner may run with SIGINT ignored
-    # After the change of credentials, which clears it.
-    if libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGINT)) != 0:
-        raise OSError(ctypes.get_errno(), "prctl")
-    if os.getppid() != owner:
-        raise SystemExit("the owner ended before it could be watched")
+    end_with(owner, signal.SIGINT)  # after the change of credentials, which clears it
     os.execv(program, [program, *arguments])  # noqa: S606
 
 

@@ -6,6 +6,7 @@ the kind of each exception and where it was raised.
 """
 
 import logging
+import os
 import re
 import sys
 import threading
@@ -77,6 +78,8 @@ def configure(settings: Settings) -> None:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso"),
     ]
+    if settings.workers > 1:
+        common.append(_of_this_process)
     structlog.configure(
         processors=[*common, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
@@ -93,6 +96,12 @@ def configure(settings: Settings) -> None:
     )
     # The libraries' own DEBUG and INFO quote what they handle.
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING))
+
+
+def _of_this_process(
+    _: Any, __: str, line: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    return {**line, "pid": os.getpid()}
 
 
 class _Withheld(str):

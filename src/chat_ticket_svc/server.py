@@ -40,6 +40,7 @@ from chat_ticket_svc.services.tickets import ChatTicketService
 from chat_ticket_svc.status import StatusInterceptor
 from chat_ticket_svc.store import schema
 from chat_ticket_svc.store.database import Database, require_readable
+from chat_ticket_svc.workers import PortTakenError, address_of
 
 log = structlog.get_logger()
 
@@ -57,8 +58,6 @@ HEALTH_CHECK_SECONDS = 1
 DRAIN_NOTICE_SECONDS = 0.2
 
 OPTIONS = [
-    # On by default, and then a second server silently shares the port.
-    ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", 4 * MIB),
     # Between the two, which are far apart by default, gRPC refuses at random.
     ("grpc.max_metadata_size", 8192),
@@ -78,10 +77,6 @@ class StaleSchemaError(Exception):
 
     def __init__(self, missing: list[str]):
         super().__init__(f"the database lacks {', '.join(missing)}: run make migrate")
-
-
-class PortTakenError(Exception):
-    """Nothing can listen on the address."""
 
 
 class Server:
@@ -116,7 +111,9 @@ class Server:
             slow_reader_seconds=settings.slow_reader_seconds,
         )
         self._health = _Health()
-        self._grpc = grpc_server.server(options=OPTIONS)
+        # On by default, and then a second server silently shares the port.
+        share_port = ("grpc.so_reuseport", int(settings.workers > 1))
+        self._grpc = grpc_server.server(options=[*OPTIONS, share_port])
         self._health_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -169,19 +166,14 @@ class Server:
         await self._db.close()
 
     def _listen(self) -> None:
-        host = self._settings.host
-        if ":" in host and not host.startswith("["):
-            host = f"[{host}]"
-        address = f"{host}:{self._settings.port}"
+        address = address_of(self._settings.host, self._settings.port)
         try:
             if self._certificates is None:
                 self.port = self._grpc.add_insecure_port(address)
             else:
                 self.port = self._grpc.add_secure_port(address, self._certificates.credentials())
         except RuntimeError as error:
-            raise PortTakenError(
-                f"cannot listen on {address}: is the port taken, or the address of another machine?"
-            ) from error
+            raise PortTakenError(address) from error
 
     def _register(self) -> None:
         db, follow, settings = self._db, self._follow, self._settings
