@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import grpc
@@ -50,13 +50,14 @@ class Api:
         *,
         token: str = "",
         credentials: grpc.ChannelCredentials | None = None,
+        options: Sequence[tuple[str, Any]] = (),
     ):
         self.address = address
         self.tenant = tenant
         if credentials is None:
-            self.channel = grpc.aio.insecure_channel(address)
+            self.channel = grpc.aio.insecure_channel(address, options=options)
         else:
-            self.channel = grpc.aio.secure_channel(address, credentials)
+            self.channel = grpc.aio.secure_channel(address, credentials, options=options)
         metadata = [("x-tenant-id", tenant)] if tenant else []
         if token:
             metadata.append(("authorization", f"Bearer {token}"))

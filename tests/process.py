@@ -44,14 +44,24 @@ class ServerProcess:
     def wait_for(self, event: str, timeout: float = START_SECONDS) -> dict[str, Any]:
         """The first log line with this event, which has come or will come."""
 
-        def found() -> dict[str, Any] | None:
-            return next((line for line in self.log if line["event"] == event), None)
+        return self.wait_for_all(event, 1, timeout)[0]
+
+    def wait_for_all(
+        self, event: str, count: int, timeout: float = START_SECONDS
+    ) -> list[dict[str, Any]]:
+        """The first `count` log lines with this event, which have come or will come."""
+
+        def found() -> list[dict[str, Any]]:
+            return [line for line in self.log if line["event"] == event][:count]
+
+        def settled() -> bool:
+            return len(found()) == count or self.popen.poll() is not None
 
         with self._logged:
-            self._logged.wait_for(lambda: found() or self.popen.poll() is not None, timeout)
-            line = found()
-        assert line is not None, f"no {event!r} in the log: {self.log}"
-        return line
+            self._logged.wait_for(settled, timeout)
+            lines = found()
+        assert len(lines) == count, f"not {count} of {event!r} in the log: {self.log}"
+        return lines
 
     @property
     def address(self) -> str:
