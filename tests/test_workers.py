@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -203,6 +204,17 @@ class TestDeath:
             assert pids(process, 3)[2] not in (killed, other)
             assert process.stop() == 0
 
+    def test_replacement_waits_for_what_it_needs(self, database: str) -> None:
+        """A parent that cannot spawn, here for want of file descriptors, tries again."""
+        with serving(database) as (process, [killed, other]):
+            limits = resource.prlimit(process.popen.pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(process.popen.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+            os.kill(killed, signal.SIGKILL)
+            assert process.wait_for_all("a worker ended", 3)[2]["error"] == "OSError"
+            resource.prlimit(process.popen.pid, resource.RLIMIT_NOFILE, limits)
+            assert pids(process, 3)[2] not in (killed, other)
+            assert lives(other)
+
     def test_killed_parent_leaves_nothing(self, tmp_path: Path) -> None:
         """No worker, no PostgreSQL, no taken port; what was acknowledged is there afterwards."""
         data = tmp_path / "data"
@@ -319,6 +331,26 @@ class TestDrain:
             assert not any(map(lives, started))
             sockets = re.findall("host=([^&]*)", EmbeddedPostgres(data).url("x"))
             assert [path for path in sockets if Path(path).exists()] == []
+
+    async def test_worker_that_began_when_signals_were_ignored(self, database: str) -> None:
+        """Spawned between the signal and the drain, it ignores the first call to end."""
+        with workers.reserved("127.0.0.1", 0) as port:
+            environment = {"CHAT_TICKET_PORT": str(port), "CHAT_TICKET_WORKERS": "2"}
+            stop = asyncio.Event()
+            parent = workers.Parent(
+                2, {**os.environ, "DATABASE_URL": database, **environment}, stop
+            )
+            handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            try:
+                running = asyncio.create_task(parent.run(lambda: None))
+                children = Path(f"/proc/self/task/{os.getpid()}/children")
+                while not any(b"worker" in cmdline(pid).split(b"\0") for pid in of(children)):
+                    await asyncio.sleep(0.01)
+            finally:
+                signal.signal(signal.SIGTERM, handler)
+            stop.set()
+            async with asyncio.timeout(30):
+                assert await running == 0
 
 
 def of(children: Path) -> list[int]:

@@ -15,6 +15,7 @@ import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from ipaddress import ip_address
+from typing import Any
 
 import structlog
 
@@ -85,19 +86,23 @@ class Parent:
     async def _keep(self, process: Process | None) -> None:
         """One worker after another; the first may run already."""
         delay = 0.0
-        while not self._stop.is_set():
+        while process is not None or not self._stop.is_set():
             began = time.monotonic()
-            if process is None:
-                process = await self._spawn()
-                await self._listens(process)
-            status = await self._ended(process)
+            what: dict[str, Any]
+            try:
+                if process is None:
+                    process = await self._spawn()
+                    await self._listens(process)
+                what = {"status": await self._ended(process), "worker": process.pid}
+            except OSError as error:  # too little of something, of which there may be more later
+                what = {"error": type(error).__qualname__}
             if self._stop.is_set():
                 return
             if time.monotonic() - began > SETTLED_SECONDS:
                 delay = 0
             else:
                 delay = min(max(FIRST_DELAY_SECONDS, 2 * delay), LONGEST_DELAY_SECONDS)
-            log.error("a worker ended", worker=process.pid, status=status, next_in_seconds=delay)
+            log.error("a worker ended", **what, next_in_seconds=delay)
             process = None
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
