@@ -115,14 +115,15 @@ class TestTwo:
                         event = await follower.next(timeout=5)
                         assert list(event.messages_created.messages) == [message]
 
-    def test_parent_has_no_grpc(self, database: str) -> None:
-        """Its workers are spawned before there is anything of gRPC, and it needs none."""
+    def test_parent_is_no_server(self, database: str) -> None:
+        """It has nothing of gRPC; and Ctrl-C reaches it alone, which drains its workers."""
         with serving(database) as (process, both):
             loaded = [
                 "cygrpc" in Path(f"/proc/{pid}/maps").read_text()
                 for pid in (process.popen.pid, *both)
             ]
             assert loaded == [False, True, True]
+            assert [os.getpgid(pid) for pid in both] == both
 
     def test_every_log_line_names_its_process(self) -> None:
         """In the one form of all lines, also what libraries say."""
@@ -148,6 +149,18 @@ class TestTwo:
         result = command("worker", "1", DATABASE_URL=database)
         assert result.returncode != 0
         assert result.stderr == "the owner ended before it could be watched\n"
+
+
+@contextlib.contextmanager
+def unable_to_spawn(process: ServerProcess) -> Iterator[None]:
+    """For want of file descriptors."""
+    pid, which = process.popen.pid, resource.RLIMIT_NOFILE
+    limits = resource.prlimit(pid, which)
+    resource.prlimit(pid, which, (3, limits[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, which, limits)
 
 
 class TestDeath:
@@ -205,13 +218,11 @@ class TestDeath:
             assert process.stop() == 0
 
     def test_replacement_waits_for_what_it_needs(self, database: str) -> None:
-        """A parent that cannot spawn, here for want of file descriptors, tries again."""
+        """A parent that cannot spawn tries again."""
         with serving(database) as (process, [killed, other]):
-            limits = resource.prlimit(process.popen.pid, resource.RLIMIT_NOFILE)
-            resource.prlimit(process.popen.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
-            os.kill(killed, signal.SIGKILL)
-            assert process.wait_for_all("a worker ended", 3)[2]["error"] == "OSError"
-            resource.prlimit(process.popen.pid, resource.RLIMIT_NOFILE, limits)
+            with unable_to_spawn(process):
+                os.kill(killed, signal.SIGKILL)
+                assert process.wait_for_all("a worker ended", 3)[2]["error"] == "OSError"
             assert pids(process, 3)[2] not in (killed, other)
             assert lives(other)
 
@@ -435,12 +446,16 @@ class TestPort:
         """Neither one server nor another parent takes it from the replacements."""
         with serving(database) as (process, both):
             port = str(process.wait_for("listening")["port"])
-            for pid in both:
-                os.kill(pid, signal.SIGSTOP)
-                os.kill(pid, signal.SIGKILL)
-            for number in "12":
-                result = command("serve", "--port", port, "--workers", number, DATABASE_URL="")
-                assert result.returncode == 1
+            with unable_to_spawn(process):
+                for pid in both:
+                    os.kill(pid, signal.SIGKILL)
+                process.wait_for_all("a worker ended", 2)
+                for number in "12":
+                    result = command(
+                        "serve", "--port", port, DATABASE_URL=database, CHAT_TICKET_WORKERS=number
+                    )
+                    assert result.returncode == 1
+                    assert "is the port taken" in result.stderr
             assert len(set(pids(process, 4))) == 4
 
     @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "::"])
