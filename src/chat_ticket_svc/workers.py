@@ -15,7 +15,6 @@ import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from ipaddress import ip_address
-from typing import Any
 
 import structlog
 
@@ -88,21 +87,21 @@ class Parent:
         delay = 0.0
         while process is not None or not self._stop.is_set():
             began = time.monotonic()
-            what: dict[str, Any]
+            end: dict[str, int | str]
             try:
                 if process is None:
                     process = await self._spawn()
                     await self._listens(process)
-                what = {"status": await self._ended(process), "worker": process.pid}
+                end = {"worker": process.pid, "status": await self._ended(process)}
             except OSError as error:  # too little of something, of which there may be more later
-                what = {"error": type(error).__qualname__}
+                end = {"error": type(error).__qualname__}
             if self._stop.is_set():
                 return
             if time.monotonic() - began > SETTLED_SECONDS:
                 delay = 0
             else:
                 delay = min(max(FIRST_DELAY_SECONDS, 2 * delay), LONGEST_DELAY_SECONDS)
-            log.error("a worker ended", **what, next_in_seconds=delay)
+            log.error("a worker ended", **end, next_in_seconds=delay)
             process = None
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
@@ -110,6 +109,7 @@ class Parent:
 
     async def _spawn(self) -> Process:
         process = await asyncio.create_subprocess_exec(
+            # -P: whatever else lies in the working directory.
             *(sys.executable, "-P", "-m", "chat_ticket_svc", "worker", str(os.getpid())),
             env=self._environment,
             stdin=DEVNULL,
@@ -161,9 +161,9 @@ def tell_parent_of_listening() -> None:
 def reserved(host: str, port: int) -> Iterator[int]:
     """Keep a port, or a free one for 0, for processes that share it by SO_REUSEPORT.
 
-    Nobody else has the port before, nor gets it while no worker listens, but for processes of the
-    same user that ask for sharing as well; another parent does not, before it has the port. The
-    sockets do not listen, and so take no connections from the workers.
+    It is refused when anybody has it, also another parent whose workers do not listen yet. Then
+    nobody gets it, also while no worker listens; only processes of the same user that ask to share
+    it cannot be kept out. The sockets do not listen, so they take no connections from the workers.
     """
     reserved_port = 0
     with contextlib.ExitStack() as stack:
@@ -188,7 +188,7 @@ def reserved(host: str, port: int) -> Iterator[int]:
 def _addresses(host: str) -> Sequence[tuple[socket.AddressFamily, str]]:
     """What gRPC makes of the host that it is to listen on."""
     found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
-    addresses = [(family, str(address[0])) for family, _, _, _, address in found]
+    addresses = list(dict.fromkeys((family, str(ip)) for family, _, _, _, (ip, *_) in found))
     if any(ip_address(ip).is_unspecified for _, ip in addresses) and socket.has_dualstack_ipv6():
         return [(socket.AF_INET6, "::")]
     return addresses
