@@ -135,9 +135,9 @@ async def test_stream_that_ends_leaves_no_watcher(database: str, tenant: str) ->
         session = await api.session()
         async with following(api, session.id) as follower:
             await follower.until("caught_up")
-            assert len(server._follow._watchers) == 1
+            assert len(server._follow._feeds) == 1
         async with asyncio.timeout(5):
-            while server._follow._watchers:
+            while server._follow._feeds:
                 await asyncio.sleep(0.02)
 
 

@@ -3,27 +3,31 @@
 After a commit, `changed` wakes the watchers of this process and hands the session to the
 notifier, which tells the other processes with NOTIFY, outside of any write's transaction: NOTIFY
 takes a global lock at commit. The listener hears what other processes tell. Both are only hints:
-a watcher always reads by revision, and as a fallback the revisions of all watched sessions are
-asked for in one statement every `poll_seconds`, and at once when the listener has reconnected.
+what watchers are told is always read by revision, and as a fallback the revisions of all watched
+sessions are asked for in one statement every `poll_seconds`, and at once when the listener has
+reconnected.
+
+What follows a position in a session is the same for everybody who stands there, so it is read
+once for all of them: when something has changed and the first one waits for it. The page stays
+until the last of them has taken it and moved on. Whoever is slow delays nobody: it finds the page
+that leads on from its own place, one at most, or reads it when it comes.
 """
 
 import asyncio
 import contextlib
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 from weakref import WeakValueDictionary
 
 import psycopg
 import structlog
 
-from chat_ticket_svc import errors
+from chat_ticket_svc import caller, errors
 from chat_ticket_svc.store import sessions
 from chat_ticket_svc.store.database import Database, connection_string
 
 log = structlog.get_logger()
 
-T = TypeVar("T")
 Key = tuple[str, str]  # (tenant id, session id)
 
 CHANNEL = "chat_ticket_session_changed"
@@ -35,40 +39,195 @@ RECONNECT_SECONDS = 1
 MAX_PENDING = 10_000
 
 
-class Watcher:
-    """One stream's wait for changes to its session."""
+class Position(NamedTuple):
+    """Up to where a watcher has been told of a session.
 
-    def __init__(self) -> None:
-        self._changed = asyncio.Event()
-        self._draining = False
-        # The revision up to which the stream has read; None until it has.
-        self.revision: int | None = None
+    Another session of the same id, which must not be, has other positions.
+    """
+
+    created_at: int
+    revision: int
+
+
+class Page(Protocol):
+    """What follows a position."""
+
+    @property
+    def position(self) -> Position | None:
+        """Where it leads; None when the session is gone."""
+
+    @property
+    def more(self) -> bool:
+        """Whether there was more behind it already."""
+
+
+P = TypeVar("P", bound=Page)
+P_co = TypeVar("P_co", bound=Page, covariant=True)
+
+
+class Read(Protocol[P_co]):
+    """Reads what follows a revision of a session: as much as `limit` says, or as is usual."""
+
+    def __call__(
+        self, tenant_id: str, session_id: str, after: int, limit: int = ...
+    ) -> Awaitable[P_co]: ...
+
+
+class _Place(Generic[P]):
+    """A position, and those who stand there or are on their way."""
+
+    def __init__(self, position: Position):
+        self.position = position
+        self.watchers = 0
+        self.waiting: set[asyncio.Future[P | None]] = set()
+        self.page: P | None = None
+        self.reading: asyncio.Task[None] | None = None
+        # The feed's changes that had been told when the last read, from here or up to here, began.
+        self.seen = -1
+
+
+class _Feed(Generic[P]):
+    """What the watchers of a session share."""
+
+    def __init__(self, follow: "Follow", key: Key, read: Read[P]):
+        self._follow = follow
+        self._read = read
+        self.key = key
+        self.watchers = 0
+        self.changes = 0
+        self.places: dict[Position, _Place[P]] = {}
+
+    async def read(self, *arguments: int) -> P:
+        """The page after a revision, when it is its turn."""
+        tenant_id, session_id = self.key
+        async with self._follow.turn(tenant_id):
+            return await self._read(tenant_id, session_id, *arguments)
 
     def wake(self) -> None:
-        self._changed.set()
+        """Something has changed, or may have."""
+        self.changes += 1
+        for place in self.places.values():
+            if place.waiting:
+                self.read_on(place)
+
+    def read_on(self, place: _Place[P]) -> None:
+        """Read what follows a place, unless nothing has changed since the last time."""
+        if place.reading is None and place.seen != self.changes:
+            place.reading = asyncio.create_task(self._read_on(place))
+
+    async def _read_on(self, place: _Place[P]) -> None:
+        try:
+            while place.page is None and place.seen != self.changes:
+                changes = self.changes
+                page = await self.read(place.position.revision)
+                place.seen = changes
+                if page.position != place.position:
+                    place.page = page
+                    for waiting in _undecided(place):
+                        waiting.set_result(page)
+        except Exception as error:  # it is theirs: each ends with it
+            for waiting in _undecided(place):
+                waiting.set_exception(error)
+        finally:
+            place.reading = None
 
     def drain(self) -> None:
-        self._draining = True
-        self._changed.set()
+        for place in self.places.values():
+            for waiting in _undecided(place):
+                waiting.set_exception(_draining())
 
-    def about_to_read(self) -> None:
-        """Forget the changes so far: what the read that follows misses will wake it again."""
-        self._changed.clear()
-        self._raise_if_draining()
 
-    async def changed(self, timeout: float) -> bool:
-        """Wait for a change, or for `timeout` seconds; says whether there was one."""
+def _undecided(place: _Place[P]) -> list[asyncio.Future[P | None]]:
+    return [waiting for waiting in place.waiting if not waiting.done()]
+
+
+def _draining() -> errors.UnavailableError:
+    return errors.UnavailableError("the server shuts down: resume", reason="DRAINING")
+
+
+class Watcher(Generic[P]):
+    """One stream's way through its session; to be entered before it is read from."""
+
+    def __init__(self, follow: "Follow", feed: _Feed[P]):
+        self._follow = follow
+        self._feed = feed
+        self._place: _Place[P] | None = None
+
+    def __enter__(self) -> Self:
+        self._feed.watchers += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+        self._feed.watchers -= 1
+        if not self._feed.watchers:
+            self._follow.forget(self._feed)
+
+    async def read(self, after: int, limit: int) -> P:
+        """Read the page after a revision for this watcher alone.
+
+        When there is no more behind it, the watcher stands where it leads, and `next` goes on.
+        """
+        self._follow.raise_if_draining()
+        changes = self._feed.changes
+        page = await self._feed.read(after, limit)
+        if not page.more:
+            self._stand(page.position, changes)
+        return page
+
+    async def next(self, timeout: float) -> P | None:
+        """Move on by a page that is read for all who stand here.
+
+        None when there was none to be read for `timeout` seconds.
+        """
+        self._follow.raise_if_draining()
+        assert self._place is not None  # noqa: S101 - for the type checker
+        place, page = self._place, self._place.page
+        if page is None:
+            self._feed.read_on(place)
+            page = await self._wait(place, timeout)
+        if page is not None:
+            self._stand(page.position, -1 if page.more else place.seen)
+        return page
+
+    async def _wait(self, place: _Place[P], timeout: float) -> P | None:
+        loop = asyncio.get_running_loop()
+        waiting: asyncio.Future[P | None] = loop.create_future()
+        timer = loop.call_later(timeout, _give_up, waiting)
+        place.waiting.add(waiting)
         try:
-            async with asyncio.timeout(timeout):
-                await self._changed.wait()
-        except TimeoutError:
-            return False
-        self._raise_if_draining()
-        return True
+            return await waiting
+        finally:
+            place.waiting.discard(waiting)
+            timer.cancel()
 
-    def _raise_if_draining(self) -> None:
-        if self._draining:
-            raise errors.UnavailableError("the server shuts down: resume", reason="DRAINING")
+    def _stand(self, position: Position | None, seen: int) -> None:
+        self._leave()
+        if position is None:
+            return
+        place = self._feed.places.get(position)
+        if place is None:
+            place = self._feed.places[position] = _Place(position)
+        place.watchers += 1
+        if place.seen < seen:
+            # A page that was read before this is known may be of a history that is no more.
+            place.seen, place.page = seen, None
+        self._place = place
+
+    def _leave(self) -> None:
+        place, self._place = self._place, None
+        if place is None:
+            return
+        place.watchers -= 1
+        if not place.watchers:
+            del self._feed.places[place.position]
+            if place.reading is not None:
+                place.reading.cancel()
+
+
+def _give_up(waiting: "asyncio.Future[P | None]") -> None:
+    if not waiting.done():
+        waiting.set_result(None)
 
 
 class Follow:
@@ -78,7 +237,7 @@ class Follow:
         self._db = db
         self._conninfo = connection_string(listen_url)
         self._poll_seconds = poll_seconds
-        self._watchers: dict[Key, set[Watcher]] = defaultdict(set)
+        self._feeds: dict[Key, _Feed[Any]] = {}
         # A thousand watchers that wake together must not fill the queue for connections, nor one
         # tenant's keep out another's. Weak: who reads nothing is forgotten.
         self._readers = readers
@@ -101,9 +260,8 @@ class Follow:
     def drain(self) -> None:
         """End every watch, now and from now on, with UNAVAILABLE: the clients resume elsewhere."""
         self._draining = True
-        for watchers in self._watchers.values():
-            for watcher in watchers:
-                watcher.drain()
+        for feed in self._feeds.values():
+            feed.drain()
 
     async def stop(self) -> None:
         for task in self._tasks:
@@ -118,33 +276,33 @@ class Follow:
             self._pending.add(key)
             self._has_pending.set()
 
-    @contextlib.contextmanager
-    def watch(self, tenant_id: str, session_id: str) -> Iterator[Watcher]:
-        """Register a watcher; to be entered before the first read, so that no change is missed."""
+    def watch(self, tenant_id: str, session_id: str, read: Read[P]) -> Watcher[P]:
+        """A watcher of a session; `read` is the same for all of them."""
         key = (tenant_id, session_id)
-        watcher = Watcher()
-        if self._draining:
-            watcher.drain()
-        self._watchers[key].add(watcher)
-        try:
-            yield watcher
-        finally:
-            self._watchers[key].discard(watcher)
-            if not self._watchers[key]:
-                del self._watchers[key]
+        feed = self._feeds.get(key)
+        if feed is None:
+            feed = self._feeds[key] = _Feed(self, key, read)
+        return Watcher(self, feed)
 
-    async def read(self, tenant_id: str, page: Coroutine[Any, Any, T]) -> T:
-        """Run a watcher's read when it is its turn."""
+    def forget(self, feed: _Feed[Any]) -> None:
+        """Nobody follows the session any more."""
+        del self._feeds[feed.key]
+
+    def raise_if_draining(self) -> None:
+        if self._draining:
+            raise _draining()
+
+    @contextlib.asynccontextmanager
+    async def turn(self, tenant_id: str) -> AsyncIterator[None]:
+        """Around a read."""
         share = self._shares.setdefault(tenant_id, asyncio.Semaphore(max(1, self._readers - 1)))
-        try:
-            async with share, self._reading:
-                return await page
-        finally:
-            page.close()
+        async with share, self._reading:
+            with caller.acting_for(tenant_id):
+                yield
 
     def _wake(self, key: Key) -> None:
-        for watcher in self._watchers.get(key, ()):
-            watcher.wake()
+        if feed := self._feeds.get(key):
+            feed.wake()
 
     async def _connected(
         self, name: str, run: Callable[[psycopg.AsyncConnection[Any]], Awaitable[None]]
@@ -184,14 +342,14 @@ class Follow:
                 async with asyncio.timeout(self._poll_seconds):
                     await self._poll_now.wait()
             self._poll_now.clear()
-            if not self._watchers:
+            if not self._feeds:
                 continue
             try:
-                found = await sessions.revisions(self._db, list(self._watchers))
+                found = await sessions.revisions(self._db, list(self._feeds))
             except Exception as error:  # whatever it is: without the poll a watcher could be stuck
                 log.warning("could not poll the watched sessions", error=type(error).__qualname__)
                 continue
             for key, revision in found.items():
-                for watcher in self._watchers.get(key, ()):
-                    if watcher.revision != revision:
-                        watcher.wake()
+                feed = self._feeds.get(key)
+                if feed and any(at.revision != revision for at in feed.places):
+                    feed.wake()

@@ -1,6 +1,7 @@
 """ChatSessionService."""
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from chat_ticket.v1 import chat_session_pb2 as pb
 from chat_ticket.v1 import chat_session_pb2_grpc
 from chat_ticket_svc import caller, convert, errors, paging
 from chat_ticket_svc.config import Settings
-from chat_ticket_svc.follow import Follow
+from chat_ticket_svc.follow import Follow, Position
 from chat_ticket_svc.store import changes, sessions
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.validate import LAST_ID, Check
@@ -120,65 +121,108 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         self._follow.changed(tenant_id, session_id)
         return pb.DeleteChatSessionResponse()
 
-    async def WatchChatSession(
+    def WatchChatSession(
         self, request: pb.WatchChatSessionRequest, context: Context
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncIterator[Any]:  # bytes, but the stubs do not know
         tenant_id = caller.tenant_id()
         check = Check(self._limits)
         session_id = check.id("session_id", request.session_id)
-        position = check.not_negative("after_revision", request.after_revision)
+        after = check.not_negative("after_revision", request.after_revision)
         check.done()
+        return self._watch(tenant_id, session_id, after)
 
+    async def _watch(self, tenant_id: str, session_id: str, after: int) -> AsyncIterator[bytes]:
         clock = asyncio.get_running_loop().time
         page_size = paging.FIRST_PAGE
-        first: sessions.Session | None = None
-        shown: tuple[str, bool] | None = None
-        caught_up = False
+        stream = _Stream(session_id, after)
         sent_at = clock()
-        with self._follow.watch(tenant_id, session_id) as watcher:
-            while True:
-                watcher.about_to_read()
-                page = await self._follow.read(
-                    tenant_id,
-                    changes.page(self._db, tenant_id, session_id, after=position, limit=page_size),
-                )
-                if page is None or (first and first.created_at != page.session.created_at):
-                    if first is None:
-                        raise sessions.not_found(session_id)
-                    # Another session of the same id, which must not be, is not the one followed.
-                    yield Event(revision=position, session_deleted=Event.ChatSessionDeleted())
-                    return
-                first = first or page.session
-                end = page.session.revision
-                if position > end:
-                    raise errors.OutOfRangeError(
-                        f"the session is at revision {end}, before {position}",
-                        reason="REVISION_OUT_OF_RANGE",
-                    )
-                events = list(_events(page))
-                state = (page.session.status, page.session.has_ticket)
-                if state != shown:
-                    # Before the messages: it is not known where among them it belongs.
-                    at = end if shown and not events else position
-                    events.insert(0, Event(revision=at, session=convert.session(page.session)))
-                    shown = state
-                if not page.more and not caught_up:
-                    events.append(Event(revision=end, caught_up=Event.CaughtUp()))
-                    caught_up = True
-                elif not events and position < end:
-                    # What happened has cancelled itself out: nothing to show but the place.
-                    events.append(Event(revision=end, heartbeat=Event.Heartbeat()))
-                for event in events:
-                    yield event
-                    position = event.revision
-                    sent_at = clock()
-                if page.more:
+        with self._follow.watch(tenant_id, session_id, self._page) as watcher:
+            while not stream.ended:
+                if stream.caught_up:
+                    page = await watcher.next(sent_at + self._heartbeat_seconds - clock())
+                else:
+                    page = await watcher.read(stream.position, page_size)
                     page_size = min(2 * page_size, paging.LARGEST_PAGE)
-                    continue
-                watcher.revision = end
-                while not await watcher.changed(sent_at + self._heartbeat_seconds - clock()):
-                    yield Event(revision=position, heartbeat=Event.Heartbeat())
-                    sent_at = clock()
+                for event in stream.tell(page):
+                    yield event
+                sent_at = clock()
+                del page, event  # many streams wait for long, and hold what their variables do
+
+    async def _page(
+        self, tenant_id: str, session_id: str, after: int, limit: int = paging.LARGEST_PAGE
+    ) -> "_Page":
+        found = await changes.page(self._db, tenant_id, session_id, after=after, limit=limit)
+        return _Page(after, found)
+
+
+class _Page:
+    """What follows a position, serialised once for all the streams that tell it."""
+
+    position: Position | None = None  # the session is gone, and there is nothing else
+    more = False
+
+    def __init__(self, after: int, found: changes.Page | None):
+        if found is None:
+            return
+        self.position = Position(found.session.created_at, found.revision)
+        self.more = found.more
+        self.after = after
+        self.session = found.session
+        self.state = (found.session.status, found.session.has_ticket)
+        self.changes = [event.SerializeToString() for event in _events(found)]
+
+    @functools.cached_property
+    def changed_session(self) -> bytes:
+        """Before the changes of messages: it is not known where among them it belongs."""
+        at = self.after if self.changes else self.session.revision
+        return _event(at, session=convert.session(self.session))
+
+
+class _Stream:
+    """What a stream has told of its session, and what it tells next."""
+
+    def __init__(self, session_id: str, after: int):
+        self._session_id = session_id
+        self._created_at: int | None = None
+        self._shown: tuple[str, bool] | None = None
+        self.position = after
+        self.caught_up = False
+        self.ended = False
+
+    def tell(self, page: _Page | None) -> list[bytes]:
+        """The events for the page after the position, or for silence."""
+        if page is None:
+            return [_event(self.position, heartbeat=Event.Heartbeat())]
+        if page.position is None or self._created_at not in (None, page.position.created_at):
+            if self._created_at is None:
+                raise sessions.not_found(self._session_id)
+            # Another session of the same id, which must not be, is not the one followed.
+            self.ended = True
+            return [_event(self.position, session_deleted=Event.ChatSessionDeleted())]
+        end = page.session.revision
+        if self.position > end:
+            raise errors.OutOfRangeError(
+                f"the session is at revision {end}, before {self.position}",
+                reason="REVISION_OUT_OF_RANGE",
+            )
+        events = page.changes
+        if self._shown is None:
+            events = [_event(self.position, session=convert.session(page.session)), *events]
+        elif self._shown != page.state:
+            events = [page.changed_session, *events]
+        if not page.more and not self.caught_up:
+            events = [*events, _event(end, caught_up=Event.CaughtUp())]
+            self.caught_up = True
+        elif not events:
+            # What happened has cancelled itself out: nothing to show but the place.
+            events = [_event(end, heartbeat=Event.Heartbeat())]
+        self._created_at, self.position = page.position
+        self._shown = page.state
+        return events
+
+
+def _event(revision: int, **event: Any) -> bytes:
+    return Event(revision=revision, **event).SerializeToString()
 
 
 def _events(page: changes.Page) -> Iterator[Event]:
@@ -202,6 +246,5 @@ def _events(page: changes.Page) -> Iterator[Event]:
         else:
             response.message_updated.CopyFrom(convert.message(change.message))
     if response is not None:
-        if not page.more:
-            response.revision = page.session.revision
+        response.revision = page.revision
         yield response

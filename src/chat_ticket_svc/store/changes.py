@@ -66,6 +66,11 @@ class Page(NamedTuple):
     changes: list[Change]
     more: bool
 
+    @property
+    def revision(self) -> int:
+        """Everything up to here is in this page, or in those before."""
+        return self.changes[-1].revision if self.more else self.session.revision
+
 
 async def page(
     db: Database, tenant_id: str, session_id: str, *, after: int, limit: int
