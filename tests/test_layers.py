@@ -24,7 +24,7 @@ LAYERS = [
     ["convert"],
     ["development", "migrate", "workers"],
     ["access", "attachment_url", "embedded", "store"],
-    ["caller", "grpc_server", "logs"],
+    ["caller", "grpc_server", "logs", "timers"],
     ["errors"],
     ["config", "time_limit"],
 ]

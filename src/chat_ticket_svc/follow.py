@@ -25,6 +25,7 @@ import structlog
 from chat_ticket_svc import caller, errors
 from chat_ticket_svc.store import sessions
 from chat_ticket_svc.store.database import Database, connection_string
+from chat_ticket_svc.timers import Timers
 
 log = structlog.get_logger()
 
@@ -175,31 +176,24 @@ class Watcher(Generic[P]):
             self._stand(page.position, changes)
         return page
 
-    async def next(self, timeout: float) -> P | None:
-        """Move on by a page that is read for all who stand here.
-
-        None when there was none to be read for `timeout` seconds.
-        """
+    async def next(self) -> P | None:
+        """Move on by a page that is read for all who stand here; None for silence."""
         self._follow.raise_if_draining()
         assert self._place is not None  # noqa: S101 - for the type checker
         place, page = self._place, self._place.page
         if page is None:
             self._feed.read_on(place)
-            page = await self._wait(place, timeout)
+            waiting: asyncio.Future[P | None] = asyncio.get_running_loop().create_future()
+            place.waiting.add(waiting)
+            self._follow.silences.start(waiting)
+            try:
+                page = await waiting
+            finally:
+                place.waiting.discard(waiting)
+                self._follow.silences.stop(waiting)
         if page is not None:
             self._stand(page.position, -1 if page.more else place.seen)
         return page
-
-    async def _wait(self, place: _Place[P], timeout: float) -> P | None:
-        loop = asyncio.get_running_loop()
-        waiting: asyncio.Future[P | None] = loop.create_future()
-        timer = loop.call_later(timeout, _give_up, waiting)
-        place.waiting.add(waiting)
-        try:
-            return await waiting
-        finally:
-            place.waiting.discard(waiting)
-            timer.cancel()
 
     def _stand(self, position: Position | None, seen: int) -> None:
         self._leave()
@@ -225,7 +219,7 @@ class Watcher(Generic[P]):
                 place.reading.cancel()
 
 
-def _give_up(waiting: "asyncio.Future[P | None]") -> None:
+def _hear_silence(waiting: "asyncio.Future[P | None]") -> None:
     if not waiting.done():
         waiting.set_result(None)
 
@@ -233,11 +227,20 @@ def _give_up(waiting: "asyncio.Future[P | None]") -> None:
 class Follow:
     """The watchers of this process, and what wakes them."""
 
-    def __init__(self, db: Database, listen_url: str, *, poll_seconds: float, readers: int):
+    def __init__(
+        self,
+        db: Database,
+        listen_url: str,
+        *,
+        poll_seconds: float,
+        heartbeat_seconds: float,
+        readers: int,
+    ):
         self._db = db
         self._conninfo = connection_string(listen_url)
         self._poll_seconds = poll_seconds
         self._feeds: dict[Key, _Feed[Any]] = {}
+        self.silences = Timers[asyncio.Future[Any]](heartbeat_seconds, _hear_silence)
         # A thousand watchers that wake together must not fill the queue for connections, nor one
         # tenant's keep out another's. Weak: who reads nothing is forgotten.
         self._readers = readers

@@ -100,6 +100,7 @@ class Server:
             self._db,
             settings.listen_url,
             poll_seconds=settings.poll_seconds,
+            heartbeat_seconds=settings.heartbeat_seconds,
             readers=max(1, settings.pool_size // 2),
         )
         self._urls = _url_checker(settings)

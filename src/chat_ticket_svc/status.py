@@ -23,6 +23,7 @@ from google.rpc import status_pb2
 from chat_ticket_svc import errors, logs
 from chat_ticket_svc.access.door import Door
 from chat_ticket_svc.time_limit import TimeLimit
+from chat_ticket_svc.timers import Timers
 
 log = structlog.get_logger()
 
@@ -215,7 +216,8 @@ class StatusInterceptor:
     def __init__(self, door: Door, *, unary_timeout_seconds: float, slow_reader_seconds: float):
         self._door = door
         self._unary_timeout = unary_timeout_seconds
-        self._slow_reader = slow_reader_seconds
+        # Whose write has not been read for too long.
+        self._writing = Timers[asyncio.Task[Any]](slow_reader_seconds, asyncio.Task.cancel)
         self._in_flight: set[asyncio.Task[Any]] = set()
         self._draining = False
 
@@ -293,7 +295,7 @@ class StatusInterceptor:
                         return
                     async with contextlib.aclosing(responses):
                         async for response in responses:
-                            await self._write(context, response)
+                            await self._write(context, task, response)
             except BaseException as error:
                 await self._refuse(method, context, task, error)
             finally:
@@ -301,15 +303,24 @@ class StatusInterceptor:
 
         return stream
 
-    async def _write(self, context: grpc.aio.ServicerContext[Any, Any], response: Any) -> None:
+    async def _write(
+        self,
+        context: grpc.aio.ServicerContext[Any, Any],
+        task: asyncio.Task[Any],
+        response: Any,
+    ) -> None:
+        self._writing.start(task)
         try:
-            with TimeLimit(self._slow_reader):
-                await context.write(response)
-        except TimeoutError as error:
+            await context.write(response)
+        except asyncio.CancelledError as error:
+            if task in self._writing or task.uncancel():  # cancelled by somebody else
+                raise
             raise errors.ResourceExhaustedError(
-                f"nothing was read for {self._slow_reader:g} seconds: resume",
+                f"nothing was read for {self._writing.seconds:g} seconds: resume",
                 reason="SLOW_READER",
             ) from error
+        finally:
+            self._writing.stop(task)
 
     def _begin(self) -> asyncio.Task[Any]:
         task = asyncio.current_task()

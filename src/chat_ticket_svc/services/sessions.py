@@ -1,6 +1,5 @@
 """ChatSessionService."""
 
-import asyncio
 import functools
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -27,7 +26,6 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         self._db = db
         self._follow = follow
         self._limits = settings.limits
-        self._heartbeat_seconds = settings.heartbeat_seconds
 
     async def CreateChatSession(
         self, request: pb.CreateChatSessionRequest, context: Context
@@ -132,20 +130,17 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         return self._watch(tenant_id, session_id, after)
 
     async def _watch(self, tenant_id: str, session_id: str, after: int) -> AsyncIterator[bytes]:
-        clock = asyncio.get_running_loop().time
         page_size = paging.FIRST_PAGE
         stream = _Stream(session_id, after)
-        sent_at = clock()
         with self._follow.watch(tenant_id, session_id, self._page) as watcher:
             while not stream.ended:
                 if stream.caught_up:
-                    page = await watcher.next(sent_at + self._heartbeat_seconds - clock())
+                    page = await watcher.next()
                 else:
                     page = await watcher.read(stream.position, page_size)
                     page_size = min(2 * page_size, paging.LARGEST_PAGE)
                 for event in stream.tell(page):
                     yield event
-                sent_at = clock()
                 del page, event  # many streams wait for long, and hold what their variables do
 
     async def _page(
