@@ -294,7 +294,7 @@ class TestTogether:
                     case 2:
                         await set_status(api, session.id, chance.choice([RESOLVED, ARCHIVED]))
                     case 3:
-                        await batch(api, session.id, [said("b")] * chance.randrange(1, 50))
+                        await batch(api, session.id, [said("b")] * chance.randrange(1, 9))
                     case _:
                         message = await api.message(session.id, "x" * chance.choice([9, 9, 20_000]))
                         ids.append(message.id)
@@ -307,6 +307,8 @@ class TestTogether:
                 async with kind(api, session.id, max(0, follower.revision)) as stream:
                     follower._call = stream._call
                     for _ in range(chance.randrange(2, 40)):
+                        if done.is_set():
+                            break
                         await follower.next()
                         if kind is following_slowly:
                             await asyncio.sleep(chance.random() / 20)
