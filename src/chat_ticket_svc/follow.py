@@ -300,8 +300,8 @@ class Follow:
         """Around a read."""
         share = self._shares.setdefault(tenant_id, asyncio.Semaphore(max(1, self._readers - 1)))
         async with share, self._reading:
-            with caller.acting_for(tenant_id):
-                yield
+            caller.act_for(tenant_id)
+            yield
 
     def _wake(self, key: Key) -> None:
         if feed := self._feeds.get(key):
