@@ -426,6 +426,7 @@ OTHERS = {
     *("store.database.'BEGIN'", "store.database.'COMMIT'", "store.database.'ROLLBACK'"),
     *("store.database.'SELECT 1'", "follow.f'LISTEN {CHANNEL}'"),
     "store.database.sql",  # which is passed through
+    "store.search.EXPECT",  # which reads none of them: it tells a plan
 }
 SENDERS = {
     "rows",

@@ -531,8 +531,17 @@ class SearchChatMessagesResponse(_message.Message):
 
     HITS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    INCOMPLETE_RESULTS_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Asks for the next page; empty on the last."""
+    incomplete_results: _builtins.bool
+    """Whether there may be matches that are on no page, because only a part of what matches was
+    looked at. What is always looked at are the newest 5,000 messages of the newest sessions that
+    the filters by session and time leave, as far as 2 MiB of text go: narrower filters make the
+    results complete again. They also are complete, whatever the filters, when not more than some
+    thousand messages of the tenant match the query. Pages of incomplete results are in the same
+    order, and repeat nothing.
+    """
     @_builtins.property
     def hits(self) -> _containers.RepeatedCompositeFieldContainer[Global___SearchChatMessagesResponse.Hit]:
         """The page, best match first, of equal ones the newest first."""
@@ -542,10 +551,11 @@ class SearchChatMessagesResponse(_message.Message):
         *,
         hits: _abc.Iterable[Global___SearchChatMessagesResponse.Hit] | None = ...,
         next_page_token: _builtins.str = ...,
+        incomplete_results: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hits", b"hits", "next_page_token", b"next_page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hits", b"hits", "incomplete_results", b"incomplete_results", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -149,6 +149,9 @@ class ChatMessageServiceServicer:
 
         The query has the syntax of web searches: `words all of which occur`, `"a phrase"`, `or`,
         `-not`. Words are compared by their stem; a query of nothing but stop words finds nothing.
+
+        Takes a bounded time, however many messages there are: where more match than can be looked at,
+        the page is the best of a part of them, and `incomplete_results` says so.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -83,6 +83,9 @@ class ChatMessageServiceStub:
 
     The query has the syntax of web searches: `words all of which occur`, `"a phrase"`, `or`,
     `-not`. Words are compared by their stem; a query of nothing but stop words finds nothing.
+
+    Takes a bounded time, however many messages there are: where more match than can be looked at,
+    the page is the best of a part of them, and `incomplete_results` says so.
     """
 
 @_typing.type_check_only
@@ -138,6 +141,9 @@ class ChatMessageServiceAsyncStub(ChatMessageServiceStub):
 
     The query has the syntax of web searches: `words all of which occur`, `"a phrase"`, `or`,
     `-not`. Words are compared by their stem; a query of nothing but stop words finds nothing.
+
+    Takes a bounded time, however many messages there are: where more match than can be looked at,
+    the page is the best of a part of them, and `incomplete_results` says so.
     """
 
 class ChatMessageServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -232,6 +238,9 @@ class ChatMessageServiceServicer(metaclass=_abc_1.ABCMeta):
 
         The query has the syntax of web searches: `words all of which occur`, `"a phrase"`, `or`,
         `-not`. Words are compared by their stem; a query of nothing but stop words finds nothing.
+
+        Takes a bounded time, however many messages there are: where more match than can be looked at,
+        the page is the best of a part of them, and `incomplete_results` says so.
         """
 
 def add_ChatMessageServiceServicer_to_server(servicer: ChatMessageServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

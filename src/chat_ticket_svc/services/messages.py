@@ -241,7 +241,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         start_marker, stop_marker = secrets.token_hex(16), secrets.token_hex(16)
         share = self._shares.setdefault(tenant_id, asyncio.Semaphore(max(1, self._searches - 1)))
         async with share, self._searching:
-            hits = await search.page(
+            found = await search.page(
                 self._db,
                 tenant_id,
                 query,
@@ -271,8 +271,10 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         def token(last: search.Hit) -> str:
             return paging.token(tenant_id, request, last.score, last.created_at, last.message_id)
 
-        found, next_page_token = paging.fill(hits, page_size, convert_hit, token)
-        return pb.SearchChatMessagesResponse(hits=found, next_page_token=next_page_token)
+        hits, next_page_token = paging.fill(found.hits, page_size, convert_hit, token)
+        return pb.SearchChatMessagesResponse(
+            hits=hits, next_page_token=next_page_token, incomplete_results=found.incomplete
+        )
 
 
 def _snippet(
