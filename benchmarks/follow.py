@@ -4,6 +4,7 @@ Both moments are taken in one client process, by one clock: before the create go
 and after the event was read from its own. What the client does with an event comes after that.
 """
 
+import statistics
 import uuid
 from collections import defaultdict
 from collections.abc import Sequence
@@ -57,7 +58,8 @@ def measure(bench: Bench) -> list[Figure]:
         def follow(what: str, server: Server, ids: Sequence[str], watched: Sequence[str]) -> None:
             scene = Scene(
                 address=server.address,
-                pid=server.pid,
+                server=server.pid,
+                postgres=bench.postgres.pid,
                 sessions=ids,
                 watched=watched,
                 callers=CALLERS,
@@ -70,7 +72,8 @@ def measure(bench: Bench) -> list[Figure]:
             ids = sessions(WATCHERS)
             scene = Scene(
                 address=server.address,
-                pid=server.pid,
+                server=server.pid,
+                postgres=bench.postgres.pid,
                 sessions=ids,
                 watched=ids[:watched],
                 callers=CALLERS,
@@ -110,6 +113,7 @@ def _figures(found: dict[str, list[Outcome]]) -> list[Figure]:
             measured=[outcome.latency_ms[percentile] for outcome in found[what]],
             must=MUST.get(what, {}).get(percentile),
             at_most=True,
+            note=_note(found[what]),
             details={"rounds": found[what]},
         )
         for what in (MANY, ONE, IDLES)
@@ -133,7 +137,13 @@ def _figures(found: dict[str, list[Outcome]]) -> list[Figure]:
                 limit=[outcome.writes_per_second for outcome in found[OFF]],
                 against=OFF,
                 must=must,
+                note=_note(found[what]),
                 details={"off": found[OFF], "rounds": found[what]},
             )
         )
     return figures
+
+
+def _note(outcomes: Sequence[Outcome]) -> str:
+    rate = statistics.median(outcome.writes_per_second for outcome in outcomes)
+    return f"{rate:.0f} writes/s; {load.cpu_note([each.cpu_us for each in outcomes])}"

@@ -37,7 +37,8 @@ class Scene:
     """Who watches which session, and how many callers write: steadily, or without a pause."""
 
     address: str
-    pid: int  # of the server
+    server: int  # its pid, and PostgreSQL's
+    postgres: int
     sessions: Sequence[str]  # without messages; written to at random
     watched: Sequence[str] = ()  # the session of each watcher
     callers: int
@@ -50,7 +51,7 @@ class Outcome:
     writes_per_second: float
     events: int
     latency_ms: Mapping[str, float]  # from a create to each of its events; empty without watchers
-    server_cpu_us: float  # of a write and its events
+    cpu_us: Mapping[str, float]  # of a write with its events, also of this client
     watcher_bytes: float  # of the server's memory
 
 
@@ -90,16 +91,15 @@ class _Client:
         self._expected = 0
 
     def play(self) -> Outcome:
-        pid = self._scene.pid
-        memory = rss_bytes(pid)
+        memory = rss_bytes(self._scene.server)
         self._watch()
-        memory = rss_bytes(pid) - memory
+        memory = rss_bytes(self._scene.server) - memory
         begin = clock() + LEAD_SECONDS
         self._write(until=begin)
-        cpu = cpu_seconds(pid)
+        before = self._cpu()
         end = begin + self._scene.seconds
         self._write(until=end)
-        cpu = cpu_seconds(pid) - cpu
+        taken = {name: seconds - before[name] for name, seconds in self._cpu().items()}
         self._until(lambda: len(self._answered) == len(self._sent), "answers")
         self._until(lambda: len(self._arrived) == self._expected, "events")
         writes = sum(begin <= answered < end for answered in self._answered)
@@ -109,7 +109,7 @@ class _Client:
             if begin <= self._sent[message_id] < end
         )
         count = len(latencies)
-        if (count if self._scene.watched else writes) < FEWEST:
+        if not writes or (count if self._scene.watched else writes) < FEWEST:
             raise http2.CallFailedError(
                 f"{writes} writes, {count} events: too few to tell anything"
             )
@@ -120,9 +120,16 @@ class _Client:
             writes_per_second=writes / self._scene.seconds,
             events=count,
             latency_ms=percentiles,
-            server_cpu_us=1e6 * cpu / writes if writes else 0,
+            cpu_us={name: 1e6 * seconds / writes for name, seconds in taken.items()},
             watcher_bytes=memory / max(1, len(self._scene.watched)),
         )
+
+    def _cpu(self) -> dict[str, float]:
+        return {
+            "server": cpu_seconds(self._scene.server),
+            "postgres": cpu_seconds(self._scene.postgres),
+            "client": time.process_time(),
+        }
 
     def _watch(self) -> None:
         """Begin to follow; returns when all have caught up."""
