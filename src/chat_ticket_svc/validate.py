@@ -338,7 +338,9 @@ def _depth(value: Any) -> int:
 
 def _storable(value: Any) -> bool:
     if isinstance(value, str):
-        return "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
+        if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+            return False
+        return "\0" not in value
     if isinstance(value, _Object) and not all(_storable(key) for key, _ in value):
         return False
     return all(_storable(child) for child in _children(value))

@@ -24,6 +24,7 @@ from psycopg.adapt import Transformer
 from chat_ticket_svc import caller, errors
 from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.store.lane import Lane
+from chat_ticket_svc.time_limit import TimeLimit
 
 T = TypeVar("T")
 Params = Mapping[str, Any]
@@ -378,7 +379,7 @@ class Database:
         share = self._shares.setdefault(caller.tenant_id_or_none(), _Share(self._share))
         async with self._place_in(share, attempt):
             try:
-                async with asyncio.timeout_at(deadline):
+                with TimeLimit(POOL_TIMEOUT_SECONDS):
                     await share.turns.acquire()
             except TimeoutError as error:
                 raise self._lost(attempt) from error
