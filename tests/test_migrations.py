@@ -37,6 +37,8 @@ COLUMNS = {
         "revision": "bigint NOT NULL DEFAULT 0",
         "created_at": TIME,
         "updated_at": TIME,
+        "updated_hour": "timestamp with time zone NOT NULL DEFAULT date_bin("
+        "'01:00:00'::interval, updated_at, '2000-01-01 00:00:00+00'::timestamp with time zone)",
     },
     "chat_messages": {
         "id": ID,

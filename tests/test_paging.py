@@ -1,6 +1,7 @@
 """In which order things come, and on which page: every list, every token, every batch."""
 
 import base64
+import itertools
 from typing import Any
 
 import pytest
@@ -23,7 +24,11 @@ from chat_ticket.v1.chat_message_pb2 import (
     CHAT_MESSAGE_ORDER_DESC,
     SearchChatMessagesRequest,
 )
-from chat_ticket.v1.chat_session_pb2 import ListChatSessionsRequest
+from chat_ticket.v1.chat_session_pb2 import (
+    CHAT_SESSION_ORDER_CREATE_TIME,
+    CHAT_SESSION_ORDER_UPDATE_TIME,
+    ListChatSessionsRequest,
+)
 from chat_ticket.v1.chat_ticket_pb2 import (
     ListChatTicketsRequest,
     ListTicketsRequest,
@@ -279,6 +284,38 @@ async def test_clock_that_goes_back(api: Api, database: str) -> None:
     rows = [message, await api.attachment(message.id), await api.message(session.id)]
     times = [ahead, *(row.create_time.ToNanoseconds() for row in rows)]
     assert times == sorted(set(times))
+
+
+async def test_updates_around_a_full_hour(api: Api, database: str) -> None:
+    """In order and in their ranges, whichever hour an update belongs to."""
+    times = [
+        f"2026-01-0{day} {time}+00"
+        for day, time in (
+            (1, "23:59:59.999998"),
+            (1, "23:59:59.999999"),
+            (2, "00:00:00"),
+            (2, "00:00:00.000001"),
+            (2, "00:59:59.999999"),
+            (2, "01:00:00"),
+        )
+    ]
+    ids = [(await api.session()).id for _ in times]
+    for session_id, time in zip(ids, times, strict=True):
+        change = f"UPDATE chat_sessions SET updated_at = '{time}' WHERE id = '{session_id}'"
+        execute(database, change)
+    updated = [(await session_of(api, session_id)).update_time for session_id in ids]
+    request = ListChatSessionsRequest(page_size=2)
+    for first, last in itertools.combinations(range(len(ids)), 2):
+        request.start_update_time.CopyFrom(updated[first])
+        request.end_update_time.CopyFrom(updated[last])
+        for request.order_by in (CHAT_SESSION_ORDER_CREATE_TIME, CHAT_SESSION_ORDER_UPDATE_TIME):
+            found = []
+            request.page_token = ""
+            while request.page_token or not found:
+                page = await api.sessions.ListChatSessions(request)
+                found += [session.id for session in page.sessions]
+                request.page_token = page.next_page_token
+            assert found == ids[first:last][::-1]
 
 
 async def test_every_change_moves_revision_and_update_time(api: Api) -> None:

@@ -124,14 +124,20 @@ SELECT m.sequence, {COLUMNS}
  LIMIT %(limit)s
 """
 
+# The messages in their order, each asked for its attachments, until the page is full: never by
+# reading all attachments of the tenant, which is what else the planner may think of.
 LIST_OF_SESSION = f"""
 SELECT m.sequence, {COLUMNS}
   FROM chat_messages m
-  JOIN chat_attachments a ON a.tenant_id = m.tenant_id AND a.message_id = m.id
+ CROSS JOIN LATERAL (
+      SELECT * FROM chat_attachments
+       WHERE tenant_id = m.tenant_id AND message_id = m.id
+         AND (m.sequence, created_at, id)
+             > (%(after_sequence)s, %(after_time)s::timestamptz, %(after_id)s::uuid)
+       ORDER BY created_at, id
+       LIMIT %(limit)s) AS a
  WHERE m.tenant_id = %(tenant_id)s AND m.session_id = %(parent_id)s::uuid
    AND m.sequence >= %(after_sequence)s
-   AND (m.sequence, a.created_at, a.id)
-       > (%(after_sequence)s, %(after_time)s::timestamptz, %(after_id)s::uuid)
  ORDER BY m.sequence, a.created_at, a.id
  LIMIT %(limit)s
 """

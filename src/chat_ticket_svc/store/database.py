@@ -125,9 +125,16 @@ class Transaction:
     def __init__(self, connection: psycopg.AsyncConnection[Any]):
         self._connection = connection
 
-    async def rows(self, sql: LiteralString, params: Params, make: Callable[..., T]) -> list[T]:
+    async def rows(
+        self,
+        sql: LiteralString,
+        params: Params,
+        make: Callable[..., T],
+        *,
+        prepare: bool | None = None,
+    ) -> list[T]:
         async with self._connection.cursor(binary=True) as cursor:
-            await cursor.execute(sql, params)
+            await cursor.execute(sql, params, prepare=prepare)
             return [make(*row) for row in await cursor.fetchall()]
 
     async def row(self, sql: LiteralString, params: Params, make: Callable[..., T]) -> T | None:
@@ -227,11 +234,22 @@ class Database:
         """Raises UnavailableError unless the pool has a connection that works."""
         await self.rows("SELECT 1", {}, int)
 
-    async def rows(self, sql: LiteralString, params: Params, make: Callable[..., T]) -> list[T]:
-        """Read rows in one statement, `make(*columns)` each."""
+    async def rows(
+        self,
+        sql: LiteralString,
+        params: Params,
+        make: Callable[..., T],
+        *,
+        prepare: bool | None = None,
+    ) -> list[T]:
+        """Read rows in one statement, `make(*columns)` each.
+
+        `prepare=False` has it planned each time, for the very parameters: PostgreSQL may settle on
+        one plan for what it has prepared, as for a tenant of average size.
+        """
 
         async def work(transaction: Transaction, _: _Attempt) -> list[T]:
-            return await transaction.rows(sql, params, make)
+            return await transaction.rows(sql, params, make, prepare=prepare)
 
         return await self._run(self._leased(work), repeatable=True)
 

@@ -76,20 +76,25 @@ DELETE = """
 DELETE FROM chat_sessions WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
 """
 
+# The conditions on the hour follow from those beside them, and are there for its index.
 FILTER = """
    AND (%(statuses)s::text[] IS NULL OR status = ANY (%(statuses)s::text[]))
    AND (%(has_ticket)s::boolean IS NULL OR has_ticket = %(has_ticket)s::boolean)
    AND (%(created_from)s::timestamptz IS NULL OR created_at >= %(created_from)s::timestamptz)
    AND (%(created_to)s::timestamptz IS NULL OR created_at < %(created_to)s::timestamptz)
-   AND (%(updated_from)s::timestamptz IS NULL OR updated_at >= %(updated_from)s::timestamptz)
-   AND (%(updated_to)s::timestamptz IS NULL OR updated_at < %(updated_to)s::timestamptz)
+   AND (%(updated_from)s::timestamptz IS NULL
+        OR (updated_at >= %(updated_from)s::timestamptz
+            AND updated_hour > %(updated_from)s::timestamptz - interval '1 hour'))
+   AND (%(updated_to)s::timestamptz IS NULL
+        OR (updated_at < %(updated_to)s::timestamptz
+            AND updated_hour < %(updated_to)s::timestamptz))
 """
 
 LIST_BY_CREATE_TIME = f"""
 SELECT {COLUMNS} FROM chat_sessions
  WHERE tenant_id = %(tenant_id)s {FILTER}
    AND (created_at, id) < (%(after_time)s::timestamptz, %(after_id)s::uuid)
- ORDER BY created_at DESC, id DESC
+ ORDER BY created_at DESC, chat_sessions.id DESC
  LIMIT %(limit)s
 """
 
@@ -97,7 +102,8 @@ LIST_BY_UPDATE_TIME = f"""
 SELECT {COLUMNS} FROM chat_sessions
  WHERE tenant_id = %(tenant_id)s {FILTER}
    AND (updated_at, id) < (%(after_time)s::timestamptz, %(after_id)s::uuid)
- ORDER BY updated_at DESC, id DESC
+   AND updated_hour <= %(after_time)s::timestamptz
+ ORDER BY updated_hour DESC, updated_at DESC, chat_sessions.id DESC
  LIMIT %(limit)s
 """
 
@@ -147,6 +153,7 @@ async def page(
         LIST_BY_UPDATE_TIME if by_update_time else LIST_BY_CREATE_TIME,
         {"tenant_id": tenant_id, **params, **chosen._asdict()},
         Session,
+        prepare=False,
     )
 
 
