@@ -13,6 +13,7 @@ from process import ServerProcess, server_process
 from test_watch import assert_same_state, following
 
 from chat_ticket.v1.chat_session_pb2 import DeleteChatSessionRequest
+from chat_ticket_svc import follow
 
 # So long that only a notification can come sooner.
 NO_POLL = "3600"
@@ -152,3 +153,29 @@ async def test_unknown_notifications_are_harmless(
         message = await two.message(session.id)
         await follower.until_revision(message.sequence)
         assert follower.kinds == ["session", "caught_up", "messages_created"]
+
+
+async def test_many_writes_are_told_by_few_notifications(
+    start_server: Any, fresh_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While writes are many, each NOTIFY tells of several sessions, and every session is told."""
+    monkeypatch.setattr(follow, "NOTIFY_SECONDS", 0.2)
+    api = await start_server(fresh_database)
+    sessions = [await api.session() for _ in range(50)]
+    told = list[list[str]]()
+    execute = psycopg.AsyncConnection.execute
+
+    async def counted(connection: Any, sql: Any, parameters: Any = None, **named: Any) -> Any:
+        if sql == follow.NOTIFY:
+            told.append(parameters[1])
+        return await execute(connection, sql, parameters, **named)
+
+    monkeypatch.setattr(psycopg.AsyncConnection, "execute", counted)
+    clock = asyncio.get_running_loop().time
+    start = clock()
+    await asyncio.gather(*(api.message(session.id) for session in sessions))
+    async with asyncio.timeout(5):
+        while sum(len(each) for each in told) < len(sessions):
+            await asyncio.sleep(0.01)
+    assert len(told) <= 1 + (clock() - start) / follow.NOTIFY_SECONDS
+    assert {payload[:36] for each in told for payload in each} == {s.id for s in sessions}
