@@ -161,7 +161,7 @@ async def test_many_writes_are_told_by_few_notifications(
     """While writes are many, each NOTIFY tells of several sessions, and every session is told."""
     monkeypatch.setattr(follow, "NOTIFY_SECONDS", 0.2)
     api = await start_server(fresh_database)
-    sessions = [await api.session() for _ in range(50)]
+    sessions = [await api.session() for _ in range(30)]
     told = list[list[str]]()
     execute = psycopg.AsyncConnection.execute
 

@@ -35,7 +35,7 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
         super().__init__(*arguments)
         self._handlers: dict[str, Any] = {}
         # The event loop itself holds its tasks weakly.
-        self._calls: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def add_registered_method_handlers(self, handlers: Mapping[str, Any]) -> None:
         super().add_registered_method_handlers(handlers)
@@ -44,7 +44,17 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
     def _make_request_call_future(self, method: bytes | None) -> asyncio.Future[Any]:
         """What gRPC's loop waits for: the calls of a registered method; for None, of any other."""
         calls = self._refuse_unknown_methods() if method is None else self._take_calls(method)
-        return asyncio.get_running_loop().create_task(calls)
+        loop = asyncio.get_running_loop()
+        # Not the task: when gRPC's loop ends by an error it cancels what it waits for, and gRPC's
+        # core still writes to what a task holds that waits for a call.
+        ended = loop.create_future()
+
+        def end(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) and not ended.done():
+                ended.set_exception(error)
+
+        self._keep(calls).add_done_callback(end)
+        return ended
 
     async def _take_calls(self, method: bytes) -> None:
         """Never returns; raises what gRPC expects of it, when the server stops."""
@@ -61,10 +71,11 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
         while True:
             self._keep(_refuse(await self._request_call()))
 
-    def _keep(self, handling: Any) -> None:
-        task = asyncio.get_running_loop().create_task(handling)
-        self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
+    def _keep(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
 
 # By whether requests and responses are streams.
