@@ -13,6 +13,7 @@ message is sent is left out; one that leaves later is not waited for.
 """
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -22,9 +23,14 @@ from chat_ticket_svc.store import attachments, messages, sessions
 from chat_ticket_svc.store.attachments import Attachment, NewAttachment
 from chat_ticket_svc.store.database import ConnectionLost, ConstraintViolation, Database
 from chat_ticket_svc.store.messages import Message, NewMessage
+from chat_ticket_svc.time_limit import TimeLimit
 
 # One statement of these at most, so that nobody waits long behind the others.
 MOST_TOGETHER = 64
+# How long the next statement waits for half as many as the last one had. Without this it goes with
+# the first that comes, and all others wait for it and for the next one; one caller alone, or two,
+# never wait.
+GATHER_SECONDS = 0.002
 # Larger messages go alone: they are not worth waiting for, nor is anything behind them.
 SMALL_BYTES = 8192
 
@@ -88,14 +94,16 @@ SELECT m.id IS NOT NULL, t.message_id IS NOT NULL,
 """
 
 # Places are counted among the messages of the same session. The sessions are locked before they
-# are updated, as an update waits for a lock.
+# are updated, as an update waits for a lock. The planner cannot look into what is selected: when
+# it knows how many messages there are it plans anew each time, for longer than the rest takes.
 APPEND_TOGETHER = """
 WITH new AS MATERIALIZED (
     SELECT new.*,
            row_number() OVER (PARTITION BY tenant_id, session_id ORDER BY ordinal) AS place,
            count(*) OVER (PARTITION BY tenant_id, session_id) AS count
-      FROM unnest(%(tenant_ids)s::text[], %(session_ids)s::uuid[], %(ids)s::uuid[],
-                  %(roles)s::text[], %(contents)s::text[], %(metadatas)s::text[])
+      FROM unnest((SELECT %(tenant_ids)s::text[]), (SELECT %(session_ids)s::uuid[]),
+                  (SELECT %(ids)s::uuid[]), (SELECT %(roles)s::text[]),
+                  (SELECT %(contents)s::text[]), (SELECT %(metadatas)s::text[]))
                WITH ORDINALITY
                AS new (tenant_id, session_id, id, role, content, metadata, ordinal)
      WHERE NOT EXISTS (
@@ -124,12 +132,10 @@ WITH new AS MATERIALIZED (
            session.time + (new.place - 1) * interval '1 microsecond'
       FROM new
       JOIN session ON session.tenant_id = new.tenant_id AND session.id = new.session_id
-    RETURNING tenant_id, id, sequence, metadata::text AS metadata,
-              (extract(epoch FROM created_at) * 1000000)::bigint AS created_at
+    RETURNING tenant_id, id::text, sequence, metadata::text,
+              (extract(epoch FROM created_at) * 1000000)::bigint
 )
-SELECT new.ordinal, message.sequence, message.metadata, message.created_at
-  FROM message
-  JOIN new ON new.tenant_id = message.tenant_id AND new.id = message.id
+SELECT * FROM message
 """
 
 
@@ -137,8 +143,8 @@ class _Waiting:
     """A message that waits for the next statement, or for its result."""
 
     def __init__(self, tenant_id: str, session_id: str, message: NewMessage):
-        self.tenant_id = tenant_id
-        self.session_id = session_id
+        self.session = (tenant_id, session_id)
+        self.key = (tenant_id, message.id)
         self.message = message
         # A row of the statement, or None when the message has to go alone.
         self.stored: asyncio.Future[Sequence[Any] | None]
@@ -154,6 +160,9 @@ class Appends:
         self._db = db
         self._waiting: deque[_Waiting] = deque()
         self._writing: asyncio.Task[None] | None = None
+        # How many have to wait for the next statement to go, and whether they do.
+        self._wanted = 1
+        self._enough = asyncio.Event()
 
     async def append(
         self, tenant_id: str, session_id: str, new: Sequence[NewMessage]
@@ -166,6 +175,8 @@ class Appends:
         if len(new) == 1 and _is_small(new[0]):
             waiting = _Waiting(tenant_id, session_id, new[0])
             self._waiting.append(waiting)
+            if len(self._waiting) >= self._wanted:
+                self._enough.set()
             if self._writing is None:
                 self._writing = asyncio.create_task(self._write())
             stored = await waiting.stored
@@ -179,8 +190,17 @@ class Appends:
         try:
             while batch := self._next():
                 await self._write_together(batch)
+                await self._gather(len(batch) // 2)
         finally:
             self._writing = None
+
+    async def _gather(self, wanted: int) -> None:
+        """Wait a moment for as many as that: those who were answered come again one by one."""
+        self._wanted = wanted
+        if len(self._waiting) < wanted:
+            self._enough.clear()
+            with contextlib.suppress(TimeoutError), TimeLimit(GATHER_SECONDS):
+                await self._enough.wait()
 
     def _next(self) -> list[_Waiting]:
         batch: dict[tuple[str, str], _Waiting] = {}
@@ -188,23 +208,22 @@ class Appends:
             waiting = self._waiting.popleft()
             if waiting.stored.done():  # its caller has left
                 continue
-            key = (waiting.tenant_id, waiting.message.id)
-            if key in batch:  # the same again: a repeat of what is not stored yet
+            if waiting.key in batch:  # the same again: a repeat of what is not stored yet
                 waiting.stored.set_result(None)
-                continue
-            batch[key] = waiting
+            else:
+                batch[waiting.key] = waiting
         return list(batch.values())
 
     async def _write_together(self, batch: list[_Waiting]) -> None:
-        rows: dict[int, Sequence[Any]] = {}
+        rows: dict[tuple[str, str], Sequence[Any]] = {}
         try:
             rows = {
-                ordinal: stored
-                for ordinal, *stored in await self._db.write_shared(
+                (tenant_id, message_id): stored
+                for tenant_id, message_id, *stored in await self._db.write_shared(
                     APPEND_TOGETHER,
                     {
-                        "tenant_ids": _array(each.tenant_id for each in batch),
-                        "session_ids": _array(each.session_id for each in batch),
+                        "tenant_ids": _array(each.session[0] for each in batch),
+                        "session_ids": _array(each.session[1] for each in batch),
                         "ids": _array(each.message.id for each in batch),
                         "roles": _array(each.message.role for each in batch),
                         "contents": _array(each.message.content for each in batch),
@@ -221,9 +240,9 @@ class Appends:
                     each.stored.set_exception(error)
         except Exception:  # noqa: S110 - each finds out alone what it is about, if it is about it
             pass
-        for ordinal, each in enumerate(batch, start=1):
+        for each in batch:
             if not each.stored.done():
-                each.stored.set_result(rows.get(ordinal))
+                each.stored.set_result(rows.get(each.key))
 
 
 def _is_small(message: NewMessage) -> bool:
