@@ -14,6 +14,7 @@ from test_list_messages import sequences
 
 from chat_ticket.v1.chat_message_pb2 import GetChatMessageRequest
 from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest
+from chat_ticket.v1.chat_ticket_pb2 import GetTicketRequest
 from chat_ticket_svc.store import appends
 
 
@@ -183,18 +184,46 @@ class TestAlone:
         assert sorted(message.sequence for message in created) == list(range(1, 13))
         assert await sequences(api, session.id) == list(range(1, 13))
 
-    async def test_caller_who_leaves(self, api: Api) -> None:
-        """Ends neither the statement nor those who wait for it."""
+    async def test_unknown_outcome(
+        self, start_server: Any, fresh_database: str, cluster: Any
+    ) -> None:
+        """Said when the connection broke and there is no other to find out by."""
+        api = await start_server(fresh_database)
         session = await api.session()
-        calls = [asyncio.ensure_future(api.message(session.id)) for _ in range(12)]
-        await asyncio.sleep(0.02)
-        for call in calls[::3]:
-            call.cancel()
+        name = fresh_database.partition("?")[0].rpartition("/")[2]
+        raise_on_insert(
+            fresh_database,
+            "PERFORM pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid();"
+            " PERFORM pg_terminate_backend(pg_backend_pid())",
+            table="chat_messages",
+        )
+        cluster.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        with refused(StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN"):
+            await api.message(session.id)
+
+    async def test_caller_who_leaves(self, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Before its message is sent: it is not. Later: that ends nobody else's wait."""
+        session = await api.session()
+        go = asyncio.Event()
+        write = appends.Appends._write_together
+
+        async def held(self: Any, batch: Any) -> None:
+            await go.wait()
+            await write(self, batch)
+
+        monkeypatch.setattr(appends.Appends, "_write_together", held)
+        calls = []
+        for content in ("sent", "waits", "leaves", "waits"):
+            calls.append(asyncio.ensure_future(api.message(session.id, content)))
+            await asyncio.sleep(0.1)
+        calls[0].cancel()
+        calls[2].cancel()
+        await asyncio.sleep(0.1)
+        go.set()
         answers = await asyncio.gather(*calls, return_exceptions=True)
-        stored = {m.sequence for m in answers if not isinstance(m, BaseException)}
-        assert len(stored) >= 8
-        assert stored <= set(await sequences(api, session.id))
-        assert (await api.message(session.id)).sequence > max(stored)
+        assert [answers[n].sequence for n in (1, 3)] == [2, 3]
+        assert await sequences(api, session.id) == [1, 2, 3]
 
 
 class TestReads:
@@ -247,18 +276,31 @@ class TestReads:
     async def test_callers_who_leave_are_not_waited_for(
         self, start_server: Any, fresh_database: str
     ) -> None:
-        """However many have left while the database did not answer."""
-        api = await start_server(fresh_database, lock_timeout_ms=500)
+        """However many have left while the database did not answer: most were not sent yet."""
+        api = await start_server(
+            fresh_database, lock_timeout_ms=100, quotas={"tenant_calls_in_flight": 200}
+        )
         session = await api.session()
-        request = GetChatSessionRequest(session_id=session.id)
+        message = GetChatMessageRequest(message_id=(await api.message(session.id)).id)
         async with await psycopg.AsyncConnection.connect(fresh_database) as connection:
-            await connection.execute("LOCK TABLE chat_sessions IN ACCESS EXCLUSIVE MODE")
-            calls = [
-                asyncio.ensure_future(api.sessions.GetChatSession(request)) for _ in range(100)
-            ]
-            await asyncio.sleep(0.3)
+            await connection.execute("LOCK TABLE chat_messages IN ACCESS EXCLUSIVE MODE")
+            calls = [asyncio.ensure_future(api.messages.GetChatMessage(message)) for _ in range(99)]
+            await asyncio.sleep(0.2)
             for call in calls:
                 call.cancel()
             await asyncio.gather(*calls, return_exceptions=True)
-        async with asyncio.timeout(2):
-            assert (await api.sessions.GetChatSession(request)).session == session
+            async with asyncio.timeout(5):
+                await api.sessions.GetChatSession(GetChatSessionRequest(session_id=session.id))
+
+    async def test_statement_that_could_not_be_prepared(
+        self, start_server: Any, fresh_database: str
+    ) -> None:
+        """Is prepared when it can be."""
+        api = await start_server(fresh_database)
+        request = GetTicketRequest(ticket_id=an_id())
+        execute(fresh_database, "ALTER TABLE tickets RENAME TO away")
+        with refused(StatusCode.INTERNAL):
+            await api.tickets.GetTicket(request)
+        execute(fresh_database, "ALTER TABLE away RENAME TO tickets")
+        with refused(StatusCode.NOT_FOUND):
+            await api.tickets.GetTicket(request)
