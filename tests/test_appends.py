@@ -282,6 +282,7 @@ class TestReads:
         )
         session = await api.session()
         message = GetChatMessageRequest(message_id=(await api.message(session.id)).id)
+        await api.messages.GetChatMessage(message)
         async with await psycopg.AsyncConnection.connect(fresh_database) as connection:
             await connection.execute("LOCK TABLE chat_messages IN ACCESS EXCLUSIVE MODE")
             calls = [asyncio.ensure_future(api.messages.GetChatMessage(message)) for _ in range(99)]
@@ -295,8 +296,15 @@ class TestReads:
     async def test_statement_that_could_not_be_prepared(
         self, start_server: Any, fresh_database: str
     ) -> None:
-        """Is prepared when it can be."""
-        api = await start_server(fresh_database)
+        """Is prepared when it can be, and those that count on it fail by nothing but themselves."""
+        api = await start_server(fresh_database, lock_timeout_ms=100)
+        message = GetChatMessageRequest(message_id=an_id())
+        async with await psycopg.AsyncConnection.connect(fresh_database) as connection:
+            await connection.execute("LOCK TABLE chat_messages IN ACCESS EXCLUSIVE MODE")
+            calls = (api.messages.GetChatMessage(message) for _ in range(8))
+            for answer in await asyncio.gather(*calls, return_exceptions=True):
+                with refused(StatusCode.ABORTED, "CONTENTION"):
+                    raise answer
         request = GetTicketRequest(ticket_id=an_id())
         execute(fresh_database, "ALTER TABLE tickets RENAME TO away")
         with refused(StatusCode.INTERNAL):

@@ -82,7 +82,7 @@ class _Call:
 class Lane:
     """One connection of a pool, taken when it is first needed and again when it broke.
 
-    It is given back closed, as it is of no use to others: the pool opens another.
+    It is given back when the pool would let go of it, for its age or at the end.
     """
 
     def __init__(
@@ -142,11 +142,7 @@ class Lane:
             self._opening = None
 
     def _give_back(self, connection: Connection) -> None:
-        async def give_back() -> None:
-            await connection.close()
-            await self._pool.putconn(connection)
-
-        task = asyncio.create_task(give_back())
+        task = asyncio.create_task(self._pool.putconn(connection))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
@@ -191,6 +187,8 @@ class _Pipeline:
     def _let_go(self) -> None:
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
+        if self._libpq.status != pq.ConnStatus.BAD:
+            self._libpq.exit_pipeline_mode()
         self._give_back(self._connection)
 
     def _send_waiting(self) -> None:
@@ -270,10 +268,21 @@ class _Pipeline:
             pq.ExecStatus.TUPLES_OK,
             pq.ExecStatus.COMMAND_OK,
         ):
-            call.future.set_exception(_error(result))
+            error = _error(result)
+            if isinstance(error, pg_errors.InvalidSqlStatementName):
+                self._send_again(call)
+            else:
+                call.future.set_exception(error)
             return
         self._transformer.set_pgresult(result, format=pq.Format.BINARY)
         call.future.set_result(self._transformer.load_rows(0, result.ntuples, tuple))
+
+    def _send_again(self, call: _Call) -> None:
+        """What was to be prepared by a call before it, which failed at that."""
+        if not any(sent.preparing for sent in self._sent if sent.statement is call.statement):
+            self._prepared.discard(call.statement.name)
+        call.result = None
+        self._unsent.appendleft(call)
 
     def _break(self, error: psycopg.Error | None) -> None:
         """The connection is lost, and with it what becomes of the statements sent."""
