@@ -28,7 +28,7 @@ NAME = "calls"
 SECONDS = 150
 
 PHASE_SECONDS = 1.5
-WARM_UP_SECONDS = 0.5
+WARM_UP_SECONDS = 1.0
 CALLERS = (16, 64)
 SESSIONS = 250  # of each tenant that the service is called for, and as many for pgbench
 REQUESTS = 5_000

@@ -199,8 +199,8 @@ def tree(pid: int) -> list[int]:
     """A process and its descendants."""
     found = [pid]
     for member in found:  # which grows as we go
-        for thread in Path(f"/proc/{member}/task").glob("*/children"):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            for thread in Path(f"/proc/{member}/task").glob("*/children"):
                 found += map(int, thread.read_text().split())
     return found
 

@@ -237,7 +237,8 @@ class Appends:
         except errors.UnavailableError as error:  # nothing was sent, nor would be now
             for each in batch:
                 if not each.stored.done():
-                    each.stored.set_exception(error)
+                    own = errors.UnavailableError(str(error), reason=error.reason)
+                    each.stored.set_exception(own)
         except Exception:  # noqa: S110 - each finds out alone what it is about, if it is about it
             pass
         for each in batch:

@@ -57,8 +57,8 @@ def _statement(sql: str) -> _Statement:
 def _dumped(value: Any) -> bytes | None:
     """In text, of a type that PostgreSQL infers."""
     match value:
-        case None | bytes():
-            return value
+        case None:
+            return None
         case str():
             return value.encode()
         case int():

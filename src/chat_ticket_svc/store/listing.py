@@ -44,7 +44,8 @@ ANY_BYTES = 2**31 - 1
 def _list(columns: LiteralString, order: LiteralString) -> LiteralString:
     """No row at all says that the session is gone; one without a message, that none is left.
 
-    The attachments of a page are looked up together: one by one costs more than all the rest.
+    The attachments of a page are looked up before, for those messages only that have some; and one
+    message after the other (OFFSET 0), which no plan turns into a look at all of the tenant's.
     """
     return f"""
 WITH page AS MATERIALIZED (
@@ -55,15 +56,17 @@ WITH page AS MATERIALIZED (
        AND (%(roles)s::text[] IS NULL OR role = ANY (%(roles)s::text[]))
      ORDER BY sequence {order} LIMIT %(limit)s
 ), attached AS MATERIALIZED (
-    SELECT a.message_id,
+    SELECT page.id AS message_id,
            json_agg(
                json_build_array(
                    a.id, a.message_id, a.file_url, a.file_name, a.file_type,
                    (extract(epoch FROM a.created_at) * 1000000)::bigint)
                ORDER BY a.created_at, a.id)::text AS files
-      FROM chat_attachments a
-     WHERE a.tenant_id = %(tenant_id)s AND a.message_id = ANY (ARRAY(SELECT id FROM page))
-     GROUP BY a.message_id
+      FROM page
+     CROSS JOIN LATERAL (
+         SELECT * FROM chat_attachments
+          WHERE tenant_id = %(tenant_id)s AND message_id = page.id OFFSET 0) AS a
+     GROUP BY page.id
 ), sized AS (
     SELECT page.*, attached.files,
            (256 + octet_length(page.content) + coalesce(octet_length(page.metadata), 0)
