@@ -213,6 +213,18 @@ class TestTogether:
         async with following(api, session.id, after=0) as follower:
             await follower.until_revision(1)
 
+    async def test_silence_is_told_to_all(self, start_server: Any, database: str) -> None:
+        """Whenever they came: nobody hears nothing for longer, and each of them goes on to."""
+        api = await start_server(database, poll_seconds=3600, heartbeat_seconds=0.5)
+        session = await api.session()
+        async with caught_up(api, session.id, 2) as early:
+            await asyncio.sleep(0.3)
+            async with caught_up(api, session.id, 2) as late:
+                for _ in range(3):
+                    async with asyncio.timeout(0.9):
+                        events = await asyncio.gather(*(each.next() for each in early + late))
+                    assert all(event.HasField("heartbeat") for event in events)
+
     async def test_slow_one_delays_nobody_and_loses_nothing(
         self, database: str, tenant: str, reads: list[int]
     ) -> None:

@@ -89,6 +89,16 @@ class _Place(Generic[P]):
         # How many changes had been told when the last read, from here or up to here, began.
         self.seen = -1
 
+    def tell(self, page: P | None) -> None:
+        """What those who wait have waited for; None is silence."""
+        for waiting in self.undecided():
+            waiting.set_result(page)
+
+    def fail(self, error: Exception) -> None:
+        """End those who wait."""
+        for waiting in self.undecided():
+            waiting.set_exception(error)
+
     def undecided(self) -> list[asyncio.Future[P | None]]:
         return [waiting for waiting in self.waiting if not waiting.done()]
 
@@ -130,18 +140,15 @@ class _Feed(Generic[P]):
                 place.seen = changes
                 if page.position != place.position:
                     place.page = page
-                    for waiting in place.undecided():
-                        waiting.set_result(page)
-        except Exception as error:  # it is theirs: each ends with it
-            for waiting in place.undecided():
-                waiting.set_exception(error)
+                    place.tell(page)
+        except Exception as error:
+            place.fail(error)
         finally:
             place.reading = None
 
     def drain(self) -> None:
         for place in self.places.values():
-            for waiting in place.undecided():
-                waiting.set_exception(_draining())
+            place.fail(_draining())
 
 
 def _draining() -> errors.UnavailableError:
@@ -179,7 +186,7 @@ class Watcher(Generic[P]):
         return page
 
     async def next(self) -> P | None:
-        """Move on by a page that is read for all who stand here; None for silence."""
+        """Move on by a page that is read for all who stand here; None after some silence."""
         self._follow.raise_if_draining()
         assert self._place is not None  # noqa: S101 - for the type checker
         place, page = self._place, self._place.page
@@ -187,12 +194,10 @@ class Watcher(Generic[P]):
             self._feed.read_on(place)
             waiting: asyncio.Future[P | None] = asyncio.get_running_loop().create_future()
             place.waiting.add(waiting)
-            self._follow.silences.start(waiting)
             try:
                 page = await waiting
             finally:
                 place.waiting.discard(waiting)
-                self._follow.silences.stop(waiting)
         if page is not None:
             self._stand(page.position, -1 if page.more else place.seen)
         return page
@@ -204,6 +209,7 @@ class Watcher(Generic[P]):
         place = self._feed.places.get(position)
         if place is None:
             place = self._feed.places[position] = _Place(position)
+            self._follow.silences.start(place)
         place.watchers += 1
         if place.seen < seen:
             # A page that was read before this is known may be of a history that is no more.
@@ -217,13 +223,9 @@ class Watcher(Generic[P]):
         place.watchers -= 1
         if not place.watchers:
             del self._feed.places[place.position]
+            self._follow.silences.stop(place)
             if place.reading is not None:
                 place.reading.cancel()
-
-
-def _hear_silence(waiting: "asyncio.Future[P | None]") -> None:
-    if not waiting.done():
-        waiting.set_result(None)
 
 
 class Follow:
@@ -242,7 +244,7 @@ class Follow:
         self._conninfo = connection_string(listen_url)
         self._poll_seconds = poll_seconds
         self._feeds: dict[Key, _Feed[Any]] = {}
-        self.silences = Timers[asyncio.Future[Any]](heartbeat_seconds, _hear_silence)
+        self.silences = Timers[_Place[Any]](heartbeat_seconds, self._silent)
         # A thousand watchers that wake together must not fill the queue for connections, nor one
         # tenant's keep out another's. Weak: who reads nothing is forgotten.
         self._readers = readers
@@ -304,6 +306,10 @@ class Follow:
         async with share, self._reading:
             caller.act_for(tenant_id)
             yield
+
+    def _silent(self, place: _Place[Any]) -> None:
+        place.tell(None)
+        self.silences.start(place)
 
     def _wake(self, key: Key) -> None:
         if feed := self._feeds.get(key):

@@ -11,7 +11,10 @@ K = TypeVar("K")
 
 
 class Timers(Generic[K]):
-    """Calls `end` with each key that was started `seconds` ago and not stopped since."""
+    """Calls `end` with each key that was started `seconds` ago and not stopped since.
+
+    `end` may start it again.
+    """
 
     def __init__(self, seconds: float, end: Callable[[K], object]):
         self.seconds = seconds
@@ -35,7 +38,6 @@ class Timers(Generic[K]):
 
     def _wake(self) -> None:
         loop = asyncio.get_running_loop()
-        self._timer = None
         while self._ends:
             key, at = next(iter(self._ends.items()))
             if at > loop.time():
@@ -43,3 +45,4 @@ class Timers(Generic[K]):
                 return
             del self._ends[key]
             self._end(key)
+        self._timer = None
