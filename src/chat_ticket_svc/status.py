@@ -216,8 +216,9 @@ class StatusInterceptor:
     def __init__(self, door: Door, *, unary_timeout_seconds: float, slow_reader_seconds: float):
         self._door = door
         self._unary_timeout = unary_timeout_seconds
-        # Whose write has not been read for too long.
-        self._writing = Timers[asyncio.Task[Any]](slow_reader_seconds, asyncio.Task.cancel)
+        # Those who write now, and those of them whose write was not read for too long.
+        self._writing = Timers[asyncio.Task[Any]](slow_reader_seconds, self._cut_off)
+        self._stuck: set[asyncio.Task[Any]] = set()
         self._in_flight: set[asyncio.Task[Any]] = set()
         self._draining = False
 
@@ -295,32 +296,21 @@ class StatusInterceptor:
                         return
                     async with contextlib.aclosing(responses):
                         async for response in responses:
-                            await self._write(context, task, response)
+                            self._writing.start(task)
+                            await context.write(response)
+                            self._writing.stop(task)
             except BaseException as error:
                 await self._refuse(method, context, task, error)
             finally:
                 self._in_flight.discard(task)
+                self._writing.stop(task)
+                self._stuck.discard(task)
 
         return stream
 
-    async def _write(
-        self,
-        context: grpc.aio.ServicerContext[Any, Any],
-        task: asyncio.Task[Any],
-        response: Any,
-    ) -> None:
-        self._writing.start(task)
-        try:
-            await context.write(response)
-        except asyncio.CancelledError as error:
-            if task in self._writing or task.uncancel():  # cancelled by somebody else
-                raise
-            raise errors.ResourceExhaustedError(
-                f"nothing was read for {self._writing.seconds:g} seconds: resume",
-                reason="SLOW_READER",
-            ) from error
-        finally:
-            self._writing.stop(task)
+    def _cut_off(self, task: asyncio.Task[Any]) -> None:
+        self._stuck.add(task)
+        task.cancel()
 
     def _begin(self) -> asyncio.Task[Any]:
         task = asyncio.current_task()
@@ -347,6 +337,12 @@ class StatusInterceptor:
                 await _abort_known(context, error)
             case grpc.aio.BaseError():  # the caller has left while it was written to
                 raise asyncio.CancelledError from error
+            case asyncio.CancelledError() if task in self._stuck and not task.uncancel():
+                slow = errors.ResourceExhaustedError(
+                    f"nothing was read for {self._writing.seconds:g} seconds: resume",
+                    reason="SLOW_READER",
+                )
+                await _abort_known(context, slow)
             case asyncio.CancelledError() if task.cancelling():  # by the caller, or our end
                 raise error
             case asyncio.CancelledError() | Exception():
