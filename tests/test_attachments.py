@@ -299,8 +299,8 @@ class TestList:
         assert [attachment.id for attachment in found] == ids
 
     async def test_of_a_session_by_message(self, api: Api, message: r.ChatMessage) -> None:
-        """By the order of the messages first, whenever they were added."""
-        second = await api.message(message.session_id, attachments=[a_file(), a_file()])
+        """By the order of the messages first, whenever they were added; pages may cut a message."""
+        second = await api.message(message.session_id, attachments=[a_file()] * 4)
         late = await api.attachment(message.id)
         elsewhere = await api.message((await api.session()).id, attachments=[a_file()])
         found = await walk(api, session_id=message.session_id, page_size=1)

@@ -39,7 +39,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         self._urls = urls
         self._limits = settings.limits
         self._url_schemes = settings.attachment_url_schemes
-        # A search can take a connection for seconds: most are left to everybody else, and of these
+        # A search can take a connection for a second: most are left to everybody else, and of these
         # few one to the other tenants. Weak: who does not search is forgotten.
         self._searches = max(1, settings.pool_size // 3)
         self._searching = asyncio.Semaphore(self._searches)
