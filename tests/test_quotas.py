@@ -646,8 +646,13 @@ class TestMemory:
                     await missing
             assert len(await results(*(call(api) for _ in range(10)))) == 10
             assert len(await results(*(sequences(api, an_id()) for _ in range(10)))) == 10
-            left = [each for each in gc.get_objects() if isinstance(each, grpc.aio.AbortError)]
-            assert len(left) < 5, "the latest may be on their way still"
+
+            def left() -> int:
+                return sum(isinstance(each, grpc.aio.AbortError) for each in gc.get_objects())
+
+            async with asyncio.timeout(10):  # the latest may be on their way still
+                while left() >= 5:
+                    await asyncio.sleep(0.1)
         finally:
             gc.enable()
 

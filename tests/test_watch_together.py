@@ -125,6 +125,7 @@ class TestOnce:
             await set_status(api, session.id, r.CHAT_SESSION_STATUS_ACTIVE)
             while not reads:
                 await asyncio.sleep(0.01)
+            await asyncio.sleep(0.3)  # in which it is read, and not the message with it
             await api.message(session.id)
             await asyncio.gather(*(each.next() for each in followers))
             assert reads == [0, 0]
