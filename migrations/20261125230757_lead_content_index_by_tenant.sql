@@ -22,7 +22,14 @@ DROP INDEX idx_chat_messages_content;
 ALTER INDEX idx_chat_messages_tenant_content RENAME TO idx_chat_messages_content;
 
 -- What the planner knows of words it knows of an index, and of this one nothing yet.
-ANALYZE chat_messages;
+-- Found empty, the table would be planned for as if it stayed so, by plans that stay.
+DO $$
+BEGIN
+    IF EXISTS (SELECT FROM chat_messages) THEN
+        ANALYZE chat_messages;
+    END IF;
+END
+$$;
 
 -- migrate:down
 

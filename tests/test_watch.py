@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import random
+import re
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, LiteralString
 
 import grpc.aio
 import psycopg
@@ -24,6 +25,7 @@ from chat_ticket.v1.chat_session_pb2 import (
     WatchChatSessionRequest,
     WatchChatSessionResponse,
 )
+from chat_ticket_svc.store import appends, changes, messages
 
 Event = WatchChatSessionResponse
 
@@ -476,8 +478,6 @@ class TestRefusals:
 
 async def test_page_uses_the_indexes(api: Api, database: str) -> None:
     """New, changed and deleted messages are each found by their index."""
-    from chat_ticket_svc.store import changes, messages
-
     session = await api.session()
     for _ in range(4):
         await batch(api, session.id, [said("x")] * 500)
@@ -494,6 +494,25 @@ async def test_page_uses_the_indexes(api: Api, database: str) -> None:
         plan = "\n".join(row[0] for row in await cursor.fetchall())
     assert "idx_chat_messages_session" in plan
     assert "idx_chat_messages_changed" in plan
+    assert "Seq Scan on chat_messages" not in plan
+
+
+@pytest.mark.parametrize("statement", [changes.PAGE, appends.APPEND_TOGETHER])
+def test_plans_made_on_an_empty_database_use_the_indexes(
+    fresh_database: str, statement: LiteralString
+) -> None:
+    """They stay when it fills: nobody plans anew until PostgreSQL has analysed the tables."""
+    names: dict[str, int] = {}
+    numbered = re.sub(
+        r"%\((\w+)\)s", lambda name: f"${names.setdefault(name[1], len(names) + 1)}", statement
+    )
+    with psycopg.connect(fresh_database, autocommit=True) as connection:
+        connection.execute("SET plan_cache_mode = force_generic_plan")
+        connection.execute(f"PREPARE statement AS {numbered}")  # type: ignore[arg-type]
+        nulls = ", ".join("NULL" for _ in names)
+        rows = connection.execute(f"EXPLAIN EXECUTE statement ({nulls})").fetchall()  # type: ignore[arg-type]
+    plan = "\n".join(row[0] for row in rows)
+    assert "on chat_messages m" in plan
     assert "Seq Scan on chat_messages" not in plan
 
 

@@ -107,7 +107,8 @@ WITH new AS MATERIALIZED (
                WITH ORDINALITY
                AS new (tenant_id, session_id, id, role, content, metadata, ordinal)
      WHERE NOT EXISTS (
-         SELECT FROM chat_messages m WHERE m.tenant_id = new.tenant_id AND m.id = new.id)
+         SELECT FROM chat_messages m
+          WHERE m.tenant_id = new.tenant_id AND m.id = new.id OFFSET 0)
 ), locked AS MATERIALIZED (
     SELECT s.tenant_id, s.id, new.count
       FROM new
