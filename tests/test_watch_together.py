@@ -37,15 +37,16 @@ async def unpolled(start_server: Any, database: str) -> Api:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """After which revision each read was that began so far."""
-    read, found = changes.page, []
+    """After which revision each read was that is done."""
+    read, done = changes.page, []
 
     async def page(*arguments: Any, after: int, **named: Any) -> Any:
-        found.append(after)
-        return await read(*arguments, after=after, **named)
+        found = await read(*arguments, after=after, **named)
+        done.append(after)
+        return found
 
     monkeypatch.setattr(changes, "page", page)
-    return found
+    return done
 
 
 @contextlib.asynccontextmanager

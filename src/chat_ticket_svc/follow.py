@@ -116,6 +116,11 @@ class _Feed(Generic[P]):
         self.changes = 0
         self.places: dict[Position, _Place[P]] = {}
 
+    @property
+    def revision(self) -> int:
+        """Where its watchers stand, or none that a session has."""
+        return next(iter(self.places)).revision if len(self.places) == 1 else -1
+
     async def read(self, *arguments: int) -> P:
         """The page after a revision, when it is its turn."""
         tenant_id, session_id = self.key
@@ -360,11 +365,12 @@ class Follow:
             if not self._feeds:
                 continue
             try:
-                found = await sessions.revisions(self._db, list(self._feeds))
+                known = [(*key, feed.revision) for key, feed in self._feeds.items()]
+                moved = await sessions.revisions(self._db, known)
             except Exception as error:  # whatever it is: without the poll a watcher could be stuck
                 log.warning("could not poll the watched sessions", error=type(error).__qualname__)
                 continue
-            for key, revision in found.items():
-                feed = self._feeds.get(key)
+            for tenant_id, session_id, revision in moved:
+                feed = self._feeds.get((tenant_id, session_id))
                 if feed and any(at.revision != revision for at in feed.places):
                     feed.wake()
