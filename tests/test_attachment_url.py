@@ -186,7 +186,8 @@ def internet(monkeypatch: pytest.MonkeyPatch) -> NewChecker:
 
     def checker(site: Site, **settings: Any) -> AttachmentUrlChecker:
         monkeypatch.setitem(attachment_url._PORTS, "http", site.port)
-        return AttachmentUrlChecker(schemes=("http",), **{"resolver": dns({}), **settings})
+        defaults = {"resolver": dns({}), "timeout": 60}  # however busy the machine
+        return AttachmentUrlChecker(schemes=("http",), **{**defaults, **settings})
 
     return checker
 

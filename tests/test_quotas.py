@@ -72,6 +72,11 @@ async def results(*calls: Awaitable[object]) -> list[BaseException]:
     return [result for result in done if isinstance(result, BaseException)]
 
 
+def aborted() -> list[grpc.aio.AbortError]:
+    """What has ended calls and is in memory still."""
+    return [each for each in gc.get_objects() if isinstance(each, grpc.aio.AbortError)]
+
+
 def read(error: BaseException) -> Refusal:
     assert isinstance(error, grpc.aio.AioRpcError)
     refusal = Refusal()
@@ -647,14 +652,20 @@ class TestMemory:
             assert len(await results(*(call(api) for _ in range(10)))) == 10
             assert len(await results(*(sequences(api, an_id()) for _ in range(10)))) == 10
 
-            def left() -> int:
-                return sum(isinstance(each, grpc.aio.AbortError) for each in gc.get_objects())
-
             async with asyncio.timeout(10):  # the latest may be on their way still
-                while left() >= 5:
+                while len(aborted()) >= 5:
                     await asyncio.sleep(0.1)
         finally:
             gc.enable()
+
+    async def test_last_call_of_a_method_is_not_kept(self, api: Api) -> None:
+        """However long the method is not called again."""
+        for _ in range(2):
+            with refused(StatusCode.NOT_FOUND):
+                await api.sessions.GetChatSession(GetChatSessionRequest(session_id=an_id()))
+        async with asyncio.timeout(10):
+            while gc.collect() or aborted():
+                await asyncio.sleep(0.1)
 
 
 class TestSizes:

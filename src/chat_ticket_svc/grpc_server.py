@@ -65,6 +65,7 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
             call = await self._request_registered_call(method)
             handling = handle(handler, call, loop)
             self._keep(cygrpc._schedule_rpc_coro(handling, call, loop, name))
+            del call, handling  # they have all of a call, and the next one may be long in coming
 
     async def _refuse_unknown_methods(self) -> None:
         """Never returns, as _take_calls."""
