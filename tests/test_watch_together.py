@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import random
 from collections.abc import AsyncIterator
 from typing import Any
@@ -147,7 +148,7 @@ class TestOnce:
             reads.clear()
             await api.message(session.id)
             await asyncio.gather(*(each.until_revision(1201) for each in followers))
-            assert reads == [0, 500, 1000]
+            assert [after for after, _ in itertools.groupby(reads)] == [0, 500, 1000]
         assert all(each.created == list(range(1, 1202)) for each in followers)
 
     async def test_read_acts_for_the_tenant(
@@ -252,7 +253,7 @@ class TestTogether:
                 await slow.until_revision(count)
                 assert slow.created == list(range(1, count + 1))
                 await assert_same_state(api, slow, session.id)
-                assert count < len(reads) < count + 5
+                assert count < len(reads) < count + 10
                 # Nothing is kept of what all have been told.
                 [place] = feed.places.values()
                 assert place.page is None

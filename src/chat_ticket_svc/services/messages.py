@@ -178,6 +178,8 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                         after = listing.sequence(found[-1])
                     page_size = min(2 * page_size, paging.LARGEST_PAGE)
                     reading = read(page_size)
+                    if session is None:  # the first page waits for nothing
+                        await asyncio.sleep(0)  # the statement is sent before this page is encoded
                 if found or session is not None:
                     yield session, found
                 if not more or not limit:

@@ -144,9 +144,13 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
                 del page, event  # many streams wait for long, and hold what their variables do
 
     async def _page(
-        self, tenant_id: str, session_id: str, after: int, limit: int = paging.LARGEST_PAGE
+        self, tenant_id: str, session_id: str, after: int, limit: int | None = None
     ) -> "_Page":
-        found = await changes.page(self._db, tenant_id, session_id, after=after, limit=limit)
+        """What follows a revision; without a limit, as much as there is likely to be."""
+        read = functools.partial(changes.page, self._db, tenant_id, session_id, after=after)
+        found = await read(limit=limit or paging.FIRST_PAGE)
+        if limit is None and found is not None and found.more:
+            found = await read(limit=paging.LARGEST_PAGE)
         return _Page(after, found)
 
 

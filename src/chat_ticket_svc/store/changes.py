@@ -3,7 +3,7 @@
 from typing import Literal, NamedTuple
 
 from chat_ticket_svc.store import messages
-from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store.database import FEW_BYTES, FEW_ROWS, Database
 from chat_ticket_svc.store.messages import Message
 from chat_ticket_svc.store.sessions import Session
 
@@ -76,17 +76,18 @@ async def page(
     db: Database, tenant_id: str, session_id: str, *, after: int, limit: int
 ) -> Page | None:
     """The first changes after a revision, or None when there is no such session."""
-    rows = await db.rows(
-        PAGE,
-        {
-            "tenant_id": tenant_id,
-            "session_id": session_id,
-            "after": after,
-            "limit": limit,
-            "bytes": messages.PAGE_BYTES,
-        },
-        lambda *row: row,
-    )
+    are_few = limit <= FEW_ROWS
+    params = {
+        "tenant_id": tenant_id,
+        "session_id": session_id,
+        "after": after,
+        "limit": limit,
+        "bytes": FEW_BYTES if are_few else messages.PAGE_BYTES,
+    }
+    if are_few:
+        rows = await db.few_rows(PAGE, params)
+    else:
+        rows = await db.rows(PAGE, params, lambda *row: row)
     if not rows:
         return None
     width = len(Session._fields)

@@ -69,11 +69,17 @@ def _dumped(value: Any) -> bytes | None:
 class _Call:
     """A statement on its way."""
 
-    __slots__ = ("future", "preparing", "result", "statement", "values")
+    __slots__ = ("future", "preparing", "result", "statement", "types", "values")
 
-    def __init__(self, statement: _Statement, values: Sequence[bytes | None]):
+    def __init__(
+        self,
+        statement: _Statement,
+        values: Sequence[bytes | None],
+        types: Sequence[int] | None,
+    ):
         self.statement = statement
         self.values = values
+        self.types = types
         self.future: asyncio.Future[list[Row]] = asyncio.get_running_loop().create_future()
         self.preparing = False
         self.result: pq.abc.PGresult | None = None
@@ -105,10 +111,15 @@ class Lane:
         """How many statements are on their way."""
         return self._waiting
 
-    async def rows(self, sql: str, params: Mapping[str, Any]) -> list[Row]:
-        """The rows of a statement. Also raises PoolTimeout and ConnectionFailure."""
+    async def rows(
+        self, sql: str, params: Mapping[str, Any], types: Sequence[int] | None = None
+    ) -> list[Row]:
+        """The rows of a statement, its columns read as `types` where these are given.
+
+        Also raises PoolTimeout and ConnectionFailure.
+        """
         statement = _statement(sql)
-        call = _Call(statement, [_dumped(params[name]) for name in statement.parameters])
+        call = _Call(statement, [_dumped(params[name]) for name in statement.parameters], types)
         self._waiting += 1
         try:
             pipeline = self._pipeline
@@ -274,7 +285,11 @@ class _Pipeline:
             else:
                 call.future.set_exception(error)
             return
-        self._transformer.set_pgresult(result, format=pq.Format.BINARY)
+        self._transformer.set_pgresult(
+            result, set_loaders=call.types is None, format=pq.Format.BINARY
+        )
+        if call.types is not None:
+            self._transformer.set_loader_types(call.types, pq.Format.BINARY)
         call.future.set_result(self._transformer.load_rows(0, result.ntuples, tuple))
 
     def _send_again(self, call: _Call) -> None:

@@ -10,7 +10,7 @@ from operator import itemgetter
 from typing import LiteralString, NamedTuple
 
 from chat_ticket_svc.store import sessions
-from chat_ticket_svc.store.database import BOOL, BYTES, INTEGER, TEXT, Database
+from chat_ticket_svc.store.database import BOOL, BYTES, FEW_ROWS, INTEGER, TEXT, Database
 from chat_ticket_svc.store.messages import PAGE_BYTES
 from chat_ticket_svc.store.sessions import Session
 
@@ -117,13 +117,15 @@ async def page(
         bounds = {**params, "limit": limit, "whole": whole}
         session = None
         if first:
-            found = await db.rows_as(
-                FIRST_DESC if descending else FIRST_ASC, bounds, SESSION + ROW, tuple
+            # Those of some roles may be far apart.
+            are_few = limit <= FEW_ROWS and whole <= WHOLE_BYTES and roles is None
+            found = await (db.few_rows if are_few else db.rows_as)(
+                FIRST_DESC if descending else FIRST_ASC, bounds, SESSION + ROW
             )
             rows = [row[len(SESSION) :] for row in found]
             session = Session._make(found[0][: len(SESSION)]) if found else None
         else:
-            rows = await db.rows_as(LIST_DESC if descending else LIST_ASC, bounds, ROW, tuple)
+            rows = await db.rows_as(LIST_DESC if descending else LIST_ASC, bounds, ROW)
         if not rows:
             raise sessions.not_found(session_id)
         return session, rows if size(rows[0]) else []
