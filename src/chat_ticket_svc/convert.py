@@ -95,37 +95,38 @@ def messages(session_id: str, rows: Iterable[Row]) -> bytes:
     parts: list[bytes] = []
     between = b"\x12$" + session_id.encode() + b"\x18"
     time, at = b"", -1
+    before, last = BEFORE, LAST  # found faster here
     for id_, sequence, revision, role, content, metadata, created_at, files, _ in rows:
         if 0x4000 <= sequence < 0x10000000:
-            number = BEFORE[sequence & 0x3FFF] + LAST[sequence >> 14]
+            number = before[sequence & 0x3FFF] + last[sequence >> 14]
         else:
             number = _varint(sequence)
         seconds, microseconds = divmod(created_at + EPOCH_OF_POSTGRESQL, 1_000_000)
         if seconds != at:
             time, at = b"\x08" + _varint(seconds), seconds
+            before_nanos = b"B%b%b\x10" % (last[len(time) + 6], time)
         if (nanos := 1000 * microseconds) >= 0x10000000:
-            fraction = BEFORE[nanos & 0x3FFF] + BEFORE[nanos >> 14 & 0x3FFF] + LAST[nanos >> 28]
-            created = b"%b\x10%b" % (time, fraction)
+            rest = before[nanos >> 14 & 0x3FFF] + last[nanos >> 28]
+            created = before_nanos + before[nanos & 0x3FFF] + rest
         else:
             created = b"%b\x10%b" % (time, _varint(nanos)) if nanos else time
+            created = b"B%b%b" % (last[len(created)], created)
         size = len(content)
-        message = b"\n$%b%b%b %b%b%b%bB%b%b" % (
+        message = b"\n$%b%b%b %b%b%b%b%b%b" % (
             id_,
             between,
             number,
             number if revision == sequence else _varint(revision),
             ROLE_AND_CONTENT[role],
-            LAST[size] if size < 0x4000 else _varint(size),
-            content
-            if metadata is None
-            else b"%b:%b%b" % (content, _varint(len(metadata)), metadata),
-            LAST[len(created)],
+            last[size] if size < 0x4000 else _varint(size),
+            content,
+            b"" if metadata is None else b":%b%b" % (_varint(len(metadata)), metadata),
             created,
         )
         if files is not None:
             message += _attachments(files)
         size = len(message)
-        parts += (b"\x12", LAST[size] if size < 0x4000 else _varint(size), message)
+        parts += (b"\x12", last[size] if size < 0x4000 else _varint(size), message)
     return b"".join(parts)
 
 
