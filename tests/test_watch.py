@@ -25,7 +25,7 @@ from chat_ticket.v1.chat_session_pb2 import (
     WatchChatSessionRequest,
     WatchChatSessionResponse,
 )
-from chat_ticket_svc.store import appends, changes, messages
+from chat_ticket_svc.store import appends, changes, listing, messages
 
 Event = WatchChatSessionResponse
 
@@ -497,7 +497,7 @@ async def test_page_uses_the_indexes(api: Api, database: str) -> None:
     assert "Seq Scan on chat_messages" not in plan
 
 
-@pytest.mark.parametrize("statement", [changes.PAGE, appends.APPEND_TOGETHER])
+@pytest.mark.parametrize("statement", [changes.PAGE, appends.APPEND_TOGETHER, listing.LIST_ASC])
 def test_plans_made_on_an_empty_database_use_the_indexes(
     fresh_database: str, statement: LiteralString
 ) -> None:
@@ -514,6 +514,7 @@ def test_plans_made_on_an_empty_database_use_the_indexes(
     plan = "\n".join(row[0] for row in rows)
     assert "on chat_messages m" in plan
     assert "Seq Scan on chat_messages" not in plan
+    assert "Join Filter" not in plan  # which compares each row with each
 
 
 @pytest.mark.parametrize("pages", [1, 3])

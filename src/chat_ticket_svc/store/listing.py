@@ -9,9 +9,8 @@ import itertools
 from operator import itemgetter
 from typing import LiteralString, NamedTuple
 
-from chat_ticket_svc.store import sessions
+from chat_ticket_svc.store import messages, sessions
 from chat_ticket_svc.store.database import BOOL, BYTES, FEW_ROWS, INTEGER, TEXT, Database
-from chat_ticket_svc.store.messages import PAGE_BYTES
 from chat_ticket_svc.store.sessions import Session
 
 # id, sequence, revision, role, content, metadata, created_at, files, size: of a message that is too
@@ -44,34 +43,28 @@ ANY_BYTES = 2**31 - 1
 def _list(columns: LiteralString, order: LiteralString) -> LiteralString:
     """No row at all says that the session is gone; one without a message, that none is left.
 
-    The attachments of a page are looked up before, for those messages only that have some; and one
-    message after the other (OFFSET 0), which no plan turns into a look at all of the tenant's.
+    Attachments are looked up for each message: a join may become a look at all of the tenant's, or
+    of the page's for each message. To ask first is faster than to find nothing to aggregate, and
+    OFFSET 0 keeps the question from becoming a hash of all that there are.
     """
     return f"""
 WITH page AS MATERIALIZED (
-    SELECT id, sequence, revision, role, content, metadata::text AS metadata, created_at
-      FROM chat_messages
-     WHERE tenant_id = %(tenant_id)s AND session_id = %(session_id)s::uuid
-       AND sequence > %(after)s AND sequence < %(before)s
-       AND (%(roles)s::text[] IS NULL OR role = ANY (%(roles)s::text[]))
-     ORDER BY sequence {order} LIMIT %(limit)s
-), attached AS MATERIALIZED (
-    SELECT page.id AS message_id,
-           json_agg(
-               json_build_array(
-                   a.id, a.message_id, a.file_url, a.file_name, a.file_type,
-                   (extract(epoch FROM a.created_at) * 1000000)::bigint)
-               ORDER BY a.created_at, a.id)::text AS files
-      FROM page
-     CROSS JOIN LATERAL (
-         SELECT * FROM chat_attachments
-          WHERE tenant_id = %(tenant_id)s AND message_id = page.id OFFSET 0) AS a
-     GROUP BY page.id
+    SELECT m.id, m.sequence, m.revision, m.role, m.content, m.metadata::text AS metadata,
+           m.created_at,
+           CASE WHEN EXISTS (
+               SELECT FROM chat_attachments a
+                WHERE a.tenant_id = m.tenant_id AND a.message_id = m.id OFFSET 0)
+           THEN {messages.ATTACHMENTS}::text END AS files
+      FROM chat_messages m
+     WHERE m.tenant_id = %(tenant_id)s AND m.session_id = %(session_id)s::uuid
+       AND m.sequence > %(after)s AND m.sequence < %(before)s
+       AND (%(roles)s::text[] IS NULL OR m.role = ANY (%(roles)s::text[]))
+     ORDER BY m.sequence {order} LIMIT %(limit)s
 ), sized AS (
-    SELECT page.*, attached.files,
-           (256 + octet_length(page.content) + coalesce(octet_length(page.metadata), 0)
-                + coalesce(octet_length(attached.files), 0))::bigint AS size
-      FROM page LEFT JOIN attached ON attached.message_id = page.id
+    SELECT page.*,
+           (256 + octet_length(content) + coalesce(octet_length(metadata), 0)
+                + coalesce(octet_length(files), 0))::bigint AS size
+      FROM page
 )
 SELECT {columns} m.id::text, m.sequence, m.revision, m.role,
        CASE WHEN m.size <= %(whole)s THEN m.content END,
@@ -142,4 +135,4 @@ async def page(
 def _fitting(rows: list[Row]) -> int:
     """How many of them a page holds."""
     totals = itertools.accumulate(map(size, rows))
-    return max(1, [total <= PAGE_BYTES for total in totals].count(True))
+    return max(1, [total <= messages.PAGE_BYTES for total in totals].count(True))
