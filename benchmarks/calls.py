@@ -123,7 +123,9 @@ def measure(bench: Bench) -> list[Figure]:
 
 def create_sessions(db: psycopg.Connection) -> None:
     db.execute(CREATE_SESSIONS, (list(TENANTS), 2 * SESSIONS))
-    db.execute("VACUUM ANALYZE chat_sessions")  # of the empty tables nothing is known, as of new ones
+    db.execute(
+        "VACUUM ANALYZE chat_sessions"
+    )  # of the empty tables nothing is known, as of new ones
 
 
 def _require_interceptors(server: Server) -> None:

@@ -22,13 +22,14 @@ SECONDS = 130
 WATCHERS = 1_000
 IDLE = 10_000
 
-MANY, ONE, IDLES = (
+MANY, ONE, BARE, IDLES = (
     f"{WATCHERS:,} watchers of {WATCHERS:,} sessions",
     f"{WATCHERS:,} watchers of one session",
+    f"{WATCHERS:,} watchers of one session, by gRPC alone",
     f"{IDLE:,} watchers of {IDLE:,} sessions",
 )
-WRITES_PER_SECOND = {MANY: 150, ONE: 5, IDLES: 50}
-PHASE_SECONDS = {MANY: 4, ONE: 4, IDLES: 4}
+WRITES_PER_SECOND = {MANY: 150, ONE: 5, BARE: 5, IDLES: 50}
+PHASE_SECONDS = {MANY: 4, ONE: 4, BARE: 4, IDLES: 4}
 MUST = {MANY: {"p50": 4, "p99": 20}, ONE: {"p50": 20, "p99": 60}}
 
 CALLERS = 16
@@ -89,12 +90,19 @@ def measure(bench: Bench) -> list[Figure]:
                 log=bench.directory / "unfollowed.log",
                 module="benchmarks.variants",
             ) as unfollowed,
+            service.server(
+                url,
+                variants.BARE,
+                log=bench.directory / "bare.log",
+                module="benchmarks.variants",
+            ) as bare,
         ):
             for _ in range(bench.rounds):
                 ids = sessions(WATCHERS)
                 follow(MANY, server, ids, ids)
                 ids = sessions(1)
                 follow(ONE, server, ids, ids * WATCHERS)
+                follow(BARE, bare, ids, ids * WATCHERS)
                 write(OFF, unfollowed, 0)
                 write(ON, server, 0)
                 write(WATCHED, server, WATCHERS)
@@ -116,7 +124,7 @@ def _figures(found: dict[str, list[Outcome]]) -> list[Figure]:
             note=_note(found[what]),
             details={"rounds": found[what]},
         )
-        for what in (MANY, ONE, IDLES)
+        for what in (MANY, ONE, BARE, IDLES)
         for percentile in ("p50", "p99")
     ]
     figures.append(

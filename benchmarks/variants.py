@@ -2,15 +2,16 @@
 
 Without an option it is the service with one more method, which does nothing: what every unary call
 pays before it does anything. It is added to the composition here and nowhere else, so that it is
-served as the others are. With `--bare` this method is all there is, on gRPC's server with the same
-options and nothing of ours around it. With `--unfollowed` no write wakes anybody.
+served as the others are. With `--bare` it is on gRPC's server with the same options and nothing of
+ours around it, beside a stand-in for creating and following messages of one session, which stores
+nothing: what following costs gRPC alone. With `--unfollowed` no write wakes anybody.
 """
 
 import asyncio
 import gc
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, cast
 
 import grpc
@@ -18,6 +19,8 @@ import uvloop
 from google.protobuf.empty_pb2 import Empty
 
 from chat_ticket.v1 import chat_session_pb2_grpc
+from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest, CreateChatMessageResponse
+from chat_ticket.v1.chat_session_pb2 import WatchChatSessionResponse as Event
 from chat_ticket_svc import cli, follow, grpc_server, server
 from chat_ticket_svc.access import methods
 from chat_ticket_svc.access.credential import Permission
@@ -44,6 +47,50 @@ def _register(target: Any) -> None:
     target.add_registered_method_handlers(SERVICE, {"Empty": handler})
 
 
+class _Told:
+    """The stand-in: tells every stream of every message, and keeps them for the slow ones."""
+
+    def __init__(self) -> None:
+        self._events = [Event(caught_up=Event.CaughtUp()).SerializeToString()]
+        self._more = asyncio.Event()
+
+    async def create(
+        self,
+        request: CreateChatMessageRequest,
+        context: object,  # noqa: ARG002
+    ) -> CreateChatMessageResponse:
+        event = Event()
+        event.messages_created.messages.append(request.message)
+        self._events.append(event.SerializeToString())
+        self._more.set()
+        self._more = asyncio.Event()
+        return CreateChatMessageResponse()
+
+    async def watch(self, request: bytes, context: object) -> AsyncIterator[bytes]:  # noqa: ARG002
+        yield self._events[0]
+        place = len(self._events)
+        while True:
+            more = self._more
+            if place == len(self._events):
+                await more.wait()
+            yield self._events[place]
+            place += 1
+
+    def register(self, target: Any) -> None:
+        create = grpc.unary_unary_rpc_method_handler(
+            self.create,
+            request_deserializer=CreateChatMessageRequest.FromString,
+            response_serializer=CreateChatMessageResponse.SerializeToString,
+        )
+        target.add_registered_method_handlers(
+            "chat_ticket.v1.ChatMessageService", {"CreateChatMessage": create}
+        )
+        watch: Any = grpc.unary_stream_rpc_method_handler(self.watch)
+        target.add_registered_method_handlers(
+            "chat_ticket.v1.ChatSessionService", {"WatchChatSession": watch}
+        )
+
+
 def _register_too(add: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
     """As the service registers its own methods, whatever it puts around them."""
 
@@ -57,6 +104,7 @@ def _register_too(add: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]
 async def _bare() -> None:
     bare = grpc_server.server(options=server.OPTIONS)
     _register(bare)
+    _Told().register(bare)
     port = bare.add_insecure_port("127.0.0.1:0")
     await bare.start()
     print(json.dumps({"event": "listening", "port": port}), file=sys.stderr, flush=True)
