@@ -143,7 +143,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         roles: list[str] | None,
         limit: int,
     ) -> AsyncGenerator[tuple[sessions.Session | None, list[listing.Row]]]:
-        """Pages that double in size, the next one read while the caller takes this one.
+        """Pages that double in size, each but the second read while the one before is taken.
 
         The first has the session, and all end with what it held then.
         """
@@ -177,13 +177,15 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                     else:
                         after = listing.sequence(found[-1])
                     page_size = min(2 * page_size, paging.LARGEST_PAGE)
-                    reading = read(page_size)
-                    if session is None:  # the first page waits for nothing
+                    if session is None:
+                        reading = read(page_size)
                         await asyncio.sleep(0)  # the statement is sent before this page is encoded
                 if found or session is not None:
                     yield session, found
                 if not more or not limit:
                     return
+                if session is not None:  # the first page had all there is to itself
+                    reading = read(page_size)
         finally:
             # The caller has left in the middle: the page on its way is of no use to anybody.
             reading.cancel()
