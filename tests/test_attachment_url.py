@@ -165,11 +165,13 @@ def dns(records: dict[str, Iterable[str]]) -> Resolver:
     return resolve
 
 
+PATIENT = {"timeout": 60}  # however busy the machine
+
+
 def opened(*sites: Site, **settings: Any) -> AttachmentUrlChecker:
     """A checker for which these sites are internal stores."""
-    return AttachmentUrlChecker(
-        schemes=("http",), allowed_hosts=[site.at for site in sites], **settings
-    )
+    hosts = [site.at for site in sites]
+    return AttachmentUrlChecker(schemes=("http",), allowed_hosts=hosts, **{**PATIENT, **settings})
 
 
 def open_public(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,8 +188,9 @@ def internet(monkeypatch: pytest.MonkeyPatch) -> NewChecker:
 
     def checker(site: Site, **settings: Any) -> AttachmentUrlChecker:
         monkeypatch.setitem(attachment_url._PORTS, "http", site.port)
-        defaults = {"resolver": dns({}), "timeout": 60}  # however busy the machine
-        return AttachmentUrlChecker(schemes=("http",), **{**defaults, **settings})
+        return AttachmentUrlChecker(
+            schemes=("http",), **{"resolver": dns({}), **PATIENT, **settings}
+        )
 
     return checker
 

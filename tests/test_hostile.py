@@ -47,7 +47,7 @@ def of_ours(name: str) -> Method:
     return next(method for method in OURS if method.name == name)
 
 
-@pytest_asyncio.fixture(scope="module")
+@pytest_asyncio.fixture(scope="session")
 async def address(server: Any) -> AsyncIterator[str]:
     """A server with another tenant's data, which is as it was when all is done."""
     address = f"127.0.0.1:{server.port}"
