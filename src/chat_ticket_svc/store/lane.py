@@ -102,7 +102,7 @@ class Lane:
         self._prepares = prepare_statements
         self._lifetime = lifetime_seconds
         self._pipeline: _Pipeline | None = None
-        self._opening: asyncio.Task[_Pipeline] | None = None
+        self._opening: asyncio.Task[None] | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._waiting = 0
 
@@ -122,9 +122,9 @@ class Lane:
         call = _Call(statement, [_dumped(params[name]) for name in statement.parameters], types)
         self._waiting += 1
         try:
-            pipeline = self._pipeline
-            if pipeline is None or pipeline.ended:
-                pipeline = await self._open()
+            # It may have broken again before those who waited for it have their turn.
+            while (pipeline := self._pipeline) is None or pipeline.ended:
+                await self._open()
             pipeline.send(call)
             return await call.future
         finally:
@@ -138,17 +138,22 @@ class Lane:
             self._pipeline.end()
         await asyncio.gather(*self._closing, return_exceptions=True)
 
-    async def _open(self) -> _Pipeline:
-        """The pipeline that all who need one at this time will share."""
+    async def _open(self) -> None:
+        """Take the connection that all who need one at this time will share."""
         if self._opening is None:
-            self._opening = asyncio.create_task(self._opened())
-        return await asyncio.shield(self._opening)
+            self._opening = asyncio.create_task(self._take())
+        await asyncio.shield(self._opening)
 
-    async def _opened(self) -> _Pipeline:
+    async def _take(self) -> None:
         try:
             connection = await self._pool.getconn()
-            self._pipeline = _Pipeline(connection, self._give_back, self._prepares, self._lifetime)
-            return self._pipeline
+            try:
+                self._pipeline = _Pipeline(
+                    connection, self._give_back, self._prepares, self._lifetime
+                )
+            except psycopg.OperationalError as error:  # it was lost while it was idle
+                self._give_back(connection)
+                raise pg_errors.ConnectionFailure("the connection was lost") from error
         finally:
             self._opening = None
 
@@ -179,10 +184,11 @@ class _Pipeline:
         self._loop = asyncio.get_running_loop()
         # For those who come later; who is here is served.
         self.ended = False
-        self._expiry = self._loop.call_later(lifetime, self.end)
+        self._let_go_of = False
         self._socket = self._libpq.socket
         self._libpq.enter_pipeline_mode()
         self._loop.add_reader(self._socket, self._receive)
+        self._expiry = self._loop.call_later(lifetime, self.end)
 
     def send(self, call: _Call) -> None:
         self._unsent.append(call)
@@ -196,6 +202,9 @@ class _Pipeline:
             self._let_go()
 
     def _let_go(self) -> None:
+        if self._let_go_of:  # since when the socket's number may be another connection's
+            return
+        self._let_go_of = True
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
         if self._libpq.status != pq.ConnStatus.BAD:
