@@ -22,6 +22,7 @@ async def pool(database: str) -> AsyncIterator[Pool]:
     async with psycopg_pool.AsyncConnectionPool(
         database, kwargs={"autocommit": True}, min_size=2, max_size=4, timeout=5, open=False
     ) as pool:
+        await pool.wait()
         yield pool
 
 
@@ -121,3 +122,19 @@ async def test_connection_that_was_lost_in_the_pool(
     await soon(lambda: returned)
     await pool.check()
     assert await shared.rows(SQL, {"number": 1}) == [(1,)]
+
+
+async def test_error_that_comes_with_what_is_to_be_read(
+    database: str, shared: lane.Lane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop may tell of both at once, and then never again: the call ends all the same."""
+    assert await shared.rows(SQL, {"number": 1}) == [(1,)]
+    pipeline = shared._pipeline
+    assert pipeline is not None
+    waiting = asyncio.create_task(shared.rows("SELECT pg_sleep(%(number)s)::text", {"number": 60}))
+    await soon(lambda: pipeline._sent)
+    asyncio.get_running_loop().remove_reader(pipeline._socket)
+    await end(database, pipeline._connection)
+    async with asyncio.timeout(5):
+        with pytest.raises(pg_errors.ConnectionFailure):
+            await waiting

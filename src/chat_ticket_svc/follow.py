@@ -26,6 +26,7 @@ import structlog
 from chat_ticket_svc import caller, errors
 from chat_ticket_svc.store import sessions
 from chat_ticket_svc.store.database import Database, connection_string
+from chat_ticket_svc.time_limit import TimeLimit
 from chat_ticket_svc.timers import Timers
 
 log = structlog.get_logger()
@@ -36,6 +37,8 @@ CHANNEL = "chat_ticket_session_changed"
 NOTIFY = "SELECT pg_notify(%s, %s)"
 UUID_LENGTH = 36
 RECONNECT_SECONDS = 1
+# Whether the listener's connection is there still: its end may come without a word (see lane.py).
+LOOK_SECONDS = 1
 
 # A NOTIFY costs half of what a write does: while writes are many, one tells of several, in a line
 # for each session. It may not have 8,000 bytes.
@@ -358,10 +361,12 @@ class Follow:
         self._poll_now.set()
         loop, readable = asyncio.get_running_loop(), asyncio.Event()
         libpq = connection.pgconn
-        loop.add_reader(libpq.socket, readable.set)
+        socket = libpq.socket  # its number is not to be had from a connection that is lost
+        loop.add_reader(socket, readable.set)
         try:
             while True:
-                await readable.wait()
+                with contextlib.suppress(TimeoutError), TimeLimit(LOOK_SECONDS):
+                    await readable.wait()
                 readable.clear()
                 libpq.consume_input()
                 while notification := libpq.notifies():
@@ -369,7 +374,7 @@ class Follow:
                         for line in notification.extra.decode(errors="replace").split("\n"):
                             self._wake((line[UUID_LENGTH:], line[:UUID_LENGTH]))
         finally:
-            loop.remove_reader(libpq.socket)
+            loop.remove_reader(socket)
 
     async def _poll(self) -> None:
         while True:

@@ -33,6 +33,10 @@ Connection = psycopg.AsyncConnection[Any]
 # not, when its caller leaves.
 WINDOW = 16
 
+# libuv tells of an error on a socket once, together with what is to be read before it, and never
+# again: who has read that looks whether there is more, as psycopg does.
+LOOK_SECONDS = 0.1
+
 _PLACEHOLDER = re.compile(r"%\((\w+)\)s")
 
 
@@ -189,10 +193,20 @@ class _Pipeline:
         self._libpq.enter_pipeline_mode()
         self._loop.add_reader(self._socket, self._receive)
         self._expiry = self._loop.call_later(lifetime, self.end)
+        self._looking: asyncio.TimerHandle | None = None
 
     def send(self, call: _Call) -> None:
         self._unsent.append(call)
         self._send_waiting()
+        if self._looking is None:
+            self._looking = self._loop.call_later(LOOK_SECONDS, self._look)
+
+    def _look(self) -> None:
+        self._looking = None
+        if self._sent:
+            self._receive()
+        if self._sent:
+            self._looking = self._loop.call_later(LOOK_SECONDS, self._look)
 
     def end(self) -> None:
         """Take no more statements, and let go of the connection when those here are answered."""
@@ -205,6 +219,8 @@ class _Pipeline:
         if self._let_go_of:  # since when the socket's number may be another connection's
             return
         self._let_go_of = True
+        if self._looking is not None:
+            self._looking.cancel()
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
         if self._libpq.status != pq.ConnStatus.BAD:
