@@ -16,12 +16,14 @@ START_SECONDS = 30
 class ServerProcess:
     """A running `chat-ticket-svc serve` and what it logged so far."""
 
-    def __init__(self, *arguments: str, environment: dict[str, str]):
+    def __init__(
+        self, *arguments: str, environment: dict[str, str], module: str = "chat_ticket_svc"
+    ):
         self.log: list[dict[str, Any]] = []
         self.output = ""  # both streams, as they came
         self._logged = threading.Condition()
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "chat_ticket_svc", "serve", *arguments],
+            [sys.executable, "-m", module, "serve", *arguments],
             env={**os.environ, "CHAT_TICKET_LOG_FORMAT": "json", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

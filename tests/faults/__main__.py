@@ -1,0 +1,119 @@
+"""`make faults`: the full matrix, each fault as often as it says, the mutants, and the report."""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from faults.environment import Environment
+from faults.matrix import FAULTS
+from faults.mutants import MUTANTS
+from faults.runs import Result, run
+
+REPORT = Path("build/faults")
+AROUND_SECONDS = 1.5
+MUTANT_SECONDS = 5.0  # to settle, for those that never do
+
+
+def table(results: dict[str, list[Result]]) -> str:
+    lines = [
+        "| fault | runs | writes acknowledged | lost | duplicated | out of order | other "
+        "| longest outage |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, runs in results.items():
+        lost = sum(each.count("is lost") for each in runs)
+        twice = sum(each.count("twice") for each in runs)
+        order = sum(each.count("I3: ") for each in runs)
+        other = sum(len(each.violations) for each in runs) - lost - twice - order
+        acknowledged = sum(each.acknowledged for each in runs)
+        outage = max(each.outage_seconds for each in runs)
+        invalid = sum(not each.valid for each in runs)
+        shown = f"{len(runs)}" + (f" ({invalid} invalid)" if invalid else "")
+        lines.append(
+            f"| {name} | {shown} | {acknowledged:,} | {lost} | {twice} | {order} | {other} "
+            f"| {outage:.1f} s |"
+        )
+    return "\n".join(lines)
+
+
+def mutant_table(found: dict[str, list[str]]) -> str:
+    lines = ["| mutant | found by |", "|---|---|"]
+    lines += [f"| {name} | {by[0] if by else '**not found**'} |" for name, by in found.items()]
+    return "\n".join(lines)
+
+
+def find_mutants(environment: Environment, seed: int, progress: Any) -> dict[str, list[str]]:
+    """What the checker says of each, of that which it has to say."""
+    found = {}
+    for name, mutant in MUTANTS.items():
+        progress.set_description(name)
+        environment.become(name)
+        [fault] = [each for each in FAULTS if each.name == mutant.fault]
+        result = run(
+            environment, fault, seed=seed, seconds=3, around=AROUND_SECONDS, settle=MUTANT_SECONDS
+        )
+        texts = [str(each) for each in result.violations]
+        found[name] = [text for text in texts if any(said in text for said in mutant.finds)]
+        progress.update()
+    environment.become("")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="faults", description=__doc__)
+    parser.add_argument("--only", default="", help="faults whose names contain this")
+    parser.add_argument("--runs", type=int, default=0, help="of each, instead of its own number")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--no-mutants", action="store_true", help="leave out what checks the checker"
+    )
+    options = parser.parse_args()
+    chosen = [fault for fault in FAULTS if options.only in fault.name]
+    results: dict[str, list[Result]] = defaultdict(list)
+    total = sum(options.runs or fault.runs for fault in chosen)
+    total += 0 if options.no_mutants else len(MUTANTS)
+    found: dict[str, list[str]] = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="chat-ticket-faults-") as directory,
+        Environment(Path(directory)) as environment,
+        tqdm(total=total, unit="run", mininterval=1) as progress,
+    ):
+        if not options.no_mutants:
+            found = find_mutants(environment, options.seed, progress)
+        for fault in chosen:
+            for number in range(options.runs or fault.runs):
+                progress.set_description(fault.name)
+                result = run(
+                    environment,
+                    fault,
+                    seed=options.seed + number,
+                    seconds=fault.seconds,
+                    around=AROUND_SECONDS,
+                )
+                results[fault.name].append(result)
+                for violation in result.violations[:10]:
+                    progress.write(f"{fault.name}, seed {result.seed}: {violation}")
+                progress.update()
+    report = f"{table(results)}\n\n{mutant_table(found)}\n"
+    print(report)
+    REPORT.mkdir(parents=True, exist_ok=True)
+    (REPORT / "report.md").write_text(report)
+    details = [
+        {**vars(each), "violations": [str(violation) for violation in each.violations]}
+        for runs in results.values()
+        for each in runs
+    ]
+    (REPORT / "runs.json").write_text(json.dumps(details, indent=1))
+    print(f"{REPORT}/report.md and runs.json")
+    is_broken = any(each.violations or not each.valid for runs in results.values() for each in runs)
+    sys.exit(is_broken or not all(found.values()))
+
+
+if __name__ == "__main__":
+    main()

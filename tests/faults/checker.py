@@ -1,0 +1,251 @@
+"""What must hold after every run, by the record of its callers and by the database itself.
+
+The invariants are those of reliability.md, I1 to I6; what the processes look like afterwards, I7
+and I8, is for who started them (see `runs`).
+"""
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg.rows import namedtuple_row
+
+from faults.record import Followed, Outcome, Record, Write
+
+MESSAGES = """
+SELECT session_id::text, id::text, sequence, content, metadata::text,
+       (extract(epoch FROM created_at) * 1000000)::bigint AS created_at,
+       (SELECT coalesce(array_agg(a.id::text), '{}') FROM chat_attachments a
+         WHERE a.tenant_id = m.tenant_id AND a.message_id = m.id) AS attachments
+  FROM chat_messages m WHERE tenant_id = %s ORDER BY session_id, sequence
+"""
+SESSIONS = "SELECT id::text, status, has_ticket, revision FROM chat_sessions WHERE tenant_id = %s"
+LINKS = """
+SELECT session_id::text, id::text, ticket_id::text FROM chat_tickets WHERE tenant_id = %s
+"""
+TICKETS = "SELECT id::text, status FROM tickets WHERE tenant_id = %s"
+
+
+@dataclass(frozen=True)
+class Violation:
+    invariant: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.invariant}: {self.text}"
+
+
+@dataclass
+class Stored:
+    """What the database has of a tenant."""
+
+    messages: dict[str, Any]
+    in_order: dict[str, list[Any]]  # of each session
+    sessions: dict[str, Any]
+    links: list[Any]
+    tickets: dict[str, Any]
+
+
+def stored(database_url: str, tenant: str) -> Stored:
+    with psycopg.connect(database_url, row_factory=namedtuple_row) as connection:
+        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        messages = connection.execute(MESSAGES, (tenant,)).fetchall()
+        in_order: dict[str, list[Any]] = defaultdict(list)
+        for message in messages:
+            in_order[message.session_id].append(message)
+        return Stored(
+            {message.id: message for message in messages},
+            in_order,
+            {row.id: row for row in connection.execute(SESSIONS, (tenant,))},
+            connection.execute(LINKS, (tenant,)).fetchall(),
+            {row.id: row for row in connection.execute(TICKETS, (tenant,))},
+        )
+
+
+def check(record: Record, database_url: str, tenants: Sequence[str]) -> list[Violation]:
+    violations = [Violation("I6", finding) for finding in record.findings if " tells " in finding]
+    violations += [
+        Violation("status", finding) for finding in record.findings if " tells " not in finding
+    ]
+    for tenant in tenants:
+        found = stored(database_url, tenant)
+        writes = [write for write in record.writes if write.tenant == tenant]
+        violations += _writes(writes, found)
+        violations += _order(writes, found)
+        violations += _tickets(writes, found)
+        for followed in record.followed:
+            if followed.tenant == tenant:
+                violations += _followed(followed, found)
+    return violations
+
+
+def counts(record: Record, database_url: str, tenants: Sequence[str]) -> dict[str, int]:
+    """For the report."""
+    violations = [str(each) for each in check(record, database_url, tenants)]
+    return {
+        "lost": sum("is lost" in text for text in violations),
+        "duplicated": sum("twice" in text for text in violations),
+        "out of order": sum(text.startswith("I3") for text in violations),
+    }
+
+
+def _new_messages(write: Write) -> list[tuple[Any, Any]]:
+    """The messages of a create, each with what was acknowledged of it."""
+    match write.kind:
+        case "CreateChatMessage":
+            told = write.response and write.response.message
+            return [(write.request.message, told)]
+        case "BatchCreateChatMessages":
+            told = write.response.messages if write.response else itertools.repeat(None)
+            return list(zip(write.request.messages, told, strict=False))
+    return []
+
+
+def _writes(writes: Sequence[Write], found: Stored) -> Iterator[Violation]:
+    """I1 and I2: what was acknowledged is there as it was, and what was refused is not."""
+    deletes = {
+        write.request.message_id: write for write in writes if write.kind == "DeleteChatMessage"
+    }
+    contents = Counter(message.content for message in found.messages.values())
+    for write in writes:
+        if write.outcome is Outcome.UNKNOWN:
+            last = write.attempts[-1]
+            if write.kind in ("CreateChatMessage", "BatchCreateChatMessages", "CreateChatSession"):
+                yield Violation(
+                    "I2", f"{write.kind} does not converge: {last.code.name} {last.reason}"
+                )
+        if (
+            write.kind == "CreateChatSession"
+            and write.outcome is Outcome.REFUSED
+            and write.session_id in found.sessions
+        ):
+            yield Violation("I2", f"session {write.session_id} was refused and is there")
+        for message, told in _new_messages(write):
+            row = found.messages.get(message.id)
+            delete = deletes.get(message.id)
+            if contents[message.content] > 1:
+                yield Violation("I1", f"message {message.id} is there twice")
+            if write.outcome is Outcome.REFUSED and row:
+                yield Violation("I2", f"message {message.id} was refused and is there")
+            if write.outcome is not Outcome.ACKNOWLEDGED:
+                continue
+            if row is None:
+                if delete is None or delete.outcome is Outcome.REFUSED:
+                    yield Violation("I1", f"message {message.id} is lost")
+            elif delete is not None and delete.outcome is Outcome.ACKNOWLEDGED:
+                yield Violation("I1", f"message {message.id} is there, and was deleted")
+            elif (row.session_id, row.content, row.sequence, row.created_at) != (
+                write.session_id,
+                message.content,
+                told.sequence,
+                told.create_time.ToMicroseconds(),
+            ):
+                yield Violation("I1", f"message {message.id} is not as it was acknowledged")
+        if write.kind == "CreateChatAttachment" and write.outcome is Outcome.ACKNOWLEDGED:
+            message_id = write.request.message_id
+            row, delete = found.messages.get(message_id), deletes.get(message_id)
+            if row is not None and row.attachments.count(write.request.attachment.id) != 1:
+                yield Violation("I1", f"attachment {write.request.attachment.id} is lost")
+
+
+def _order(writes: Sequence[Write], found: Stored) -> Iterator[Violation]:
+    """I3: sequences and times grow, also as callers met them one after the other."""
+    for session_id, messages in found.in_order.items():
+        for one, other in itertools.pairwise(messages):
+            if other.sequence <= one.sequence or other.created_at < one.created_at:
+                yield Violation("I3", f"messages {one.id} and {other.id} are out of order")
+        if messages and messages[-1].sequence > found.sessions[session_id].revision:
+            yield Violation("I3", f"session {session_id} is behind its last message")
+    told: dict[str, list[tuple[float, float, int, int]]] = defaultdict(list)
+    for write in writes:
+        if write.outcome is Outcome.ACKNOWLEDGED and (new := _new_messages(write)):
+            numbers = [answer.sequence for _, answer in new]
+            if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
+                yield Violation("I3", f"a batch got the sequences {numbers}")
+            told[write.session_id].append(
+                (write.began, write.acknowledged_at, numbers[0], numbers[-1])
+            )
+    for session_id, spans in told.items():
+        numbers = [number for _, _, first, last in spans for number in range(first, last + 1)]
+        if len(numbers) != len(set(numbers)):
+            yield Violation("I3", f"a sequence of session {session_id} was acknowledged twice")
+        latest, highest = sorted(spans, key=lambda span: span[1]), 0
+        ended = 0
+        for began, _, first, _ in sorted(spans):
+            while ended < len(latest) and latest[ended][1] < began:
+                highest = max(highest, latest[ended][3])
+                ended += 1
+            if first <= highest:
+                yield Violation(
+                    "I3", f"session {session_id}: {first} was begun when {highest} was acknowledged"
+                )
+
+
+def _followed(followed: Followed, found: Stored) -> Iterator[Violation]:
+    """I4: each message was told once, in order, and the follower holds what the session does."""
+    who = f"a follower of {followed.session_id}"
+    ids = [message_id for message_id, _ in followed.created]
+    for message_id, times in Counter(ids).items():
+        if times > 1:
+            yield Violation("I4", f"{who} was told of {message_id} {times} times")
+    sequences = [sequence for _, sequence in followed.created]
+    if any(other <= one for one, other in itertools.pairwise(sequences)):
+        yield Violation("I4", f"{who} was told out of order")
+    if followed.backwards:
+        yield Violation("I4", f"{who} went back: {followed.backwards[0]}")
+    if followed.unknown_changed:
+        yield Violation("I4", f"{who} was told of a change to {followed.unknown_changed[0]} alone")
+    session = found.sessions[followed.session_id]
+    if followed.revision != session.revision:
+        yield Violation("I4", f"{who} stopped at {followed.revision} of {session.revision}")
+        return
+    here = {message.id: message for message in found.in_order[followed.session_id]}
+    for message_id in here.keys() - set(ids):
+        yield Violation("I4", f"{who} was never told of {message_id}")
+    for message_id in here.keys() ^ followed.messages.keys():
+        yield Violation("I4", f"{who} holds another set: {message_id}")
+    for message_id, row in here.items():
+        held = followed.messages.get(message_id)
+        if held is None:
+            continue
+        attached = sorted(each.id for each in held.attachments)
+        if (held.content, held.metadata_json, attached) != (
+            row.content,
+            row.metadata or "",
+            sorted(row.attachments),
+        ):
+            yield Violation("I4", f"{who} holds another {message_id}")
+
+
+def _tickets(writes: Sequence[Write], found: Stored) -> Iterator[Violation]:
+    """I5: of tickets, archiving and deleting."""
+    linked = Counter(link.session_id for link in found.links)
+    for session_id, times in linked.items():
+        if times > 1:
+            yield Violation("I5", f"session {session_id} has {times} tickets")
+    for session in found.sessions.values():
+        if session.has_ticket != (session.id in linked):
+            yield Violation("I5", f"session {session.id} has_ticket is {session.has_ticket}")
+    for write in writes:
+        if write.outcome is not Outcome.ACKNOWLEDGED:
+            continue
+        if write.kind == "CreateChatTicket":
+            if write.session_id not in found.sessions:
+                yield Violation("I5", f"session {write.session_id} was deleted with its ticket")
+            elif write.session_id not in linked:
+                yield Violation("I5", f"the ticket of session {write.session_id} is lost")
+            if write.request.ticket.id not in found.tickets:
+                yield Violation("I5", f"ticket {write.request.ticket.id} is lost")
+    archived = {
+        write.session_id: write
+        for write in writes
+        if write.kind == "UpdateChatSession" and write.outcome is Outcome.ACKNOWLEDGED
+    }
+    for write in writes:
+        if write.kind == "CreateChatTicket" and write.outcome is Outcome.ACKNOWLEDGED:
+            archive = archived.get(write.session_id)
+            if archive and archive.acknowledged_at < write.began:
+                yield Violation("I5", f"session {write.session_id} was linked after archiving")

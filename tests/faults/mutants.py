@@ -1,0 +1,112 @@
+"""The service with one of its promises broken: `python -m faults.mutants serve NAME`.
+
+For the harness only: the checker must find each of them, and say what is wrong.
+"""
+
+import os
+import sys
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from chat_ticket_svc import cli, follow
+from chat_ticket_svc.store import appends, changes, messages, sessions
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`finds` is what one of the checker's findings has to say."""
+
+    switch_on: Callable[[], None]
+    fault: str
+    finds: tuple[str, ...]
+
+
+def _no_row_lock() -> None:
+    """The revision is read where no lock is held."""
+    _replace(
+        appends,
+        "APPEND",
+        "SET revision = revision + %(count)s::integer",
+        "SET revision = %(count)s::integer + (SELECT seen.revision FROM chat_sessions seen"
+        " WHERE seen.tenant_id = %(tenant_id)s AND seen.id = %(session_id)s::uuid)",
+    )
+    _each_alone()
+
+
+def _order_by_now() -> None:
+    """Times are of when the transaction began, not of when it had the lock."""
+    _replace(appends, "APPEND", "next_change_time(updated_at)", "now()")
+    _each_alone()
+
+
+def _key_without_tenant() -> None:
+    _replace(messages, "GET", "m.tenant_id = %(tenant_id)s AND ", "")
+    _replace(sessions, "GET", "tenant_id = %(tenant_id)s AND ", "")
+
+
+def _lost_wake_up() -> None:
+    """With nothing that stands in for it."""
+    follow.Follow._wake = lambda *_: None  # type: ignore[method-assign]
+    os.environ["CHAT_TICKET_POLL_SECONDS"] = "3600"
+
+
+def _cursor_off_by_one() -> None:
+    page: Any = changes.page
+
+    async def off(*arguments: Any, after: int, **named: Any) -> Any:
+        return await page(*arguments, after=after + 1 if after else after, **named)
+
+    changes.page = off
+
+
+def _acknowledged_before_commit() -> None:
+    os.environ["DATABASE_URL"] += "&options=-csynchronous_commit%3Doff"
+
+
+def _retry_with_new_id() -> None:
+    """As a client would that has not thought of it."""
+    alone: Any = appends._append_alone
+
+    async def anew(db: Any, tenant_id: str, session_id: str, new: Any, *, unsure: bool) -> Any:
+        if unsure:
+            new = [message._replace(id=str(uuid.uuid4())) for message in new]
+        return await alone(db, tenant_id, session_id, new, unsure=unsure)
+
+    appends._append_alone = anew
+
+
+def _replace(module: Any, name: str, old: str, new: str) -> None:
+    sql = getattr(module, name)
+    assert old in sql, f"{name} has changed: this is no mutant any more"
+    setattr(module, name, sql.replace(old, new))
+
+
+def _each_alone() -> None:
+    """Nothing is gathered: appends wait for one another's locks."""
+    appends.SMALL_BYTES = -1
+
+
+MUTANTS = {
+    "no row lock": Mutant(_no_row_lock, "none", ("status: ", "I3: ", "I4: ")),
+    "order by now()": Mutant(_order_by_now, "none", ("are out of order",)),
+    "key without tenant": Mutant(_key_without_tenant, "none", ("I6: ",)),
+    "lost wake-up, no polling": Mutant(_lost_wake_up, "none", ("do not come to an end",)),
+    "cursor off by one": Mutant(_cursor_off_by_one, "none", ("was never told of",)),
+    "acknowledged before commit": Mutant(
+        _acknowledged_before_commit, "PostgreSQL SIGKILL", ("is lost",)
+    ),
+    "retry with a new id": Mutant(
+        _retry_with_new_id, "answers to commits lost", ("is there twice", "is lost")
+    ),
+}
+
+
+def main() -> None:
+    MUTANTS[sys.argv.pop()].switch_on()
+    cli.main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What callers did and were told: all that the checker knows of a run, but for the database."""
+
+import itertools
+import time
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
+
+import grpc.aio
+from google.rpc import error_details_pb2 as details_pb2
+from google.rpc import status_pb2
+from grpc import StatusCode
+
+clock = time.monotonic
+
+
+class Outcome(Enum):
+    """What a caller knows of its write."""
+
+    ACKNOWLEDGED = auto()
+    REFUSED = auto()  # it was not done
+    UNKNOWN = auto()  # it was done, or was not
+
+
+def reason_of(error: grpc.aio.AioRpcError) -> str:
+    """The reason in the details of a refusal, or nothing."""
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            for packed in status_pb2.Status.FromString(value).details:
+                info = details_pb2.ErrorInfo()
+                if packed.Unpack(info):
+                    return info.reason
+    return ""
+
+
+# And UNAVAILABLE, when the service does not say that nothing was done: gRPC says it as well.
+UNKNOWN = {
+    StatusCode.CANCELLED,
+    StatusCode.DEADLINE_EXCEEDED,
+    StatusCode.INTERNAL,
+    StatusCode.UNKNOWN,
+}
+
+
+@dataclass(kw_only=True)
+class Attempt:
+    """A call of a write, and how it ended."""
+
+    began: float
+    ended: float
+    code: StatusCode
+    reason: str = ""
+    text: str = ""
+
+    @property
+    def outcome(self) -> Outcome:
+        if self.code is StatusCode.OK:
+            return Outcome.ACKNOWLEDGED
+        if self.code in UNKNOWN or (
+            self.code is StatusCode.UNAVAILABLE and self.reason in ("", "OUTCOME_UNKNOWN")
+        ):
+            return Outcome.UNKNOWN
+        return Outcome.REFUSED
+
+
+@dataclass(kw_only=True)
+class Write:
+    """A write with its ids, as often as it was called."""
+
+    kind: str  # the method
+    tenant: str
+    session_id: str
+    request: Any
+    response: Any = None
+    attempts: list[Attempt] = field(default_factory=list)
+
+    @property
+    def outcome(self) -> Outcome:
+        """Of all attempts: one that is unknown makes later refusals say little."""
+        outcomes = {attempt.outcome for attempt in self.attempts}
+        if Outcome.ACKNOWLEDGED in outcomes:
+            return Outcome.ACKNOWLEDGED
+        return Outcome.UNKNOWN if Outcome.UNKNOWN in outcomes else Outcome.REFUSED
+
+    @property
+    def acknowledged_at(self) -> float:
+        return next(each.ended for each in self.attempts if each.code is StatusCode.OK)
+
+    @property
+    def began(self) -> float:
+        return self.attempts[0].began
+
+
+@dataclass(kw_only=True)
+class Followed:
+    """What one follower was told of its session, over all its streams."""
+
+    tenant: str
+    session_id: str
+    revision: int = 0
+    streams: int = 0
+    created: list[tuple[str, int]] = field(default_factory=list)  # each message's id and sequence
+    messages: dict[str, Any] = field(default_factory=dict)  # as the follower holds them now
+    backwards: list[str] = field(default_factory=list)  # revisions that were lower than the last
+    unknown_changed: list[str] = field(default_factory=list)  # of messages it never was told of
+    has_ticket: bool = False
+    deleted: bool = False
+
+
+@dataclass
+class Record:
+    """A run as its callers saw it."""
+
+    writes: list[Write] = field(default_factory=list)
+    followed: list[Followed] = field(default_factory=list)
+    # Bytes of another tenant, and statuses that no caller may see.
+    findings: list[str] = field(default_factory=list)
+    # When a write was acknowledged, in order: what lies between is an outage.
+    acknowledged: list[float] = field(default_factory=list)
+
+    def longest_outage(self, since: float) -> float:
+        times = [since, *(each for each in self.acknowledged if each >= since)]
+        return max((b - a for a, b in itertools.pairwise(times)), default=0.0)

@@ -1,0 +1,359 @@
+"""Many tenants, sessions, writers and followers, who record what they did and what they were told.
+
+Writers choose the ids of what they create. A write whose outcome is unknown is called again until
+something is known of it; one that was certainly refused is not, so that it must be absent. A
+follower resumes where it was for as long as the run takes.
+"""
+
+import asyncio
+import contextlib
+import json
+import random
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+from client import Api
+from grpc import StatusCode
+
+from chat_ticket.v1 import resources_pb2 as r
+from chat_ticket.v1.chat_attachment_pb2 import CreateChatAttachmentRequest
+from chat_ticket.v1.chat_message_pb2 import (
+    BatchCreateChatMessagesRequest,
+    CreateChatMessageRequest,
+    DeleteChatMessageRequest,
+    UpdateChatMessageRequest,
+)
+from chat_ticket.v1.chat_session_pb2 import (
+    CreateChatSessionRequest,
+    DeleteChatSessionRequest,
+    GetChatSessionRequest,
+    UpdateChatSessionRequest,
+    WatchChatSessionRequest,
+)
+from chat_ticket.v1.chat_ticket_pb2 import CreateChatTicketRequest
+from faults.record import Attempt, Followed, Outcome, Record, Write, clock, reason_of
+
+TENANTS = 3
+SESSIONS = 4  # of a tenant, that messages are written to and followed in
+WRITERS = 4  # of a tenant
+FOLLOWERS = 2  # of a session
+CALL_SECONDS = 5.0
+THINK_SECONDS = 0.01  # between two writes
+PAUSE_SECONDS = 0.05  # before a call is made again
+
+NEVER = {StatusCode.INTERNAL, StatusCode.UNKNOWN}
+
+# A client that comes back soon: the outage that is measured is the service's.
+CHANNEL = (
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 250),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+class Workload:
+    """The callers of a run. `addresses` are servers of one database, used in turn."""
+
+    def __init__(self, addresses: Callable[[], Sequence[str]], seed: int, name: str):
+        self.record = Record()
+        self._random = random.Random(seed)
+        self._addresses = addresses
+        self.tenants = [f"{name}-{number}-{uuid.uuid4().hex[:8]}" for number in range(TENANTS)]
+        self.sessions: dict[str, list[str]] = {tenant: [] for tenant in self.tenants}
+        self._apis: dict[tuple[str, str], Api] = {}
+        self._writing = True
+        self._following = True
+        self._writers: list[asyncio.Task[None]] = []
+        self._followers: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        for tenant in self.tenants:
+            for _ in range(SESSIONS):
+                self.sessions[tenant].append(await self._create_session(tenant))
+        for number, tenant in enumerate(self.tenants * WRITERS):
+            chance = random.Random(self._random.random())
+            self._writers.append(asyncio.create_task(self._write(tenant, chance, number)))
+        for tenant in self.tenants:
+            for work in (self._escalate, self._pry):
+                chance = random.Random(self._random.random())
+                self._writers.append(asyncio.create_task(work(tenant, chance)))
+            for number, session_id in enumerate(self.sessions[tenant] * FOLLOWERS):
+                followed = Followed(tenant=tenant, session_id=session_id)
+                self.record.followed.append(followed)
+                self._followers.append(asyncio.create_task(self._follow(followed, number)))
+
+    async def settle(self, seconds: float) -> None:
+        """End the writers, find out what is unknown, and let the followers come to the end."""
+        self._writing = False
+        async with asyncio.timeout(seconds):
+            await asyncio.gather(*self._writers)
+            await asyncio.gather(
+                *(self._converge(w) for w in self.record.writes if w.outcome is Outcome.UNKNOWN)
+            )
+            ends = {
+                session_id: await self._revision(tenant, session_id)
+                for tenant, sessions in self.sessions.items()
+                for session_id in sessions
+            }
+            while behind := [f for f in self.record.followed if f.revision < ends[f.session_id]]:
+                if any(task.done() for task in self._followers):
+                    break  # by an error, which is raised below
+                del behind
+                await asyncio.sleep(0.02)
+
+    async def close(self) -> None:
+        self._writing = self._following = False
+        tasks = self._writers + self._followers
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        for api in self._apis.values():
+            await api.channel.close()
+        errors = [each for each in results if isinstance(each, Exception)]
+        if errors:
+            raise errors[0]
+
+    def api(self, tenant: str, number: int) -> Api:
+        addresses = self._addresses()
+        address = addresses[number % len(addresses)]
+        if (tenant, address) not in self._apis:
+            self._apis[tenant, address] = Api(address, tenant, options=CHANNEL)
+        return self._apis[tenant, address]
+
+    # ---- Writes ----
+
+    async def _create_session(self, tenant: str) -> str:
+        session_id = str(uuid.uuid4())
+        request = CreateChatSessionRequest(session=r.ChatSession(id=session_id))
+        await self._done("CreateChatSession", tenant, session_id, request, 0)
+        return session_id
+
+    async def _write(self, tenant: str, chance: random.Random, number: int) -> None:
+        stored: list[tuple[str, str]] = []  # messages of this writer's own: session and id
+        while self._writing:
+            session_id = chance.choice(self.sessions[tenant])
+            kind = chance.choices(
+                ("one", "many", "metadata", "attach", "delete"), (70, 10, 8, 6, 6)
+            )[0]
+            if not stored and kind not in ("one", "many"):
+                continue
+            match kind:
+                case "one":
+                    message = self._message(tenant, chance)
+                    method, request = (
+                        "CreateChatMessage",
+                        CreateChatMessageRequest(session_id=session_id, message=message),
+                    )
+                    new = [message.id]
+                case "many":
+                    messages = [self._message(tenant, chance) for _ in range(chance.randint(2, 5))]
+                    method, request = (
+                        "BatchCreateChatMessages",
+                        BatchCreateChatMessagesRequest(session_id=session_id, messages=messages),
+                    )
+                    new = [message.id for message in messages]
+                case "metadata":
+                    session_id, message_id = chance.choice(stored)
+                    request = UpdateChatMessageRequest(
+                        message=r.ChatMessage(
+                            id=message_id,
+                            metadata_json=json.dumps({"set": chance.randrange(10**9)}),
+                        )
+                    )
+                    request.update_mask.paths.append("metadata_json")
+                    method, new = "UpdateChatMessage", []
+                case "attach":
+                    session_id, message_id = chance.choice(stored)
+                    request = CreateChatAttachmentRequest(
+                        message_id=message_id,
+                        attachment=r.ChatAttachment(
+                            id=str(uuid.uuid4()),
+                            file_url=f"https://files.example/{tenant}",
+                            file_name="a.png",
+                            file_type="image/png",
+                        ),
+                    )
+                    method, new = "CreateChatAttachment", []
+                case _:
+                    session_id, message_id = stored.pop(chance.randrange(len(stored)))
+                    request = DeleteChatMessageRequest(message_id=message_id)
+                    method, new = "DeleteChatMessage", []
+            write = await self._done(method, tenant, session_id, request, number)
+            if write.outcome is Outcome.ACKNOWLEDGED:
+                stored += [(session_id, message_id) for message_id in new]
+            await asyncio.sleep(THINK_SECONDS)
+
+    async def _escalate(self, tenant: str, chance: random.Random) -> None:
+        """Tickets, archiving and deleting race for sessions of their own."""
+        while self._writing:
+            session_id = await self._create_session(tenant)
+            archive = UpdateChatSessionRequest(
+                session=r.ChatSession(id=session_id, status=r.CHAT_SESSION_STATUS_ARCHIVED)
+            )
+            archive.update_mask.paths.append("status")
+            races: list[tuple[str, Any]] = [
+                (
+                    "CreateChatTicket",
+                    CreateChatTicketRequest(
+                        session_id=session_id,
+                        chat_ticket_id=str(uuid.uuid4()),
+                        ticket=r.Ticket(id=str(uuid.uuid4()), title=f"help {tenant}"),
+                    ),
+                ),
+                ("UpdateChatSession", archive),
+                ("DeleteChatSession", DeleteChatSessionRequest(session_id=session_id)),
+            ]
+            chance.shuffle(races)
+            await asyncio.gather(
+                *(self._done(kind, tenant, session_id, request, n)
+                  for n, (kind, request) in enumerate(races[: chance.randint(2, 3)]))
+            )  # fmt: skip
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _pry(self, tenant: str, chance: random.Random) -> None:
+        """Ask for what is another tenant's, which must not be there."""
+        while self._writing:
+            other = chance.choice([each for each in self.tenants if each != tenant])
+            request = GetChatSessionRequest(session_id=chance.choice(self.sessions[other]))
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await self.api(tenant, chance.randrange(2)).sessions.GetChatSession(request)
+                self.record.findings.append(f"GetChatSession tells {tenant} of {other}")
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    def _message(self, tenant: str, chance: random.Random) -> r.ChatMessage:
+        return r.ChatMessage(
+            id=str(uuid.uuid4()),
+            role=chance.choice((r.CHAT_MESSAGE_ROLE_USER, r.CHAT_MESSAGE_ROLE_ASSISTANT)),
+            content=f"of {tenant}: {chance.randrange(10**12)} " + "x" * chance.randrange(200),
+        )
+
+    async def _done(
+        self, kind: str, tenant: str, session_id: str, request: Any, number: int
+    ) -> Write:
+        """Call a write, and again while its outcome is unknown and there are writers."""
+        write = Write(kind=kind, tenant=tenant, session_id=session_id, request=request)
+        self.record.writes.append(write)
+        while True:
+            await self._attempt(write, number)
+            if write.attempts[-1].outcome is Outcome.REFUSED:
+                await asyncio.sleep(PAUSE_SECONDS)
+            if write.outcome is not Outcome.UNKNOWN or not self._writing:
+                return write
+            if write.attempts[-1].outcome is Outcome.REFUSED and _is_final(write.attempts[-1]):
+                return write
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _converge(self, write: Write) -> None:
+        """Call it again until the service says what it is about."""
+        while not (write.outcome is Outcome.ACKNOWLEDGED or _is_final(write.attempts[-1])):
+            await self._attempt(write, 0)
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _attempt(self, write: Write, number: int) -> None:
+        began = clock()
+        api = self.api(write.tenant, number)
+        code, reason, text = StatusCode.OK, "", ""
+        try:
+            response = await _STUB[write.kind](api)(
+                write.request, metadata=[("x-tenant-id", write.tenant)], timeout=CALL_SECONDS
+            )
+        except grpc.aio.AioRpcError as error:
+            code, reason, text = error.code(), reason_of(error), error.details() or ""
+            self._look(write.tenant, write.kind, repr(error).encode())
+            if code in NEVER:
+                self.record.findings.append(f"{write.kind}: {code.name}: {text}")
+        else:
+            write.response = response
+            self.record.acknowledged.append(clock())
+            self._look(write.tenant, write.kind, response.SerializeToString())
+        write.attempts.append(
+            Attempt(began=began, ended=clock(), code=code, reason=reason, text=text)
+        )
+
+    async def _revision(self, tenant: str, session_id: str) -> int:
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                found = await self.api(tenant, 0).sessions.GetChatSession(
+                    GetChatSessionRequest(session_id=session_id)
+                )
+                return int(found.session.revision)
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    # ---- Following ----
+
+    async def _follow(self, followed: Followed, number: int) -> None:
+        while self._following and not followed.deleted:
+            number += 1  # the next stream may be of another server
+            followed.streams += 1
+            request = WatchChatSessionRequest(
+                session_id=followed.session_id, after_revision=followed.revision
+            )
+            try:
+                async for event in self.api(followed.tenant, number).sessions.WatchChatSession(
+                    request, timeout=3600
+                ):
+                    self._look(followed.tenant, "WatchChatSession", event.SerializeToString())
+                    take(followed, event)
+            except grpc.aio.AioRpcError as error:
+                self._look(followed.tenant, "WatchChatSession", repr(error).encode())
+                if error.code() in NEVER or error.code() is StatusCode.OUT_OF_RANGE:
+                    text = f"WatchChatSession: {error.code().name}: {error.details()}"
+                    self.record.findings.append(text)
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    def _look(self, tenant: str, kind: str, data: bytes) -> None:
+        """That nothing of another tenant is in what one was told."""
+        for other in self.tenants:
+            if other != tenant and other.encode() in data:
+                self.record.findings.append(f"{kind} tells {tenant} of {other}")
+
+
+def take(followed: Followed, event: Any) -> None:
+    """What an event makes of what the follower holds."""
+    if event.revision < followed.revision:
+        followed.backwards.append(f"{event.revision} after {followed.revision}")
+    followed.revision = event.revision
+    match event.WhichOneof("event"):
+        case "session":
+            followed.has_ticket = event.session.has_ticket
+        case "messages_created":
+            for message in event.messages_created.messages:
+                followed.created.append((message.id, message.sequence))
+                followed.messages[message.id] = message
+        case "message_updated":
+            message = event.message_updated
+            if message.id not in followed.messages:
+                followed.unknown_changed.append(message.id)
+            followed.messages[message.id] = message
+        case "message_deleted":
+            followed.messages.pop(event.message_deleted.message_id, None)
+        case "session_deleted":
+            followed.deleted = True
+
+
+def _is_final(attempt: Attempt) -> bool:
+    """It says something about the write, not about the service."""
+    return attempt.code in {
+        StatusCode.OK,
+        StatusCode.ALREADY_EXISTS,
+        StatusCode.FAILED_PRECONDITION,
+        StatusCode.INVALID_ARGUMENT,
+        StatusCode.NOT_FOUND,
+    }
+
+
+_STUB: dict[str, Callable[[Api], Any]] = {
+    "CreateChatSession": lambda api: api.sessions._stub.CreateChatSession,
+    "UpdateChatSession": lambda api: api.sessions._stub.UpdateChatSession,
+    "DeleteChatSession": lambda api: api.sessions._stub.DeleteChatSession,
+    "CreateChatMessage": lambda api: api.messages._stub.CreateChatMessage,
+    "BatchCreateChatMessages": lambda api: api.messages._stub.BatchCreateChatMessages,
+    "UpdateChatMessage": lambda api: api.messages._stub.UpdateChatMessage,
+    "DeleteChatMessage": lambda api: api.messages._stub.DeleteChatMessage,
+    "CreateChatAttachment": lambda api: api.attachments._stub.CreateChatAttachment,
+    "CreateChatTicket": lambda api: api.tickets._stub.CreateChatTicket,
+}
