@@ -100,7 +100,9 @@ def main() -> None:
                 for violation in result.violations[:10]:
                     progress.write(f"{fault.name}, seed {result.seed}: {violation}")
                 progress.update()
-    report = f"{table(results)}\n\n{mutant_table(found)}\n"
+    report = f"{table(results)}\n"
+    if found:
+        report += f"\n{mutant_table(found)}\n"
     print(report)
     REPORT.mkdir(parents=True, exist_ok=True)
     (REPORT / "report.md").write_text(report)

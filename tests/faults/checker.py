@@ -82,16 +82,6 @@ def check(record: Record, database_url: str, tenants: Sequence[str]) -> list[Vio
     return violations
 
 
-def counts(record: Record, database_url: str, tenants: Sequence[str]) -> dict[str, int]:
-    """For the report."""
-    violations = [str(each) for each in check(record, database_url, tenants)]
-    return {
-        "lost": sum("is lost" in text for text in violations),
-        "duplicated": sum("twice" in text for text in violations),
-        "out of order": sum(text.startswith("I3") for text in violations),
-    }
-
-
 def _new_messages(write: Write) -> list[tuple[Any, Any]]:
     """The messages of a create, each with what was acknowledged of it."""
     match write.kind:

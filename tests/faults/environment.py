@@ -96,10 +96,6 @@ class Service:
                 return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
-    @property
-    def descriptors(self) -> int:
-        return len(list(Path(f"/proc/{self.process.popen.pid}/fd").iterdir()))
-
 
 class Environment:
     """All of it, for the runs of one matrix."""
@@ -147,10 +143,6 @@ class Environment:
         service.stop(signal.SIGKILL)
 
     # ---- What may be done to it ----
-
-    @property
-    def postgres_pid(self) -> int:
-        return self._postgres.pid
 
     def end_postgres(self, number: int) -> None:
         os.kill(self._postgres.pid, number)

@@ -103,7 +103,6 @@ class Followed:
     messages: dict[str, Any] = field(default_factory=dict)  # as the follower holds them now
     backwards: list[str] = field(default_factory=list)  # revisions that were lower than the last
     unknown_changed: list[str] = field(default_factory=list)  # of messages it never was told of
-    has_ticket: bool = False
     deleted: bool = False
 
 

@@ -99,10 +99,9 @@ class Workload:
                 for tenant, sessions in self.sessions.items()
                 for session_id in sessions
             }
-            while behind := [f for f in self.record.followed if f.revision < ends[f.session_id]]:
+            while any(each.revision < ends[each.session_id] for each in self.record.followed):
                 if any(task.done() for task in self._followers):
-                    break  # by an error, which is raised below
-                del behind
+                    break  # by an error, which `close` raises
                 await asyncio.sleep(0.02)
 
     async def close(self) -> None:
@@ -318,8 +317,6 @@ def take(followed: Followed, event: Any) -> None:
         followed.backwards.append(f"{event.revision} after {followed.revision}")
     followed.revision = event.revision
     match event.WhichOneof("event"):
-        case "session":
-            followed.has_ticket = event.session.has_ticket
         case "messages_created":
             for message in event.messages_created.messages:
                 followed.created.append((message.id, message.sequence))
