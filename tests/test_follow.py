@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import Any, LiteralString
 from urllib.parse import urlsplit
 
 import psycopg
@@ -36,14 +36,20 @@ async def pair(shared: list[ServerProcess], tenant: str) -> AsyncIterator[tuple[
         yield one, two
 
 
-def terminate_listeners(database_url: str) -> int:
-    """End the LISTEN connections of all servers on a database; returns how many there were."""
+LISTENERS = """
+SELECT {} FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%'
+"""
+
+
+def listeners(database_url: str, what: LiteralString = "pid") -> int:
+    """How many LISTEN connections all servers have on a database."""
     with psycopg.connect(database_url, autocommit=True) as connection:
-        rows = connection.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
-            " WHERE datname = current_database() AND query LIKE 'LISTEN%'"
-        ).fetchall()
-    return len(rows)
+        return len(connection.execute(LISTENERS.format(what)).fetchall())
+
+
+def terminate_listeners(database_url: str) -> int:
+    """End them; returns how many there were."""
+    return listeners(database_url, "pg_terminate_backend(pid)")
 
 
 async def test_servers_see_each_others_writes(pair: tuple[Api, Api]) -> None:
@@ -70,6 +76,9 @@ async def test_killed_listener_misses_nothing(pair: tuple[Api, Api], fresh_datab
     session = await one.session()
     async with following(one, session.id) as follower:
         await follower.until("caught_up")
+        async with asyncio.timeout(10):  # the servers listen soon after they serve
+            while listeners(fresh_database) < 2:
+                await asyncio.sleep(0.05)
         assert terminate_listeners(fresh_database) == 2
         message = await two.message(session.id)
         await follower.until_revision(message.sequence)

@@ -169,7 +169,8 @@ class TestOnce:
                 sql = "UPDATE chat_sessions SET revision = 1 WHERE tenant_id = %s"
                 connection.execute(sql, [tenant])
             await asyncio.gather(*(each.next() for each in followers))
-        assert tenants == [tenant] * 3
+        assert len(tenants) >= 3  # two that catch up, and what the poll has woken
+        assert set(tenants) == {tenant}
 
 
 class TestTogether:
