@@ -254,6 +254,7 @@ class TestTogether:
                 await slow.until_revision(count)
                 assert slow.created == list(range(1, count + 1))
                 await assert_same_state(api, slow, session.id)
+                # Of what is large, each page is asked for twice: as few, and as much as there is.
                 assert count < len(reads) < count + 10
                 # Nothing is kept of what all have been told.
                 [place] = feed.places.values()
