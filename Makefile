@@ -6,7 +6,7 @@ PYTHON ?= $(or $(wildcard $(BIN)/python3),python3)
 SOURCES := src/chat_ticket_svc scripts benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-bench run test fuzz faults faults-quick migrate migrate-status new-migration proto check-proto lint format typecheck check demo bench lock audit clean
+.PHONY: help venv venv-bench run test fuzz faults faults-quick soak migrate migrate-status new-migration proto check-proto lint format typecheck check demo bench lock audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -28,6 +28,9 @@ fuzz: venv ## send 100,000 hostile requests, and as often bytes that are none; N
 
 faults: venv ## break the service in every way of the matrix, for hours; ARGS="--only cut --runs 2" for less
 	@PYTHONPATH=tests $(BIN)/python -m faults $(ARGS)
+
+soak: venv ## an hour of ordinary work, after which nothing has grown; ARGS="--minutes 5" for less
+	@PYTHONPATH=tests $(BIN)/python -m faults.soak $(ARGS)
 
 faults-quick: venv ## the part of it that the tests make
 	@$(BIN)/python -m pytest tests/faults

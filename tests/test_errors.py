@@ -5,6 +5,7 @@ database is stopped.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +18,13 @@ import pytest
 from client import Api, a_file, an_id, refused
 from grpc import StatusCode
 
-from chat_ticket.v1 import chat_session_pb2_grpc
-from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest, SearchChatMessagesRequest
+from chat_ticket.v1 import chat_message_pb2_grpc, chat_session_pb2_grpc
+from chat_ticket.v1 import resources_pb2 as r
+from chat_ticket.v1.chat_message_pb2 import (
+    CreateChatMessageRequest,
+    ListChatMessagesRequest,
+    SearchChatMessagesRequest,
+)
 from chat_ticket.v1.chat_session_pb2 import (
     DeleteChatSessionRequest,
     GetChatSessionRequest,
@@ -147,6 +153,28 @@ class TestDatabaseErrors:
                 metadata=[("x-tenant-id", api.tenant)],
             )
         assert (await api.message(session.id)).sequence == 1
+
+    async def test_write_that_nobody_would_hear_of_is_not_begun(self, api: Api) -> None:
+        """With less than 50 ms left; a read is tried all the same."""
+        session = await api.session()
+        metadata = [("x-tenant-id", api.tenant)]
+        messages = chat_message_pb2_grpc.ChatMessageServiceStub(api.channel)
+        message = r.ChatMessage(role=r.CHAT_MESSAGE_ROLE_USER, content="too late")
+        for _ in range(20):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await messages.CreateChatMessage(
+                    CreateChatMessageRequest(session_id=session.id, message=message),
+                    metadata=metadata,
+                    timeout=0.045,
+                )
+            assert caught.value.code() is StatusCode.DEADLINE_EXCEEDED
+        sessions = chat_session_pb2_grpc.ChatSessionServiceStub(api.channel)
+        request = GetChatSessionRequest(session_id=session.id)
+        for _ in range(50):  # this machine may be slow for a moment
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                found = await sessions.GetChatSession(request, metadata=metadata, timeout=0.045)
+                break
+        assert found.session.revision == 0
 
 
 class TestDatabaseAway:

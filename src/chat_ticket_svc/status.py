@@ -22,6 +22,7 @@ from google.rpc import status_pb2
 
 from chat_ticket_svc import errors, logs
 from chat_ticket_svc.access.door import Door
+from chat_ticket_svc.access.methods import OPEN, READS
 from chat_ticket_svc.time_limit import TimeLimit
 from chat_ticket_svc.timers import Timers
 
@@ -44,6 +45,9 @@ TABLE: tuple[tuple[type[errors.DomainError], grpc.StatusCode], ...] = (
     (errors.DeadlineExceededError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (errors.UnsupportedError, grpc.StatusCode.UNIMPLEMENTED),
 )
+
+# With less than this left of its deadline a write is not begun: the caller would not hear of it.
+WRITE_SECONDS = 0.05
 
 # Trailers have to fit into the 8 KiB of metadata that callers accept, details in base64.
 TEXT_BYTES = 300
@@ -255,12 +259,16 @@ class StatusInterceptor:
         behavior: Callable[..., Awaitable[Any]],
         parse: Callable[[bytes], Any],
     ) -> Any:
+        least = 0 if method in OPEN or method in READS else WRITE_SECONDS
+
         async def unary(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             task = self._begin()
             try:
                 self._require_serving()
                 remaining = context.time_remaining()
                 timeout = self._unary_timeout if remaining is None else remaining
+                if timeout < least:
+                    raise errors.DeadlineExceededError
                 try:
                     with TimeLimit(timeout), await self._door.call(method, context):
                         request = parse(data)

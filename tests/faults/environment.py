@@ -7,13 +7,14 @@ stops and starts, and may wait.
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import grpc
@@ -24,7 +25,8 @@ from process import ServerProcess
 from chat_ticket_svc import migrate
 from chat_ticket_svc.embedded import EmbeddedPostgres
 from faults.proxy import Proxy
-from faults.workload import Workload
+from faults.served import MUTANT
+from faults.workload import THINK_SECONDS, Workload
 
 T = TypeVar("T")
 
@@ -38,10 +40,17 @@ SETTINGS = {
     "CHAT_TICKET_DRAIN_SECONDS": "5",
 }
 
-BUSY = """
-SELECT count(*) FROM pg_stat_activity
- WHERE application_name = 'chat-ticket-svc' AND state IN ('active', 'idle in transaction')
-"""
+CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'chat-ticket-svc'"
+BUSY = f"{CONNECTIONS} AND state IN ('active', 'idle in transaction')"
+
+
+class AtRest(NamedTuple):
+    """What a server process has when nobody calls it."""
+
+    pid: int
+    mebibytes: float
+    descriptors: int
+    tasks: int
 
 
 class Service:
@@ -61,14 +70,14 @@ class Service:
         self.log: list[dict[str, Any]] = []  # of the processes before
 
     def start(self) -> None:
-        module = "faults.mutants" if self.mutant else "chat_ticket_svc"
-        arguments = [self.mutant] if self.mutant else []
-        path = os.pathsep.join(
-            [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-        )
-        self._process = ServerProcess(
-            *arguments, environment={**self._environment, "PYTHONPATH": path}, module=module
-        )
+        tests = str(Path(__file__).parent.parent)
+        environment = {
+            **self._environment,
+            "PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")]),
+            MUTANT: self.mutant,
+        }
+        self._process = ServerProcess(environment=environment, module="faults.served")
+        self._asked = 0
 
     def wait(self) -> None:
         self.process.wait_for("listening")
@@ -85,6 +94,17 @@ class Service:
 
     def send(self, number: int) -> None:
         self.process.popen.send_signal(number)
+
+    def at_rest(self) -> "AtRest":
+        """What the process has, which is to be what it had."""
+        pid = self.process.popen.pid
+        self._asked += 1
+        self.send(signal.SIGUSR1)
+        tasks = self.process.wait_for_all("tasks", self._asked)[-1]["count"]
+        status = Path(f"/proc/{pid}/status").read_text()
+        [kibibytes] = re.findall(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
+        descriptors = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        return AtRest(pid, int(kibibytes) / 1024, descriptors, tasks)
 
     def is_healthy(self) -> bool:
         with grpc.insecure_channel(self.address) as channel:
@@ -193,11 +213,13 @@ class Environment:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     @contextlib.contextmanager
-    def workload(self, seed: int, name: str) -> Iterator[Workload]:
+    def workload(
+        self, seed: int, name: str, think_seconds: float = THINK_SECONDS
+    ) -> Iterator[Workload]:
         def addresses() -> Sequence[str]:
             return [service.address for service in self.services]
 
-        workload = Workload(addresses, seed, name)
+        workload = Workload(addresses, seed, name, think_seconds)
         try:
             self.run(workload.start())
             yield workload
@@ -214,6 +236,13 @@ class Environment:
                 raise TimeoutError("a service does not become healthy")
             time.sleep(0.05)
         return time.monotonic() - began
+
+    def connections(self) -> int:
+        """Of the services, to PostgreSQL."""
+        with psycopg.connect(self.database_url) as connection:
+            row = connection.execute(CONNECTIONS).fetchone()
+        assert row is not None
+        return int(row[0])
 
     def busy(self) -> int:
         """Connections of the services that do something, though nobody asks for anything (I7)."""

@@ -1,16 +1,15 @@
-"""The service with one of its promises broken: `python -m faults.mutants serve NAME`.
+"""The service with one of its promises broken.
 
 For the harness only: the checker must find each of them, and say what is wrong.
 """
 
 import os
-import sys
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from chat_ticket_svc import cli, follow
+from chat_ticket_svc import follow
 from chat_ticket_svc.store import appends, changes, messages, sessions
 
 
@@ -101,12 +100,3 @@ MUTANTS = {
         _retry_with_new_id, "answers to commits lost", ("is there twice", "is lost")
     ),
 }
-
-
-def main() -> None:
-    MUTANTS[sys.argv.pop()].switch_on()
-    cli.main(sys.argv[1:])
-
-
-if __name__ == "__main__":
-    main()

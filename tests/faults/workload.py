@@ -19,21 +19,27 @@ from client import Api
 from grpc import StatusCode
 
 from chat_ticket.v1 import resources_pb2 as r
-from chat_ticket.v1.chat_attachment_pb2 import CreateChatAttachmentRequest
+from chat_ticket.v1.chat_attachment_pb2 import (
+    CreateChatAttachmentRequest,
+    ListChatAttachmentsRequest,
+)
 from chat_ticket.v1.chat_message_pb2 import (
     BatchCreateChatMessagesRequest,
     CreateChatMessageRequest,
     DeleteChatMessageRequest,
+    ListChatMessagesRequest,
+    SearchChatMessagesRequest,
     UpdateChatMessageRequest,
 )
 from chat_ticket.v1.chat_session_pb2 import (
     CreateChatSessionRequest,
     DeleteChatSessionRequest,
     GetChatSessionRequest,
+    ListChatSessionsRequest,
     UpdateChatSessionRequest,
     WatchChatSessionRequest,
 )
-from chat_ticket.v1.chat_ticket_pb2 import CreateChatTicketRequest
+from chat_ticket.v1.chat_ticket_pb2 import CreateChatTicketRequest, ListTicketsRequest
 from faults.record import Attempt, Followed, Outcome, Record, Write, clock, reason_of
 
 TENANTS = 3
@@ -41,7 +47,8 @@ SESSIONS = 4  # of a tenant, that messages are written to and followed in
 WRITERS = 4  # of a tenant
 FOLLOWERS = 2  # of a session
 CALL_SECONDS = 5.0
-THINK_SECONDS = 0.01  # between two writes
+THINK_SECONDS = 0.01
+BROWSE_SECONDS = 0.2
 PAUSE_SECONDS = 0.05  # before a call is made again
 
 NEVER = {StatusCode.INTERNAL, StatusCode.UNKNOWN}
@@ -58,8 +65,15 @@ CHANNEL = (
 class Workload:
     """The callers of a run. `addresses` are servers of one database, used in turn."""
 
-    def __init__(self, addresses: Callable[[], Sequence[str]], seed: int, name: str):
+    def __init__(
+        self,
+        addresses: Callable[[], Sequence[str]],
+        seed: int,
+        name: str,
+        think_seconds: float,
+    ):
         self.record = Record()
+        self._think_seconds = think_seconds  # of a writer, between two writes
         self._random = random.Random(seed)
         self._addresses = addresses
         self.tenants = [f"{name}-{number}-{uuid.uuid4().hex[:8]}" for number in range(TENANTS)]
@@ -78,7 +92,7 @@ class Workload:
             chance = random.Random(self._random.random())
             self._writers.append(asyncio.create_task(self._write(tenant, chance, number)))
         for tenant in self.tenants:
-            for work in (self._escalate, self._pry):
+            for work in (self._escalate, self._browse, self._pry):
                 chance = random.Random(self._random.random())
                 self._writers.append(asyncio.create_task(work(tenant, chance)))
             for number, session_id in enumerate(self.sessions[tenant] * FOLLOWERS):
@@ -184,7 +198,7 @@ class Workload:
             write = await self._done(method, tenant, session_id, request, number)
             if write.outcome is Outcome.ACKNOWLEDGED:
                 stored += [(session_id, message_id) for message_id in new]
-            await asyncio.sleep(THINK_SECONDS)
+            await asyncio.sleep(self._think_seconds)
 
     async def _escalate(self, tenant: str, chance: random.Random) -> None:
         """Tickets, archiving and deleting race for sessions of their own."""
@@ -212,6 +226,34 @@ class Workload:
                   for n, (kind, request) in enumerate(races[: chance.randint(2, 3)]))
             )  # fmt: skip
             await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _browse(self, tenant: str, chance: random.Random) -> None:
+        """Read what there is, in every way that there is."""
+        while self._writing:
+            session_id = chance.choice(self.sessions[tenant])
+            api = self.api(tenant, chance.randrange(2))
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                last = 0
+                async for page in api.messages.ListChatMessages(
+                    ListChatMessagesRequest(session_id=session_id)
+                ):
+                    self._look(tenant, "ListChatMessages", page.SerializeToString())
+                    for message in page.messages:
+                        if message.sequence <= last:
+                            self.record.findings.append(f"ListChatMessages: {last} twice or late")
+                        last = message.sequence
+            for method, request in (
+                (api.sessions.ListChatSessions, ListChatSessionsRequest()),
+                (api.tickets.ListTickets, ListTicketsRequest()),
+                (api.attachments.ListChatAttachments, ListChatAttachmentsRequest(
+                    session_id=session_id)),
+                (api.messages.SearchChatMessages, SearchChatMessagesRequest(
+                    query=str(chance.randrange(100)))),
+            ):  # fmt: skip
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    found = await method(request)
+                    self._look(tenant, type(request).__name__, found.SerializeToString())
+            await asyncio.sleep(BROWSE_SECONDS)
 
     async def _pry(self, tenant: str, chance: random.Random) -> None:
         """Ask for what is another tenant's, which must not be there."""

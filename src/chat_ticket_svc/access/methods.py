@@ -50,6 +50,12 @@ OPEN = frozenset(
 )
 
 
+# Safe to call again, whatever became of the first time.
+READS = frozenset(
+    method for method, permission in PERMISSIONS.items() if permission is Permission.READ
+)
+
+
 def require_known(methods: Iterable[str]) -> None:
     """Raise ConfigurationError naming those of `methods` that no rule covers."""
     unknown = sorted(set(methods) - PERMISSIONS.keys() - OPEN)
