@@ -5,7 +5,11 @@ take `fresh_database` and `start_server`.
 """
 
 import contextlib
+import fcntl
+import hashlib
 import os
+import shutil
+import subprocess
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -20,6 +24,8 @@ from client import Api
 from chat_ticket_svc import config, migrate
 from chat_ticket_svc.embedded import EmbeddedPostgres
 from chat_ticket_svc.server import Server
+
+NODE = Path(__file__).parent / "node"
 
 TEMPLATE = "chat_ticket_template"
 
@@ -164,3 +170,38 @@ async def start_server(tenant: str) -> AsyncIterator[Callable[..., object]]:
             return await stack.enter_async_context(Api(f"127.0.0.1:{server.port}", tenant))
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of other programs, whose home can be written to: buf and npm want one."""
+    environment = dict(os.environ)
+    if not os.access(environment.get("HOME", ""), os.W_OK):
+        environment["HOME"] = str(tmp_path_factory.mktemp("home"))
+    return environment
+
+
+@pytest.fixture(scope="session")
+def node(environment: dict[str, str]) -> str:
+    """Node, with the packages of tests/node/package-lock.json installed."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        pytest.skip("the Node client needs node and npm on PATH")
+    lock = NODE / "package-lock.json"
+    stamp = NODE / "node_modules" / ".installed"
+    with lock.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # the other workers wait
+        version = hashlib.sha256(file.read()).hexdigest()
+        if not stamp.exists() or stamp.read_text() != version:
+            done = subprocess.run(
+                [npm, "ci", "--prefer-offline", "--no-progress"],
+                cwd=NODE,
+                env=environment,
+                capture_output=True,
+                check=False,
+                encoding="utf-8",
+                timeout=100,
+            )
+            assert done.returncode == 0, f"npm ci failed in {NODE}:\n{done.stderr}"
+            stamp.write_text(version)
+    return node

@@ -7,12 +7,8 @@ protos from source.
 import abc
 import base64
 import contextlib
-import fcntl
-import hashlib
 import json
-import os
 import platform
-import shutil
 import subprocess
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -194,15 +190,6 @@ needs_grpcurl = pytest.mark.skipif(
 both_tools = pytest.mark.parametrize(
     "tool", [pytest.param(Grpcurl, marks=needs_grpcurl), BufCurl], indirect=True
 )
-
-
-@pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of the clients, with a home that can be written to: buf and npm want one."""
-    environment = dict(os.environ)
-    if not os.access(environment.get("HOME", ""), os.W_OK):
-        environment["HOME"] = str(tmp_path_factory.mktemp("home"))
-    return environment
 
 
 @pytest.fixture(scope="module")
@@ -524,32 +511,6 @@ class TestWithoutReflection:
         assert list(batch.messages) == [message]
         refused = tool.refused("ChatTicketService/GetTicket", {"ticket_id": "x"})
         assert refused.code is StatusCode.INVALID_ARGUMENT
-
-
-@pytest.fixture(scope="session")
-def node(environment: dict[str, str]) -> str:
-    """Node, with the packages of tests/node/package-lock.json installed."""
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if node is None or npm is None:
-        pytest.skip("the Node client needs node and npm on PATH")
-    lock = NODE / "package-lock.json"
-    stamp = NODE / "node_modules" / ".installed"
-    with lock.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # the other workers wait
-        version = hashlib.sha256(file.read()).hexdigest()
-        if not stamp.exists() or stamp.read_text() != version:
-            done = subprocess.run(
-                [npm, "ci", "--prefer-offline", "--no-progress"],
-                cwd=NODE,
-                env=environment,
-                capture_output=True,
-                check=False,
-                encoding="utf-8",
-                timeout=100,
-            )
-            assert done.returncode == 0, f"npm ci failed in {NODE}:\n{done.stderr}"
-            stamp.write_text(version)
-    return node
 
 
 @pytest.fixture(scope="module")

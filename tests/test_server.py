@@ -1,6 +1,7 @@
 """The server process: settings, start, stop, health, and how it says what is wrong."""
 
 import asyncio
+import itertools
 import os
 import re
 import signal
@@ -9,8 +10,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import grpc
+import grpc.aio
 import psycopg
 import pytest
 from client import Api, refused
@@ -154,20 +157,42 @@ class TestProcess:
                     assert (await writing).sequence == 1
             assert await asyncio.to_thread(process.stop) == 0
 
-    async def test_new_call_during_the_drain(self, database: str, tenant: str) -> None:
-        """A call that comes too late is told so in the words of the error table."""
+    async def test_calls_during_the_drain_are_answered(self, database: str, tenant: str) -> None:
+        """Callers who call again at once lose no call: each is answered, until nothing listens."""
         from conftest import serving
 
+        async def call_until_nothing_listens(server: Any) -> int:
+            async with Api(f"127.0.0.1:{server.port}", tenant) as api:
+                for answered in itertools.count():
+                    try:
+                        await api.session()
+                    except grpc.aio.AioRpcError as error:
+                        assert error.code() is StatusCode.UNAVAILABLE
+                        assert "failed to connect" in (error.details() or "")
+                        return answered
+            raise AssertionError
+
         async with serving(database, drain_seconds=5) as server:
-            api = Api(f"127.0.0.1:{server.port}", tenant)
-            await api.session()
+            callers = [asyncio.create_task(call_until_nothing_listens(server)) for _ in range(16)]
+            await asyncio.sleep(0.2)
+        assert min(await asyncio.gather(*callers)) > 1
+
+    async def test_new_follower_during_the_drain(self, database: str, tenant: str) -> None:
+        """It is told to resume elsewhere, in the words of the error table."""
+        from conftest import serving
+
+        async with (
+            serving(database, drain_seconds=5) as server,
+            Api(f"127.0.0.1:{server.port}", tenant) as api,
+        ):
+            session = await api.session()
             stopping = asyncio.create_task(server.stop())
             with refused(StatusCode.UNAVAILABLE, "DRAINING") as refusal:
-                while not stopping.done():
-                    await api.session()
+                async with following(api, session.id) as follower:
+                    while True:
+                        await follower.next()
             assert "RetryInfo" in refusal.details
             await stopping
-            await api.channel.close()
 
     async def test_health_of_every_service(self, api: Api) -> None:
         """The standard health service answers for the server and each service."""

@@ -56,6 +56,11 @@ SERVICES = [
 
 HEALTH_CHECK_SECONDS = 1
 DRAIN_NOTICE_SECONDS = 0.2
+# gRPC's core cancels the calls that come after it was told to stop and before their callers were,
+# by a GOAWAY: those of callers who call again at once. So new calls wait, for long enough that the
+# callers of those under way have called again, until the GOAWAY is sent.
+DRAIN_HOLD_SECONDS = 0.2
+GOAWAY_SECONDS = 0.05
 
 OPTIONS = [
     ("grpc.max_receive_message_length", 4 * MIB),
@@ -150,10 +155,13 @@ class Server:
             await asyncio.gather(self._health_task, return_exceptions=True)
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(DRAIN_NOTICE_SECONDS)
-        self._interceptor.drain()
+        self._interceptor.hold()
         self._follow.drain()
-        await asyncio.sleep(DRAIN_NOTICE_SECONDS)
-        await self._grpc.stop(self._settings.drain_seconds)
+        await asyncio.sleep(DRAIN_HOLD_SECONDS)
+        stopping = asyncio.create_task(self._grpc.stop(self._settings.drain_seconds))
+        await asyncio.sleep(GOAWAY_SECONDS)
+        self._interceptor.release()
+        await stopping
         await self._interceptor.finished(timeout=1)
         await self._follow.stop()
         await self._close()

@@ -224,11 +224,16 @@ class StatusInterceptor:
         self._writing = Timers[asyncio.Task[Any]](slow_reader_seconds, self._cut_off)
         self._stuck: set[asyncio.Task[Any]] = set()
         self._in_flight: set[asyncio.Task[Any]] = set()
-        self._draining = False
+        self._open = asyncio.Event()
+        self._open.set()
 
-    def drain(self) -> None:
-        """Refuse every new call: answers of gRPC's own during its stop carry no details."""
-        self._draining = True
+    def hold(self) -> None:
+        """Let every new call wait."""
+        self._open.clear()
+
+    def release(self) -> None:
+        """Let those that wait go on."""
+        self._open.set()
 
     async def finished(self, timeout: float) -> None:
         """Wait for the handlers that still run, and end those that go on."""
@@ -264,7 +269,7 @@ class StatusInterceptor:
         async def unary(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             task = self._begin()
             try:
-                self._require_serving()
+                await self._open.wait()
                 remaining = context.time_remaining()
                 timeout = self._unary_timeout if remaining is None else remaining
                 if timeout < least:
@@ -293,7 +298,7 @@ class StatusInterceptor:
             parsed = functools.cache(lambda: parse(data))
             task = self._begin()
             try:
-                self._require_serving()
+                await self._open.wait()
                 session_id = lambda: getattr(parsed(), "session_id", "")  # noqa: E731
                 async with self._door.stream(method, context, session_id):
                     request = parsed()
@@ -325,10 +330,6 @@ class StatusInterceptor:
         assert task is not None  # noqa: S101 - for the type checker: a handler is a task
         self._in_flight.add(task)
         return task
-
-    def _require_serving(self) -> None:
-        if self._draining:
-            raise errors.UnavailableError("the server shuts down", reason="DRAINING")
 
     async def _refuse(
         self,
