@@ -2,16 +2,18 @@
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from faults.environment import Environment
-from faults.matrix import FAULTS
+from faults.environment import Environment, small_disk
+from faults.matrix import FAULTS, Fault
 from faults.mutants import MUTANTS
 from faults.runs import Result, run
 
@@ -56,7 +58,7 @@ def find_mutants(environment: Environment, seed: int, progress: Any) -> dict[str
         environment.become(name)
         [fault] = [each for each in FAULTS if each.name == mutant.fault]
         result = run(
-            environment, fault, seed=seed, seconds=3, around=AROUND_SECONDS, settle=MUTANT_SECONDS
+            environment, fault, seed=seed, amount=3, around=AROUND_SECONDS, settle=MUTANT_SECONDS
         )
         texts = [str(each) for each in result.violations]
         found[name] = [text for text in texts if any(said in text for said in mutant.finds)]
@@ -75,32 +77,47 @@ def main() -> None:
     )
     options = parser.parse_args()
     chosen = [fault for fault in FAULTS if options.only in fault.name]
+    is_root = os.geteuid() == 0
+    left_out = [fault.name for fault in chosen if fault.small_disk and not is_root]
+    chosen = [fault for fault in chosen if is_root or not fault.small_disk]
     results: dict[str, list[Result]] = defaultdict(list)
     total = sum(options.runs or fault.runs for fault in chosen)
     total += 0 if options.no_mutants else len(MUTANTS)
     found: dict[str, list[str]] = {}
-    with (
-        tempfile.TemporaryDirectory(prefix="chat-ticket-faults-") as directory,
-        Environment(Path(directory)) as environment,
-        tqdm(total=total, unit="run", mininterval=1) as progress,
-    ):
-        if not options.no_mutants:
-            found = find_mutants(environment, options.seed, progress)
-        for fault in chosen:
-            for number in range(options.runs or fault.runs):
-                progress.set_description(fault.name)
-                result = run(
-                    environment,
-                    fault,
-                    seed=options.seed + number,
-                    seconds=fault.seconds,
-                    around=AROUND_SECONDS,
-                )
-                results[fault.name].append(result)
-                for violation in result.violations[:10]:
-                    progress.write(f"{fault.name}, seed {result.seed}: {violation}")
-                progress.update()
+    with tqdm(total=total, unit="run", mininterval=1) as progress:
+
+        def run_all(environment: Environment, faults: Sequence[Fault]) -> None:
+            for fault in faults:
+                for number in range(options.runs or fault.runs):
+                    progress.set_description(fault.name)
+                    result = run(
+                        environment,
+                        fault,
+                        seed=options.seed + number,
+                        amount=fault.amount,
+                        around=AROUND_SECONDS,
+                    )
+                    results[fault.name].append(result)
+                    if result.note:
+                        progress.write(f"{fault.name}: {result.note}")
+                    for violation in result.violations[:10]:
+                        progress.write(f"{fault.name}, seed {result.seed}: {violation}")
+                    progress.update()
+
+        with (
+            tempfile.TemporaryDirectory(prefix="chat-ticket-faults-") as directory,
+            Environment(Path(directory)) as environment,
+        ):
+            if not options.no_mutants:
+                found = find_mutants(environment, options.seed, progress)
+            run_all(environment, [fault for fault in chosen if not fault.small_disk])
+        if on_small_disk := [fault for fault in chosen if fault.small_disk]:
+            with small_disk() as mounted, Environment(mounted) as environment:
+                run_all(environment, on_small_disk)
     report = f"{table(results)}\n"
+    notes = [f"- {each.fault}: {each.note}" for of in results.values() for each in of if each.note]
+    report += "".join(f"{note}\n" for note in ["", *notes])
+    report += "".join(f"- {name}: left out, as only root may mount a disk\n" for name in left_out)
     if found:
         report += f"\n{mutant_table(found)}\n"
     print(report)

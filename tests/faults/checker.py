@@ -8,7 +8,7 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg.rows import namedtuple_row
@@ -36,6 +36,13 @@ class Violation:
 
     def __str__(self) -> str:
         return f"{self.invariant}: {self.text}"
+
+
+class Seen(NamedTuple):
+    """What was seen while something was done to the service."""
+
+    violations: Sequence[Violation]
+    note: str = ""  # for the report
 
 
 @dataclass
@@ -99,6 +106,7 @@ def _writes(writes: Sequence[Write], found: Stored) -> Iterator[Violation]:
     deletes = {
         write.request.message_id: write for write in writes if write.kind == "DeleteChatMessage"
     }
+    gone = _deleted_sessions(writes)
     contents = Counter(message.content for message in found.messages.values())
     for write in writes:
         if write.outcome is Outcome.UNKNOWN:
@@ -113,6 +121,15 @@ def _writes(writes: Sequence[Write], found: Stored) -> Iterator[Violation]:
             and write.session_id in found.sessions
         ):
             yield Violation("I2", f"session {write.session_id} was refused and is there")
+        if (
+            write.kind == "CreateChatSession"
+            and write.outcome is Outcome.ACKNOWLEDGED
+            and write.session_id not in found.sessions
+            and write.session_id not in gone
+        ):
+            yield Violation("I1", f"session {write.session_id} is lost")
+        if write.session_id in found.sessions and gone.get(write.session_id):
+            yield Violation("I1", f"session {write.session_id} is there, and was deleted")
         for message, told in _new_messages(write):
             row = found.messages.get(message.id)
             delete = deletes.get(message.id)
@@ -123,7 +140,8 @@ def _writes(writes: Sequence[Write], found: Stored) -> Iterator[Violation]:
             if write.outcome is not Outcome.ACKNOWLEDGED:
                 continue
             if row is None:
-                if delete is None or delete.outcome is Outcome.REFUSED:
+                kept = delete is None or delete.outcome is Outcome.REFUSED
+                if kept and write.session_id not in gone:
                     yield Violation("I1", f"message {message.id} is lost")
             elif delete is not None and delete.outcome is Outcome.ACKNOWLEDGED:
                 yield Violation("I1", f"message {message.id} is there, and was deleted")
@@ -139,6 +157,15 @@ def _writes(writes: Sequence[Write], found: Stored) -> Iterator[Violation]:
             row, delete = found.messages.get(message_id), deletes.get(message_id)
             if row is not None and row.attachments.count(write.request.attachment.id) != 1:
                 yield Violation("I1", f"attachment {write.request.attachment.id} is lost")
+
+
+def _deleted_sessions(writes: Sequence[Write]) -> dict[str, bool]:
+    """Whether they certainly were; those that certainly were not are left out."""
+    return {
+        write.session_id: write.outcome is Outcome.ACKNOWLEDGED
+        for write in writes
+        if write.kind == "DeleteChatSession" and write.outcome is not Outcome.REFUSED
+    }
 
 
 def _order(writes: Sequence[Write], found: Stored) -> Iterator[Violation]:

@@ -10,6 +10,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Coroutine, Iterator, Sequence
@@ -31,6 +33,7 @@ from faults.workload import THINK_SECONDS, Workload
 T = TypeVar("T")
 
 DATABASE = "faults"
+SMALL_DISK = "768m"
 HEALTHY_SECONDS = 10.0  # I8
 START_SECONDS = 30.0
 SETTINGS = {
@@ -38,10 +41,23 @@ SETTINGS = {
     "CHAT_TICKET_QUOTAS__TENANT_CALLS_PER_SECOND": "100000",
     "CHAT_TICKET_HEARTBEAT_SECONDS": "1",
     "CHAT_TICKET_DRAIN_SECONDS": "5",
+    "CHAT_TICKET_SLOW_READER_SECONDS": "3",
 }
 
 CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'chat-ticket-svc'"
 BUSY = f"{CONNECTIONS} AND state IN ('active', 'idle in transaction')"
+
+
+@contextlib.contextmanager
+def small_disk() -> Iterator[Path]:
+    """A disk that can be filled; only root may mount one."""
+    with tempfile.TemporaryDirectory(prefix="chat-ticket-faults-") as directory:
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "tmpfs", directory]
+        subprocess.run(mount, check=True)
+        try:
+            yield Path(directory)
+        finally:
+            subprocess.run(["umount", directory], check=True)
 
 
 class AtRest(NamedTuple):
@@ -95,16 +111,21 @@ class Service:
     def send(self, number: int) -> None:
         self.process.popen.send_signal(number)
 
+    @property
+    def mebibytes(self) -> float:
+        """Of memory, that the process has."""
+        status = Path(f"/proc/{self.process.popen.pid}/status").read_text()
+        [kibibytes] = re.findall(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
+        return int(kibibytes) / 1024
+
     def at_rest(self) -> "AtRest":
         """What the process has, which is to be what it had."""
         pid = self.process.popen.pid
         self._asked += 1
         self.send(signal.SIGUSR1)
         tasks = self.process.wait_for_all("tasks", self._asked)[-1]["count"]
-        status = Path(f"/proc/{pid}/status").read_text()
-        [kibibytes] = re.findall(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
         descriptors = len(list(Path(f"/proc/{pid}/fd").iterdir()))
-        return AtRest(pid, int(kibibytes) / 1024, descriptors, tasks)
+        return AtRest(pid, self.mebibytes, descriptors, tasks)
 
     def is_healthy(self) -> bool:
         with grpc.insecure_channel(self.address) as channel:
@@ -122,6 +143,8 @@ class Environment:
 
     def __init__(self, directory: Path, *, services: int = 2):
         directory.chmod(0o711)  # PostgreSQL may have to run as another user
+        self.directory = directory
+        self.first_rests: dict[int, AtRest] = {}  # by the process
         self._stack = contextlib.ExitStack()
         self._postgres = EmbeddedPostgres(directory / "postgres")
         self._services = services
@@ -166,6 +189,14 @@ class Environment:
 
     def end_postgres(self, number: int) -> None:
         os.kill(self._postgres.pid, number)
+
+    def end_wal_segment(self) -> None:
+        """So that PostgreSQL needs another, for which there has to be space."""
+        with (
+            contextlib.suppress(psycopg.OperationalError),
+            psycopg.connect(self.database_url, autocommit=True, connect_timeout=3) as connection,
+        ):
+            connection.execute("SELECT pg_logical_emit_message(false, '', ''), pg_switch_wal()")
 
     def restart_postgres(self) -> None:
         """After it was ended by a signal."""
@@ -236,6 +267,10 @@ class Environment:
                 raise TimeoutError("a service does not become healthy")
             time.sleep(0.05)
         return time.monotonic() - began
+
+    def mebibytes(self) -> float:
+        """Of memory, that the services have."""
+        return sum(service.mebibytes for service in self.services)
 
     def connections(self) -> int:
         """Of the services, to PostgreSQL."""

@@ -1,4 +1,4 @@
-"""A network to PostgreSQL that can be cut, stopped, slowed down, or lose the answers to commits.
+"""A network to PostgreSQL that can be cut, stopped, slowed down, or lose some of what passes.
 
 It runs in a thread of its own and understands as much of the protocol
 (https://www.postgresql.org/docs/current/protocol-message-formats.html) as it needs to know which
@@ -29,6 +29,7 @@ class Mode(Enum):
     BLACKHOLE = auto()  # nothing passes, and nobody is told
     SLOW = auto()  # everything takes 200 ms longer, each way
     TRICKLE = auto()  # one byte a second
+    LOSE_NOTIFICATIONS = auto()  # what LISTEN would hear does not come
     LOSE_COMMITS = auto()  # every tenth commit happens, and its answer does not come
 
 
@@ -76,6 +77,10 @@ class Proxy:
         lose = self._mode is Mode.LOSE_COMMITS and self._commits % LOSE_EVERY == 0
         self.lost += lose
         return lose
+
+    def drops(self, message: bytes) -> bool:
+        """Whether an answer is not passed on."""
+        return self._mode is Mode.LOSE_NOTIFICATIONS and message[:1] == b"A"
 
     async def flows(self) -> None:
         """Returns when something may pass."""
@@ -214,7 +219,7 @@ class _Link:
         while (message := _first(self._answering)) is not None:
             self._answering = self._answering[len(message) :]
             lost = bool(self._due) and self._due[0]
-            if not lost:
+            if not lost and not self._proxy.drops(message):
                 passing += message
             if message[:1] == b"Z":
                 self._in_transaction = message[5:6] != b"I"

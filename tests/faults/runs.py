@@ -1,10 +1,11 @@
 """One run: a workload, a fault in its midst, and the verdict."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from faults.checker import Violation, check
-from faults.environment import HEALTHY_SECONDS, Environment
+from faults.checker import Seen, Violation, check
+from faults.environment import HEALTHY_SECONDS, Environment, Service
 from faults.matrix import Fault
 from faults.record import clock
 
@@ -12,6 +13,10 @@ from faults.record import clock
 FEWEST = 50
 PATIENCE_SECONDS = 10.0
 SETTLE_SECONDS = 30.0
+REST_SECONDS = 10.0  # to come to rest
+GROWTH = 1.1  # I7
+# Of what is used for the first time only later: memory, and connections that the pool makes.
+MARGINS = {"mebibytes": 15.0, "descriptors": 12.0, "tasks": 0.0}
 
 
 @dataclass
@@ -23,6 +28,7 @@ class Result:
     streams: int = 0  # begun, by all followers
     healthy_seconds: float = 0.0  # after the fault's end
     outage_seconds: float = 0.0  # the longest time without any acknowledged write
+    note: str = ""
     violations: list[Violation] = field(default_factory=list)
 
     def count(self, *texts: str) -> int:
@@ -34,11 +40,11 @@ def run(
     fault: Fault,
     *,
     seed: int,
-    seconds: float,
+    amount: float,
     around: float,
     settle: float = SETTLE_SECONDS,
 ) -> Result:
-    """`seconds` of a fault, with `around` seconds of work before and after it.
+    """`amount` of a fault, with `around` seconds of work before and after it.
 
     Callers and followers have `settle` seconds to come to an end.
     """
@@ -53,7 +59,7 @@ def run(
             time.sleep(0.01)
         result.valid = True
         struck = clock()
-        fault.inject(environment, seconds)
+        seen = fault.inject(environment, workload, amount) or Seen([])
         ended = clock()
         environment.wait_until_healthy()
         healthy = clock()
@@ -70,6 +76,8 @@ def run(
         result.acknowledged = len(record.acknowledged)
         result.streams = sum(each.streams for each in record.followed)
         result.outage_seconds = record.longest_outage(struck)
+        result.note = seen.note
+        result.violations += seen.violations
         result.violations += check(record, environment.database_url, workload.tenants)
     for service in environment.services:
         if any(f"of {tenant}: " in service.process.output for tenant in workload.tenants):
@@ -78,6 +86,27 @@ def run(
         result.violations.append(
             Violation("I8", f"healthy {result.healthy_seconds:.1f} s after the fault")
         )
-    if busy := environment.busy():
-        result.violations.append(Violation("I7", f"{busy} connections are busy afterwards"))
+    result.violations += _at_rest(environment)
     return result
+
+
+def _at_rest(environment: Environment) -> Iterator[Violation]:
+    """I7: nothing goes on, and no process has more than after its first run."""
+    if busy := environment.busy():
+        yield Violation("I7", f"{busy} connections are busy afterwards")
+    for service in environment.services:
+        deadline = clock() + REST_SECONDS
+        while (grown := _grown(environment, service)) and clock() < deadline:
+            time.sleep(0.1)
+        for text in grown:
+            yield Violation("I7", text)
+
+
+def _grown(environment: Environment, service: Service) -> list[str]:
+    rest = service.at_rest()
+    first = environment.first_rests.setdefault(rest.pid, rest)
+    return [
+        f"{getattr(rest, name):.0f} {name}, and {getattr(first, name):.0f} after the first run"
+        for name, margin in MARGINS.items()
+        if getattr(rest, name) > getattr(first, name) * GROWTH + margin
+    ]

@@ -19,13 +19,12 @@ from tqdm import tqdm
 
 from faults.checker import check
 from faults.environment import Environment
-from faults.runs import SETTLE_SECONDS
+from faults.runs import GROWTH, SETTLE_SECONDS
 
 REPORT = Path("build/faults")
 ROUND_SECONDS = 55
 REST_SECONDS = 5.0
 THINK_SECONDS = 0.05
-GROWTH = 1.1  # I7
 
 
 class Rest(NamedTuple):
@@ -63,9 +62,7 @@ def main() -> None:
                 time.sleep(ROUND_SECONDS)
                 environment.run(workload.settle(SETTLE_SECONDS))
                 writes += len(workload.record.acknowledged)
-                violations += check(
-                    workload.record, environment.database_url, workload.tenants
-                )
+                violations += check(workload.record, environment.database_url, workload.tenants)
             time.sleep(REST_SECONDS)
             resting = [service.at_rest() for service in environment.services]
             rest = Rest(

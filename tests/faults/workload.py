@@ -7,6 +7,7 @@ follower resumes where it was for as long as the run takes.
 
 import asyncio
 import contextlib
+import gc
 import json
 import random
 import uuid
@@ -87,7 +88,7 @@ class Workload:
     async def start(self) -> None:
         for tenant in self.tenants:
             for _ in range(SESSIONS):
-                self.sessions[tenant].append(await self._create_session(tenant))
+                self.sessions[tenant].append(await self.create_session(tenant))
         for number, tenant in enumerate(self.tenants * WRITERS):
             chance = random.Random(self._random.random())
             self._writers.append(asyncio.create_task(self._write(tenant, chance, number)))
@@ -126,6 +127,8 @@ class Workload:
         results = await asyncio.gather(*tasks, return_exceptions=True)
         for api in self._apis.values():
             await api.channel.close()
+        self._apis.clear()
+        gc.collect()  # calls that were cancelled hold their connections, and refer to themselves
         errors = [each for each in results if isinstance(each, Exception)]
         if errors:
             raise errors[0]
@@ -139,10 +142,10 @@ class Workload:
 
     # ---- Writes ----
 
-    async def _create_session(self, tenant: str) -> str:
+    async def create_session(self, tenant: str) -> str:
         session_id = str(uuid.uuid4())
         request = CreateChatSessionRequest(session=r.ChatSession(id=session_id))
-        await self._done("CreateChatSession", tenant, session_id, request, 0)
+        await self.done("CreateChatSession", tenant, session_id, request, 0)
         return session_id
 
     async def _write(self, tenant: str, chance: random.Random, number: int) -> None:
@@ -156,14 +159,14 @@ class Workload:
                 continue
             match kind:
                 case "one":
-                    message = self._message(tenant, chance)
+                    message = self.message(tenant, chance)
                     method, request = (
                         "CreateChatMessage",
                         CreateChatMessageRequest(session_id=session_id, message=message),
                     )
                     new = [message.id]
                 case "many":
-                    messages = [self._message(tenant, chance) for _ in range(chance.randint(2, 5))]
+                    messages = [self.message(tenant, chance) for _ in range(chance.randint(2, 5))]
                     method, request = (
                         "BatchCreateChatMessages",
                         BatchCreateChatMessagesRequest(session_id=session_id, messages=messages),
@@ -195,7 +198,7 @@ class Workload:
                     session_id, message_id = stored.pop(chance.randrange(len(stored)))
                     request = DeleteChatMessageRequest(message_id=message_id)
                     method, new = "DeleteChatMessage", []
-            write = await self._done(method, tenant, session_id, request, number)
+            write = await self.done(method, tenant, session_id, request, number)
             if write.outcome is Outcome.ACKNOWLEDGED:
                 stored += [(session_id, message_id) for message_id in new]
             await asyncio.sleep(self._think_seconds)
@@ -203,7 +206,7 @@ class Workload:
     async def _escalate(self, tenant: str, chance: random.Random) -> None:
         """Tickets, archiving and deleting race for sessions of their own."""
         while self._writing:
-            session_id = await self._create_session(tenant)
+            session_id = await self.create_session(tenant)
             archive = UpdateChatSessionRequest(
                 session=r.ChatSession(id=session_id, status=r.CHAT_SESSION_STATUS_ARCHIVED)
             )
@@ -222,7 +225,7 @@ class Workload:
             ]
             chance.shuffle(races)
             await asyncio.gather(
-                *(self._done(kind, tenant, session_id, request, n)
+                *(self.done(kind, tenant, session_id, request, n)
                   for n, (kind, request) in enumerate(races[: chance.randint(2, 3)]))
             )  # fmt: skip
             await asyncio.sleep(PAUSE_SECONDS)
@@ -265,21 +268,31 @@ class Workload:
                 self.record.findings.append(f"GetChatSession tells {tenant} of {other}")
             await asyncio.sleep(PAUSE_SECONDS)
 
-    def _message(self, tenant: str, chance: random.Random) -> r.ChatMessage:
+    def message(self, tenant: str, chance: random.Random) -> r.ChatMessage:
         return r.ChatMessage(
             id=str(uuid.uuid4()),
             role=chance.choice((r.CHAT_MESSAGE_ROLE_USER, r.CHAT_MESSAGE_ROLE_ASSISTANT)),
             content=f"of {tenant}: {chance.randrange(10**12)} " + "x" * chance.randrange(200),
         )
 
-    async def _done(
-        self, kind: str, tenant: str, session_id: str, request: Any, number: int
+    async def done(
+        self,
+        kind: str,
+        tenant: str,
+        session_id: str,
+        request: Any,
+        number: int,
+        *,
+        leave_after: float | None = None,
     ) -> Write:
-        """Call a write, and again while its outcome is unknown and there are writers."""
-        write = Write(kind=kind, tenant=tenant, session_id=session_id, request=request)
-        self.record.writes.append(write)
+        """Call a write, and again while its outcome is unknown and there are writers.
+
+        The caller leaves its first call after so many seconds.
+        """
+        write = self.begin(kind, tenant, session_id, request)
         while True:
-            await self._attempt(write, number)
+            await self.attempt(write, number, leave_after)
+            leave_after = None
             if write.attempts[-1].outcome is Outcome.REFUSED:
                 await asyncio.sleep(PAUSE_SECONDS)
             if write.outcome is not Outcome.UNKNOWN or not self._writing:
@@ -288,25 +301,39 @@ class Workload:
                 return write
             await asyncio.sleep(PAUSE_SECONDS)
 
+    def begin(self, kind: str, tenant: str, session_id: str, request: Any) -> Write:
+        """A write that is recorded, and not yet called."""
+        write = Write(kind=kind, tenant=tenant, session_id=session_id, request=request)
+        self.record.writes.append(write)
+        return write
+
     async def _converge(self, write: Write) -> None:
         """Call it again until the service says what it is about."""
         while not (write.outcome is Outcome.ACKNOWLEDGED or _is_final(write.attempts[-1])):
-            await self._attempt(write, 0)
+            await self.attempt(write, 0)
             await asyncio.sleep(PAUSE_SECONDS)
 
-    async def _attempt(self, write: Write, number: int) -> None:
+    async def attempt(self, write: Write, number: int, leave_after: float | None = None) -> Any:
+        """Call it once, perhaps only for some seconds; returns what was answered, if anything."""
         began = clock()
         api = self.api(write.tenant, number)
-        code, reason, text = StatusCode.OK, "", ""
+        code, reason, text, response = StatusCode.OK, "", "", None
+        call = _STUB[write.kind](api)(
+            write.request, metadata=[("x-tenant-id", write.tenant)], timeout=CALL_SECONDS
+        )
+        if leave_after is not None:
+            asyncio.get_running_loop().call_later(leave_after, call.cancel)
         try:
-            response = await _STUB[write.kind](api)(
-                write.request, metadata=[("x-tenant-id", write.tenant)], timeout=CALL_SECONDS
-            )
+            response = await call
         except grpc.aio.AioRpcError as error:
             code, reason, text = error.code(), reason_of(error), error.details() or ""
             self._look(write.tenant, write.kind, repr(error).encode())
             if code in NEVER:
                 self.record.findings.append(f"{write.kind}: {code.name}: {text}")
+        except asyncio.CancelledError:
+            if leave_after is None or not call.cancelled():
+                raise
+            code = StatusCode.CANCELLED
         else:
             write.response = response
             self.record.acknowledged.append(clock())
@@ -314,6 +341,7 @@ class Workload:
         write.attempts.append(
             Attempt(began=began, ended=clock(), code=code, reason=reason, text=text)
         )
+        return response
 
     async def _revision(self, tenant: str, session_id: str) -> int:
         while True:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import random
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, LiteralString, TypeVar
 
 import psycopg
@@ -214,7 +214,7 @@ class Database:
         )
         self._checking: asyncio.Task[None] | None = None
         # Counted here and not by the pool's max_waiting, which counts callers who have left.
-        self.busy = 0
+        self._busy = 0
         self._most_busy = pool_size * (1 + WAITING_PER_CONNECTION)
         # Half of the connections, so that a tenant whose calls hang, or come all at once, is waited
         # for by itself alone. Weak: who has nothing to do is forgotten.
@@ -410,34 +410,41 @@ class Database:
         clock = asyncio.get_running_loop().time
         deadline = clock() + POOL_TIMEOUT_SECONDS
         share = self._shares.setdefault(caller.tenant_id_or_none(), _Share(self._share))
-        async with self._place_in(share, attempt):
+        with self._place(share, attempt):
             try:
                 with TimeLimit(POOL_TIMEOUT_SECONDS):
                     await share.turns.acquire()
             except TimeoutError as error:
                 raise self._lost(attempt) from error
             try:
-                async with self._place_in(self, attempt):
-                    try:
-                        connection = await self._pool.getconn(max(deadline - clock(), 0.001))
-                    except psycopg.Error as error:
-                        raise self._lost(attempt) from error
-                    try:
-                        yield connection
-                    finally:
-                        await self._pool.putconn(connection)
+                try:
+                    connection = await self._pool.getconn(max(deadline - clock(), 0.001))
+                except psycopg.Error as error:
+                    raise self._lost(attempt) from error
+                try:
+                    yield connection
+                finally:
+                    await self._pool.putconn(connection)
             finally:
                 share.turns.release()
 
-    @contextlib.asynccontextmanager
-    async def _place_in(self, queue: Database | _Share, attempt: _Attempt) -> AsyncIterator[None]:
-        if queue.busy >= self._most_busy:
+    @contextlib.contextmanager
+    def _place(self, share: _Share, attempt: _Attempt) -> Iterator[None]:
+        """One of those who have or wait for a connection, however many tenants they are of.
+
+        When all places are taken, a tenant that has fewer than its part of them gets one more: so
+        that those who come in crowds wait for one another, and not everybody for all of them.
+        """
+        part = max(1, self._most_busy // len(self._shares))
+        if share.busy >= self._most_busy or (self._busy >= self._most_busy and share.busy >= part):
             raise self._queue_full(attempt)
-        queue.busy += 1
+        self._busy += 1
+        share.busy += 1
         try:
             yield
         finally:
-            queue.busy -= 1
+            self._busy -= 1
+            share.busy -= 1
 
     def _queue_full(self, attempt: _Attempt) -> errors.DomainError:
         if attempt.unsure:
