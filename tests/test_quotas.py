@@ -298,6 +298,33 @@ class TestConnections:
                 assert not any(task.done() for task in calls)
             assert not await results(*calls)
 
+    async def test_tenants_in_a_crowd_share_the_places_to_wait_in(
+        self, start_server: Any, fresh_database: str
+    ) -> None:
+        """When all are taken, who has its part gets no more, and who has less still gets one."""
+        api = await start_server(fresh_database, pool_size=2, lock_timeout_ms=9000)
+        async with contextlib.AsyncExitStack() as stack:
+            tenants = [await stack.enter_async_context(another(api)) for _ in range(5)]
+            sessions = [(await tenant.session()).id for tenant in tenants]
+            await api.session()
+            with contextlib.ExitStack() as locks:
+                for session_id in sessions:
+                    locks.enter_context(locked(fresh_database, session_id))
+                waiting = [
+                    asyncio.create_task(tenant.message(session_id))
+                    for tenant, session_id in zip(tenants, sessions, strict=True)
+                    for _ in range(2)
+                ]
+                await asyncio.sleep(0.5)
+                assert not any(task.done() for task in waiting), "ten places are theirs"
+                with refused(StatusCode.RESOURCE_EXHAUSTED, "POOL_QUEUE_FULL"):
+                    await tenants[0].message(sessions[0])
+                newcomer = asyncio.create_task(api.session())
+                await asyncio.sleep(0.2)
+                assert not newcomer.done()
+            assert (await newcomer).id
+            await asyncio.gather(*waiting, return_exceptions=True)
+
 
 class TestShares:
     """What a call waits for within the process, another tenant's calls must not use up."""
