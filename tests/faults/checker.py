@@ -56,29 +56,30 @@ class Stored:
     tickets: dict[str, Any]
 
 
-def stored(database_url: str, tenant: str) -> Stored:
-    with psycopg.connect(database_url, row_factory=namedtuple_row) as connection:
-        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-        messages = connection.execute(MESSAGES, (tenant,)).fetchall()
-        in_order: dict[str, list[Any]] = defaultdict(list)
-        for message in messages:
-            in_order[message.session_id].append(message)
-        return Stored(
-            {message.id: message for message in messages},
-            in_order,
-            {row.id: row for row in connection.execute(SESSIONS, (tenant,))},
-            connection.execute(LINKS, (tenant,)).fetchall(),
-            {row.id: row for row in connection.execute(TICKETS, (tenant,))},
-        )
+def stored(connection: psycopg.Connection[Any], tenant: str) -> Stored:
+    cursor = connection.cursor(row_factory=namedtuple_row)
+    messages = cursor.execute(MESSAGES, (tenant,)).fetchall()
+    in_order: dict[str, list[Any]] = defaultdict(list)
+    for message in messages:
+        in_order[message.session_id].append(message)
+    return Stored(
+        {message.id: message for message in messages},
+        in_order,
+        {row.id: row for row in cursor.execute(SESSIONS, (tenant,))},
+        cursor.execute(LINKS, (tenant,)).fetchall(),
+        {row.id: row for row in cursor.execute(TICKETS, (tenant,))},
+    )
 
 
-def check(record: Record, database_url: str, tenants: Sequence[str]) -> list[Violation]:
+def check(
+    record: Record, connection: psycopg.Connection[Any], tenants: Sequence[str]
+) -> list[Violation]:
     violations = [Violation("I6", finding) for finding in record.findings if " tells " in finding]
     violations += [
         Violation("status", finding) for finding in record.findings if " tells " not in finding
     ]
     for tenant in tenants:
-        found = stored(database_url, tenant)
+        found = stored(connection, tenant)
         writes = [write for write in record.writes if write.tenant == tenant]
         violations += _writes(writes, found)
         violations += _order(writes, found)

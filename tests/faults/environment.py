@@ -26,6 +26,7 @@ from process import ServerProcess
 
 from chat_ticket_svc import migrate
 from chat_ticket_svc.embedded import EmbeddedPostgres
+from faults.checker import Violation, check
 from faults.proxy import Proxy
 from faults.served import MUTANT
 from faults.workload import THINK_SECONDS, Workload
@@ -258,6 +259,10 @@ class Environment:
             self.run(workload.close())
 
     # ---- Afterwards ----
+
+    def check(self, workload: Workload) -> list[Violation]:
+        with psycopg.connect(self.database_url) as connection:
+            return check(workload.record, connection, workload.tenants)
 
     def wait_until_healthy(self) -> float:
         """Seconds until every service says so."""

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from faults.checker import Seen, Violation, check
+from faults.checker import Seen, Violation
 from faults.environment import HEALTHY_SECONDS, Environment, Service
 from faults.matrix import Fault
 from faults.record import clock
@@ -78,7 +78,7 @@ def run(
         result.outage_seconds = record.longest_outage(struck)
         result.note = seen.note
         result.violations += seen.violations
-        result.violations += check(record, environment.database_url, workload.tenants)
+        result.violations += environment.check(workload)
     for service in environment.services:
         if any(f"of {tenant}: " in service.process.output for tenant in workload.tenants):
             result.violations.append(Violation("I6", "content is in the log"))

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from faults.checker import check
 from faults.environment import Environment
 from faults.runs import GROWTH, SETTLE_SECONDS
 
@@ -62,7 +61,7 @@ def main() -> None:
                 time.sleep(ROUND_SECONDS)
                 environment.run(workload.settle(SETTLE_SECONDS))
                 writes += len(workload.record.acknowledged)
-                violations += check(workload.record, environment.database_url, workload.tenants)
+                violations += environment.check(workload)
             time.sleep(REST_SECONDS)
             resting = [service.at_rest() for service in environment.services]
             rest = Rest(

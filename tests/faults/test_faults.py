@@ -1,17 +1,25 @@
 """`make faults-quick`: the part of the fault runs that the suite makes, with a fixed seed.
 
-`make faults` makes all of them, and checks the checker; see `matrix` and `mutants`.
+`make faults` makes all of them, and shows the checker its mutants; see `matrix` and `mutants`.
 """
 
+import os
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 
+from faults.checker import check
 from faults.environment import Environment
 from faults.matrix import FAULTS, Fault
+from faults.record import Outcome
 from faults.runs import run
+from faults.workload import Workload
 
 SEED = 1
 AROUND_SECONDS = 0.2
@@ -34,3 +42,104 @@ def test_nothing_is_lost(environment: Environment, fault: Fault) -> None:
     result = run(environment, fault, seed=SEED, amount=fault.quick_amount, around=AROUND_SECONDS)
     assert result.valid, f"{result.acknowledged} writes before the fault: too few"
     assert result.violations == []
+
+
+@pytest.fixture(scope="module")
+def work(environment: Environment) -> Iterator[Workload]:
+    """A run that nothing was wrong with, whose followers have come to the end."""
+    with environment.workload(SEED, "checked") as workload:
+        while not _has_tickets(workload):
+            time.sleep(0.1)
+        environment.run(workload.settle(30))
+        assert environment.check(workload) == []
+        yield workload
+
+
+def _has_tickets(workload: Workload) -> bool:
+    """Whether each tenant has one."""
+    linked = {
+        write.tenant
+        for write in list(workload.record.writes)
+        if write.kind == "CreateChatTicket" and write.outcome is Outcome.ACKNOWLEDGED
+    }
+    return linked == set(workload.tenants)
+
+
+MESSAGE = """(SELECT m.id FROM chat_messages m
+  WHERE m.tenant_id = '{tenant}' AND m.session_id = '{session}' ORDER BY m.sequence {which} LIMIT 1)
+"""
+COPY = """
+INSERT INTO chat_messages
+      (tenant_id, session_id, sequence, revision, role, content, metadata, created_at)
+SELECT tenant_id, session_id, sequence + 100000, revision + 100000,
+       role, content, metadata, created_at
+  FROM chat_messages WHERE tenant_id = '{tenant}' AND id = {last}
+"""
+
+
+# What the checker says, and what was done to the database behind its rules.
+DAMAGE = {
+    "is lost": "DELETE FROM chat_messages WHERE tenant_id = '{tenant}' AND id = {first}",
+    "is not as it was acknowledged": (
+        "UPDATE chat_messages SET content = 'other' WHERE tenant_id = '{tenant}' AND id = {first}"
+    ),
+    "is there twice": COPY,
+    "are out of order": (
+        "UPDATE chat_messages SET created_at = created_at - interval '1 day'"
+        " WHERE tenant_id = '{tenant}' AND id = {last}"
+    ),
+    "stopped at": "UPDATE chat_sessions SET revision = revision + 1 WHERE tenant_id = '{tenant}'",
+    "holds another": (
+        "UPDATE chat_messages SET metadata = '{{}}' WHERE tenant_id = '{tenant}' AND id = {last}"
+    ),
+    "has_ticket is": (
+        "UPDATE chat_sessions SET has_ticket = NOT has_ticket WHERE tenant_id = '{tenant}'"
+    ),
+    "the ticket of session": "DELETE FROM chat_tickets WHERE tenant_id = '{tenant}'",
+    "ticket ": "DELETE FROM tickets WHERE tenant_id = '{tenant}'",
+}
+
+
+@pytest.mark.parametrize("found", DAMAGE)
+def test_checker_finds_what_was_damaged(
+    environment: Environment, work: Workload, found: str
+) -> None:
+    """Each invariant of what is stored."""
+    tenant = work.tenants[0]
+    named = {"tenant": tenant, "session": work.sessions[tenant][0]}
+    first, last = (MESSAGE.format(**named, which=which) for which in ("", "DESC"))
+    with psycopg.connect(environment.database_url) as connection:
+        connection.execute("SET session_replication_role = replica")
+        connection.execute(DAMAGE[found].format(**named, first=first, last=last))  # type: ignore[arg-type]
+        texts = [str(each) for each in check(work.record, connection, work.tenants)]
+        connection.rollback()
+    assert any(found in text for text in texts), texts
+
+
+def test_checker_finds_what_a_follower_was_not_told(
+    environment: Environment, work: Workload
+) -> None:
+    """Or was told twice, or late."""
+
+    def texts() -> str:
+        return str(environment.check(work))
+
+    followed = next(each for each in work.record.followed if each.tenant == work.tenants[1])
+    told = followed.created
+    for created, found in (
+        (told[1:], "was never told of"),
+        ([*told, told[-1]], "2 times"),
+        (told[::-1], "out of order"),
+    ):
+        followed.created = created
+        assert found in texts()
+    followed.created = told
+    assert texts() == "[]"
+
+
+def test_mutants_fit_the_service() -> None:
+    """What they change is there to be changed; whether they are found is for `make faults`."""
+    switch_on = "from faults.mutants import MUTANTS\nfor each in MUTANTS.values(): each.switch_on()"
+    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "DATABASE_URL": "postgresql://"}
+    subprocess.run([sys.executable, "-c", switch_on], check=True, env=environment)
