@@ -24,7 +24,7 @@ LAYERS = [
     ["convert"],
     ["development", "migrate", "workers"],
     ["access", "attachment_url", "embedded", "store"],
-    ["caller", "grpc_server", "logs", "timers"],
+    ["caller", "grpc_server", "logs", "metrics", "timers"],
     ["errors"],
     ["config", "time_limit"],
 ]

@@ -146,7 +146,7 @@ class TestTwo:
 
     def test_worker_is_nothing_without_its_parent(self, database: str) -> None:
         """One that is started by hand, or too late, does not serve."""
-        result = command("worker", "1", DATABASE_URL=database)
+        result = command("worker", "1", "0", DATABASE_URL=database)
         assert result.returncode != 0
         assert result.stderr == "the owner ended before it could be watched\n"
 

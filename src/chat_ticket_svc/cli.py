@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     worker = commands.add_parser("worker")  # for `serve` alone, so the help does not list it
     worker.add_argument("parent", type=int)
+    worker.add_argument("number", type=int)
     commands.add_parser("migrate", help="bring the database to the newest schema")
     commands.add_parser("migrate-status", help="list the applied and the pending migrations")
     token = commands.add_parser(
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
             case "serve":
                 status = _serve(options)
             case "worker":
-                status = _work(options.parent)
+                status = _work(options.parent, options.number)
             case "token":
                 status = _token(options)
             case command:
@@ -178,11 +179,13 @@ def _run_workers(
         return _run(supervise, end)
 
 
-def _work(parent: int) -> int:
+def _work(parent: int, number: int) -> int:
     """Be one of the workers of a `serve`, which has looked at the settings."""
     workers.end_with_parent(parent)
     end = _End()
     settings = config.load()
+    if settings.metrics_port:  # each has its own, one after the other
+        settings = config.load(metrics_port=settings.metrics_port + number)
     logs.configure(settings)
     return _run_server(settings, end, lambda _: workers.tell_parent_of_listening())
 

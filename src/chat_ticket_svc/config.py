@@ -105,6 +105,7 @@ class Settings(BaseSettings):
     workers: int = Field(default=1, ge=1, le=128)
     reflection: bool = True
     unary_timeout_seconds: float = Field(default=10, gt=0)
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
     drain_seconds: float = Field(default=10, ge=0)
 
     # Callers

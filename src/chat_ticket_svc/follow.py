@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 import psycopg
 import structlog
 
-from chat_ticket_svc import caller, errors
+from chat_ticket_svc import caller, errors, metrics
 from chat_ticket_svc.store import sessions
 from chat_ticket_svc.store.database import Database, connection_string
 from chat_ticket_svc.time_limit import TimeLimit
@@ -118,6 +118,7 @@ class _Feed(Generic[P]):
         self.key = key
         self.watchers = 0
         self.changes = 0
+        self.changed_at = 0.0  # in the loop's time, by the last of them
         self.places: dict[Position, _Place[P]] = {}
 
     @property
@@ -134,6 +135,7 @@ class _Feed(Generic[P]):
     def wake(self) -> None:
         """Something has changed, or may have."""
         self.changes += 1
+        self.changed_at = asyncio.get_running_loop().time()
         for place in self.places.values():
             if place.waiting:
                 self.read_on(place)
@@ -146,12 +148,16 @@ class _Feed(Generic[P]):
     async def _read_on(self, place: _Place[P]) -> None:
         try:
             while place.page is None and place.seen != self.changes:
-                changes = self.changes
+                changes, changed_at = self.changes, self.changed_at
                 page = await self.read(place.position.revision)
                 place.seen = changes
                 if page.position != place.position:
                     place.page = page
                     place.tell(page)
+                    if changed_at:
+                        metrics.WAKE_UP_SECONDS.observe(
+                            asyncio.get_running_loop().time() - changed_at
+                        )
         except Exception as error:
             place.fail(error)
         finally:
@@ -302,6 +308,10 @@ class Follow:
             feed = self._feeds[key] = _Feed(self, key, read)
         return Watcher(self, feed)
 
+    @property
+    def watchers(self) -> int:
+        return sum(feed.watchers for feed in list(self._feeds.values()))
+
     def forget(self, feed: _Feed[Any]) -> None:
         """Nobody follows the session any more."""
         del self._feeds[feed.key]
@@ -348,6 +358,7 @@ class Follow:
                 await self._has_pending.wait()
                 keys = set(itertools.islice(self._pending, LINES))
                 self._pending -= keys
+                metrics.NOTIFIED.observe(len(keys))
                 if not self._pending:
                     self._has_pending.clear()
                 payload = "\n".join(f"{session_id}{tenant_id}" for tenant_id, session_id in keys)

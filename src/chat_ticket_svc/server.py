@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 from collections.abc import Callable, Mapping
+from http.server import HTTPServer
 from typing import Any
 
 import grpc
@@ -22,7 +23,7 @@ from chat_ticket.v1 import (
     chat_ticket_pb2,
     chat_ticket_pb2_grpc,
 )
-from chat_ticket_svc import grpc_server
+from chat_ticket_svc import grpc_server, metrics
 from chat_ticket_svc.access import methods
 from chat_ticket_svc.access.certificates import Certificates
 from chat_ticket_svc.access.door import Door, Proof
@@ -121,6 +122,7 @@ class Server:
         share_port = ("grpc.so_reuseport", int(settings.workers > 1))
         self._grpc = grpc_server.server(options=[*OPTIONS, share_port])
         self._health_task: asyncio.Task[None] | None = None
+        self._metrics: HTTPServer | None = None
 
     async def start(self) -> None:
         """Listen. A database that is reachable and not migrated raises StaleSchemaError.
@@ -130,6 +132,7 @@ class Server:
         try:
             self._register()
             self._listen()
+            self._report()
             if self._keys is not None:
                 await self._keys.open()
             await self._check_schema()
@@ -167,6 +170,9 @@ class Server:
         await self._close()
 
     async def _close(self) -> None:
+        if self._metrics is not None:
+            await asyncio.to_thread(self._metrics.shutdown)
+            self._metrics.server_close()
         if self._certificates is not None:
             await self._certificates.close()
         if self._keys is not None:
@@ -183,6 +189,18 @@ class Server:
                 self.port = self._grpc.add_secure_port(address, self._certificates.credentials())
         except RuntimeError as error:
             raise PortTakenError(address) from error
+
+    def _report(self) -> None:
+        self._db.report()
+        metrics.WATCHERS.set_function(lambda: self._follow.watchers)
+        host, port = self._settings.host, self._settings.metrics_port
+        if port is None:
+            return
+        try:
+            self._metrics = metrics.serve(host, port)
+        except OSError as error:
+            raise PortTakenError(address_of(host, port)) from error
+        log.info("metrics", host=host, port=self._metrics.server_port)
 
     def _register(self) -> None:
         db, follow, settings = self._db, self._follow, self._settings

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import inspect
 import math
+import time
 import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
@@ -19,8 +20,9 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2 as details_pb2
 from google.rpc import status_pb2
+from prometheus_client import Counter, Histogram
 
-from chat_ticket_svc import errors, logs
+from chat_ticket_svc import errors, logs, metrics
 from chat_ticket_svc.access.door import Door
 from chat_ticket_svc.access.methods import OPEN, READS
 from chat_ticket_svc.time_limit import TimeLimit
@@ -123,6 +125,8 @@ async def _abort(
 async def _abort_known(
     context: grpc.aio.ServicerContext[Any, Any], error: errors.DomainError
 ) -> None:
+    if isinstance(error, errors.ResourceExhaustedError):
+        metrics.REJECTED.labels(error.metadata.get("quota", error.reason)).inc()
     status = status_pb2.Status(code=code_of(error).value[0], message=_shortened(str(error)))
     await _abort(context, status, *_details(error))
 
@@ -193,22 +197,49 @@ async def _each(
         yield request
 
 
-def _let_go(behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """`behavior` without what keeps an aborted call in memory.
+def _outermost(
+    method: str, kind: str, behavior: Callable[..., Awaitable[Any]]
+) -> Callable[..., Awaitable[Any]]:
+    """`behavior`, measured, and without what keeps an aborted call in memory.
 
     gRPC's state of the call has the error that ended it, whose traceback has our frames, which
     have the call: only the garbage collector undoes that, and it stops everybody's calls for a
     tenth of a second when a flood of refused calls has left enough of it.
     """
+    _, service, name = method.split("/")
+    ended = functools.cache(functools.partial(_metrics_of, kind, service, name))
+    is_stream = kind != "unary"
+    streams = metrics.STREAMS.labels(service, name) if is_stream else None
 
     async def outermost(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        began = time.perf_counter()
+        code = grpc.StatusCode.CANCELLED
+        if streams is not None:
+            streams.inc()
         try:
-            return await behavior(request, context)
+            response = await behavior(request, context)
+            code = grpc.StatusCode.OK
+            return response
         except grpc.aio.AbortError as error:
+            code = context.code()
             error.__traceback__ = error.__context__ = None
             raise
+        finally:
+            handled, seconds = ended(code)
+            handled.inc()
+            if streams is None:
+                seconds.observe(time.perf_counter() - began)
+            else:
+                streams.dec()
 
     return outermost
+
+
+def _metrics_of(
+    kind: str, service: str, name: str, code: grpc.StatusCode
+) -> tuple[Counter, Histogram]:
+    labels = (kind, service, name, code.name)
+    return metrics.HANDLED.labels(*labels), metrics.HANDLING_SECONDS.labels(*labels)
 
 
 class StatusInterceptor:
@@ -250,12 +281,17 @@ class StatusInterceptor:
         serialize = _serialized(handler.response_serializer)
         if handler.stream_stream:
             parse = functools.partial(_each, parse)
-            behavior = _let_go(self._stream(method, handler.stream_stream, parse))
+            behavior = _outermost(
+                method, "bidi_stream", self._stream(method, handler.stream_stream, parse)
+            )
             return grpc.stream_stream_rpc_method_handler(behavior, None, serialize)
         if handler.unary_stream:
-            behavior = _let_go(self._stream(method, handler.unary_stream, parse))
+            behavior = _outermost(
+                method, "server_stream", self._stream(method, handler.unary_stream, parse)
+            )
             return grpc.unary_stream_rpc_method_handler(behavior, None, serialize)
-        behavior = _let_go(self._unary(method, handler.unary_unary, parse))
+        behavior = self._unary(method, handler.unary_unary, parse)
+        behavior = _outermost(method, "unary", behavior)
         return grpc.unary_unary_rpc_method_handler(behavior, None, serialize)
 
     def _unary(

@@ -67,7 +67,7 @@ class Parent:
         """
         draining = asyncio.create_task(self._drain())
         try:
-            first = await self._spawn()
+            first = await self._spawn(0)
             if not await self._listens(first):
                 status = await self._ended(first)
                 if self._stop.is_set():
@@ -76,13 +76,13 @@ class Parent:
                     log.error("a worker ended", worker=first.pid, status=status)
                 return status
             listening()
-            others = [self._keep(None) for _ in range(self._count - 1)]
-            await asyncio.gather(self._keep(first), *others)
+            others = [self._keep(number, None) for number in range(1, self._count)]
+            await asyncio.gather(self._keep(0, first), *others)
             return 0
         finally:
             draining.cancel()
 
-    async def _keep(self, process: Process | None) -> None:
+    async def _keep(self, number: int, process: Process | None) -> None:
         """One worker after another; the first may run already."""
         delay = 0.0
         while process is not None or not self._stop.is_set():
@@ -90,7 +90,7 @@ class Parent:
             end: dict[str, int | str]
             try:
                 if process is None:
-                    process = await self._spawn()
+                    process = await self._spawn(number)
                     await self._listens(process)
                 end = {"worker": process.pid, "status": await self._ended(process)}
             except OSError as error:  # too little of something, of which there may be more later
@@ -107,10 +107,11 @@ class Parent:
                 async with asyncio.timeout(delay):
                     await self._stop.wait()
 
-    async def _spawn(self) -> Process:
+    async def _spawn(self, number: int) -> Process:
         process = await asyncio.create_subprocess_exec(
             # -P: whatever else lies in the working directory.
-            *(sys.executable, "-P", "-m", "chat_ticket_svc", "worker", str(os.getpid())),
+            *(sys.executable, "-P", "-m", "chat_ticket_svc", "worker"),
+            *(str(os.getpid()), str(number)),
             env=self._environment,
             stdin=DEVNULL,
             stdout=PIPE,

@@ -21,7 +21,7 @@ from psycopg import conninfo, pq
 from psycopg import errors as pg_errors
 from psycopg.adapt import Transformer
 
-from chat_ticket_svc import caller, errors
+from chat_ticket_svc import caller, errors, metrics
 from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.store.lane import Lane
 from chat_ticket_svc.time_limit import TimeLimit
@@ -215,6 +215,7 @@ class Database:
         self._checking: asyncio.Task[None] | None = None
         # Counted here and not by the pool's max_waiting, which counts callers who have left.
         self._busy = 0
+        self._leased_now = 0
         self._most_busy = pool_size * (1 + WAITING_PER_CONNECTION)
         # Half of the connections, so that a tenant whose calls hang, or come all at once, is waited
         # for by itself alone. Weak: who has nothing to do is forgotten.
@@ -231,6 +232,13 @@ class Database:
         await self._reads.close()
         await self._writes.close()
         await self._pool.close()
+
+    def report(self) -> None:
+        """Have the metrics of the pool tell of this one."""
+        stats = self._pool.get_stats
+        metrics.POOL_CONNECTIONS.set_function(lambda: stats()["pool_size"])
+        metrics.POOL_IDLE.set_function(lambda: stats()["pool_available"])
+        metrics.POOL_WAITING.set_function(lambda: self._busy - self._leased_now)
 
     async def check(self) -> None:
         """Raises UnavailableError unless the pool has a connection that works."""
@@ -408,7 +416,8 @@ class Database:
     async def _connection(self, attempt: _Attempt) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
         """One of the tenant's share, which it has POOL_TIMEOUT_SECONDS to come by."""
         clock = asyncio.get_running_loop().time
-        deadline = clock() + POOL_TIMEOUT_SECONDS
+        began = clock()
+        deadline = began + POOL_TIMEOUT_SECONDS
         share = self._shares.setdefault(caller.tenant_id_or_none(), _Share(self._share))
         with self._place(share, attempt):
             try:
@@ -421,9 +430,12 @@ class Database:
                     connection = await self._pool.getconn(max(deadline - clock(), 0.001))
                 except psycopg.Error as error:
                     raise self._lost(attempt) from error
+                metrics.POOL_WAIT_SECONDS.observe(clock() - began)
+                self._leased_now += 1
                 try:
                     yield connection
                 finally:
+                    self._leased_now -= 1
                     await self._pool.putconn(connection)
             finally:
                 share.turns.release()
