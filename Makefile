@@ -6,7 +6,7 @@ PYTHON ?= $(or $(wildcard $(BIN)/python3),python3)
 SOURCES := src/chat_ticket_svc scripts benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-bench run test fuzz faults faults-quick soak migrate migrate-status new-migration proto check-proto lint format typecheck check demo bench lock audit clean
+.PHONY: help venv venv-bench run test fuzz faults faults-quick soak migrate migrate-status new-migration proto check-proto check-breaking lint format typecheck check demo bench lock audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -54,6 +54,12 @@ proto: venv ## generate the stubs in src/chat_ticket/v1 from protos
 check-proto: venv ## fail unless the committed stubs are what the protos generate
 	@$(BIN)/python scripts/generate_stubs.py --check
 
+# Where the history is missing, as in a shallow clone, there is nothing to compare with.
+AGAINST ?= $(shell git describe --tags --abbrev=0 2>/dev/null || git rev-parse --verify --quiet HEAD~1)
+check-breaking: venv ## fail when the protos break callers of the last tag, or else the last commit; AGAINST= another
+	@test -n "$(AGAINST)" || { echo "nothing to compare the protos with: no tag, no commit before"; exit 0; }; \
+		$(BIN)/buf breaking protos --against '.git#ref=$(AGAINST),subdir=protos'
+
 lint: venv ## check the style of Python, protos and migrations
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
@@ -71,7 +77,7 @@ format: venv ## format Python and protos
 typecheck: venv ## mypy --strict over src and scripts
 	@$(BIN)/mypy
 
-check: lint typecheck check-proto test ## all that CI runs
+check: lint typecheck check-proto check-breaking test ## all that CI runs
 
 demo: venv ## load real conversations through the API and show what the service does; ALL=1 for every chat
 	@$(BIN)/python scripts/demo.py $(if $(ALL),--all)
