@@ -42,8 +42,10 @@ RACERS = 16
 DUPLICATES = 16  # of one id, at once
 
 STREAMS_OF_A_CHANNEL = 10
-LARGE = 200 * 1024  # bytes of a message: a few fill what a stream may have on its way
-LARGE_MESSAGES = 36
+# More than gRPC ever lets be on its way to who does not read, which grows with what was read.
+LARGE = 200 * 1024  # bytes of a message
+LARGE_MESSAGES = 96
+PATIENT_SECONDS = 600
 
 
 async def leave(workload: Workload, count: int) -> Seen:
@@ -231,10 +233,10 @@ async def _opened(api: Api, session_id: str, *, is_list: bool) -> Any:
     while True:
         if is_list:
             request: Any = ListChatMessagesRequest(session_id=session_id)
-            call = api.messages.ListChatMessages(request)
+            call = api.messages.ListChatMessages(request, timeout=PATIENT_SECONDS)
         else:
             request = WatchChatSessionRequest(session_id=session_id)
-            call = api.sessions.WatchChatSession(request)
+            call = api.sessions.WatchChatSession(request, timeout=PATIENT_SECONDS)
         with contextlib.suppress(grpc.aio.AioRpcError):  # for a moment there may be no place
             await call.read()
             return call

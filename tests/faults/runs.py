@@ -15,8 +15,9 @@ PATIENCE_SECONDS = 10.0
 SETTLE_SECONDS = 30.0
 REST_SECONDS = 10.0  # to come to rest
 GROWTH = 1.1  # I7
-# Of what is used for the first time only later: memory, and connections that the pool makes.
-MARGINS = {"mebibytes": 15.0, "descriptors": 12.0, "tasks": 0.0}
+# What an allocator keeps of the hundreds of MiB that streams that are not read take for a moment,
+# which is the same after the next time; and connections that the pool makes later.
+MARGINS = {"mebibytes": 40.0, "descriptors": 12.0, "tasks": 0.0}
 
 
 @dataclass
