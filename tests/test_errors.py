@@ -109,7 +109,7 @@ class TestDatabaseErrors:
             await api.session()
         correlation_id = refusal.info.metadata["correlation_id"]
         assert refusal.text == f"internal error {correlation_id}"
-        assert list(refusal.details) == ["ErrorInfo"]
+        assert list(refusal.details) == ["ErrorInfo", "RequestInfo"], "ids alone"
         captured = capsys.readouterr()
         logged = captured.out + captured.err
         assert correlation_id in logged

@@ -20,16 +20,16 @@ LAYERS = [
     ["server"],
     ["services"],
     ["follow", "paging", "status"],
-    ["validate"],
+    ["calls", "validate"],
     ["convert"],
     ["development", "migrate", "workers"],
     ["access", "attachment_url", "embedded", "store"],
-    ["caller", "grpc_server", "logs", "metrics", "timers"],
+    ["caller", "grpc_server", "logs", "metrics", "timers", "tracing"],
     ["errors"],
     ["config", "time_limit"],
 ]
 PSYCOPG = {"store", "follow", "embedded"}
-GRPC = {"server", "grpc_server", "services", "status", "access"}
+GRPC = {"calls", "server", "grpc_server", "services", "status", "access"}
 
 
 def layer(module: str) -> int:

@@ -150,7 +150,10 @@ def _run_server(settings: Settings, end: "_End", listening: Callable[[int], None
     # Imported here: gRPC takes half a second that others need not wait for.
     import uvloop
 
-    from chat_ticket_svc import server
+    from chat_ticket_svc import server, tracing
+
+    if settings.traces:
+        tracing.configure()
 
     async def serve(stop: asyncio.Event) -> int:
         await server.run(settings, stop, listening)
@@ -160,6 +163,8 @@ def _run_server(settings: Settings, end: "_End", listening: Callable[[int], None
         return _run(serve, end, uvloop.new_event_loop)
     except server.StaleSchemaError as error:
         sys.exit(f"chat-ticket-svc: {error}")
+    finally:
+        tracing.shutdown()
 
 
 def _run_workers(

@@ -133,6 +133,8 @@ class Settings(BaseSettings):
 
     limits: Limits = Limits()
     log_format: Literal["auto", "json", "console"] = "auto"
+    log_calls: bool = True
+    traces: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @field_validator("database_url", "database_listen_url", "migrate_database_url")

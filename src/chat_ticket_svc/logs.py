@@ -5,19 +5,27 @@ URLs or credentials. An exception's text may quote any of those, so it is left o
 the kind of each exception and where it was raised.
 """
 
+import asyncio
+import atexit
 import logging
 import os
 import re
 import sys
 import threading
+import time
 import traceback
-from typing import Any
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, ClassVar
 
 import structlog
 
 from chat_ticket_svc.config import Settings
 
 log = structlog.get_logger()
+
+# How long a line may wait for others.
+SOON_SECONDS = 0.02
 
 # A name in a schema; a trigger may raise an error with any text in the place of one.
 NAME = re.compile(r"[a-z_][a-z0-9_]*")
@@ -76,16 +84,17 @@ def configure(settings: Settings) -> None:
     level = logging.getLevelNamesMapping()[settings.log_level.upper()]
     common: list[structlog.typing.Processor] = [
         structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso"),
+        structlog.processors.MaybeTimeStamper(fmt="iso"),
     ]
     if settings.workers > 1:
         common.append(_of_this_process)
     structlog.configure(
         processors=[*common, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=_Lines,
         cache_logger_on_first_use=True,
     )
+    atexit.register(_tell_kept)
     handler = logging.StreamHandler()
     handler.addFilter(_impersonal)
     handler.setFormatter(
@@ -96,6 +105,59 @@ def configure(settings: Settings) -> None:
     )
     # The libraries' own DEBUG and INFO quote what they handle.
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING))
+
+
+class _Lines:
+    """Where lines go: to the standard error, each at once, or those of `_tell_kept` as one."""
+
+    gathered: ClassVar[list[str] | None] = None
+
+    def __init__(self, *_: object):
+        pass
+
+    def msg(self, line: str) -> None:
+        if self.gathered is None:
+            self.write(f"{line}\n")
+        else:
+            self.gathered.append(f"{line}\n")
+
+    debug = info = warning = error = critical = msg
+
+    @staticmethod
+    def write(text: str) -> None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+_kept: list[tuple[Callable[..., None], str, float, dict[str, Any]]] = []
+
+
+def soon(tell: Callable[..., None], event: str, details: dict[str, Any]) -> None:
+    """Have `tell(event, **details)` make a line some milliseconds later, with the time of now.
+
+    For lines of which there are many: made and written together they cost a third of the CPU, as
+    to write is to let go of the interpreter, which gRPC's threads wait for. A process that is
+    killed loses those of its last moment. To be called within an event loop.
+    """
+    if not _kept:
+        asyncio.get_running_loop().call_later(SOON_SECONDS, _tell_kept)
+    _kept.append((tell, event, time.time(), details))
+
+
+def _tell_kept() -> None:
+    kept = _kept.copy()
+    _kept.clear()
+    _Lines.gathered = []
+    try:
+        for tell, event, seconds, details in kept:
+            tell(event, timestamp=_iso(seconds), **details)
+        _Lines.write("".join(_Lines.gathered))
+    finally:
+        _Lines.gathered = None
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
 
 
 def _of_this_process(

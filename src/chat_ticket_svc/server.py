@@ -116,6 +116,7 @@ class Server:
             Door(_proofs(settings, self._keys), Quotas(settings.quotas)),
             unary_timeout_seconds=settings.unary_timeout_seconds,
             slow_reader_seconds=settings.slow_reader_seconds,
+            log_calls=settings.log_calls,
         )
         self._health = _Health()
         # On by default, and then a second server silently shares the port.

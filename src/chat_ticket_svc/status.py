@@ -8,10 +8,9 @@ import contextlib
 import functools
 import inspect
 import math
-import time
 import uuid
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
@@ -20,13 +19,14 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2 as details_pb2
 from google.rpc import status_pb2
-from prometheus_client import Counter, Histogram
 
-from chat_ticket_svc import errors, logs, metrics
+from chat_ticket_svc import calls, errors, logs, metrics
 from chat_ticket_svc.access.door import Door
 from chat_ticket_svc.access.methods import OPEN, READS
+from chat_ticket_svc.calls import Behavior, Call
 from chat_ticket_svc.time_limit import TimeLimit
 from chat_ticket_svc.timers import Timers
+from chat_ticket_svc.validate import is_uuid
 
 log = structlog.get_logger()
 
@@ -108,9 +108,12 @@ def _shortened(text: str) -> str:
 
 
 async def _abort(
-    context: grpc.aio.ServicerContext[Any, Any], status: status_pb2.Status, *details: Message
-) -> None:
-    for detail in details:
+    context: grpc.aio.ServicerContext[Any, Any],
+    call: Call,
+    status: status_pb2.Status,
+    *details: Message,
+) -> NoReturn:
+    for detail in (*details, details_pb2.RequestInfo(request_id=call.request_id)):
         status.details.add().Pack(detail)
     code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
     trailer = ("grpc-status-details-bin", status.SerializeToString())
@@ -123,21 +126,26 @@ async def _abort(
 
 
 async def _abort_known(
-    context: grpc.aio.ServicerContext[Any, Any], error: errors.DomainError
-) -> None:
+    context: grpc.aio.ServicerContext[Any, Any], call: Call, error: errors.DomainError
+) -> NoReturn:
+    call.reason = error.reason
     if isinstance(error, errors.ResourceExhaustedError):
         metrics.REJECTED.labels(error.metadata.get("quota", error.reason)).inc()
     status = status_pb2.Status(code=code_of(error).value[0], message=_shortened(str(error)))
-    await _abort(context, status, *_details(error))
+    await _abort(context, call, status, *_details(error))
 
 
 async def _abort_unknown(
-    context: grpc.aio.ServicerContext[Any, Any], method: str, error: BaseException
-) -> None:
+    context: grpc.aio.ServicerContext[Any, Any], call: Call, method: str, error: BaseException
+) -> NoReturn:
     """Log what an unexpected error is and where it came from; tell the caller nothing but an id."""
     correlation_id = uuid.uuid4().hex
     log.error(
-        "internal error", correlation_id=correlation_id, method=method, errors=logs.story(error)
+        "internal error",
+        correlation_id=correlation_id,
+        request_id=call.request_id,
+        method=method,
+        errors=logs.story(error),
     )
     status = status_pb2.Status(
         code=grpc.StatusCode.INTERNAL.value[0], message=f"internal error {correlation_id}"
@@ -145,7 +153,8 @@ async def _abort_unknown(
     info = details_pb2.ErrorInfo(
         reason="INTERNAL", domain=DOMAIN, metadata={"correlation_id": correlation_id}
     )
-    await _abort(context, status, info)
+    call.reason = info.reason
+    await _abort(context, call, status, info)
 
 
 class _Malformed:
@@ -197,59 +206,22 @@ async def _each(
         yield request
 
 
-def _outermost(
-    method: str, kind: str, behavior: Callable[..., Awaitable[Any]]
-) -> Callable[..., Awaitable[Any]]:
-    """`behavior`, measured, and without what keeps an aborted call in memory.
-
-    gRPC's state of the call has the error that ended it, whose traceback has our frames, which
-    have the call: only the garbage collector undoes that, and it stops everybody's calls for a
-    tenth of a second when a flood of refused calls has left enough of it.
-    """
-    _, service, name = method.split("/")
-    ended = functools.cache(functools.partial(_metrics_of, kind, service, name))
-    is_stream = kind != "unary"
-    streams = metrics.STREAMS.labels(service, name) if is_stream else None
-
-    async def outermost(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        began = time.perf_counter()
-        code = grpc.StatusCode.CANCELLED
-        if streams is not None:
-            streams.inc()
-        try:
-            response = await behavior(request, context)
-            code = grpc.StatusCode.OK
-            return response
-        except grpc.aio.AbortError as error:
-            code = context.code()
-            error.__traceback__ = error.__context__ = None
-            raise
-        finally:
-            handled, seconds = ended(code)
-            handled.inc()
-            if streams is None:
-                seconds.observe(time.perf_counter() - began)
-            else:
-                streams.dec()
-
-    return outermost
-
-
-def _metrics_of(
-    kind: str, service: str, name: str, code: grpc.StatusCode
-) -> tuple[Counter, Histogram]:
-    labels = (kind, service, name, code.name)
-    return metrics.HANDLED.labels(*labels), metrics.HANDLING_SECONDS.labels(*labels)
-
-
 class StatusInterceptor:
     """Lets calls in by the door, maps what they raise, gives deadlines, bounds writes.
 
     Not one of gRPC's interceptors, which wrap the method anew for every call.
     """
 
-    def __init__(self, door: Door, *, unary_timeout_seconds: float, slow_reader_seconds: float):
+    def __init__(
+        self,
+        door: Door,
+        *,
+        unary_timeout_seconds: float,
+        slow_reader_seconds: float,
+        log_calls: bool,
+    ):
         self._door = door
+        self._told = functools.partial(calls.told, logged=log_calls)
         self._unary_timeout = unary_timeout_seconds
         # Those who write now, and those of them whose write was not read for too long.
         self._writing = Timers[asyncio.Task[Any]](slow_reader_seconds, self._cut_off)
@@ -281,29 +253,31 @@ class StatusInterceptor:
         serialize = _serialized(handler.response_serializer)
         if handler.stream_stream:
             parse = functools.partial(_each, parse)
-            behavior = _outermost(
-                method, "bidi_stream", self._stream(method, handler.stream_stream, parse)
-            )
-            return grpc.stream_stream_rpc_method_handler(behavior, None, serialize)
+            behavior = self._stream(method, handler.stream_stream, parse, serialize)
+            told = self._told(method, "bidi_stream", behavior)
+            return grpc.stream_stream_rpc_method_handler(told, None, serialize)
         if handler.unary_stream:
-            behavior = _outermost(
-                method, "server_stream", self._stream(method, handler.unary_stream, parse)
-            )
-            return grpc.unary_stream_rpc_method_handler(behavior, None, serialize)
-        behavior = self._unary(method, handler.unary_unary, parse)
-        behavior = _outermost(method, "unary", behavior)
-        return grpc.unary_unary_rpc_method_handler(behavior, None, serialize)
+            behavior = self._stream(method, handler.unary_stream, parse, serialize)
+            told = self._told(method, "server_stream", behavior)
+            return grpc.unary_stream_rpc_method_handler(told, None, serialize)
+        behavior = self._unary(method, handler.unary_unary, parse, serialize)
+        told = self._told(method, "unary", behavior)
+        return grpc.unary_unary_rpc_method_handler(told, None, None)
 
     def _unary(
         self,
         method: str,
         behavior: Callable[..., Awaitable[Any]],
         parse: Callable[[bytes], Any],
-    ) -> Any:
+        serialize: Callable[[Any], bytes],
+    ) -> Behavior:
         least = 0 if method in OPEN or method in READS else WRITE_SECONDS
 
-        async def unary(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async def unary(
+            data: bytes, context: grpc.aio.ServicerContext[Any, Any], call: Call
+        ) -> bytes:
             task = self._begin()
+            call.request_bytes = len(data)
             try:
                 await self._open.wait()
                 remaining = context.time_remaining()
@@ -311,45 +285,63 @@ class StatusInterceptor:
                 if timeout < least:
                     raise errors.DeadlineExceededError
                 try:
-                    with TimeLimit(timeout), await self._door.call(method, context):
+                    with TimeLimit(timeout), await self._door.call(method, context, call.metadata):
                         request = parse(data)
                         _require_message(request)
-                        return await behavior(request, context)
+                        response = serialize(await behavior(request, context))
                 except TimeoutError as error:
                     raise errors.DeadlineExceededError from error
+                call.responses, call.response_bytes = 1, len(response)
+                return response
             except BaseException as error:
-                await self._refuse(method, context, task, error)
+                await self._refuse(method, context, call, task, error)
             finally:
                 self._in_flight.discard(task)
 
         return unary
 
     def _stream(
-        self, method: str, behavior: Callable[..., Any], parse: Callable[[Any], Any]
-    ) -> Any:
+        self,
+        method: str,
+        behavior: Callable[..., Any],
+        parse: Callable[[Any], Any],
+        serialize: Callable[[Any], bytes],
+    ) -> Behavior:
         """Around a method that streams its responses, and perhaps its requests."""
 
-        async def stream(data: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        async def stream(
+            data: Any, context: grpc.aio.ServicerContext[Any, Any], call: Call
+        ) -> None:
             # Parsed within the door, which asks for the session of a caller that it knows.
             parsed = functools.cache(lambda: parse(data))
             task = self._begin()
+            if isinstance(data, bytes):
+                call.request_bytes = len(data)
             try:
                 await self._open.wait()
-                session_id = lambda: getattr(parsed(), "session_id", "")  # noqa: E731
-                async with self._door.stream(method, context, session_id):
+
+                def session_id() -> str:
+                    return getattr(parsed(), "session_id", "")
+
+                async with self._door.stream(method, context, call.metadata, session_id):
                     request = parsed()
                     _require_message(request)
+                    of = session_id()
+                    call.opened(of if is_uuid(of) else None)
                     responses = behavior(request, context)
                     if inspect.isawaitable(responses):  # the health service's Watch writes itself
                         await responses
                         return
                     async with contextlib.aclosing(responses):
                         async for response in responses:
+                            message = serialize(response)
                             self._writing.start(task)
-                            await context.write(response)
+                            await context.write(message)
                             self._writing.stop(task)
+                            call.responses += 1
+                            call.response_bytes += len(message)
             except BaseException as error:
-                await self._refuse(method, context, task, error)
+                await self._refuse(method, context, call, task, error)
             finally:
                 self._in_flight.discard(task)
                 self._writing.stop(task)
@@ -371,15 +363,16 @@ class StatusInterceptor:
         self,
         method: str,
         context: grpc.aio.ServicerContext[Any, Any],
+        call: Call,
         task: asyncio.Task[Any],
         error: BaseException,
-    ) -> None:
+    ) -> NoReturn:
         """End a call by what it has raised; always raises."""
         match error:
             case grpc.aio.AbortError():  # the health service ends its calls by itself
                 raise error
             case errors.DomainError():
-                await _abort_known(context, error)
+                await _abort_known(context, call, error)
             case grpc.aio.BaseError():  # the caller has left while it was written to
                 raise asyncio.CancelledError from error
             case asyncio.CancelledError() if task in self._stuck and not task.uncancel():
@@ -387,10 +380,10 @@ class StatusInterceptor:
                     f"nothing was read for {self._writing.seconds:g} seconds: resume",
                     reason="SLOW_READER",
                 )
-                await _abort_known(context, slow)
+                await _abort_known(context, call, slow)
             case asyncio.CancelledError() if task.cancelling():  # by the caller, or our end
                 raise error
             case asyncio.CancelledError() | Exception():
-                await _abort_unknown(context, method, error)
+                await _abort_unknown(context, call, method, error)
             case _:
                 raise error

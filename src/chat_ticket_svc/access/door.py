@@ -9,7 +9,14 @@ from typing import Any, Protocol
 import grpc.aio
 
 from chat_ticket_svc import caller
-from chat_ticket_svc.access.credential import EVERYTHING, TENANT_KEY, Credential, expired
+from chat_ticket_svc.access.credential import (
+    EVERYTHING,
+    TENANT_KEY,
+    Credential,
+    Metadata,
+    expired,
+    values,
+)
 from chat_ticket_svc.access.methods import OPEN, PERMISSIONS
 from chat_ticket_svc.access.quotas import Quotas
 from chat_ticket_svc.errors import PermissionDeniedError, QuotaExceededError
@@ -23,7 +30,7 @@ LONGEST_STREAM_SECONDS = 1_000_000
 class Proof(Protocol):
     """One way in which callers prove who they are."""
 
-    async def credential(self, context: Context) -> Credential:
+    async def credential(self, context: Context, metadata: Metadata) -> Credential:
         """Raises UnauthenticatedError."""
         ...
 
@@ -39,11 +46,13 @@ class Door:
         self._proofs = proofs
         self._quotas = quotas
 
-    async def call(self, method: str, context: Context) -> contextlib.AbstractContextManager[None]:
+    async def call(
+        self, method: str, context: Context, metadata: Metadata
+    ) -> contextlib.AbstractContextManager[None]:
         """Let a unary call in; what is returned is to be entered around it."""
         if method in OPEN:
             return contextlib.nullcontext()
-        _, tenant_id = await self._admitted(method, context)
+        _, tenant_id = await self._admitted(method, context, metadata)
         caller.act_for(tenant_id)
         try:
             return self._quotas.call(tenant_id)
@@ -53,14 +62,14 @@ class Door:
 
     @contextlib.asynccontextmanager
     async def stream(
-        self, method: str, context: Context, session_id: Callable[[], str]
+        self, method: str, context: Context, metadata: Metadata, session_id: Callable[[], str]
     ) -> AsyncIterator[None]:
         """Around a stream of a session, which ends when its credential expires."""
         if method in OPEN:
             with self._quotas.open_stream(method):
                 yield
             return
-        credential, tenant_id = await self._admitted(method, context)
+        credential, tenant_id = await self._admitted(method, context, metadata)
         caller.act_for(tenant_id)
         try:
             use = self._quotas.stream(tenant_id, session_id().lower())
@@ -77,12 +86,13 @@ class Door:
                     raise
                 raise expired() from error
 
-    async def _admitted(self, method: str, context: Context) -> tuple[Credential, str]:
+    async def _admitted(
+        self, method: str, context: Context, metadata: Metadata
+    ) -> tuple[Credential, str]:
         if method not in PERMISSIONS:
             raise PermissionDeniedError("nobody may call this", reason="METHOD_NOT_ALLOWED")
         credential = EVERYTHING
         for proof in self._proofs:
-            credential &= await proof.credential(context)
+            credential &= await proof.credential(context, metadata)
         credential.require(PERMISSIONS[method])
-        given = [value for key, value in context.invocation_metadata() or () if key == TENANT_KEY]
-        return credential, credential.tenant(given)
+        return credential, credential.tenant(values(metadata, TENANT_KEY))

@@ -23,7 +23,7 @@ from cryptography import x509
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from chat_ticket_svc import config
-from chat_ticket_svc.access.credential import Credential, Permission, expired, tenants_of
+from chat_ticket_svc.access.credential import Credential, Metadata, Permission, expired, tenants_of
 from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.errors import UnauthenticatedError
 
@@ -72,7 +72,7 @@ class Peers:
             for name, caller in listed.items()
         }
 
-    async def credential(self, context: Context) -> Credential:
+    async def credential(self, context: Context, _: Metadata) -> Credential:
         pem = next(iter(context.auth_context().get("x509_pem_cert", ())), b"")
         names, expires_at = _identity(pem)
         caller = next((self._callers[name] for name in names if name in self._callers), None)

@@ -21,7 +21,14 @@ import httpx
 import jwt
 import structlog
 
-from chat_ticket_svc.access.credential import Credential, Permission, expired, tenants_of
+from chat_ticket_svc.access.credential import (
+    Credential,
+    Metadata,
+    Permission,
+    expired,
+    tenants_of,
+    values,
+)
 from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.errors import UnauthenticatedError, UnavailableError
 
@@ -166,10 +173,8 @@ class Tokens:
         # With the key that each was signed by: it has to be among the keys still.
         self._valid: dict[str, tuple[str, jwt.PyJWK, Credential]] = {}
 
-    async def credential(self, context: Context) -> Credential:
-        given = [
-            value for key, value in context.invocation_metadata() or () if key == "authorization"
-        ]
+    async def credential(self, _context: Context, metadata: Metadata) -> Credential:
+        given = values(metadata, "authorization")
         if not given:
             raise UnauthenticatedError(
                 "the metadata key authorization is missing", reason="CREDENTIAL_REQUIRED"

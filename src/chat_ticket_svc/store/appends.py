@@ -16,9 +16,10 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextvars import Context
 from typing import Any
 
-from chat_ticket_svc import errors
+from chat_ticket_svc import errors, tracing
 from chat_ticket_svc.store import attachments, messages, sessions
 from chat_ticket_svc.store.attachments import Attachment, NewAttachment
 from chat_ticket_svc.store.database import ConnectionLost, ConstraintViolation, Database
@@ -179,8 +180,10 @@ class Appends:
             if len(self._waiting) >= self._wanted:
                 self._enough.set()
             if self._writing is None:
-                self._writing = asyncio.create_task(self._write())
-            stored = await waiting.stored
+                # Of no caller in particular: with no trace, and as no tenant.
+                self._writing = asyncio.create_task(self._write(), context=Context())
+            with tracing.statement(APPEND_TOGETHER):
+                stored = await waiting.stored
             if stored is not None:
                 return [_stored(session_id, new[0], *stored)]
             unsure = waiting.unsure

@@ -21,7 +21,7 @@ from psycopg import conninfo, pq
 from psycopg import errors as pg_errors
 from psycopg.adapt import Transformer
 
-from chat_ticket_svc import caller, errors, metrics
+from chat_ticket_svc import caller, errors, metrics, tracing
 from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.store.lane import Lane
 from chat_ticket_svc.time_limit import TimeLimit
@@ -136,9 +136,10 @@ class Transaction:
         *,
         prepare: bool | None = None,
     ) -> list[T]:
-        async with self._connection.cursor(binary=True) as cursor:
-            await cursor.execute(sql, params, prepare=prepare)
-            return [make(*row) for row in await cursor.fetchall()]
+        with tracing.statement(sql):
+            async with self._connection.cursor(binary=True) as cursor:
+                await cursor.execute(sql, params, prepare=prepare)
+                return [make(*row) for row in await cursor.fetchall()]
 
     async def row(self, sql: LiteralString, params: Params, make: Callable[..., T]) -> T | None:
         found = await self.rows(sql, params, make)
@@ -151,7 +152,8 @@ class Transaction:
         types: Sequence[int],
     ) -> list[tuple[Any, ...]]:
         async with self._connection.cursor(binary=True) as cursor:
-            await cursor.execute(sql, params)
+            with tracing.statement(sql):
+                await cursor.execute(sql, params)
             result = cursor.pgresult
             transformer = Transformer(self._connection)
             transformer.set_pgresult(result, set_loaders=False)
@@ -159,7 +161,8 @@ class Transaction:
             return transformer.load_rows(0, cursor.rowcount, tuple)
 
     async def execute(self, sql: LiteralString, params: Params) -> None:
-        await self._connection.execute(sql, params)
+        with tracing.statement(sql):
+            await self._connection.execute(sql, params)
 
 
 class _Attempt:
@@ -374,7 +377,8 @@ class Database:
         if lane.busy >= MOST_SHARING:
             raise self._queue_full(attempt)
         try:
-            return await lane.rows(sql, params, types)
+            with tracing.statement(sql):
+                return await lane.rows(sql, params, types)
         except pg_errors.ConnectionFailure as error:
             raise ConnectionLost from error
         except psycopg_pool.PoolTimeout as error:
@@ -414,31 +418,40 @@ class Database:
 
     @contextlib.asynccontextmanager
     async def _connection(self, attempt: _Attempt) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
-        """One of the tenant's share, which it has POOL_TIMEOUT_SECONDS to come by."""
-        clock = asyncio.get_running_loop().time
-        began = clock()
-        deadline = began + POOL_TIMEOUT_SECONDS
+        """One of the tenant's share."""
         share = self._shares.setdefault(caller.tenant_id_or_none(), _Share(self._share))
         with self._place(share, attempt):
+            with tracing.pool_wait():
+                connection = await self._take(share, attempt)
+            self._leased_now += 1
             try:
-                with TimeLimit(POOL_TIMEOUT_SECONDS):
-                    await share.turns.acquire()
-            except TimeoutError as error:
-                raise self._lost(attempt) from error
-            try:
-                try:
-                    connection = await self._pool.getconn(max(deadline - clock(), 0.001))
-                except psycopg.Error as error:
-                    raise self._lost(attempt) from error
-                metrics.POOL_WAIT_SECONDS.observe(clock() - began)
-                self._leased_now += 1
-                try:
-                    yield connection
-                finally:
-                    self._leased_now -= 1
-                    await self._pool.putconn(connection)
+                yield connection
             finally:
-                share.turns.release()
+                self._leased_now -= 1
+                try:
+                    await self._pool.putconn(connection)
+                finally:
+                    share.turns.release()
+
+    async def _take(self, share: _Share, attempt: _Attempt) -> psycopg.AsyncConnection[Any]:
+        """A turn of the tenant's and a connection, within POOL_TIMEOUT_SECONDS for both."""
+        clock = asyncio.get_running_loop().time
+        began = clock()
+        try:
+            with TimeLimit(POOL_TIMEOUT_SECONDS):
+                await share.turns.acquire()
+        except TimeoutError as error:
+            raise self._lost(attempt) from error
+        try:
+            left = began + POOL_TIMEOUT_SECONDS - clock()
+            connection = await self._pool.getconn(max(left, 0.001))
+        except BaseException as error:
+            share.turns.release()
+            if isinstance(error, psycopg.Error):
+                raise self._lost(attempt) from error
+            raise
+        metrics.POOL_WAIT_SECONDS.observe(clock() - began)
+        return connection
 
     @contextlib.contextmanager
     def _place(self, share: _Share, attempt: _Attempt) -> Iterator[None]:
