@@ -5,17 +5,21 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import grpc.aio
 import pytest
 from client import Api, an_id, refused
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2
 from process import ServerProcess, server_process
+from test_errors import locked
 from test_watch import following
 
-from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest
+from chat_ticket.v1 import resources_pb2 as r
+from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest, ListChatMessagesRequest
 from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest, WatchChatSessionRequest
 
 GET = "chat_ticket.v1.ChatSessionService/GetChatSession"
+CREATE = "chat_ticket.v1.ChatMessageService/CreateChatMessage"
 LIST = "chat_ticket.v1.ChatMessageService/ListChatMessages"
 WATCH = "chat_ticket.v1.ChatSessionService/WatchChatSession"
 
@@ -75,6 +79,20 @@ async def test_a_refused_call_has_its_reason(process: ServerProcess, api: Api, t
     told = await line(process, "call", method=GET, tenant=tenant)
     assert (told["code"], told["reason"]) == ("NOT_FOUND", "CHAT_SESSION_NOT_FOUND")
     assert (told["responses"], told["response_bytes"]) == (0, 0)
+
+
+async def test_a_call_whose_deadline_passed_says_so(
+    process: ServerProcess, api: Api, tenant: str, database: str
+) -> None:
+    """gRPC cancels it; the caller has not left."""
+    session = await api.session()
+    message = r.ChatMessage(role=r.CHAT_MESSAGE_ROLE_USER, content="x" * 10_000)
+    request = CreateChatMessageRequest(session_id=session.id, message=message)
+    stub, metadata = api.messages._stub, [("x-tenant-id", tenant)]
+    with locked(database, session.id), pytest.raises(grpc.aio.AioRpcError):
+        await stub.CreateChatMessage(request, metadata=metadata, timeout=0.3)
+    told = await line(process, "call", method=CREATE, tenant=tenant)
+    assert told["code"] == "DEADLINE_EXCEEDED"
 
 
 async def test_a_call_without_a_tenant_has_none(process: ServerProcess) -> None:

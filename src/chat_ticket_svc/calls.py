@@ -1,5 +1,6 @@
 """Each call as operators see it: counted and timed, told in a line of the log, and traced."""
 
+import asyncio
 import functools
 import random
 import re
@@ -126,6 +127,11 @@ def told(
             except grpc.aio.AbortError as error:
                 code = context.code()
                 error.__traceback__ = error.__context__ = None
+                raise
+            except asyncio.CancelledError:
+                left = context.time_remaining()
+                if left is not None and left <= 0:  # gRPC cancels what its caller waits for no more
+                    code = grpc.StatusCode.DEADLINE_EXCEEDED
                 raise
             finally:
                 seconds = time.perf_counter() - began

@@ -58,9 +58,10 @@ SERVICES = [
 HEALTH_CHECK_SECONDS = 1
 DRAIN_NOTICE_SECONDS = 0.2
 # gRPC's core cancels the calls that come after it was told to stop and before their callers were,
-# by a GOAWAY: those of callers who call again at once. So new calls wait, for long enough that the
-# callers of those under way have called again, until the GOAWAY is sent.
-DRAIN_HOLD_SECONDS = 0.2
+# by a GOAWAY: those of callers who call again at once. So new calls wait until the GOAWAY is sent,
+# and that waits until the callers of those under way have called again, or none has for a while.
+DRAIN_QUIET_SECONDS = 0.2
+DRAIN_HOLD_SECONDS = 0.5
 GOAWAY_SECONDS = 0.05
 
 OPTIONS = [
@@ -159,9 +160,8 @@ class Server:
             await asyncio.gather(self._health_task, return_exceptions=True)
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(DRAIN_NOTICE_SECONDS)
-        self._interceptor.hold()
         self._follow.drain()
-        await asyncio.sleep(DRAIN_HOLD_SECONDS)
+        await self._interceptor.hold(quiet=DRAIN_QUIET_SECONDS, most=DRAIN_HOLD_SECONDS)
         stopping = asyncio.create_task(self._grpc.stop(self._settings.drain_seconds))
         await asyncio.sleep(GOAWAY_SECONDS)
         self._interceptor.release()

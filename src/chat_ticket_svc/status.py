@@ -229,10 +229,24 @@ class StatusInterceptor:
         self._in_flight: set[asyncio.Task[Any]] = set()
         self._open = asyncio.Event()
         self._open.set()
+        self._came = 0.0  # when the last of those came who wait for it
 
-    def hold(self) -> None:
-        """Let every new call wait."""
+    async def hold(self, *, quiet: float, most: float) -> None:
+        """Let every new call wait; returns when none has come for `quiet` seconds, or after `most`.
+
+        Callers who call again when they were answered all wait then.
+        """
         self._open.clear()
+        clock = asyncio.get_running_loop().time
+        self._came = clock()
+        end = self._came + most
+        while (left := min(self._came + quiet, end) - clock()) > 0:
+            await asyncio.sleep(left)
+
+    async def _until_open(self) -> None:
+        if not self._open.is_set():
+            self._came = asyncio.get_running_loop().time()
+            await self._open.wait()
 
     def release(self) -> None:
         """Let those that wait go on."""
@@ -279,7 +293,7 @@ class StatusInterceptor:
             task = self._begin()
             call.request_bytes = len(data)
             try:
-                await self._open.wait()
+                await self._until_open()
                 remaining = context.time_remaining()
                 timeout = self._unary_timeout if remaining is None else remaining
                 if timeout < least:
@@ -318,7 +332,7 @@ class StatusInterceptor:
             if isinstance(data, bytes):
                 call.request_bytes = len(data)
             try:
-                await self._open.wait()
+                await self._until_open()
 
                 def session_id() -> str:
                     return getattr(parsed(), "session_id", "")
