@@ -1,5 +1,6 @@
 """The service as its operator runs it: a process of its own."""
 
+import asyncio
 import json
 import os
 import signal
@@ -8,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 START_SECONDS = 30
 
@@ -102,3 +103,26 @@ def server_process(database_url: str = "", *arguments: str, **settings: str) -> 
         if process.popen.poll() is None:
             process.popen.kill()
         process.stop()
+
+
+class Finished(NamedTuple):
+    """A command that has come to its end."""
+
+    status: int
+    output: str
+    errors: str
+
+
+async def command(*arguments: str, **environment: str) -> Finished:
+    """Run `chat-ticket-svc` with these arguments, to its end."""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "chat_ticket_svc", *arguments),
+        env={**os.environ, **environment},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+    )
+    output, errors = await process.communicate()
+    assert process.returncode is not None
+    return Finished(process.returncode, output.decode(), errors.decode())

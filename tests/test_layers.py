@@ -17,7 +17,7 @@ ROOT = Path(chat_ticket_svc.__file__).parent
 LAYERS = [
     ["__main__"],
     ["cli"],
-    ["server"],
+    ["check", "erase", "export", "server"],
     ["services"],
     ["follow", "paging", "status"],
     ["calls", "validate"],
@@ -29,7 +29,7 @@ LAYERS = [
     ["config", "time_limit"],
 ]
 PSYCOPG = {"store", "follow", "embedded"}
-GRPC = {"calls", "server", "grpc_server", "services", "status", "access"}
+GRPC = {"calls", "check", "server", "grpc_server", "services", "status", "access"}
 
 
 def layer(module: str) -> int:

@@ -1,4 +1,4 @@
-"""The command line: serve, migrate, migrate-status, token."""
+"""The command line: serve, migrate, migrate-status, check, token, export, erase."""
 
 import argparse
 import asyncio
@@ -9,14 +9,23 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
+import shtab
 import structlog
 
 from chat_ticket_svc import config, logs, migrate, workers
 from chat_ticket_svc.access.credential import TENANT_ID, Permission
 from chat_ticket_svc.config import ConfigurationError, Settings
 from chat_ticket_svc.embedded import EmbeddedPostgres, EmbeddedPostgresError
+from chat_ticket_svc.errors import DomainError
+
+if TYPE_CHECKING:  # it takes a while that others need not wait for
+    from chat_ticket_svc.store.database import Database
+
+# Counting a large tenant is not a call.
+LONG_MS = 600_000
 
 log = structlog.get_logger()
 
@@ -45,6 +54,13 @@ def main(arguments: list[str] | None = None) -> None:
     worker.add_argument("number", type=int)
     commands.add_parser("migrate", help="bring the database to the newest schema")
     commands.add_parser("migrate-status", help="list the applied and the pending migrations")
+    check = commands.add_parser(
+        "check", help="look at the settings, the database, the keys and the running server"
+    )
+    check.add_argument(
+        "--token-file", type=Path, metavar="FILE", help="has a token for a call to the server"
+    )
+    check.add_argument("--tenant", type=_tenant_id, metavar="ID", help="the tenant of that call")
     token = commands.add_parser(
         "token", help="print a token for a server that `serve --embedded` runs with jwt"
     )
@@ -73,6 +89,31 @@ def main(arguments: list[str] | None = None) -> None:
         help="where `serve --embedded DIRECTORY/...` has its key; made when there is none"
         " (default: %(default)s)",
     )
+    export = commands.add_parser(
+        "export", help="write a tenant, or one of its sessions, as JSON Lines"
+    )
+    export.add_argument("--tenant", type=_tenant_id, required=True, metavar="ID")
+    export.add_argument("--session", type=_uuid, metavar="ID", help="only this session")
+    export.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="which is there when it is whole; without it, the standard output",
+    )
+    erase = commands.add_parser(
+        "erase", help="delete a tenant with all it has; to be repeated when it was cut off"
+    )
+    erase.add_argument("--tenant", type=_tenant_id, required=True, metavar="ID")
+    erase.add_argument("--dry-run", action="store_true", help="only count what would go")
+    erase.add_argument(
+        "--active-tickets",
+        action="store_true",
+        help="erase also tickets that are open or pending, for which it is refused otherwise",
+    )
+    erase.add_argument("--yes", action="store_true", help="do not ask for the tenant to be typed")
+    shtab.add_argument_to(
+        parser, "--print-completion", help="print the completion of a shell, to be sourced by it"
+    )
     options = parser.parse_args(arguments)
     try:
         match options.command:
@@ -82,10 +123,23 @@ def main(arguments: list[str] | None = None) -> None:
                 status = _work(options.parent, options.number)
             case "token":
                 status = _token(options)
+            case "check":
+                status = _check(options)
+            case "export":
+                status = _on_database(lambda db: _export(db, options))
+            case "erase":
+                status = _on_database(lambda db: _erase(db, options))
             case command:
                 status = _migrate(command)
-    except (ConfigurationError, EmbeddedPostgresError, workers.PortTakenError) as error:
+    except (
+        ConfigurationError,
+        DomainError,
+        EmbeddedPostgresError,
+        workers.PortTakenError,
+    ) as error:
         sys.exit(f"chat-ticket-svc: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     sys.exit(status)
 
 
@@ -93,6 +147,88 @@ def _tenant_id(text: str) -> str:
     if not TENANT_ID.fullmatch(text):
         raise argparse.ArgumentTypeError("is not 1 to 255 printable ASCII characters")
     return text
+
+
+def _uuid(text: str) -> str:
+    try:
+        return str(UUID(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError("is not a UUID") from error
+
+
+def _check(options: argparse.Namespace) -> int:
+    from chat_ticket_svc.check import check
+
+    logs.configure(config.Settings.model_construct(log_level="error", log_format="console"))
+    settings = config.load()
+    token = ""
+    if options.token_file is not None:
+        token = config.contents("--token-file", options.token_file).decode().strip()
+    well = asyncio.run(check(settings, os.environ, token=token, tenant_id=options.tenant))
+    return 0 if well else 1
+
+
+def _on_database(work: Callable[["Database"], Coroutine[Any, Any, int]]) -> int:
+    """Run `work` on a migrated database. It is read and written as by a server, but for longer."""
+    from chat_ticket_svc.store import schema
+    from chat_ticket_svc.store.database import Database, require_readable
+
+    settings = config.load()
+    if not settings.database_url:
+        raise ConfigurationError("DATABASE_URL: is required")
+    require_readable("DATABASE_URL", settings.database_url)
+
+    async def run() -> int:
+        facts = await schema.facts(settings.database_url)
+        if facts.missing:
+            raise ConfigurationError(f"the database lacks {', '.join(facts.missing)}")
+        db = Database(
+            settings.database_url,
+            pool_size=2,
+            prepare_statements=settings.prepare_statements,
+            statement_timeout_ms=LONG_MS,
+            lock_timeout_ms=settings.lock_timeout_ms,
+        )
+        await db.open()
+        try:
+            return await work(db)
+        finally:
+            await db.close()
+
+    return asyncio.run(run())
+
+
+async def _export(db: "Database", options: argparse.Namespace) -> int:
+    from chat_ticket_svc.export import export
+
+    arguments = (db, options.tenant, options.session)
+    if options.output is None:
+        try:
+            lines = await export(*arguments, sys.stdout)
+        except BrokenPipeError:  # who reads has enough; Python would complain at its end again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+    else:
+        part = options.output.with_name(f"{options.output.name}.part")
+        with part.open("w", encoding="utf-8") as file:
+            lines = await export(*arguments, file)
+        part.replace(options.output)
+    if not lines:
+        print(f"chat-ticket-svc: the tenant {options.tenant} has nothing", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _erase(db: "Database", options: argparse.Namespace) -> int:
+    from chat_ticket_svc.erase import erase
+
+    return await erase(
+        db,
+        options.tenant,
+        dry_run=options.dry_run,
+        active_tickets=options.active_tickets,
+        confirmed=options.yes,
+    )
 
 
 def _token(options: argparse.Namespace) -> int:

@@ -111,7 +111,7 @@ class Server:
             readers=max(1, settings.pool_size // 2),
         )
         self._urls = _url_checker(settings)
-        self._certificates = _certificates(settings)
+        self._certificates = Certificates.of(settings)
         self._keys = KeySet(settings.jwt_keys) if "jwt" in settings.auth else None
         self._interceptor = StatusInterceptor(
             Door(_proofs(settings, self._keys), Quotas(settings.quotas)),
@@ -308,16 +308,6 @@ def _proofs(settings: Settings, keys: KeySet | None) -> list[Proof]:
             )
         )
     return proofs
-
-
-def _certificates(settings: Settings) -> Certificates | None:
-    if settings.tls_certificate is None or settings.tls_key is None:
-        return None
-    return Certificates(
-        certificate=settings.tls_certificate,
-        key=settings.tls_key,
-        client_authority=settings.mtls_authority if "mtls" in settings.auth else None,
-    )
 
 
 def _url_checker(settings: Settings) -> AttachmentUrlChecker | None:

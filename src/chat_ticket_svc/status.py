@@ -240,7 +240,7 @@ class StatusInterceptor:
         clock = asyncio.get_running_loop().time
         self._came = clock()
         end = self._came + most
-        while (left := min(self._came + quiet, end) - clock()) > 0:
+        while (left := min(self._came + quiet, end) - clock()) > 0:  # noqa: ASYNC110 - it moves
             await asyncio.sleep(left)
 
     async def _until_open(self) -> None:

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Self
 
 import grpc
 import structlog
@@ -15,7 +16,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 
 from chat_ticket_svc import config
-from chat_ticket_svc.config import ConfigurationError
+from chat_ticket_svc.config import ConfigurationError, Settings
 
 log = structlog.get_logger()
 
@@ -29,6 +30,17 @@ class Certificates:
     logged, and what was read before stays.
     """
 
+    @classmethod
+    def of(cls, settings: Settings) -> Self | None:
+        """Those of the settings, if any. ConfigurationError when they cannot be served."""
+        if settings.tls_certificate is None or settings.tls_key is None:
+            return None
+        return cls(
+            certificate=settings.tls_certificate,
+            key=settings.tls_key,
+            client_authority=settings.mtls_authority if "mtls" in settings.auth else None,
+        )
+
     def __init__(self, *, certificate: Path, key: Path, client_authority: Path | None):
         self._paths = {"CHAT_TICKET_TLS_CERTIFICATE": certificate, "CHAT_TICKET_TLS_KEY": key}
         if client_authority is not None:
@@ -36,6 +48,11 @@ class Certificates:
         self._read = self._contents()
         self._current = self._given = _configuration(*self._read)
         self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def own(self) -> x509.Certificate:
+        """What callers are shown."""
+        return x509.load_pem_x509_certificates(self._read[0])[0]
 
     def credentials(self) -> grpc.ServerCredentials:
         """Callers must show a certificate exactly when there is an authority to judge it by."""

@@ -72,6 +72,10 @@ class Peers:
             for name, caller in listed.items()
         }
 
+    def __len__(self) -> int:
+        """How many callers are listed."""
+        return len(self._callers)
+
     async def credential(self, context: Context, _: Metadata) -> Credential:
         pem = next(iter(context.auth_context().get("x509_pem_cert", ())), b"")
         names, expires_at = _identity(pem)

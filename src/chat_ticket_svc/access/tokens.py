@@ -72,12 +72,16 @@ class KeySet:
             self._keys = await self._fetch()
         except Exception as error:
             if not self._is_url:
-                raise ConfigurationError(
-                    "CHAT_TICKET_JWT_KEYS: names no readable file with a JSON Web Key Set, in which"
-                    f" a key has a kid ({type(error).__qualname__})"
-                ) from error
+                raise _unreadable("file", error) from error
             self._failed(error)
         self._refreshing = asyncio.create_task(self._refresh())
+
+    async def ids(self) -> list[str]:
+        """Those of the keys that there are now. ConfigurationError when none are to be had."""
+        try:
+            return sorted(await self._fetch())
+        except Exception as error:
+            raise _unreadable("URL" if self._is_url else "file", error) from error
 
     async def close(self) -> None:
         tasks = [task for task in (self._refreshing, self._reading) if task is not None]
@@ -145,6 +149,13 @@ class KeySet:
                 if len(data) > MAX_KEY_SET_BYTES:
                     raise ValueError("too large for a set of keys")
         return bytes(data)
+
+
+def _unreadable(what: str, error: Exception) -> ConfigurationError:
+    return ConfigurationError(
+        f"CHAT_TICKET_JWT_KEYS: names no readable {what} with a JSON Web Key Set, in which"
+        f" a key has a kid ({type(error).__qualname__})"
+    )
 
 
 def _parsed(data: bytes) -> dict[str, jwt.PyJWK]:

@@ -1,8 +1,11 @@
 """Which migrations a database has, compared with those that this version of the service needs."""
 
 import contextlib
+import re
+import time
+from collections.abc import Container
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 
@@ -13,6 +16,77 @@ MIGRATIONS = Path(__file__).parents[3] / "migrations"
 
 APPLIED = "SELECT version FROM schema_migrations"
 PROBE_TIMEOUT_MS = 2000
+
+
+# What libpq can be quoted with: the rest of its words may hold what stands in the URL.
+REASONS = re.compile(
+    "password authentication failed|no password supplied|does not exist|no pg_hba.conf entry"
+    "|could not translate host name|Connection refused|No such file or directory"
+    "|timeout expired|starting up|shutting down|too many clients|certificate verify failed"
+)
+
+FACTS = """
+SELECT current_setting('server_version'), current_setting('server_version_num')::integer,
+       pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean,
+       extract(epoch FROM clock_timestamp())::float8,
+       to_regclass('schema_migrations') IS NOT NULL
+"""
+
+
+class Facts(NamedTuple):
+    """What is to be known of a database. `clock_ahead` is by how much ours is ahead of its clock.
+
+    `missing` are the migrations that it lacks, `newer` how many it has that we do not know.
+    """
+
+    version: str
+    version_number: int
+    is_read_only: bool
+    clock_ahead: float
+    missing: list[str]
+    newer: int
+    seconds: float
+
+
+async def facts(url: str) -> Facts:
+    """Raises UnavailableError, which says why as far as that can be told."""
+    try:
+        connection = await psycopg.AsyncConnection.connect(
+            connection_string(url, statement_timeout=PROBE_TIMEOUT_MS), autocommit=True
+        )
+        async with connection:
+            began = time.time()
+            cursor = await connection.execute(FACTS)
+            [(version, number, is_read_only, clock, has_migrations)] = await cursor.fetchall()
+            ended = time.time()
+            applied: set[str] = set()
+            if has_migrations:
+                cursor = await connection.execute(APPLIED)
+                applied = {version for (version,) in await cursor.fetchall()}
+    except psycopg.Error as error:
+        found = REASONS.search(str(error))
+        raise errors.UnavailableError(
+            f"cannot be reached: {found[0] if found else type(error).__qualname__}",
+            reason="DATABASE_UNAVAILABLE",
+        ) from error
+    missing = _missing(applied)
+    return Facts(
+        version=version.partition(" ")[0],
+        version_number=number,
+        is_read_only=is_read_only,
+        clock_ahead=(began + ended) / 2 - clock,
+        missing=missing,
+        newer=len(applied) - (len(_files()) - len(missing)),
+        seconds=ended - began,
+    )
+
+
+def _files() -> list[str]:
+    return sorted(path.name for path in MIGRATIONS.glob("*.sql"))
+
+
+def _missing(applied: Container[str]) -> list[str]:
+    return [name for name in _files() if name.split("_")[0] not in applied]
 
 
 class Probe:
@@ -45,8 +119,7 @@ class Probe:
             raise errors.UnavailableError(
                 "the database cannot be reached", reason="DATABASE_UNAVAILABLE"
             ) from error
-        files = sorted(path.name for path in MIGRATIONS.glob("*.sql"))
-        return [name for name in files if name.split("_")[0] not in applied]
+        return _missing(applied)
 
     async def close(self) -> None:
         connection, self._connection = self._connection, None

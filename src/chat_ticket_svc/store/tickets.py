@@ -237,6 +237,11 @@ async def get_link(db: Database, tenant_id: str, chat_ticket_id: str) -> ChatTic
     return found
 
 
+async def link_of_session(db: Database, tenant_id: str, session_id: str) -> ChatTicket | None:
+    params = {"tenant_id": tenant_id, "session_id": session_id}
+    return await db.row(GET_LINK_OF_SESSION, params, _link)
+
+
 async def link_page(
     db: Database,
     tenant_id: str,
