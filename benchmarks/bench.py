@@ -29,6 +29,7 @@ from benchmarks import (
     neighbour,
     peers,
     service,
+    start,
     streams,
     workers,
 )
@@ -60,6 +61,7 @@ PARTS: Sequence[Part] = (
     workers,
     peers,
     neighbour,
+    start,
 )
 
 
