@@ -60,11 +60,12 @@ check-breaking: venv ## fail when the protos break callers of the last tag, or e
 	@test -n "$(AGAINST)" || { echo "nothing to compare the protos with: no tag, no commit before"; exit 0; }; \
 		$(BIN)/buf breaking protos --against '.git#ref=$(AGAINST),subdir=protos'
 
-lint: venv ## check the style of Python, protos and migrations
+lint: venv ## check the style of Python, protos, the Containerfile and migrations
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/buf lint protos
 	@$(BIN)/buf format --diff --exit-code protos
+	@$(BIN)/hadolint Containerfile
 	@for file in migrations/*.sql; do \
 		sed '/^-- migrate:down/,$$d' "$$file" \
 		| $(BIN)/squawk --config migrations/.squawk.toml --stdin-filepath "$$file" || exit 1; done
@@ -85,12 +86,14 @@ demo: venv ## load real conversations through the API and show what the service 
 bench: venv-bench ## measure against limits and peers, in 15 minutes; PARTS="calls streams" chooses, ROUNDS=
 	@PARTS="$(PARTS)" ROUNDS="$(ROUNDS)" $(BIN)/python -m benchmarks.bench
 
-COMPILE := $(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes \
+COMPILE := $(BIN)/uv pip compile --quiet --universal --generate-hashes \
 	--python-version 3.11 --custom-compile-command "make lock"
 
-lock: venv ## resolve requirements.lock again from pyproject.toml, and that of the benchmark
-	@$(COMPILE) --all-extras --group dev --output-file requirements.lock pyproject.toml
-	@$(COMPILE) --output-file benchmarks/requirements.lock benchmarks/requirements.in
+lock: venv ## resolve the locks again from pyproject.toml: of all, of what is installed to serve and to build, and of the benchmark
+	@$(COMPILE) --upgrade --all-extras --group dev --output-file requirements.lock pyproject.toml
+	@$(COMPILE) --constraint requirements.lock --extra tracing --output-file requirements-service.lock pyproject.toml
+	@$(COMPILE) --constraint requirements.lock --group build --output-file requirements-build.lock
+	@$(COMPILE) --upgrade --output-file benchmarks/requirements.lock benchmarks/requirements.in
 
 audit: venv ## look the locked dependencies up in PyPI's database of vulnerabilities
 	@$(BIN)/python scripts/audit.py

@@ -7,8 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 START_SECONDS = 30
@@ -18,13 +19,20 @@ class ServerProcess:
     """A running `chat-ticket-svc serve` and what it logged so far."""
 
     def __init__(
-        self, *arguments: str, environment: dict[str, str], module: str = "chat_ticket_svc"
+        self,
+        *arguments: str,
+        environment: dict[str, str],
+        module: str = "chat_ticket_svc",
+        command: Sequence[str] = (),
+        directory: Path | None = None,
     ):
+        """`command` is run instead of the module of this environment."""
         self.log: list[dict[str, Any]] = []
         self.output = ""  # both streams, as they came
         self._logged = threading.Condition()
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", module, "serve", *arguments],
+            [*(command or (sys.executable, "-m", module, "serve")), *arguments],
+            cwd=directory,
             env={**os.environ, "CHAT_TICKET_LOG_FORMAT": "json", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

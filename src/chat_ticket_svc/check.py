@@ -6,7 +6,7 @@ variable by mistake.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,22 @@ async def check(
     settings: Settings, environment: Mapping[str, str], *, token: str, tenant_id: str | None
 ) -> bool:
     """Print the lines; whether all is well, apart from warnings."""
+    return await _printed(
+        _settings(settings, environment),
+        _database(settings),
+        _keys(settings),
+        _service(settings, lambda channel: _call(channel, settings, token, tenant_id)),
+    )
+
+
+async def probe(settings: Settings) -> bool:
+    """Only whether the server says that it serves, for those who ask every few seconds."""
+    return await _printed(_service(settings))
+
+
+async def _printed(*looks: AsyncIterator[Line]) -> bool:
     well = True
-    looks = (_settings(settings, environment), _database(settings), _keys(settings))
-    async for state, about, text in _together(*looks, _service(settings, token, tenant_id)):
+    async for state, about, text in _together(*looks):
         well &= state != FAILED
         print(f"{state:8} {about:12} {text}", flush=True)
     return well
@@ -185,8 +198,10 @@ async def _keys(settings: Settings) -> AsyncIterator[Line]:
         yield await _look("keys", keys())
 
 
-async def _service(settings: Settings, token: str, tenant_id: str | None) -> AsyncIterator[Line]:
-    """Whether a call through the server that has these settings works."""
+async def _service(
+    settings: Settings, call: Callable[[grpc.aio.Channel], Awaitable[Line]] | None = None
+) -> AsyncIterator[Line]:
+    """Whether the server that has these settings serves, and what comes of a call to it."""
     address = address_of(_reachable(settings.host), settings.port)
     if "mtls" in settings.auth:
         yield WARNING, "service", f"{address} was not called: only listed certificates may"
@@ -199,8 +214,8 @@ async def _service(settings: Settings, token: str, tenant_id: str | None) -> Asy
     async with channel:
         health = await _look("service", _health(channel, address))
         yield health
-        if health[0] == OK:
-            yield await _look("call", _call(channel, settings, token, tenant_id))
+        if health[0] == OK and call is not None:
+            yield await _look("call", call(channel))
 
 
 def _reachable(host: str) -> str:

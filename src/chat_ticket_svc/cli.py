@@ -64,6 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
     token = commands.add_parser(
         "token", help="print a token for a server that `serve --embedded` runs with jwt"
     )
+    check.add_argument(
+        "--probe", action="store_true", help="only ask the server for its health, as containers do"
+    )
     token.add_argument(
         "--tenant",
         action="append",
@@ -157,10 +160,12 @@ def _uuid(text: str) -> str:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from chat_ticket_svc.check import check
+    from chat_ticket_svc.check import check, probe
 
     logs.configure(config.Settings.model_construct(log_level="error", log_format="console"))
     settings = config.load()
+    if options.probe:
+        return 0 if asyncio.run(probe(settings)) else 1
     token = ""
     if options.token_file is not None:
         token = config.contents("--token-file", options.token_file).decode().strip()

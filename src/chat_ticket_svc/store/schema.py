@@ -12,7 +12,9 @@ import psycopg
 from chat_ticket_svc import errors
 from chat_ticket_svc.store.database import connection_string
 
-MIGRATIONS = Path(__file__).parents[3] / "migrations"
+# In the package where it is installed, and beside its sources in a checkout.
+PLACES = [Path(__file__).parents[up] / "migrations" for up in (1, 3)]
+MIGRATIONS = next(place for place in PLACES if place.is_dir())
 
 APPLIED = "SELECT version FROM schema_migrations"
 PROBE_TIMEOUT_MS = 2000
