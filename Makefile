@@ -6,7 +6,7 @@ PYTHON ?= $(or $(wildcard $(BIN)/python3),python3)
 SOURCES := src/chat_ticket_svc scripts benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-bench run test fuzz faults faults-quick soak migrate migrate-status new-migration proto check-proto check-breaking lint format typecheck check demo bench lock audit clean
+.PHONY: help venv venv-bench run test fuzz faults faults-quick soak migrate migrate-status new-migration proto check-proto check-breaking lint format typecheck check demo docs bench lock audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -86,13 +86,19 @@ demo: venv ## load real conversations through the API and show what the service 
 bench: venv-bench ## measure against limits and peers, in 15 minutes; PARTS="calls streams" chooses, ROUNDS=
 	@PARTS="$(PARTS)" ROUNDS="$(ROUNDS)" $(BIN)/python -m benchmarks.bench
 
+docs: venv ## make the reference of the API in build/docs/chat_ticket.v1.html
+	@mkdir -p build/docs
+	@$(BIN)/buf build protos --output build/docs/descriptor.pb
+	@cd docs && ../$(BIN)/uv run --quiet --no-project --isolated --with-requirements requirements.lock sabledocs > ../build/docs/log
+
 COMPILE := $(BIN)/uv pip compile --quiet --universal --generate-hashes \
 	--python-version 3.11 --custom-compile-command "make lock"
 
-lock: venv ## resolve the locks again from pyproject.toml: of all, of what is installed to serve and to build, and of the benchmark
+lock: venv ## resolve the locks again from pyproject.toml: of all, of what is installed to serve and to build, of the docs and of the benchmark
 	@$(COMPILE) --upgrade --all-extras --group dev --output-file requirements.lock pyproject.toml
 	@$(COMPILE) --constraint requirements.lock --extra tracing --output-file requirements-service.lock pyproject.toml
 	@$(COMPILE) --constraint requirements.lock --group build --output-file requirements-build.lock
+	@$(COMPILE) --upgrade --output-file docs/requirements.lock docs/requirements.in
 	@$(COMPILE) --upgrade --output-file benchmarks/requirements.lock benchmarks/requirements.in
 
 audit: venv ## look the locked dependencies up in PyPI's database of vulnerabilities

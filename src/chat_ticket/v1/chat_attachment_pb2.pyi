@@ -119,7 +119,7 @@ Global___GetChatAttachmentResponse: _TypeAlias = GetChatAttachmentResponse  # no
 
 @_typing.final
 class ListChatAttachmentsRequest(_message.Message):
-    """See ListChatAttachments."""
+    """See ListChatAttachments. One of `message_id` and `session_id` is required."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

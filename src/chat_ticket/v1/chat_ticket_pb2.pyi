@@ -24,7 +24,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class CreateChatTicketRequest(_message.Message):
-    """See CreateChatTicket."""
+    """See CreateChatTicket. One of `ticket_id` and `ticket` is required."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -62,7 +62,7 @@ Global___CreateChatTicketRequest: _TypeAlias = CreateChatTicketRequest  # noqa: 
 
 @_typing.final
 class CreateChatTicketResponse(_message.Message):
-    """See CreateChatTicket."""
+    """See CreateChatTicket. One of `ticket_id` and `ticket` is required."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -132,7 +132,7 @@ Global___GetChatTicketResponse: _TypeAlias = GetChatTicketResponse  # noqa: Y015
 
 @_typing.final
 class ListChatTicketsRequest(_message.Message):
-    """See ListChatTickets."""
+    """See ListChatTickets. One of `session_id` and `ticket_id` is required."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
