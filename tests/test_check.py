@@ -153,6 +153,27 @@ async def test_a_server_with_tls_is_called_by_its_certificate(
     assert line(done, "service")[0] == "FAILED"
 
 
+@pytest.mark.parametrize(("arguments", "state"), [((), "warning"), (("--probe",), "FAILED")])
+async def test_a_server_that_asks_for_certificates_is_not_called(
+    tmp_path: Path, arguments: tuple[str, ...], state: str
+) -> None:
+    """We have none; and a probe that always said ok would be none."""
+    (tmp_path / "callers.toml").write_text('["a.internal"]\ntenants = "*"\npermissions = ["read"]')
+    settings = {
+        **CA.server().write(tmp_path / "tls"),
+        "auth": "mtls",
+        "mtls_authority": str(tmp_path / "authority.pem"),
+        "mtls_callers": str(tmp_path / "callers.toml"),
+    }
+    (tmp_path / "authority.pem").write_bytes(CA.certificate)
+    names = {f"CHAT_TICKET_{name.upper()}": value for name, value in settings.items()}
+    done = await command("check", *arguments, CHAT_TICKET_PORT="1", **names)
+    assert done.status == 1
+    assert line(done, "service")[0] == state
+    if not arguments:
+        assert line(done, "callers") == ("ok", "1 are listed")
+
+
 async def test_no_secret_is_shown(tmp_path: Path) -> None:
     """Wherever it was put, by mistake too."""
     done = await command(

@@ -204,7 +204,9 @@ async def _service(
     """Whether the server that has these settings serves, and what comes of a call to it."""
     address = address_of(_reachable(settings.host), settings.port)
     if "mtls" in settings.auth:
-        yield WARNING, "service", f"{address} was not called: only listed certificates may"
+        # A probe that could not fail would be none.
+        state = FAILED if call is None else WARNING
+        yield state, "service", f"{address} was not called: only listed certificates may"
         return
     try:
         channel = _channel(settings, address)
