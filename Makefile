@@ -3,7 +3,7 @@
 BIN    := .venv/bin
 # An environment that is there keeps its Python, unless another is named.
 PYTHON ?= $(or $(wildcard $(BIN)/python3),python3)
-SOURCES := src/chat_ticket_svc scripts benchmarks tests
+SOURCES := src examples scripts benchmarks tests
 
 .DEFAULT_GOAL := help
 .PHONY: help venv venv-bench run test fuzz faults faults-quick soak migrate migrate-status new-migration proto check-proto check-breaking lint format typecheck check demo docs bench lock audit clean
