@@ -75,7 +75,7 @@ format: venv ## format Python and protos
 	@$(BIN)/ruff format $(SOURCES)
 	@$(BIN)/buf format --write protos
 
-typecheck: venv ## mypy --strict over src and scripts
+typecheck: venv ## mypy --strict over all but the tests
 	@$(BIN)/mypy
 
 check: lint typecheck check-proto check-breaking test ## all that CI runs

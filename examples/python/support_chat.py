@@ -1,0 +1,156 @@
+"""A support chat from its first message to its ticket, by the Python client.
+
+Start the service by `make run`, and then, in another terminal:
+
+    .venv/bin/python examples/python/support_chat.py [ADDRESS]
+
+ADDRESS is localhost:50051 by default. A program of your own needs the wheel of chat-ticket-svc
+for `chat_ticket`, and for type checking also types-grpcio and types-protobuf.
+"""
+
+import asyncio
+import json
+import sys
+import uuid
+
+from chat_ticket.client import ChatTicketClient
+from chat_ticket.errors import FailedPreconditionError, InvalidArgumentError
+from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest, ListChatMessagesRequest
+from chat_ticket.v1.chat_session_pb2 import (
+    CreateChatSessionRequest,
+    DeleteChatSessionRequest,
+    UpdateChatSessionRequest,
+)
+from chat_ticket.v1.chat_ticket_pb2 import CreateChatTicketRequest, UpdateTicketRequest
+from chat_ticket.v1.resources_pb2 import (
+    CHAT_MESSAGE_ROLE_ASSISTANT,
+    CHAT_MESSAGE_ROLE_USER,
+    CHAT_SESSION_STATUS_RESOLVED,
+    TICKET_STATUS_SOLVED,
+    ChatMessage,
+    ChatMessageRole,
+    ChatSession,
+    ChatSessionStatus,
+    ChatTicket,
+    Ticket,
+)
+
+
+def new_id() -> str:
+    """Of something that is to be created: who chooses it can safely ask for the same again."""
+    return str(uuid.uuid4())
+
+
+async def create_session(client: ChatTicketClient) -> str:
+    session = ChatSession(id=new_id())
+    request = CreateChatSessionRequest(session=session)
+    await client.repeat(client.sessions.CreateChatSession, request)
+    print("created a session")
+    return session.id
+
+
+async def say(
+    client: ChatTicketClient,
+    session_id: str,
+    role: "ChatMessageRole.ValueType",
+    content: str,
+    metadata: object = None,
+) -> None:
+    # The id is chosen once, outside of the repetition: whatever breaks, it stays one message.
+    message = ChatMessage(id=new_id(), role=role, content=content)
+    if metadata is not None:
+        message.metadata_json = json.dumps(metadata)
+    request = CreateChatMessageRequest(session_id=session_id, message=message)
+    await client.repeat(client.messages.CreateChatMessage, request)
+
+
+async def history(client: ChatTicketClient, session_id: str) -> list[ChatMessage]:
+    request = ListChatMessagesRequest(session_id=session_id)
+    messages: list[ChatMessage] = []
+    async for batch in client.messages.ListChatMessages(request):
+        messages += batch.messages
+    return messages
+
+
+async def watch(client: ChatTicketClient, session_id: str) -> None:
+    """Tell what happens until the session is resolved.
+
+    The stream goes on by itself when the server is restarted. To go on after a restart of this
+    program, keep event.revision when an event has been handled, and give it to follow().
+    """
+    async for event in client.follow(session_id):
+        match event.WhichOneof("event"):
+            case "session":
+                status = ChatSessionStatus.Name(event.session.status)
+                print(f"  [follow] {status}, has ticket: {event.session.has_ticket}")
+                if event.session.status == CHAT_SESSION_STATUS_RESOLVED:
+                    return
+            case "messages_created":
+                for message in event.messages_created.messages:
+                    print(f"  [follow] message {message.sequence}: {message.content}")
+            case "message_updated":
+                print(f"  [follow] message {event.message_updated.sequence} has changed")
+            case "message_deleted":
+                print(f"  [follow] message {event.message_deleted.message_id} is gone")
+            case "session_deleted":
+                print("  [follow] the session is gone")
+            case "caught_up" | "heartbeat" | None:
+                pass
+
+
+async def escalate(client: ChatTicketClient, session_id: str) -> ChatTicket:
+    request = CreateChatTicketRequest(
+        session_id=session_id,
+        chat_ticket_id=new_id(),
+        ticket=Ticket(id=new_id(), title="Where is my order?"),
+    )
+    chat_ticket = (await client.repeat(client.tickets.CreateChatTicket, request)).chat_ticket
+    print(f"opened the ticket {chat_ticket.ticket.title!r}")
+    return chat_ticket
+
+
+async def be_refused(client: ChatTicketClient, session_id: str) -> None:
+    try:
+        await say(client, session_id, CHAT_MESSAGE_ROLE_USER, "", metadata=["not", "an", "object"])
+    except InvalidArgumentError as error:
+        print(f"refused: {error.reason}")
+        for violation in error.violations:
+            print(f"  {violation.field}: {violation.description}")
+    try:
+        request = DeleteChatSessionRequest(session_id=session_id)
+        await client.repeat(client.sessions.DeleteChatSession, request)
+    except FailedPreconditionError as error:
+        print(f"refused: {error.reason}: {error.message}")
+
+
+async def resolve(client: ChatTicketClient, session_id: str, ticket_id: str) -> None:
+    solved = UpdateTicketRequest(ticket=Ticket(id=ticket_id, status=TICKET_STATUS_SOLVED))
+    solved.update_mask.paths.append("status")
+    await client.repeat(client.tickets.UpdateTicket, solved)
+    session = ChatSession(id=session_id, status=CHAT_SESSION_STATUS_RESOLVED)
+    resolved = UpdateChatSessionRequest(session=session)
+    resolved.update_mask.paths.append("status")
+    await client.repeat(client.sessions.UpdateChatSession, resolved)
+
+
+async def main(address: str) -> None:
+    # Elsewhere also: token=..., credentials=grpc.ssl_channel_credentials()
+    async with ChatTicketClient(address, tenant="acme") as client:
+        session_id = await create_session(client)
+        await say(client, session_id, CHAT_MESSAGE_ROLE_USER, "Where is my order?", {"via": "web"})
+        await say(client, session_id, CHAT_MESSAGE_ROLE_ASSISTANT, "On its way.")
+        for message in await history(client, session_id):
+            role = ChatMessageRole.Name(message.role).removeprefix("CHAT_MESSAGE_ROLE_")
+            print(f"{message.sequence} {role}: {message.content}")
+
+        watching = asyncio.create_task(watch(client, session_id))
+        await say(client, session_id, CHAT_MESSAGE_ROLE_USER, "Since a month. Let me talk to you!")
+        chat_ticket = await escalate(client, session_id)
+        await be_refused(client, session_id)
+        await resolve(client, session_id, chat_ticket.ticket_id)
+        await watching
+        print("resolved")
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else "localhost:50051"))
