@@ -65,11 +65,11 @@ async def say(
 
 
 async def history(client: ChatTicketClient, session_id: str) -> list[ChatMessage]:
-    request = ListChatMessagesRequest(session_id=session_id)
-    messages: list[ChatMessage] = []
-    async for batch in client.messages.ListChatMessages(request):
-        messages += batch.messages
-    return messages
+    async def read(request: ListChatMessagesRequest) -> list[ChatMessage]:
+        batches = client.messages.ListChatMessages(request)
+        return [message async for batch in batches for message in batch.messages]
+
+    return await client.repeat(read, ListChatMessagesRequest(session_id=session_id))
 
 
 async def watch(client: ChatTicketClient, session_id: str) -> None:
@@ -113,14 +113,14 @@ async def be_refused(client: ChatTicketClient, session_id: str) -> None:
     try:
         await say(client, session_id, CHAT_MESSAGE_ROLE_USER, "", metadata=["not", "an", "object"])
     except InvalidArgumentError as error:
-        print(f"refused: {error.reason}")
+        print(f"refused: {error}")
         for violation in error.violations:
             print(f"  {violation.field}: {violation.description}")
     try:
         request = DeleteChatSessionRequest(session_id=session_id)
         await client.repeat(client.sessions.DeleteChatSession, request)
     except FailedPreconditionError as error:
-        print(f"refused: {error.reason}: {error.message}")
+        print(f"refused: {error}")
 
 
 async def resolve(client: ChatTicketClient, session_id: str, ticket_id: str) -> None:
