@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from authority import Key
+from authority import Authority, Key
 from client import an_id
 from conftest import serving
 from google.rpc import error_details_pb2
@@ -361,6 +361,21 @@ class TestToken:
             client = connect(guarded.port, token=token, tenant=None)
             await say(client, await session_of(client))
         assert asked == 4
+
+    async def test_goes_with_the_credentials_of_the_channel(
+        self, database: str, tmp_path: Path, connect: NewClient, tenant: str
+    ) -> None:
+        """Over TLS, to a server of the authority that they trust."""
+        authority = Authority()
+        certificate = authority.server().write(tmp_path / "tls")
+        settings = {"auth": "jwt", **KEY.trusted(tmp_path), **certificate}
+        async with serving(database, **settings) as server:
+            token, trust = KEY.token(tenants=[tenant]), authority.trusted_by()
+            client = connect(server.port, token=token, credentials=trust)
+            await say(client, await session_of(client))
+            stranger = connect(server.port, token=token, credentials=Authority().trusted_by())
+            with pytest.raises(errors.UnavailableError):
+                await session_of(stranger)
 
     async def test_what_its_function_raises_the_call_raises(
         self, guarded: Server, connect: NewClient

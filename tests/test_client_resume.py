@@ -3,15 +3,20 @@
 import asyncio
 import contextlib
 import itertools
+import os
 import random
+import shutil
 import signal
 import socket
+import subprocess
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psycopg
+import pytest
 from client import a_file, an_id
 from process import ServerProcess, server_process
 
@@ -46,6 +51,17 @@ OPTIONS = [
 ]
 WRITERS = 4
 SILENCE = 1.0
+
+NGINX = """
+daemon off; master_process off; pid {directory}/pid; error_log {directory}/error.log;
+events {{ }}
+http {{
+    access_log off;
+    client_body_temp_path {directory}; proxy_temp_path {directory}; fastcgi_temp_path {directory};
+    uwsgi_temp_path {directory}; scgi_temp_path {directory};
+    server {{ listen 127.0.0.1:{port} http2; location / {{ grpc_pass grpc://127.0.0.1:{to}; }} }}
+}}
+"""
 THINK = 0.01
 
 
@@ -287,7 +303,7 @@ async def test_follow_tells_everything_once_whatever_becomes_of_the_servers(
 ) -> None:
     """Killed, drained, stopped, and all gone at once, while writers write.
 
-    Meanwhile reads do not fail, as long as there is one of the two.
+    And reads do not fail when one of the two is killed.
     """
     caplog.set_level("INFO", "chat_ticket.client")
     with contextlib.ExitStack() as stack:
@@ -310,14 +326,13 @@ async def test_follow_tells_everything_once_whatever_becomes_of_the_servers(
 
             await asyncio.sleep(0.3)
             await servers.restart(signal.SIGKILL, 0)
+            for task in reads:
+                task.cancel()
+            assert all(count > 10 for count in await asyncio.gather(*reads))
             late = Follower(start=followers[0].revision // 2)
             followers.append(late)
             follows.append(asyncio.create_task(late.follow(following, session_id)))
             await servers.restart(signal.SIGTERM, 1)
-            for task in reads:
-                task.cancel()
-            assert all(count > 10 for count in await asyncio.gather(*reads))
-
             await servers.freeze(0, 2 * SILENCE)
             await servers.restart(signal.SIGKILL, 0, 1)
             await asyncio.sleep(0.3)
@@ -344,3 +359,53 @@ async def test_follow_tells_everything_once_whatever_becomes_of_the_servers(
     assert any("nothing was heard" in text for text in resumed), resumed
     assert any("DRAINING" in text for text in resumed), resumed
     assert len(resumed) >= len(followers), resumed
+
+
+@pytest.fixture
+def nginx(tmp_path: Path) -> Iterator[Callable[[int], int]]:
+    """`nginx(port)`: the port of an nginx before a server."""
+    path = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if path is None:
+        pytest.skip("needs nginx on PATH")
+    with contextlib.ExitStack() as stack:
+
+        def start(to: int) -> int:
+            port, file = free_port(), tmp_path / "nginx.conf"
+            file.write_text(NGINX.format(directory=tmp_path, port=port, to=to))
+            command = [path, "-c", str(file), "-e", str(tmp_path / "error.log")]
+            process = stack.enter_context(subprocess.Popen(command))
+            stack.callback(process.kill)
+            return port
+
+        yield start
+
+
+async def test_follow_goes_on_behind_a_proxy(
+    database: str, tenant: str, nginx: Callable[[int], int], caplog: Any
+) -> None:
+    """Which says INTERNAL, or UNKNOWN, when it has lost the server in the middle of a stream."""
+    caplog.set_level("INFO", "chat_ticket.client")
+    port = free_port()
+    target, contents = f"127.0.0.1:{nginx(port)}", []
+    settings = {**SETTINGS, "CHAT_TICKET_PORT": str(port)}
+    async with ChatTicketClient(target, tenant=tenant, options=OPTIONS) as client:
+        session_id = an_id()
+        request = CreateChatSessionRequest(session=r.ChatSession(id=session_id))
+        events = client.follow(session_id)
+        for content in ("one", "two"):
+            with server_process(database, **settings) as server:
+                await asyncio.to_thread(server.wait_for, "serving")
+                await client.repeat(client.sessions.CreateChatSession, request)
+                message = r.ChatMessage(id=an_id(), role=r.CHAT_MESSAGE_ROLE_USER, content=content)
+                await client.repeat(
+                    client.messages.CreateChatMessage,
+                    CreateChatMessageRequest(session_id=session_id, message=message),
+                )
+                async with asyncio.timeout(20):
+                    while content not in contents:
+                        event = await anext(events)
+                        contents += [each.content for each in event.messages_created.messages]
+                server.popen.kill()
+        await events.aclose()
+    assert contents == ["one", "two"]
+    assert "INTERNAL" in caplog.text or "UNKNOWN" in caplog.text

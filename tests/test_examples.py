@@ -68,7 +68,9 @@ async def run(*command: str) -> str:
         if process.returncode is None:
             process.kill()
     assert process.returncode == 0, (output + errors).decode()
-    assert not errors, errors.decode()
+    # The client warns of connections that break again and again.
+    lines = errors.decode().splitlines()
+    assert all(line.startswith("following session") for line in lines), lines
     return output.decode()
 
 

@@ -89,12 +89,12 @@ function explain(error) {
 
 /** Whether the same call may succeed later. */
 function mayPass(error) {
-  const { UNAVAILABLE, DEADLINE_EXCEEDED, CANCELLED, INTERNAL } = grpc.status
+  const { UNAVAILABLE, DEADLINE_EXCEEDED, CANCELLED, INTERNAL, UNKNOWN } = grpc.status
   const { reason, retryMs } = explain(error)
   if (retryMs !== undefined) return true
   if ([UNAVAILABLE, DEADLINE_EXCEEDED, CANCELLED].includes(error.code)) return true
-  // Not the service's, which has a reason: how proxies end a stream whose server is gone.
-  return error.code === INTERNAL && reason === ''
+  // Without a reason they are not the service's: so a proxy ends the stream of a server that is gone.
+  return [INTERNAL, UNKNOWN].includes(error.code) && reason === ''
 }
 
 /** What the server asks for, and at random up to what the failures ask for. */

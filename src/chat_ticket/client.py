@@ -54,6 +54,15 @@ SILENCE_SECONDS = 45.0
 PAUSE_SECONDS = 0.2
 MAX_PAUSE_SECONDS = 10.0
 
+PASSING = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+}
+# Without a reason they are not the service's: as such a proxy ends the stream of a server that is
+# gone (nginx by a reset, or an end without a status).
+BROKEN = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
+
 # How often an expired token is taken for one that has expired on its way.
 EXPIRED_TOKENS = 5
 
@@ -346,17 +355,9 @@ class _Stream(grpc.aio.UnaryStreamClientInterceptor):
 
 def _may_pass(error: ChatTicketError) -> bool:
     """Whether the same call may succeed later."""
-    if error.retry_seconds is not None:
+    if error.retry_seconds is not None or error.code in PASSING:
         return True
-    match error:
-        case errors.UnavailableError() | errors.DeadlineExceededError():
-            return True
-        case errors.CallCancelledError():
-            return True
-        case errors.InternalError():
-            # Not the service's, which has a reason: how proxies end a stream whose server is gone.
-            return not error.reason
-    return False
+    return error.code in BROKEN and not error.reason
 
 
 def _pause(failures: int, error: ChatTicketError | None) -> float:

@@ -23,8 +23,9 @@ class Violation(NamedTuple):
 class ChatTicketError(Exception):
     """A call that did not succeed. Its `__cause__` is gRPC's own error.
 
-    A write that ended with UnavailableError, DeadlineExceededError or CallCancelledError may have
-    happened: repeat it with the same ids, for instance by `ChatTicketClient.repeat`.
+    A write that ended with UnavailableError, DeadlineExceededError or CallCancelledError, or by
+    anything without a reason, may have happened: repeat it with the same ids, for instance by
+    `ChatTicketClient.repeat`.
     """
 
     code: grpc.StatusCode
