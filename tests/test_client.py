@@ -4,6 +4,7 @@ import ast
 import asyncio
 import contextlib
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -236,6 +237,13 @@ class TestErrors:
         assert caught.value.reason == ""
         assert caught.value.details == ()
 
+    async def test_calls_have_a_deadline(self, server: Server, connect: NewClient) -> None:
+        """That of the client, or their own."""
+        client, request = connect(server.port, timeout=0), ListChatSessionsRequest()
+        with pytest.raises(errors.DeadlineExceededError):
+            await client.sessions.ListChatSessions(request)
+        await client.sessions.ListChatSessions(request, timeout=10)
+
     async def test_survive_a_process(self, client: ChatTicketClient) -> None:
         """As a worker pool, or a queue, sends them on."""
         with pytest.raises(errors.InvalidArgumentError) as caught:
@@ -448,14 +456,16 @@ class TestToken:
         assert said(told) == ["one", "two"]
 
     async def test_that_expires_and_is_a_text_ends_follow(
-        self, guarded: Server, connect: NewClient, tenant: str
+        self, guarded: Server, connect: NewClient, tenant: str, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """There is nobody to ask."""
+        """At once: there is nobody to ask."""
+        caplog.set_level("INFO", "chat_ticket.client")
         token = KEY.token(tenants=[tenant], exp=int(time.time()) + 2)
         client = connect(guarded.port, token=token)
         session_id = await session_of(client)
         with pytest.raises(errors.UnauthenticatedError, match="CREDENTIAL_EXPIRED"):
             await asyncio.wait_for(followed(client, session_id), 20)
+        assert "again" not in caplog.text
 
     async def test_that_is_always_expired_ends_follow(
         self, guarded: Server, connect: NewClient
@@ -558,9 +568,13 @@ class TestFollow:
                 assert kind(await second) == "session"
 
     async def test_what_happened_meanwhile_is_told_once(
-        self, database: str, connect: NewClient
+        self, database: str, connect: NewClient, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """A change of status as the session, again; no second session or caught_up otherwise."""
+        """A change of status as the session, again; no second session or caught_up otherwise.
+
+        And a server that drains is not asked again before the second that it asks for.
+        """
+        caplog.set_level("INFO", "chat_ticket.client")
         port, told = free_port(), []
         async with serving(database) as other:
             client, elsewhere = connect(port), connect(other.port)
@@ -598,6 +612,9 @@ class TestFollow:
             "session_deleted",
         ]
         assert [event.revision for event in told] == [0, 0, 1, 1, 2]
+        pauses = re.findall(r"in ([\d.]+) s: DRAINING", caplog.text)
+        assert pauses
+        assert all(float(pause) >= 1 for pause in pauses)
 
     async def test_session_created_again_is_another_one(
         self, database: str, connect: NewClient

@@ -87,7 +87,7 @@ def parted(output: str) -> tuple[list[str], list[str]]:
 
 @contextlib.asynccontextmanager
 async def cutting(port: int) -> AsyncIterator[int]:
-    """The port of a proxy that cuts its first connections, each after a moment."""
+    """The port of a proxy that cuts its first connections, each after a few milliseconds."""
     chance, connections = random.Random(7), 0
     links: set[asyncio.Task[None]] = set()
 
@@ -99,7 +99,7 @@ async def cutting(port: int) -> AsyncIterator[int]:
         nonlocal connections
         connections += 1
         links.add(asyncio.current_task())  # type: ignore[arg-type]
-        seconds = chance.uniform(0.005, 0.08) if connections <= CUTS else None
+        seconds = chance.uniform(0.003, 0.03) if connections <= CUTS else None
         upstream_reader, upstream = await asyncio.open_connection("127.0.0.1", port)
         with contextlib.suppress(TimeoutError, ConnectionError, asyncio.CancelledError):
             async with asyncio.timeout(seconds), asyncio.TaskGroup() as pumps:
@@ -116,7 +116,7 @@ async def cutting(port: int) -> AsyncIterator[int]:
         for link in links:
             link.cancel()
         await asyncio.gather(*links, return_exceptions=True)
-    assert connections > CUTS, "too few to mean anything"
+    assert connections > 3, "too few to mean anything"
 
 
 async def test_example_shows_what_it_does(server: Server, example: list[str]) -> None:
