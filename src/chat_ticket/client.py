@@ -64,7 +64,7 @@ PASSING = {
 BROKEN = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN}
 
 # How often an expired token is taken for one that has expired on its way.
-EXPIRED_TOKENS = 5
+EXPIRED_TOKENS = 3
 
 
 def channel_options() -> list[tuple[str, Any]]:
