@@ -614,6 +614,26 @@ class TestFollow:
         assert pauses
         assert all(float(pause) >= 1 for pause in pauses)
 
+    async def test_position_moves_over_a_break(self, database: str, connect: NewClient) -> None:
+        """By what does not show: the status went there and back. It is told as a heartbeat."""
+        port, told = free_port(), []
+        async with serving(database) as other:
+            client, elsewhere = connect(port), connect(other.port)
+            session_id = await session_of(elsewhere)
+            events = client.follow(session_id)
+            async with serving(database, port=port):
+                told += [await anext(events), await anext(events)]
+            for status in (r.CHAT_SESSION_STATUS_RESOLVED, r.CHAT_SESSION_STATUS_ACTIVE):
+                change = UpdateChatSessionRequest(session=r.ChatSession(id=session_id))
+                change.session.status = status
+                change.update_mask.paths.append("status")
+                await elsewhere.sessions.UpdateChatSession(change)
+            async with serving(database, port=port), asyncio.timeout(20):
+                told.append(await anext(events))
+            await events.aclose()
+        assert [kind(event) for event in told] == ["session", "caught_up", "heartbeat"]
+        assert [event.revision for event in told] == [0, 0, 2]
+
     async def test_session_created_again_is_another_one(
         self, database: str, connect: NewClient
     ) -> None:

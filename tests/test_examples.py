@@ -40,7 +40,7 @@ FOLLOWED_SESSION = [
     "CHAT_SESSION_STATUS_ACTIVE, has ticket: true",
     "CHAT_SESSION_STATUS_RESOLVED, has ticket: true",
 ]
-CUTS = 8
+CUTS = 12
 
 
 @pytest.fixture(params=["python", "node"])
@@ -87,26 +87,34 @@ def parted(output: str) -> tuple[list[str], list[str]]:
 
 @contextlib.asynccontextmanager
 async def cutting(port: int) -> AsyncIterator[int]:
-    """The port of a proxy that cuts its first connections, each after a few milliseconds."""
+    """The port of a proxy that cuts its first connections, each instead of passing an answer on."""
     chance, connections = random.Random(7), 0
     links: set[asyncio.Task[None]] = set()
 
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            writer.write(data)
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most: int) -> None:
+        while most and (data := await reader.read(65536)):
+            most -= 1
+            if most:
+                writer.write(data)
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal connections
         connections += 1
         links.add(asyncio.current_task())  # type: ignore[arg-type]
-        seconds = chance.uniform(0.003, 0.03) if connections <= CUTS else None
+        most = chance.randint(3, 8) if connections <= CUTS else sys.maxsize
         upstream_reader, upstream = await asyncio.open_connection("127.0.0.1", port)
-        with contextlib.suppress(TimeoutError, ConnectionError, asyncio.CancelledError):
-            async with asyncio.timeout(seconds), asyncio.TaskGroup() as pumps:
-                pumps.create_task(pump(reader, upstream))
-                pumps.create_task(pump(upstream_reader, writer))
-        upstream.transport.abort()
-        writer.transport.abort()
+        pumps = [
+            asyncio.create_task(pump(reader, upstream, sys.maxsize)),
+            asyncio.create_task(pump(upstream_reader, writer, most)),
+        ]
+        try:
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in pumps:
+                task.cancel()
+            upstream.transport.abort()
+            writer.transport.abort()
+            await asyncio.gather(*pumps, return_exceptions=True)
 
     proxy = await asyncio.start_server(connected, "127.0.0.1", 0)
     try:
@@ -136,7 +144,7 @@ async def test_example_does_the_same_over_a_bad_network(server: Server, example:
         shown, followed = parted(await run(*example, f"localhost:{port}"))
     assert shown == SHOWN
     assert [line for line in followed if line.startswith("message")] == FOLLOWED_MESSAGES
-    assert followed[-1] == FOLLOWED_SESSION[-1]
+    assert FOLLOWED_SESSION[-1] in followed
 
 
 def test_example_of_node_is_locked_as_the_tests_are() -> None:

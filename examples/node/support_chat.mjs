@@ -154,18 +154,21 @@ async function* follow(session_id, after_revision = '0') {
         silence.refresh()
         // Every stream begins with the session, and says once that the history is done.
         let known = false
+        let told = event
         if (event.event === 'session') {
           const { status, has_ticket } = event.session
           known = shown?.status === status && shown.has_ticket === has_ticket
           shown = event.session
+        } else if (event.event === 'caught_up' && caughtUp) {
+          known = event.revision === revision
+          told = { event: 'heartbeat', heartbeat: {}, revision: event.revision }
         } else if (event.event === 'caught_up') {
-          known = caughtUp
           caughtUp = true
         }
         revision = event.revision
         if (known) continue
         failures = 0
-        yield event
+        yield told
         if (event.event === 'session_deleted') return
       }
     } catch (error) {
@@ -200,11 +203,13 @@ async function history(session_id) {
 
 /** Tells what happens until the session is resolved. */
 async function watch(session_id) {
+  let end
   for await (const event of follow(session_id)) {
     if (event.event === 'session') {
       const { status, has_ticket } = event.session
       console.log(`  [follow] ${status}, has ticket: ${has_ticket}`)
-      if (status === 'CHAT_SESSION_STATUS_RESOLVED') return
+      // It is shown as it is now, which may be ahead of the events before.
+      if (status === 'CHAT_SESSION_STATUS_RESOLVED') end = BigInt(event.session.revision)
     } else if (event.event === 'messages_created') {
       for (const message of event.messages_created.messages) {
         console.log(`  [follow] message ${message.sequence}: ${message.content}`)
@@ -212,6 +217,7 @@ async function watch(session_id) {
     } else if (event.event === 'session_deleted') {
       console.log('  [follow] the session is gone')
     }
+    if (end !== undefined && BigInt(event.revision) >= end) return
   }
 }
 

@@ -78,13 +78,15 @@ async def watch(client: ChatTicketClient, session_id: str) -> None:
     The stream goes on by itself when the server is restarted. To go on after a restart of this
     program, keep event.revision when an event has been handled, and give it to follow().
     """
+    end: int | None = None
     async for event in client.follow(session_id):
         match event.WhichOneof("event"):
             case "session":
                 status = ChatSessionStatus.Name(event.session.status)
                 print(f"  [follow] {status}, has ticket: {event.session.has_ticket}")
                 if event.session.status == CHAT_SESSION_STATUS_RESOLVED:
-                    return
+                    # It is shown as it is now, which may be ahead of the events before.
+                    end = event.session.revision
             case "messages_created":
                 for message in event.messages_created.messages:
                     print(f"  [follow] message {message.sequence}: {message.content}")
@@ -96,6 +98,8 @@ async def watch(client: ChatTicketClient, session_id: str) -> None:
                 print("  [follow] the session is gone")
             case "caught_up" | "heartbeat" | None:
                 pass
+        if end is not None and event.revision >= end:
+            return
 
 
 async def escalate(client: ChatTicketClient, session_id: str) -> ChatTicket:

@@ -195,7 +195,9 @@ class ChatTicketClient:
         after the last event by itself, for as long as that takes: use asyncio.timeout to give up.
         It logs that as `chat_ticket.client`. A session that was deleted meanwhile is told so.
 
-        Each event is told once, and none is left out. To go on in another process, keep the
+        Each event is told once, and none is left out. The session is shown as it is, first of all
+        and after a break when it has changed: that is ahead of the events that led there, which
+        follow, up to its `revision`. To go on in another process, keep the
         `revision` of an event after all of it has been handled, and give that as `after_revision`:
         an event that was handled in part comes again whole. Events are read as they are asked for;
         who is slow loses nothing.
@@ -271,8 +273,11 @@ class _Told:
                 if was is not None and was.create_time != response.session.create_time:
                     return self.deleted()  # another session of the same id, which must not be
                 self.session = response.session
+            case "caught_up" if self._caught_up:
+                known = response.revision == self.revision
+                response.heartbeat.SetInParent()  # otherwise it says where we are, as those do
             case "caught_up":
-                known, self._caught_up = self._caught_up, True
+                self._caught_up = True
             case "session_deleted":
                 self.ended = True
         # Everything up to here has been told, whether this response is told or not.
