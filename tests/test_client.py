@@ -615,7 +615,10 @@ class TestFollow:
         assert all(float(pause) >= 1 for pause in pauses)
 
     async def test_position_moves_over_a_break(self, database: str, connect: NewClient) -> None:
-        """By what does not show: the status went there and back. It is told as a heartbeat."""
+        """By what does not show: the status went there and back. It is told as a heartbeat.
+
+        At once, and not by the next heartbeat of the server.
+        """
         port, told = free_port(), []
         async with serving(database) as other:
             client, elsewhere = connect(port), connect(other.port)
@@ -628,7 +631,7 @@ class TestFollow:
                 change.session.status = status
                 change.update_mask.paths.append("status")
                 await elsewhere.sessions.UpdateChatSession(change)
-            async with serving(database, port=port), asyncio.timeout(20):
+            async with serving(database, port=port), asyncio.timeout(10):
                 told.append(await anext(events))
             await events.aclose()
         assert [kind(event) for event in told] == ["session", "caught_up", "heartbeat"]
