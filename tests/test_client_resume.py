@@ -318,7 +318,7 @@ async def test_follow_tells_everything_once_whatever_becomes_of_the_servers(
             followers = [
                 Follower(start=0),
                 Follower(start=0),
-                Follower(start=0, pause=0.03),
+                Follower(start=0, pause=0.01),
                 Follower(start=0, leaves=0.05),
             ]
             follows = [asyncio.create_task(f.follow(following, session_id)) for f in followers]
@@ -338,12 +338,12 @@ async def test_follow_tells_everything_once_whatever_becomes_of_the_servers(
             await asyncio.sleep(0.3)
             for writer in writers:
                 writer.stop()
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(45):
                 await asyncio.gather(*writes)
 
             request = GetChatSessionRequest(session_id=session_id)
             end = (await following.repeat(following.sessions.GetChatSession, request)).session
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(45):
                 while any(follower.revision < end.revision for follower in followers):
                     assert not any(task.done() for task in follows), follows
                     await asyncio.sleep(0.05)
