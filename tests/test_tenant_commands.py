@@ -6,7 +6,7 @@ import json
 import os
 import pty
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from test_watch import following
 from chat_ticket.v1 import chat_message_pb2 as m
 from chat_ticket.v1 import chat_ticket_pb2 as t
 from chat_ticket.v1 import resources_pb2 as r
+from chat_ticket_svc.errors import FailedPreconditionError
 from chat_ticket_svc.store import tenants
 from chat_ticket_svc.store.database import Database
 
@@ -115,6 +116,22 @@ async def filled(api: Api) -> Filled:
     filled = Filled(api)
     await filled.fill()
     return filled
+
+
+@contextlib.asynccontextmanager
+async def opened(database: str) -> AsyncIterator[Database]:
+    db = Database(
+        database,
+        pool_size=1,
+        prepare_statements=True,
+        statement_timeout_ms=10_000,
+        lock_timeout_ms=1_000,
+    )
+    await db.open()
+    try:
+        yield db
+    finally:
+        await db.close()
 
 
 class TestExport:
@@ -295,20 +312,25 @@ class TestErase:
             await api.session()
         session = await api.session()
         many_messages(database, tenant, session.id, 3 * tenants.ROWS + 7)
-        db = Database(
-            database,
-            pool_size=1,
-            prepare_statements=True,
-            statement_timeout_ms=10_000,
-            lock_timeout_ms=1_000,
-        )
-        await db.open()
-        try:
+        async with opened(database) as db:
             deleted = [n async for n in tenants.erase(db, tenant, active_tickets=False)]
-        finally:
-            await db.close()
         assert sum(deleted) == tenants.SESSIONS + 6 + 3 * tenants.ROWS + 7
         assert max(deleted) <= tenants.ROWS + tenants.SESSIONS
+
+    async def test_a_ticket_that_was_opened_meanwhile_stays(
+        self, filled: Filled, database: str, tenant: str
+    ) -> None:
+        """With its session, and all that it holds: it was not asked for."""
+        await filled.close_tickets()
+        session = await filled.api.session()
+        await filled.api.message(session.id)
+        await filled.api.escalate(session.id)
+        async with opened(database) as db:
+            with pytest.raises(FailedPreconditionError):
+                async for _ in tenants.erase(db, tenant, active_tickets=False):
+                    pass
+        left = counts(database, tenant)
+        assert (left["chat_messages"], left["tickets"], left["chat_tickets"]) == (3, 1, 1)
 
     async def test_followers_are_told(self, api: Api, database: str, tenant: str) -> None:
         """As of any other deletion of a session."""

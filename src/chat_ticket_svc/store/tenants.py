@@ -6,7 +6,7 @@ from uuid import UUID
 
 from chat_ticket_svc import errors
 from chat_ticket_svc.store import sessions, tickets
-from chat_ticket_svc.store.database import ConstraintViolation, Database, Transaction
+from chat_ticket_svc.store.database import Database, Transaction
 from chat_ticket_svc.store.sessions import Session
 from chat_ticket_svc.store.tickets import Ticket
 
@@ -50,6 +50,15 @@ SELECT id::text FROM chat_sessions
  ORDER BY created_at, id
  LIMIT %(limit)s
    FOR UPDATE
+"""
+
+# Those that were linked or opened again since: locked, so that they stay as they are judged.
+STATUSES_OF_LINKED_TICKETS = """
+SELECT t.status
+  FROM chat_tickets ct
+  JOIN tickets t ON t.tenant_id = ct.tenant_id AND t.id = ct.ticket_id
+ WHERE ct.tenant_id = %(tenant_id)s AND ct.session_id = ANY (%(session_ids)s::uuid[])
+   FOR SHARE OF t
 """
 
 DELETE_MESSAGES = """
@@ -167,17 +176,8 @@ async def erase(db: Database, tenant_id: str, *, active_tickets: bool) -> AsyncI
     for sql in (DELETE_LINKS, DELETE_TICKETS):
         while deleted := await _delete(db, sql, which):
             yield deleted
-    try:
-        while deleted := await _erase_oldest_sessions(db, tenant_id):
-            yield deleted
-    except ConstraintViolation as violation:
-        if violation.constraint != "chat_sessions_ticket_status_check":
-            raise
-        raise errors.FailedPreconditionError(
-            "a ticket is open or pending",
-            reason="SESSION_HAS_ACTIVE_TICKET",
-            subject="chat_sessions",
-        ) from violation
+    while deleted := await _erase_oldest_sessions(db, tenant_id):
+        yield deleted
 
 
 async def _delete(db: Database, sql: LiteralString, params: dict[str, object]) -> int:
@@ -192,6 +192,13 @@ async def _erase_oldest_sessions(db: Database, tenant_id: str) -> int:
         which: dict[str, object] = {"tenant_id": tenant_id}
         ids = await transaction.rows(LOCK_OLDEST_SESSIONS, {**which, "limit": SESSIONS}, str)
         which["session_ids"] = ids
+        statuses = await transaction.rows(STATUSES_OF_LINKED_TICKETS, which, str)
+        if not {"open", "pending"}.isdisjoint(statuses):
+            raise errors.FailedPreconditionError(
+                "a ticket was opened meanwhile",
+                reason="SESSION_HAS_ACTIVE_TICKET",
+                subject="chat_sessions",
+            )
         total = 0
         for sql in (DELETE_MESSAGES, DELETE_TOMBSTONES):
             [deleted] = await transaction.rows(sql, {**which, "limit": ROWS}, int)
