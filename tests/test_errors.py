@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
 
 import grpc.aio
 import psycopg
 import pytest
 from client import Api, a_file, an_id, refused
 from grpc import StatusCode
+from psycopg.conninfo import conninfo_to_dict
 
 from chat_ticket.v1 import chat_message_pb2_grpc, chat_session_pb2_grpc
 from chat_ticket.v1 import resources_pb2 as r
@@ -99,6 +101,56 @@ class TestDatabaseErrors:
         )
         assert (await api.session()).revision == 0
 
+    async def test_server_that_takes_no_writes_is_left(
+        self, start_server: Any, fresh_database: str
+    ) -> None:
+        """By all connections: where it was may be another, which takes them."""
+        read_only = f"ALTER DATABASE {urlsplit(fresh_database).path[1:]}"
+        execute(fresh_database, f"{read_only} SET default_transaction_read_only = on")
+        api = await start_server(fresh_database)
+        for write in (api.message(an_id()), api.session()):
+            with refused(StatusCode.UNAVAILABLE, "DATABASE_READ_ONLY"):
+                await write
+        execute(
+            fresh_database,
+            "SET default_transaction_read_only = off",
+            f"{read_only} RESET default_transaction_read_only",
+        )
+        async with asyncio.timeout(10):
+            while True:
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    session = await api.session()
+                    break
+                await asyncio.sleep(0.1)
+        for _ in range(20):  # one at a time, and by the connection that small ones share
+            await api.session()
+            await api.message(session.id)
+
+    @pytest.mark.direct("the hosts are PostgreSQL's")
+    async def test_first_server_that_takes_writes_is_used(
+        self, start_server: Any, fresh_database: str
+    ) -> None:
+        """Of several hosts: others are passed over, and where there is none it is waited for."""
+        to = conninfo_to_dict(fresh_database)
+        to |= {"host": f"/nowhere,{to['host']}", "port": f"1,{to.get('port', 5432)}"}
+        url = f"postgresql://?{urlencode(to, quote_via=quote)}"
+        read_only = f"ALTER DATABASE {to['dbname']}"
+        execute(fresh_database, f"{read_only} SET default_transaction_read_only = on")
+        api = await start_server(url)
+        with refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE"):
+            await api.session()
+        execute(
+            fresh_database,
+            "SET default_transaction_read_only = off",
+            f"{read_only} RESET default_transaction_read_only",
+        )
+        async with asyncio.timeout(15):
+            while True:
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await api.session()
+                    break
+                await asyncio.sleep(0.1)
+
     async def test_unknown_error_tells_nothing_but_an_id(
         self, start_server: Any, fresh_database: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -125,6 +177,7 @@ class TestDatabaseErrors:
             await api.message(session.id)
         assert (await api.message(session.id)).sequence == 1
 
+    @pytest.mark.direct("its sessions' settings are PgBouncer's")
     async def test_statement_timeout_is_the_deadline(
         self, start_server: Any, fresh_database: str
     ) -> None:

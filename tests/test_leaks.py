@@ -954,7 +954,7 @@ class TestCommands:
             f"postgresql://u:{p}℀@h/d",
             f"postgresql://u:{p}/{p}@h/d",
             f"postgresql://u:p@[{secret('h')}]/d",
-            f"postgresql://{secret('h')}:1,{secret('h')}:2/d",
+            f"postgresql://{secret('h')}:1,{secret('h')}:{secret('port')}/d",
             secret("nothing"),
         ]
         if name == "serve":

@@ -72,6 +72,16 @@ class TestSettings:
         assert result.returncode != 0
         assert result.stderr == "chat-ticket-svc: DATABASE_URL: is not a postgresql:// URL\n"
 
+    @pytest.mark.parametrize("hosts", ["CANARY:1,other:2/x", "/x?host=CANARY,other&port=1,2"])
+    def test_migrations_need_one_host(self, hosts: str) -> None:
+        """A URL of a primary and its standbys does not say which is which."""
+        url = f"postgresql://u@{hosts}"
+        for variable, why in (("DATABASE_URL", "required"), ("MIGRATE_DATABASE_URL", "not a URL")):
+            result = command("migrate", **{variable: url})
+            assert result.returncode != 0
+            assert f"chat-ticket-svc: MIGRATE_DATABASE_URL: is {why}" in result.stderr
+            assert "CANARY" not in result.stderr
+
     def test_bad_allowed_hosts_are_refused(self, database: str) -> None:
         """An entry that could never work is a mistake, not a silent nothing."""
         result = command(

@@ -254,6 +254,10 @@ def _migrate(command: str) -> int:
     settings = config.load()
     if not settings.migrate_url:
         raise ConfigurationError("DATABASE_URL: is required")
+    if config.has_several_hosts(settings.migrate_url):
+        raise ConfigurationError(
+            "MIGRATE_DATABASE_URL: is required, of the primary, by a DATABASE_URL of several hosts"
+        )
     if command == "migrate":
         return migrate.up(settings.migrate_url)
     return migrate.dbmate(settings.migrate_url, "status")

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
     BaseModel,
@@ -38,6 +38,9 @@ SIGNATURES = {
 
 # The characters of a URL (RFC 3986). dbmate prints one that has others, password and all.
 URL = re.compile(r"([A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=]|%[0-9A-Fa-f]{2})*")
+
+# What stands before the hosts of a URL, and those.
+AUTHORITY = re.compile(r"([a-z]+://(?:[^/?#]*@)?)([^/?#]*)")
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -142,8 +145,15 @@ class Settings(BaseSettings):
     def _a_url(cls, value: str) -> str:
         if value and not value.startswith(("postgres://", "postgresql://")):
             raise ValueError("is not a postgresql:// URL")
-        if not URL.fullmatch(value) or not _is_split(value):
-            raise ValueError("is not a URL of one host with its special characters as %XX")
+        if not URL.fullmatch(value) or not all(map(_is_split, _of_each_host(value))):
+            raise ValueError("is not a URL with its special characters as %XX")
+        return value
+
+    @field_validator("migrate_database_url")
+    @classmethod
+    def _one_host(cls, value: str) -> str:
+        if has_several_hosts(value):
+            raise ValueError("is not a URL of one host, the primary's")
         return value
 
     @field_validator(
@@ -230,6 +240,23 @@ def is_loopback(host: str) -> bool:
         return ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def has_several_hosts(url: str) -> bool:
+    """Whether libpq would try one after the other; dbmate takes one."""
+    query = parse_qs(urlsplit(url).query)
+    return len(_of_each_host(url)) > 1 or any(
+        "," in value for name in ("host", "hostaddr") for value in query.get(name, ())
+    )
+
+
+def _of_each_host(url: str) -> list[str]:
+    """The URL of a database once for each of the hosts before its path, as libpq reads them."""
+    found = AUTHORITY.match(url)
+    if found is None:
+        return [url]
+    before, hosts, after = found[1], found[2], url[found.end() :]
+    return [f"{before}{host}{after}" for host in hosts.split(",")]
 
 
 def _is_split(url: str) -> bool:

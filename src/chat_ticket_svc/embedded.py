@@ -247,7 +247,7 @@ class EmbeddedPostgres:
             lines = (self._data / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError:
             return False
-        return len(lines) > 7 and lines[7].strip() == "ready"
+        return len(lines) > 7 and lines[7].strip() in ("ready", "standby")
 
     def _failure(self, what: str) -> EmbeddedPostgresError:
         last = self._log.read_text(errors="replace").splitlines()[-10:]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -74,9 +75,19 @@ def connection_string(url: str, **session_settings: str | int) -> str:
     given = conninfo.conninfo_to_dict(url)
     options = [str(given["options"])] if "options" in given else []
     options += [f"-c {name}={value}" for name, value in session_settings.items()]
+    defaults = dict(CONNECTION_OPTIONS)
+    if "," in f"{given.get('host')}{given.get('hostaddr')}":
+        # Of several hosts the primary is meant: all that we do needs it, LISTEN too.
+        defaults["target_session_attrs"] = "read-write"
     return conninfo.make_conninfo(
-        **{**CONNECTION_OPTIONS, **given, "options": " ".join(options)}  # type: ignore[arg-type]
+        **{**defaults, **given, "options": " ".join(options)}  # type: ignore[arg-type]
     )
+
+
+def is_read_only(connection: psycopg.AsyncConnection[Any]) -> bool:
+    """Whether the server has told so by now: it does with the answer to any statement."""
+    told = connection.info.parameter_status
+    return "on" in (told("in_hot_standby"), told("default_transaction_read_only"))
 
 
 def _is_lost(error: psycopg.Error, connection: psycopg.AsyncConnection[Any]) -> bool:
@@ -216,6 +227,8 @@ class Database:
             for _ in range(LANES)
         )
         self._checking: asyncio.Task[None] | None = None
+        self._renewing: asyncio.Task[None] | None = None
+        self._renewed_at = -math.inf
         # Counted here and not by the pool's max_waiting, which counts callers who have left.
         self._busy = 0
         self._leased_now = 0
@@ -232,6 +245,8 @@ class Database:
         await self._pool.open(wait=False)
 
     async def close(self) -> None:
+        if self._renewing is not None:
+            await asyncio.gather(self._renewing, return_exceptions=True)
         await self._reads.close()
         await self._writes.close()
         await self._pool.close()
@@ -326,7 +341,7 @@ class Database:
         try:
             return await self._shared(self._writes, sql, params, _Attempt())
         except psycopg.Error as error:
-            raise translate(error) from error
+            raise self._translated(error) from error
 
     async def transaction(
         self, body: Callable[[Transaction], Awaitable[T]], *, repeatable: bool
@@ -410,7 +425,7 @@ class Database:
                 retried = True
                 unsure_before = attempt.unsure
             except psycopg.Error as error:
-                raise translate(error) from error
+                raise self._translated(error) from error
             if retried:
                 await self._check_pool(attempt)
             else:
@@ -484,6 +499,25 @@ class Database:
         return errors.UnavailableError(
             "the database cannot be reached, or not in time", reason="DATABASE_UNAVAILABLE"
         )
+
+    def _translated(self, error: psycopg.Error) -> Exception:
+        if isinstance(error, pg_errors.ReadOnlySqlTransaction):
+            self._renew()
+        return translate(error)
+
+    def _renew(self) -> None:
+        """Replace all connections: after a failover their server may be a primary no more.
+
+        Until then writes would go on to fail, and reads to tell of the past. Where that server
+        is all there is, and read-only for long, this comes once in RECONNECT_SECONDS.
+        """
+        now = asyncio.get_running_loop().time()
+        if now < self._renewed_at + RECONNECT_SECONDS:
+            return
+        self._renewed_at = now
+        self._renewing = asyncio.create_task(self._pool.drain())
+        self._reads.let_go()
+        self._writes.let_go()
 
     async def _check_pool(self, attempt: _Attempt) -> None:
         """Drop the dead connections, once for everybody who met one."""

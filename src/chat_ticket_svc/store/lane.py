@@ -134,12 +134,16 @@ class Lane:
         finally:
             self._waiting -= 1
 
+    def let_go(self) -> None:
+        """Of the connection, when what was sent on it is answered; what comes takes another."""
+        if self._pipeline is not None:
+            self._pipeline.end()
+
     async def close(self) -> None:
         if self._opening is not None:
             self._opening.cancel()
             await asyncio.gather(self._opening, return_exceptions=True)
-        if self._pipeline is not None:
-            self._pipeline.end()
+        self.let_go()
         await asyncio.gather(*self._closing, return_exceptions=True)
 
     async def _open(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import psycopg
 
 from chat_ticket_svc import errors
-from chat_ticket_svc.store.database import connection_string
+from chat_ticket_svc.store.database import connection_string, is_read_only
 
 # In the package where it is installed, and beside its sources in a checkout.
 PLACES = [Path(__file__).parents[up] / "migrations" for up in (1, 3)]
@@ -107,6 +107,8 @@ class Probe:
         A database with newer ones is accepted: it is migrated before the service is replaced.
         Raises UnavailableError when it cannot be asked.
         """
+        if self._connection is not None and is_read_only(self._connection):
+            await self.close()  # perhaps the primary is elsewhere by now
         try:
             if self._connection is None:
                 self._connection = await psycopg.AsyncConnection.connect(
