@@ -6,7 +6,7 @@ PYTHON ?= $(or $(wildcard $(BIN)/python3),python3)
 SOURCES := src examples scripts benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-bench run test fuzz faults faults-quick soak migrate migrate-status new-migration proto check-proto check-breaking lint format typecheck check demo docs bench lock audit clean
+.PHONY: help venv venv-bench run test test-pgbouncer fuzz faults faults-quick failover soak scaling migrate migrate-status new-migration proto check-proto check-breaking lint format typecheck check demo docs bench lock audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -23,11 +23,17 @@ run: venv ## serve on PORT= or 50051, with an embedded PostgreSQL in .data; AUTH
 test: venv ## run the tests; ARGS= goes to pytest
 	@$(BIN)/python -m pytest $(ARGS)
 
+test-pgbouncer: venv ## run them with PgBouncer before PostgreSQL; it is Debian's package
+	@TEST_PGBOUNCER=1 $(BIN)/python -m pytest $(ARGS)
+
 fuzz: venv ## send 100,000 hostile requests, and as often bytes that are none; N= for as many, SEED= to repeat
 	@$(BIN)/python tests/hostile_run.py $(if $(N),--count $(N)) $(if $(SEED),--seed $(SEED))
 
 faults: venv ## break the service in every way of the matrix, for hours; ARGS="--only cut --runs 2" for less
 	@PYTHONPATH=tests $(BIN)/python -m faults $(ARGS)
+
+failover: venv ## promote a standby under load, in every way; ARGS="--only killed --runs 5" for some of them
+	@PYTHONPATH=tests $(BIN)/python -m faults.failover $(ARGS)
 
 soak: venv ## an hour of ordinary work, after which nothing has grown; ARGS="--minutes 5" for less
 	@PYTHONPATH=tests $(BIN)/python -m faults.soak $(ARGS)

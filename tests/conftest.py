@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
+import pooler
 import psycopg
 import pytest
 import pytest_asyncio
@@ -71,6 +72,15 @@ class Run:
         cluster = Cluster(url)
         cluster.execute(f"DROP DATABASE IF EXISTS {TEMPLATE}")
         assert migrate.up(cluster.url(TEMPLATE), quiet=True) == 0
+        if os.environ.get(pooler.WANTED):
+            directory = self._stack.enter_context(
+                tempfile.TemporaryDirectory(prefix="chat-ticket-tests-", ignore_cleanup_errors=True)
+            )
+            Path(directory).chmod(0o711)
+            os.environ[pooler.BEHIND] = urlsplit(url)._replace(path="").geturl()
+            os.environ[pooler.PLACE] = self._stack.enter_context(
+                pooler.pgbouncer(url, Path(directory) / "pgbouncer")
+            )
 
     def close(self) -> None:
         self._stack.close()
@@ -82,6 +92,13 @@ RUN = pytest.StashKey[Run]()
 def pytest_sessionstart(session: pytest.Session) -> None:
     if not hasattr(session.config, "workerinput") and not session.config.option.collectonly:
         session.config.stash[RUN] = Run()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get(pooler.WANTED):
+        for item in items:
+            for mark in item.iter_markers("direct"):
+                item.add_marker(pytest.mark.skip(f"not by PgBouncer: {mark.args[0]}"))
 
 
 def pytest_configure_node(node: object) -> None:
@@ -126,7 +143,11 @@ async def serving(database_url: str, **settings: object) -> AsyncIterator[Server
         "drain_seconds": 0.2,
         "quotas": {"tenant_calls_per_second": 100_000},
     }
-    server = Server(config.load(DATABASE_URL=database_url, **{**defaults, **settings}))
+    database = {
+        name.removeprefix(config.PREFIX).lower() if name.startswith(config.PREFIX) else name: value
+        for name, value in pooler.environment(database_url).items()
+    }
+    server = Server(config.load(**{**database, **defaults, **settings}))
     await server.start()
     try:
         yield server

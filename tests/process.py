@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pooler
+
 START_SECONDS = 30
 
 
@@ -103,7 +105,7 @@ class ServerProcess:
 @contextmanager
 def server_process(database_url: str = "", *arguments: str, **settings: str) -> Iterator[Any]:
     """A server process on a free port; `settings` are environment variables."""
-    environment = {"DATABASE_URL": database_url, "CHAT_TICKET_PORT": "0", **settings}
+    environment = {**pooler.environment(database_url), "CHAT_TICKET_PORT": "0", **settings}
     process = ServerProcess(*arguments, environment=environment)
     try:
         yield process

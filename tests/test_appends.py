@@ -273,6 +273,7 @@ class TestReads:
             raise answers.pop(1)
         assert {answer.session.id for answer in answers} == {session.id}
 
+    @pytest.mark.direct("its sessions' settings are PgBouncer's")
     async def test_callers_who_leave_are_not_waited_for(
         self, start_server: Any, fresh_database: str
     ) -> None:

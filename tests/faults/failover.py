@@ -1,0 +1,282 @@
+"""`make failover`: a standby takes over from its primary under load, in the ways that there are.
+
+The services know both by a URL of two hosts. What their callers were told is compared with what
+the new primary has: a write that was acknowledged and is not there is lost.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+from psycopg import conninfo
+
+from chat_ticket_svc import embedded, migrate
+from chat_ticket_svc.embedded import EmbeddedPostgres
+from faults.checker import check
+from faults.environment import DATABASE, Service, _children, _signal
+from faults.proxy import Mode, Proxy
+from faults.record import clock
+from faults.workload import THINK_SECONDS, Workload
+
+AROUND_SECONDS = 3.0  # of work, before and after
+SETTLE_SECONDS = 30.0
+WAIT_SECONDS = 30.0
+BEHIND_SECONDS = 0.3
+STANDBY = "standby"
+
+
+class Pair:
+    """A primary and its standby, on directories of their own."""
+
+    def __init__(self, directory: Path, *, synchronous: bool):
+        self._stack = contextlib.ExitStack()
+        self._directory = directory
+        self._synchronous = synchronous
+        self.primary = EmbeddedPostgres(directory / "primary")
+        self.standby = EmbeddedPostgres(directory / STANDBY)
+
+    def __enter__(self) -> "Pair":
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.primary)
+            url = self.primary.url(DATABASE)
+            socket = conninfo.conninfo_to_dict(url)
+            self._proxy = stack.enter_context(
+                Proxy(Path(f"{socket['host']}/.s.PGSQL.{socket['port']}"))
+            )
+            assert migrate.up(url, quiet=True) == 0
+            # As whom the servers run, to whom the files are to belong.
+            command = embedded._command(
+                embedded._identity(embedded._binaries()),
+                embedded._binaries() / "pg_basebackup",
+                "--dbname",
+                f"postgresql://postgres@127.0.0.1:{self._proxy.port}/postgres"
+                f"?sslmode=disable&gssencmode=disable&application_name={STANDBY}",
+                "--pgdata",
+                str(self._directory / STANDBY),
+                "--checkpoint=fast",
+                "--write-recovery-conf",
+            )
+            subprocess.run(command, check=True, cwd="/")
+            stack.enter_context(self.standby)
+            if self._synchronous:
+                _execute(url, f"ALTER SYSTEM SET synchronous_standby_names = '{STANDBY}'")
+                _execute(url, "SELECT pg_reload_conf()")
+            state = "sync" if self._synchronous else "async"
+            _until(url, f"SELECT sync_state = '{state}' FROM pg_stat_replication")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def url(self) -> str:
+        """Of both, the primary first."""
+        one, other = (
+            conninfo.conninfo_to_dict(each.url(DATABASE)) for each in (self.primary, self.standby)
+        )
+        return (
+            f"postgresql://postgres@/{DATABASE}?host={one['host']},{other['host']}"
+            f"&port={one['port']},{other['port']}&sslmode=disable"
+        )
+
+    def promote(self) -> None:
+        _execute(self.standby.url(DATABASE), "SELECT pg_promote()")
+
+    def lose_primary_and_what_is_on_its_way(self) -> None:
+        """As with a network that is slower than the writes are."""
+        with self._proxy.during(Mode.BLACKHOLE):
+            time.sleep(BEHIND_SECONDS)
+            self.lose_primary()
+            time.sleep(BEHIND_SECONDS)
+
+    def lose_primary(self) -> None:
+        """All of its processes at once, as with their machine."""
+        for pid in (self.primary.pid, *_children(self.primary.pid)):
+            _signal(pid, signal.SIGKILL)
+
+    def stop_primary(self) -> None:
+        """In order: it ends when the standby has everything."""
+        self.primary.stop()
+
+    def fence_primary(self) -> None:
+        """It stays, and takes no more writes; returns when the standby has everything."""
+        url = self.primary.url(DATABASE)
+        _execute(url, "ALTER SYSTEM SET default_transaction_read_only = on")
+        _execute(url, "SELECT pg_reload_conf()")
+        _until(
+            url,
+            "SELECT count(*) = 0 FROM pg_stat_activity WHERE backend_xid IS NOT NULL",
+        )
+        _until(url, "SELECT replay_lsn = pg_current_wal_lsn() FROM pg_stat_replication")
+
+
+@dataclass(frozen=True)
+class Way:
+    name: str
+    synchronous: bool
+    end: Callable[[Pair], None]
+    loses: bool = False  # what was acknowledged may be lost
+
+
+WAYS = (
+    Way("primary killed, synchronous", synchronous=True, end=Pair.lose_primary),
+    Way("primary killed, asynchronous", synchronous=False, end=Pair.lose_primary, loses=True),
+    Way(
+        "primary killed, asynchronous and 0.3 s behind",
+        synchronous=False,
+        end=Pair.lose_primary_and_what_is_on_its_way,
+        loses=True,
+    ),
+    Way("primary stopped in order", synchronous=False, end=Pair.stop_primary),
+    Way("primary left, read-only", synchronous=False, end=Pair.fence_primary),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    before: int  # writes acknowledged
+    after: int
+    lost: int
+    other: tuple[str, ...]  # violations
+    ahead: int  # streams that were told of what is no more
+    promoted_seconds: float  # since the primary's end began
+    outage_seconds: float  # the longest without an acknowledged write
+
+
+async def run(pair: Pair, way: Way, services: list[Service], seed: int) -> Result:
+    workload = Workload(
+        lambda: [service.address for service in services], seed, "failover", THINK_SECONDS
+    )
+    record = workload.record
+    try:
+        await workload.start()
+        await asyncio.sleep(AROUND_SECONDS)
+        before, struck = len(record.acknowledged), clock()
+        await asyncio.to_thread(way.end, pair)
+        await asyncio.to_thread(pair.promote)
+        promoted = clock()
+        await asyncio.to_thread(_until_healthy, services)
+        await asyncio.sleep(AROUND_SECONDS)
+        await workload.settle(SETTLE_SECONDS)
+    finally:
+        await workload.close()
+    ahead = [each for each in record.findings if "OUT_OF_RANGE" in each]
+    record.findings[:] = [each for each in record.findings if each not in ahead]
+    with psycopg.connect(pair.standby.url(DATABASE)) as connection:
+        violations = [str(each) for each in check(record, connection, workload.tenants)]
+    lost = [text for text in violations if "is lost" in text]
+    return Result(
+        before=before,
+        after=len(record.acknowledged) - before,
+        lost=len(lost),
+        other=tuple(text for text in violations if text not in lost),
+        ahead=len(ahead),
+        promoted_seconds=promoted - struck,
+        outage_seconds=record.longest_outage(struck),
+    )
+
+
+@contextlib.contextmanager
+def serving(pair: Pair) -> Iterator[list[Service]]:
+    services = [Service(pair.url) for _ in range(2)]
+    try:
+        for service in services:
+            service.start()
+        _until_healthy(services)
+        yield services
+    finally:
+        for service in services:
+            service.stop(signal.SIGKILL)
+
+
+def _until_healthy(services: list[Service]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not all(service.is_healthy() for service in services):
+        if time.monotonic() > deadline:
+            raise TimeoutError("a service does not become healthy")
+        time.sleep(0.05)
+
+
+def _execute(url: str, sql: str) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(sql)  # type: ignore[arg-type]
+
+
+def _until(url: str, sql: str) -> None:
+    """A query's answer is yes."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    with psycopg.connect(url, autocommit=True) as connection:
+        while connection.execute(sql).fetchall() != [(True,)]:  # type: ignore[arg-type]
+            if time.monotonic() > deadline:
+                raise TimeoutError(sql)
+            time.sleep(0.02)
+
+
+def table(results: dict[str, list[Result]]) -> str:
+    lines = [
+        "| how | runs | acknowledged before | after | lost | other violations | streams ahead "
+        "| promoted after | longest outage |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, runs in results.items():
+        counts = (
+            sum(each.before for each in runs),
+            sum(each.after for each in runs),
+            sum(each.lost for each in runs),
+            sum(len(each.other) for each in runs),
+            sum(each.ahead for each in runs),
+        )
+        times = (
+            statistics.median(each.promoted_seconds for each in runs),
+            statistics.median(each.outage_seconds for each in runs),
+        )
+        cells = [f"{count:,}" for count in (len(runs), *counts)]
+        cells += [f"{seconds:.1f} s" for seconds in times]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="faults.failover", description=__doc__)
+    parser.add_argument("--only", default="", help="ways whose names contain this")
+    parser.add_argument("--runs", type=int, default=1, help="of each way")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    results: dict[str, list[Result]] = {}
+    failed = False
+    for number in range(options.runs):
+        for way in WAYS:
+            if options.only not in way.name:
+                continue
+            with tempfile.TemporaryDirectory(prefix="chat-ticket-failover-") as name:
+                directory = Path(name)
+                directory.chmod(0o711)  # PostgreSQL may have to run as another user
+                if embedded._identity(embedded._binaries()) == "nobody":
+                    os.chown(directory, embedded._NOBODY, embedded._NOBODY)
+                with (
+                    Pair(directory, synchronous=way.synchronous) as pair,
+                    serving(pair) as services,
+                ):
+                    result = asyncio.run(run(pair, way, services, options.seed + number))
+            results.setdefault(way.name, []).append(result)
+            for text in result.other[:5]:
+                print(f"{way.name}: {text}", file=sys.stderr)
+            failed |= not way.loses and bool(result.lost or result.other or result.ahead)
+    print(table(results))
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

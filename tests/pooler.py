@@ -1,0 +1,111 @@
+"""PgBouncer between the services under test and PostgreSQL, as docs/scaling.md says to run it.
+
+`make test-pgbouncer` sets TEST_PGBOUNCER; the tests themselves and the listeners of the services
+go past it. It is Debian's package pgbouncer, which nothing else needs.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlencode, urlsplit
+
+from psycopg import conninfo
+
+from chat_ticket_svc import embedded
+
+WANTED = "TEST_PGBOUNCER"
+# Where it listens, and the server behind it, for the workers of a run.
+PLACE = "TEST_PGBOUNCER_PLACE"
+BEHIND = "TEST_PGBOUNCER_BEHIND"
+PORT = "6432"
+START_SECONDS = 10
+
+# Of what the service would set for its sessions, by `options` of its connection string, which
+# mean nothing to PgBouncer: it hands the same connections to many.
+SESSION = (
+    "SET statement_timeout = 10000; SET lock_timeout = 2000;"
+    " SET idle_in_transaction_session_timeout = 10000"
+)
+CONFIGURATION = """
+[databases]
+* = host={host} port={port} user={user} connect_query='{session}'
+
+[pgbouncer]
+listen_addr =
+unix_socket_dir = {directory}
+listen_port = {own_port}
+auth_type = any
+pool_mode = transaction
+ignore_startup_parameters = extra_float_digits, options
+max_client_conn = 2000
+default_pool_size = {pool_size}
+query_wait_timeout = 10
+server_idle_timeout = 2
+server_check_delay = 5
+"""
+
+
+@contextlib.contextmanager
+def pgbouncer(database_url: str, directory: Path, *, pool_size: int = 20) -> Iterator[str]:
+    """Run it before the server of a URL; yields the part of URLs that leads to it instead."""
+    program = shutil.which("pgbouncer") or "/usr/sbin/pgbouncer"
+    server = conninfo.conninfo_to_dict(database_url)
+    directory.mkdir(mode=0o700)
+    configuration = directory / "pgbouncer.ini"
+    configuration.write_text(
+        CONFIGURATION.format(
+            host=server.get("host", "127.0.0.1"),
+            port=server.get("port", 5432),
+            user=server.get("user", "postgres"),
+            session=SESSION,
+            directory=directory,
+            own_port=PORT,
+            pool_size=pool_size,
+        )
+    )
+    # As whoever PostgreSQL runs as, whose socket is for nobody else; neither runs as root.
+    identity = embedded._identity(embedded._binaries())
+    if identity == "nobody":
+        for path in (directory, configuration):
+            os.chown(path, embedded._NOBODY, embedded._NOBODY)
+    with (directory / "log").open("wb") as log:
+        process = subprocess.Popen(
+            embedded._command(identity, Path(program), str(configuration)),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not (directory / f".s.PGSQL.{PORT}").exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"pgbouncer did not start: {(directory / 'log').read_text()}")
+            time.sleep(0.01)
+        yield urlencode({"host": str(directory), "port": PORT, "sslmode": "disable"})
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def through(place: str, database_url: str) -> dict[str, str]:
+    """The settings of a service on a database, by PgBouncer at `place`."""
+    pooled = urlsplit(database_url)._replace(query=place).geturl()
+    return {
+        "DATABASE_URL": pooled,
+        "DATABASE_LISTEN_URL": database_url,
+        "MIGRATE_DATABASE_URL": database_url,
+        "CHAT_TICKET_PREPARE_STATEMENTS": "false",
+    }
+
+
+def environment(database_url: str) -> dict[str, str]:
+    """The settings of a service on a database, which may be of a server that a test started."""
+    if urlsplit(database_url)._replace(path="").geturl() != os.environ.get(BEHIND):
+        return {"DATABASE_URL": database_url}
+    return through(os.environ[PLACE], database_url)
