@@ -35,6 +35,9 @@ faults: venv ## break the service in every way of the matrix, for hours; ARGS="-
 failover: venv ## promote a standby under load, in every way; ARGS="--only killed --runs 5" for some of them
 	@PYTHONPATH=tests $(BIN)/python -m faults.failover $(ARGS)
 
+scaling: venv ## measure PgBouncer, nginx and sizes for docs/scaling.md; PARTS="size" chooses, ROUNDS=
+	@PYTHONPATH=tests:. $(BIN)/python tests/scaling_run.py $(PARTS) $(if $(ROUNDS),--rounds $(ROUNDS))
+
 soak: venv ## an hour of ordinary work, after which nothing has grown; ARGS="--minutes 5" for less
 	@PYTHONPATH=tests $(BIN)/python -m faults.soak $(ARGS)
 
