@@ -24,28 +24,15 @@ BEHIND = "TEST_PGBOUNCER_BEHIND"
 PORT = "6432"
 START_SECONDS = 10
 
-# Of what the service would set for its sessions, by `options` of its connection string, which
-# mean nothing to PgBouncer: it hands the same connections to many.
-SESSION = (
-    "SET statement_timeout = 10000; SET lock_timeout = 2000;"
-    " SET idle_in_transaction_session_timeout = 10000"
-)
-CONFIGURATION = """
-[databases]
-* = host={host} port={port} user={user} connect_query='{session}'
-
-[pgbouncer]
+CONF = Path(__file__).parent.parent / "docs" / "pgbouncer.ini"
+TO = "host=127.0.0.1 port=5432"
+# Of its section, where what comes last counts. Idle connections are let go of, as every test has a database of its own.
+HERE = """
 listen_addr =
 unix_socket_dir = {directory}
-listen_port = {own_port}
 auth_type = any
-pool_mode = transaction
-ignore_startup_parameters = extra_float_digits, options
-max_client_conn = 2000
 default_pool_size = {pool_size}
-query_wait_timeout = 10
 server_idle_timeout = 2
-server_check_delay = 5
 """
 
 
@@ -56,16 +43,9 @@ def pgbouncer(database_url: str, directory: Path, *, pool_size: int = 20) -> Ite
     server = conninfo.conninfo_to_dict(database_url)
     directory.mkdir(mode=0o700)
     configuration = directory / "pgbouncer.ini"
+    to = " ".join(f"{name}={server[name]}" for name in ("host", "port", "user"))
     configuration.write_text(
-        CONFIGURATION.format(
-            host=server.get("host", "127.0.0.1"),
-            port=server.get("port", 5432),
-            user=server.get("user", "postgres"),
-            session=SESSION,
-            directory=directory,
-            own_port=PORT,
-            pool_size=pool_size,
-        )
+        CONF.read_text().replace(TO, to) + HERE.format(directory=directory, pool_size=pool_size)
     )
     # As whoever PostgreSQL runs as, whose socket is for nobody else; neither runs as root.
     identity = embedded._identity(embedded._binaries())

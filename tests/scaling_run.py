@@ -299,7 +299,7 @@ SELECT indexrelname, pg_relation_size(indexrelid) FROM pg_stat_user_indexes
 """
 FILL_SESSIONS = """
 INSERT INTO chat_sessions (tenant_id, id, revision)
-SELECT 'tenant-' || number % 10, lpad(number::text, 32, '0')::uuid, %(each)s
+SELECT 'tenant-' || number %% 10, lpad(number::text, 32, '0')::uuid, %(each)s
   FROM generate_series(1, %(sessions)s) AS number
 """
 
