@@ -26,7 +26,8 @@ START_SECONDS = 10
 
 CONF = Path(__file__).parent.parent / "docs" / "pgbouncer.ini"
 TO = "host=127.0.0.1 port=5432"
-# Of its section, where what comes last counts. Idle connections are let go of, as every test has a database of its own.
+# Of its section, where what comes last counts. Idle connections are let go of, as every test has
+# a database of its own.
 HERE = """
 listen_addr =
 unix_socket_dir = {directory}

@@ -55,19 +55,16 @@ class Pair:
                 Proxy(Path(f"{socket['host']}/.s.PGSQL.{socket['port']}"))
             )
             assert migrate.up(url, quiet=True) == 0
-            # As whom the servers run, to whom the files are to belong.
-            command = embedded._command(
-                embedded._identity(embedded._binaries()),
-                embedded._binaries() / "pg_basebackup",
+            _as_server(
+                "pg_basebackup",
                 "--dbname",
                 f"postgresql://postgres@127.0.0.1:{self._proxy.port}/postgres"
                 f"?sslmode=disable&gssencmode=disable&application_name={STANDBY}",
                 "--pgdata",
-                str(self._directory / STANDBY),
+                self._data(STANDBY),
                 "--checkpoint=fast",
                 "--write-recovery-conf",
             )
-            subprocess.run(command, check=True, cwd="/")
             stack.enter_context(self.standby)
             if self._synchronous:
                 _execute(url, f"ALTER SYSTEM SET synchronous_standby_names = '{STANDBY}'")
@@ -91,8 +88,12 @@ class Pair:
             f"&port={one['port']},{other['port']}&sslmode=disable"
         )
 
+    def _data(self, name: str) -> str:
+        return str(self._directory / name)
+
     def promote(self) -> None:
-        _execute(self.standby.url(DATABASE), "SELECT pg_promote()")
+        """By a signal: replay may cancel any query on a standby, pg_promote() as well."""
+        _as_server("pg_ctl", "promote", "--wait", "--silent", "--pgdata", self._data(STANDBY))
 
     def lose_primary_and_what_is_on_its_way(self) -> None:
         """As with a network that is slower than the writes are."""
@@ -207,6 +208,13 @@ def _until_healthy(services: list[Service]) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError("a service does not become healthy")
         time.sleep(0.05)
+
+
+def _as_server(program: str, *arguments: str) -> None:
+    """Run it as whom PostgreSQL runs, to whom the files belong."""
+    binaries = embedded._binaries()
+    command = embedded._command(embedded._identity(binaries), binaries / program, *arguments)
+    subprocess.run(command, check=True, cwd="/")
 
 
 def _execute(url: str, sql: str) -> None:
