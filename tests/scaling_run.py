@@ -7,13 +7,14 @@ Compared are rates of the same run that took turns; the machine may have had oth
 import argparse
 import asyncio
 import contextlib
+import random
 import signal
 import statistics
 import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import balancer
@@ -42,6 +43,8 @@ DOWN_SECONDS = 1.0
 FOLLOWERS = 20
 TENANT = "tenant"
 MESSAGES = 500_000
+PER_SESSION = 20
+LONGER = 12  # short ones in a longer one
 OK = 0
 
 
@@ -289,13 +292,12 @@ def balanced(postgres: Postgres, directory: Path, rounds: int) -> Iterator[str]:
 
 
 SIZES = """
-SELECT c.relname, pg_table_size(c.oid), pg_indexes_size(c.oid), s.n_live_tup
-  FROM pg_class c JOIN pg_stat_user_tables s ON s.relid = c.oid
- WHERE c.relname IN ('chat_messages', 'chat_sessions') ORDER BY c.relname
+SELECT pg_table_size('chat_messages'), pg_indexes_size('chat_messages'),
+       pg_relation_size('idx_chat_messages_content')
 """
-INDEXES = """
-SELECT indexrelname, pg_relation_size(indexrelid) FROM pg_stat_user_indexes
- WHERE relname = 'chat_messages' ORDER BY 2 DESC
+FILL_MESSAGES = """
+COPY chat_messages (tenant_id, id, session_id, sequence, revision, role, content, created_at)
+FROM STDIN
 """
 FILL_SESSIONS = """
 INSERT INTO chat_sessions (tenant_id, id, revision)
@@ -305,55 +307,47 @@ SELECT 'tenant-' || number %% 10, lpad(number::text, 32, '0')::uuid, %(each)s
 
 
 def sized(postgres: Postgres, directory: Path, rounds: int) -> Iterator[str]:
-    """What a message takes on the disk, as long as real ones, in sessions of 20."""
+    """What a message takes on the disk, in sessions of 20: short as people's, and longer."""
     del directory, rounds
-    per_session = 20
     _, requests = calls.requests()[calls.CREATE]
-    texts = [CreateChatMessageRequest.FromString(request).message.content for request in requests]
-    with postgres.database() as url, psycopg.connect(url, autocommit=True) as db:
-        sessions = MESSAGES // per_session
-        db.execute(FILL_SESSIONS, {"sessions": sessions, "each": per_session})
-        began = time.monotonic()
-        with (
-            db.cursor() as cursor,
-            cursor.copy(
-                "COPY chat_messages (tenant_id, id, session_id, sequence, revision, role, content,"
-                " created_at) FROM STDIN"
-            ) as copy,
-        ):
-            millisecond = int(time.time() * 1000) - MESSAGES
-            for each in range(MESSAGES):
-                # A round of all sessions after the other: conversations go on side by side.
-                sequence, session = divmod(each, sessions)
-                stamp = millisecond + each
-                seed = f"{hash((each, 'x')) % 2**64:016x}"
-                message_id = f"{stamp:012x}7{seed[:3]}8{seed[3:6]}{seed[:12]}"
-                copy.write_row(
-                    (
-                        f"tenant-{(session + 1) % 10}",
-                        message_id,
-                        f"{session + 1:032d}",
-                        sequence + 1,
-                        sequence + 1,
-                        ("user", "assistant")[each % 2],
-                        texts[each % len(texts)],
-                        time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(stamp / 1000)),
-                    )
-                )
-        took = time.monotonic() - began
-        db.execute("VACUUM ANALYZE")
+    short = [CreateChatMessageRequest.FromString(request).message.content for request in requests]
+    several = len(short) // LONGER
+    longer = [" ".join(short[number::several][:LONGER]) for number in range(several)]
+    yield "| of content | messages | in the table | in its indexes | of them, in that of words |"
+    yield "|---|---|---|---|---|"
+    for texts, count in ((short, MESSAGES), (longer, MESSAGES // 4)):
         content = statistics.mean(len(text.encode()) for text in texts)
-        yield f"{MESSAGES:,} messages of {content:.0f} bytes of content each, in {took:.0f} s"
-        yield ""
-        yield "| table | rows | bytes a row | in its indexes |"
-        yield "|---|---|---|---|"
-        for name, table, indexes, rows in db.execute(SIZES):
-            yield f"| {name} | {rows:,} | {table / rows:.0f} | {indexes / rows:.0f} |"
-        yield ""
-        yield "| index of chat_messages | bytes a message |"
-        yield "|---|---|"
-        for name, size in db.execute(INDEXES):
-            yield f"| {name} | {size / MESSAGES:.0f} |"
+        with postgres.database() as url, psycopg.connect(url, autocommit=True) as db:
+            _fill(db, texts, count)
+            db.execute("VACUUM ANALYZE")
+            [sizes] = db.execute(SIZES).fetchall()
+        table, indexes, words = (f"{size / count:.0f}" for size in sizes)
+        yield f"| {content:.0f} bytes | {count:,} | {table} | {indexes} | {words} |"
+
+
+def _fill(db: psycopg.Connection, texts: Sequence[str], count: int) -> None:
+    sessions = count // PER_SESSION
+    db.execute(FILL_SESSIONS, {"sessions": sessions, "each": PER_SESSION})
+    chance = random.Random(1)
+    first = int(time.time() * 1000) - count
+    with db.cursor() as cursor, cursor.copy(FILL_MESSAGES) as copy:
+        for number in range(count):
+            # A round of all sessions after the other: conversations go on side by side.
+            sequence, session = divmod(number, sessions)
+            when = first + number
+            copy.write_row(
+                (
+                    f"tenant-{(session + 1) % 10}",
+                    # A UUIDv7 of its time.
+                    f"{when:012x}7{chance.getrandbits(12):03x}8{chance.getrandbits(60):015x}",
+                    f"{session + 1:032d}",
+                    sequence + 1,
+                    sequence + 1,
+                    ("user", "assistant")[sequence % 2],
+                    texts[number % len(texts)],
+                    time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when / 1000)),
+                )
+            )
 
 
 PARTS = {"pgbouncer": by_pgbouncer, "balancers": balanced, "size": sized}
