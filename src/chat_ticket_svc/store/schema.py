@@ -107,9 +107,9 @@ class Probe:
         A database with newer ones is accepted: it is migrated before the service is replaced.
         Raises UnavailableError when it cannot be asked.
         """
-        if self._connection is not None and is_read_only(self._connection):
-            await self.close()  # perhaps the primary is elsewhere by now
         try:
+            if self._connection is not None and is_read_only(self._connection):
+                await self.close()  # perhaps the primary is elsewhere by now
             if self._connection is None:
                 self._connection = await psycopg.AsyncConnection.connect(
                     self._conninfo, autocommit=True
