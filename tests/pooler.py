@@ -31,7 +31,8 @@ TO = "host=127.0.0.1 port=5432"
 HERE = """
 listen_addr =
 unix_socket_dir = {directory}
-auth_type = any
+auth_type = trust
+auth_file = {directory}/users
 default_pool_size = {pool_size}
 server_idle_timeout = 2
 """
@@ -44,14 +45,16 @@ def pgbouncer(database_url: str, directory: Path, *, pool_size: int = 20) -> Ite
     server = conninfo.conninfo_to_dict(database_url)
     directory.mkdir(mode=0o700)
     configuration = directory / "pgbouncer.ini"
-    to = " ".join(f"{name}={server[name]}" for name in ("host", "port", "user"))
+    to = " ".join(f"{name}={server[name]}" for name in ("host", "port"))
     configuration.write_text(
         CONF.read_text().replace(TO, to) + HERE.format(directory=directory, pool_size=pool_size)
     )
+    users = directory / "users"
+    users.write_text(f'"{server["user"]}" ""\n')
     # As whoever PostgreSQL runs as, whose socket is for nobody else; neither runs as root.
     identity = embedded._identity(embedded._binaries())
     if identity == "nobody":
-        for path in (directory, configuration):
+        for path in (directory, configuration, users):
             os.chown(path, embedded._NOBODY, embedded._NOBODY)
     with (directory / "log").open("wb") as log:
         process = subprocess.Popen(
