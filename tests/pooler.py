@@ -8,6 +8,8 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,25 +58,40 @@ def pgbouncer(database_url: str, directory: Path, *, pool_size: int = 20) -> Ite
     if identity == "nobody":
         for path in (directory, configuration, users):
             os.chown(path, embedded._NOBODY, embedded._NOBODY)
-    with (directory / "log").open("wb") as log:
-        process = subprocess.Popen(
-            embedded._command(identity, Path(program), str(configuration)),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd="/",
-            start_new_session=True,
-        )
+    command = embedded._command(identity, Path(program), str(configuration))
+    ending = threading.Event()
+
+    def keep_running() -> None:
+        """As systemd would: 1.18 ends now and then, when callers cancel (its issue 801)."""
+        with (directory / "log").open("wb") as log:
+            while not ending.is_set():
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd="/",
+                    start_new_session=True,
+                )
+                while process.poll() is None and not ending.wait(0.05):
+                    pass
+                if not ending.is_set():
+                    print("pgbouncer ended by itself", file=sys.stderr)
+                process.terminate()
+                process.wait()
+
+    keeper = threading.Thread(target=keep_running)
+    keeper.start()
     try:
         deadline = time.monotonic() + START_SECONDS
         while not (directory / f".s.PGSQL.{PORT}").exists():
-            if process.poll() is not None or time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 raise RuntimeError(f"pgbouncer did not start: {(directory / 'log').read_text()}")
             time.sleep(0.01)
         yield urlencode({"host": str(directory), "port": PORT, "sslmode": "disable"})
     finally:
-        process.terminate()
-        process.wait()
+        ending.set()
+        keeper.join()
 
 
 def through(place: str, database_url: str) -> dict[str, str]:
