@@ -26,6 +26,9 @@ from chat_ticket.v1.chat_session_pb2 import CreateChatSessionRequest
 from chat_ticket.v1.chat_ticket_pb2 import CreateChatTicketRequest
 
 
+REQUEST_ID = "of-a-test"
+
+
 class _Bound:
     """A stub whose every call carries the tenant, and a deadline that tests never meet."""
 
@@ -58,7 +61,10 @@ class Api:
             self.channel = grpc.aio.insecure_channel(address, options=options)
         else:
             self.channel = grpc.aio.secure_channel(address, credentials, options=options)
-        metadata = [("x-tenant-id", tenant)] if tenant else []
+        # The same for all, so that answers can be compared: errors carry it.
+        metadata = [("x-request-id", REQUEST_ID)]
+        if tenant:
+            metadata.append(("x-tenant-id", tenant))
         if token:
             metadata.append(("authorization", f"Bearer {token}"))
         self.sessions = _Bound(chat_session_pb2_grpc.ChatSessionServiceStub(self.channel), metadata)

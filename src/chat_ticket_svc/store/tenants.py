@@ -1,7 +1,7 @@
 """All that a tenant has: counted, read from the oldest on, and deleted in batches."""
 
 from collections.abc import AsyncIterator
-from typing import LiteralString, NamedTuple
+from typing import NamedTuple
 from uuid import UUID
 
 from chat_ticket_svc import errors
@@ -173,25 +173,21 @@ async def erase(db: Database, tenant_id: str, *, active_tickets: bool) -> AsyncI
     it goes on where it was when it is called again.
     """
     which = {"tenant_id": tenant_id, "active": active_tickets, "limit": ROWS}
-    for sql in (DELETE_LINKS, DELETE_TICKETS):
-        while deleted := await _delete(db, sql, which):
-            yield deleted
+    while deleted := sum(await db.write(DELETE_LINKS, which, int, repeatable=True)):
+        yield deleted
+    while deleted := sum(await db.write(DELETE_TICKETS, which, int, repeatable=True)):
+        yield deleted
     while deleted := await _erase_oldest_sessions(db, tenant_id):
         yield deleted
-
-
-async def _delete(db: Database, sql: LiteralString, params: dict[str, object]) -> int:
-    [deleted] = await db.write(sql, params, int, repeatable=True)
-    return deleted
 
 
 async def _erase_oldest_sessions(db: Database, tenant_id: str) -> int:
     """Delete ROWS of what they hold, or else the sessions themselves."""
 
     async def body(transaction: Transaction) -> int:
-        which: dict[str, object] = {"tenant_id": tenant_id}
-        ids = await transaction.rows(LOCK_OLDEST_SESSIONS, {**which, "limit": SESSIONS}, str)
-        which["session_ids"] = ids
+        params = {"tenant_id": tenant_id, "limit": SESSIONS}
+        ids = await transaction.rows(LOCK_OLDEST_SESSIONS, params, str)
+        which = {"tenant_id": tenant_id, "session_ids": ids, "limit": ROWS}
         statuses = await transaction.rows(STATUSES_OF_LINKED_TICKETS, which, str)
         if not {"open", "pending"}.isdisjoint(statuses):
             raise errors.FailedPreconditionError(
@@ -199,13 +195,13 @@ async def _erase_oldest_sessions(db: Database, tenant_id: str) -> int:
                 reason="SESSION_HAS_ACTIVE_TICKET",
                 subject="chat_sessions",
             )
-        total = 0
-        for sql in (DELETE_MESSAGES, DELETE_TOMBSTONES):
-            [deleted] = await transaction.rows(sql, {**which, "limit": ROWS}, int)
-            total += deleted
-            if deleted == ROWS:
-                return total
+        deleted = sum(await transaction.rows(DELETE_MESSAGES, which, int))
+        if deleted == ROWS:
+            return deleted
+        tombstones = sum(await transaction.rows(DELETE_TOMBSTONES, which, int))
+        if tombstones == ROWS:
+            return deleted + tombstones
         await transaction.execute(DELETE_SESSIONS, which)
-        return total + len(ids)
+        return deleted + tombstones + len(ids)
 
     return await db.transaction(body, repeatable=True)
