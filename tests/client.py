@@ -25,7 +25,6 @@ from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest
 from chat_ticket.v1.chat_session_pb2 import CreateChatSessionRequest
 from chat_ticket.v1.chat_ticket_pb2 import CreateChatTicketRequest
 
-
 REQUEST_ID = "of-a-test"
 
 
