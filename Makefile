@@ -6,7 +6,7 @@ PYTHON ?= $(or $(wildcard $(BIN)/python3),python3)
 SOURCES := src examples scripts benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-bench run test test-pgbouncer fuzz faults faults-quick failover soak scaling migrate migrate-status new-migration proto check-proto check-breaking lint format typecheck check demo docs bench lock audit clean
+.PHONY: help venv venv-bench venv-docs run test test-pgbouncer fuzz faults faults-quick failover soak scaling migrate migrate-status new-migration proto check-proto check-breaking lint format typecheck check demo docs bench lock audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -95,10 +95,13 @@ demo: venv ## load real conversations through the API and show what the service 
 bench: venv-bench ## measure against limits and peers, in 15 minutes; PARTS="calls streams" chooses, ROUNDS=
 	@PARTS="$(PARTS)" ROUNDS="$(ROUNDS)" $(BIN)/python -m benchmarks.bench
 
-docs: venv ## make the reference of the API in build/docs/chat_ticket.v1.html
+venv-docs: venv ## create .venv-docs from docs/requirements.lock, for make docs
+	@$(BIN)/python scripts/bootstrap.py .venv-docs
+
+docs: venv-docs ## make the reference of the API in build/docs/chat_ticket.v1.html
 	@mkdir -p build/docs
 	@$(BIN)/buf build protos --output build/docs/descriptor.pb
-	@cd docs && ../$(BIN)/uv run --quiet --no-project --isolated --with-requirements requirements.lock sabledocs > ../build/docs/log
+	@cd docs && ../.venv-docs/bin/sabledocs > ../build/docs/log
 
 COMPILE := $(BIN)/uv pip compile --quiet --universal --generate-hashes \
 	--python-version 3.11 --custom-compile-command "make lock"
@@ -114,5 +117,5 @@ audit: venv ## look the locked dependencies up in PyPI's database of vulnerabili
 	@$(BIN)/python scripts/audit.py
 
 clean: ## remove what the targets made: .venv, .venv-bench, .data, build and caches
-	@rm -rf .venv .venv-bench .data build .bootstrap.lock .mypy_cache .pytest_cache .ruff_cache .hypothesis dist tests/node/node_modules
+	@rm -rf .venv .venv-bench .venv-docs .data build .bootstrap.lock .mypy_cache .pytest_cache .ruff_cache .hypothesis dist tests/node/node_modules
 	@find src scripts benchmarks tests -name __pycache__ -type d -exec rm -rf {} +

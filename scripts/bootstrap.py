@@ -14,7 +14,11 @@ import sys
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROJECT = ".venv"  # the one that the project itself is installed in
 NAME = sys.argv[1] if len(sys.argv) > 1 else PROJECT
-LOCKS = {PROJECT: "requirements.lock", ".venv-bench": "benchmarks/requirements.lock"}
+LOCKS = {
+    PROJECT: "requirements.lock",
+    ".venv-bench": "benchmarks/requirements.lock",
+    ".venv-docs": "docs/requirements.lock",
+}
 LOCK = os.path.join(ROOT, LOCKS[NAME])
 VENV = os.path.join(ROOT, NAME)
 STAMP = os.path.join(VENV, "installed")

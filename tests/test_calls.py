@@ -134,19 +134,17 @@ async def test_a_stream_that_its_caller_left_is_cancelled(
     assert closed["code"] == "CANCELLED"
 
 
-async def test_a_stream_that_was_not_let_in_never_opened(
-    process: ServerProcess,
-) -> None:
+async def test_a_stream_that_was_not_let_in_never_opened(process: ServerProcess) -> None:
+    own = f"of-{an_id()}"
     async with Api(process.address, "") as api:
-        call = api.sessions.WatchChatSession(WatchChatSessionRequest(session_id=an_id()))
+        request = WatchChatSessionRequest(session_id=an_id())
+        call = api.sessions._stub.WatchChatSession(request, metadata=[("x-request-id", own)])
         with refused(StatusCode.UNAUTHENTICATED):
             await call.read()
-    closed = await line(process, "stream closed", code="UNAUTHENTICATED")
-    assert all(
-        closed["request_id"] != each.get("request_id")
-        for each in process.log
-        if each["event"] == "stream opened"
-    )
+    assert (await line(process, "stream closed", request_id=own))["code"] == "UNAUTHENTICATED"
+    assert [each["event"] for each in process.log if each.get("request_id") == own] == [
+        "stream closed"
+    ]
 
 
 class TestRequestId:
