@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import sys
+import termios
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,24 @@ class TestExport:
         assert (done.status, done.output) == (1, "")
         assert f"the tenant {tenant} has nothing" in done.errors
 
+    async def test_progress_is_shown_on_a_terminal_alone(
+        self, api: Api, database: str, tenant: str
+    ) -> None:
+        """Beside what is exported, never in it."""
+        session = await api.session()
+        many_messages(database, tenant, session.id, 2000)
+        with terminal() as (ours, theirs):
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "chat_ticket_svc", "export", "--tenant", tenant),
+                env={**os.environ, "DATABASE_URL": database},
+                stdout=asyncio.subprocess.PIPE,
+                stderr=theirs,
+            )
+            output, _ = await process.communicate()
+            assert b"2.00k" in os.read(ours, 10_000)
+        assert output.count(b"\n") == 2001
+        assert output == (await export(database, tenant)).output.encode()
+
     async def test_it_ends_quietly_when_its_reader_has_enough(
         self, api: Api, database: str, tenant: str
     ) -> None:
@@ -345,6 +364,8 @@ class TestErase:
 @contextlib.contextmanager
 def terminal() -> Iterator[tuple[int, int]]:
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    os.set_blocking(ours, False)
     try:
         yield ours, theirs
     finally:
