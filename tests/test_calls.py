@@ -1,8 +1,14 @@
 """The line that the log has of each call, and what leads a caller's report to it."""
 
 import asyncio
+import contextlib
+import os
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from io import FileIO
 from typing import Any
 
 import grpc.aio
@@ -17,6 +23,7 @@ from test_watch import following
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest, ListChatMessagesRequest
 from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest, WatchChatSessionRequest
+from chat_ticket_svc import logs
 
 GET = "chat_ticket.v1.ChatSessionService/GetChatSession"
 CREATE = "chat_ticket.v1.ChatMessageService/CreateChatMessage"
@@ -239,3 +246,71 @@ async def test_people_get_lines_for_people(database: str, tenant: str) -> None:
         assert "call" in told
         assert "code=OK" in told
         assert "{" not in told
+
+
+@contextlib.contextmanager
+def pipe() -> Iterator[tuple[FileIO, FileIO]]:
+    ours, theirs = (FileIO(number, mode) for number, mode in zip(os.pipe(), "rw", strict=True))
+    with ours, theirs:
+        yield ours, theirs
+
+
+class TestReader:
+    """Of the log: calls do not wait for it."""
+
+    @pytest.mark.parametrize("reader", ["stops", "leaves"])
+    async def test_calls_go_on_without_it(self, database: str, tenant: str, reader: str) -> None:
+        """And so does the end."""
+        settings = {
+            "DATABASE_URL": database,
+            "CHAT_TICKET_PORT": "0",
+            "CHAT_TICKET_LOG_FORMAT": "json",
+            "CHAT_TICKET_QUOTAS__TENANT_CALLS_PER_SECOND": "10000",
+        }
+        with pipe() as (ours, theirs):
+            process = subprocess.Popen(  # noqa: ASYNC220 - it does not take long
+                [sys.executable, "-m", "chat_ticket_svc", "serve"],
+                env={**os.environ, **settings},
+                stderr=theirs,
+            )
+            try:
+                theirs.close()
+                told = b""
+                while b'"serving"' not in told:
+                    told += await asyncio.to_thread(ours.read, 10_000)
+                if reader == "leaves":
+                    ours.close()
+                port = re.search(rb'"port": (\d+)', told)[1].decode()
+                async with Api(f"127.0.0.1:{port}", tenant) as api:
+                    # Of lines of 300 bytes a pipe holds 200.
+                    for _ in range(30):
+                        await asyncio.gather(*(api.session() for _ in range(20)))
+                process.terminate()
+                assert await asyncio.to_thread(process.wait, 20) == 0
+            finally:
+                process.kill()
+                process.wait()
+
+    def test_it_is_told_how_many_lines_it_missed(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """When it reads again."""
+        with pipe() as (ours, theirs):
+            monkeypatch.setattr(logs, "STANDARD_ERROR", theirs.fileno())
+            monkeypatch.setattr(logs, "MOST_WAITING", 100_000)
+            output = logs._Output()
+            output.start()
+            line = "x" * 999 + "\n"
+            for _ in range(500):
+                output.write(line)
+            os.set_blocking(ours.fileno(), False)
+            read, is_written = b"", False
+            while not is_written:
+                is_written = not output._waiting
+                read += ours.read(1_000_000) or b""
+            kept = read.count(b"\n")
+            assert kept < 300, "it was full"
+            deadline = time.monotonic() + 10
+            while "lines were left out" not in (out := capsys.readouterr().out):
+                assert time.monotonic() < deadline
+            assert f"lines={500 - kept}" in re.sub(r"\x1b\[\d*m", "", out)

@@ -7,6 +7,7 @@ the kind of each exception and where it was raised.
 
 import asyncio
 import atexit
+import contextlib
 import logging
 import os
 import re
@@ -26,6 +27,11 @@ log = structlog.get_logger()
 
 # How long a line may wait for others.
 SOON_SECONDS = 0.02
+
+# What may wait to be written, in characters, and for how long at the end.
+MOST_WAITING = 4_000_000
+FINISH_SECONDS = 1.0
+STANDARD_ERROR = 2
 
 # A name in a schema; a trigger may raise an error with any text in the place of one.
 NAME = re.compile(r"[a-z_][a-z0-9_]*")
@@ -94,8 +100,9 @@ def configure(settings: Settings) -> None:
         logger_factory=_Lines,
         cache_logger_on_first_use=True,
     )
-    atexit.register(_tell_kept)
-    handler = logging.StreamHandler()
+    _output.start()
+    atexit.register(_finish)
+    handler = logging.StreamHandler(_output)
     handler.addFilter(_impersonal)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -107,8 +114,61 @@ def configure(settings: Settings) -> None:
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING))
 
 
+class _Output(threading.Thread):
+    """Writes to the standard error, from a thread of its own.
+
+    Nobody has to wait for who reads it, and may have stopped to, or gone: then lines are left out,
+    and their number is told when there is room again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="log", daemon=True)
+        self._changed = threading.Condition()
+        self._texts: list[str] = []
+        self._waiting = 0  # characters, of what is being written too
+        self._lost = 0  # lines
+
+    def write(self, text: str) -> None:
+        with self._changed:
+            if self._waiting > MOST_WAITING:
+                self._lost += text.count("\n")
+                return
+            self._texts.append(text)
+            self._waiting += len(text)
+            self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Does nothing: what libraries write goes the same way. See `finish`."""
+
+    def finish(self) -> None:
+        """Wait until all is written, for FINISH_SECONDS at most."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting, FINISH_SECONDS)
+
+    def run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._texts)
+                text = "".join(self._texts)
+                self._texts.clear()
+                lost, self._lost = self._lost, 0
+            # Not by sys.stderr, for whose lock the interpreter would wait at its end.
+            data = text.encode(errors="replace")
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                while data:
+                    data = data[os.write(STANDARD_ERROR, data) :]
+            with self._changed:
+                self._waiting -= len(text)
+                self._changed.notify_all()
+            if lost:
+                log.warning("nobody read the log: lines were left out", lines=lost)
+
+
+_output = _Output()
+
+
 class _Lines:
-    """Where lines go: to the standard error, each at once, or those of `_tell_kept` as one."""
+    """Where structlog sends lines: those of `_tell_kept` go on together."""
 
     gathered: ClassVar[list[str] | None] = None
 
@@ -117,16 +177,11 @@ class _Lines:
 
     def msg(self, line: str) -> None:
         if self.gathered is None:
-            self.write(f"{line}\n")
+            _output.write(f"{line}\n")
         else:
             self.gathered.append(f"{line}\n")
 
     debug = info = warning = error = critical = msg
-
-    @staticmethod
-    def write(text: str) -> None:
-        sys.stderr.write(text)
-        sys.stderr.flush()
 
 
 _kept: list[tuple[Callable[..., None], str, float, dict[str, Any]]] = []
@@ -144,6 +199,12 @@ def soon(tell: Callable[..., None], event: str, details: dict[str, Any]) -> None
     _kept.append((tell, event, time.time(), details))
 
 
+def _finish() -> None:
+    if _kept:
+        _tell_kept()
+    _output.finish()
+
+
 def _tell_kept() -> None:
     kept = _kept.copy()
     _kept.clear()
@@ -151,7 +212,7 @@ def _tell_kept() -> None:
     try:
         for tell, event, seconds, details in kept:
             tell(event, timestamp=_iso(seconds), **details)
-        _Lines.write("".join(_Lines.gathered))
+        _output.write("".join(_Lines.gathered))
     finally:
         _Lines.gathered = None
 
