@@ -182,6 +182,17 @@ class TestDevelopment:
             result = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
             assert (result.returncode, result.stdout.split()) == (0, ["{", "}"]), result.stderr
             if auth == "insecure":
+                [database] = re.findall(r"^export (DATABASE_URL=.*)$", server.output, re.MULTILINE)
+                port = server.address.rpartition(":")[2]
+                check = f"'{sys.executable}' -m chat_ticket_svc check"
+                checked = subprocess.run(
+                    f"{database} CHAT_TICKET_PORT={port} {check}",
+                    shell=True,
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+                assert checked.returncode == 0, checked
                 return
             assert (data / "development-key.pem").stat().st_mode & 0o777 == 0o600
 

@@ -278,7 +278,9 @@ def _serve(options: argparse.Namespace) -> int:
 
         def listening(port: int) -> None:
             if options.embedded is not None:
-                print(_an_example(settings, port, options.embedded.parent), flush=True)
+                print(_an_example(settings, port, options.embedded.parent))
+                # For the commands that need it, as long as this runs.
+                print(f"export DATABASE_URL={shlex.quote(settings.database_url)}", flush=True)
 
         if settings.workers == 1:
             return _run_server(settings, end, listening)
