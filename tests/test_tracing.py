@@ -16,6 +16,7 @@ from grpc import StatusCode
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from process import ServerProcess, server_process
+from test_calls import line
 from test_errors import locked, raise_on_insert
 from test_leaks import leaks, secret
 
@@ -143,7 +144,7 @@ async def test_a_call_is_a_span_in_the_trace_of_its_caller(
     }
     assert span.status.code == Status.STATUS_CODE_UNSET
     assert collector[0].services == {"chat-ticket-svc"}
-    assert any(line.get("trace_id") == trace_of(tenant).hex() for line in process.log)
+    await line(process, "call", trace_id=trace_of(tenant).hex())
 
 
 async def test_the_wait_for_a_connection_and_the_statement_are_its_parts(
