@@ -22,9 +22,7 @@ from chat_ticket_svc.access.methods import READS
 
 TESTS = Path(__file__).parent
 FILE = TESTS.parent / "protos/chat_ticket/v1/chat_ticket_grpc_service_config.json"
-OK, CANCELLED, UNAVAILABLE = (
-    code.value[0] for code in (StatusCode.OK, StatusCode.CANCELLED, StatusCode.UNAVAILABLE)
-)
+OK, UNAVAILABLE = (code.value[0] for code in (StatusCode.OK, StatusCode.UNAVAILABLE))
 CALLERS = 8  # of each kind, in each language
 SECONDS = 0.5  # of calls, before and after one of the servers ends
 
@@ -179,9 +177,7 @@ async def test_no_call_fails_while_a_server_drains(
     told = await end_one_under_load(signal.SIGTERM, config(retries=False))
     for counts in (told.python, told.node):
         failed = sum((of - Counter({OK: of[OK]}) for of in counts.values()), Counter())
-        # A client that gets no turn on a busy machine calls before it has read the GOAWAY.
-        assert failed.keys() <= {CANCELLED}, counts
-        assert failed.total() < CALLERS * 2, counts
+        assert not failed, counts
     assert told.stored == told.python["write"][OK] + told.node["write"][OK]
 
 
