@@ -175,7 +175,9 @@ class TestDevelopment:
         """With what the server asks for; a token of the command is what it takes."""
         data = tmp_path / "a directory"
         with server_process(
-            "", "--embedded", str(data / "postgres"), CHAT_TICKET_AUTH=auth
+            *("", "--embedded", str(data / "postgres")),
+            CHAT_TICKET_AUTH=auth,
+            PYTHONUNBUFFERED="1",  # as containers set it: each write comes alone
         ) as server:
             server.wait_for("serving")
             line = server.printed()

@@ -278,9 +278,13 @@ def _serve(options: argparse.Namespace) -> int:
 
         def listening(port: int) -> None:
             if options.embedded is not None:
-                print(_an_example(settings, port, options.embedded.parent))
+                example = _an_example(settings, port, options.embedded.parent)
                 # For the commands that need it, as long as this runs.
-                print(f"export DATABASE_URL={shlex.quote(settings.database_url)}", flush=True)
+                url = f"export DATABASE_URL={shlex.quote(settings.database_url)}"
+                # With PYTHONUNBUFFERED, print() writes the newline by itself: a line of the log,
+                # which another thread writes to the same terminal, would come before it.
+                sys.stdout.write(f"{example}\n{url}\n")
+                sys.stdout.flush()
 
         if settings.workers == 1:
             return _run_server(settings, end, listening)
