@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import re
+import select
 import subprocess
 import sys
 import time
@@ -290,6 +291,22 @@ class TestReader:
             finally:
                 process.kill()
                 process.wait()
+
+    def test_it_misses_nothing_where_writes_do_not_block(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As a parent that shares its terminal or pipe may have set it."""
+        with pipe() as (ours, theirs):
+            monkeypatch.setattr(logs, "STANDARD_ERROR", theirs.fileno())
+            os.set_blocking(theirs.fileno(), False)
+            output = logs._Output()
+            output.start()
+            output.write(("x" * 999 + "\n") * 500)
+            read = b""
+            while read.count(b"\n") < 500:
+                assert select.select([ours], [], [], 10)[0], "no more comes"
+                read += ours.read(10_000)
+            output.finish()
 
     def test_it_is_told_how_many_lines_it_missed(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

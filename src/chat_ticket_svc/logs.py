@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import re
+import select
 import sys
 import threading
 import time
@@ -156,7 +157,10 @@ class _Output(threading.Thread):
             data = text.encode(errors="replace")
             with contextlib.suppress(OSError):  # nobody reads it any more
                 while data:
-                    data = data[os.write(STANDARD_ERROR, data) :]
+                    try:
+                        data = data[os.write(STANDARD_ERROR, data) :]
+                    except BlockingIOError:  # as whoever shares the terminal or pipe may want it
+                        select.select([], [STANDARD_ERROR], [])
             with self._changed:
                 self._waiting -= len(text)
                 self._changed.notify_all()
