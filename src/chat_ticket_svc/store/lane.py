@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -41,9 +42,8 @@ _PLACEHOLDER = re.compile(r"%\((\w+)\)s")
 
 
 class _Statement(NamedTuple):
-    """What PostgreSQL is sent: the parameters by number, and a name to prepare it under."""
+    """What PostgreSQL is sent: the parameters by number."""
 
-    name: bytes
     sql: bytes
     parameters: tuple[str, ...]
 
@@ -54,8 +54,7 @@ def _statement(sql: str) -> _Statement:
     numbered = _PLACEHOLDER.sub(
         lambda match: f"${numbers.setdefault(match[1], len(numbers) + 1)}", sql
     )
-    # Python's hash of a text stays the same for as long as this process runs.
-    return _Statement(b"lane_%x" % (hash(sql) % 2**64), numbered.encode(), tuple(numbers))
+    return _Statement(numbered.encode(), tuple(numbers))
 
 
 def _dumped(value: Any) -> bytes | None:
@@ -185,7 +184,10 @@ class _Pipeline:
         self._libpq = connection.pgconn
         self._give_back = give_back
         self._prepares = prepares
-        self._prepared: set[bytes] = set()
+        # The name that each has. What could not be prepared gets another the next time: PgBouncer
+        # takes a name for used, and ends the connection of who uses it again.
+        self._prepared: dict[bytes, bytes] = {}
+        self._names = itertools.count()
         self._transformer = Transformer(connection)
         self._unsent: deque[_Call] = deque()
         self._sent: deque[_Call] = deque()
@@ -243,13 +245,14 @@ class _Pipeline:
             self._break(error)
 
     def _send(self, call: _Call) -> None:
-        name, sql, _ = call.statement
+        sql = call.statement.sql
         if not self._prepares:
             self._libpq.send_query_params(sql, call.values, result_format=pq.Format.BINARY)
         else:
-            if name not in self._prepared:
+            name = self._prepared.get(sql)
+            if name is None:
                 call.preparing = True
-                self._prepared.add(name)
+                name = self._prepared[sql] = b"lane_%d" % next(self._names)
                 self._libpq.send_prepare(name, sql)
             self._libpq.send_query_prepared(name, call.values, result_format=pq.Format.BINARY)
         self._libpq.pipeline_sync()
@@ -295,7 +298,7 @@ class _Pipeline:
         elif call.preparing:
             call.preparing = False
             if result.status != pq.ExecStatus.COMMAND_OK:
-                self._prepared.discard(call.statement.name)
+                self._prepared.pop(call.statement.sql, None)
                 call.result = result
         elif call.result is None:
             call.result = result
@@ -324,7 +327,7 @@ class _Pipeline:
     def _send_again(self, call: _Call) -> None:
         """What was to be prepared by a call before it, which failed at that."""
         if not any(sent.preparing for sent in self._sent if sent.statement is call.statement):
-            self._prepared.discard(call.statement.name)
+            self._prepared.pop(call.statement.sql, None)
         call.result = None
         self._unsent.appendleft(call)
 
