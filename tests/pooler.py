@@ -5,7 +5,9 @@ go past it. It is Debian's package pgbouncer, which nothing else needs.
 """
 
 import contextlib
+import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,17 +41,33 @@ default_pool_size = {pool_size}
 server_idle_timeout = 2
 """
 
+# With its setting for it, statements may be prepared.
+PREPARES = (1, 21)
+PREPARING = "max_prepared_statements = 200\n"
+
+
+def _program() -> str:
+    return shutil.which("pgbouncer") or "/usr/sbin/pgbouncer"
+
+
+@functools.cache
+def _prepares() -> bool:
+    said = subprocess.run([_program(), "--version"], capture_output=True, text=True, check=True)
+    major, minor = re.match(r"PgBouncer (\d+)\.(\d+)", said.stdout).groups()
+    return (int(major), int(minor)) >= PREPARES
+
 
 @contextlib.contextmanager
 def pgbouncer(database_url: str, directory: Path, *, pool_size: int = 20) -> Iterator[str]:
     """Run it before the server of a URL; yields the part of URLs that leads to it instead."""
-    program = shutil.which("pgbouncer") or "/usr/sbin/pgbouncer"
     server = conninfo.conninfo_to_dict(database_url)
     directory.mkdir(mode=0o700)
     configuration = directory / "pgbouncer.ini"
     to = " ".join(f"{name}={server[name]}" for name in ("host", "port"))
     configuration.write_text(
-        CONF.read_text().replace(TO, to) + HERE.format(directory=directory, pool_size=pool_size)
+        CONF.read_text().replace(TO, to)
+        + HERE.format(directory=directory, pool_size=pool_size)
+        + (PREPARING if _prepares() else "")
     )
     users = directory / "users"
     users.write_text(f'"{server["user"]}" ""\n')
@@ -58,7 +76,7 @@ def pgbouncer(database_url: str, directory: Path, *, pool_size: int = 20) -> Ite
     if identity == "nobody":
         for path in (directory, configuration, users):
             os.chown(path, embedded._NOBODY, embedded._NOBODY)
-    command = embedded._command(identity, Path(program), str(configuration))
+    command = embedded._command(identity, Path(_program()), str(configuration))
     ending = threading.Event()
 
     def keep_running() -> None:
@@ -101,7 +119,7 @@ def through(place: str, database_url: str) -> dict[str, str]:
         "DATABASE_URL": pooled,
         "DATABASE_LISTEN_URL": database_url,
         "MIGRATE_DATABASE_URL": database_url,
-        "CHAT_TICKET_PREPARE_STATEMENTS": "false",
+        "CHAT_TICKET_PREPARE_STATEMENTS": str(_prepares()),
     }
 
 
