@@ -101,6 +101,7 @@ class TestDatabaseErrors:
         )
         assert (await api.session()).revision == 0
 
+    @pytest.mark.direct("its sessions are read-only until it lets go of them")
     async def test_server_that_takes_no_writes_is_left(
         self, start_server: Any, fresh_database: str
     ) -> None:
