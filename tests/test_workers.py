@@ -87,7 +87,8 @@ async def client_of(process: ServerProcess, pid: int, tenant: str) -> Api:
         # Otherwise all clients of a process share one connection.
         options = [("grpc.use_local_subchannel_pool", 1)]
         api = Api(process.address, tenant, options=options)
-        await api.session()
+        with contextlib.suppress(grpc.aio.AioRpcError):  # of one that has just been killed
+            await api.session()
         if connections(pid, port) > before:
             return api
         await api.channel.close()
