@@ -196,7 +196,44 @@ class TestExport:
         assert not file.exists()
         assert (await export(database, tenant, "--output", str(file))).status == 0
         assert file.read_text() == (await export(database, tenant)).output
-        assert list(tmp_path.iterdir()) == [file]  # noqa: ASYNC240
+        link = tmp_path / "link.jsonl"
+        link.symlink_to(file)
+        assert (await export(database, tenant, "--output", str(link))).status == 0
+        assert link.is_symlink()
+        assert sorted(tmp_path.iterdir()) == [file, link]  # noqa: ASYNC240
+
+    @pytest.mark.usefixtures("filled")
+    async def test_a_pipe_is_written_as_it_is(
+        self, database: str, tenant: str, tmp_path: Path
+    ) -> None:
+        """Nothing takes its place: as root that would be the end of /dev/null."""
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        reading = asyncio.create_task(asyncio.to_thread(pipe.read_text))
+        assert (await export(database, tenant, "--output", str(pipe))).status == 0
+        assert await reading == (await export(database, tenant)).output
+        assert pipe.is_fifo()
+
+    @pytest.mark.usefixtures("filled")
+    async def test_what_cannot_be_written_is_told_in_a_line(
+        self, database: str, tenant: str, tmp_path: Path
+    ) -> None:
+        """With the reason of the system."""
+        of = {"DATABASE_URL": database, "T": tenant, "P": sys.executable, "D": str(tmp_path)}
+        for where, reason in {
+            "> /dev/full": "the standard output: No space left on device",
+            '--output "$D"': f"{tmp_path}: Is a directory",
+            '--output "$D/no/file"': f"{tmp_path}/no/file: No such file or directory",
+        }.items():
+            process = await asyncio.create_subprocess_shell(
+                f'"$P" -m chat_ticket_svc export --tenant "$T" {where}',
+                env={**os.environ, **of},
+                stderr=asyncio.subprocess.PIPE,
+            )
+            _, errors = await process.communicate()
+            assert errors.decode() == f"chat-ticket-svc: cannot write {reason}\n"
+            assert process.returncode == 1
+        assert not list(tmp_path.iterdir())  # noqa: ASYNC240
 
     async def test_a_tenant_with_nothing_is_an_error(self, database: str, tenant: str) -> None:
         """It may be misspelt."""

@@ -204,20 +204,23 @@ def _on_database(work: Callable[["Database"], Coroutine[Any, Any, int]]) -> int:
 
 
 async def _export(db: "Database", options: argparse.Namespace) -> int:
-    from chat_ticket_svc.export import export
+    from chat_ticket_svc.export import export, whole
 
     arguments = (db, options.tenant, options.session)
-    if options.output is None:
-        try:
+    try:
+        if options.output is None:
             lines = await export(*arguments, sys.stdout)
-        except BrokenPipeError:  # who reads has enough; Python would complain at its end again
+        else:
+            with whole(options.output) as file:
+                lines = await export(*arguments, file)
+    except OSError as error:
+        if options.output is None:  # Python would complain of what it still has to write
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # who reads has enough
             return 128 + signal.SIGPIPE
-    else:
-        part = options.output.with_name(f"{options.output.name}.part")
-        with part.open("w", encoding="utf-8") as file:
-            lines = await export(*arguments, file)
-        part.replace(options.output)
+        where = options.output or "the standard output"
+        print(f"chat-ticket-svc: cannot write {where}: {error.strerror}", file=sys.stderr)
+        return 1
     if not lines:
         print(f"chat-ticket-svc: the tenant {options.tenant} has nothing", file=sys.stderr)
         return 1

@@ -9,7 +9,8 @@ chat ticket. A session has the messages that it had when its turn came.
 
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import TextIO
 
 from google.protobuf.json_format import MessageToDict
@@ -24,6 +25,24 @@ from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.sessions import Session
 
 PAGE = 500
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[TextIO]:
+    """A file to write, which has its name when it is whole. A device or pipe has it already."""
+    if path.exists() and not path.is_file():
+        with path.open("w", encoding="utf-8") as file:
+            yield file
+        return
+    path = path.resolve()  # a link stays one
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            yield file
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 async def export(db: Database, tenant_id: str, session_id: str | None, output: TextIO) -> int:
