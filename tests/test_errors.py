@@ -447,8 +447,9 @@ class TestWire:
         else:
             method = "/chat_ticket.v1.ChatSessionService/GetChatSession"
             call = api.channel.unary_unary(method)(b"\xff\xff", metadata=metadata)
-        with refused(StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT"):
+        with refused(StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT") as refusal:
             await call
+        assert refusal.text == "the request is not the message of this method"
 
     async def test_invalid_utf8_is_refused(self, api: Api) -> None:
         """A string that is no UTF-8 never becomes text."""

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Violation:
-    """What is wrong with one field of a request."""
+    """What is wrong with one field of a request, or with all of it: then `field` is empty."""
 
     field: str
     description: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.description}" if self.field else self.description
 
 
 class DomainError(Exception):
@@ -36,7 +39,7 @@ class InvalidArgumentError(DomainError):
     """The request itself is wrong; carries the violations found, and how many more there are."""
 
     def __init__(self, violations: Sequence[Violation], *, unlisted: int = 0):
-        text = "; ".join(f"{v.field}: {v.description}" for v in violations)
+        text = "; ".join(map(str, violations))
         super().__init__(text, reason="INVALID_ARGUMENT")
         self.violations = violations
         self.unlisted = unlisted
