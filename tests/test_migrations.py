@@ -412,8 +412,9 @@ class TestService:
         for _ in range(lacking):
             assert migrate.dbmate(fresh_database, "rollback", quiet=True) == 0
         missing = ", ".join(FILES[-lacking:])
-        said = f"chat-ticket-svc: the database lacks {missing}: run make migrate"
-        assert said in self.refusal(fresh_database)
+        run = "run chat-ticket-svc migrate, or make migrate"
+        said = f"chat-ticket-svc: the database lacks {missing}: {run}"
+        assert self.refusal(fresh_database) == said
 
     def test_does_not_start_on_an_empty_database(self, empty_database: str) -> None:
         """It lacks everything, the table of migrations too."""

@@ -79,13 +79,6 @@ OPTIONS = [
 ]
 
 
-class StaleSchemaError(Exception):
-    """The database lacks migrations that this version needs; carries their names."""
-
-    def __init__(self, missing: list[str]):
-        super().__init__(f"the database lacks {', '.join(missing)}: run make migrate")
-
-
 class Server:
     """One server process: `start`, then `stop`. Not reusable."""
 
@@ -127,7 +120,7 @@ class Server:
         self._metrics: HTTPServer | None = None
 
     async def start(self) -> None:
-        """Listen. A database that is reachable and not migrated raises StaleSchemaError.
+        """Listen. A database that is reachable and not migrated raises schema.StaleSchemaError.
 
         One that cannot be reached does not: the health service says NOT_SERVING until it can.
         """
@@ -193,7 +186,10 @@ class Server:
 
     def _report(self) -> None:
         self._db.report()
-        metrics.WATCHERS.set_function(lambda: self._follow.watchers)
+        # Without self, which metrics would keep: gRPC's thread complains at the end of Python when
+        # there still is a server that was not started.
+        follow = self._follow
+        metrics.WATCHERS.set_function(lambda: follow.watchers)
         host, port = self._settings.host, self._settings.metrics_port
         if port is None:
             return
@@ -233,7 +229,7 @@ class Server:
             log.warning("the database cannot be reached yet", reason=error.reason)
             return
         if missing:
-            raise StaleSchemaError(missing)
+            raise schema.StaleSchemaError(missing)
 
     async def _watch_health(self) -> None:
         """Keep the health service's answer at what the database allows."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import psycopg
 
 from chat_ticket_svc import errors
+from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.store.database import connection_string, is_read_only
 
 # In the package where it is installed, and beside its sources in a checkout.
@@ -33,6 +34,15 @@ SELECT current_setting('server_version'), current_setting('server_version_num'):
        extract(epoch FROM clock_timestamp())::float8,
        to_regclass('schema_migrations') IS NOT NULL
 """
+
+
+class StaleSchemaError(ConfigurationError):
+    """The database lacks migrations that this version needs; carries their names."""
+
+    def __init__(self, missing: list[str]):
+        super().__init__(
+            f"the database lacks {', '.join(missing)}: run chat-ticket-svc migrate, or make migrate"
+        )
 
 
 class Facts(NamedTuple):
