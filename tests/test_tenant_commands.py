@@ -16,6 +16,8 @@ import pytest
 from client import Api, an_id
 from google.protobuf.json_format import ParseDict
 from process import Finished, command
+from test_errors import locked
+from test_locks import until_waiting
 from test_watch import following
 
 from chat_ticket.v1 import chat_message_pb2 as m
@@ -359,6 +361,18 @@ class TestErase:
         assert 0 < counts(database, tenant)["chat_messages"] < 30_000
         assert (await erase(database, tenant, "--yes")).status == 0
         assert not any(counts(database, tenant).values())
+
+    async def test_it_waits_for_what_is_locked(
+        self, filled: Filled, database: str, tenant: str
+    ) -> None:
+        """For longer than a call: what erased before, and was killed, may not have ended."""
+        erasing = ("--tenant", tenant, "--yes", "--active-tickets")
+        settings = {"DATABASE_URL": database, "CHAT_TICKET_LOCK_TIMEOUT_MS": "50"}
+        with locked(database, filled.first.id):
+            done = asyncio.create_task(command("erase", *erasing, **settings))
+            await until_waiting(database, 1)
+            await asyncio.sleep(0.5)
+        assert (await done).status == 0, await done
 
     async def test_a_transaction_deletes_a_bounded_number_of_rows(
         self, api: Api, database: str, tenant: str

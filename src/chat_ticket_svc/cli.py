@@ -186,13 +186,14 @@ def _on_database(work: Callable[["Database"], Coroutine[Any, Any, int]]) -> int:
     async def run() -> int:
         facts = await schema.facts(settings.database_url)
         if facts.missing:
-            raise ConfigurationError(f"the database lacks {', '.join(facts.missing)}")
+            raise schema.StaleSchemaError(facts.missing)
         db = Database(
             settings.database_url,
             pool_size=2,
             prepare_statements=settings.prepare_statements,
             statement_timeout_ms=LONG_MS,
-            lock_timeout_ms=settings.lock_timeout_ms,
+            # An erase that was killed may hold its locks until PostgreSQL is done with them.
+            lock_timeout_ms=LONG_MS,
         )
         await db.open()
         try:
@@ -315,8 +316,6 @@ def _run_server(settings: Settings, end: "_End", listening: Callable[[int], None
 
     try:
         return _run(serve, end, uvloop.new_event_loop)
-    except server.StaleSchemaError as error:
-        sys.exit(f"chat-ticket-svc: {error}")
     finally:
         tracing.shutdown()
 
