@@ -115,19 +115,21 @@ def configure(settings: Settings) -> None:
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING))
 
 
-class _Output(threading.Thread):
-    """Writes to the standard error, from a thread of its own.
+class _Output:
+    """Writes to the standard error, from a thread of its own, once it was started.
 
     Nobody has to wait for who reads it, and may have stopped to, or gone: then lines are left out,
     and their number is told when there is room again.
     """
 
     def __init__(self) -> None:
-        super().__init__(name="log", daemon=True)
         self._changed = threading.Condition()
         self._texts: list[str] = []
         self._waiting = 0  # characters, of what is being written too
         self._lost = 0  # lines
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="log", daemon=True).start()
 
     def write(self, text: str) -> None:
         with self._changed:
@@ -146,7 +148,7 @@ class _Output(threading.Thread):
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting, FINISH_SECONDS)
 
-    def run(self) -> None:
+    def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._texts)
