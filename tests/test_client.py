@@ -430,6 +430,21 @@ class TestToken:
         secure = grpc.ssl_channel_credentials()
         await ChatTicketClient("chat.example:443", token="secret", credentials=secure).close()
 
+    async def test_must_be_one_that_grpc_sends(self) -> None:
+        """As the tenant: told at once, or by the call, and never shown; follow does not repeat it.
+
+        A file often has a line break at its end.
+        """
+        for bad in ({"token": "secret\n"}, {"tenant": "secret\n"}, {"tenant": "café"}):
+            with pytest.raises(ValueError, match="not printable ASCII") as caught:
+                ChatTicketClient("localhost:1", **bad)  # type: ignore[arg-type]
+            assert "secret" not in str(caught.value)
+        async with ChatTicketClient("localhost:1", token=lambda: "secret\n") as client:
+            with pytest.raises(ValueError, match="token is not printable ASCII"):
+                await client.sessions.GetChatSession(GetChatSessionRequest())
+            with pytest.raises(ValueError, match="token is not printable ASCII"):
+                await anext(client.follow(an_id()))
+
     async def test_that_expires_is_asked_for_again_by_follow(
         self, guarded: Server, connect: NewClient, tenant: str
     ) -> None:

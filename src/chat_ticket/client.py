@@ -99,8 +99,9 @@ class ChatTicketClient:
     call, so it should keep what it returns until that is about to expire; what it raises, the call
     raises. `credentials` are those of the channel, such as grpc.ssl_channel_credentials(); without
     any the connection is plain text, on which a token is sent to this machine only (`localhost`, a
-    loopback address or a Unix socket): otherwise ValueError. `timeout` is the deadline, in seconds,
-    of calls with one response which say no other. `options` are of gRPC, and come last.
+    loopback address or a Unix socket): otherwise ValueError, as for a tenant or token that is not
+    printable ASCII, such as one with a line break at its end. `timeout` is the deadline, in
+    seconds, of calls with one response which say no other. `options` are of gRPC, and come last.
     """
 
     sessions: "ChatSessionServiceAsyncStub"
@@ -304,8 +305,8 @@ class _Caller:
     """Who makes the calls."""
 
     def __init__(self, tenant: str | None, token: Token | None):
-        self._tenant = [] if tenant is None else [("x-tenant-id", tenant)]
-        self._token = token
+        self._tenant = [] if tenant is None else [("x-tenant-id", _sendable("tenant", tenant))]
+        self._token = _sendable("token", token) if isinstance(token, str) else token
 
     async def details(
         self, given: grpc.aio.ClientCallDetails, timeout: float | None
@@ -315,7 +316,7 @@ class _Caller:
         token = self._token
         if callable(token):
             asked = token()
-            token = await asked if inspect.isawaitable(asked) else asked
+            token = _sendable("token", await asked if inspect.isawaitable(asked) else asked)
         if token is not None:
             metadata.append(("authorization", f"Bearer {token}"))
         return grpc.aio.ClientCallDetails(
@@ -356,6 +357,13 @@ class _Stream(grpc.aio.UnaryStreamClientInterceptor):
                 yield response
         except grpc.aio.AioRpcError as error:
             raise errors.typed(error) from error
+
+
+def _sendable(name: str, text: str) -> str:
+    """gRPC refuses any other, but says neither which it is nor that it is no error on the way."""
+    if not (text.isascii() and text.isprintable()):
+        raise ValueError(f"the {name} is not printable ASCII: does it end in a line break?")
+    return text
 
 
 def _may_pass(error: ChatTicketError) -> bool:
