@@ -167,6 +167,18 @@ class TestProcess:
                     assert (await writing).sequence == 1
             assert await asyncio.to_thread(process.stop) == 0
 
+    @pytest.mark.parametrize("workers", ["1", "2"])
+    async def test_sighup_ends_nothing(self, database: str, tenant: str, workers: str) -> None:
+        """It asks others to read their files again, which this does by itself."""
+        with server_process(database, CHAT_TICKET_WORKERS=workers) as process:
+            process.wait_for("serving")
+            async with Api(process.address, tenant) as api:
+                session = await api.session()
+                process.popen.send_signal(signal.SIGHUP)
+                await asyncio.sleep(0.2)
+                await api.message(session.id)
+            assert await asyncio.to_thread(process.stop) == 0
+
     async def test_calls_during_the_drain_are_answered(self, database: str, tenant: str) -> None:
         """Callers who call again at once lose no call: each is answered, until nothing listens."""
         from conftest import serving
@@ -253,6 +265,25 @@ class TestEmbedded:
             process.wait_for("serving")
             assert len(list_sessions(process.address)) == 1
             assert not is_running(postmaster, data)
+
+    def test_ends_with_its_terminal(self, tmp_path: Path) -> None:
+        """In order, and PostgreSQL with it; unless it was started by nohup."""
+        data = tmp_path / "data"
+        with server_process("", "--embedded", str(data)) as process:
+            process.wait_for("serving")
+            pid = int((data / "postmaster.pid").read_text().split()[0])
+            assert process.stop(signal.SIGHUP) == 0
+            assert not is_running(pid, data)
+            assert any(line["event"] == "draining" for line in process.log)
+        handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with server_process("", "--embedded", str(data)) as process:
+                process.wait_for("serving")
+                process.popen.send_signal(signal.SIGHUP)
+                time.sleep(0.2)
+                create_session(process.address)
+        finally:
+            signal.signal(signal.SIGHUP, handler)
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_signal_while_it_starts_ends_postgres_too(self, tmp_path: Path, number: int) -> None:

@@ -270,7 +270,7 @@ def _migrate(command: str) -> int:
 def _serve(options: argparse.Namespace) -> int:
     given = {"port": options.port, "workers": options.workers}
     overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    end = _End()
+    end = _End(with_terminal=options.embedded is not None)
     with _database(options.embedded) as embedded:
         overrides |= embedded
         settings = config.load(**overrides)
@@ -340,7 +340,7 @@ def _run_workers(
 def _work(parent: int, number: int) -> int:
     """Be one of the workers of a `serve`, which has looked at the settings."""
     workers.end_with_parent(parent)
-    end = _End()
+    end = _End(with_terminal=False)
     settings = config.load()
     if settings.metrics_port:  # each has its own, one after the other
         settings = config.load(metrics_port=settings.metrics_port + number)
@@ -373,16 +373,24 @@ class _End:
 
     Not by the event loop's own handlers: those begin and end with the loop, and a signal has to
     leave through the end of the embedded PostgreSQL also before and after.
+
+    So does SIGHUP when the process is to end with its terminal, unless nohup says otherwise. A
+    server's operators mean by it that files are to be read again, which they are by themselves.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, with_terminal: bool) -> None:
         self.request: Callable[[], object] = sys.exit
         self.requested = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self._signals = [signal.SIGTERM, signal.SIGINT]
+        if with_terminal and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+            self._signals.append(signal.SIGHUP)
+        else:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for number in self._signals:
             signal.signal(number, self._handle)
 
     def _handle(self, *_: object) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in self._signals:
             signal.signal(number, signal.SIG_IGN)
         self.requested = True
         self.request()
