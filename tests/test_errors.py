@@ -62,6 +62,25 @@ def locked(database_url: str, session_id: str) -> Iterator[None]:
         yield
 
 
+def set_read_only(database_url: str, setting: str) -> None:
+    """As a standby is, for sessions to come."""
+    execute(
+        database_url,
+        "SET default_transaction_read_only = off",
+        f"ALTER DATABASE {urlsplit(database_url).path[1:]}"
+        f" SET default_transaction_read_only = {setting}",
+    )
+
+
+async def session_soon(api: Api) -> r.ChatSession:
+    """A session, as soon as one can be created."""
+    async with asyncio.timeout(15):
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                return await api.session()
+            await asyncio.sleep(0.1)
+
+
 class TestDatabaseErrors:
     @pytest.mark.parametrize(
         ("sqlstate", "code", "reason"),
@@ -106,23 +125,13 @@ class TestDatabaseErrors:
         self, start_server: Any, fresh_database: str
     ) -> None:
         """By all connections: where it was may be another, which takes them."""
-        read_only = f"ALTER DATABASE {urlsplit(fresh_database).path[1:]}"
-        execute(fresh_database, f"{read_only} SET default_transaction_read_only = on")
+        set_read_only(fresh_database, "on")
         api = await start_server(fresh_database)
         for write in (api.message(an_id()), api.session()):
             with refused(StatusCode.UNAVAILABLE, "DATABASE_READ_ONLY"):
                 await write
-        execute(
-            fresh_database,
-            "SET default_transaction_read_only = off",
-            f"{read_only} RESET default_transaction_read_only",
-        )
-        async with asyncio.timeout(10):
-            while True:
-                with contextlib.suppress(grpc.aio.AioRpcError):
-                    session = await api.session()
-                    break
-                await asyncio.sleep(0.1)
+        set_read_only(fresh_database, "off")
+        session = await session_soon(api)
         for _ in range(20):  # one at a time, and by the connection that small ones share
             await api.session()
             await api.message(session.id)
@@ -135,22 +144,12 @@ class TestDatabaseErrors:
         to = conninfo_to_dict(fresh_database)
         to |= {"host": f"/nowhere,{to['host']}", "port": f"1,{to.get('port', 5432)}"}
         url = f"postgresql://?{urlencode(to, quote_via=quote)}"
-        read_only = f"ALTER DATABASE {to['dbname']}"
-        execute(fresh_database, f"{read_only} SET default_transaction_read_only = on")
+        set_read_only(fresh_database, "on")
         api = await start_server(url)
         with refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE"):
             await api.session()
-        execute(
-            fresh_database,
-            "SET default_transaction_read_only = off",
-            f"{read_only} RESET default_transaction_read_only",
-        )
-        async with asyncio.timeout(15):
-            while True:
-                with contextlib.suppress(grpc.aio.AioRpcError):
-                    await api.session()
-                    break
-                await asyncio.sleep(0.1)
+        set_read_only(fresh_database, "off")
+        await session_soon(api)
 
     async def test_unknown_error_tells_nothing_but_an_id(
         self, start_server: Any, fresh_database: str, capsys: pytest.CaptureFixture[str]
