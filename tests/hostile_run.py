@@ -443,6 +443,7 @@ def main() -> None:
         database = Cluster(postgres.url).create()
         settings = {
             "CHAT_TICKET_ATTACHMENT_URL_CHECK": "false",
+            "CHAT_TICKET_LOG_CALLS": "false",
             "CHAT_TICKET_QUOTAS__TENANT_CALLS_PER_SECOND": "100000",
         }
         with server_process(database, **settings) as server:

@@ -58,6 +58,17 @@ async def test_nothing_is_there() -> None:
     assert "DATABASE_URL=postgresql://***@127.0.0.1:1/chats\n" in done.output
 
 
+@pytest.mark.parametrize("absent", ["database", "role"])
+async def test_what_does_not_exist_is_told(database: str, absent: str) -> None:
+    url = urlsplit(database)
+    user = "nobody_at_all" if absent == "role" else "postgres"
+    path = "/nothing_at_all" if absent == "database" else url.path
+    wrong = url._replace(netloc=f"{user}@", path=path).geturl()
+    done = await command("check", DATABASE_URL=wrong, CHAT_TICKET_PORT="1")
+    said = f"cannot be reached: the {absent} does not exist"
+    assert line(done, "database") == ("FAILED", said)
+
+
 async def test_no_database_is_set() -> None:
     done = await command("check", DATABASE_URL="", CHAT_TICKET_PORT="1")
     assert line(done, "database") == ("FAILED", "DATABASE_URL: is required")
@@ -106,6 +117,7 @@ class TestTokens:
         assert done.status == 0
         assert line(done, "keys") == ("ok", "of tokens: of-the-issuer")
         assert line(done, "call")[1].startswith("asks for a token, as it should")
+        assert f"CHAT_TICKET_JWT_KEYS={settings['jwt_keys']}\n" in done.output, "a file is shown"
 
     @pytest.mark.parametrize(("issuer", "state"), [("of-the-issuer", "ok"), ("other", "FAILED")])
     async def test_a_call_is_made_with_a_token(
@@ -130,6 +142,19 @@ class TestTokens:
         )
         assert line(done, "call")[0] == state
         assert done.status == (0 if state == "ok" else 1)
+
+    async def test_whoever_does_not_have_its_settings_can_call_it(
+        self, start_server: Any, database: str, tmp_path: Path, key: Key
+    ) -> None:
+        """With a token, whose tenant it is; without one it is told what to give."""
+        api = await start_server(database, auth="jwt", **key.trusted(tmp_path))
+        here = environment(api, database)
+        done = await command("check", **here)
+        assert line(done, "call")[0] == "FAILED"
+        assert line(done, "call")[1].endswith(": --token-file makes it with one")
+        (tmp_path / "token").write_text(key.token(tenants=["acme"]))
+        done = await command("check", "--token-file", str(tmp_path / "token"), **here)
+        assert line(done, "call")[0] == "ok"
 
     async def test_keys_that_cannot_be_read_are_no_keys(self, tmp_path: Path, key: Key) -> None:
         settings = {**key.trusted(tmp_path), "jwt_keys": str(tmp_path / "nothing")}

@@ -388,7 +388,7 @@ class TestRefusal:
     )
     def test_wrong_setting_is_said_once(self, database: str, wrong: dict[str, str]) -> None:
         """With the words and the exit status of one process."""
-        environment = {"DATABASE_URL": database, "CHAT_TICKET_PORT": "50051", **wrong}
+        environment = {"DATABASE_URL": database, "CHAT_TICKET_PORT": "0", **wrong}
         one, two = (
             command("serve", CHAT_TICKET_WORKERS=workers, **environment) for workers in "12"
         )

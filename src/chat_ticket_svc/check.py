@@ -5,6 +5,7 @@ variable by mistake.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -118,13 +119,17 @@ def _set(settings: Settings) -> Iterator[str]:
 
 
 def _masked(variable: str, value: Any) -> str:
-    """Of URLs the scheme, the host and the database; of files nothing, as it may be a key."""
+    """Of URLs the scheme, the host and the database; of what should be a file, and is not, nothing:
+    it may be a key.
+    """
     if variable.endswith("_URL"):
         parts = urlsplit(value)
         user = "***@" if "@" in parts.netloc else ""
         query = "?***" if parts.query else ""
         return f"{parts.scheme}://{user}{parts.netloc.rpartition('@')[2]}{parts.path}{query}"
     if isinstance(value, Path) or variable == "CHAT_TICKET_JWT_KEYS":
+        with contextlib.suppress(OSError, ValueError):
+            return str(value) if Path(value).is_file() else "***"
         return "***"
     return ",".join(value) if isinstance(value, tuple) else str(value)
 
@@ -255,7 +260,7 @@ async def _call(
     """A read, which goes through everything down to the database."""
     sessions = chat_session_pb2_grpc.ChatSessionServiceStub(channel)
     metadata = []
-    if tenant_id or settings.auth == "insecure":
+    if tenant_id or (settings.auth == "insecure" and not token):  # a token has its own
         metadata.append((TENANT_KEY, tenant_id or TENANT))
     if token:
         metadata.append(("authorization", f"Bearer {token}"))
@@ -269,5 +274,6 @@ async def _call(
             text = "asks for a token, as it should: --token-file has a call made with one"
             return OK, "call", text
         text = error.details() or ""
-        raise _Unwell(f"a call failed: {error.code().name}: {text}") from error
+        hint = ": --token-file makes it with one" if asked else ""
+        raise _Unwell(f"a call failed: {error.code().name}: {text}{hint}") from error
     return OK, "call", f"ListChatSessions took {1000 * (time.perf_counter() - began):.1f} ms"

@@ -23,7 +23,8 @@ PROBE_TIMEOUT_MS = 2000
 
 # What libpq can be quoted with: the rest of its words may hold what stands in the URL.
 REASONS = re.compile(
-    "password authentication failed|no password supplied|does not exist|no pg_hba.conf entry"
+    "password authentication failed|no password supplied|no pg_hba.conf entry"
+    '|(?P<no>database|role) "[^"]*" does not exist'
     "|could not translate host name|Connection refused|No such file or directory"
     "|timeout expired|starting up|shutting down|too many clients|certificate verify failed"
 )
@@ -77,9 +78,11 @@ async def facts(url: str) -> Facts:
                 applied = {version for (version,) in await cursor.fetchall()}
     except psycopg.Error as error:
         found = REASONS.search(str(error))
+        why = found[0] if found else type(error).__qualname__
+        if found and found["no"]:
+            why = f"the {found['no']} does not exist"
         raise errors.UnavailableError(
-            f"cannot be reached: {found[0] if found else type(error).__qualname__}",
-            reason="DATABASE_UNAVAILABLE",
+            f"cannot be reached: {why}", reason="DATABASE_UNAVAILABLE"
         ) from error
     missing = _missing(applied)
     return Facts(
