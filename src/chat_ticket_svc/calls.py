@@ -25,6 +25,10 @@ REQUEST_ID_KEY = "x-request-id"
 # What fits into a line and looks like an id; another is made for what does not.
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
+# A deadline is sent as what is left of it, so that ours ends later than the caller's, who cancels
+# the call then: by as long as the call was on its way.
+ON_ITS_WAY_SECONDS = 0.05
+
 # By OpenTelemetry's conventions: those that are not the caller's own doing.
 FAILURES = {
     grpc.StatusCode.UNKNOWN,
@@ -130,7 +134,8 @@ def told(
                 raise
             except asyncio.CancelledError:
                 left = context.time_remaining()
-                if left is not None and left <= 0:  # gRPC cancels what its caller waits for no more
+                # gRPC cancels what its caller waits for no more.
+                if left is not None and left <= ON_ITS_WAY_SECONDS:
                     code = grpc.StatusCode.DEADLINE_EXCEEDED
                 raise
             finally:

@@ -33,9 +33,7 @@ def configure() -> None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise ConfigurationError(
-            "CHAT_TICKET_TRACES: needs the extra: pip install 'chat-ticket-svc[tracing]'"
-        ) from error
+        raise ConfigurationError("CHAT_TICKET_TRACES: needs the wheel's extra, tracing") from error
     os.environ.setdefault("OTEL_SERVICE_NAME", "chat-ticket-svc")
     name = {SERVICE_NAME: os.environ["OTEL_SERVICE_NAME"]}
     _provider = TracerProvider(resource=Resource.create(name), shutdown_on_exit=False)
