@@ -1,6 +1,7 @@
 """`chat-ticket-svc check`: one screen, by which an operator knows what is wrong."""
 
 import re
+import socket
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -217,3 +218,25 @@ async def test_no_secret_is_shown(tmp_path: Path) -> None:
     assert done.status == 1
     assert "CHAT_TICKET_JWT_ISSUER=issuer" in done.output
     assert not leaks(done.output + done.errors)
+
+
+@pytest.mark.parametrize("url", ["postgresql://u:12/{}@127.0.0.1:1/x", "postgresql:///u:{}@h/x"])
+async def test_no_secret_of_a_broken_url_is_shown(url: str) -> None:
+    """Nor of one that stands where none belongs."""
+    broken = url.format(secret("password"))
+    done = await command(
+        "check", DATABASE_URL=broken, CHAT_TICKET_PORT="1", CHAT_TICKET_JWT_ISSUER=broken
+    )
+    assert done.status == 1
+    assert not leaks(done.output + done.errors)
+
+
+async def test_silent_hosts_leave_the_other_lines() -> None:
+    """However many the database is said to have."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        host = f"127.0.0.1:{silent.getsockname()[1]}"
+        done = await command(
+            "check", DATABASE_URL=f"postgresql://u:p@{host},{host}/x", CHAT_TICKET_PORT="1"
+        )
+    assert line(done, "database")[0] == "FAILED"
+    assert line(done, "service")[0] == "FAILED"

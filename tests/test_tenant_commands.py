@@ -237,11 +237,17 @@ class TestExport:
             assert process.returncode == 1
         assert not list(tmp_path.iterdir())  # noqa: ASYNC240
 
-    async def test_a_tenant_with_nothing_is_an_error(self, database: str, tenant: str) -> None:
+    async def test_a_tenant_with_nothing_is_an_error(
+        self, database: str, tenant: str, tmp_path: Path
+    ) -> None:
         """It may be misspelt."""
         done = await export(database, tenant)
         assert (done.status, done.output) == (1, "")
         assert f"the tenant {tenant} has nothing" in done.errors
+        before = tmp_path / "export.jsonl"
+        before.write_text("good")
+        assert (await export(database, tenant, "--output", str(before))).status == 1
+        assert before.read_text() == "good", "what was exported before stays"
 
     async def test_progress_is_shown_on_a_terminal_alone(
         self, api: Api, database: str, tenant: str

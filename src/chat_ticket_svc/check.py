@@ -124,6 +124,8 @@ def _masked(variable: str, value: Any) -> str:
     """
     if variable.endswith("_URL"):
         parts = urlsplit(value)
+        if "@" in parts.path:  # of a user or password whose special characters are not %XX
+            return "***"
         user = "***@" if "@" in parts.netloc else ""
         query = "?***" if parts.query else ""
         return f"{parts.scheme}://{user}{parts.netloc.rpartition('@')[2]}{parts.path}{query}"
@@ -131,7 +133,8 @@ def _masked(variable: str, value: Any) -> str:
         with contextlib.suppress(OSError, ValueError):
             return str(value) if Path(value).is_file() else "***"
         return "***"
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+    text = ",".join(value) if isinstance(value, tuple) else str(value)
+    return "***" if "@" in text else text  # a URL with a password, put there by mistake
 
 
 async def _database(settings: Settings) -> AsyncIterator[Line]:
@@ -163,7 +166,7 @@ async def _database(settings: Settings) -> AsyncIterator[Line]:
 
     first = await _look("database", database())
     yield first
-    if look.done() and look.exception() is None:
+    if look.done() and not look.cancelled() and look.exception() is None:
         yield await _look("schema", migrated())
         yield await _look("clock", clock())
     if settings.listen_url != settings.database_url:

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 from uuid import UUID
 
 import shtab
@@ -207,13 +207,16 @@ def _on_database(work: Callable[["Database"], Coroutine[Any, Any, int]]) -> int:
 async def _export(db: "Database", options: argparse.Namespace) -> int:
     from chat_ticket_svc.export import export, whole
 
-    arguments = (db, options.tenant, options.session)
+    async def exported(file: TextIO) -> None:
+        if not await export(db, options.tenant, options.session, file):
+            raise ConfigurationError(f"the tenant {options.tenant} has nothing")
+
     try:
         if options.output is None:
-            lines = await export(*arguments, sys.stdout)
+            await exported(sys.stdout)
         else:
             with whole(options.output) as file:
-                lines = await export(*arguments, file)
+                await exported(file)
     except OSError as error:
         if options.output is None:  # Python would complain of what it still has to write
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -221,9 +224,6 @@ async def _export(db: "Database", options: argparse.Namespace) -> int:
             return 128 + signal.SIGPIPE
         where = options.output or "the standard output"
         print(f"chat-ticket-svc: cannot write {where}: {error.strerror}", file=sys.stderr)
-        return 1
-    if not lines:
-        print(f"chat-ticket-svc: the tenant {options.tenant} has nothing", file=sys.stderr)
         return 1
     return 0
 
