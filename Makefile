@@ -27,7 +27,7 @@ test-pgbouncer: venv ## run them with PgBouncer before PostgreSQL; it is Debian'
 	@TEST_PGBOUNCER=1 $(BIN)/python -m pytest $(ARGS)
 
 fuzz: venv ## send 100,000 hostile requests, and as often bytes that are none; N= for as many, SEED= to repeat
-	@$(BIN)/python tests/hostile_run.py $(if $(N),--count $(N)) $(if $(SEED),--seed $(SEED))
+	@PYTHONPATH=tests $(BIN)/python tests/support/hostile_run.py $(if $(N),--count $(N)) $(if $(SEED),--seed $(SEED))
 
 faults: venv ## break the service in every way of the matrix, for an hour; ARGS="--only cut --runs 2" for less
 	@PYTHONPATH=tests $(BIN)/python -m faults $(ARGS)
@@ -36,7 +36,7 @@ failover: venv ## promote a standby under load, in every way; ARGS="--only kille
 	@PYTHONPATH=tests $(BIN)/python -m faults.failover $(ARGS)
 
 scaling: venv ## measure PgBouncer, nginx and sizes for docs/scaling.md; PARTS="size" chooses, ROUNDS=
-	@PYTHONPATH=tests:. $(BIN)/python tests/scaling_run.py $(PARTS) $(if $(ROUNDS),--rounds $(ROUNDS))
+	@PYTHONPATH=tests:. $(BIN)/python tests/support/scaling_run.py $(PARTS) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 soak: venv ## an hour of ordinary work, after which nothing has grown; ARGS="--minutes 5" for less
 	@PYTHONPATH=tests $(BIN)/python -m faults.soak $(ARGS)
@@ -117,5 +117,5 @@ audit: venv ## look the locked dependencies up in PyPI's database of vulnerabili
 	@$(BIN)/python scripts/audit.py
 
 clean: ## remove what the targets made: .venv, .venv-bench, .data, build and caches
-	@rm -rf .venv .venv-bench .venv-docs .data build .bootstrap.lock .mypy_cache .pytest_cache .ruff_cache .hypothesis dist tests/node/node_modules examples/node/node_modules
+	@rm -rf .venv .venv-bench .venv-docs .data build .bootstrap.lock .mypy_cache .pytest_cache .ruff_cache .hypothesis dist tests/support/node/node_modules examples/node/node_modules
 	@find src scripts benchmarks tests -name __pycache__ -type d -exec rm -rf {} +

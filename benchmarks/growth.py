@@ -33,9 +33,16 @@ from chat_ticket.v1 import chat_session_pb2 as sessions_pb2
 from chat_ticket.v1.chat_message_pb2_grpc import ChatMessageServiceStub
 from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
 from chat_ticket.v1.resources_pb2 import CHAT_MESSAGE_ROLE_USER, ChatMessage
-from chat_ticket_svc import paging
-from chat_ticket_svc.store import appends, changes, listing, messages, search, sessions
-from chat_ticket_svc.validate import LAST_ID
+from chat_ticket_svc.services import paging
+from chat_ticket_svc.services.validate import LAST_ID
+from chat_ticket_svc.store import (
+    group_commit,
+    message_listing,
+    messages,
+    search,
+    session_changes,
+    sessions,
+)
 
 NAME = "growth"
 SECONDS = 240
@@ -412,7 +419,7 @@ def _plans(url: str, scene: Scene) -> dict[str, str]:
     """How PostgreSQL runs what the calls send."""
     session = {"tenant_id": LARGE, "session_id": scene.sessions[LENGTH]}
     by_id = {"tenant_id": LARGE, "id": scene.sessions[LENGTH]}
-    page = {**session, "roles": None, "limit": LENGTHS[0], "whole": listing.WHOLE_BYTES}
+    page = {**session, "roles": None, "limit": LENGTHS[0], "whole": message_listing.WHOLE_BYTES}
     newest = {"after_time": paging.END_OF_TIME, "after_id": LAST_ID, "limit": PAGE + 1}
     every = dict.fromkeys(sessions.Filter._fields)
     asked = {
@@ -429,7 +436,7 @@ def _plans(url: str, scene: Scene) -> dict[str, str]:
     statements: dict[str, tuple[LiteralString, dict[str, Any]]] = {
         "GetChatSession": (sessions.GET, by_id),
         "CreateChatMessage": (
-            appends.APPEND_TOGETHER,
+            group_commit.APPEND_BATCH,
             {
                 "tenant_ids": [LARGE],
                 "session_ids": [scene.sessions[LENGTH]],
@@ -440,15 +447,15 @@ def _plans(url: str, scene: Scene) -> dict[str, str]:
             },
         ),
         "ListChatMessages, the first 10": (
-            listing.FIRST_ASC,
+            message_listing.FIRST_ASC,
             page | {"after": 0, "before": LENGTH + 1},
         ),
         "ListChatMessages, the last 10": (
-            listing.FIRST_ASC,
+            message_listing.FIRST_ASC,
             page | {"after": LENGTH - LENGTHS[0], "before": LENGTH + 1},
         ),
         "from a create to its event": (
-            changes.PAGE,
+            session_changes.PAGE,
             session | {"after": LENGTH - 1, "limit": PAGE, "bytes": messages.PAGE_BYTES},
         ),
         DELETE: (sessions.DELETE, by_id),

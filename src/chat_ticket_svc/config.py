@@ -112,22 +112,22 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(default=10, ge=0)
 
     # Callers
-    auth: Literal["insecure", "jwt", "mtls", "jwt,mtls"] = "insecure"
+    auth: Literal["none", "jwt", "mtls", "jwt,mtls"] = "none"
     allow_insecure: bool = False
     tls_certificate: Path | None = None
     tls_key: Path | None = None
-    mtls_authority: Path | None = None
-    mtls_callers: Path | None = None
-    jwt_keys: str = ""
+    tls_client_ca: Path | None = None
+    mtls_policy: Path | None = None
+    jwks: str = ""
     jwt_issuer: str = ""
     jwt_audience: str = ""
     jwt_algorithms: CommaSeparated = ("RS256", "ES256", "EdDSA")
     quotas: Quotas = Quotas()
 
     # Streams
-    heartbeat_seconds: float = Field(default=15, gt=0)
-    slow_reader_seconds: float = Field(default=30, gt=0)
-    poll_seconds: float = Field(default=2, gt=0)
+    watch_heartbeat_seconds: float = Field(default=15, gt=0)
+    stream_write_timeout_seconds: float = Field(default=30, gt=0)
+    watch_poll_interval_seconds: float = Field(default=2, gt=0)
 
     # Attachments
     attachment_url_check: bool = True
@@ -136,7 +136,7 @@ class Settings(BaseSettings):
 
     limits: Limits = Limits()
     log_format: Literal["auto", "json", "console"] = "auto"
-    log_calls: bool = True
+    access_log: bool = True
     traces: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -179,7 +179,7 @@ class Settings(BaseSettings):
             raise ValueError(f"is one or more of {', '.join(sorted(SIGNATURES))}")
         return value
 
-    @field_validator("jwt_keys")
+    @field_validator("jwks")
     @classmethod
     def _keys_that_nobody_can_swap(cls, value: str) -> str:
         if not _is_split(value):
@@ -196,10 +196,10 @@ class Settings(BaseSettings):
         if self.tls_certificate or self.tls_key:
             required |= dict.fromkeys(("tls_certificate", "tls_key"), "the other of the two")
         if "mtls" in self.auth:
-            names = ["tls_certificate", "tls_key", "mtls_authority", "mtls_callers"]
+            names = ["tls_certificate", "tls_key", "tls_client_ca", "mtls_policy"]
             required |= dict.fromkeys(names, f"{variable('auth')}={self.auth}")
         if "jwt" in self.auth:
-            names = ["jwt_keys", "jwt_issuer", "jwt_audience"]
+            names = ["jwks", "jwt_issuer", "jwt_audience"]
             required |= dict.fromkeys(names, f"{variable('auth')}={self.auth}")
         problems = [
             f"{variable(name)}: is required by {by}"
@@ -221,7 +221,7 @@ class Settings(BaseSettings):
         """What anybody on the network could do to this server, if anything."""
         if is_loopback(self.host):
             return ""
-        if self.auth == "insecure":
+        if self.auth == "none":
             return "anybody could act for any tenant"
         return "" if self.tls_certificate else "anybody on the way could read and take credentials"
 
@@ -268,7 +268,7 @@ def _is_split(url: str) -> bool:
         return False
 
 
-def contents(variable: str, path: Path) -> bytes:
+def read_file(variable: str, path: Path) -> bytes:
     """The bytes of the file that a variable names; ConfigurationError when they cannot be read.
 
     Which never tells the path: people put there what belongs into the file.
@@ -284,7 +284,7 @@ def variable(field: str) -> str:
     return field if field.isupper() else f"{PREFIX}{field.upper()}"
 
 
-def unknown(environment: Iterable[str]) -> list[str]:
+def unknown_variables(environment: Iterable[str]) -> list[str]:
     """The variables that look like ours and are none: perhaps misspelt, so not in effect."""
     known = [variable(name) for name in Settings.model_fields]
     return sorted(

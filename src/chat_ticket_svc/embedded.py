@@ -314,7 +314,7 @@ def _command(identity: str, program: Path, *arguments: str) -> list[str]:
     return [*launcher, str(program), *arguments]
 
 
-def end_with(owner: int, number: int) -> None:
+def die_with(owner: int, number: int) -> None:
     """Have this process be sent a signal when its parent, `owner`, ends, however it ends.
 
     More exactly: when the thread of the owner ends that started this process.
@@ -344,7 +344,7 @@ def _launch(owner: int, identity: str, program: str, *arguments: str) -> NoRetur
         os.setgid(_NOBODY)
         os.setuid(_NOBODY)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the owner may run with SIGINT ignored
-    end_with(owner, signal.SIGINT)  # after the change of credentials, which clears it
+    die_with(owner, signal.SIGINT)  # after the change of credentials, which clears it
     os.execv(program, [program, *arguments])  # noqa: S606
 
 

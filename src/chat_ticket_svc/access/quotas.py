@@ -16,16 +16,16 @@ from chat_ticket_svc import config
 from chat_ticket_svc.errors import QuotaExceededError
 
 # For each of the methods that ask for no credential.
-OPEN_STREAMS = 100
+UNAUTHENTICATED_STREAMS = 100
 
 # How many tenants are remembered before those that do nothing are forgotten.
 TENANTS = 1024
 
 # How long a refusal is held back at most, and how many are, before more are answered at once.
-HOLD_SECONDS = 0.1
+REJECTION_DELAY_SECONDS = 0.1
 # Each holds its request.
-HELD_OF_TENANT = 64
-HELD = 256
+TENANT_DELAYED_REJECTIONS = 64
+DELAYED_REJECTIONS = 256
 
 
 class _Use:
@@ -100,17 +100,17 @@ class Quotas:
             del use.sessions[session_id]
         self._streams -= 1
 
-    async def hold_back(self, tenant_id: str, remaining: float | None) -> None:
+    async def delay_rejection(self, tenant_id: str, remaining: float | None) -> None:
         """Let a refused caller wait a little for the refusal: it costs us the less often.
 
         `remaining` is until its deadline. Without this, callers that call again at once keep the
         event loop busy with nothing but refusals, and everybody waits behind them.
         """
         use = self._use(tenant_id)
-        if use.held >= HELD_OF_TENANT or self._held >= HELD:
+        if use.held >= TENANT_DELAYED_REJECTIONS or self._held >= DELAYED_REJECTIONS:
             return
         # Those that are refused together do not come back together.
-        seconds = random.uniform(HOLD_SECONDS / 2, HOLD_SECONDS)  # noqa: S311 - jitter
+        seconds = random.uniform(REJECTION_DELAY_SECONDS / 2, REJECTION_DELAY_SECONDS)  # noqa: S311 - jitter
         use.held += 1
         self._held += 1
         try:
@@ -120,9 +120,9 @@ class Quotas:
             self._held -= 1
 
     @contextlib.contextmanager
-    def open_stream(self, method: str) -> Iterator[None]:
+    def unauthenticated_stream(self, method: str) -> Iterator[None]:
         """A stream of a method that is open to everybody."""
-        _below("open_streams", OPEN_STREAMS, self._open[method])
+        _below("open_streams", UNAUTHENTICATED_STREAMS, self._open[method])
         self._open[method] += 1
         try:
             yield

@@ -6,14 +6,14 @@ import grpc.aio
 
 from chat_ticket.v1 import chat_attachment_pb2 as pb
 from chat_ticket.v1 import chat_attachment_pb2_grpc
-from chat_ticket_svc import caller, convert, paging
-from chat_ticket_svc.attachment_url import AttachmentUrlChecker
+from chat_ticket_svc.access import request_context
 from chat_ticket_svc.config import Settings
-from chat_ticket_svc.follow import Follow
-from chat_ticket_svc.services import accessible
+from chat_ticket_svc.services import attachment_access, convert, paging
+from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
+from chat_ticket_svc.services.validate import NO_ID, Check
 from chat_ticket_svc.store import attachments, messages, sessions
 from chat_ticket_svc.store.database import Database
-from chat_ticket_svc.validate import NO_ID, Check
+from chat_ticket_svc.watch.hub import WatchHub
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -22,7 +22,7 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
     """See chat_attachment.proto."""
 
     def __init__(
-        self, db: Database, follow: Follow, urls: AttachmentUrlChecker | None, settings: Settings
+        self, db: Database, follow: WatchHub, urls: AttachmentUrlChecker | None, settings: Settings
     ):
         self._db = db
         self._follow = follow
@@ -33,12 +33,12 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
     async def CreateChatAttachment(
         self, request: pb.CreateChatAttachmentRequest, context: Context
     ) -> pb.CreateChatAttachmentResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits, self._url_schemes)
         message_id = check.id("message_id", request.message_id)
         new = check.new_attachment("attachment", request.attachment)
         check.done()
-        attachment = await accessible.repeat_or_check(
+        attachment = await attachment_access.repeat_or_check(
             self._urls,
             tenant_id,
             [new.file_url],
@@ -54,7 +54,7 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
     async def GetChatAttachment(
         self, request: pb.GetChatAttachmentRequest, context: Context
     ) -> pb.GetChatAttachmentResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         attachment_id = check.id("attachment_id", request.attachment_id)
         check.done()
@@ -64,7 +64,7 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
     async def ListChatAttachments(
         self, request: pb.ListChatAttachmentsRequest, context: Context
     ) -> pb.ListChatAttachmentsResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         parent, parent_id = check.parent(request)
         of_session = parent == "session_id"
@@ -108,7 +108,7 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
     async def DeleteChatAttachment(
         self, request: pb.DeleteChatAttachmentRequest, context: Context
     ) -> pb.DeleteChatAttachmentResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         attachment_id = check.id("attachment_id", request.attachment_id)
         check.done()

@@ -13,14 +13,14 @@ import grpc.aio
 
 from chat_ticket.v1 import chat_message_pb2 as pb
 from chat_ticket.v1 import chat_message_pb2_grpc
-from chat_ticket_svc import caller, convert, paging
-from chat_ticket_svc.attachment_url import AttachmentUrlChecker
+from chat_ticket_svc.access import request_context
 from chat_ticket_svc.config import Settings
-from chat_ticket_svc.follow import Follow
-from chat_ticket_svc.services import accessible
-from chat_ticket_svc.store import appends, listing, messages, search, sessions
+from chat_ticket_svc.services import attachment_access, convert, paging
+from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
+from chat_ticket_svc.services.validate import LAST_ID, Check
+from chat_ticket_svc.store import group_commit, message_listing, messages, search, sessions
 from chat_ticket_svc.store.database import Database
-from chat_ticket_svc.validate import LAST_ID, Check
+from chat_ticket_svc.watch.hub import WatchHub
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -31,10 +31,10 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     """See chat_message.proto."""
 
     def __init__(
-        self, db: Database, follow: Follow, urls: AttachmentUrlChecker | None, settings: Settings
+        self, db: Database, follow: WatchHub, urls: AttachmentUrlChecker | None, settings: Settings
     ):
         self._db = db
-        self._appends = appends.Appends(db)
+        self._appends = group_commit.GroupCommitWriter(db)
         self._follow = follow
         self._urls = urls
         self._limits = settings.limits
@@ -48,7 +48,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     async def CreateChatMessage(
         self, request: pb.CreateChatMessageRequest, context: Context
     ) -> pb.CreateChatMessageResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits, self._url_schemes)
         session_id = check.id("session_id", request.session_id)
         new = [check.new_message("message", request.message)]
@@ -60,7 +60,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     async def BatchCreateChatMessages(
         self, request: pb.BatchCreateChatMessagesRequest, context: Context
     ) -> pb.BatchCreateChatMessagesResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits, self._url_schemes)
         session_id = check.id("session_id", request.session_id)
         new = check.new_messages("messages", request.messages)
@@ -81,11 +81,11 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     async def _append(
         self, tenant_id: str, session_id: str, new: list[messages.NewMessage]
     ) -> list[messages.Message]:
-        stored = await accessible.repeat_or_check(
+        stored = await attachment_access.repeat_or_check(
             self._urls,
             tenant_id,
             [each.file_url for message in new for each in message.attachments],
-            lambda: appends.repeated(self._db, tenant_id, session_id, new),
+            lambda: group_commit.repeated(self._db, tenant_id, session_id, new),
         )
         if stored is None:
             stored = await self._appends.append(tenant_id, session_id, new)
@@ -95,7 +95,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     async def GetChatMessage(
         self, request: pb.GetChatMessageRequest, context: Context
     ) -> pb.GetChatMessageResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         message_id = check.id("message_id", request.message_id)
         check.done()
@@ -105,7 +105,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     async def ListChatMessages(  # type: ignore[override] # bytes, which pass as they are
         self, request: pb.ListChatMessagesRequest, context: Context
     ) -> AsyncIterator[bytes]:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         session_id = check.id("session_id", request.session_id)
         after = check.not_negative("after_sequence", request.after_sequence)
@@ -142,15 +142,15 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         descending: bool,
         roles: list[str] | None,
         limit: int,
-    ) -> AsyncGenerator[tuple[sessions.Session | None, list[listing.Row]]]:
+    ) -> AsyncGenerator[tuple[sessions.Session | None, list[message_listing.Row]]]:
         """Pages that double in size, each but the second read while the one before is taken.
 
         The first has the session, and all end with what it held then.
         """
 
-        def read(page_size: int, *, first: bool = False) -> asyncio.Task[listing.Page]:
+        def read(page_size: int, *, first: bool = False) -> asyncio.Task[message_listing.Page]:
             return asyncio.create_task(
-                listing.page(
+                message_listing.page(
                     self._db,
                     tenant_id,
                     session_id,
@@ -173,9 +173,9 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                 limit -= len(found)
                 if more and limit:
                     if descending:
-                        before = listing.sequence(found[-1])
+                        before = message_listing.sequence(found[-1])
                     else:
-                        after = listing.sequence(found[-1])
+                        after = message_listing.sequence(found[-1])
                     page_size = min(2 * page_size, paging.LARGEST_PAGE)
                     if session is None:
                         reading = read(page_size)
@@ -194,7 +194,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     async def UpdateChatMessage(
         self, request: pb.UpdateChatMessageRequest, context: Context
     ) -> pb.UpdateChatMessageResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         message_id = check.id("message.id", request.message.id)
         metadata = None
@@ -208,7 +208,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     async def DeleteChatMessage(
         self, request: pb.DeleteChatMessageRequest, context: Context
     ) -> pb.DeleteChatMessageResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         message_id = check.id("message_id", request.message_id)
         check.done()
@@ -219,7 +219,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     async def SearchChatMessages(
         self, request: pb.SearchChatMessagesRequest, context: Context
     ) -> pb.SearchChatMessagesResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         query = check.text("query", request.query, self._limits.query)
         session_id = check.optional_id("session_id", request.session_id)

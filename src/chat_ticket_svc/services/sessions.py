@@ -8,12 +8,14 @@ import grpc.aio
 
 from chat_ticket.v1 import chat_session_pb2 as pb
 from chat_ticket.v1 import chat_session_pb2_grpc
-from chat_ticket_svc import caller, convert, errors, paging
+from chat_ticket_svc import errors
+from chat_ticket_svc.access import request_context
 from chat_ticket_svc.config import Settings
-from chat_ticket_svc.follow import Follow, Position
-from chat_ticket_svc.store import changes, sessions
+from chat_ticket_svc.services import convert, paging
+from chat_ticket_svc.services.validate import LAST_ID, Check
+from chat_ticket_svc.store import session_changes, sessions
 from chat_ticket_svc.store.database import Database
-from chat_ticket_svc.validate import LAST_ID, Check
+from chat_ticket_svc.watch.hub import Position, WatchHub
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Event = pb.WatchChatSessionResponse
@@ -22,7 +24,7 @@ Event = pb.WatchChatSessionResponse
 class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     """See chat_session.proto."""
 
-    def __init__(self, db: Database, follow: Follow, settings: Settings):
+    def __init__(self, db: Database, follow: WatchHub, settings: Settings):
         self._db = db
         self._follow = follow
         self._limits = settings.limits
@@ -30,7 +32,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     async def CreateChatSession(
         self, request: pb.CreateChatSessionRequest, context: Context
     ) -> pb.CreateChatSessionResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         session_id = check.new_id("session.id", request.session.id)
         status = "active"
@@ -43,7 +45,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     async def GetChatSession(
         self, request: pb.GetChatSessionRequest, context: Context
     ) -> pb.GetChatSessionResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         session_id = check.id("session_id", request.session_id)
         check.done()
@@ -53,7 +55,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     async def ListChatSessions(
         self, request: pb.ListChatSessionsRequest, context: Context
     ) -> pb.ListChatSessionsResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
 
         def time(field: str) -> Any:
@@ -95,7 +97,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     async def UpdateChatSession(
         self, request: pb.UpdateChatSessionRequest, context: Context
     ) -> pb.UpdateChatSessionResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         session_id = check.id("session.id", request.session.id)
         etag = check.etag("session.etag", request.session.etag)
@@ -110,7 +112,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     async def DeleteChatSession(
         self, request: pb.DeleteChatSessionRequest, context: Context
     ) -> pb.DeleteChatSessionResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         session_id = check.id("session_id", request.session_id)
         etag = check.etag("etag", request.etag)
@@ -122,7 +124,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     def WatchChatSession(
         self, request: pb.WatchChatSessionRequest, context: Context
     ) -> AsyncIterator[Any]:  # bytes, but the stubs do not know
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         session_id = check.id("session_id", request.session_id)
         after = check.not_negative("after_revision", request.after_revision)
@@ -147,7 +149,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         self, tenant_id: str, session_id: str, after: int, limit: int | None = None
     ) -> "_Page":
         """What follows a revision; without a limit, as much as there is likely to be."""
-        read = functools.partial(changes.page, self._db, tenant_id, session_id, after=after)
+        read = functools.partial(session_changes.page, self._db, tenant_id, session_id, after=after)
         found = await read(limit=limit or paging.FIRST_PAGE)
         if limit is None and found is not None and found.more:
             found = await read(limit=paging.LARGEST_PAGE)
@@ -160,7 +162,7 @@ class _Page:
     position: Position | None = None  # the session is gone, and there is nothing else
     more = False
 
-    def __init__(self, after: int, found: changes.Page | None):
+    def __init__(self, after: int, found: session_changes.Page | None):
         if found is None:
             return
         self.position = Position(found.session.created_at, found.revision)
@@ -224,7 +226,7 @@ def _event(revision: int, **event: Any) -> bytes:
     return Event(revision=revision, **event).SerializeToString()
 
 
-def _events(page: changes.Page) -> Iterator[Event]:
+def _events(page: session_changes.Page) -> Iterator[Event]:
     """The changes of a page, runs of new messages together.
 
     The last one stands for all there is in the session when no more follows.

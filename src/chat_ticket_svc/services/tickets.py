@@ -6,12 +6,13 @@ import grpc.aio
 
 from chat_ticket.v1 import chat_ticket_pb2 as pb
 from chat_ticket.v1 import chat_ticket_pb2_grpc, resources_pb2
-from chat_ticket_svc import caller, convert, paging
+from chat_ticket_svc.access import request_context
 from chat_ticket_svc.config import Settings
-from chat_ticket_svc.follow import Follow
+from chat_ticket_svc.services import convert, paging
+from chat_ticket_svc.services.validate import LAST_ID, NO_ID, Check
 from chat_ticket_svc.store import sessions, tickets
 from chat_ticket_svc.store.database import Database
-from chat_ticket_svc.validate import LAST_ID, NO_ID, Check
+from chat_ticket_svc.watch.hub import WatchHub
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -19,7 +20,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     """See chat_ticket.proto."""
 
-    def __init__(self, db: Database, follow: Follow, settings: Settings):
+    def __init__(self, db: Database, follow: WatchHub, settings: Settings):
         self._db = db
         self._follow = follow
         self._limits = settings.limits
@@ -27,7 +28,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     async def CreateChatTicket(
         self, request: pb.CreateChatTicketRequest, context: Context
     ) -> pb.CreateChatTicketResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         session_id = check.id("session_id", request.session_id)
         link_id = check.new_id("chat_ticket_id", request.chat_ticket_id)
@@ -58,7 +59,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     async def GetChatTicket(
         self, request: pb.GetChatTicketRequest, context: Context
     ) -> pb.GetChatTicketResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         chat_ticket_id = check.id("chat_ticket_id", request.chat_ticket_id)
         check.done()
@@ -68,7 +69,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     async def ListChatTickets(
         self, request: pb.ListChatTicketsRequest, context: Context
     ) -> pb.ListChatTicketsResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         parent, parent_id = check.parent(request)
         of_session = parent == "session_id"
@@ -101,7 +102,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     async def DeleteChatTicket(
         self, request: pb.DeleteChatTicketRequest, context: Context
     ) -> pb.DeleteChatTicketResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         chat_ticket_id = check.id("chat_ticket_id", request.chat_ticket_id)
         check.done()
@@ -112,7 +113,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     async def GetTicket(
         self, request: pb.GetTicketRequest, context: Context
     ) -> pb.GetTicketResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         ticket_id = check.id("ticket_id", request.ticket_id)
         check.done()
@@ -122,7 +123,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     async def ListTickets(
         self, request: pb.ListTicketsRequest, context: Context
     ) -> pb.ListTicketsResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         statuses = check.choices("statuses", request.statuses, convert.TICKET_STATUS)
         page_size = check.page_size(request.page_size)
@@ -149,7 +150,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     async def UpdateTicket(
         self, request: pb.UpdateTicketRequest, context: Context
     ) -> pb.UpdateTicketResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         ticket_id = check.id("ticket.id", request.ticket.id)
         named = check.mask(request.update_mask, ["title", "status"])
@@ -165,7 +166,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     async def DeleteTicket(
         self, request: pb.DeleteTicketRequest, context: Context
     ) -> pb.DeleteTicketResponse:
-        tenant_id = caller.tenant_id()
+        tenant_id = request_context.tenant_id()
         check = Check(self._limits)
         ticket_id = check.id("ticket_id", request.ticket_id)
         check.done()

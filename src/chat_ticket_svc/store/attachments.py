@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 from chat_ticket_svc import errors
 from chat_ticket_svc.store import sessions
-from chat_ticket_svc.store.database import ConstraintViolation, Database, Transaction
+from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store.driver_errors import ConstraintViolation
+from chat_ticket_svc.store.transaction import Transaction
 
 
 class Attachment(NamedTuple):
@@ -160,7 +162,7 @@ async def repeated(
 
     Raises AlreadyExistsError when the id belongs to another attachment.
     """
-    stored = await db.row(GET, {"tenant_id": tenant_id, "id": new.id}, Attachment)
+    stored = await db.fetch_one(GET, {"tenant_id": tenant_id, "id": new.id}, Attachment)
     return _repeat(new, message_id, stored)
 
 
@@ -175,11 +177,11 @@ async def create(
     async def body(transaction: Transaction) -> tuple[Attachment, str]:
         session_id = await sessions.lock_of_message(transaction, tenant_id, message_id)
         params = {"tenant_id": tenant_id, "id": new.id}
-        stored = _repeat(new, message_id, await transaction.row(GET, params, Attachment))
+        stored = _repeat(new, message_id, await transaction.fetch_one(GET, params, Attachment))
         if stored is not None:
             return stored, session_id
         params |= {"session_id": session_id, "message_id": message_id}
-        [count] = await transaction.rows(COUNT, params, int)
+        [count] = await transaction.fetch_all(COUNT, params, int)
         if count >= limit:
             raise errors.FailedPreconditionError(
                 f"the message has {count} attachments, the most it can have",
@@ -191,13 +193,13 @@ async def create(
             "file_name": new.file_name,
             "file_type": new.file_type,
         }
-        created = await transaction.row(CREATE, params, Attachment)
+        created = await transaction.fetch_one(CREATE, params, Attachment)
         if created is None:  # the message was deleted while we waited for the lock
             raise errors.NotFoundError("chat_message", message_id)
         return created, session_id
 
     try:
-        return await db.transaction(body, repeatable=True)
+        return await db.transaction(body, idempotent=True)
     except ConstraintViolation as violation:
         if violation.constraint != "chat_attachments_pkey":
             raise
@@ -209,12 +211,12 @@ async def id_taken(
 ) -> errors.AlreadyExistsError:
     """What to raise when one of `new` has the id of another attachment: names it."""
     params = {"tenant_id": tenant_id, "ids": [attachment.id for attachment in new]}
-    taken = await db.rows(FIRST_TAKEN, params, str)
+    taken = await db.fetch_all(FIRST_TAKEN, params, str)
     return errors.AlreadyExistsError.id_taken("chat_attachment", taken[0] if taken else new[0].id)
 
 
 async def get(db: Database, tenant_id: str, attachment_id: str) -> Attachment:
-    attachment = await db.row(GET, {"tenant_id": tenant_id, "id": attachment_id}, Attachment)
+    attachment = await db.fetch_one(GET, {"tenant_id": tenant_id, "id": attachment_id}, Attachment)
     if attachment is None:
         raise not_found(attachment_id)
     return attachment
@@ -240,7 +242,7 @@ async def page(
         "after_id": after_id,
         "limit": limit,
     }
-    return await db.rows(
+    return await db.fetch_all(
         LIST_OF_SESSION if of_session else LIST_OF_MESSAGE,
         params,
         lambda sequence, *columns: Placed(sequence, Attachment(*columns)),
@@ -252,11 +254,13 @@ async def delete(db: Database, tenant_id: str, attachment_id: str) -> str:
 
     async def body(transaction: Transaction) -> str:
         params = {"tenant_id": tenant_id, "id": attachment_id}
-        session_id = await transaction.row(LOCK_SESSION, params, str)
+        session_id = await transaction.fetch_one(LOCK_SESSION, params, str)
         if session_id is not None:
-            session_id = await transaction.row(DELETE, {**params, "session_id": session_id}, str)
+            session_id = await transaction.fetch_one(
+                DELETE, {**params, "session_id": session_id}, str
+            )
         if session_id is None:
             raise not_found(attachment_id)
         return session_id
 
-    return await db.transaction(body, repeatable=False)
+    return await db.transaction(body, idempotent=False)

@@ -13,174 +13,45 @@ import contextlib
 import math
 import random
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, LiteralString, TypeVar
 
 import psycopg
 import psycopg_pool
-from psycopg import conninfo, pq
 from psycopg import errors as pg_errors
-from psycopg.adapt import Transformer
 
-from chat_ticket_svc import caller, errors, metrics, tracing
-from chat_ticket_svc.config import ConfigurationError
-from chat_ticket_svc.store.lane import Lane
-from chat_ticket_svc.time_limit import TimeLimit
+from chat_ticket_svc import errors
+from chat_ticket_svc.access import request_context
+from chat_ticket_svc.store.connection import connection_string, is_lost
+from chat_ticket_svc.store.driver_errors import ConnectionLost, translate
+from chat_ticket_svc.store.pipelined_connection import PipelinedConnection
+from chat_ticket_svc.store.transaction import Params, Transaction
+from chat_ticket_svc.telemetry import metrics, tracing
+from chat_ticket_svc.timeouts import Timeout
 
 T = TypeVar("T")
-Params = Mapping[str, Any]
 
 CONTENTION_RETRIES = 3
 
 # Reliability notes 10 and 15: bounded waits everywhere, and a dead peer noticed within seconds.
 POOL_TIMEOUT_SECONDS = 2
 POOL_MAX_LIFETIME_SECONDS = 1800
-WAITING_PER_CONNECTION = 4
-MOST_SHARING = 1000
+QUEUE_PLACES_PER_CONNECTION = 4
+MAX_PIPELINED_CALLS = 1000
 # Of what is read on a shared connection, so that nobody waits long behind it.
-FEW_ROWS = 32
-FEW_BYTES = 64 * 1024
+PIPELINED_MAX_ROWS = 32
+PIPELINED_MAX_BYTES = 64 * 1024
 # The connections that are shared come on top of the pool's size.
-LANES = 2
+PIPELINED_CONNECTIONS = 2
 # After which the pool tries again when it is asked, instead of backing off for minutes.
 RECONNECT_SECONDS = 2
-CONNECTION_OPTIONS = {
-    "connect_timeout": "3",
-    "keepalives_idle": "10",
-    "keepalives_interval": "5",
-    "keepalives_count": "3",
-    "tcp_user_timeout": "15000",
-    "application_name": "chat-ticket-svc",
-}
-
-
-class ConstraintViolation(Exception):  # noqa: N818 - a signal to the store, never to a caller
-    """A named constraint refused a write; the store function knows what that means."""
-
-    def __init__(self, constraint: str):
-        super().__init__(constraint)
-        self.constraint = constraint
-
-
-def require_readable(variable: str, url: str) -> None:
-    """ConfigurationError unless libpq can read the URL of a variable; its own error quotes it."""
-    try:
-        connection_string(url)
-    except psycopg.Error:
-        raise ConfigurationError(f"{variable}: is not a URL that libpq can read") from None
-
-
-def connection_string(url: str, **session_settings: str | int) -> str:
-    """`url` with our timeouts added, and PostgreSQL settings for the session as options."""
-    given = conninfo.conninfo_to_dict(url)
-    options = [str(given["options"])] if "options" in given else []
-    options += [f"-c {name}={value}" for name, value in session_settings.items()]
-    defaults = dict(CONNECTION_OPTIONS)
-    if "," in f"{given.get('host')}{given.get('hostaddr')}":
-        # Of several hosts the primary is meant: all that we do needs it, LISTEN too.
-        defaults["target_session_attrs"] = "read-write"
-    return conninfo.make_conninfo(
-        **{**defaults, **given, "options": " ".join(options)}  # type: ignore[arg-type]
-    )
-
-
-def is_read_only(connection: psycopg.AsyncConnection[Any]) -> bool:
-    """Whether the server has told so by now: it does with the answer to any statement."""
-    told = connection.info.parameter_status
-    return "on" in (told("in_hot_standby"), told("default_transaction_read_only"))
-
-
-def _is_lost(error: psycopg.Error, connection: psycopg.AsyncConnection[Any]) -> bool:
-    state = error.sqlstate or ""
-    return connection.closed or state.startswith("08") or state in ("57P01", "57P02", "57P03")
-
-
-def translate(error: psycopg.Error) -> Exception:
-    """The domain error, or the constraint, behind a driver error; unknown ones come back as is."""
-    match error.sqlstate or "":
-        case state if state.startswith("23"):
-            return ConstraintViolation(error.diag.constraint_name or "")
-        case "55P03":  # lock_not_available
-            return errors.ContentionError()
-        case "57014":  # query_canceled: by the statement timeout; ours cancel the task as well
-            return errors.DeadlineExceededError()
-        case "53100":  # disk_full
-            return errors.ResourceExhaustedError("the database's disk is full", reason="DISK_FULL")
-        case state if state.startswith("53"):  # insufficient_resources
-            return errors.ResourceExhaustedError(
-                "the database is out of resources", reason="DATABASE_RESOURCES"
-            )
-        case "0A000":  # feature_not_supported
-            return errors.UnsupportedError(
-                "the database server lacks a feature that this call needs",
-                reason="UNSUPPORTED_BY_DATABASE",
-            )
-        case "25006":  # read_only_sql_transaction: a standby, or a failover under way
-            return errors.UnavailableError("the database is read-only", reason="DATABASE_READ_ONLY")
-        case state if state.startswith(("22", "54")):  # data_exception, program_limit_exceeded
-            return errors.InvalidArgumentError(
-                [errors.Violation("", "holds a value that the database cannot store")]
-            )
-    return error
-
-
-class ConnectionLost(Exception):  # noqa: N818 - as above
-    """The connection broke under a statement."""
-
-
-# What columns are read as, whatever they are: in binary, all of PostgreSQL's times are integers,
-# and its texts their bytes.
-BOOL, BYTES, INTEGER, TEXT = 16, 17, 20, 25
-
-
-class Transaction:
-    """The statements of one transaction."""
-
-    def __init__(self, connection: psycopg.AsyncConnection[Any]):
-        self._connection = connection
-
-    async def rows(
-        self,
-        sql: LiteralString,
-        params: Params,
-        make: Callable[..., T],
-        *,
-        prepare: bool | None = None,
-    ) -> list[T]:
-        with tracing.statement(sql):
-            async with self._connection.cursor(binary=True) as cursor:
-                await cursor.execute(sql, params, prepare=prepare)
-                return [make(*row) for row in await cursor.fetchall()]
-
-    async def row(self, sql: LiteralString, params: Params, make: Callable[..., T]) -> T | None:
-        found = await self.rows(sql, params, make)
-        return found[0] if found else None
-
-    async def rows_as(
-        self,
-        sql: LiteralString,
-        params: Params,
-        types: Sequence[int],
-    ) -> list[tuple[Any, ...]]:
-        async with self._connection.cursor(binary=True) as cursor:
-            with tracing.statement(sql):
-                await cursor.execute(sql, params)
-            result = cursor.pgresult
-            transformer = Transformer(self._connection)
-            transformer.set_pgresult(result, set_loaders=False)
-            transformer.set_loader_types(types, pq.Format.BINARY)
-            return transformer.load_rows(0, cursor.rowcount, tuple)
-
-    async def execute(self, sql: LiteralString, params: Params) -> None:
-        with tracing.statement(sql):
-            await self._connection.execute(sql, params)
 
 
 class _Attempt:
     """Whether what was sent so far may have been committed."""
 
-    def __init__(self, *, unsure: bool = False):
-        self.unsure = unsure
+    def __init__(self, *, outcome_unknown: bool = False):
+        self.outcome_unknown = outcome_unknown
 
 
 class _Share:
@@ -212,19 +83,19 @@ class Database:
             ),
             kwargs={"autocommit": True, "prepare_threshold": 0 if prepare_statements else None},
             min_size=min(pool_size, 2),
-            max_size=pool_size + LANES,
+            max_size=pool_size + PIPELINED_CONNECTIONS,
             reconnect_timeout=RECONNECT_SECONDS,
             timeout=POOL_TIMEOUT_SECONDS,
             max_lifetime=POOL_MAX_LIFETIME_SECONDS,
             open=False,
         )
         self._reads, self._writes = (
-            Lane(
+            PipelinedConnection(
                 self._pool,
                 prepare_statements=prepare_statements,
                 lifetime_seconds=POOL_MAX_LIFETIME_SECONDS,
             )
-            for _ in range(LANES)
+            for _ in range(PIPELINED_CONNECTIONS)
         )
         self._checking: asyncio.Task[None] | None = None
         self._renewing: asyncio.Task[None] | None = None
@@ -232,7 +103,7 @@ class Database:
         # Counted here and not by the pool's max_waiting, which counts callers who have left.
         self._busy = 0
         self._leased_now = 0
-        self._most_busy = pool_size * (1 + WAITING_PER_CONNECTION)
+        self._most_busy = pool_size * (1 + QUEUE_PLACES_PER_CONNECTION)
         # Half of the connections, so that a tenant whose calls hang, or come all at once, is waited
         # for by itself alone. Weak: who has nothing to do is forgotten.
         self._share = (pool_size + 1) // 2
@@ -260,9 +131,9 @@ class Database:
 
     async def check(self) -> None:
         """Raises UnavailableError unless the pool has a connection that works."""
-        await self.rows("SELECT 1", {}, int)
+        await self.fetch_all("SELECT 1", {}, int)
 
-    async def rows(
+    async def fetch_all(
         self,
         sql: LiteralString,
         params: Params,
@@ -277,11 +148,11 @@ class Database:
         """
 
         async def work(transaction: Transaction, _: _Attempt) -> list[T]:
-            return await transaction.rows(sql, params, make, prepare=prepare)
+            return await transaction.fetch_all(sql, params, make, prepare=prepare)
 
-        return await self._run(self._leased(work), repeatable=True)
+        return await self._run(self._leased(work), idempotent=True)
 
-    async def rows_as(
+    async def fetch_typed(
         self,
         sql: LiteralString,
         params: Params,
@@ -290,27 +161,29 @@ class Database:
         """As `rows`, but the columns are read as `types`."""
 
         async def work(transaction: Transaction, _: _Attempt) -> list[tuple[Any, ...]]:
-            return await transaction.rows_as(sql, params, types)
+            return await transaction.fetch_typed(sql, params, types)
 
-        return await self._run(self._leased(work), repeatable=True)
+        return await self._run(self._leased(work), idempotent=True)
 
-    async def row(self, sql: LiteralString, params: Params, make: Callable[..., T]) -> T | None:
+    async def fetch_one(
+        self, sql: LiteralString, params: Params, make: Callable[..., T]
+    ) -> T | None:
         """Read one row, or None, by its key: it shares a connection with other such statements."""
-        found = await self.few_rows(sql, params)
+        found = await self.fetch_pipelined(sql, params)
         return make(*found[0]) if found else None
 
-    async def few_rows(
+    async def fetch_pipelined(
         self, sql: LiteralString, params: Params, types: Sequence[int] | None = None
     ) -> list[tuple[Any, ...]]:
-        """As `rows` or `rows_as`, when the statement is nearly as quick as that of `row`.
+        """As `rows` or `fetch_typed`, when the statement is nearly as quick as that of `row`.
 
-        It shares as that does: FEW_ROWS that an index leads to, with FEW_BYTES in all, at most.
+        For reads of at most PIPELINED_MAX_ROWS rows and PIPELINED_MAX_BYTES that an index finds.
         """
 
         async def work(attempt: _Attempt) -> list[tuple[Any, ...]]:
             return await self._shared(self._reads, sql, params, attempt, types)
 
-        return await self._run(work, repeatable=True)
+        return await self._run(work, idempotent=True)
 
     async def write(
         self,
@@ -318,22 +191,24 @@ class Database:
         params: Params,
         make: Callable[..., T],
         *,
-        repeatable: bool,
-        unsure: bool = False,
+        idempotent: bool,
+        outcome_unknown: bool = False,
     ) -> list[T]:
         """Write in one statement that is its own transaction, and return its rows.
 
-        `repeatable` says that running it again after it has happened does no harm; `unsure`, that
-        it may have happened already.
+        `idempotent` says that running it again does no harm. `outcome_unknown` says that an earlier
+        attempt may have committed it.
         """
 
         async def work(transaction: Transaction, attempt: _Attempt) -> list[T]:
-            attempt.unsure = True
-            return await transaction.rows(sql, params, make)
+            attempt.outcome_unknown = True
+            return await transaction.fetch_all(sql, params, make)
 
-        return await self._run(self._leased(work), repeatable=repeatable, unsure=unsure)
+        return await self._run(
+            self._leased(work), idempotent=idempotent, outcome_unknown=outcome_unknown
+        )
 
-    async def write_shared(self, sql: LiteralString, params: Params) -> list[tuple[Any, ...]]:
+    async def write_pipelined(self, sql: LiteralString, params: Params) -> list[tuple[Any, ...]]:
         """Write in one statement that waits for no lock, on a connection for such statements.
 
         Nothing is repeated here: ConnectionLost says that it may have happened.
@@ -344,11 +219,11 @@ class Database:
             raise self._translated(error) from error
 
     async def transaction(
-        self, body: Callable[[Transaction], Awaitable[T]], *, repeatable: bool
+        self, body: Callable[[Transaction], Awaitable[T]], *, idempotent: bool
     ) -> T:
         """Run `body` in a READ COMMITTED transaction; it may be run again after a conflict.
 
-        `repeatable` says that running it again after it was committed does no harm.
+        `idempotent` says that running it again after it was committed does no harm.
         """
 
         async def work(transaction: Transaction, attempt: _Attempt) -> T:
@@ -359,11 +234,11 @@ class Database:
                 with contextlib.suppress(psycopg.Error):
                     await transaction.execute("ROLLBACK", {})
                 raise
-            attempt.unsure = True
+            attempt.outcome_unknown = True
             await transaction.execute("COMMIT", {})
             return result
 
-        return await self._run(self._leased(work), repeatable=repeatable)
+        return await self._run(self._leased(work), idempotent=idempotent)
 
     def _leased(
         self, work: Callable[[Transaction, _Attempt], Awaitable[T]]
@@ -375,7 +250,7 @@ class Database:
                 try:
                     return await work(Transaction(connection), attempt)
                 except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-                    if _is_lost(error, connection):
+                    if is_lost(error, connection):
                         raise ConnectionLost from error
                     raise
 
@@ -383,17 +258,17 @@ class Database:
 
     async def _shared(
         self,
-        lane: Lane,
+        lane: PipelinedConnection,
         sql: LiteralString,
         params: Params,
         attempt: _Attempt,
         types: Sequence[int] | None = None,
     ) -> list[tuple[Any, ...]]:
-        if lane.busy >= MOST_SHARING:
+        if lane.busy >= MAX_PIPELINED_CALLS:
             raise self._queue_full(attempt)
         try:
             with tracing.statement(sql):
-                return await lane.rows(sql, params, types)
+                return await lane.fetch(sql, params, types)
         except pg_errors.ConnectionFailure as error:
             raise ConnectionLost from error
         except psycopg_pool.PoolTimeout as error:
@@ -403,27 +278,29 @@ class Database:
         self,
         work: Callable[[_Attempt], Awaitable[T]],
         *,
-        repeatable: bool,
-        unsure: bool = False,
+        idempotent: bool,
+        outcome_unknown: bool = False,
     ) -> T:
-        attempt = _Attempt(unsure=unsure)
+        attempt = _Attempt(outcome_unknown=outcome_unknown)
         conflicts = 0
         retried = False
-        unsure_before = unsure  # a conflict undoes its own attempt, not one whose commit was lost
+        outcome_was_unknown = (
+            outcome_unknown  # a conflict undoes its own attempt, not one whose commit was lost
+        )
         while True:
             try:
                 return await work(attempt)
             except (pg_errors.SerializationFailure, pg_errors.DeadlockDetected) as error:
-                attempt.unsure = unsure_before
+                attempt.outcome_unknown = outcome_was_unknown
                 conflicts += 1
                 if conflicts > CONTENTION_RETRIES:
-                    lost = self._lost(attempt) if unsure_before else errors.ContentionError()
+                    lost = self._lost(attempt) if outcome_was_unknown else errors.ContentionError()
                     raise lost from error
             except ConnectionLost as error:
-                if retried or (attempt.unsure and not repeatable):
+                if retried or (attempt.outcome_unknown and not idempotent):
                     raise self._lost(attempt) from error
                 retried = True
-                unsure_before = attempt.unsure
+                outcome_was_unknown = attempt.outcome_unknown
             except psycopg.Error as error:
                 raise self._translated(error) from error
             if retried:
@@ -434,7 +311,7 @@ class Database:
     @contextlib.asynccontextmanager
     async def _connection(self, attempt: _Attempt) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
         """One of the tenant's share."""
-        share = self._shares.setdefault(caller.tenant_id_or_none(), _Share(self._share))
+        share = self._shares.setdefault(request_context.tenant_id_or_none(), _Share(self._share))
         with self._place(share, attempt):
             with tracing.pool_wait():
                 connection = await self._take(share, attempt)
@@ -453,7 +330,7 @@ class Database:
         clock = asyncio.get_running_loop().time
         began = clock()
         try:
-            with TimeLimit(POOL_TIMEOUT_SECONDS):
+            with Timeout(POOL_TIMEOUT_SECONDS):
                 await share.turns.acquire()
         except TimeoutError as error:
             raise self._lost(attempt) from error
@@ -487,14 +364,14 @@ class Database:
             share.busy -= 1
 
     def _queue_full(self, attempt: _Attempt) -> errors.DomainError:
-        if attempt.unsure:
+        if attempt.outcome_unknown:
             return self._lost(attempt)
         return errors.ResourceExhaustedError(
             "too many calls wait for a database connection", reason="POOL_QUEUE_FULL"
         )
 
     def _lost(self, attempt: _Attempt) -> errors.UnavailableError:
-        if attempt.unsure:
+        if attempt.outcome_unknown:
             return errors.OutcomeUnknownError()
         return errors.UnavailableError(
             "the database cannot be reached, or not in time", reason="DATABASE_UNAVAILABLE"

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 from chat_ticket_svc import errors
 from chat_ticket_svc.store import sessions
 from chat_ticket_svc.store.attachments import Attachment, NewAttachment
-from chat_ticket_svc.store.database import Database, Transaction
+from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store.transaction import Transaction
 
 
 class Message(NamedTuple):
@@ -112,7 +113,7 @@ def attachments_of(found: list[list[Any]] | None) -> tuple[Attachment, ...]:
 
 
 async def get(db: Database, tenant_id: str, message_id: str) -> Message:
-    message = await db.row(GET, {"tenant_id": tenant_id, "id": message_id}, make)
+    message = await db.fetch_one(GET, {"tenant_id": tenant_id, "id": message_id}, make)
     if message is None:
         raise not_found(message_id)
     return message
@@ -129,12 +130,12 @@ async def set_metadata(
         await transaction.execute(
             SET_METADATA, {**params, "session_id": session_id, "metadata": metadata}
         )
-        message = await transaction.row(GET, params, make)
+        message = await transaction.fetch_one(GET, params, make)
         if message is None:  # deleted while we waited for the lock
             raise not_found(message_id)
         return message
 
-    return await db.transaction(body, repeatable=True)
+    return await db.transaction(body, idempotent=True)
 
 
 async def delete(db: Database, tenant_id: str, message_id: str) -> str:
@@ -143,9 +144,9 @@ async def delete(db: Database, tenant_id: str, message_id: str) -> str:
     async def body(transaction: Transaction) -> str:
         await sessions.lock_of_message(transaction, tenant_id, message_id)
         params = {"tenant_id": tenant_id, "id": message_id}
-        session_id = await transaction.row(DELETE, params, str)
+        session_id = await transaction.fetch_one(DELETE, params, str)
         if session_id is None:
             raise not_found(message_id)
         return session_id
 
-    return await db.transaction(body, repeatable=False)
+    return await db.transaction(body, idempotent=False)

@@ -11,7 +11,7 @@ import psycopg
 
 from chat_ticket_svc import errors
 from chat_ticket_svc.config import ConfigurationError
-from chat_ticket_svc.store.database import connection_string, is_read_only
+from chat_ticket_svc.store.connection import connection_string, is_read_only
 
 # In the package where it is installed, and beside its sources in a checkout.
 PLACES = [Path(__file__).parents[up] / "migrations" for up in (1, 3)]

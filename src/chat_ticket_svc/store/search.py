@@ -12,7 +12,8 @@ from typing import NamedTuple
 import psycopg
 
 from chat_ticket_svc import errors
-from chat_ticket_svc.store.database import Database, Params, Transaction
+from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store.transaction import Params, Transaction
 
 
 class Hit(NamedTuple):
@@ -184,7 +185,7 @@ async def page(
     }
     pages: list[Page] = []
     try:
-        [expected] = await db.rows(EXPECT, params, lambda plan: plan[0]["Plan"]["Plan Rows"])
+        [expected] = await db.fetch_all(EXPECT, params, lambda plan: plan[0]["Plan"]["Plan Rows"])
         too_many = expected > TOO_MANY_MATCHES
         # Most sessions are short enough to be looked through.
         by_session_first = too_many or session_id is not None
@@ -196,7 +197,7 @@ async def page(
             pages.append(found)
     except psycopg.errors.InternalError_:  # more than 32 operators in one another, or a fault
         try:
-            await db.rows(PARSE, params, str)
+            await db.fetch_all(PARSE, params, str)
         except psycopg.errors.InternalError_ as error:
             violation = errors.Violation("query", "has too many operators, such as -, in a row")
             raise errors.InvalidArgumentError([violation]) from error
@@ -215,7 +216,7 @@ async def _look(db: Database, params: Params, *, by_index: bool) -> Page:
         await transaction.execute(
             SETTINGS, {"timeout": str(INDEX_TIMEOUT_MS) if by_index else None}
         )
-        rows = await transaction.rows(
+        rows = await transaction.fetch_all(
             SEARCH_BY_INDEX if by_index else SEARCH_BY_SESSION, params, lambda *row: row
         )
         incomplete, matches, *_ = rows[0]
@@ -223,7 +224,7 @@ async def _look(db: Database, params: Params, *, by_index: bool) -> Page:
         return Page(hits, matches, incomplete)
 
     try:
-        return await db.transaction(body, repeatable=True)
+        return await db.transaction(body, idempotent=True)
     except errors.DeadlineExceededError:
         if not by_index:
             raise

@@ -5,7 +5,9 @@ from datetime import datetime
 from typing import NamedTuple
 
 from chat_ticket_svc import errors
-from chat_ticket_svc.store.database import ConstraintViolation, Database, Transaction
+from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store.driver_errors import ConstraintViolation
+from chat_ticket_svc.store.transaction import Transaction
 
 
 class Session(NamedTuple):
@@ -127,17 +129,17 @@ def not_found(session_id: str) -> errors.NotFoundError:
 async def create(db: Database, tenant_id: str, session_id: str, status: str) -> Session:
     """Create a session, or return the one that has the id already."""
     params = {"tenant_id": tenant_id, "id": session_id, "status": status}
-    created = await db.write(CREATE, params, Session, repeatable=True)
+    created = await db.write(CREATE, params, Session, idempotent=True)
     if created:
         return created[0]
-    existing = await db.row(GET, params, Session)
+    existing = await db.fetch_one(GET, params, Session)
     if existing is None:  # deleted in between: its id is not for another session
         raise errors.AlreadyExistsError.id_taken("chat_session", session_id)
     return existing
 
 
 async def get(db: Database, tenant_id: str, session_id: str) -> Session:
-    session = await db.row(GET, {"tenant_id": tenant_id, "id": session_id}, Session)
+    session = await db.fetch_one(GET, {"tenant_id": tenant_id, "id": session_id}, Session)
     if session is None:
         raise not_found(session_id)
     return session
@@ -155,7 +157,7 @@ async def page(
 ) -> list[Session]:
     """The newest sessions before (after_time, after_id), newest first."""
     params = {"after_time": after_time, "after_id": after_id, "limit": limit}
-    return await db.rows(
+    return await db.fetch_all(
         LIST_BY_UPDATE_TIME if by_update_time else LIST_BY_CREATE_TIME,
         {"tenant_id": tenant_id, **params, **chosen._asdict()},
         Session,
@@ -167,7 +169,7 @@ async def lock(
     transaction: Transaction, tenant_id: str, session_id: str, etag: int | None = None
 ) -> Session:
     """Lock a session against every other change to it; the first statement of such a change."""
-    session = await transaction.row(LOCK, {"tenant_id": tenant_id, "id": session_id}, Session)
+    session = await transaction.fetch_one(LOCK, {"tenant_id": tenant_id, "id": session_id}, Session)
     if session is None:
         raise not_found(session_id)
     if etag is not None and etag != session.revision:
@@ -183,7 +185,7 @@ async def lock_of_message(transaction: Transaction, tenant_id: str, message_id: 
     The message may be gone when the lock is had: the statement that follows finds out.
     """
     params = {"tenant_id": tenant_id, "message_id": message_id}
-    session_id = await transaction.row(LOCK_OF_MESSAGE, params, str)
+    session_id = await transaction.fetch_one(LOCK_OF_MESSAGE, params, str)
     if session_id is None:
         raise errors.NotFoundError("chat_message", message_id)
     return session_id
@@ -199,10 +201,10 @@ async def set_status(
         if session.status == status:
             return session
         params = {"tenant_id": tenant_id, "id": session_id, "status": status}
-        [changed] = await transaction.rows(SET_STATUS, params, Session)
+        [changed] = await transaction.fetch_all(SET_STATUS, params, Session)
         return changed
 
-    return await db.transaction(body, repeatable=etag is None)
+    return await db.transaction(body, idempotent=etag is None)
 
 
 async def delete(db: Database, tenant_id: str, session_id: str, etag: int | None) -> None:
@@ -213,7 +215,7 @@ async def delete(db: Database, tenant_id: str, session_id: str, etag: int | None
         await transaction.execute(DELETE, {"tenant_id": tenant_id, "id": session_id})
 
     try:
-        await db.transaction(body, repeatable=False)
+        await db.transaction(body, idempotent=False)
     except ConstraintViolation as violation:
         if violation.constraint != "chat_sessions_ticket_status_check":
             raise
@@ -236,4 +238,4 @@ async def revisions(
         "ids": "\n".join(session_id for _, session_id, _ in known),
         "revisions": "\n".join(str(revision) for _, _, revision in known),
     }
-    return await db.rows(REVISIONS, params, lambda *row: row)
+    return await db.fetch_all(REVISIONS, params, lambda *row: row)

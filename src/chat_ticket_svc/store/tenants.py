@@ -6,9 +6,10 @@ from uuid import UUID
 
 from chat_ticket_svc import errors
 from chat_ticket_svc.store import sessions, tickets
-from chat_ticket_svc.store.database import Database, Transaction
+from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.sessions import Session
 from chat_ticket_svc.store.tickets import Ticket
+from chat_ticket_svc.store.transaction import Transaction
 
 # Of one page, and of one transaction that deletes: sessions, and everything else.
 SESSIONS = 20
@@ -139,7 +140,7 @@ class Count(NamedTuple):
 
 
 async def count(db: Database, tenant_id: str) -> Count:
-    [counted] = await db.rows(COUNT, {"tenant_id": tenant_id}, Count)
+    [counted] = await db.fetch_all(COUNT, {"tenant_id": tenant_id}, Count)
     return counted
 
 
@@ -148,7 +149,7 @@ async def oldest_sessions(
 ) -> list[Session]:
     """A page of them, behind the one that is given."""
     params = {"tenant_id": tenant_id, **_behind(after), "limit": SESSIONS}
-    return await db.rows(OLDEST_SESSIONS, params, Session)
+    return await db.fetch_all(OLDEST_SESSIONS, params, Session)
 
 
 async def oldest_tickets(
@@ -156,7 +157,7 @@ async def oldest_tickets(
 ) -> list[Ticket]:
     """As oldest_sessions; `active` leaves out those that are solved or closed."""
     params = {"tenant_id": tenant_id, **_behind(after), "active": active, "limit": ROWS}
-    return await db.rows(OLDEST_TICKETS, params, Ticket)
+    return await db.fetch_all(OLDEST_TICKETS, params, Ticket)
 
 
 def _behind(after: Session | Ticket | None) -> dict[str, int | str]:
@@ -173,9 +174,9 @@ async def erase(db: Database, tenant_id: str, *, active_tickets: bool) -> AsyncI
     it goes on where it was when it is called again.
     """
     which = {"tenant_id": tenant_id, "active": active_tickets, "limit": ROWS}
-    while deleted := sum(await db.write(DELETE_LINKS, which, int, repeatable=True)):
+    while deleted := sum(await db.write(DELETE_LINKS, which, int, idempotent=True)):
         yield deleted
-    while deleted := sum(await db.write(DELETE_TICKETS, which, int, repeatable=True)):
+    while deleted := sum(await db.write(DELETE_TICKETS, which, int, idempotent=True)):
         yield deleted
     while deleted := await _erase_oldest_sessions(db, tenant_id):
         yield deleted
@@ -186,22 +187,22 @@ async def _erase_oldest_sessions(db: Database, tenant_id: str) -> int:
 
     async def body(transaction: Transaction) -> int:
         params = {"tenant_id": tenant_id, "limit": SESSIONS}
-        ids = await transaction.rows(LOCK_OLDEST_SESSIONS, params, str)
+        ids = await transaction.fetch_all(LOCK_OLDEST_SESSIONS, params, str)
         which = {"tenant_id": tenant_id, "session_ids": ids, "limit": ROWS}
-        statuses = await transaction.rows(STATUSES_OF_LINKED_TICKETS, which, str)
+        statuses = await transaction.fetch_all(STATUSES_OF_LINKED_TICKETS, which, str)
         if not {"open", "pending"}.isdisjoint(statuses):
             raise errors.FailedPreconditionError(
                 "a ticket was opened meanwhile",
                 reason="SESSION_HAS_ACTIVE_TICKET",
                 subject="chat_sessions",
             )
-        deleted = sum(await transaction.rows(DELETE_MESSAGES, which, int))
+        deleted = sum(await transaction.fetch_all(DELETE_MESSAGES, which, int))
         if deleted == ROWS:
             return deleted
-        tombstones = sum(await transaction.rows(DELETE_TOMBSTONES, which, int))
+        tombstones = sum(await transaction.fetch_all(DELETE_TOMBSTONES, which, int))
         if tombstones == ROWS:
             return deleted + tombstones
         await transaction.execute(DELETE_SESSIONS, which)
         return deleted + tombstones + len(ids)
 
-    return await db.transaction(body, repeatable=True)
+    return await db.transaction(body, idempotent=True)

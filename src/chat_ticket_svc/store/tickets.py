@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 from chat_ticket_svc import errors
 from chat_ticket_svc.store import sessions
-from chat_ticket_svc.store.database import ConstraintViolation, Database, Transaction
+from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store.driver_errors import ConstraintViolation
+from chat_ticket_svc.store.transaction import Transaction
 
 
 class Ticket(NamedTuple):
@@ -168,7 +170,7 @@ async def link(
 
     async def body(transaction: Transaction) -> ChatTicket:
         await sessions.lock(transaction, tenant_id, session_id)
-        existing = await transaction.row(GET_LINK, params, _link)
+        existing = await transaction.fetch_one(GET_LINK, params, _link)
         if existing is not None:
             if _repeats(existing, session_id, target):
                 return existing
@@ -177,7 +179,7 @@ async def link(
             ticket_id = target
         else:
             ticket_id = target.id
-            present = await transaction.row(GET_LINK_OF_SESSION, params, _link)
+            present = await transaction.fetch_one(GET_LINK_OF_SESSION, params, _link)
             if (
                 present is not None
                 and present.ticket_id == target.id
@@ -194,11 +196,11 @@ async def link(
                 },
             )
         await transaction.execute(CREATE_LINK, {**params, "ticket_id": ticket_id})
-        [created] = await transaction.rows(GET_LINK, params, _link)
+        [created] = await transaction.fetch_all(GET_LINK, params, _link)
         return created
 
     try:
-        return await db.transaction(body, repeatable=True)
+        return await db.transaction(body, idempotent=True)
     except ConstraintViolation as violation:
         raise _refused(violation, session_id, link_id, target) from violation
 
@@ -231,7 +233,7 @@ def _refused(
 
 
 async def get_link(db: Database, tenant_id: str, chat_ticket_id: str) -> ChatTicket:
-    found = await db.row(GET_LINK, {"tenant_id": tenant_id, "id": chat_ticket_id}, _link)
+    found = await db.fetch_one(GET_LINK, {"tenant_id": tenant_id, "id": chat_ticket_id}, _link)
     if found is None:
         raise link_not_found(chat_ticket_id)
     return found
@@ -239,7 +241,7 @@ async def get_link(db: Database, tenant_id: str, chat_ticket_id: str) -> ChatTic
 
 async def link_of_session(db: Database, tenant_id: str, session_id: str) -> ChatTicket | None:
     params = {"tenant_id": tenant_id, "session_id": session_id}
-    return await db.row(GET_LINK_OF_SESSION, params, _link)
+    return await db.fetch_one(GET_LINK_OF_SESSION, params, _link)
 
 
 async def link_page(
@@ -260,7 +262,7 @@ async def link_page(
         "after_id": after_id,
         "limit": limit,
     }
-    return await db.rows(
+    return await db.fetch_all(
         LIST_LINKS_OF_SESSION if of_session else LIST_LINKS_OF_TICKET, params, _link
     )
 
@@ -270,18 +272,18 @@ async def unlink(db: Database, tenant_id: str, chat_ticket_id: str) -> str:
 
     async def body(transaction: Transaction) -> str:
         params = {"tenant_id": tenant_id, "id": chat_ticket_id}
-        session_id = await transaction.row(LOCK_SESSION_OF_LINK, params, str)
+        session_id = await transaction.fetch_one(LOCK_SESSION_OF_LINK, params, str)
         if session_id is not None:
-            session_id = await transaction.row(DELETE_LINK, params, str)
+            session_id = await transaction.fetch_one(DELETE_LINK, params, str)
         if session_id is None:
             raise link_not_found(chat_ticket_id)
         return session_id
 
-    return await db.transaction(body, repeatable=False)
+    return await db.transaction(body, idempotent=False)
 
 
 async def get(db: Database, tenant_id: str, ticket_id: str) -> Ticket:
-    ticket = await db.row(GET_TICKET, {"tenant_id": tenant_id, "id": ticket_id}, Ticket)
+    ticket = await db.fetch_one(GET_TICKET, {"tenant_id": tenant_id, "id": ticket_id}, Ticket)
     if ticket is None:
         raise ticket_not_found(ticket_id)
     return ticket
@@ -304,7 +306,7 @@ async def page(
         "after_id": after_id,
         "limit": limit,
     }
-    return await db.rows(LIST_TICKETS, params, Ticket)
+    return await db.fetch_all(LIST_TICKETS, params, Ticket)
 
 
 async def update(
@@ -312,7 +314,7 @@ async def update(
 ) -> Ticket:
     """Change the title, the status or both; what they are already counts as no change."""
     params = {"tenant_id": tenant_id, "id": ticket_id, "title": title, "status": status}
-    await db.write(UPDATE_TICKET, params, str, repeatable=True)
+    await db.write(UPDATE_TICKET, params, str, idempotent=True)
     return await get(db, tenant_id, ticket_id)
 
 
@@ -320,7 +322,7 @@ async def delete(db: Database, tenant_id: str, ticket_id: str) -> None:
     """Delete a ticket that no session is linked to."""
     params = {"tenant_id": tenant_id, "id": ticket_id}
     try:
-        deleted = await db.write(DELETE_TICKET, params, str, repeatable=False)
+        deleted = await db.write(DELETE_TICKET, params, str, idempotent=False)
     except ConstraintViolation as violation:
         if violation.constraint != "fk_chat_tickets_ticket":
             raise

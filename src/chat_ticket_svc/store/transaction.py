@@ -1,0 +1,62 @@
+"""The statements of one connection, and how their rows are read."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, LiteralString, TypeVar
+
+import psycopg
+from psycopg import pq
+from psycopg.adapt import Transformer
+
+from chat_ticket_svc.telemetry import tracing
+
+T = TypeVar("T")
+Params = Mapping[str, Any]
+
+# What columns are read as, whatever they are: in binary, all of PostgreSQL's times are integers,
+# and its texts their bytes.
+BOOL, BYTES, INTEGER, TEXT = 16, 17, 20, 25
+
+
+class Transaction:
+    """The statements of one transaction."""
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any]):
+        self._connection = connection
+
+    async def fetch_all(
+        self,
+        sql: LiteralString,
+        params: Params,
+        make: Callable[..., T],
+        *,
+        prepare: bool | None = None,
+    ) -> list[T]:
+        with tracing.statement(sql):
+            async with self._connection.cursor(binary=True) as cursor:
+                await cursor.execute(sql, params, prepare=prepare)
+                return [make(*row) for row in await cursor.fetchall()]
+
+    async def fetch_one(
+        self, sql: LiteralString, params: Params, make: Callable[..., T]
+    ) -> T | None:
+        found = await self.fetch_all(sql, params, make)
+        return found[0] if found else None
+
+    async def fetch_typed(
+        self,
+        sql: LiteralString,
+        params: Params,
+        types: Sequence[int],
+    ) -> list[tuple[Any, ...]]:
+        async with self._connection.cursor(binary=True) as cursor:
+            with tracing.statement(sql):
+                await cursor.execute(sql, params)
+            result = cursor.pgresult
+            transformer = Transformer(self._connection)
+            transformer.set_pgresult(result, set_loaders=False)
+            transformer.set_loader_types(types, pq.Format.BINARY)
+            return transformer.load_rows(0, cursor.rowcount, tuple)
+
+    async def execute(self, sql: LiteralString, params: Params) -> None:
+        with tracing.statement(sql):
+            await self._connection.execute(sql, params)
