@@ -55,8 +55,8 @@ def comments(file: FileDescriptorProto) -> Iterator[str]:
     of a oneof the page has the comment of its message.
     """
     for location in file.source_code_info.location:
-        # Without the marks of list items, which are not text of the page.
-        text = re.sub(r"^ *- ", "", location.leading_comments, flags=re.MULTILINE)
+        # Without the marks of list items and headings, which are not text of the page.
+        text = re.sub(r"^ *(?:-|#+) ", "", location.leading_comments, flags=re.MULTILINE)
         comment = words(html.escape(text))
         is_of_oneof = list(location.path[2:3]) == [8]
         if comment and list(location.path[:1]) in ([2], [4], [5], [6]) and not is_of_oneof:

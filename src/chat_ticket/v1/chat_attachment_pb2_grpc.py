@@ -129,7 +129,7 @@ class ChatAttachmentServiceServicer:
 
         - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
 
-        Retry: safe. NOT_FOUND means that the attachment is gone, perhaps by an earlier attempt.
+        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -90,7 +90,7 @@ class ChatAttachmentServiceStub:
 
     - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
 
-    Retry: safe. NOT_FOUND means that the attachment is gone, perhaps by an earlier attempt.
+    Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
     """
 
 @_typing.type_check_only
@@ -153,7 +153,7 @@ class ChatAttachmentServiceAsyncStub(ChatAttachmentServiceStub):
 
     - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
 
-    Retry: safe. NOT_FOUND means that the attachment is gone, perhaps by an earlier attempt.
+    Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
     """
 
 class ChatAttachmentServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -237,7 +237,7 @@ class ChatAttachmentServiceServicer(metaclass=_abc_1.ABCMeta):
 
         - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
 
-        Retry: safe. NOT_FOUND means that the attachment is gone, perhaps by an earlier attempt.
+        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
         """
 
 def add_ChatAttachmentServiceServicer_to_server(servicer: ChatAttachmentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

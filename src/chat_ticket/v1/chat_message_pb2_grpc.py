@@ -149,7 +149,8 @@ class ChatMessageServiceServicer:
         when there are no messages.
 
         To continue after a break, call again. In ascending order, set `after_sequence` to the last
-        sequence received. In descending order, set `before_sequence` to it.
+        sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
+        number of messages received.
 
         Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
         ListChatMessages together, and at most 100 of them for one session.
@@ -194,7 +195,7 @@ class ChatMessageServiceServicer:
 
         - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
 
-        Retry: safe. NOT_FOUND means that the message is gone, perhaps by an earlier attempt.
+        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

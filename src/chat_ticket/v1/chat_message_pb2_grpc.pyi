@@ -95,7 +95,8 @@ class ChatMessageServiceStub:
     when there are no messages.
 
     To continue after a break, call again. In ascending order, set `after_sequence` to the last
-    sequence received. In descending order, set `before_sequence` to it.
+    sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
+    number of messages received.
 
     Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
     ListChatMessages together, and at most 100 of them for one session.
@@ -132,7 +133,7 @@ class ChatMessageServiceStub:
 
     - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
 
-    Retry: safe. NOT_FOUND means that the message is gone, perhaps by an earlier attempt.
+    Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
     """
     SearchChatMessages: _grpc.UnaryUnaryMultiCallable[_chat_message_pb2.SearchChatMessagesRequest, _chat_message_pb2.SearchChatMessagesResponse]
     """Searches the content of the tenant's messages as English text, best match first, in pages.
@@ -218,7 +219,8 @@ class ChatMessageServiceAsyncStub(ChatMessageServiceStub):
     when there are no messages.
 
     To continue after a break, call again. In ascending order, set `after_sequence` to the last
-    sequence received. In descending order, set `before_sequence` to it.
+    sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
+    number of messages received.
 
     Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
     ListChatMessages together, and at most 100 of them for one session.
@@ -255,7 +257,7 @@ class ChatMessageServiceAsyncStub(ChatMessageServiceStub):
 
     - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
 
-    Retry: safe. NOT_FOUND means that the message is gone, perhaps by an earlier attempt.
+    Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
     """
     SearchChatMessages: _aio.UnaryUnaryMultiCallable[_chat_message_pb2.SearchChatMessagesRequest, _chat_message_pb2.SearchChatMessagesResponse]  # type: ignore[assignment]
     """Searches the content of the tenant's messages as English text, best match first, in pages.
@@ -362,7 +364,8 @@ class ChatMessageServiceServicer(metaclass=_abc_1.ABCMeta):
         when there are no messages.
 
         To continue after a break, call again. In ascending order, set `after_sequence` to the last
-        sequence received. In descending order, set `before_sequence` to it.
+        sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
+        number of messages received.
 
         Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
         ListChatMessages together, and at most 100 of them for one session.
@@ -411,7 +414,7 @@ class ChatMessageServiceServicer(metaclass=_abc_1.ABCMeta):
 
         - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
 
-        Retry: safe. NOT_FOUND means that the message is gone, perhaps by an earlier attempt.
+        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
         """
 
     @_abc_1.abstractmethod

@@ -78,6 +78,8 @@ class ChatSessionServiceServicer:
     def CreateChatSession(self, request, context):
         """Creates a session.
 
+        A session can be created with any status.
+
         Errors:
 
         - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): a session with this id existed when the call
@@ -107,9 +109,9 @@ class ChatSessionServiceServicer:
     def ListChatSessions(self, request, context):
         """Lists the sessions of the tenant, newest first, in pages.
 
-        With the order CREATE_TIME, every session that exists and matches the filters throughout the
-        walk is returned exactly once. With the order UPDATE_TIME, a session that changes during the
-        walk moves to the front and can be missing from all pages.
+        With the order CREATE_TIME, every session that exists and matches the filters during the whole
+        listing is returned exactly once. With the order UPDATE_TIME, a session that changes during the
+        listing moves to the front and can be missing from all pages.
 
         Errors: the common errors only.
 
@@ -152,7 +154,7 @@ class ChatSessionServiceServicer:
         - FAILED_PRECONDITION (SESSION_HAS_ACTIVE_TICKET): the ticket of the session is OPEN or
         PENDING.
 
-        Retry: safe. NOT_FOUND means that the session is gone, perhaps by an earlier attempt.
+        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

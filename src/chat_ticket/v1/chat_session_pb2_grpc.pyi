@@ -41,6 +41,8 @@ class ChatSessionServiceStub:
     CreateChatSession: _grpc.UnaryUnaryMultiCallable[_chat_session_pb2.CreateChatSessionRequest, _chat_session_pb2.CreateChatSessionResponse]
     """Creates a session.
 
+    A session can be created with any status.
+
     Errors:
 
     - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): a session with this id existed when the call
@@ -62,9 +64,9 @@ class ChatSessionServiceStub:
     ListChatSessions: _grpc.UnaryUnaryMultiCallable[_chat_session_pb2.ListChatSessionsRequest, _chat_session_pb2.ListChatSessionsResponse]
     """Lists the sessions of the tenant, newest first, in pages.
 
-    With the order CREATE_TIME, every session that exists and matches the filters throughout the
-    walk is returned exactly once. With the order UPDATE_TIME, a session that changes during the
-    walk moves to the front and can be missing from all pages.
+    With the order CREATE_TIME, every session that exists and matches the filters during the whole
+    listing is returned exactly once. With the order UPDATE_TIME, a session that changes during the
+    listing moves to the front and can be missing from all pages.
 
     Errors: the common errors only.
 
@@ -99,7 +101,7 @@ class ChatSessionServiceStub:
     - FAILED_PRECONDITION (SESSION_HAS_ACTIVE_TICKET): the ticket of the session is OPEN or
       PENDING.
 
-    Retry: safe. NOT_FOUND means that the session is gone, perhaps by an earlier attempt.
+    Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
     """
     WatchChatSession: _grpc.UnaryStreamMultiCallable[_chat_session_pb2.WatchChatSessionRequest, _chat_session_pb2.WatchChatSessionResponse]
     """Watches a session: streams what changed after a revision, and then every change as it happens.
@@ -159,6 +161,8 @@ class ChatSessionServiceAsyncStub(ChatSessionServiceStub):
     CreateChatSession: _aio.UnaryUnaryMultiCallable[_chat_session_pb2.CreateChatSessionRequest, _chat_session_pb2.CreateChatSessionResponse]  # type: ignore[assignment]
     """Creates a session.
 
+    A session can be created with any status.
+
     Errors:
 
     - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): a session with this id existed when the call
@@ -180,9 +184,9 @@ class ChatSessionServiceAsyncStub(ChatSessionServiceStub):
     ListChatSessions: _aio.UnaryUnaryMultiCallable[_chat_session_pb2.ListChatSessionsRequest, _chat_session_pb2.ListChatSessionsResponse]  # type: ignore[assignment]
     """Lists the sessions of the tenant, newest first, in pages.
 
-    With the order CREATE_TIME, every session that exists and matches the filters throughout the
-    walk is returned exactly once. With the order UPDATE_TIME, a session that changes during the
-    walk moves to the front and can be missing from all pages.
+    With the order CREATE_TIME, every session that exists and matches the filters during the whole
+    listing is returned exactly once. With the order UPDATE_TIME, a session that changes during the
+    listing moves to the front and can be missing from all pages.
 
     Errors: the common errors only.
 
@@ -217,7 +221,7 @@ class ChatSessionServiceAsyncStub(ChatSessionServiceStub):
     - FAILED_PRECONDITION (SESSION_HAS_ACTIVE_TICKET): the ticket of the session is OPEN or
       PENDING.
 
-    Retry: safe. NOT_FOUND means that the session is gone, perhaps by an earlier attempt.
+    Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
     """
     WatchChatSession: _aio.UnaryStreamMultiCallable[_chat_session_pb2.WatchChatSessionRequest, _chat_session_pb2.WatchChatSessionResponse]  # type: ignore[assignment]
     """Watches a session: streams what changed after a revision, and then every change as it happens.
@@ -280,6 +284,8 @@ class ChatSessionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_chat_session_pb2.CreateChatSessionResponse, _abc.Awaitable[_chat_session_pb2.CreateChatSessionResponse]]:
         """Creates a session.
 
+        A session can be created with any status.
+
         Errors:
 
         - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): a session with this id existed when the call
@@ -313,9 +319,9 @@ class ChatSessionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_chat_session_pb2.ListChatSessionsResponse, _abc.Awaitable[_chat_session_pb2.ListChatSessionsResponse]]:
         """Lists the sessions of the tenant, newest first, in pages.
 
-        With the order CREATE_TIME, every session that exists and matches the filters throughout the
-        walk is returned exactly once. With the order UPDATE_TIME, a session that changes during the
-        walk moves to the front and can be missing from all pages.
+        With the order CREATE_TIME, every session that exists and matches the filters during the whole
+        listing is returned exactly once. With the order UPDATE_TIME, a session that changes during the
+        listing moves to the front and can be missing from all pages.
 
         Errors: the common errors only.
 
@@ -362,7 +368,7 @@ class ChatSessionServiceServicer(metaclass=_abc_1.ABCMeta):
         - FAILED_PRECONDITION (SESSION_HAS_ACTIVE_TICKET): the ticket of the session is OPEN or
           PENDING.
 
-        Retry: safe. NOT_FOUND means that the session is gone, perhaps by an earlier attempt.
+        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
         """
 
     @_abc_1.abstractmethod

@@ -28,6 +28,8 @@ if _version_not_supported:
 class ChatTicketServiceStub:
     """Escalates chat sessions to tickets, and manages a minimal record of each ticket.
 
+    A `ChatTicket` is the link from a session to its `Ticket`.
+
     Every RPC can also return the common errors that the package comment in resources.proto lists.
     """
 
@@ -81,6 +83,8 @@ class ChatTicketServiceStub:
 
 class ChatTicketServiceServicer:
     """Escalates chat sessions to tickets, and manages a minimal record of each ticket.
+
+    A `ChatTicket` is the link from a session to its `Ticket`.
 
     Every RPC can also return the common errors that the package comment in resources.proto lists.
     """
@@ -152,7 +156,7 @@ class ChatTicketServiceServicer:
 
         - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
 
-        Retry: safe. NOT_FOUND means that the link is gone, perhaps by an earlier attempt.
+        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -209,7 +213,7 @@ class ChatTicketServiceServicer:
         - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
         - FAILED_PRECONDITION (TICKET_LINKED): a session is linked to the ticket.
 
-        Retry: safe. NOT_FOUND means that the ticket is gone, perhaps by an earlier attempt.
+        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -268,6 +272,8 @@ def add_ChatTicketServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class ChatTicketService:
     """Escalates chat sessions to tickets, and manages a minimal record of each ticket.
+
+    A `ChatTicket` is the link from a session to its `Ticket`.
 
     Every RPC can also return the common errors that the package comment in resources.proto lists.
     """

@@ -31,6 +31,8 @@ GRPC_VERSION: str
 class ChatTicketServiceStub:
     """Escalates chat sessions to tickets, and manages a minimal record of each ticket.
 
+    A `ChatTicket` is the link from a session to its `Ticket`.
+
     Every RPC can also return the common errors that the package comment in resources.proto lists.
     """
 
@@ -93,7 +95,7 @@ class ChatTicketServiceStub:
 
     - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
 
-    Retry: safe. NOT_FOUND means that the link is gone, perhaps by an earlier attempt.
+    Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
     """
     GetTicket: _grpc.UnaryUnaryMultiCallable[_chat_ticket_pb2.GetTicketRequest, _chat_ticket_pb2.GetTicketResponse]
     """Returns a ticket.
@@ -134,12 +136,14 @@ class ChatTicketServiceStub:
     - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
     - FAILED_PRECONDITION (TICKET_LINKED): a session is linked to the ticket.
 
-    Retry: safe. NOT_FOUND means that the ticket is gone, perhaps by an earlier attempt.
+    Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
     """
 
 @_typing.type_check_only
 class ChatTicketServiceAsyncStub(ChatTicketServiceStub):
     """Escalates chat sessions to tickets, and manages a minimal record of each ticket.
+
+    A `ChatTicket` is the link from a session to its `Ticket`.
 
     Every RPC can also return the common errors that the package comment in resources.proto lists.
     """
@@ -200,7 +204,7 @@ class ChatTicketServiceAsyncStub(ChatTicketServiceStub):
 
     - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
 
-    Retry: safe. NOT_FOUND means that the link is gone, perhaps by an earlier attempt.
+    Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
     """
     GetTicket: _aio.UnaryUnaryMultiCallable[_chat_ticket_pb2.GetTicketRequest, _chat_ticket_pb2.GetTicketResponse]  # type: ignore[assignment]
     """Returns a ticket.
@@ -241,11 +245,13 @@ class ChatTicketServiceAsyncStub(ChatTicketServiceStub):
     - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
     - FAILED_PRECONDITION (TICKET_LINKED): a session is linked to the ticket.
 
-    Retry: safe. NOT_FOUND means that the ticket is gone, perhaps by an earlier attempt.
+    Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
     """
 
 class ChatTicketServiceServicer(metaclass=_abc_1.ABCMeta):
     """Escalates chat sessions to tickets, and manages a minimal record of each ticket.
+
+    A `ChatTicket` is the link from a session to its `Ticket`.
 
     Every RPC can also return the common errors that the package comment in resources.proto lists.
     """
@@ -328,7 +334,7 @@ class ChatTicketServiceServicer(metaclass=_abc_1.ABCMeta):
 
         - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
 
-        Retry: safe. NOT_FOUND means that the link is gone, perhaps by an earlier attempt.
+        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
         """
 
     @_abc_1.abstractmethod
@@ -393,7 +399,7 @@ class ChatTicketServiceServicer(metaclass=_abc_1.ABCMeta):
         - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
         - FAILED_PRECONDITION (TICKET_LINKED): a session is linked to the ticket.
 
-        Retry: safe. NOT_FOUND means that the ticket is gone, perhaps by an earlier attempt.
+        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
         """
 
 def add_ChatTicketServiceServicer_to_server(servicer: ChatTicketServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

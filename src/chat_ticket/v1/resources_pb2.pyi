@@ -6,6 +6,8 @@ that sessions are escalated to.
 
 The following rules apply to every RPC of this package.
 
+## Tenants and permissions
+
 Every resource belongs to one tenant. The metadata key `x-tenant-id` names the tenant of a call:
 1 to 255 printable ASCII characters, without leading or trailing spaces. The key is optional when
 the credential is valid for exactly one tenant. A resource of another tenant is reported as
@@ -20,6 +22,8 @@ docs/security.md. A credential grants permissions. Each RPC requires one of them
 - `delete`: DeleteChatSession, DeleteChatMessage, DeleteChatAttachment and DeleteTicket.
 - `ticket`: CreateChatTicket, DeleteChatTicket and UpdateTicket.
 
+## Requests
+
 Ids are UUIDs in the text form of RFC 9562. Requests may use upper case; responses use lower
 case. An id is unique within its tenant and resource type. The caller may choose the id of a
 resource that it creates. Otherwise the server generates a UUIDv7.
@@ -33,14 +37,20 @@ Limits and durations in these comments are the defaults of the server. The opera
 most of them. A request has at most 4 MiB and its metadata at most 8 KiB. A unary response has at
 most 3 MiB.
 
+## Pages
+
 Lists are returned in pages, except by ListChatMessages. `page_size` is the maximum number of
 results: 0 means 50, values over 1,000 mean 1,000, and negative values are rejected. A page can
 have fewer results although more follow. Only an empty `next_page_token` marks the last page. A
 `page_token` is valid only for the same method, tenant and request fields; `page_size` may
 differ.
 
+## Deadlines
+
 A unary call without a deadline has 10 seconds. A stream without a deadline has no time limit. A
 write is not started when less than 50 ms remain.
+
+## Errors
 
 Every error carries google.rpc.ErrorInfo with the domain `chat-ticket-svc` and a reason, and
 google.rpc.RequestInfo with the `x-request-id` of the call's metadata (1 to 128 printable ASCII
@@ -77,6 +87,8 @@ Every RPC can return these errors, in addition to those in its own comment:
 - UNIMPLEMENTED (UNSUPPORTED_BY_DATABASE): the database server lacks a required feature.
 - INTERNAL (INTERNAL): an unexpected error. The ErrorInfo metadata has the `correlation_id` of
   the server's log entry.
+
+## Retries
 
 Reads are always safe to retry. A write may have been committed when it ends with UNAVAILABLE
 (OUTCOME_UNKNOWN), DEADLINE_EXCEEDED, CANCELLED, or an error without ErrorInfo. A create is
