@@ -478,9 +478,10 @@ class WatchChatSessionResponse(_message.Message):
     """
     @_builtins.property
     def session(self) -> _resources_pb2.ChatSession:
-        """The session in its current state. The first response, with `after_revision` as its position.
-        Sent again when `status` or `has_ticket` changes, before message changes that were read with
-        it and then with the position before them.
+        """The session in its current state. Sent as the first response, with `after_revision` as the
+        position of the stream. Sent again when `status` or `has_ticket` changes. When messages
+        changed at about the same time, the session comes before them, and the position of the stream
+        stays where it was.
         """
 
     @_builtins.property

@@ -73,13 +73,13 @@ Every RPC can return these errors, in addition to those in its own comment:
 - PERMISSION_DENIED (PERMISSION_REQUIRED, TENANT_NOT_ALLOWED): the credential lacks the
   permission for the method, or is not valid for the tenant.
 - ABORTED (CONTENTION): a write conflicted with concurrent writes and the retries of the server
-  are exhausted, or it waited 2 seconds for a lock. Nothing was written.
+  are exhausted, or it waited 2 seconds for a lock.
 - RESOURCE_EXHAUSTED (QUOTA_EXCEEDED): a quota of the tenant or of the server is used up.
   google.rpc.QuotaFailure says whose. The ErrorInfo metadata names the `quota` and its `limit`.
 - RESOURCE_EXHAUSTED (POOL_QUEUE_FULL, DATABASE_RESOURCES, DISK_FULL): the server or its database
   is overloaded or full.
 - UNAVAILABLE (DATABASE_UNAVAILABLE, DATABASE_READ_ONLY, KEYS_UNAVAILABLE): the database, or the
-  key set for tokens, cannot be used now. Nothing was written.
+  key set for tokens, cannot be used now.
 - UNAVAILABLE (OUTCOME_UNKNOWN): the database connection broke during a write. The write may have
   been committed.
 - DEADLINE_EXCEEDED (DEADLINE_EXCEEDED): the deadline has passed, or the database needed more
