@@ -6,7 +6,7 @@ PYTHON ?= $(or $(wildcard $(BIN)/python3),python3)
 SOURCES := src examples scripts benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-bench venv-docs run test test-pgbouncer fuzz faults faults-quick failover soak scaling migrate migrate-status new-migration proto check-proto check-breaking lint format typecheck check demo docs bench lock audit clean
+.PHONY: help venv venv-bench venv-docs run test test-pgbouncer fuzz faults faults-quick failover soak scaling node-client migrate migrate-status new-migration proto check-proto check-breaking lint format typecheck check demo docs bench lock audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
@@ -43,6 +43,10 @@ soak: venv ## an hour of ordinary work, after which nothing has grown; ARGS="--m
 
 faults-quick: venv ## the part of it that the tests make
 	@$(BIN)/python -m pytest tests/faults
+
+node-client: ## build the npm package of clients/node, as build/chat-ticket-client-*.tgz
+	@mkdir -p build
+	@cd clients/node && npm ci && npm run build && npm pack --silent --pack-destination ../../build
 
 migrate: venv ## bring the database of DATABASE_URL to the newest schema
 	@$(BIN)/chat-ticket-svc migrate
@@ -117,5 +121,5 @@ audit: venv ## look the locked dependencies up in PyPI's database of vulnerabili
 	@$(BIN)/python scripts/audit.py
 
 clean: ## remove what the targets made: .venv, .venv-bench, .data, build and caches
-	@rm -rf .venv .venv-bench .venv-docs .data build .bootstrap.lock .mypy_cache .pytest_cache .ruff_cache .hypothesis dist tests/node/node_modules examples/node/node_modules
+	@rm -rf .venv .venv-bench .venv-docs .data build .bootstrap.lock .mypy_cache .pytest_cache .ruff_cache .hypothesis dist tests/node/node_modules examples/node/node_modules clients/node/node_modules clients/node/dist
 	@find src scripts benchmarks tests -name __pycache__ -type d -exec rm -rf {} +

@@ -13,6 +13,7 @@ from grpc_tools import protoc
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "clients" / "node"
 GENERATED = PACKAGE / "src" / "generated"
+PLUGIN = PACKAGE / "node_modules" / ".bin" / "protoc-gen-ts_proto"
 SERVICE_CONFIG = "chat_ticket/v1/chat_ticket_grpc_service_config.json"
 
 OPTIONS = (
@@ -45,7 +46,7 @@ def generate(out: Path) -> None:
             f"-I{ROOT / 'protos'}",
             f"-I{googleapis}",
             f"-I{Path(grpc_tools.__file__).parent / '_proto'}",
-            f"--plugin=protoc-gen-ts_proto={PACKAGE / 'node_modules' / '.bin' / 'protoc-gen-ts_proto'}",
+            f"--plugin=protoc-gen-ts_proto={PLUGIN}",
             f"--ts_proto_out={out}",
             f"--ts_proto_opt={','.join(OPTIONS)}",
             *map(str, protos),
