@@ -252,7 +252,7 @@ class TestServer:
                 broken.write(tmp_path / "tls")
             capsys.readouterr()
             async with asyncio.timeout(10):
-                while "the old ones are kept" not in (captured := capsys.readouterr()).out:
+                while "keeping the old ones" not in (captured := capsys.readouterr()).out:
                     assert not captured.err
                     await asyncio.sleep(0.05)
             await self.until_shown(api.address, second)
@@ -282,8 +282,8 @@ class TestServer:
         ("broken", "said"),
         [
             ("missing", "CHAT_TICKET_TLS_KEY: No such file"),
-            ("nonsense", "CHAT_TICKET_TLS_KEY: does not hold a key in PEM"),
-            ("other key", "CHAT_TICKET_TLS_KEY: is not the key of the certificate"),
+            ("nonsense", "CHAT_TICKET_TLS_KEY: must contain an unencrypted PEM key"),
+            ("other key", "CHAT_TICKET_TLS_KEY: does not match the certificate"),
             ("expired", "CHAT_TICKET_TLS_CERTIFICATE: has expired"),
         ],
     )

@@ -27,7 +27,7 @@ from test_watch import following
 
 from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest
 from chat_ticket.v1.chat_session_pb2 import ListChatSessionsRequest
-from chat_ticket_svc.access import jwt_authenticator
+from chat_ticket_svc.access import jwks, jwt_authenticator
 from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.rpc import middleware
 
@@ -310,7 +310,7 @@ class TestForged:
             "decode",
             lambda *args, **kw: (checked.append(args[0]), decode(*args, **kw))[1],
         )
-        monkeypatch.setattr(jwt_authenticator, "MAX_TOKENS", 2)
+        monkeypatch.setattr(jwt_authenticator, "MAX_CACHED_TOKENS", 2)
         one, two, three = (KEY.token(n=n) for n in range(3))
         for token in (one, one, two, one, three, three, one):
             await listed(await server.api(token, "acme"))
@@ -400,9 +400,9 @@ class TestKeys:
 
     @pytest.fixture(autouse=True)
     def _soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(jwt_authenticator, "COOLDOWN_SECONDS", 0.1)
-        monkeypatch.setattr(jwt_authenticator, "REFRESH_SECONDS", 0.5)
-        monkeypatch.setattr(jwt_authenticator, "FETCH_TIMEOUT_SECONDS", 2)
+        monkeypatch.setattr(jwks, "COOLDOWN_SECONDS", 0.1)
+        monkeypatch.setattr(jwks, "REFRESH_SECONDS", 0.5)
+        monkeypatch.setattr(jwks, "FETCH_TIMEOUT_SECONDS", 2)
 
     @pytest_asyncio.fixture
     async def keys(self) -> AsyncIterator[KeyServer]:
@@ -464,8 +464,8 @@ class TestKeys:
         self, start: Any, keys: KeyServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """However many tokens name keys that do not exist, it is asked once."""
-        monkeypatch.setattr(jwt_authenticator, "COOLDOWN_SECONDS", 30)
-        monkeypatch.setattr(jwt_authenticator, "REFRESH_SECONDS", 30)
+        monkeypatch.setattr(jwks, "COOLDOWN_SECONDS", 30)
+        monkeypatch.setattr(jwks, "REFRESH_SECONDS", 30)
         server = await start(jwks=keys.url)
         assert keys.requests == 1
         api = await server.api("", "acme")
@@ -478,7 +478,7 @@ class TestKeys:
 
         await asyncio.gather(*(forged(number) for number in range(200)))
         assert keys.requests == 1
-        monkeypatch.setattr(jwt_authenticator, "COOLDOWN_SECONDS", 0)
+        monkeypatch.setattr(jwks, "COOLDOWN_SECONDS", 0)
         keys.answering.clear()
         waiting = asyncio.gather(*(forged(number) for number in range(50)))
         async with asyncio.timeout(10):
@@ -486,7 +486,7 @@ class TestKeys:
                 await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)
         assert keys.requests == 2, "one for all who wait"
-        monkeypatch.setattr(jwt_authenticator, "COOLDOWN_SECONDS", 30)
+        monkeypatch.setattr(jwks, "COOLDOWN_SECONDS", 30)
         keys.answering.set()
         await waiting
         assert keys.requests == 2
@@ -547,8 +547,8 @@ class TestKeys:
     ) -> None:
         """Whatever it answers; and it is asked again."""
         server = await start(jwks=keys.url)
-        monkeypatch.setattr(jwt_authenticator, "REFRESH_SECONDS", 0.1)
-        monkeypatch.setattr(jwt_authenticator, "COOLDOWN_SECONDS", 0)
+        monkeypatch.setattr(jwks, "REFRESH_SECONDS", 0.1)
+        monkeypatch.setattr(jwks, "COOLDOWN_SECONDS", 0)
         good_head = keys.head
         other = key_set(Key("other"))
         broken = [

@@ -32,9 +32,9 @@ from chat_ticket.v1.chat_session_pb2 import (
 from chat_ticket_svc import config
 from chat_ticket_svc.access import quotas as quotas_module
 from chat_ticket_svc.access.quotas import (
+    PRUNE_THRESHOLD_TENANTS,
     REJECTION_DELAY_SECONDS,
-    TENANTS,
-    UNAUTHENTICATED_STREAMS,
+    UNAUTHENTICATED_STREAMS_PER_METHOD,
     Quotas,
 )
 from chat_ticket_svc.commands.token import development_settings, sign_token
@@ -97,7 +97,7 @@ def assert_about(refusal: Refusal, quota: str, limit: str, subject: str) -> floa
     assert dict(refusal.info.metadata) == {"quota": quota, "limit": limit}
     [violation] = refusal.details["QuotaFailure"].violations
     assert violation.subject == subject
-    assert violation.description == refusal.text == f"the limit {quota} of {limit} is reached"
+    assert violation.description == refusal.text == f"quota {quota} exceeded, limit {limit}"
     delay = refusal.details["RetryInfo"].retry_delay.ToTimedelta().total_seconds()
     assert delay > 0
     return float(delay)
@@ -252,7 +252,9 @@ class TestHoldingBack:
             async with asyncio.timeout(10):
                 await call(other)
 
-    @pytest.mark.parametrize("bound", ["TENANT_DELAYED_REJECTIONS", "DELAYED_REJECTIONS"])
+    @pytest.mark.parametrize(
+        "bound", ["MAX_DELAYED_REJECTIONS_PER_TENANT", "MAX_DELAYED_REJECTIONS"]
+    )
     async def test_only_so_many_refusals_are_held_back(
         self, start: Callable[..., Awaitable[Api]], monkeypatch: pytest.MonkeyPatch, bound: str
     ) -> None:
@@ -580,8 +582,8 @@ class TestOpenMethods:
             return stream
 
         for one_more, still in ((watch, reflect), (reflect, watch)):
-            streams = [await one_more() for _ in range(UNAUTHENTICATED_STREAMS)]
-            with beyond("open_streams", UNAUTHENTICATED_STREAMS, SERVER):
+            streams = [await one_more() for _ in range(UNAUTHENTICATED_STREAMS_PER_METHOD)]
+            with beyond("open_streams", UNAUTHENTICATED_STREAMS_PER_METHOD, SERVER):
                 await one_more()
             (await still()).cancel()
             await api.health.Check(health_pb2.HealthCheckRequest())
@@ -643,38 +645,38 @@ class TestMemory:
     def quotas(self, **limits: float) -> Quotas:
         return Quotas(config.Quotas.model_validate(limits))
 
-    def many(self, quotas: Quotas, count: int = 10 * TENANTS) -> None:
+    def many(self, quotas: Quotas, count: int = 10 * PRUNE_THRESHOLD_TENANTS) -> None:
         for n in range(count):
-            with quotas.call(f"{an_id()} {n}"):
+            with quotas.acquire_call(f"{an_id()} {n}"):
                 pass
 
     async def test_tenants_that_called_once_are_forgotten(self) -> None:
         """What is remembered does not grow with the number of tenants there have ever been."""
         quotas = self.quotas(tenant_calls_per_second=1_000_000)
         self.many(quotas)
-        assert len(quotas._uses) <= 2 * TENANTS
+        assert len(quotas._usages) <= 2 * PRUNE_THRESHOLD_TENANTS
 
     async def test_tenants_that_use_something_are_not_forgotten(self) -> None:
         """A call or a stream that goes on stays counted, whoever else comes by."""
         quotas = self.quotas(
             tenant_calls_per_second=1_000_000, tenant_calls_in_flight=1, tenant_streams=1
         )
-        with quotas.call("calls"), quotas.stream("streams", an_id()):
+        with quotas.acquire_call("calls"), quotas.acquire_stream("streams", an_id()):
             self.many(quotas)
-            with pytest.raises(QuotaExceededError), quotas.call("calls"):
+            with pytest.raises(QuotaExceededError), quotas.acquire_call("calls"):
                 pass
-            with pytest.raises(QuotaExceededError), quotas.stream("streams", an_id()):
+            with pytest.raises(QuotaExceededError), quotas.acquire_stream("streams", an_id()):
                 pass
         self.many(quotas)
-        assert not {"calls", "streams"} & quotas._uses.keys()
+        assert not {"calls", "streams"} & quotas._usages.keys()
 
     async def test_spent_rates_are_not_forgotten(self) -> None:
         """Being forgotten is no way to a new burst."""
         quotas = self.quotas(tenant_calls_per_second=0.1, tenant_burst=1)
-        with quotas.call("spent"):
+        with quotas.acquire_call("spent"):
             pass
         self.many(quotas)
-        with pytest.raises(QuotaExceededError), quotas.call("spent"):
+        with pytest.raises(QuotaExceededError), quotas.acquire_call("spent"):
             pass
 
     async def test_refused_calls_leave_nothing_to_the_garbage_collector(

@@ -110,7 +110,7 @@ def failing(function, calls):
 
 sessions.revisions = failing(sessions.revisions, [1])
 schema.Probe.missing = failing(schema.Probe.missing, [3])
-follow.WatchHub._listen = failing(follow.WatchHub._listen, [1])
+hub.WatchHub._listen = failing(hub.WatchHub._listen, [1])
 
 def call_back(text):
     time.sleep(0.15)  # long enough for asyncio's debug mode to tell of it
@@ -148,13 +148,13 @@ def break_everything():
         library.exception("planted")
 
 broken = []
-start = follow.WatchHub.start
+start = hub.WatchHub.start
 
 def start_and_break(self):
     start(self)
     asyncio.get_running_loop().call_later(0.2, break_everything)
 
-follow.WatchHub.start = start_and_break
+hub.WatchHub.start = start_and_break
 """
 
 
@@ -722,7 +722,7 @@ class TestServer:
 
     def test_debug_says_more(self, told: Told) -> None:
         """At its level the server does log what is below the others."""
-        assert ("token refused" in told.process.output) == told.debug
+        assert ("token rejected" in told.process.output) == told.debug
         assert ("Executing" in told.process.output) == told.debug, "asyncio's debug mode"
 
     def test_correlation_id_is_in_one_line_with_the_whole_story(self, told: Told) -> None:
@@ -794,7 +794,7 @@ async def test_out_of_reach(postgres: EmbeddedPostgres, tmp_path: Path) -> None:
             await told.refused("KEYS_UNAVAILABLE", api.session())
         for event in ("not serving", "listener lost its connection"):
             await asyncio.to_thread(process.wait_for, event)
-        for about in ("could not read the keys of tokens", "error connecting in"):
+        for about in ("could not fetch the key set", "error connecting in"):
             await told.until(about)
         assert process.stop() == 0
     assert not leaks(process.output)

@@ -14,7 +14,7 @@ import structlog
 from prometheus_client import Counter, Histogram
 
 from chat_ticket_svc.access import request_context
-from chat_ticket_svc.access.credential import Metadata, values
+from chat_ticket_svc.access.credential import Metadata, metadata_values
 from chat_ticket_svc.access.method_permissions import UNAUTHENTICATED_METHODS
 from chat_ticket_svc.telemetry import logs, metrics, tracing
 
@@ -156,7 +156,7 @@ def told(
 
 def _request_id(metadata: Metadata) -> str:
     """The caller's, by which it finds the line again, or one of ours."""
-    for given in values(metadata, REQUEST_ID_KEY):
+    for given in metadata_values(metadata, REQUEST_ID_KEY):
         if isinstance(given, str) and REQUEST_ID.fullmatch(given):
             return given
     # Not of the system's randomness, which is asked for without the interpreter's lock: no secret.
