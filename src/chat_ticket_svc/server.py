@@ -286,8 +286,8 @@ def _url_checker(settings: Settings) -> AttachmentUrlChecker | None:
 
 async def run(settings: Settings, stop: asyncio.Event, listening: Callable[[int], None]) -> None:
     """Serve until `stop` is set; `listening` is told the port."""
-    if settings.exposed:
-        log.warning(f"{settings.exposed}, as CHAT_TICKET_ALLOW_INSECURE wants it")
+    if settings.exposure:
+        log.warning(f"{settings.exposure}, as CHAT_TICKET_ALLOW_INSECURE wants it")
     server = Server(settings)
     await server.start()
     log.info("listening", host=settings.host, port=server.port, auth=settings.auth)

@@ -113,12 +113,12 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("settings", "said"),
         [
-            ({"host": "0.0.0.0"}, "anybody could act for any tenant"),
-            ({"host": "::"}, "anybody could act for any tenant"),
-            ({"host": "example.org"}, "anybody could act for any tenant"),
+            ({"host": "0.0.0.0"}, "anyone could act for any tenant"),
+            ({"host": "::"}, "anyone could act for any tenant"),
+            ({"host": "example.org"}, "anyone could act for any tenant"),
             (
                 {"host": "0.0.0.0", "auth": "jwt", "jwks": "k"},
-                "anybody on the way could read and take credentials",
+                "anyone on the network path could steal credentials",
             ),
             ({"auth": "jwt"}, "CHAT_TICKET_JWKS.*CHAT_TICKET_JWT_ISSUER.*JWT_AUDIENCE"),
             ({"auth": "mtls"}, "TLS_CERTIFICATE.*TLS_KEY.*TLS_CLIENT_CA.*MTLS_POLICY"),
@@ -141,13 +141,13 @@ class TestSettings:
     @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"])
     def test_loopback_needs_nothing(self, host: str) -> None:
         """The development default."""
-        assert not load(host=host).exposed
+        assert not load(host=host).exposure
 
     @pytest.mark.parametrize("settings", [{}, {"auth": "jwt", "jwks": "a"}])
     def test_insecure_can_be_wanted(self, settings: dict[str, str]) -> None:
         """By a setting of its own."""
         wanted = {"host": "0.0.0.0", "allow_insecure": "true", **settings}
-        assert load(jwt_issuer="i", jwt_audience="a", **wanted).exposed
+        assert load(jwt_issuer="i", jwt_audience="a", **wanted).exposure
 
     def test_wanted_insecurity_is_warned_of_at_start(self, database: str) -> None:
         """So that it is not forgotten."""
@@ -155,7 +155,7 @@ class TestSettings:
         with server_process(database, **environment) as server:
             server.wait_for("listening")
             [warning] = [line for line in server.log if line["level"] == "warning"]
-            assert "anybody could act for any tenant" in warning["event"]
+            assert "anyone could act for any tenant" in warning["event"]
 
     def test_unknown_settings_are_warned_of(self, database: str) -> None:
         """A misspelt one would leave open what it was to close. Others' variables are not ours."""

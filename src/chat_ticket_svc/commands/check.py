@@ -127,8 +127,8 @@ async def _settings(settings: Settings, environment: Mapping[str, str]) -> Async
     yield OK, "settings", "\n".ljust(23).join(set_) or "all as by default"
     if unknown := config.unknown_variables(environment):
         yield WARNING, "settings", f"not known, so not in effect: {', '.join(unknown)}"
-    if settings.exposed:
-        yield WARNING, "settings", f"{settings.exposed}, as CHAT_TICKET_ALLOW_INSECURE wants it"
+    if settings.exposure:
+        yield WARNING, "settings", f"{settings.exposure}, as CHAT_TICKET_ALLOW_INSECURE wants it"
 
 
 def _set(settings: Settings) -> Iterator[str]:
