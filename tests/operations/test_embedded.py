@@ -342,7 +342,7 @@ def test_lock_lasts_as_long_as_the_server(
     data: Path, own: Own, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that outlives its owner for a while keeps the directory to itself."""
-    monkeypatch.setattr(embedded, "_LINGER_SECONDS", 0.1)
+    monkeypatch.setattr(embedded, "_ORPHAN_SECONDS", 0.1)
     owner = own(data)
     server = _pid(owner)
     os.kill(server, signal.SIGSTOP)
@@ -427,7 +427,7 @@ def test_socket_directory_of_others_is_refused(data: Path, place: Path, trap: st
             sockets.chmod(0o777)
         if trap == "foreign":
             os.chown(sockets, 12345, 12345)
-        with pytest.raises(EmbeddedPostgresError, match="not a directory of ours"):
+        with pytest.raises(EmbeddedPostgresError, match="not a private directory of this user"):
             postgres.start()
         assert os.path.lexists(sockets)
         assert target.exists()
