@@ -36,8 +36,7 @@ ASYMMETRIC_ALGORITHMS = {
     "EdDSA",
 }
 
-# The characters that RFC 3986 allows. dbmate prints a URL with other characters, including its
-# password.
+# The characters that RFC 3986 allows. If a URL has others, dbmate prints it, with its password.
 URL_CHARACTERS = re.compile(r"([A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=]|%[0-9A-Fa-f]{2})*")
 
 # The scheme and user info of a URL, and its hosts.
@@ -69,7 +68,10 @@ class Limits(BaseModel):
 
 
 class Quotas(BaseModel):
-    """Limits of what callers may use of one server process. Both kinds of stream count."""
+    """Limits of what callers may use of one server process.
+
+    ListChatMessages and WatchChatSession streams both count as streams.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -83,7 +85,7 @@ class Quotas(BaseModel):
 
 
 class Settings(BaseSettings):
-    """The settings of one server process; each is the environment variable of the same name."""
+    """The settings of one server process. `variable` returns the environment variable of a field."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -287,16 +289,16 @@ def variable(field: str) -> str:
 
 def unknown_variables(environment: Iterable[str]) -> list[str]:
     """Variables with our prefix that are not settings: probably misspelt, and without effect."""
-    known = [variable(name) for name in Settings.model_fields]
+    settings = {variable(name) for name in Settings.model_fields}
     return sorted(
         name
         for name in environment
-        if name.startswith(PREFIX) and name.partition("__")[0] not in known
+        if name.startswith(PREFIX) and name.partition("__")[0] not in settings
     )
 
 
 def load(**overrides: object) -> Settings:
-    """Read the environment. Raises ConfigurationError that lists all problems."""
+    """Read the environment. Raises one ConfigurationError that lists all problems."""
     try:
         settings = Settings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:

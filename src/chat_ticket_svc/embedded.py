@@ -75,8 +75,8 @@ class EmbeddedPostgres:
         """Start the server and return when it accepts connections.
 
         Must be called in the main thread, because the kernel ends the server together with the
-        thread that started it. Waits up to a minute for an
-        earlier server on this directory to shut down.
+        thread that started it. Waits up to a minute for an earlier server on this directory to
+        shut down.
         """
         if threading.current_thread() is not threading.main_thread():
             raise EmbeddedPostgresError("PostgreSQL must be started in the main thread")
