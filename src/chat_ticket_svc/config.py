@@ -85,7 +85,7 @@ class Quotas(BaseModel):
 
 
 class Settings(BaseSettings):
-    """The settings of one server process. `variable` returns the environment variable of a field."""
+    """The settings of one server process, each read from the variable that `variable` names."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
