@@ -166,4 +166,4 @@ class DeadlineExceededError(DomainError):
 
 
 class UnsupportedError(DomainError):
-    """The database server lacks a feature that the call needs."""
+    """The database server lacks a feature."""

@@ -22,67 +22,67 @@ from prometheus_client import (
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
 
-SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-CALL_LABELS = ("grpc_type", "grpc_service", "grpc_method", "grpc_code")
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+CALL = ("grpc_type", "grpc_service", "grpc_method", "grpc_code")
 
 HANDLED = Counter(
-    "grpc_server_handled",
-    "RPCs completed, unary and streaming, by status code.",
-    CALL_LABELS,
-    registry=REGISTRY,
+    "grpc_server_handled", "Unary calls and streams that ended, by status.", CALL, registry=REGISTRY
 )
 HANDLING_SECONDS = Histogram(
     "grpc_server_handling_seconds",
-    "Duration of unary RPCs, from the moment the server accepts the call.",
-    CALL_LABELS,
-    buckets=SECONDS_BUCKETS,
+    "Duration of unary calls, from when the server accepts them.",
+    CALL,
+    buckets=SECONDS,
     registry=REGISTRY,
 )
 STREAMS = Gauge(
     "chat_ticket_streams_open",
-    "Streams currently open.",
+    "Open streams, by method.",
     ("grpc_service", "grpc_method"),
     registry=REGISTRY,
 )
 REJECTED = Counter(
     "chat_ticket_rejected",
-    "RPCs rejected with RESOURCE_EXHAUSTED, by the name of the quota or the error reason.",
+    "Calls and streams refused with RESOURCE_EXHAUSTED, by quota or reason.",
     ("limit",),
     registry=REGISTRY,
 )
-WATCHERS = Gauge(
-    "chat_ticket_watchers", "WatchChatSession streams currently open.", registry=REGISTRY
-)
+WATCHERS = Gauge("chat_ticket_watchers", "Streams that watch a session.", registry=REGISTRY)
 WATCH_DELIVERY_SECONDS = Histogram(
     "chat_ticket_watch_delivery_seconds",
     "Time from when this process learns of a change until its watchers receive it.",
-    buckets=SECONDS_BUCKETS,
+    buckets=SECONDS,
     registry=REGISTRY,
 )
 NOTIFY_BATCH_SESSIONS = Histogram(
     "chat_ticket_notify_batch_sessions",
-    "Sessions announced to other processes by one NOTIFY statement.",
+    "Sessions in one NOTIFY to the other processes.",
     buckets=(1, 2, 4, 8, 16, 27),
     registry=REGISTRY,
 )
 POOL_CONNECTIONS = Gauge(
-    "chat_ticket_pool_connections", "Database connections in the pool.", registry=REGISTRY
+    "chat_ticket_pool_connections", "Connections in the database pool.", registry=REGISTRY
 )
 POOL_IDLE = Gauge(
-    "chat_ticket_pool_idle_connections",
-    "Database connections in the pool that are idle.",
-    registry=REGISTRY,
+    "chat_ticket_pool_idle_connections", "Idle connections in the database pool.", registry=REGISTRY
 )
 POOL_WAITING = Gauge(
-    "chat_ticket_pool_waiting_calls", "RPCs waiting for a database connection.", registry=REGISTRY
+    "chat_ticket_pool_waiting_calls",
+    "Calls that wait for a connection from the pool.",
+    registry=REGISTRY,
 )
 POOL_WAIT_SECONDS = Histogram(
     "chat_ticket_pool_wait_seconds",
-    "Time that RPCs waited for a database connection before they got one.",
-    buckets=SECONDS_BUCKETS,
+    "Time that calls waited for a connection, when they got one.",
+    buckets=SECONDS,
     registry=REGISTRY,
 )
-Info("chat_ticket_build", "Versions of the service, Python and grpcio.", registry=REGISTRY).info(
+BUILD = Info(
+    "chat_ticket_build",
+    "The version of the service, of Python and of grpcio, as labels. The value is 1.",
+    registry=REGISTRY,
+)
+BUILD.info(
     {
         "version": importlib.metadata.version("chat-ticket-svc"),
         "python": platform.python_version(),
