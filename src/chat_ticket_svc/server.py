@@ -22,9 +22,11 @@ from chat_ticket.v1 import (
     chat_ticket_pb2_grpc,
 )
 from chat_ticket_svc.access import method_permissions
-from chat_ticket_svc.access.admission import AdmissionController, Authenticator
+from chat_ticket_svc.access.admission import AdmissionController
+from chat_ticket_svc.access.authenticator import Authenticator
 from chat_ticket_svc.access.client_certificate_authenticator import ClientCertificateAuthenticator
-from chat_ticket_svc.access.jwt_authenticator import JwksClient, JwtAuthenticator
+from chat_ticket_svc.access.jwks import JwksClient
+from chat_ticket_svc.access.jwt_authenticator import JwtAuthenticator
 from chat_ticket_svc.access.quotas import Quotas
 from chat_ticket_svc.access.server_certificates import ServerCertificates
 from chat_ticket_svc.config import MIB, ConfigurationError, Settings
@@ -105,7 +107,7 @@ class Server:
             readers=max(1, settings.pool_size // 2),
         )
         self._urls = _url_checker(settings)
-        self._certificates = ServerCertificates.of(settings)
+        self._certificates = ServerCertificates.from_settings(settings)
         self._keys = JwksClient(settings.jwks) if "jwt" in settings.auth else None
         self._middleware = RpcMiddleware(
             AdmissionController(_authenticators(settings, self._keys), Quotas(settings.quotas)),
@@ -138,7 +140,7 @@ class Server:
         await self._db.open()
         self._follow.start()
         if self._certificates is not None:
-            self._certificates.watch()
+            self._certificates.start_reloading()
         await self._health.set_all(serving=False)
         self._health_task = asyncio.create_task(self._watch_health())
         await self._grpc.start()
@@ -221,7 +223,7 @@ class Server:
             reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]
                 reflection.aio.ReflectionServicer(names), server
             )
-        method_permissions.require_known(server.names)
+        method_permissions.require_permission_rules(server.names)
 
     async def _check_schema(self) -> None:
         try:
@@ -284,8 +286,8 @@ def _url_checker(settings: Settings) -> AttachmentUrlChecker | None:
 
 async def run(settings: Settings, stop: asyncio.Event, listening: Callable[[int], None]) -> None:
     """Serve until `stop` is set; `listening` is told the port."""
-    if settings.exposed:
-        log.warning(f"{settings.exposed}, as CHAT_TICKET_ALLOW_INSECURE wants it")
+    if settings.exposure:
+        log.warning(f"{settings.exposure}, as CHAT_TICKET_ALLOW_INSECURE wants it")
     server = Server(settings)
     await server.start()
     log.info("listening", host=settings.host, port=server.port, auth=settings.auth)

@@ -149,7 +149,7 @@ def _terminate(process: Process) -> None:
 
 def die_with_supervisor(parent: int) -> None:
     """Have this worker end when its parent does, however it does: a parent may be killed."""
-    embedded.die_with(parent, signal.SIGKILL)
+    embedded.set_parent_death_signal(parent, signal.SIGKILL)
 
 
 def report_listening() -> None:

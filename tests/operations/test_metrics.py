@@ -1,4 +1,4 @@
-"""What an operator's Prometheus reads of a server."""
+"""The metrics that Prometheus scrapes from a server."""
 
 import asyncio
 import re
@@ -20,7 +20,7 @@ SESSIONS = "chat_ticket.v1.ChatSessionService"
 
 
 class Metrics:
-    """The samples of a server, as they are now."""
+    """A scrape of a server's samples."""
 
     def __init__(self, process: ServerProcess):
         line = process.wait_for("metrics")
@@ -35,7 +35,7 @@ class Metrics:
         ]
 
     def __call__(self, name: str, **labels: str) -> float:
-        """The sum over all that has these labels."""
+        """The sum of all samples with these labels."""
         return sum(
             value
             for each, has, value in self.samples
@@ -44,7 +44,7 @@ class Metrics:
 
 
 async def until(process: ServerProcess, name: str, value: float, **labels: str) -> None:
-    """A call is counted when it has ended, which its caller may know a moment before."""
+    """Wait for a value: the server counts a call a moment after the caller has its response."""
     async with asyncio.timeout(10):
         while Metrics(process)(name, **labels) != value:
             await asyncio.sleep(0.1)
@@ -65,7 +65,7 @@ def process(database: str) -> Iterator[ServerProcess]:
 async def test_calls_are_counted_and_timed_by_method_and_status(
     process: ServerProcess, tenant: str
 ) -> None:
-    """By the names of the other gRPC implementations."""
+    """With the metric names of other gRPC implementations."""
     before = Metrics(process)
     async with Api(process.address, tenant) as api:
         session = await api.session()
@@ -80,8 +80,8 @@ async def test_calls_are_counted_and_timed_by_method_and_status(
             await until(process, name, before(name, **labels) + count, **labels)
 
 
-async def test_callers_who_leave_are_cancelled(process: ServerProcess, tenant: str) -> None:
-    """Their calls are counted as such."""
+async def test_cancelled_calls_are_counted(process: ServerProcess, tenant: str) -> None:
+    """With the code CANCELLED."""
     labels = {"grpc_method": "WatchChatSession", "grpc_code": "CANCELLED"}
     before = Metrics(process)("grpc_server_handled_total", **labels)
     async with Api(process.address, tenant) as api:
@@ -91,8 +91,8 @@ async def test_callers_who_leave_are_cancelled(process: ServerProcess, tenant: s
     await until(process, "grpc_server_handled_total", before + 1, **labels)
 
 
-async def test_streams_and_watchers_and_their_wake_up(process: ServerProcess, tenant: str) -> None:
-    """How many there are, and how long it takes until they hear of a change."""
+async def test_streams_watchers_and_delivery(process: ServerProcess, tenant: str) -> None:
+    """The numbers of both, and the time until watchers receive a change."""
     open_now = {"grpc_service": SESSIONS, "grpc_method": "WatchChatSession"}
     async with Api(process.address, tenant) as api:
         session = await api.session()
@@ -112,7 +112,7 @@ async def test_streams_and_watchers_and_their_wake_up(process: ServerProcess, te
 
 
 async def test_rejected_by_limit(process: ServerProcess, tenant: str) -> None:
-    """Which of the limits it was."""
+    """The label names the limit."""
     async with Api(process.address, tenant) as api:
         session = await api.session()
         async with following(api, session.id) as follower:
@@ -124,7 +124,7 @@ async def test_rejected_by_limit(process: ServerProcess, tenant: str) -> None:
 
 
 async def test_pool(process: ServerProcess, tenant: str, database: str) -> None:
-    """Its size, who waits for a connection, and how long those waited who got one."""
+    """Its size, the calls that wait for a connection, and the time that they waited."""
     async with Api(process.address, tenant) as api:
         session = await api.session()
         with psycopg.connect(database) as connection:
@@ -140,8 +140,8 @@ async def test_pool(process: ServerProcess, tenant: str, database: str) -> None:
     assert Metrics(process)("chat_ticket_pool_wait_seconds_count") >= 5
 
 
-def test_what_runs_and_what_it_takes(process: ServerProcess) -> None:
-    """The version, and the process's memory and descriptors."""
+def test_build_and_process(process: ServerProcess) -> None:
+    """The versions, and the memory and file descriptors of the process."""
     now = Metrics(process)
     [labels] = [has for name, has, _ in now.samples if name == "chat_ticket_build_info"]
     assert labels.keys() == {"version", "python", "grpcio"}
@@ -150,7 +150,7 @@ def test_what_runs_and_what_it_takes(process: ServerProcess) -> None:
 
 
 async def test_no_label_has_an_id(process: ServerProcess, tenant: str) -> None:
-    """So that a tenant more is not a series more, and nobody reads who they are."""
+    """More tenants do not mean more time series, and metrics do not reveal who they are."""
     async with Api(process.address, tenant) as api:
         session = await api.session()
         await api.message(session.id)
@@ -160,14 +160,14 @@ async def test_no_label_has_an_id(process: ServerProcess, tenant: str) -> None:
 
 
 def test_each_worker_has_its_own_port(database: str) -> None:
-    """The first has the one that is set, the next the following one."""
+    """The first worker has the configured port, the next worker the port after it."""
     with server_process(database, "--workers", "2", CHAT_TICKET_METRICS_PORT="39464") as process:
         lines = process.wait_for_all("metrics", 2)
     assert sorted(line["port"] for line in lines) == [39464, 39465]
 
 
-def test_taken_port_is_said_clearly(database: str, process: ServerProcess) -> None:
-    """And ends the server: an operator who set it relies on it."""
+def test_port_in_use_is_reported(database: str, process: ServerProcess) -> None:
+    """The server exits, because the operator relies on the metrics."""
     port = process.wait_for("metrics")["port"]
     with server_process(database, CHAT_TICKET_METRICS_PORT=str(port)) as other:
         assert other.popen.wait(timeout=30) == 1
@@ -176,7 +176,7 @@ def test_taken_port_is_said_clearly(database: str, process: ServerProcess) -> No
 
 
 async def test_alerts_are_about_what_is_exported(process: ServerProcess, tenant: str) -> None:
-    """Every name and label in docs/alerts.yml is one that a server has."""
+    """A server exports every name and label that docs/alerts.yml uses."""
     async with Api(process.address, tenant) as api:
         await api.session()
     now = Metrics(process)

@@ -71,16 +71,19 @@ class TestSettings:
         """In the one form that the service and dbmate both take."""
         result = command("migrate", DATABASE_URL=url)
         assert result.returncode != 0
-        assert result.stderr == "chat-ticket-svc: DATABASE_URL: is not a postgresql:// URL\n"
+        assert result.stderr == "chat-ticket-svc: DATABASE_URL: must be a postgresql:// URL\n"
 
     @pytest.mark.parametrize("hosts", ["CANARY:1,other:2/x", "/x?host=CANARY,other&port=1,2"])
     def test_migrations_need_one_host(self, hosts: str) -> None:
         """A URL of a primary and its standbys does not say which is which."""
         url = f"postgresql://u@{hosts}"
-        for variable, why in (("DATABASE_URL", "required"), ("MIGRATE_DATABASE_URL", "not a URL")):
+        for variable, why in (
+            ("DATABASE_URL", "required"),
+            ("MIGRATE_DATABASE_URL", "single host"),
+        ):
             result = command("migrate", **{variable: url})
             assert result.returncode != 0
-            assert f"chat-ticket-svc: MIGRATE_DATABASE_URL: is {why}" in result.stderr
+            assert re.search(f"chat-ticket-svc: MIGRATE_DATABASE_URL: .*{why}", result.stderr)
             assert "CANARY" not in result.stderr
 
     def test_bad_allowed_hosts_are_refused(self, database: str) -> None:

@@ -149,7 +149,7 @@ class TestTwo:
         """One that is started by hand, or too late, does not serve."""
         result = command("worker", "1", "0", DATABASE_URL=database)
         assert result.returncode != 0
-        assert result.stderr == "the owner ended before it could be watched\n"
+        assert result.stderr == "the parent process has already ended\n"
 
 
 @contextlib.contextmanager

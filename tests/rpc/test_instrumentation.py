@@ -24,7 +24,7 @@ from test_watch import following
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest, ListChatMessagesRequest
 from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest, WatchChatSessionRequest
-from chat_ticket_svc.telemetry import logs
+from chat_ticket_svc.telemetry import log_writer
 
 GET = "chat_ticket.v1.ChatSessionService/GetChatSession"
 CREATE = "chat_ticket.v1.ChatMessageService/CreateChatMessage"
@@ -297,25 +297,25 @@ class TestReader:
     ) -> None:
         """As a parent that shares its terminal or pipe may have set it."""
         with pipe() as (ours, theirs):
-            monkeypatch.setattr(logs, "STANDARD_ERROR", theirs.fileno())
+            monkeypatch.setattr(log_writer, "STANDARD_ERROR", theirs.fileno())
             os.set_blocking(theirs.fileno(), False)
-            output = logs._StderrWriter()
+            output = log_writer.StderrWriter()
             output.start()
             output.write(("x" * 999 + "\n") * 500)
             read = b""
             while read.count(b"\n") < 500:
                 assert select.select([ours], [], [], 10)[0], "no more comes"
                 read += ours.read(10_000)
-            output.finish()
+            output.drain()
 
     def test_it_is_told_how_many_lines_it_missed(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """When it reads again."""
         with pipe() as (ours, theirs):
-            monkeypatch.setattr(logs, "STANDARD_ERROR", theirs.fileno())
-            monkeypatch.setattr(logs, "MAX_BUFFERED_CHARACTERS", 100_000)
-            output = logs._StderrWriter()
+            monkeypatch.setattr(log_writer, "STANDARD_ERROR", theirs.fileno())
+            monkeypatch.setattr(log_writer, "MAX_BUFFERED_CHARACTERS", 100_000)
+            output = log_writer.StderrWriter()
             output.start()
             line = "x" * 999 + "\n"
             for _ in range(500):
@@ -323,11 +323,11 @@ class TestReader:
             os.set_blocking(ours.fileno(), False)
             read, is_written = b"", False
             while not is_written:
-                is_written = not output._waiting
+                is_written = not output._pending_characters
                 read += ours.read(1_000_000) or b""
             kept = read.count(b"\n")
             assert kept < 300, "it was full"
             deadline = time.monotonic() + 10
-            while "lines were left out" not in (out := capsys.readouterr().out):
+            while "log lines dropped" not in (out := capsys.readouterr().out):
                 assert time.monotonic() < deadline
             assert f"lines={500 - kept}" in re.sub(r"\x1b\[\d*m", "", out)

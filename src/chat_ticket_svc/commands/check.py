@@ -26,7 +26,7 @@ from chat_ticket.v1 import chat_session_pb2, chat_session_pb2_grpc
 from chat_ticket_svc import config
 from chat_ticket_svc.access.client_certificate_authenticator import ClientCertificateAuthenticator
 from chat_ticket_svc.access.credential import TENANT_KEY
-from chat_ticket_svc.access.jwt_authenticator import JwksClient
+from chat_ticket_svc.access.jwks import JwksClient
 from chat_ticket_svc.access.server_certificates import ServerCertificates
 from chat_ticket_svc.commands.arguments import tenant_id
 from chat_ticket_svc.config import ConfigurationError, Settings
@@ -127,8 +127,8 @@ async def _settings(settings: Settings, environment: Mapping[str, str]) -> Async
     yield OK, "settings", "\n".ljust(23).join(set_) or "all as by default"
     if unknown := config.unknown_variables(environment):
         yield WARNING, "settings", f"not known, so not in effect: {', '.join(unknown)}"
-    if settings.exposed:
-        yield WARNING, "settings", f"{settings.exposed}, as CHAT_TICKET_ALLOW_INSECURE wants it"
+    if settings.exposure:
+        yield WARNING, "settings", f"{settings.exposure}, as CHAT_TICKET_ALLOW_INSECURE wants it"
 
 
 def _set(settings: Settings) -> Iterator[str]:
@@ -211,9 +211,9 @@ async def _facts(variable: str, url: str) -> schema.Facts:
 
 async def _keys(settings: Settings) -> AsyncIterator[Line]:
     async def certificate() -> Line:
-        certificates = ServerCertificates.of(settings)
+        certificates = ServerCertificates.from_settings(settings)
         assert certificates is not None  # noqa: S101 - for the type checker
-        left = (certificates.own.not_valid_after_utc - datetime.now(UTC)).days
+        left = (certificates.certificate.not_valid_after_utc - datetime.now(UTC)).days
         text = f"is that of the key, and expires in {left} days"
         return OK if left >= EXPIRES_DAYS else WARNING, "certificate", text
 
@@ -226,7 +226,11 @@ async def _keys(settings: Settings) -> AsyncIterator[Line]:
         )
 
     async def keys() -> Line:
-        return OK, "keys", f"of tokens: {', '.join(await JwksClient(settings.jwks).ids())}"
+        return (
+            OK,
+            "keys",
+            f"of tokens: {', '.join(await JwksClient(settings.jwks).fetch_key_ids())}",
+        )
 
     if settings.tls_certificate is not None:
         yield await _look("certificate", certificate())
@@ -264,10 +268,10 @@ def _reachable(host: str) -> str:
 
 def _channel(settings: Settings, address: str) -> grpc.aio.Channel:
     """Whoever answers has to have the certificate that is in the file."""
-    certificates = ServerCertificates.of(settings)
+    certificates = ServerCertificates.from_settings(settings)
     if certificates is None:
         return grpc.aio.insecure_channel(address)
-    own = certificates.own
+    own = certificates.certificate
     names = own.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     [name, *_] = names.get_values_for_type(x509.DNSName) or [settings.host]
     pem = own.public_bytes(Encoding.PEM)

@@ -14,9 +14,10 @@ import structlog
 from prometheus_client import Counter, Histogram
 
 from chat_ticket_svc.access import request_context
-from chat_ticket_svc.access.credential import Metadata, values
+from chat_ticket_svc.access.credential import Metadata, metadata_values
 from chat_ticket_svc.access.method_permissions import UNAUTHENTICATED_METHODS
-from chat_ticket_svc.telemetry import logs, metrics, tracing
+from chat_ticket_svc.telemetry import metrics, tracing
+from chat_ticket_svc.telemetry.log_writer import log_deferred
 
 log = structlog.get_logger()
 
@@ -71,7 +72,7 @@ class Call:
         if session_id is not None:
             self._known["session_id"] = session_id
         if self._tell is not None:
-            logs.log_deferred(self._tell, "stream opened", self._known | _tenant())
+            log_deferred(self._tell, "stream opened", self._known | _tenant())
 
     def ended(self, event: str, code: grpc.StatusCode, seconds: float) -> None:
         if self._tell is None:
@@ -85,7 +86,7 @@ class Call:
             line["request_bytes"] = self.request_bytes
         line["responses"] = self.responses
         line["response_bytes"] = self.response_bytes
-        logs.log_deferred(self._tell, event, line)
+        log_deferred(self._tell, event, line)
 
 
 def _tenant() -> dict[str, str]:
@@ -148,7 +149,7 @@ def told(
                 else:
                     streams.dec()
                 if span is not None:
-                    tracing.ended(span, code.value[0], failed=code in FAILURES)
+                    tracing.record_status(span, code.value[0], is_error=code in FAILURES)
                 call.ended(event, code, seconds)
 
     return outermost
@@ -156,7 +157,7 @@ def told(
 
 def _request_id(metadata: Metadata) -> str:
     """The caller's, by which it finds the line again, or one of ours."""
-    for given in values(metadata, REQUEST_ID_KEY):
+    for given in metadata_values(metadata, REQUEST_ID_KEY):
         if isinstance(given, str) and REQUEST_ID.fullmatch(given):
             return given
     # Not of the system's randomness, which is asked for without the interpreter's lock: no secret.

@@ -172,7 +172,10 @@ class RpcMiddleware:
                 if timeout < least:
                     raise errors.DeadlineExceededError
                 try:
-                    with Timeout(timeout), await self._door.call(method, context, call.metadata):
+                    with (
+                        Timeout(timeout),
+                        await self._door.admit_unary(method, context, call.metadata),
+                    ):
                         request = parse(data)
                         _require_message(request)
                         response = serialize(await behavior(request, context))
@@ -210,7 +213,7 @@ class RpcMiddleware:
                 def session_id() -> str:
                     return getattr(parsed(), "session_id", "")
 
-                async with self._door.stream(method, context, call.metadata, session_id):
+                async with self._door.admit_stream(method, context, call.metadata, session_id):
                     request = parsed()
                     _require_message(request)
                     of = session_id()

@@ -20,7 +20,7 @@ from google.rpc import status_pb2
 
 from chat_ticket_svc import errors
 from chat_ticket_svc.rpc.instrumentation import Call
-from chat_ticket_svc.telemetry import logs, metrics
+from chat_ticket_svc.telemetry import metrics, redaction
 
 log = structlog.get_logger()
 
@@ -136,7 +136,7 @@ async def abort_with_internal_error(
         correlation_id=correlation_id,
         request_id=call.request_id,
         method=method,
-        errors=logs.exception_chain(error),
+        errors=redaction.exception_chain(error),
     )
     status = status_pb2.Status(
         code=grpc.StatusCode.INTERNAL.value[0], message=f"internal error {correlation_id}"
