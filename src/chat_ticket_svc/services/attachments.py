@@ -38,7 +38,7 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
         message_id = check.id("message_id", request.message_id)
         new = check.new_attachment("attachment", request.attachment)
         check.done()
-        attachment = await attachment_access.repeat_or_check(
+        attachment = await attachment_access.find_stored_or_check_urls(
             self._urls,
             tenant_id,
             [new.file_url],

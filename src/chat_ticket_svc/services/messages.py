@@ -81,7 +81,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     async def _append(
         self, tenant_id: str, session_id: str, new: list[messages.NewMessage]
     ) -> list[messages.Message]:
-        stored = await attachment_access.repeat_or_check(
+        stored = await attachment_access.find_stored_or_check_urls(
             self._urls,
             tenant_id,
             [each.file_url for message in new for each in message.attachments],
