@@ -120,7 +120,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             validator.add_violation("order", f"unknown enum value {request.order}")
         validator.raise_if_invalid()
 
-        pages = self._pages(
+        pages = self._read_pages(
             tenant_id,
             session_id,
             after=after,
@@ -136,7 +136,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                 )
                 yield response.SerializeToString() + convert.messages(session_id, rows)
 
-    async def _pages(
+    async def _read_pages(
         self,
         tenant_id: str,
         session_id: str,

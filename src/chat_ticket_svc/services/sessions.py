@@ -152,7 +152,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
                     page_size = min(2 * page_size, paging.MAX_STREAM_PAGE)
                 for event in stream.advance(page):
                     yield event
-                # Thousands of streams wait for a long time, and local variables keep memory.
+                # Many streams wait for a long time, and their local variables would keep memory.
                 del page, event
 
     async def _read_page(
@@ -160,13 +160,13 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     ) -> "_Page":
         """Read the changes after a revision: `limit` of them, or as many as a page may hold.
 
-        Without a limit a small page is tried first, because there are rarely more changes.
+        Without a limit it reads a small page first, because there are rarely more changes.
         """
         read = functools.partial(session_changes.page, self._db, tenant_id, session_id, after=after)
-        changes = await read(limit=limit or paging.MIN_STREAM_PAGE)
-        if limit is None and changes is not None and changes.more:
-            changes = await read(limit=paging.MAX_STREAM_PAGE)
-        return _Page(after, changes)
+        page = await read(limit=limit or paging.MIN_STREAM_PAGE)
+        if limit is None and page is not None and page.more:
+            page = await read(limit=paging.MAX_STREAM_PAGE)
+        return _Page(after, page)
 
 
 class _Page:
