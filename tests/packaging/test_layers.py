@@ -80,18 +80,15 @@ def test_drivers_stay_in_their_rooms(path: Path) -> None:
         assert room(path) not in {"store", "watch", "errors"}
 
 
-def test_services_have_no_sql_and_servicers_no_except() -> None:
+def test_services_have_no_sql_and_no_try() -> None:
     """A servicer is a request, store calls, and a response; errors pass through."""
-    servicers = set()
     for path in (ROOT / "services").glob("*.py"):
-        nodes = list(ast.walk(ast.parse(path.read_text())))
-        for node in nodes:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            # What has to be let go is let go in a finally; nothing is caught.
+            assert not (isinstance(node, ast.Try) and node.handlers), path.name
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 assert "SELECT " not in node.value, path.name
-        if any(isinstance(node, ast.ClassDef) and node.name.endswith("Service") for node in nodes):
-            servicers.add(path.stem)
-            assert not any(isinstance(node, ast.ExceptHandler) for node in nodes), path.name
-    assert servicers == {"attachments", "messages", "sessions", "tickets"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The line that the log has of each call, and what leads a caller's report to it."""
+"""The access log: the lines of each call, and the request id that leads from an error to them."""
 
 import asyncio
 import contextlib
@@ -65,10 +65,10 @@ async def test_a_call_is_one_line(process: ServerProcess, api: Api, tenant: str)
     session = await api.session()
     request = GetChatSessionRequest(session_id=session.id)
     response = await api.sessions.GetChatSession(request)
-    told = await line(process, "finished call", method=GET, tenant=tenant)
-    assert told.pop("timestamp").endswith("Z")
-    assert 0 < told.pop("duration_ms") < 60_000
-    assert told == {
+    fields = await line(process, "finished call", method=GET, tenant=tenant)
+    assert fields.pop("timestamp").endswith("Z")
+    assert 0 < fields.pop("duration_ms") < 60_000
+    assert fields == {
         "request_id": REQUEST_ID,
         "event": "finished call",
         "level": "info",
@@ -84,9 +84,9 @@ async def test_a_call_is_one_line(process: ServerProcess, api: Api, tenant: str)
 async def test_a_refused_call_has_its_reason(process: ServerProcess, api: Api, tenant: str) -> None:
     with refused(StatusCode.NOT_FOUND):
         await api.sessions.GetChatSession(GetChatSessionRequest(session_id=an_id()))
-    told = await line(process, "finished call", method=GET, tenant=tenant)
-    assert (told["code"], told["reason"]) == ("NOT_FOUND", "CHAT_SESSION_NOT_FOUND")
-    assert (told["responses"], told["response_bytes"]) == (0, 0)
+    fields = await line(process, "finished call", method=GET, tenant=tenant)
+    assert (fields["code"], fields["reason"]) == ("NOT_FOUND", "CHAT_SESSION_NOT_FOUND")
+    assert (fields["responses"], fields["response_bytes"]) == (0, 0)
 
 
 async def test_a_call_whose_deadline_passed_says_so(
@@ -99,8 +99,8 @@ async def test_a_call_whose_deadline_passed_says_so(
     stub, metadata = api.messages._stub, [("x-tenant-id", tenant)]
     with locked(database, session.id), pytest.raises(grpc.aio.AioRpcError):
         await stub.CreateChatMessage(request, metadata=metadata, timeout=0.3)
-    told = await line(process, "finished call", method=CREATE, tenant=tenant)
-    assert told["code"] == "DEADLINE_EXCEEDED"
+    fields = await line(process, "finished call", method=CREATE, tenant=tenant)
+    assert fields["code"] == "DEADLINE_EXCEEDED"
 
 
 async def test_a_call_without_a_tenant_has_none(process: ServerProcess) -> None:
@@ -110,7 +110,7 @@ async def test_a_call_without_a_tenant_has_none(process: ServerProcess) -> None:
     assert "tenant" not in await line(process, "finished call", reason="TENANT_REQUIRED")
 
 
-async def test_a_stream_is_a_line_when_it_opens_and_one_when_it_closes(
+async def test_a_stream_is_logged_when_it_starts_and_when_it_finishes(
     process: ServerProcess, api: Api, tenant: str
 ) -> None:
     """The second with what went through it."""
@@ -122,14 +122,14 @@ async def test_a_stream_is_a_line_when_it_opens_and_one_when_it_closes(
             ListChatMessagesRequest(session_id=session.id)
         )
     ]
-    opened = await line(process, "started call", method=LIST, tenant=tenant)
-    closed = await line(process, "finished call", method=LIST, tenant=tenant)
-    assert opened["session_id"] == closed["session_id"] == session.id
-    assert opened["request_id"] == closed["request_id"]
-    assert "code" not in opened
-    assert closed["code"] == "OK"
-    assert closed["responses"] == len(sent) > 0
-    assert closed["response_bytes"] == sum(each.ByteSize() for each in sent)
+    started = await line(process, "started call", method=LIST, tenant=tenant)
+    finished = await line(process, "finished call", method=LIST, tenant=tenant)
+    assert started["session_id"] == finished["session_id"] == session.id
+    assert started["request_id"] == finished["request_id"]
+    assert "code" not in started
+    assert finished["code"] == "OK"
+    assert finished["responses"] == len(sent) > 0
+    assert finished["response_bytes"] == sum(each.ByteSize() for each in sent)
 
 
 async def test_a_stream_that_its_caller_left_is_cancelled(
@@ -138,11 +138,11 @@ async def test_a_stream_that_its_caller_left_is_cancelled(
     session = await api.session()
     async with following(api, session.id):
         await line(process, "started call", method=WATCH, tenant=tenant)
-    closed = await line(process, "finished call", method=WATCH, tenant=tenant)
-    assert closed["code"] == "CANCELLED"
+    finished = await line(process, "finished call", method=WATCH, tenant=tenant)
+    assert finished["code"] == "CANCELLED"
 
 
-async def test_a_stream_that_was_not_let_in_never_opened(process: ServerProcess) -> None:
+async def test_a_stream_that_is_rejected_is_not_logged_as_started(process: ServerProcess) -> None:
     own = f"of-{an_id()}"
     async with Api(process.address, "") as api:
         request = WatchChatSessionRequest(session_id=an_id())
@@ -195,7 +195,7 @@ async def test_what_is_no_session_id_is_in_no_line(process: ServerProcess, api: 
     assert hostile not in process.output
 
 
-async def test_health_checks_are_not_told(process: ServerProcess, api: Api, tenant: str) -> None:
+async def test_health_checks_are_not_logged(process: ServerProcess, api: Api, tenant: str) -> None:
     """They come every few seconds, for ever."""
     await api.health.Check(health_pb2.HealthCheckRequest())
     await api.session()
@@ -241,12 +241,12 @@ async def test_people_get_lines_for_people(database: str, tenant: str) -> None:
         async with Api(f"127.0.0.1:{port}", tenant) as api:
             await api.session()
         process.stop()
-        [told] = [
+        [printed] = [
             each for each in plain(process.output).splitlines() if "CreateChatSession" in each
         ]
-        assert "finished call" in told
-        assert "code=OK" in told
-        assert "{" not in told
+        assert "finished call" in printed
+        assert "code=OK" in printed
+        assert "{" not in printed
 
 
 @contextlib.contextmanager

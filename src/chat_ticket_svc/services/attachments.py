@@ -93,6 +93,7 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
             after_id=after_id,
             limit=page_size + 1,
         )
+        # An empty list is an answer only when its parent exists.
         if not rows and of_session:
             await sessions.get(self._db, tenant_id, parent_id)
         elif not rows:

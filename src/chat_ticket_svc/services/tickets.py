@@ -92,6 +92,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
             after_id=after_id,
             limit=page_size + 1,
         )
+        # An empty list is an answer only when its parent exists.
         if not rows and of_session:
             await sessions.get(self._db, tenant_id, parent_id)
         elif not rows:
