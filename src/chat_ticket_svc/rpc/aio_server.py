@@ -56,8 +56,8 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
         gRPC's loop waits for the returned future, which fails as soon as an acceptor fails.
         """
         loop = asyncio.get_running_loop()
-        # A future of its own instead of a task: when gRPC's loop fails, it cancels what it waits
-        # for, and gRPC's core still writes to memory that a waiting acceptor owns.
+        # A plain future, not a task: when gRPC's loop fails, it cancels what it waits for. A
+        # cancelled acceptor would free memory that gRPC's core still writes to.
         failure = loop.create_future()
 
         def propagate_error(task: asyncio.Task[None]) -> None:
@@ -80,7 +80,7 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
             call = await self._request_registered_call(method)
             handling = handle(handler, call, loop)
             self._spawn(cygrpc._schedule_rpc_coro(handling, call, loop, name))
-            # They keep the whole call in memory, and the next one may be long in coming.
+            # They would keep this call in memory until the next one arrives.
             del call, handling
 
     async def _reject_unknown_methods(self) -> None:

@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
-import structlog
 from google.protobuf.message import DecodeError
 
 from chat_ticket_svc import errors
@@ -23,14 +22,12 @@ from chat_ticket_svc.rpc.status import abort_with_domain_error, abort_with_inter
 from chat_ticket_svc.services.validate import is_uuid
 from chat_ticket_svc.timeouts import Timeout, TimeoutQueue
 
-log = structlog.get_logger()
-
 # A write with less time left than this is not started: its caller would not learn the outcome.
 MIN_WRITE_SECONDS = 0.05
 
 
 class _MalformedRequest:
-    """Stands for a request that cannot be parsed."""
+    """A request that cannot be parsed."""
 
 
 def _safe_deserializer(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -109,7 +106,7 @@ class RpcMiddleware:
     async def pause(self, *, quiet_seconds: float, max_seconds: float) -> None:
         """Make new calls wait. Return when none has arrived for a while, or after `max_seconds`.
 
-        By then every caller that calls again as soon as it has a response is waiting.
+        Callers that send their next call as soon as they have a response are all waiting then.
         """
         self._resumed.clear()
         clock = asyncio.get_running_loop().time

@@ -71,7 +71,7 @@ def message(row: Message) -> pb.ChatMessage:
     )
 
 
-# All numbers of 14 bits as varints: as the end of a number, and continued by the next bytes.
+# The varints of all 14-bit numbers. FINAL ends a number, CONTINUED is followed by more bytes.
 FINAL = [bytes([n]) if n < 0x80 else bytes([n & 0x7F | 0x80, n >> 7]) for n in range(1 << 14)]
 CONTINUED = [bytes([n & 0x7F | 0x80, n >> 7 | 0x80]) for n in range(1 << 14)]
 

@@ -1,4 +1,4 @@
-"""What a message's metadata may contain: a JSON object that PostgreSQL's jsonb can store."""
+"""The rules for a message's metadata: a JSON object that PostgreSQL's jsonb can store."""
 
 import json
 import math

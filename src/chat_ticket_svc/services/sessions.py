@@ -132,7 +132,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
 
     def WatchChatSession(
         self, request: pb.WatchChatSessionRequest, context: Context
-    ) -> AsyncIterator[Any]:  # bytes, but the stubs do not know
+    ) -> AsyncIterator[Any]:  # of bytes, which the types of the stubs do not allow
         tenant_id = request_context.tenant_id()
         validator = Validator(self._limits)
         session_id = validator.id("session_id", request.session_id)
@@ -210,7 +210,7 @@ class _WatchStream:
         if page.position is None or self._created_at not in (None, page.position.created_at):
             if self._created_at is None:
                 raise sessions.not_found(self._session_id)
-            # A new session must not reuse an id. If one does, the watched session is deleted.
+            # Ids are not reused. If one is, the session that was watched is gone all the same.
             self.is_finished = True
             return [_event(self.revision, session_deleted=Event.ChatSessionDeleted())]
         end = page.session.revision
