@@ -34,7 +34,7 @@ from chat_ticket.v1.chat_message_pb2_grpc import ChatMessageServiceStub
 from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
 from chat_ticket.v1.resources_pb2 import CHAT_MESSAGE_ROLE_USER, ChatMessage
 from chat_ticket_svc.services import paging
-from chat_ticket_svc.services.validate import LAST_ID
+from chat_ticket_svc.services.validate import MAX_UUID
 from chat_ticket_svc.store import (
     group_commit,
     message_listing,
@@ -420,7 +420,7 @@ def _plans(url: str, scene: Scene) -> dict[str, str]:
     session = {"tenant_id": LARGE, "session_id": scene.sessions[LENGTH]}
     by_id = {"tenant_id": LARGE, "id": scene.sessions[LENGTH]}
     page = {**session, "roles": None, "limit": LENGTHS[0], "whole": message_listing.WHOLE_BYTES}
-    newest = {"after_time": paging.END_OF_TIME, "after_id": LAST_ID, "limit": PAGE + 1}
+    newest = {"after_time": paging.END_OF_TIME, "after_id": MAX_UUID, "limit": PAGE + 1}
     every = dict.fromkeys(sessions.Filter._fields)
     asked = {
         "messages": search.MOST_MESSAGES,

@@ -104,7 +104,7 @@ def _register_too(add: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]
 
 
 async def _bare() -> None:
-    bare = aio_server.server(options=server.OPTIONS)
+    bare = aio_server.create_server(options=server.OPTIONS)
     _register(bare)
     _Told().register(bare)
     port = bare.add_insecure_port("127.0.0.1:0")

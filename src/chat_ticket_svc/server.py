@@ -118,7 +118,7 @@ class Server:
         self._health = HealthServicer(SERVICES)
         # On by default, and then a second server silently shares the port.
         share_port = ("grpc.so_reuseport", int(settings.workers > 1))
-        self._grpc = aio_server.server(options=[*OPTIONS, share_port])
+        self._grpc = aio_server.create_server(options=[*OPTIONS, share_port])
         self._health_task: asyncio.Task[None] | None = None
         self._metrics: HTTPServer | None = None
 
@@ -157,12 +157,14 @@ class Server:
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(DRAIN_NOTICE_SECONDS)
         self._follow.drain()
-        await self._middleware.hold(quiet=DRAIN_QUIET_SECONDS, most=DRAIN_HOLD_SECONDS)
+        await self._middleware.pause(
+            quiet_seconds=DRAIN_QUIET_SECONDS, max_seconds=DRAIN_HOLD_SECONDS
+        )
         stopping = asyncio.create_task(self._grpc.stop(self._settings.drain_seconds))
         await asyncio.sleep(GOAWAY_SECONDS)
-        self._middleware.release()
+        self._middleware.resume()
         await stopping
-        await self._middleware.finished(timeout=1)
+        await self._middleware.wait_for_handlers(timeout=1)
         await self._follow.stop()
         await self._close()
 

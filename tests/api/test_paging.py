@@ -216,7 +216,7 @@ async def test_forged_token_is_refused(api: Api) -> None:
         (1, "x"),
         (1, 1),
     )
-    forged += [paging.token(api.tenant, request, *position) for position in positions]
+    forged += [paging.encode_token(api.tenant, request, *position) for position in positions]
     for token in forged:
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await api.sessions.ListChatSessions(ListChatSessionsRequest(page_token=token))

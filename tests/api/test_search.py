@@ -172,7 +172,7 @@ async def test_token_of_another_query_is_refused(api: Api) -> None:
 async def test_forged_token_is_refused(api: Api, score: object) -> None:
     """A token with the right digest and a position that no page ends at."""
     request = SearchChatMessagesRequest(query="x")
-    request.page_token = paging.token(api.tenant, request, score, 1, an_id())  # type: ignore[arg-type]
+    request.page_token = paging.encode_token(api.tenant, request, score, 1, an_id())  # type: ignore[arg-type]
     with refused(StatusCode.INVALID_ARGUMENT) as refusal:
         await api.messages.SearchChatMessages(request)
     assert list(refusal.fields) == ["page_token"]

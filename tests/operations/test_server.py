@@ -350,7 +350,7 @@ class TestCrash:
         async def crash(_: object) -> None:
             raise ArithmeticError
 
-        monkeypatch.setattr(aio_server._AioServer, "_refuse_unknown_methods", crash)
+        monkeypatch.setattr(aio_server._AioServer, "_reject_unknown_methods", crash)
         settings = config.load(DATABASE_URL=database, port=0, drain_seconds=0)
         with pytest.raises(ArithmeticError):
             async with asyncio.timeout(20):

@@ -144,7 +144,7 @@ async def test_call_has_a_span_in_the_trace_of_its_caller(
     }
     assert span.status.code == Status.STATUS_CODE_UNSET
     assert collector[0].services == {"chat-ticket-svc"}
-    await line(process, "call", trace_id=trace_of(tenant).hex())
+    await line(process, "finished call", trace_id=trace_of(tenant).hex())
 
 
 async def test_pool_wait_and_statement_are_child_spans(

@@ -323,7 +323,7 @@ class TestDrain:
             assert process.stop() == 0
             assert not any(map(lives, both))
             assert not is_running(postmaster, data)
-        events = [line["event"] for line in process.log if line["event"] != "call"]
+        events = [line["event"] for line in process.log if line["event"] != "finished call"]
         assert events[-2:] == ["draining", "draining"]
 
     @pytest.mark.parametrize("event", ["", "listening", "a worker ended"])

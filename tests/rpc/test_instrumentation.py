@@ -1,4 +1,4 @@
-"""The line that the log has of each call, and what leads a caller's report to it."""
+"""The access log: the lines of each call, and the request id that leads from an error to them."""
 
 import asyncio
 import contextlib
@@ -65,12 +65,12 @@ async def test_a_call_is_one_line(process: ServerProcess, api: Api, tenant: str)
     session = await api.session()
     request = GetChatSessionRequest(session_id=session.id)
     response = await api.sessions.GetChatSession(request)
-    told = await line(process, "call", method=GET, tenant=tenant)
-    assert told.pop("timestamp").endswith("Z")
-    assert 0 < told.pop("duration_ms") < 60_000
-    assert told == {
+    fields = await line(process, "finished call", method=GET, tenant=tenant)
+    assert fields.pop("timestamp").endswith("Z")
+    assert 0 < fields.pop("duration_ms") < 60_000
+    assert fields == {
         "request_id": REQUEST_ID,
-        "event": "call",
+        "event": "finished call",
         "level": "info",
         "method": GET,
         "tenant": tenant,
@@ -84,9 +84,9 @@ async def test_a_call_is_one_line(process: ServerProcess, api: Api, tenant: str)
 async def test_a_refused_call_has_its_reason(process: ServerProcess, api: Api, tenant: str) -> None:
     with refused(StatusCode.NOT_FOUND):
         await api.sessions.GetChatSession(GetChatSessionRequest(session_id=an_id()))
-    told = await line(process, "call", method=GET, tenant=tenant)
-    assert (told["code"], told["reason"]) == ("NOT_FOUND", "CHAT_SESSION_NOT_FOUND")
-    assert (told["responses"], told["response_bytes"]) == (0, 0)
+    fields = await line(process, "finished call", method=GET, tenant=tenant)
+    assert (fields["code"], fields["reason"]) == ("NOT_FOUND", "CHAT_SESSION_NOT_FOUND")
+    assert (fields["responses"], fields["response_bytes"]) == (0, 0)
 
 
 async def test_a_call_whose_deadline_passed_says_so(
@@ -99,18 +99,18 @@ async def test_a_call_whose_deadline_passed_says_so(
     stub, metadata = api.messages._stub, [("x-tenant-id", tenant)]
     with locked(database, session.id), pytest.raises(grpc.aio.AioRpcError):
         await stub.CreateChatMessage(request, metadata=metadata, timeout=0.3)
-    told = await line(process, "call", method=CREATE, tenant=tenant)
-    assert told["code"] == "DEADLINE_EXCEEDED"
+    fields = await line(process, "finished call", method=CREATE, tenant=tenant)
+    assert fields["code"] == "DEADLINE_EXCEEDED"
 
 
 async def test_a_call_without_a_tenant_has_none(process: ServerProcess) -> None:
     async with Api(process.address, "") as api:
         with refused(StatusCode.UNAUTHENTICATED, "TENANT_REQUIRED"):
             await api.sessions.GetChatSession(GetChatSessionRequest(session_id=an_id()))
-    assert "tenant" not in await line(process, "call", reason="TENANT_REQUIRED")
+    assert "tenant" not in await line(process, "finished call", reason="TENANT_REQUIRED")
 
 
-async def test_a_stream_is_a_line_when_it_opens_and_one_when_it_closes(
+async def test_a_stream_is_logged_when_it_starts_and_when_it_finishes(
     process: ServerProcess, api: Api, tenant: str
 ) -> None:
     """The second with what went through it."""
@@ -122,14 +122,14 @@ async def test_a_stream_is_a_line_when_it_opens_and_one_when_it_closes(
             ListChatMessagesRequest(session_id=session.id)
         )
     ]
-    opened = await line(process, "stream opened", method=LIST, tenant=tenant)
-    closed = await line(process, "stream closed", method=LIST, tenant=tenant)
-    assert opened["session_id"] == closed["session_id"] == session.id
-    assert opened["request_id"] == closed["request_id"]
-    assert "code" not in opened
-    assert closed["code"] == "OK"
-    assert closed["responses"] == len(sent) > 0
-    assert closed["response_bytes"] == sum(each.ByteSize() for each in sent)
+    started = await line(process, "started call", method=LIST, tenant=tenant)
+    finished = await line(process, "finished call", method=LIST, tenant=tenant)
+    assert started["session_id"] == finished["session_id"] == session.id
+    assert started["request_id"] == finished["request_id"]
+    assert "code" not in started
+    assert finished["code"] == "OK"
+    assert finished["responses"] == len(sent) > 0
+    assert finished["response_bytes"] == sum(each.ByteSize() for each in sent)
 
 
 async def test_a_stream_that_its_caller_left_is_cancelled(
@@ -137,22 +137,21 @@ async def test_a_stream_that_its_caller_left_is_cancelled(
 ) -> None:
     session = await api.session()
     async with following(api, session.id):
-        await line(process, "stream opened", method=WATCH, tenant=tenant)
-    closed = await line(process, "stream closed", method=WATCH, tenant=tenant)
-    assert closed["code"] == "CANCELLED"
+        await line(process, "started call", method=WATCH, tenant=tenant)
+    finished = await line(process, "finished call", method=WATCH, tenant=tenant)
+    assert finished["code"] == "CANCELLED"
 
 
-async def test_a_stream_that_was_not_let_in_never_opened(process: ServerProcess) -> None:
+async def test_a_stream_that_is_rejected_is_not_logged_as_started(process: ServerProcess) -> None:
     own = f"of-{an_id()}"
     async with Api(process.address, "") as api:
         request = WatchChatSessionRequest(session_id=an_id())
         call = api.sessions._stub.WatchChatSession(request, metadata=[("x-request-id", own)])
         with refused(StatusCode.UNAUTHENTICATED):
             await call.read()
-    assert (await line(process, "stream closed", request_id=own))["code"] == "UNAUTHENTICATED"
-    assert [each["event"] for each in process.log if each.get("request_id") == own] == [
-        "stream closed"
-    ]
+    assert (await line(process, "finished call", request_id=own))["code"] == "UNAUTHENTICATED"
+    events = [each["event"] for each in process.log if each.get("request_id") == own]
+    assert events == ["finished call"]
 
 
 class TestRequestId:
@@ -174,12 +173,12 @@ class TestRequestId:
     ) -> None:
         given = f"of-{tenant[-12:]}"
         assert await self.call(api, given) == given
-        await line(process, "call", request_id=given)
+        await line(process, "finished call", request_id=given)
 
     async def test_without_one_a_call_gets_one(self, process: ServerProcess, api: Api) -> None:
         first, second = await self.call(api), await self.call(api)
         assert first != second
-        await line(process, "call", request_id=first)
+        await line(process, "finished call", request_id=first)
 
     @pytest.mark.parametrize("given", ["", "two words", "x" * 129], ids=["", "space", "long"])
     async def test_what_is_no_id_is_replaced(self, api: Api, given: str) -> None:
@@ -192,15 +191,15 @@ async def test_what_is_no_session_id_is_in_no_line(process: ServerProcess, api: 
     hostile = f"content {an_id()}"
     with refused(StatusCode.INVALID_ARGUMENT):
         await api.sessions.WatchChatSession(WatchChatSessionRequest(session_id=hostile)).read()
-    await line(process, "stream closed", code="INVALID_ARGUMENT")
+    await line(process, "finished call", code="INVALID_ARGUMENT")
     assert hostile not in process.output
 
 
-async def test_health_checks_are_not_told(process: ServerProcess, api: Api, tenant: str) -> None:
+async def test_health_checks_are_not_logged(process: ServerProcess, api: Api, tenant: str) -> None:
     """They come every few seconds, for ever."""
     await api.health.Check(health_pb2.HealthCheckRequest())
     await api.session()
-    await line(process, "call", tenant=tenant)
+    await line(process, "finished call", tenant=tenant)
     assert "grpc.health" not in process.output
 
 
@@ -221,9 +220,10 @@ async def test_the_last_lines_are_written_before_the_end(database: str, tenant: 
         async with Api(process.address, tenant) as api:
             session = await api.session()
             async with following(api, session.id):
-                await line(process, "stream opened")
+                await line(process, "started call")
                 assert process.stop() == 0
-        assert [each["code"] for each in process.log if each["event"] == "stream closed"]
+        finished = [each for each in process.log if each["event"] == "finished call"]
+        assert WATCH in [each["method"] for each in finished]
 
 
 def plain(output: str) -> str:
@@ -241,12 +241,12 @@ async def test_people_get_lines_for_people(database: str, tenant: str) -> None:
         async with Api(f"127.0.0.1:{port}", tenant) as api:
             await api.session()
         process.stop()
-        [told] = [
+        [printed] = [
             each for each in plain(process.output).splitlines() if "CreateChatSession" in each
         ]
-        assert "call" in told
-        assert "code=OK" in told
-        assert "{" not in told
+        assert "finished call" in printed
+        assert "code=OK" in printed
+        assert "{" not in printed
 
 
 @contextlib.contextmanager
