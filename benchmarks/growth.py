@@ -419,7 +419,12 @@ def _plans(url: str, scene: Scene) -> dict[str, str]:
     """How PostgreSQL runs what the calls send."""
     session = {"tenant_id": LARGE, "session_id": scene.sessions[LENGTH]}
     by_id = {"tenant_id": LARGE, "id": scene.sessions[LENGTH]}
-    page = {**session, "roles": None, "limit": LENGTHS[0], "whole": message_listing.WHOLE_BYTES}
+    page = {
+        **session,
+        "roles": None,
+        "limit": LENGTHS[0],
+        "message_bytes": message_listing.FIRST_READ_MESSAGE_BYTES,
+    }
     newest = {"after_time": paging.END_OF_TIME, "after_id": LAST_ID, "limit": PAGE + 1}
     every = dict.fromkeys(sessions.Filter._fields)
     asked = {

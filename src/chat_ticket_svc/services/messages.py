@@ -18,7 +18,7 @@ from chat_ticket_svc.config import Settings
 from chat_ticket_svc.services import attachment_access, convert, paging
 from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
 from chat_ticket_svc.services.validate import LAST_ID, Check
-from chat_ticket_svc.store import group_commit, message_listing, messages, search, sessions
+from chat_ticket_svc.store import append, group_commit, message_listing, messages, search, sessions
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.watch.hub import WatchHub
 
@@ -85,7 +85,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             self._urls,
             tenant_id,
             [each.file_url for message in new for each in message.attachments],
-            lambda: group_commit.repeated(self._db, tenant_id, session_id, new),
+            lambda: append.find_repeat(self._db, tenant_id, session_id, new),
         )
         if stored is None:
             stored = await self._appends.append(tenant_id, session_id, new)
