@@ -426,7 +426,7 @@ OTHERS = {
     *("store.database.'BEGIN'", "store.database.'COMMIT'", "store.database.'ROLLBACK'"),
     *("store.database.'SELECT 1'", "watch.hub.f'LISTEN {CHANNEL}'"),
     *("store.database.sql", "store.transaction.sql"),  # which are passed through
-    "store.search.EXPECT",  # which reads none of them: it tells a plan
+    "store.search.ESTIMATE",  # which reads none of them: it tells a plan
 }
 SENDERS = {
     "fetch_all",
