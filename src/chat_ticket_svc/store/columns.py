@@ -5,9 +5,9 @@ Every statement that returns the entity selects `column_list(Entity)`. So a new 
 field.
 """
 
-from typing import Any, LiteralString, get_type_hints
+from typing import Any, LiteralString, get_args, get_type_hints
 
-# PostgreSQL's type ids. In binary format, all timestamps are integers, and texts are their bytes.
+# PostgreSQL's type ids. In binary format, a timestamp can be read as an integer, and text as bytes.
 BOOL, BYTES, INTEGER, TEXT = 16, 17, 20, 25
 
 _TYPE_IDS = {bool: BOOL, int: INTEGER, str: TEXT}
@@ -28,5 +28,6 @@ def column_list(entity: type) -> LiteralString:
 
 
 def type_ids(entity: type) -> tuple[int, ...]:
-    """The types to read the columns as, where PostgreSQL's own types are not decoded."""
-    return tuple(_TYPE_IDS[hint] for hint in get_type_hints(entity).values())
+    """The types to decode the columns as, for `fetch_typed`."""
+    kinds = ((get_args(hint) or (hint,))[0] for hint in get_type_hints(entity).values())
+    return tuple(_TYPE_IDS[kind] for kind in kinds)

@@ -101,7 +101,7 @@ class ConnectionQueue:
         """Count the call while it has or waits for a connection. Raises QueueFull.
 
         When the queue is full, a tenant that uses less than its fair part of it may still enter. So
-        a burst of one tenant does not keep the others out. `_max_calls` is exceeded by these calls.
+        a burst of one tenant does not keep the others out. These calls may exceed `_max_calls`.
         """
         fair_part = max(1, self._max_calls // len(self._shares))
         is_full = self._calls >= self._max_calls

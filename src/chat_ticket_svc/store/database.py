@@ -119,7 +119,7 @@ class Database:
         metrics.POOL_WAITING.set_function(lambda: self._queue.waiting)
 
     async def check(self) -> None:
-        """Raises UnavailableError unless the pool has a working connection."""
+        """Raise UnavailableError unless the pool has a working connection."""
         await self.fetch_all("SELECT 1", {}, int)
 
     async def fetch_all(

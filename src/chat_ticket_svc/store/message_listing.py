@@ -35,8 +35,9 @@ class Page(NamedTuple):
     more: bool
 
 
-# The first read of a page omits larger messages, so that the largest page of others has PAGE_BYTES.
-# A second read fetches large messages, up to PAGE_BYTES of them.
+# The first read of a page omits the contents of messages over this size. So the largest page has at
+# most PAGE_BYTES, and ends before the first large message. A page that begins with one is read
+# again without this limit, up to PAGE_BYTES.
 FIRST_READ_MESSAGE_BYTES = 2048
 UNLIMITED_BYTES = 2**31 - 1
 
