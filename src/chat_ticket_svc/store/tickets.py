@@ -154,9 +154,9 @@ def _is_repeat(link: ChatTicket, session_id: str, target: str | NewTicket) -> bo
         return False
     if isinstance(target, str):
         return link.ticket_id == target
-    unchanged = link.ticket.created_at == link.ticket.updated_at
+    is_unchanged = link.ticket.created_at == link.ticket.updated_at
     return (not target.has_client_id or target.id == link.ticket_id) and (
-        not unchanged or (target.title, target.status) == (link.ticket.title, link.ticket.status)
+        not is_unchanged or (target.title, target.status) == (link.ticket.title, link.ticket.status)
     )
 
 
