@@ -271,7 +271,7 @@ class Caller:
         if word == RARE and (len(found.hits), found.incomplete_results) != (RARE_MESSAGES, False):
             raise RuntimeError(f"{len(found.hits)} rare messages were found")
         if (tenant_id, word) == (LARGE, COMMON):
-            looked_at = search.MOST_MESSAGES if found.incomplete_results else self._scene.common
+            looked_at = search.MAX_MESSAGES if found.incomplete_results else self._scene.common
             took = 1000 * took / looked_at
         return took
 
@@ -419,13 +419,18 @@ def _plans(url: str, scene: Scene) -> dict[str, str]:
     """How PostgreSQL runs what the calls send."""
     session = {"tenant_id": LARGE, "session_id": scene.sessions[LENGTH]}
     by_id = {"tenant_id": LARGE, "id": scene.sessions[LENGTH]}
-    page = {**session, "roles": None, "limit": LENGTHS[0], "whole": message_listing.WHOLE_BYTES}
+    page = {
+        **session,
+        "roles": None,
+        "limit": LENGTHS[0],
+        "message_bytes": message_listing.FIRST_READ_MESSAGE_BYTES,
+    }
     newest = {"after_time": paging.END_OF_TIME, "after_id": MAX_UUID, "limit": PAGE + 1}
     every = dict.fromkeys(sessions.Filter._fields)
     asked = {
-        "messages": search.MOST_MESSAGES,
-        "bytes": search.MOST_BYTES,
-        "sessions": search.MOST_SESSIONS,
+        "messages": search.MAX_MESSAGES,
+        "bytes": search.MAX_BYTES,
+        "sessions": search.MAX_SESSIONS,
         "after_score": math.inf,
         "headline": "",
         "characters": search.HEADLINE_CHARACTERS,

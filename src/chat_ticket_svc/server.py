@@ -190,7 +190,7 @@ class Server:
             raise PortTakenError(address) from error
 
     def _report(self) -> None:
-        self._db.report()
+        self._db.register_metrics()
         # Without self, which metrics would keep: gRPC's thread complains at the end of Python when
         # there still is a server that was not started.
         follow = self._follow

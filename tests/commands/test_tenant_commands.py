@@ -384,14 +384,14 @@ class TestErase:
         self, api: Api, database: str, tenant: str
     ) -> None:
         """However large a session is, or however many there are."""
-        for _ in range(tenants.SESSIONS + 5):
+        for _ in range(tenants.SESSIONS_PER_BATCH + 5):
             await api.session()
         session = await api.session()
-        many_messages(database, tenant, session.id, 3 * tenants.ROWS + 7)
+        many_messages(database, tenant, session.id, 3 * tenants.ROWS_PER_BATCH + 7)
         async with opened(database) as db:
             deleted = [n async for n in tenants.erase(db, tenant, active_tickets=False)]
-        assert sum(deleted) == tenants.SESSIONS + 6 + 3 * tenants.ROWS + 7
-        assert max(deleted) <= tenants.ROWS + tenants.SESSIONS
+        assert sum(deleted) == tenants.SESSIONS_PER_BATCH + 6 + 3 * tenants.ROWS_PER_BATCH + 7
+        assert max(deleted) <= tenants.ROWS_PER_BATCH + tenants.SESSIONS_PER_BATCH
 
     async def test_a_ticket_that_was_opened_meanwhile_stays(
         self, filled: Filled, database: str, tenant: str

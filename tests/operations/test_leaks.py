@@ -733,7 +733,7 @@ class TestServer:
                 "CreateChatMessage",
                 ["CheckViolation", "ConstraintViolation"],
                 "no_content",
-                "store/group_commit.py",
+                "store/append.py",
             ),
             "KeyError": ("GetChatSession", ["KeyError"], "KeyError", "convert.py"),
             "KeyError in a stream": ("ListChatMessages", ["KeyError"], "KeyError", "convert.py"),

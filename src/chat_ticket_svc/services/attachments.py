@@ -46,7 +46,7 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
             self._url_checker,
             tenant_id,
             [new.file_url],
-            lambda: attachments.repeated(self._db, tenant_id, message_id, new),
+            lambda: attachments.find_repeat(self._db, tenant_id, message_id, new),
         )
         if attachment is None:
             attachment, session_id = await attachments.create(
@@ -99,7 +99,7 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
         elif not rows:
             await messages.get(self._db, tenant_id, parent_id)
 
-        def token(last: attachments.Placed) -> str:
+        def token(last: attachments.SequencedAttachment) -> str:
             attachment = last.attachment
             return paging.encode_token(
                 tenant_id, request, last.sequence, attachment.created_at, attachment.id

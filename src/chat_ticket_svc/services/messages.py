@@ -18,7 +18,7 @@ from chat_ticket_svc.config import Settings
 from chat_ticket_svc.services import attachment_access, convert, paging
 from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
 from chat_ticket_svc.services.validate import MAX_UUID, Validator
-from chat_ticket_svc.store import group_commit, message_listing, messages, search, sessions
+from chat_ticket_svc.store import append, group_commit, message_listing, messages, search, sessions
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.watch.hub import WatchHub
 
@@ -89,7 +89,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             self._url_checker,
             tenant_id,
             [attachment.file_url for message in new for attachment in message.attachments],
-            lambda: group_commit.repeated(self._db, tenant_id, session_id, new),
+            lambda: append.find_repeat(self._db, tenant_id, session_id, new),
         )
         if stored is None:
             stored = await self._group_commit.append(tenant_id, session_id, new)

@@ -51,7 +51,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
             status = validator.enum("ticket.status", ticket.status, convert.TICKET_STATUS)
         return tickets.NewTicket(
             id=validator.new_id("ticket.id", ticket.id),
-            id_is_chosen=bool(ticket.id),
+            has_client_id=bool(ticket.id),
             title=validator.text("ticket.title", ticket.title, self._limits.title),
             status=status,
         )

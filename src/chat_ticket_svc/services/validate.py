@@ -243,7 +243,7 @@ class Validator:
             self.add_violation(f"{field}.file_name", "contains a control character")
         return NewAttachment(
             id=self.new_id(f"{field}.id", attachment.id),
-            id_is_chosen=bool(attachment.id),
+            has_client_id=bool(attachment.id),
             file_url=self._file_url(f"{field}.file_url", attachment.file_url),
             file_name=file_name,
             file_type=file_type,
