@@ -125,7 +125,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     if UNFOLLOWED in arguments:
         arguments.remove(UNFOLLOWED)
-        hub.WatchHub.changed = lambda *_: None  # type: ignore[method-assign]
+        hub.WatchHub.notify_changed = lambda *_: None  # type: ignore[method-assign]
     cli.main(arguments)
 
 

@@ -23,7 +23,7 @@ class Metrics:
     """The samples of a server, as they are now."""
 
     def __init__(self, process: ServerProcess):
-        line = process.wait_for("metrics")
+        line = process.wait_for("serving metrics")
         url = f"http://127.0.0.1:{line['port']}/metrics"
         with urllib.request.urlopen(url, timeout=10) as answer:
             self.text = answer.read().decode()
@@ -162,13 +162,13 @@ async def test_no_label_has_an_id(process: ServerProcess, tenant: str) -> None:
 def test_each_worker_has_its_own_port(database: str) -> None:
     """The first has the one that is set, the next the following one."""
     with server_process(database, "--workers", "2", CHAT_TICKET_METRICS_PORT="39464") as process:
-        lines = process.wait_for_all("metrics", 2)
+        lines = process.wait_for_all("serving metrics", 2)
     assert sorted(line["port"] for line in lines) == [39464, 39465]
 
 
 def test_taken_port_is_said_clearly(database: str, process: ServerProcess) -> None:
     """And ends the server: an operator who set it relies on it."""
-    port = process.wait_for("metrics")["port"]
+    port = process.wait_for("serving metrics")["port"]
     with server_process(database, CHAT_TICKET_METRICS_PORT=str(port)) as other:
         assert other.popen.wait(timeout=30) == 1
         other.stop()

@@ -13,7 +13,7 @@ from support.process import ServerProcess, server_process
 from test_watch import assert_same_state, following
 
 from chat_ticket.v1.chat_session_pb2 import DeleteChatSessionRequest
-from chat_ticket_svc.watch import hub
+from chat_ticket_svc.watch import notifications
 
 # So long that only a notification can come sooner.
 NO_POLL = "3600"
@@ -168,13 +168,13 @@ async def test_many_writes_are_told_by_few_notifications(
     start_server: Any, fresh_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While writes are many, each NOTIFY tells of several sessions, and every session is told."""
-    monkeypatch.setattr(hub, "NOTIFY_SECONDS", 0.2)
+    monkeypatch.setattr(notifications, "NOTIFY_INTERVAL_SECONDS", 0.2)
     address = (await start_server(fresh_database)).address
     execute, notified = psycopg.AsyncCursor.execute, 0
 
     async def counted(cursor: Any, sql: Any, *arguments: Any, **named: Any) -> Any:
         nonlocal notified
-        notified += sql == hub.NOTIFY
+        notified += sql == notifications.NOTIFY
         return await execute(cursor, sql, *arguments, **named)
 
     async with (
@@ -182,7 +182,7 @@ async def test_many_writes_are_told_by_few_notifications(
         await psycopg.AsyncConnection.connect(fresh_database, autocommit=True) as listener,
     ):
         sessions = [await api.session() for _ in range(60)]
-        await listener.execute(f"LISTEN {hub.CHANNEL}")
+        await listener.execute(f"LISTEN {notifications.CHANNEL}")
         monkeypatch.setattr(psycopg.AsyncCursor, "execute", counted)
         clock = asyncio.get_running_loop().time
         start = clock()
@@ -194,5 +194,9 @@ async def test_many_writes_are_told_by_few_notifications(
             if len(told) == len(sessions):
                 break
     # One for each time that passes, and one for every 27 sessions.
-    assert 3 <= notified <= 1 + len(sessions) // 27 + (clock() - start) / hub.NOTIFY_SECONDS
+    assert (
+        3
+        <= notified
+        <= 1 + len(sessions) // 27 + (clock() - start) / notifications.NOTIFY_INTERVAL_SECONDS
+    )
     assert sorted(told) == sorted(f"{session.id}{api.tenant}" for session in sessions)

@@ -114,7 +114,7 @@ async def test_shutdown_between_two_pages(
     async with serving(database) as server, Api(f"127.0.0.1:{server.port}", tenant) as api:
         session = await api.session()
         await batch(api, session.id, [said("x")] * 40)
-        read, drains = session_changes.page, iter([server._follow.drain])
+        read, drains = session_changes.page, iter([server._watch_hub.drain])
 
         async def page(*arguments: Any, **named: Any) -> Any:
             for drain in drains:
@@ -135,9 +135,9 @@ async def test_stream_that_ends_leaves_no_watcher(database: str, tenant: str) ->
         session = await api.session()
         async with following(api, session.id) as follower:
             await follower.until("caught_up")
-            assert len(server._follow._feeds) == 1
+            assert len(server._watch_hub._session_hubs) == 1
         async with asyncio.timeout(5):
-            while server._follow._feeds:
+            while server._watch_hub._session_hubs:
                 await asyncio.sleep(0.02)
 
 

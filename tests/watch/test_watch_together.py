@@ -144,7 +144,7 @@ class TestOnce:
         async with caught_up(api, session.id, 10) as followers:
             with monkeypatch.context() as patched:
                 # As if another process had written, and its notifications came late.
-                patched.setattr(WatchHub, "changed", lambda *_: None)
+                patched.setattr(WatchHub, "notify_changed", lambda *_: None)
                 for _ in range(3):
                     await batch(api, session.id, [said("x")] * 400)
             reads.clear()
@@ -254,8 +254,11 @@ class TestTogether:
                     await api.message(session.id, "x" * LARGE)
                     async with asyncio.timeout(2):
                         await asyncio.gather(*(each.until_revision(revision) for each in followers))
-                    [feed] = server._follow._feeds.values()
-                    assert sum(place.page is not None for place in feed.places.values()) <= 1
+                    [session_hub] = server._watch_hub._session_hubs.values()
+                    assert (
+                        sum(group.next_page is not None for group in session_hub.groups.values())
+                        <= 1
+                    )
                 assert reads == list(range(count))
                 await slow.until_revision(count)
                 assert slow.created == list(range(1, count + 1))
@@ -263,8 +266,8 @@ class TestTogether:
                 # Of what is large, each page is asked for twice: as few, and as much as there is.
                 assert count < len(reads) < count + 10
                 # Nothing is kept of what all have been told.
-                [place] = feed.places.values()
-                assert place.page is None
+                [group] = session_hub.groups.values()
+                assert group.next_page is None
 
     async def test_history_that_went_back_is_not_told(self, database: str, tenant: str) -> None:
         """What still waits for a slow one is nothing to who has come since, and knows better."""
@@ -283,8 +286,12 @@ class TestTogether:
                 for revision in range(1, 11):
                     await api.message(session.id, "x" * LARGE)
                     await quick.until_revision(revision)
-                [feed] = server._follow._feeds.values()
-                [at] = [place.position for place in feed.places.values() if place.page is not None]
+                [session_hub] = server._watch_hub._session_hubs.values()
+                [at] = [
+                    group.position
+                    for group in session_hub.groups.values()
+                    if group.next_page is not None
+                ]
                 assert 0 < at.revision < 10
                 with psycopg.connect(database) as connection:
                     for sql in (

@@ -22,10 +22,14 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
     """See chat_attachment.proto."""
 
     def __init__(
-        self, db: Database, follow: WatchHub, urls: AttachmentUrlChecker | None, settings: Settings
+        self,
+        db: Database,
+        watch_hub: WatchHub,
+        urls: AttachmentUrlChecker | None,
+        settings: Settings,
     ):
         self._db = db
-        self._follow = follow
+        self._watch_hub = watch_hub
         self._urls = urls
         self._limits = settings.limits
         self._url_schemes = settings.attachment_url_schemes
@@ -48,7 +52,7 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
             attachment, session_id = await attachments.create(
                 self._db, tenant_id, message_id, new, limit=self._limits.attachments
             )
-            self._follow.changed(tenant_id, session_id)
+            self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.CreateChatAttachmentResponse(attachment=convert.attachment(attachment))
 
     async def GetChatAttachment(
@@ -113,5 +117,5 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
         attachment_id = check.id("attachment_id", request.attachment_id)
         check.done()
         session_id = await attachments.delete(self._db, tenant_id, attachment_id)
-        self._follow.changed(tenant_id, session_id)
+        self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.DeleteChatAttachmentResponse()

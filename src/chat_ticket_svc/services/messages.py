@@ -31,11 +31,15 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     """See chat_message.proto."""
 
     def __init__(
-        self, db: Database, follow: WatchHub, urls: AttachmentUrlChecker | None, settings: Settings
+        self,
+        db: Database,
+        watch_hub: WatchHub,
+        urls: AttachmentUrlChecker | None,
+        settings: Settings,
     ):
         self._db = db
         self._appends = group_commit.GroupCommitWriter(db)
-        self._follow = follow
+        self._watch_hub = watch_hub
         self._urls = urls
         self._limits = settings.limits
         self._url_schemes = settings.attachment_url_schemes
@@ -89,7 +93,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         )
         if stored is None:
             stored = await self._appends.append(tenant_id, session_id, new)
-            self._follow.changed(tenant_id, session_id)
+            self._watch_hub.notify_changed(tenant_id, session_id)
         return stored
 
     async def GetChatMessage(
@@ -202,7 +206,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             metadata = check.metadata("message.metadata_json", request.message.metadata_json)
         check.done()
         message = await messages.set_metadata(self._db, tenant_id, message_id, metadata)
-        self._follow.changed(tenant_id, message.session_id)
+        self._watch_hub.notify_changed(tenant_id, message.session_id)
         return pb.UpdateChatMessageResponse(message=convert.message(message))
 
     async def DeleteChatMessage(
@@ -213,7 +217,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         message_id = check.id("message_id", request.message_id)
         check.done()
         session_id = await messages.delete(self._db, tenant_id, message_id)
-        self._follow.changed(tenant_id, session_id)
+        self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.DeleteChatMessageResponse()
 
     async def SearchChatMessages(

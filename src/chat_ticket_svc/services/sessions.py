@@ -24,9 +24,9 @@ Event = pb.WatchChatSessionResponse
 class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     """See chat_session.proto."""
 
-    def __init__(self, db: Database, follow: WatchHub, settings: Settings):
+    def __init__(self, db: Database, watch_hub: WatchHub, settings: Settings):
         self._db = db
-        self._follow = follow
+        self._watch_hub = watch_hub
         self._limits = settings.limits
 
     async def CreateChatSession(
@@ -106,7 +106,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
             status = check.choice("session.status", request.session.status, convert.SESSION_STATUS)
         check.done()
         session = await sessions.set_status(self._db, tenant_id, session_id, status, etag)
-        self._follow.changed(tenant_id, session_id)
+        self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.UpdateChatSessionResponse(session=convert.session(session))
 
     async def DeleteChatSession(
@@ -118,7 +118,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         etag = check.etag("etag", request.etag)
         check.done()
         await sessions.delete(self._db, tenant_id, session_id, etag)
-        self._follow.changed(tenant_id, session_id)
+        self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.DeleteChatSessionResponse()
 
     def WatchChatSession(
@@ -134,12 +134,12 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     async def _watch(self, tenant_id: str, session_id: str, after: int) -> AsyncIterator[bytes]:
         page_size = paging.FIRST_PAGE
         stream = _Stream(session_id, after)
-        with self._follow.watch(tenant_id, session_id, self._page) as watcher:
+        with self._watch_hub.watch(tenant_id, session_id, self._page) as watcher:
             while not stream.ended:
                 if stream.caught_up:
-                    page = await watcher.next()
+                    page = await watcher.next_page()
                 else:
-                    page = await watcher.read(stream.position, page_size)
+                    page = await watcher.read_page(stream.position, page_size)
                     page_size = min(2 * page_size, paging.LARGEST_PAGE)
                 for event in stream.tell(page):
                     yield event
@@ -160,13 +160,13 @@ class _Page:
     """What follows a position, serialised once for all the streams that tell it."""
 
     position: Position | None = None  # the session is gone, and there is nothing else
-    more = False
+    has_more = False
 
     def __init__(self, after: int, found: session_changes.Page | None):
         if found is None:
             return
         self.position = Position(found.session.created_at, found.revision)
-        self.more = found.more
+        self.has_more = found.more
         self.after = after
         self.session = found.session
         self.state = (found.session.status, found.session.has_ticket)
@@ -211,7 +211,7 @@ class _Stream:
             events = [_event(self.position, session=convert.session(page.session)), *events]
         elif self._shown != page.state:
             events = [page.changed_session, *events]
-        if not page.more and not self.caught_up:
+        if not page.has_more and not self.caught_up:
             events = [*events, _event(end, caught_up=Event.CaughtUp())]
             self.caught_up = True
         elif not events:

@@ -20,9 +20,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     """See chat_ticket.proto."""
 
-    def __init__(self, db: Database, follow: WatchHub, settings: Settings):
+    def __init__(self, db: Database, watch_hub: WatchHub, settings: Settings):
         self._db = db
-        self._follow = follow
+        self._watch_hub = watch_hub
         self._limits = settings.limits
 
     async def CreateChatTicket(
@@ -42,7 +42,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
                 check.add("target", "is required: ticket_id or ticket")
         check.done()
         link = await tickets.link(self._db, tenant_id, session_id, link_id, target)
-        self._follow.changed(tenant_id, session_id)
+        self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.CreateChatTicketResponse(chat_ticket=convert.chat_ticket(link))
 
     def _new_ticket(self, check: Check, ticket: resources_pb2.Ticket) -> tickets.NewTicket:
@@ -107,7 +107,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
         chat_ticket_id = check.id("chat_ticket_id", request.chat_ticket_id)
         check.done()
         session_id = await tickets.unlink(self._db, tenant_id, chat_ticket_id)
-        self._follow.changed(tenant_id, session_id)
+        self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.DeleteChatTicketResponse()
 
     async def GetTicket(
