@@ -42,7 +42,7 @@ from chat_ticket_svc.store.connection import require_valid_url
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.telemetry import metrics
 from chat_ticket_svc.watch.hub import WatchHub
-from chat_ticket_svc.workers import PortTakenError, address_of
+from chat_ticket_svc.workers import ListenError, format_address
 
 log = structlog.get_logger()
 
@@ -184,14 +184,14 @@ class Server:
         await self._db.close()
 
     def _listen(self) -> None:
-        address = address_of(self._settings.host, self._settings.port)
+        address = format_address(self._settings.host, self._settings.port)
         try:
             if self._certificates is None:
                 self.port = self._grpc.add_insecure_port(address)
             else:
                 self.port = self._grpc.add_secure_port(address, self._certificates.credentials())
         except RuntimeError as error:
-            raise PortTakenError(address) from error
+            raise ListenError(address) from error
 
     def _start_metrics(self) -> None:
         self._db.report()
@@ -205,7 +205,7 @@ class Server:
         try:
             self._metrics = metrics.serve(host, port)
         except OSError as error:
-            raise PortTakenError(address_of(host, port)) from error
+            raise ListenError(format_address(host, port)) from error
         log.info("serving metrics", host=host, port=self._metrics.server_port)
 
     def _register_services(self) -> None:

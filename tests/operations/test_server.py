@@ -131,13 +131,13 @@ class TestProcess:
             result = command("serve", "--port", str(port), DATABASE_URL=database)
         assert result.returncode != 0
         assert f"127.0.0.1:{port}" in result.stderr
-        assert "port taken" in result.stderr
+        assert "the port is in use" in result.stderr
         assert "Traceback" not in result.stderr
         with server_process(database) as first:
             port = first.wait_for("listening")["port"]
             result = command("serve", "--port", str(port), DATABASE_URL=database)
         assert result.returncode != 0
-        assert "port taken" in result.stderr
+        assert "the port is in use" in result.stderr
 
     def test_every_log_line_has_one_form(self) -> None:
         """JSON, also what libraries say of a database that is not there."""
