@@ -1,4 +1,4 @@
-"""`chat-ticket-svc export` and `erase`: all that a tenant has, written down or gone."""
+"""`chat-ticket-svc export` and `erase`: a tenant's data, written out or deleted."""
 
 import asyncio
 import contextlib
@@ -223,7 +223,7 @@ class TestExport:
         """With the reason of the system."""
         of = {"DATABASE_URL": database, "T": tenant, "P": sys.executable, "D": str(tmp_path)}
         for where, reason in {
-            "> /dev/full": "the standard output: No space left on device",
+            "> /dev/full": "standard output: No space left on device",
             '--output "$D"': f"{tmp_path}: Is a directory",
             '--output "$D/no/file"': f"{tmp_path}/no/file: No such file or directory",
         }.items():
@@ -243,7 +243,7 @@ class TestExport:
         """It may be misspelt."""
         done = await export(database, tenant)
         assert (done.status, done.output) == (1, "")
-        assert f"the tenant {tenant} has nothing" in done.errors
+        assert f"tenant {tenant} has no data" in done.errors
         before = tmp_path / "export.jsonl"
         before.write_text("good")
         assert (await export(database, tenant, "--output", str(before))).status == 1
@@ -300,7 +300,7 @@ class TestErase:
         assert "2 sessions, 2 messages, 1 attachments" in done.output
         assert not any(counts(database, tenant).values())
         assert counts(database, other.tenant) == before
-        assert (await erase(database, tenant, "--yes")).output.endswith("has nothing\n")
+        assert (await erase(database, tenant, "--yes")).output.endswith("has no data\n")
 
     @pytest.mark.usefixtures("filled")
     async def test_a_dry_run_only_counts(self, database: str, tenant: str) -> None:
