@@ -973,7 +973,7 @@ class TestCommands:
         as_root = with_secrets(postgres.url("template_of_leaks"))
         cases = {
             f"postgresql://u:{secret('p')}@127.0.0.1:1/x?application_name={secret('q')}": "refused",
-            f"postgresql://u:{secret('p')}@127.0.0.1:1/x?sslmode={secret('q')}": "dbmate itself",
+            f"postgresql://u:{secret('p')}@127.0.0.1:1/x?sslmode={secret('q')}": "dbmate directly",
             f"postgresql://u:{secret('p')}@127.0.0.1:1/x?connect_timeout={secret('q')}": "dbmate",
             f"{as_root}&options=-c%20{secret('q')}%3D1": "42704",
             as_root.replace("postgres:", f"{secret('user')}:"): "28000",
