@@ -232,7 +232,7 @@ class Caller:
     async def list_last_messages(self, length: int) -> float:
         return await _milliseconds(self._list(length, limit=LENGTHS[0], after=length - LENGTHS[0]))
 
-    async def deliver_event(self, length: int) -> float:
+    async def receive_event(self, length: int) -> float:
         """The time from a create to its event."""
         session_id = self._dataset.sessions[length]
         get = sessions_pb2.GetChatSessionRequest(session_id=session_id)
@@ -323,7 +323,7 @@ SESSION_CALLS: Mapping[str, Callable[[Caller, int], Awaitable[float]]] = {
     "CreateChatMessage": Caller.create_message,
     "ListChatMessages, the first 10": Caller.list_first_messages,
     "ListChatMessages, the last 10": Caller.list_last_messages,
-    "from a create to its event": Caller.deliver_event,
+    "from a create to its event": Caller.receive_event,
     "DeleteChatSession, each message": Caller.delete_session,
 }
 TENANT_CALLS: Mapping[str, Callable[[Caller], Awaitable[float]]] = {

@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.client import Api, Refusal, an_id, refused
 from test_errors import locked
 from test_list_messages import filled, rest_of, sequences
-from test_watch import following
+from test_watch import watching
 
 from chat_ticket.v1 import chat_session_pb2_grpc
 from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest, SearchChatMessagesRequest
@@ -131,9 +131,9 @@ async def held(
 @contextlib.asynccontextmanager
 async def open_stream(api: Api, session_id: str) -> AsyncIterator[Any]:
     """A stream of changes that has been let in."""
-    async with following(api, session_id) as follower:
-        await follower.next()
-        yield follower
+    async with watching(api, session_id) as watcher:
+        await watcher.next()
+        yield watcher
 
 
 async def eventually(attempt: Callable[[], Awaitable[object]]) -> None:
@@ -225,9 +225,9 @@ class TestRate:
         api = await start(tenant_calls_per_second=0.1, tenant_burst=4)
         session = await api.session()
         assert await sequences(api, session.id) == []
-        async with open_stream(api, session.id) as follower:
+        async with open_stream(api, session.id) as watcher:
             assert (await api.message(session.id)).sequence == 1
-            await follower.until_revision(1)
+            await watcher.until_revision(1)
             with beyond("tenant_calls_per_second", 0.1, api):
                 await call(api)
             with beyond("tenant_calls_per_second", 0.1, api):
@@ -360,21 +360,21 @@ class TestShares:
         for each in hanging:
             each.cancel()
 
-    async def test_reads_of_followers(
+    async def test_reads_of_watchers(
         self, start: Callable[..., Awaitable[Api]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """However many of one tenant's followers hang, another's are told."""
+        """However many of one tenant's watchers hang, another's are told."""
         api = await start()
         await self.hang(monkeypatch, session_changes, api)
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(20):
-                follower = await stack.enter_async_context(following(api, an_id()))
-                task = asyncio.create_task(follower.next())
+                watcher = await stack.enter_async_context(watching(api, an_id()))
+                task = asyncio.create_task(watcher.next())
                 stack.callback(task.cancel)
             await call(api)
             async with another(api) as other, asyncio.timeout(5):
                 session = await other.session()
-                async with following(other, session.id) as told:
+                async with watching(other, session.id) as told:
                     await told.next()
 
 
@@ -535,9 +535,9 @@ class TestStreams:
             await api.channel.unary_stream(method)(b"\xff\xff", metadata=metadata).read()
         await one_place()
         await eventually(lambda: sequences(api, session_id, limit=1))
-        async with open_stream(api, other_id) as follower:
+        async with open_stream(api, other_id) as watcher:
             await api.sessions.DeleteChatSession(DeleteChatSessionRequest(session_id=other_id))
-            await follower.end()
+            await watcher.end()
         await one_place()
 
     async def test_reader_that_is_too_slow_gives_its_places_back(

@@ -12,7 +12,7 @@ from grpc import StatusCode
 from prometheus_client.parser import text_string_to_metric_families
 from support.client import Api, an_id, refused
 from support.process import ServerProcess, server_process
-from test_watch import following
+from test_watch import watching
 
 from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest
 
@@ -86,8 +86,8 @@ async def test_callers_who_leave_are_cancelled(process: ServerProcess, tenant: s
     before = Metrics(process)("grpc_server_handled_total", **labels)
     async with Api(process.address, tenant) as api:
         session = await api.session()
-        async with following(api, session.id) as follower:
-            await follower.until("caught_up")
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
     await until(process, "grpc_server_handled_total", before + 1, **labels)
 
 
@@ -97,10 +97,10 @@ async def test_streams_and_watchers_and_their_wake_up(process: ServerProcess, te
     async with Api(process.address, tenant) as api:
         session = await api.session()
         before = Metrics(process)
-        async with following(api, session.id) as follower:
-            await follower.until("caught_up")
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
             await api.message(session.id)
-            await follower.until("messages_created")
+            await watcher.until("messages_created")
             now = Metrics(process)
     assert now("chat_ticket_streams_open", **open_now) == 1
     assert now("chat_ticket_watchers") == 1
@@ -115,10 +115,10 @@ async def test_rejected_by_limit(process: ServerProcess, tenant: str) -> None:
     """Which of the limits it was."""
     async with Api(process.address, tenant) as api:
         session = await api.session()
-        async with following(api, session.id) as follower:
-            await follower.until("caught_up")
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
             with refused(StatusCode.RESOURCE_EXHAUSTED):
-                async with following(api, session.id) as other:
+                async with watching(api, session.id) as other:
                     await other.next()
     await until(process, "chat_ticket_rejected_total", 1, limit="session_streams")
 

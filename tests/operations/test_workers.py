@@ -23,7 +23,7 @@ from grpc import StatusCode
 from support.client import Api, an_id, refused
 from support.process import ServerProcess, server_process
 from test_server import command, create_session, is_running, list_sessions
-from test_watch import following
+from test_watch import watching
 
 from chat_ticket_svc import workers
 from chat_ticket_svc.embedded import EmbeddedPostgres
@@ -96,7 +96,7 @@ async def client_of(process: ServerProcess, pid: int, tenant: str) -> Api:
 
 
 class TestTwo:
-    async def test_both_answer_and_follow_each_other(self, database: str, tenant: str) -> None:
+    async def test_both_deliver_each_others_writes(self, database: str, tenant: str) -> None:
         """What is written through one is delivered by the other at once, both ways.
 
         The log says which is which. Neither is the process that was started.
@@ -110,10 +110,10 @@ class TestTwo:
                 ]
                 for writer, reader in itertools.permutations(apis):
                     session = await writer.session()
-                    async with following(reader, session.id) as follower:
-                        await follower.until("caught_up")
+                    async with watching(reader, session.id) as watcher:
+                        await watcher.until("caught_up")
                         message = await writer.message(session.id)
-                        event = await follower.next(timeout=5)
+                        event = await watcher.next(timeout=5)
                         assert list(event.messages_created.messages) == [message]
 
     def test_parent_is_no_server(self, database: str) -> None:
@@ -247,7 +247,7 @@ class TestDeath:
 class TestDrain:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     async def test_signal_drains_both(self, database: str, tenant: str, number: int) -> None:
-        """Followers are told to resume, calls under way are answered, the exit status is 0."""
+        """Watches end with DRAINING, calls in flight are answered, the exit status is 0."""
         with serving(database) as (process, both):
             async with contextlib.AsyncExitStack() as stack:
                 apis = [
@@ -255,11 +255,11 @@ class TestDrain:
                     for pid in both
                 ]
                 session = await apis[0].session()
-                followers = [
-                    await stack.enter_async_context(following(api, session.id)) for api in apis
+                watchers = [
+                    await stack.enter_async_context(watching(api, session.id)) for api in apis
                 ]
-                for follower in followers:
-                    await follower.until("caught_up")
+                for watcher in watchers:
+                    await watcher.until("caught_up")
                 with psycopg.connect(database) as connection:
                     connection.execute(
                         "SELECT FROM chat_sessions WHERE id = %s FOR UPDATE", [session.id]
@@ -267,16 +267,16 @@ class TestDrain:
                     writing = [asyncio.create_task(api.message(session.id)) for api in apis]
                     await asyncio.sleep(0.2)
                     process.popen.send_signal(number)
-                    for follower in followers:
+                    for watcher in watchers:
                         with refused(StatusCode.UNAVAILABLE, "DRAINING"):
-                            await follower.next()
+                            await watcher.next()
                     assert process.popen.poll() is None, "the parent waits for its workers"
                 assert sorted([(await written).sequence for written in writing]) == [1, 2]
             assert await asyncio.to_thread(process.stop) == 0
             assert not any(map(lives, both))
 
     async def test_load_loses_nothing(self, database: str, tenant: str) -> None:
-        """Every call under load is answered or told to come again; what was answered is stored."""
+        """Each call is answered or rejected as retryable. What was answered is stored."""
         answered: list[str] = []
         with serving(database) as (process, both):
             async with contextlib.AsyncExitStack() as stack:
@@ -416,7 +416,7 @@ class TestRefusal:
         assert result.returncode == 1
         assert result.stderr.startswith("chat-ticket-svc: CHAT_TICKET_WORKERS: ")
 
-    def test_worker_killed_at_start_is_told(self, database: str) -> None:
+    def test_worker_killed_at_start_is_logged(self, database: str) -> None:
         """The one that goes ahead cannot say why it ended."""
         with server_process(database, "--workers", "2") as process:
             children = Path(f"/proc/{process.popen.pid}/task/{process.popen.pid}/children")
