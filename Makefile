@@ -57,11 +57,13 @@ new-migration: venv ## create an empty migration: NAME=add_something
 		{ sed '/^-- migrate:down/,$$d' "$$file"; printf '%s\n\n' "SET LOCAL lock_timeout = '5s';" "-- migrate:down"; } \
 		> "$$file.new" && mv "$$file.new" "$$file"
 
-proto: venv ## generate the stubs in src/chat_ticket/v1 from protos
+proto: venv ## generate the stubs from protos, and the synchronous client from the asyncio one
 	@$(BIN)/python scripts/generate_stubs.py
+	@$(BIN)/python scripts/generate_sync_client.py
 
-check-proto: venv ## fail unless the committed stubs are what the protos generate
+check-proto: venv ## fail unless the committed stubs and synchronous client are what is generated
 	@$(BIN)/python scripts/generate_stubs.py --check
+	@$(BIN)/python scripts/generate_sync_client.py --check
 
 # Where the history is missing, as in a shallow clone, there is nothing to compare with.
 AGAINST ?= $(shell git describe --tags --abbrev=0 2>/dev/null || git rev-parse --verify --quiet HEAD~1)
@@ -104,12 +106,13 @@ docs: venv-docs ## make the reference of the API in build/docs/chat_ticket.v1.ht
 	@cd docs && ../.venv-docs/bin/sabledocs > ../build/docs/log
 
 COMPILE := $(BIN)/uv pip compile --quiet --universal --generate-hashes \
-	--python-version 3.11 --custom-compile-command "make lock"
+	--python-version 3.11 --custom-compile-command "make lock" --no-emit-package chat-ticket-client
 
-lock: venv ## resolve the locks again from pyproject.toml: of all, of what is installed to serve and to build, of the docs and of the benchmark
+lock: venv ## resolve the locks again from pyproject.toml: of all, of what is installed to serve and to build, of the client, of the docs and of the benchmark
 	@$(COMPILE) --upgrade --all-extras --group dev --output-file requirements.lock pyproject.toml
 	@$(COMPILE) --constraint requirements.lock --extra tracing --output-file requirements-service.lock pyproject.toml
 	@$(COMPILE) --constraint requirements.lock --group build --output-file requirements-build.lock
+	@$(COMPILE) --constraint requirements.lock --output-file clients/python/requirements.lock clients/python/pyproject.toml
 	@$(COMPILE) --upgrade --output-file docs/requirements.lock docs/requirements.in
 	@$(COMPILE) --upgrade --output-file benchmarks/requirements.lock benchmarks/requirements.in
 

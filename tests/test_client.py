@@ -25,7 +25,7 @@ from test_client_resume import OPTIONS, free_port
 
 import chat_ticket
 from chat_ticket import errors
-from chat_ticket.client import ChatTicketClient, channel_options
+from chat_ticket.client import AsyncChatTicketClient, channel_options
 from chat_ticket.v1 import chat_session_pb2_grpc
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import (
@@ -47,7 +47,7 @@ from chat_ticket_svc.server import Server
 ROOT = Path(__file__).parent.parent
 KEY = Key()
 
-NewClient = Callable[..., ChatTicketClient]
+NewClient = Callable[..., AsyncChatTicketClient]
 
 
 @pytest_asyncio.fixture
@@ -55,9 +55,9 @@ async def connect(tenant: str) -> AsyncIterator[NewClient]:
     """`connect(port, …)`: a client of a server on this machine, for the test's tenant."""
     async with contextlib.AsyncExitStack() as stack:
 
-        def connect(port: int, **arguments: Any) -> ChatTicketClient:
+        def connect(port: int, **arguments: Any) -> AsyncChatTicketClient:
             arguments = {"tenant": tenant, "options": OPTIONS, **arguments}
-            client = ChatTicketClient(f"localhost:{port}", **arguments)
+            client = AsyncChatTicketClient(f"localhost:{port}", **arguments)
             stack.push_async_callback(client.close)
             return client
 
@@ -65,24 +65,24 @@ async def connect(tenant: str) -> AsyncIterator[NewClient]:
 
 
 @pytest_asyncio.fixture
-async def client(server: Server, connect: NewClient) -> ChatTicketClient:
+async def client(server: Server, connect: NewClient) -> AsyncChatTicketClient:
     """A client of the worker's server."""
     return connect(server.port)
 
 
-async def session_of(client: ChatTicketClient, **fields: Any) -> str:
+async def session_of(client: AsyncChatTicketClient, **fields: Any) -> str:
     request = CreateChatSessionRequest(session=r.ChatSession(**fields))
     return (await client.sessions.CreateChatSession(request)).session.id
 
 
-async def say(client: ChatTicketClient, session_id: str, content: str = "hello") -> None:
+async def say(client: AsyncChatTicketClient, session_id: str, content: str = "hello") -> None:
     message = r.ChatMessage(role=r.CHAT_MESSAGE_ROLE_USER, content=content)
     request = CreateChatMessageRequest(session_id=session_id, message=message)
     await client.messages.CreateChatMessage(request)
 
 
-async def followed(client: ChatTicketClient, session_id: str) -> None:
-    async for _ in client.follow(session_id):
+async def watch_all(client: AsyncChatTicketClient, session_id: str) -> None:
+    async for _ in client.watch(session_id):
         pass
 
 
@@ -150,11 +150,11 @@ print(*{name.split(".")[0] for name in sys.modules.keys() - before})
     async def test_has_to_be_made_in_an_event_loop(self) -> None:
         """Said at once: gRPC would take another loop, in which no call ends."""
         with pytest.raises(RuntimeError, match="no running event loop"):
-            await asyncio.to_thread(ChatTicketClient, "localhost:1")
+            await asyncio.to_thread(AsyncChatTicketClient, "localhost:1")
 
 
 class TestErrors:
-    async def test_violations_are_all_there(self, client: ChatTicketClient) -> None:
+    async def test_violations_are_all_there(self, client: AsyncChatTicketClient) -> None:
         """Each with its field."""
         request = CreateChatSessionRequest(session=r.ChatSession(id="x", status=77))  # type: ignore[arg-type]
         with pytest.raises(errors.InvalidArgumentError) as caught:
@@ -167,7 +167,7 @@ class TestErrors:
         assert error.retry_seconds is None
         assert isinstance(error.__cause__, grpc.aio.AioRpcError)
 
-    async def test_every_status_has_its_exception(self, client: ChatTicketClient) -> None:
+    async def test_every_status_has_its_exception(self, client: AsyncChatTicketClient) -> None:
         """With the reason of the README's table."""
         session_id, sessions, tickets = await session_of(client), client.sessions, client.tickets
         escalate = CreateChatTicketRequest(session_id=session_id, ticket=r.Ticket(title="help"))
@@ -193,11 +193,11 @@ class TestErrors:
             ),
             (sessions.UpdateChatSession(changed), errors.AbortedError, "ETAG_MISMATCH"),
             (
-                anext(client.follow(session_id, 77)),
+                anext(client.watch(session_id, 77)),
                 errors.OutOfRangeError,
                 "REVISION_OUT_OF_RANGE",
             ),
-            (anext(client.follow(an_id())), errors.NotFoundError, "CHAT_SESSION_NOT_FOUND"),
+            (anext(client.watch(an_id())), errors.NotFoundError, "CHAT_SESSION_NOT_FOUND"),
         ]
         for call, expected, reason in cases:
             with pytest.raises(expected) as caught:
@@ -208,12 +208,12 @@ class TestErrors:
         """As of a server that takes the connection and does not answer."""
         with socket.create_server(("127.0.0.1", 0)) as silent:
             port = silent.getsockname()[1]
-            async with ChatTicketClient(f"127.0.0.1:{port}", tenant="a", timeout=0.5) as client:
+            async with AsyncChatTicketClient(f"127.0.0.1:{port}", tenant="a", timeout=0.5) as client:
                 with pytest.raises(errors.DeadlineExceededError) as late:
                     await client.sessions.GetChatSession(GetChatSessionRequest())
         assert late.value.reason == ""
 
-    async def test_details_are_messages(self, client: ChatTicketClient) -> None:
+    async def test_details_are_messages(self, client: AsyncChatTicketClient) -> None:
         """Of google.rpc, each as what it is."""
         absent = an_id()
         with pytest.raises(errors.NotFoundError) as caught:
@@ -222,7 +222,7 @@ class TestErrors:
         assert kinds[error_details_pb2.ResourceInfo].resource_name == absent  # type: ignore[attr-defined]
         assert error_details_pb2.ErrorInfo in kinds
 
-    async def test_streams_raise_them_too(self, client: ChatTicketClient) -> None:
+    async def test_streams_raise_them_too(self, client: AsyncChatTicketClient) -> None:
         """When they are read."""
         with pytest.raises(errors.NotFoundError):
             async for _ in client.messages.ListChatMessages(
@@ -251,7 +251,7 @@ class TestErrors:
             await client.sessions.ListChatSessions(request)
         await client.sessions.ListChatSessions(request, timeout=10)
 
-    async def test_survive_a_process(self, client: ChatTicketClient) -> None:
+    async def test_survive_a_process(self, client: AsyncChatTicketClient) -> None:
         """As a worker pool, or a queue, sends them on."""
         with pytest.raises(errors.InvalidArgumentError) as caught:
             await session_of(client, id="x")
@@ -261,7 +261,7 @@ class TestErrors:
         assert copy.violations == caught.value.violations
 
     async def test_synchronous_stubs_have_them_too(self, server: Server) -> None:
-        """By errors.typed, on a channel with the same options."""
+        """By errors.from_rpc_error, on a channel with the same options."""
 
         def call() -> None:
             with grpc.insecure_channel(
@@ -272,19 +272,19 @@ class TestErrors:
                 try:
                     stub.GetChatSession(request, metadata=[("x-tenant-id", "acme")])
                 except grpc.RpcError as error:
-                    raise errors.typed(error) from error
+                    raise errors.from_rpc_error(error) from error
 
         with pytest.raises(errors.NotFoundError, match="CHAT_SESSION_NOT_FOUND"):
             await asyncio.to_thread(call)
 
-    async def test_call_keeps_what_grpc_says_of_it(self, client: ChatTicketClient) -> None:
+    async def test_call_keeps_what_grpc_says_of_it(self, client: AsyncChatTicketClient) -> None:
         """The stubs are gRPC's: a call has its status and metadata, and takes more metadata."""
         request = ListChatSessionsRequest()
         call = client.sessions.ListChatSessions(request, metadata=[("x-other", "1")])  # type: ignore[arg-type]
         assert not (await call).sessions
         assert await call.code() is grpc.StatusCode.OK
 
-    async def test_cancelled_task_ends_its_call(self, client: ChatTicketClient) -> None:
+    async def test_cancelled_task_ends_its_call(self, client: AsyncChatTicketClient) -> None:
         """By asyncio.CancelledError, which is no error of a call."""
         session_id = await session_of(client)
         for _ in range(20):
@@ -301,7 +301,7 @@ class TestErrors:
             await task
 
 
-class TestRepeat:
+class TestRetry:
     async def test_goes_on_until_the_server_is_there(
         self, database: str, connect: NewClient
     ) -> None:
@@ -309,22 +309,22 @@ class TestRepeat:
         port, session_id = free_port(), an_id()
         client = connect(port)
         request = CreateChatSessionRequest(session=r.ChatSession(id=session_id))
-        creating = asyncio.create_task(client.repeat(client.sessions.CreateChatSession, request))
+        creating = asyncio.create_task(client.retry(client.sessions.CreateChatSession, request))
         await asyncio.sleep(0.3)
         async with serving(database, port=port):
             assert (await creating).session.id == session_id
-            again = await client.repeat(client.sessions.CreateChatSession, request)
+            again = await client.retry(client.sessions.CreateChatSession, request)
             assert again.session.revision == 0
 
     async def test_gives_up_in_time_and_says_why(self, connect: NewClient) -> None:
         """By the last error."""
         client = connect(free_port())
         with pytest.raises(errors.UnavailableError):
-            await client.repeat(
-                client.sessions.CreateChatSession, CreateChatSessionRequest(), seconds=0.5
+            await client.retry(
+                client.sessions.CreateChatSession, CreateChatSessionRequest(), timeout=0.5
             )
 
-    async def test_is_not_for_what_will_not_pass(self, client: ChatTicketClient) -> None:
+    async def test_is_not_for_what_will_not_pass(self, client: AsyncChatTicketClient) -> None:
         """A refusal is told at once."""
         calls = 0
 
@@ -334,7 +334,7 @@ class TestRepeat:
             return client.sessions.GetChatSession(request)
 
         with pytest.raises(errors.NotFoundError):
-            await client.repeat(counted, GetChatSessionRequest(session_id=an_id()))
+            await client.retry(counted, GetChatSessionRequest(session_id=an_id()))
         assert calls == 1
 
     async def test_quota_is_waited_for(self, database: str, connect: NewClient) -> None:
@@ -344,7 +344,7 @@ class TestRepeat:
             client = connect(server.port)
             request = ListChatSessionsRequest()
             await asyncio.gather(
-                *(client.repeat(client.sessions.ListChatSessions, request) for _ in range(10))
+                *(client.retry(client.sessions.ListChatSessions, request) for _ in range(10))
             )
 
 
@@ -416,7 +416,7 @@ class TestToken:
             "xds:///localhost",
         ):
             with pytest.raises(ValueError, match="plain text"):
-                ChatTicketClient(target, token="secret")
+                AsyncChatTicketClient(target, token="secret")
         for target in (
             "localhost:50051",
             "dns:///localhost:50051",
@@ -426,26 +426,26 @@ class TestToken:
             "ipv6:[::1]:50051",
             "unix:/run/chat.sock",
         ):
-            await ChatTicketClient(target, token="secret").close()
+            await AsyncChatTicketClient(target, token="secret").close()
         secure = grpc.ssl_channel_credentials()
-        await ChatTicketClient("chat.example:443", token="secret", credentials=secure).close()
+        await AsyncChatTicketClient("chat.example:443", token="secret", credentials=secure).close()
 
     async def test_must_be_one_that_grpc_sends(self) -> None:
-        """As the tenant: told at once, or by the call, and never shown; follow does not repeat it.
+        """As the tenant: told at once, or by the call, and never shown; watch does not retry it.
 
         A file often has a line break at its end.
         """
         for bad in ({"token": "secret\n"}, {"tenant": "secret\n"}, {"tenant": "café"}):
             with pytest.raises(ValueError, match="not printable ASCII") as caught:
-                ChatTicketClient("localhost:1", **bad)  # type: ignore[arg-type]
+                AsyncChatTicketClient("localhost:1", **bad)  # type: ignore[arg-type]
             assert "secret" not in str(caught.value)
-        async with ChatTicketClient("localhost:1", token=lambda: "secret\n") as client:
+        async with AsyncChatTicketClient("localhost:1", token=lambda: "secret\n") as client:
             with pytest.raises(ValueError, match="token is not printable ASCII"):
                 await client.sessions.GetChatSession(GetChatSessionRequest())
             with pytest.raises(ValueError, match="token is not printable ASCII"):
-                await anext(client.follow(an_id()))
+                await anext(client.watch(an_id()))
 
-    async def test_that_expires_is_asked_for_again_by_follow(
+    async def test_that_expires_is_asked_for_again_by_watch(
         self, guarded: Server, connect: NewClient, tenant: str
     ) -> None:
         """And the stream goes on as if nothing had happened."""
@@ -459,7 +459,7 @@ class TestToken:
         session_id = await session_of(client)
         before, told = len(given), []
         async with asyncio.timeout(20):
-            async for event in client.follow(session_id):
+            async for event in client.watch(session_id):
                 told.append(event)
                 if kind(event) == "caught_up":
                     await say(client, session_id, "one")
@@ -477,7 +477,7 @@ class TestToken:
         ]
         assert said(told) == ["one", "two"]
 
-    async def test_that_expires_and_is_a_text_ends_follow(
+    async def test_that_expires_and_is_a_text_ends_watch(
         self, guarded: Server, connect: NewClient, tenant: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         """At once: there is nobody to ask."""
@@ -486,20 +486,20 @@ class TestToken:
         client = connect(guarded.port, token=token)
         session_id = await session_of(client)
         with pytest.raises(errors.UnauthenticatedError, match="CREDENTIAL_EXPIRED"):
-            await asyncio.wait_for(followed(client, session_id), 20)
+            await asyncio.wait_for(watch_all(client, session_id), 20)
         assert "again" not in caplog.text
 
-    async def test_that_is_always_expired_ends_follow(
+    async def test_that_is_always_expired_ends_watch(
         self, guarded: Server, connect: NewClient
     ) -> None:
         """After a few times."""
         client = connect(guarded.port, token=lambda: KEY.token(exp=int(time.time()) - 5))
         with pytest.raises(errors.UnauthenticatedError):
             async with asyncio.timeout(30):
-                await anext(client.follow(an_id()))
+                await anext(client.watch(an_id()))
 
 
-class TestFollow:
+class TestWatch:
     async def test_leaving_the_loop_ends_the_stream(
         self, database: str, connect: NewClient
     ) -> None:
@@ -507,7 +507,7 @@ class TestFollow:
         async with serving(database) as server:
             client = connect(server.port)
             session_id = await session_of(client)
-            async for event in client.follow(session_id):
+            async for event in client.watch(session_id):
                 if kind(event) == "caught_up":
                     assert server._follow.watchers == 1
                     break
@@ -519,8 +519,8 @@ class TestFollow:
     ) -> None:
         """Whether it waits for an event or handles one."""
 
-        async def follow() -> None:
-            async for event in client.follow(session_id):
+        async def watch() -> None:
+            async for event in client.watch(session_id):
                 if kind(event) == "caught_up":
                     caught_up.set()
                     if not waiting:
@@ -529,7 +529,7 @@ class TestFollow:
         async with serving(database) as server:
             client, caught_up = connect(server.port), asyncio.Event()
             session_id = await session_of(client)
-            task = asyncio.create_task(follow())
+            task = asyncio.create_task(watch())
             await caught_up.wait()
             assert server._follow.watchers == 1
             await asyncio.sleep(0.05)
@@ -538,16 +538,16 @@ class TestFollow:
                 await task
             await until(lambda: server._follow.watchers == 0)
 
-    async def test_timeout_of_the_caller_is_its_own(self, client: ChatTicketClient) -> None:
+    async def test_timeout_of_the_caller_is_its_own(self, client: AsyncChatTicketClient) -> None:
         """Not taken for silence."""
         session_id = await session_of(client)
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(followed(client, session_id), 0.3)
+            await asyncio.wait_for(watch_all(client, session_id), 0.3)
 
     async def test_slow_consumer_loses_nothing(
         self, database: str, connect: NewClient, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """The server ends a stream that nobody reads; it is followed again."""
+        """The server ends a stream that nobody reads; the watch resumes."""
         caplog.set_level("INFO", "chat_ticket.client")
         async with serving(database, slow_reader_seconds=0.3) as server:
             client = connect(server.port)
@@ -562,7 +562,7 @@ class TestFollow:
             sequences: list[int] = []
             kinds: list[str] = []
             async with asyncio.timeout(30):
-                async for event in client.follow(session_id):
+                async for event in client.watch(session_id):
                     kinds.append(kind(event))
                     sequences += [m.sequence for m in event.messages_created.messages]
                     if len(kinds) == 1:
@@ -580,9 +580,9 @@ class TestFollow:
         async with serving(database, quotas={"session_streams": 1}) as server:
             client = connect(server.port)
             session_id = await session_of(client)
-            first = client.follow(session_id)
+            first = client.watch(session_id)
             await anext(first)
-            second = asyncio.ensure_future(anext(client.follow(session_id)))
+            second = asyncio.ensure_future(anext(client.watch(session_id)))
             await asyncio.sleep(0.5)
             assert not second.done()
             await first.aclose()
@@ -601,7 +601,7 @@ class TestFollow:
         async with serving(database) as other:
             client, elsewhere = connect(port), connect(other.port)
             session_id = await session_of(elsewhere)
-            events = client.follow(session_id)
+            events = client.watch(session_id)
 
             async def hear(last: str) -> None:
                 async with asyncio.timeout(20):
@@ -645,7 +645,7 @@ class TestFollow:
         async with serving(database) as other:
             client, elsewhere = connect(port), connect(other.port)
             session_id = await session_of(elsewhere)
-            events = client.follow(session_id)
+            events = client.watch(session_id)
             async with serving(database, port=port):
                 told += [await anext(events), await anext(events)]
             for status in (r.CHAT_SESSION_STATUS_RESOLVED, r.CHAT_SESSION_STATUS_ACTIVE):
@@ -662,12 +662,12 @@ class TestFollow:
     async def test_session_created_again_is_another_one(
         self, database: str, connect: NewClient
     ) -> None:
-        """Which must not be; but when it is, the one that was followed is gone."""
+        """Which must not be; but when it is, the one that was watched is gone."""
         port, session_id = free_port(), an_id()
         async with serving(database) as other:
             client, elsewhere = connect(port), connect(other.port)
             await session_of(elsewhere, id=session_id)
-            events = client.follow(session_id)
+            events = client.watch(session_id)
             async with serving(database, port=port):
                 assert kind(await anext(events)) == "session"
                 assert kind(await anext(events)) == "caught_up"
@@ -682,7 +682,7 @@ class TestFollow:
         async with serving(database) as server:
             client = connect(server.port)
             session_id = await session_of(client)
-            events = client.follow(session_id)
+            events = client.watch(session_id)
             await anext(events)
             await anext(events)
             waiting = asyncio.ensure_future(anext(events))
