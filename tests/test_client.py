@@ -1,4 +1,4 @@
-"""chat_ticket.client: the typed client that the wheel ships."""
+"""chat_ticket.client: the same tests for the asyncio client and for the synchronous one."""
 
 import ast
 import asyncio
@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,11 @@ import pytest_asyncio
 from authority import Authority, Key
 from client import an_id
 from conftest import serving
-from google.rpc import error_details_pb2
+from google.protobuf import any_pb2
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc import error_details_pb2, status_pb2
 from test_client_resume import OPTIONS, free_port
+from threaded import ThreadedClient
 
 import chat_ticket
 from chat_ticket import errors
@@ -49,15 +51,28 @@ KEY = Key()
 
 NewClient = Callable[..., AsyncChatTicketClient]
 
+# A test of what only tasks can do, such as to be cancelled.
+only_asyncio = pytest.mark.parametrize("client_class", [AsyncChatTicketClient], indirect=True)
+
+
+@pytest.fixture(
+    params=[AsyncChatTicketClient, ThreadedClient], ids=lambda client_class: client_class.__name__
+)
+def client_class(request: pytest.FixtureRequest) -> type[AsyncChatTicketClient]:
+    """The asyncio client, or the synchronous one in threads, which looks the same."""
+    return request.param  # type: ignore[no-any-return]
+
 
 @pytest_asyncio.fixture
-async def connect(tenant: str) -> AsyncIterator[NewClient]:
+async def connect(
+    client_class: type[AsyncChatTicketClient], tenant: str
+) -> AsyncIterator[NewClient]:
     """`connect(port, …)`: a client of a server on this machine, for the test's tenant."""
     async with contextlib.AsyncExitStack() as stack:
 
         def connect(port: int, **arguments: Any) -> AsyncChatTicketClient:
             arguments = {"tenant": tenant, "options": OPTIONS, **arguments}
-            client = AsyncChatTicketClient(f"localhost:{port}", **arguments)
+            client = client_class(f"localhost:{port}", **arguments)
             stack.push_async_callback(client.close)
             return client
 
@@ -102,12 +117,13 @@ async def until(condition: Callable[[], bool]) -> None:
 
 class TestPackage:
     def test_needs_nothing_of_the_service(self) -> None:
-        """Callers install grpc, protobuf and google.rpc, and import no more than that."""
+        """Callers install grpcio and protobuf, and import no more than that."""
         program = """
-import sys, grpc.aio, grpc_status.rpc_status
+import sys, grpc.aio
 before = set(sys.modules)
 import chat_ticket.client
-print(*{name.split(".")[0] for name in sys.modules.keys() - before})
+added = sys.modules.keys() - before
+print(*{name.split(".")[0] for name in added}, *{name for name in added if "google.rpc" in name})
 """
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, check=True, text=True, timeout=60
@@ -115,6 +131,7 @@ print(*{name.split(".")[0] for name in sys.modules.keys() - before})
         names = set(done.stdout.split()) - sys.stdlib_module_names
         assert "chat_ticket" in names
         assert names <= {"chat_ticket", "google", "grpc"}
+        assert "google.rpc" not in done.stdout
 
     def test_imports_nothing_of_the_service_later(self) -> None:
         """Nor within a function."""
@@ -122,25 +139,6 @@ print(*{name.split(".")[0] for name in sys.modules.keys() - before})
             for node in ast.walk(ast.parse(path.read_text())):
                 assert not (isinstance(node, ast.Import) and "svc" in node.names[0].name)
                 assert not (isinstance(node, ast.ImportFrom) and "svc" in (node.module or ""))
-
-    def test_is_in_the_wheel_with_its_service_config(self, tmp_path: Path) -> None:
-        """As a file of its own: in the sources it is a link to the one of the protos."""
-        name = "chat_ticket/v1/chat_ticket_grpc_service_config.json"
-        subprocess.run(
-            [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path],
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-            timeout=60,
-        )
-        [path] = tmp_path.glob("*.whl")
-        with zipfile.ZipFile(path) as wheel:
-            assert {
-                "chat_ticket/client.py",
-                "chat_ticket/errors.py",
-                "chat_ticket/py.typed",
-            } <= set(wheel.namelist())
-            assert wheel.read(name) == (ROOT / "protos" / name).read_bytes()
 
     def test_channel_has_the_service_config(self) -> None:
         """The reads of two servers of which one is killed are in test_client_resume.py."""
@@ -165,7 +163,7 @@ class TestErrors:
         assert {each.field for each in error.violations} == {"session.id", "session.status"}
         assert error.message in str(error)
         assert error.retry_seconds is None
-        assert isinstance(error.__cause__, grpc.aio.AioRpcError)
+        assert isinstance(error.__cause__, grpc.RpcError)
 
     async def test_every_status_has_its_exception(self, client: AsyncChatTicketClient) -> None:
         """With the reason of the README's table."""
@@ -204,23 +202,71 @@ class TestErrors:
                 await call
             assert caught.value.reason == reason
 
-    async def test_what_grpc_says_itself_has_no_reason(self) -> None:
+    async def test_what_grpc_says_itself_has_no_reason(
+        self, client_class: type[AsyncChatTicketClient]
+    ) -> None:
         """As of a server that takes the connection and does not answer."""
         with socket.create_server(("127.0.0.1", 0)) as silent:
             port = silent.getsockname()[1]
-            async with AsyncChatTicketClient(f"127.0.0.1:{port}", tenant="a", timeout=0.5) as client:
+            async with client_class(f"127.0.0.1:{port}", tenant="a", timeout=0.5) as client:
                 with pytest.raises(errors.DeadlineExceededError) as late:
                     await client.sessions.GetChatSession(GetChatSessionRequest())
         assert late.value.reason == ""
 
     async def test_details_are_messages(self, client: AsyncChatTicketClient) -> None:
-        """Of google.rpc, each as what it is."""
+        """Of google.rpc, by their full names, and equal to those of googleapis-common-protos."""
         absent = an_id()
         with pytest.raises(errors.NotFoundError) as caught:
             await client.sessions.GetChatSession(GetChatSessionRequest(session_id=absent))
-        kinds = {type(detail): detail for detail in caught.value.details}
-        assert kinds[error_details_pb2.ResourceInfo].resource_name == absent  # type: ignore[attr-defined]
-        assert error_details_pb2.ErrorInfo in kinds
+        kinds = {detail.DESCRIPTOR.full_name: detail for detail in caught.value.details}
+        data = kinds["google.rpc.ResourceInfo"].SerializeToString()
+        assert error_details_pb2.ResourceInfo.FromString(data).resource_name == absent
+        assert "google.rpc.ErrorInfo" in kinds
+        assert caught.value.resource == errors.Resource("chat_session", absent)
+
+    async def test_preconditions_and_quotas_are_typed(
+        self, database: str, connect: NewClient
+    ) -> None:
+        """Each with its subject."""
+        quotas = {"tenant_calls_per_second": 1, "tenant_burst": 3}
+        async with serving(database, quotas=quotas) as server:
+            client = connect(server.port)
+            session_id = await session_of(client)
+            ticket = CreateChatTicketRequest(session_id=session_id, ticket=r.Ticket(title="help"))
+            await client.tickets.CreateChatTicket(ticket)
+            request = DeleteChatSessionRequest(session_id=session_id)
+            with pytest.raises(errors.FailedPreconditionError) as refused:
+                await client.sessions.DeleteChatSession(request)
+            [precondition] = refused.value.preconditions
+            assert precondition.type == "SESSION_HAS_ACTIVE_TICKET"
+            assert precondition.subject
+            assert precondition.description in refused.value.message
+            calls = [client.sessions.ListChatSessions(ListChatSessionsRequest()) for _ in range(5)]
+            with pytest.raises(errors.ResourceExhaustedError, match="QUOTA_EXCEEDED") as exhausted:
+                await asyncio.gather(*calls)
+            [quota] = exhausted.value.quotas
+            assert quota.subject
+            assert exhausted.value.retry_seconds
+
+    def test_details_of_others_are_kept(self) -> None:
+        """As the Any that they came in; and what does not parse is no detail."""
+        timestamp = any_pb2.Any()
+        timestamp.Pack(Timestamp(seconds=7))
+        broken = any_pb2.Any(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff")
+        status = status_pb2.Status(code=5, message="gone", details=[timestamp, broken])
+        for data, kept in [
+            (status.SerializeToString(), (timestamp, broken)),
+            (b"\xff", ()),
+            (status_pb2.Status(code=6, message="gone").SerializeToString(), ()),
+        ]:
+            trailers = grpc.aio.Metadata(("grpc-status-details-bin", data))
+            error = grpc.aio.AioRpcError(
+                grpc.StatusCode.NOT_FOUND, grpc.aio.Metadata(), trailers, details="gone"
+            )
+            found = errors.from_rpc_error(error)
+            assert found.details == kept
+            copy = pickle.loads(pickle.dumps(found))
+            assert (type(copy), copy.details) == (errors.NotFoundError, kept)
 
     async def test_streams_raise_them_too(self, client: AsyncChatTicketClient) -> None:
         """When they are read."""
@@ -259,6 +305,7 @@ class TestErrors:
         assert type(copy) is errors.InvalidArgumentError
         assert str(copy) == str(caught.value)
         assert copy.violations == caught.value.violations
+        assert copy.details == caught.value.details
 
     async def test_synchronous_stubs_have_them_too(self, server: Server) -> None:
         """By errors.from_rpc_error, on a channel with the same options."""
@@ -277,6 +324,7 @@ class TestErrors:
         with pytest.raises(errors.NotFoundError, match="CHAT_SESSION_NOT_FOUND"):
             await asyncio.to_thread(call)
 
+    @only_asyncio
     async def test_call_keeps_what_grpc_says_of_it(self, client: AsyncChatTicketClient) -> None:
         """The stubs are gRPC's: a call has its status and metadata, and takes more metadata."""
         request = ListChatSessionsRequest()
@@ -284,6 +332,7 @@ class TestErrors:
         assert not (await call).sessions
         assert await call.code() is grpc.StatusCode.OK
 
+    @only_asyncio
     async def test_cancelled_task_ends_its_call(self, client: AsyncChatTicketClient) -> None:
         """By asyncio.CancelledError, which is no error of a call."""
         session_id = await session_of(client)
@@ -358,9 +407,13 @@ async def guarded(database: str, tmp_path: Path) -> AsyncIterator[Server]:
 
 class TestToken:
     async def test_is_a_text_or_is_asked_for_each_call(
-        self, guarded: Server, connect: NewClient, tenant: str
+        self,
+        guarded: Server,
+        connect: NewClient,
+        client_class: type[AsyncChatTicketClient],
+        tenant: str,
     ) -> None:
-        """Of a function, or of a coroutine function."""
+        """Of a function, or of a coroutine function where there is an event loop."""
         asked = 0
 
         def fresh() -> str:
@@ -372,10 +425,13 @@ class TestToken:
             await asyncio.sleep(0)
             return fresh()
 
-        for token in (KEY.token(tenants=[tenant]), fresh, waited):
+        tokens: list[Any] = [KEY.token(tenants=[tenant]), fresh]
+        if client_class is AsyncChatTicketClient:
+            tokens.append(waited)
+        for token in tokens:
             client = connect(guarded.port, token=token, tenant=None)
             await say(client, await session_of(client))
-        assert asked == 4
+        assert asked == 2 * (len(tokens) - 1)
 
     async def test_goes_with_the_credentials_of_the_channel(
         self, database: str, tmp_path: Path, connect: NewClient, tenant: str
@@ -403,7 +459,9 @@ class TestToken:
         with pytest.raises(LookupError):
             await session_of(connect(guarded.port, token=broken))
 
-    async def test_is_not_sent_in_plain_text_to_other_machines(self) -> None:
+    async def test_is_not_sent_in_plain_text_to_other_machines(
+        self, client_class: type[AsyncChatTicketClient]
+    ) -> None:
         """Not by any spelling of a target, of which one address elsewhere is enough."""
         for target in (
             "chat.example:443",
@@ -416,7 +474,7 @@ class TestToken:
             "xds:///localhost",
         ):
             with pytest.raises(ValueError, match="plain text"):
-                AsyncChatTicketClient(target, token="secret")
+                client_class(target, token="secret")
         for target in (
             "localhost:50051",
             "dns:///localhost:50051",
@@ -426,23 +484,25 @@ class TestToken:
             "ipv6:[::1]:50051",
             "unix:/run/chat.sock",
         ):
-            await AsyncChatTicketClient(target, token="secret").close()
+            await client_class(target, token="secret").close()
         secure = grpc.ssl_channel_credentials()
-        await AsyncChatTicketClient("chat.example:443", token="secret", credentials=secure).close()
+        await client_class("chat.example:443", token="secret", credentials=secure).close()
 
-    async def test_must_be_one_that_grpc_sends(self) -> None:
+    async def test_must_be_one_that_grpc_sends(
+        self, client_class: type[AsyncChatTicketClient]
+    ) -> None:
         """As the tenant: told at once, or by the call, and never shown; watch does not retry it.
 
         A file often has a line break at its end.
         """
         for bad in ({"token": "secret\n"}, {"tenant": "secret\n"}, {"tenant": "café"}):
             with pytest.raises(ValueError, match="not printable ASCII") as caught:
-                AsyncChatTicketClient("localhost:1", **bad)  # type: ignore[arg-type]
+                client_class("localhost:1", **bad)  # type: ignore[arg-type]
             assert "secret" not in str(caught.value)
-        async with AsyncChatTicketClient("localhost:1", token=lambda: "secret\n") as client:
-            with pytest.raises(ValueError, match="token is not printable ASCII"):
+        async with client_class("localhost:1", token=lambda: "secret\n") as client:
+            with pytest.raises(ValueError, match="token: not printable ASCII"):
                 await client.sessions.GetChatSession(GetChatSessionRequest())
-            with pytest.raises(ValueError, match="token is not printable ASCII"):
+            with pytest.raises(ValueError, match="token: not printable ASCII"):
                 await anext(client.watch(an_id()))
 
     async def test_that_expires_is_asked_for_again_by_watch(
@@ -513,6 +573,7 @@ class TestWatch:
                     break
             await until(lambda: server._follow.watchers == 0)
 
+    @only_asyncio
     @pytest.mark.parametrize("waiting", [True, False])
     async def test_cancelling_the_task_ends_the_stream(
         self, database: str, connect: NewClient, waiting: bool
@@ -538,6 +599,7 @@ class TestWatch:
                 await task
             await until(lambda: server._follow.watchers == 0)
 
+    @only_asyncio
     async def test_timeout_of_the_caller_is_its_own(self, client: AsyncChatTicketClient) -> None:
         """Not taken for silence."""
         session_id = await session_of(client)
@@ -689,5 +751,5 @@ class TestWatch:
             await asyncio.sleep(0.1)
             await client.close()
             async with asyncio.timeout(10):
-                with pytest.raises((asyncio.CancelledError, grpc.aio.UsageError)):
+                with pytest.raises((asyncio.CancelledError, grpc.aio.UsageError, ValueError)):
                     await waiting

@@ -19,6 +19,7 @@ import psycopg
 import pytest
 from client import a_file, an_id
 from process import ServerProcess, server_process
+from threaded import ThreadedClient
 
 from chat_ticket import errors
 from chat_ticket.client import AsyncChatTicketClient
@@ -289,17 +290,20 @@ async def read(client: AsyncChatTicketClient, session_id: str) -> int:
 
 
 @contextlib.asynccontextmanager
-async def clients(target: str, tenant: str) -> AsyncIterator[list[AsyncChatTicketClient]]:
+async def clients(
+    client_class: type[AsyncChatTicketClient], target: str, tenant: str
+) -> AsyncIterator[list[AsyncChatTicketClient]]:
     """One for the writers and one for the watchers: each has its own connections."""
     async with (
-        AsyncChatTicketClient(target, tenant=tenant, timeout=2, options=OPTIONS) as one,
-        AsyncChatTicketClient(target, tenant=tenant, timeout=10, options=OPTIONS) as other,
+        client_class(target, tenant=tenant, timeout=2, options=OPTIONS) as one,
+        client_class(target, tenant=tenant, timeout=10, options=OPTIONS) as other,
     ):
         yield [one, other]
 
 
+@pytest.mark.parametrize("client_class", [AsyncChatTicketClient, ThreadedClient])
 async def test_watch_delivers_everything_once_whatever_happens_to_the_servers(
-    fresh_database: str, tenant: str, caplog: Any
+    fresh_database: str, tenant: str, client_class: Any, caplog: Any
 ) -> None:
     """Killed, drained, stopped, and all gone at once, while writers write.
 
@@ -309,7 +313,7 @@ async def test_watch_delivers_everything_once_whatever_happens_to_the_servers(
     with contextlib.ExitStack() as stack:
         servers = await asyncio.to_thread(Servers, fresh_database, stack)
         await servers.serving()
-        async with clients(servers.target, tenant) as (writing, watching):
+        async with clients(client_class, servers.target, tenant) as (writing, watching):
             session_id = an_id()
             request = CreateChatSessionRequest(session=r.ChatSession(id=session_id))
             await writing.retry(writing.sessions.CreateChatSession, request)
