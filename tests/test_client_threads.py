@@ -194,7 +194,7 @@ def test_closing_the_client_ends_a_watch_in_another_thread(target: str, tenant: 
         watching = threads.submit(watch)
         assert caught_up.wait(10)
         client.close()
-        with pytest.raises(ValueError, match="(?i)closed"):
+        with pytest.raises(ValueError, match=r"(?i)closed"):
             watching.result(timeout=20)
 
 
