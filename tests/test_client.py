@@ -249,7 +249,7 @@ class TestErrors:
             assert exhausted.value.retry_seconds
 
     def test_details_of_others_are_kept(self) -> None:
-        """As the Any that they came in; and what does not parse is no detail."""
+        """As the Any that they came in. What does not parse, or is of another status, is none."""
         timestamp = any_pb2.Any()
         timestamp.Pack(Timestamp(seconds=7))
         broken = any_pb2.Any(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff")
@@ -257,7 +257,14 @@ class TestErrors:
         for data, kept in [
             (status.SerializeToString(), (timestamp, broken)),
             (b"\xff", ()),
-            (status_pb2.Status(code=6, message="gone").SerializeToString(), ()),
+            (
+                status_pb2.Status(code=6, message="gone", details=[timestamp]).SerializeToString(),
+                (),
+            ),
+            (
+                status_pb2.Status(code=5, message="lost", details=[timestamp]).SerializeToString(),
+                (),
+            ),
         ]:
             trailers = grpc.aio.Metadata(("grpc-status-details-bin", data))
             error = grpc.aio.AioRpcError(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -169,14 +170,15 @@ def installed(wheel: Path, directory: Path) -> Path:
     return python
 
 
-async def test_it_works_in_an_empty_environment(
-    server: Server, tenant: str, wheel: Path, tmp_path: Path
-) -> None:
-    """Both clients write, watch and are refused; no warning, and no other package."""
-    python = await asyncio.to_thread(installed, wheel, tmp_path / "venv")
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return installed(wheel, tmp_path_factory.mktemp("venv"))
+
+
+async def run(python: Path, program: str, *arguments: str) -> list[str]:
+    """The lines that a program prints, which warns of nothing."""
     process = await asyncio.create_subprocess_exec(
-        *(python, "-I", "-W", "error", "-c", PROGRAM, f"localhost:{server.port}", tenant),
-        cwd=tmp_path,
+        *(python, "-I", "-W", "error", "-c", program, *arguments),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -184,6 +186,22 @@ async def test_it_works_in_an_empty_environment(
         output, errors = await process.communicate()
     assert process.returncode == 0, errors.decode()
     assert not errors
-    assert output.decode().splitlines() == [
+    return output.decode().splitlines()
+
+
+async def test_it_works_in_an_empty_environment(server: Server, tenant: str, python: Path) -> None:
+    """Both clients write, watch and are refused."""
+    assert await run(python, PROGRAM, f"localhost:{server.port}", tenant) == [
         f"{runtime} {step}" for runtime in ("asyncio", "threads") for step in STEPS
     ]
+
+
+async def test_readme_shows_a_program_that_runs(server: Server, python: Path) -> None:
+    """As pasted, but for the address."""
+    text = (CLIENT / "README.md").read_text()
+    [program] = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = await run(python, program.replace("localhost:50051", f"localhost:{server.port}"))
+    assert "session {" in lines
+    assert any('content: "Hello!"' in line for line in lines)
+    assert "caught_up {" in lines
+    assert lines[-1].startswith("INVALID_ARGUMENT (Violation(field='message")
