@@ -20,7 +20,7 @@ from benchmarks.load import Load
 from benchmarks.service import Bench, Server
 from chat_ticket.v1.chat_message_pb2 import BatchCreateChatMessagesRequest
 from chat_ticket.v1.resources_pb2 import ChatMessage
-from chat_ticket_svc import convert
+from chat_ticket_svc.services import convert
 
 NAME = "batch"
 SECONDS = 50

@@ -21,8 +21,8 @@ from benchmarks.service import Bench, Server
 from chat_ticket.v1 import resources_pb2
 from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest
 from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest
-from chat_ticket_svc import convert
-from chat_ticket_svc.store import appends, sessions
+from chat_ticket_svc.services import convert
+from chat_ticket_svc.store import append, sessions
 
 NAME = "calls"
 SECONDS = 150
@@ -175,7 +175,7 @@ def _scripts(directory: Path) -> dict[str, Path]:
     statements = {
         GET: pgbench.statement(sessions.GET, {"tenant_id": tenant_id, "id": session_id}),
         CREATE: pgbench.statement(
-            appends.APPEND,
+            append.APPEND,
             {
                 "tenant_id": tenant_id,
                 "session_id": session_id,

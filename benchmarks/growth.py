@@ -33,9 +33,16 @@ from chat_ticket.v1 import chat_session_pb2 as sessions_pb2
 from chat_ticket.v1.chat_message_pb2_grpc import ChatMessageServiceStub
 from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
 from chat_ticket.v1.resources_pb2 import CHAT_MESSAGE_ROLE_USER, ChatMessage
-from chat_ticket_svc import paging
-from chat_ticket_svc.store import appends, changes, listing, messages, search, sessions
-from chat_ticket_svc.validate import LAST_ID
+from chat_ticket_svc.services import paging
+from chat_ticket_svc.services.validate import MAX_UUID
+from chat_ticket_svc.store import (
+    group_commit,
+    message_listing,
+    messages,
+    search,
+    session_changes,
+    sessions,
+)
 
 NAME = "growth"
 SECONDS = 240
@@ -264,7 +271,7 @@ class Caller:
         if word == RARE and (len(found.hits), found.incomplete_results) != (RARE_MESSAGES, False):
             raise RuntimeError(f"{len(found.hits)} rare messages were found")
         if (tenant_id, word) == (LARGE, COMMON):
-            looked_at = search.MOST_MESSAGES if found.incomplete_results else self._scene.common
+            looked_at = search.MAX_MESSAGES if found.incomplete_results else self._scene.common
             took = 1000 * took / looked_at
         return took
 
@@ -412,13 +419,18 @@ def _plans(url: str, scene: Scene) -> dict[str, str]:
     """How PostgreSQL runs what the calls send."""
     session = {"tenant_id": LARGE, "session_id": scene.sessions[LENGTH]}
     by_id = {"tenant_id": LARGE, "id": scene.sessions[LENGTH]}
-    page = {**session, "roles": None, "limit": LENGTHS[0], "whole": listing.WHOLE_BYTES}
-    newest = {"after_time": paging.END_OF_TIME, "after_id": LAST_ID, "limit": PAGE + 1}
+    page = {
+        **session,
+        "roles": None,
+        "limit": LENGTHS[0],
+        "message_bytes": message_listing.FIRST_READ_MESSAGE_BYTES,
+    }
+    newest = {"after_time": paging.END_OF_TIME, "after_id": MAX_UUID, "limit": PAGE + 1}
     every = dict.fromkeys(sessions.Filter._fields)
     asked = {
-        "messages": search.MOST_MESSAGES,
-        "bytes": search.MOST_BYTES,
-        "sessions": search.MOST_SESSIONS,
+        "messages": search.MAX_MESSAGES,
+        "bytes": search.MAX_BYTES,
+        "sessions": search.MAX_SESSIONS,
         "after_score": math.inf,
         "headline": "",
         "characters": search.HEADLINE_CHARACTERS,
@@ -429,7 +441,7 @@ def _plans(url: str, scene: Scene) -> dict[str, str]:
     statements: dict[str, tuple[LiteralString, dict[str, Any]]] = {
         "GetChatSession": (sessions.GET, by_id),
         "CreateChatMessage": (
-            appends.APPEND_TOGETHER,
+            group_commit.APPEND_BATCH,
             {
                 "tenant_ids": [LARGE],
                 "session_ids": [scene.sessions[LENGTH]],
@@ -440,15 +452,15 @@ def _plans(url: str, scene: Scene) -> dict[str, str]:
             },
         ),
         "ListChatMessages, the first 10": (
-            listing.FIRST_ASC,
+            message_listing.FIRST_ASC,
             page | {"after": 0, "before": LENGTH + 1},
         ),
         "ListChatMessages, the last 10": (
-            listing.FIRST_ASC,
+            message_listing.FIRST_ASC,
             page | {"after": LENGTH - LENGTHS[0], "before": LENGTH + 1},
         ),
         "from a create to its event": (
-            changes.PAGE,
+            session_changes.PAGE,
             session | {"after": LENGTH - 1, "limit": PAGE, "bytes": messages.PAGE_BYTES},
         ),
         DELETE: (sessions.DELETE, by_id),

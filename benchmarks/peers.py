@@ -35,7 +35,7 @@ from benchmarks.peers_worker import CALLERS
 from benchmarks.service import ROOT, Bench, Server
 from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest
 from chat_ticket.v1.resources_pb2 import ChatMessage
-from chat_ticket_svc import convert
+from chat_ticket_svc.services import convert
 
 NAME = "peers"
 SECONDS = 100

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import psycopg
 
-from chat_ticket_svc import config, migrate
+from chat_ticket_svc import config
+from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.embedded import EmbeddedPostgres
 
 ROOT = Path(__file__).parent.parent

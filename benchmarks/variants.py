@@ -21,9 +21,11 @@ from google.protobuf.empty_pb2 import Empty
 from chat_ticket.v1 import chat_session_pb2_grpc
 from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest, CreateChatMessageResponse
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionResponse as Event
-from chat_ticket_svc import cli, follow, grpc_server, server
-from chat_ticket_svc.access import methods
+from chat_ticket_svc import cli, server
+from chat_ticket_svc.access import method_permissions
 from chat_ticket_svc.access.credential import Permission
+from chat_ticket_svc.rpc import aio_server
+from chat_ticket_svc.watch import hub
 
 BARE, UNFOLLOWED = "--bare", "--unfollowed"
 
@@ -102,7 +104,7 @@ def _register_too(add: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]
 
 
 async def _bare() -> None:
-    bare = grpc_server.server(options=server.OPTIONS)
+    bare = aio_server.create_server(options=server.OPTIONS)
     _register(bare)
     _Told().register(bare)
     port = bare.add_insecure_port("127.0.0.1:0")
@@ -116,14 +118,14 @@ def main() -> None:
     if BARE in sys.argv:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_bare())
-    cast("dict[str, Permission]", methods.PERMISSIONS)[PATH] = Permission.READ
+    cast("dict[str, Permission]", method_permissions.METHOD_PERMISSIONS)[PATH] = Permission.READ
     generated: Any = chat_session_pb2_grpc
     add = generated.add_ChatSessionServiceServicer_to_server
     generated.add_ChatSessionServiceServicer_to_server = _register_too(add)
     arguments = sys.argv[1:]
     if UNFOLLOWED in arguments:
         arguments.remove(UNFOLLOWED)
-        follow.Follow.changed = lambda *_: None  # type: ignore[method-assign]
+        hub.WatchHub.changed = lambda *_: None  # type: ignore[method-assign]
     cli.main(arguments)
 
 

@@ -16,17 +16,18 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-import pooler
 import psycopg
 import pytest
 import pytest_asyncio
-from client import Api
+from support import pooler
+from support.client import Api
 
-from chat_ticket_svc import config, migrate
+from chat_ticket_svc import config
+from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.embedded import EmbeddedPostgres
 from chat_ticket_svc.server import Server
 
-NODE = Path(__file__).parent / "node"
+NODE = Path(__file__).parent / "support" / "node"
 
 TEMPLATE = "chat_ticket_template"
 
@@ -204,7 +205,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def node(environment: dict[str, str]) -> str:
-    """Node, with the packages of tests/node/package-lock.json installed."""
+    """Node, with the packages of tests/support/node/package-lock.json installed."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
         pytest.skip("the Node client needs node and npm on PATH")

@@ -3,14 +3,12 @@
 import asyncio
 import contextlib
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from http.server import HTTPServer
 from typing import Any
 
-import grpc
-import grpc.aio
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from chat_ticket.v1 import (
@@ -23,24 +21,29 @@ from chat_ticket.v1 import (
     chat_ticket_pb2,
     chat_ticket_pb2_grpc,
 )
-from chat_ticket_svc import grpc_server, metrics
-from chat_ticket_svc.access import methods
-from chat_ticket_svc.access.certificates import Certificates
-from chat_ticket_svc.access.door import Door, Proof
-from chat_ticket_svc.access.peers import Peers
+from chat_ticket_svc.access import method_permissions
+from chat_ticket_svc.access.admission import AdmissionController
+from chat_ticket_svc.access.authenticator import Authenticator
+from chat_ticket_svc.access.client_certificate_authenticator import ClientCertificateAuthenticator
+from chat_ticket_svc.access.jwks import JwksClient
+from chat_ticket_svc.access.jwt_authenticator import JwtAuthenticator
 from chat_ticket_svc.access.quotas import Quotas
-from chat_ticket_svc.access.tokens import KeySet, Tokens
-from chat_ticket_svc.attachment_url import AttachmentUrlChecker
+from chat_ticket_svc.access.server_certificates import ServerCertificates
 from chat_ticket_svc.config import MIB, ConfigurationError, Settings
 from chat_ticket_svc.errors import DomainError
-from chat_ticket_svc.follow import Follow
+from chat_ticket_svc.rpc import aio_server
+from chat_ticket_svc.rpc.health import HealthServicer
+from chat_ticket_svc.rpc.middleware import MethodRegistrar, RpcMiddleware
+from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
 from chat_ticket_svc.services.attachments import ChatAttachmentService
 from chat_ticket_svc.services.messages import ChatMessageService
 from chat_ticket_svc.services.sessions import ChatSessionService
 from chat_ticket_svc.services.tickets import ChatTicketService
-from chat_ticket_svc.status import StatusInterceptor
 from chat_ticket_svc.store import schema
-from chat_ticket_svc.store.database import Database, require_readable
+from chat_ticket_svc.store.connection import require_valid_url
+from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.telemetry import metrics
+from chat_ticket_svc.watch.hub import WatchHub
 from chat_ticket_svc.workers import PortTakenError, address_of
 
 log = structlog.get_logger()
@@ -86,8 +89,8 @@ class Server:
 
     def __init__(self, settings: Settings):
         self._settings = settings
-        require_readable("DATABASE_URL", settings.database_url)
-        require_readable("DATABASE_LISTEN_URL", settings.listen_url)
+        require_valid_url("DATABASE_URL", settings.database_url)
+        require_valid_url("DATABASE_LISTEN_URL", settings.listen_url)
         self._db = Database(
             settings.database_url,
             pool_size=settings.pool_size,
@@ -96,26 +99,26 @@ class Server:
             lock_timeout_ms=settings.lock_timeout_ms,
         )
         self._probe = schema.Probe(settings.database_url)
-        self._follow = Follow(
+        self._follow = WatchHub(
             self._db,
             settings.listen_url,
-            poll_seconds=settings.poll_seconds,
-            heartbeat_seconds=settings.heartbeat_seconds,
+            watch_poll_interval_seconds=settings.watch_poll_interval_seconds,
+            watch_heartbeat_seconds=settings.watch_heartbeat_seconds,
             readers=max(1, settings.pool_size // 2),
         )
         self._urls = _url_checker(settings)
-        self._certificates = Certificates.of(settings)
-        self._keys = KeySet(settings.jwt_keys) if "jwt" in settings.auth else None
-        self._interceptor = StatusInterceptor(
-            Door(_proofs(settings, self._keys), Quotas(settings.quotas)),
+        self._certificates = ServerCertificates.from_settings(settings)
+        self._keys = JwksClient(settings.jwks) if "jwt" in settings.auth else None
+        self._middleware = RpcMiddleware(
+            AdmissionController(_authenticators(settings, self._keys), Quotas(settings.quotas)),
             unary_timeout_seconds=settings.unary_timeout_seconds,
-            slow_reader_seconds=settings.slow_reader_seconds,
-            log_calls=settings.log_calls,
+            stream_write_timeout_seconds=settings.stream_write_timeout_seconds,
+            access_log=settings.access_log,
         )
-        self._health = _Health()
+        self._health = HealthServicer(SERVICES)
         # On by default, and then a second server silently shares the port.
         share_port = ("grpc.so_reuseport", int(settings.workers > 1))
-        self._grpc = grpc_server.server(options=[*OPTIONS, share_port])
+        self._grpc = aio_server.create_server(options=[*OPTIONS, share_port])
         self._health_task: asyncio.Task[None] | None = None
         self._metrics: HTTPServer | None = None
 
@@ -137,8 +140,8 @@ class Server:
         await self._db.open()
         self._follow.start()
         if self._certificates is not None:
-            self._certificates.watch()
-        await self._set_health(serving=False)
+            self._certificates.start_reloading()
+        await self._health.set_all(serving=False)
         self._health_task = asyncio.create_task(self._watch_health())
         await self._grpc.start()
 
@@ -154,12 +157,14 @@ class Server:
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(DRAIN_NOTICE_SECONDS)
         self._follow.drain()
-        await self._interceptor.hold(quiet=DRAIN_QUIET_SECONDS, most=DRAIN_HOLD_SECONDS)
+        await self._middleware.pause(
+            quiet_seconds=DRAIN_QUIET_SECONDS, max_seconds=DRAIN_HOLD_SECONDS
+        )
         stopping = asyncio.create_task(self._grpc.stop(self._settings.drain_seconds))
         await asyncio.sleep(GOAWAY_SECONDS)
-        self._interceptor.release()
+        self._middleware.resume()
         await stopping
-        await self._interceptor.finished(timeout=1)
+        await self._middleware.wait_for_handlers(timeout=1)
         await self._follow.stop()
         await self._close()
 
@@ -185,7 +190,7 @@ class Server:
             raise PortTakenError(address) from error
 
     def _report(self) -> None:
-        self._db.report()
+        self._db.register_metrics()
         # Without self, which metrics would keep: gRPC's thread complains at the end of Python when
         # there still is a server that was not started.
         follow = self._follow
@@ -201,7 +206,7 @@ class Server:
 
     def _register(self) -> None:
         db, follow, settings = self._db, self._follow, self._settings
-        server: Any = _Methods(self._grpc, self._interceptor)
+        server: Any = MethodRegistrar(self._grpc, self._middleware)
         chat_session_pb2_grpc.add_ChatSessionServiceServicer_to_server(
             ChatSessionService(db, follow, settings), server
         )
@@ -220,7 +225,7 @@ class Server:
             reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]
                 reflection.aio.ReflectionServicer(names), server
             )
-        methods.require_known(server.names)
+        method_permissions.require_permission_rules(server.names)
 
     async def _check_schema(self) -> None:
         try:
@@ -245,65 +250,28 @@ class Server:
             if now != was:
                 was = now
                 if now:
-                    await self._set_health(serving=False)
+                    await self._health.set_all(serving=False)
                     log.warning("not serving", because=now)
                 else:
-                    await self._set_health(serving=True)
+                    await self._health.set_all(serving=True)
                     log.info("serving")
             await asyncio.sleep(HEALTH_CHECK_SECONDS)
 
-    async def _set_health(self, *, serving: bool) -> None:
-        answer = health_pb2.HealthCheckResponse
-        status = answer.SERVING if serving else answer.NOT_SERVING
-        for name in ("", *SERVICES):
-            await self._health.set(name, status)
 
-
-class _Health(health.aio.HealthServicer):
-    """The standard service; the library's lacks the newest of its methods."""
-
-    async def List(self, _: Any, context: Any) -> Any:
-        statuses = {
-            name: await self.Check(health_pb2.HealthCheckRequest(service=name), context)
-            for name in ("", *SERVICES)
-        }
-        return health_pb2.HealthListResponse(statuses=statuses)  # type: ignore[attr-defined]
-
-
-class _Methods:
-    """Registers methods behind the interceptor, and remembers their names."""
-
-    def __init__(self, server: grpc.aio.Server, interceptor: StatusInterceptor):
-        self.names: set[str] = set()
-        self._server = server
-        self._interceptor = interceptor
-
-    def add_generic_rpc_handlers(self, _: Any) -> None:
-        """Does nothing: the generated functions also register their methods one by one."""
-
-    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
-        wrapped = {}
-        for name, handler in handlers.items():
-            method = f"/{service}/{name}"
-            self.names.add(method)
-            wrapped[name] = self._interceptor.wrapped(method, handler)
-        self._server.add_registered_method_handlers(service, wrapped)
-
-
-def _proofs(settings: Settings, keys: KeySet | None) -> list[Proof]:
-    proofs: list[Proof] = []
-    if settings.mtls_callers is not None and "mtls" in settings.auth:
-        proofs.append(Peers(settings.mtls_callers))
+def _authenticators(settings: Settings, keys: JwksClient | None) -> list[Authenticator]:
+    authenticators: list[Authenticator] = []
+    if settings.mtls_policy is not None and "mtls" in settings.auth:
+        authenticators.append(ClientCertificateAuthenticator(settings.mtls_policy))
     if keys is not None:
-        proofs.append(
-            Tokens(
+        authenticators.append(
+            JwtAuthenticator(
                 keys,
                 issuer=settings.jwt_issuer,
                 audience=settings.jwt_audience,
                 algorithms=settings.jwt_algorithms,
             )
         )
-    return proofs
+    return authenticators
 
 
 def _url_checker(settings: Settings) -> AttachmentUrlChecker | None:
@@ -320,8 +288,8 @@ def _url_checker(settings: Settings) -> AttachmentUrlChecker | None:
 
 async def run(settings: Settings, stop: asyncio.Event, listening: Callable[[int], None]) -> None:
     """Serve until `stop` is set; `listening` is told the port."""
-    if settings.exposed:
-        log.warning(f"{settings.exposed}, as CHAT_TICKET_ALLOW_INSECURE wants it")
+    if settings.exposure:
+        log.warning(f"{settings.exposure}, as CHAT_TICKET_ALLOW_INSECURE wants it")
     server = Server(settings)
     await server.start()
     log.info("listening", host=settings.host, port=server.port, auth=settings.auth)

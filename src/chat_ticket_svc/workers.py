@@ -49,7 +49,7 @@ def address_of(host: str, port: int) -> str:
     return f"{host}:{port}"
 
 
-class Parent:
+class Supervisor:
     """Keeps `count` workers running, with `environment`, until `stop` is set."""
 
     def __init__(self, count: int, environment: Mapping[str, str], stop: asyncio.Event):
@@ -147,19 +147,19 @@ def _terminate(process: Process) -> None:
         process.terminate()
 
 
-def end_with_parent(parent: int) -> None:
+def die_with_supervisor(parent: int) -> None:
     """Have this worker end when its parent does, however it does: a parent may be killed."""
-    embedded.end_with(parent, signal.SIGKILL)
+    embedded.set_parent_death_signal(parent, signal.SIGKILL)
 
 
-def tell_parent_of_listening() -> None:
+def report_listening() -> None:
     os.write(sys.stdout.fileno(), LISTENING)
     # The parent reads no more.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
-def reserved(host: str, port: int) -> Iterator[int]:
+def reserve_port(host: str, port: int) -> Iterator[int]:
     """Keep a port, or a free one for 0, for processes that share it by SO_REUSEPORT.
 
     It is refused when anybody has it, also another parent whose workers do not listen yet. Then

@@ -22,9 +22,9 @@ from urllib.parse import parse_qs, urlsplit
 import grpc
 import psycopg
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from process import ServerProcess
+from support.process import ServerProcess
 
-from chat_ticket_svc import migrate
+from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.embedded import EmbeddedPostgres
 from faults.checker import Violation, check
 from faults.proxy import Proxy
@@ -40,9 +40,9 @@ START_SECONDS = 30.0
 SETTINGS = {
     "CHAT_TICKET_ATTACHMENT_URL_CHECK": "false",
     "CHAT_TICKET_QUOTAS__TENANT_CALLS_PER_SECOND": "100000",
-    "CHAT_TICKET_HEARTBEAT_SECONDS": "1",
+    "CHAT_TICKET_WATCH_HEARTBEAT_SECONDS": "1",
     "CHAT_TICKET_DRAIN_SECONDS": "5",
-    "CHAT_TICKET_SLOW_READER_SECONDS": "3",
+    "CHAT_TICKET_STREAM_WRITE_TIMEOUT_SECONDS": "3",
 }
 
 CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'chat-ticket-svc'"

@@ -21,7 +21,8 @@ from pathlib import Path
 import psycopg
 from psycopg import conninfo
 
-from chat_ticket_svc import embedded, migrate
+from chat_ticket_svc import embedded
+from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.embedded import EmbeddedPostgres
 from faults.checker import check
 from faults.environment import DATABASE, Service, _children, _signal

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 
 import grpc.aio
 import uvloop
-from client import Api
+from support.client import Api
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import (

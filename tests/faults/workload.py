@@ -16,8 +16,8 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from client import Api
 from grpc import StatusCode
+from support.client import Api
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_attachment_pb2 import (

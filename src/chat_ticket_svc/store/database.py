@@ -1,9 +1,11 @@
-"""The connection pool, transactions, and the first of two hops: driver error → domain error.
+"""Statements and transactions on PostgreSQL, with retries, on a pool of connections.
 
-Every statement runs in autocommit, prepared, with its results in binary, or inside `transaction`.
-What is quick shares a connection (see lane.py), everything else takes one of its own.
-What is retried here: serialization failures and deadlocks, and once, after the pool has been
-checked, what a lost connection cut off and is safe to repeat.
+A statement runs in autocommit mode, prepared, with binary results, or in a `transaction`. Short
+statements share a connection (see pipelined_connection.py). All others lease one (see
+connection_queue.py). Driver errors become domain errors here (see driver_errors.py).
+
+Serialization failures and deadlocks are retried. If a connection is lost, the pool is checked, and
+idempotent work is retried once.
 """
 
 from __future__ import annotations
@@ -12,183 +14,50 @@ import asyncio
 import contextlib
 import math
 import random
-import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, LiteralString, TypeVar
 
 import psycopg
 import psycopg_pool
-from psycopg import conninfo, pq
 from psycopg import errors as pg_errors
-from psycopg.adapt import Transformer
 
-from chat_ticket_svc import caller, errors, metrics, tracing
-from chat_ticket_svc.config import ConfigurationError
-from chat_ticket_svc.store.lane import Lane
-from chat_ticket_svc.time_limit import TimeLimit
+from chat_ticket_svc import errors
+from chat_ticket_svc.access import request_context
+from chat_ticket_svc.store.connection import connection_string, is_lost
+from chat_ticket_svc.store.connection_queue import (
+    LEASE_TIMEOUT_SECONDS,
+    ConnectionQueue,
+    NoConnection,
+    QueueFull,
+)
+from chat_ticket_svc.store.driver_errors import ConnectionLost, translate
+from chat_ticket_svc.store.pipelined_connection import PipelinedConnection
+from chat_ticket_svc.store.transaction import Params, Transaction
+from chat_ticket_svc.telemetry import metrics, tracing
 
 T = TypeVar("T")
-Params = Mapping[str, Any]
 
 CONTENTION_RETRIES = 3
 
-# Reliability notes 10 and 15: bounded waits everywhere, and a dead peer noticed within seconds.
-POOL_TIMEOUT_SECONDS = 2
 POOL_MAX_LIFETIME_SECONDS = 1800
-WAITING_PER_CONNECTION = 4
-MOST_SHARING = 1000
-# Of what is read on a shared connection, so that nobody waits long behind it.
-FEW_ROWS = 32
-FEW_BYTES = 64 * 1024
-# The connections that are shared come on top of the pool's size.
-LANES = 2
-# After which the pool tries again when it is asked, instead of backing off for minutes.
+# The pool gives up connecting after this time, and tries again when a connection is requested,
+# instead of backing off for minutes. Also the least time between two replacements of all
+# connections.
 RECONNECT_SECONDS = 2
-CONNECTION_OPTIONS = {
-    "connect_timeout": "3",
-    "keepalives_idle": "10",
-    "keepalives_interval": "5",
-    "keepalives_count": "3",
-    "tcp_user_timeout": "15000",
-    "application_name": "chat-ticket-svc",
-}
 
-
-class ConstraintViolation(Exception):  # noqa: N818 - a signal to the store, never to a caller
-    """A named constraint refused a write; the store function knows what that means."""
-
-    def __init__(self, constraint: str):
-        super().__init__(constraint)
-        self.constraint = constraint
-
-
-def require_readable(variable: str, url: str) -> None:
-    """ConfigurationError unless libpq can read the URL of a variable; its own error quotes it."""
-    try:
-        connection_string(url)
-    except psycopg.Error:
-        raise ConfigurationError(f"{variable}: is not a URL that libpq can read") from None
-
-
-def connection_string(url: str, **session_settings: str | int) -> str:
-    """`url` with our timeouts added, and PostgreSQL settings for the session as options."""
-    given = conninfo.conninfo_to_dict(url)
-    options = [str(given["options"])] if "options" in given else []
-    options += [f"-c {name}={value}" for name, value in session_settings.items()]
-    defaults = dict(CONNECTION_OPTIONS)
-    if "," in f"{given.get('host')}{given.get('hostaddr')}":
-        # Of several hosts the primary is meant: all that we do needs it, LISTEN too.
-        defaults["target_session_attrs"] = "read-write"
-    return conninfo.make_conninfo(
-        **{**defaults, **given, "options": " ".join(options)}  # type: ignore[arg-type]
-    )
-
-
-def is_read_only(connection: psycopg.AsyncConnection[Any]) -> bool:
-    """Whether the server has told so by now: it does with the answer to any statement."""
-    told = connection.info.parameter_status
-    return "on" in (told("in_hot_standby"), told("default_transaction_read_only"))
-
-
-def _is_lost(error: psycopg.Error, connection: psycopg.AsyncConnection[Any]) -> bool:
-    state = error.sqlstate or ""
-    return connection.closed or state.startswith("08") or state in ("57P01", "57P02", "57P03")
-
-
-def translate(error: psycopg.Error) -> Exception:
-    """The domain error, or the constraint, behind a driver error; unknown ones come back as is."""
-    match error.sqlstate or "":
-        case state if state.startswith("23"):
-            return ConstraintViolation(error.diag.constraint_name or "")
-        case "55P03":  # lock_not_available
-            return errors.ContentionError()
-        case "57014":  # query_canceled: by the statement timeout; ours cancel the task as well
-            return errors.DeadlineExceededError()
-        case "53100":  # disk_full
-            return errors.ResourceExhaustedError("the database's disk is full", reason="DISK_FULL")
-        case state if state.startswith("53"):  # insufficient_resources
-            return errors.ResourceExhaustedError(
-                "the database is out of resources", reason="DATABASE_RESOURCES"
-            )
-        case "0A000":  # feature_not_supported
-            return errors.UnsupportedError(
-                "the database server lacks a feature that this call needs",
-                reason="UNSUPPORTED_BY_DATABASE",
-            )
-        case "25006":  # read_only_sql_transaction: a standby, or a failover under way
-            return errors.UnavailableError("the database is read-only", reason="DATABASE_READ_ONLY")
-        case state if state.startswith(("22", "54")):  # data_exception, program_limit_exceeded
-            return errors.InvalidArgumentError(
-                [errors.Violation("", "holds a value that the database cannot store")]
-            )
-    return error
-
-
-class ConnectionLost(Exception):  # noqa: N818 - as above
-    """The connection broke under a statement."""
-
-
-# What columns are read as, whatever they are: in binary, all of PostgreSQL's times are integers,
-# and its texts their bytes.
-BOOL, BYTES, INTEGER, TEXT = 16, 17, 20, 25
-
-
-class Transaction:
-    """The statements of one transaction."""
-
-    def __init__(self, connection: psycopg.AsyncConnection[Any]):
-        self._connection = connection
-
-    async def rows(
-        self,
-        sql: LiteralString,
-        params: Params,
-        make: Callable[..., T],
-        *,
-        prepare: bool | None = None,
-    ) -> list[T]:
-        with tracing.statement(sql):
-            async with self._connection.cursor(binary=True) as cursor:
-                await cursor.execute(sql, params, prepare=prepare)
-                return [make(*row) for row in await cursor.fetchall()]
-
-    async def row(self, sql: LiteralString, params: Params, make: Callable[..., T]) -> T | None:
-        found = await self.rows(sql, params, make)
-        return found[0] if found else None
-
-    async def rows_as(
-        self,
-        sql: LiteralString,
-        params: Params,
-        types: Sequence[int],
-    ) -> list[tuple[Any, ...]]:
-        async with self._connection.cursor(binary=True) as cursor:
-            with tracing.statement(sql):
-                await cursor.execute(sql, params)
-            result = cursor.pgresult
-            transformer = Transformer(self._connection)
-            transformer.set_pgresult(result, set_loaders=False)
-            transformer.set_loader_types(types, pq.Format.BINARY)
-            return transformer.load_rows(0, cursor.rowcount, tuple)
-
-    async def execute(self, sql: LiteralString, params: Params) -> None:
-        with tracing.statement(sql):
-            await self._connection.execute(sql, params)
+MAX_PIPELINED_CALLS = 1000
+# Limits for a read on a pipelined connection, so that no call waits long behind another.
+PIPELINED_MAX_ROWS = 32
+PIPELINED_MAX_BYTES = 64 * 1024
+# One for reads and one for writes, in addition to the pool size.
+PIPELINED_CONNECTIONS = 2
 
 
 class _Attempt:
-    """Whether what was sent so far may have been committed."""
+    """Whether the statements sent so far may have been committed."""
 
-    def __init__(self, *, unsure: bool = False):
-        self.unsure = unsure
-
-
-class _Share:
-    """What the calls of one tenant have of the pool."""
-
-    def __init__(self, connections: int):
-        self.turns = asyncio.Semaphore(connections)
-        self.busy = 0
+    def __init__(self, *, outcome_unknown: bool = False):
+        self.outcome_unknown = outcome_unknown
 
 
 class Database:
@@ -212,143 +81,139 @@ class Database:
             ),
             kwargs={"autocommit": True, "prepare_threshold": 0 if prepare_statements else None},
             min_size=min(pool_size, 2),
-            max_size=pool_size + LANES,
+            max_size=pool_size + PIPELINED_CONNECTIONS,
             reconnect_timeout=RECONNECT_SECONDS,
-            timeout=POOL_TIMEOUT_SECONDS,
+            timeout=LEASE_TIMEOUT_SECONDS,
             max_lifetime=POOL_MAX_LIFETIME_SECONDS,
             open=False,
         )
+        self._queue = ConnectionQueue(self._pool, pool_size=pool_size)
         self._reads, self._writes = (
-            Lane(
+            PipelinedConnection(
                 self._pool,
                 prepare_statements=prepare_statements,
                 lifetime_seconds=POOL_MAX_LIFETIME_SECONDS,
             )
-            for _ in range(LANES)
+            for _ in range(PIPELINED_CONNECTIONS)
         )
-        self._checking: asyncio.Task[None] | None = None
-        self._renewing: asyncio.Task[None] | None = None
-        self._renewed_at = -math.inf
-        # Counted here and not by the pool's max_waiting, which counts callers who have left.
-        self._busy = 0
-        self._leased_now = 0
-        self._most_busy = pool_size * (1 + WAITING_PER_CONNECTION)
-        # Half of the connections, so that a tenant whose calls hang, or come all at once, is waited
-        # for by itself alone. Weak: who has nothing to do is forgotten.
-        self._share = (pool_size + 1) // 2
-        self._shares: weakref.WeakValueDictionary[str | None, _Share] = (
-            weakref.WeakValueDictionary()
-        )
+        self._pool_check: asyncio.Task[None] | None = None
+        self._replacement: asyncio.Task[None] | None = None
+        self._replaced_at = -math.inf
 
     async def open(self) -> None:
-        """Start connecting. Does not wait: a database that is down must not stop the server."""
+        """Start to connect, without waiting. The server starts even if the database is down."""
         await self._pool.open(wait=False)
 
     async def close(self) -> None:
-        if self._renewing is not None:
-            await asyncio.gather(self._renewing, return_exceptions=True)
+        if self._replacement is not None:
+            await asyncio.gather(self._replacement, return_exceptions=True)
         await self._reads.close()
         await self._writes.close()
         await self._pool.close()
 
-    def report(self) -> None:
-        """Have the metrics of the pool tell of this one."""
+    def register_metrics(self) -> None:
+        """Make the pool metrics report this pool."""
         stats = self._pool.get_stats
         metrics.POOL_CONNECTIONS.set_function(lambda: stats()["pool_size"])
         metrics.POOL_IDLE.set_function(lambda: stats()["pool_available"])
-        metrics.POOL_WAITING.set_function(lambda: self._busy - self._leased_now)
+        metrics.POOL_WAITING.set_function(lambda: self._queue.waiting)
 
     async def check(self) -> None:
-        """Raises UnavailableError unless the pool has a connection that works."""
-        await self.rows("SELECT 1", {}, int)
+        """Raise UnavailableError unless the pool has a working connection."""
+        await self.fetch_all("SELECT 1", {}, int)
 
-    async def rows(
+    async def fetch_all(
         self,
         sql: LiteralString,
         params: Params,
-        make: Callable[..., T],
+        make_row: Callable[..., T],
         *,
         prepare: bool | None = None,
     ) -> list[T]:
-        """Read rows in one statement, `make(*columns)` each.
+        """Read rows in one statement, and return `make_row(*columns)` for each.
 
-        `prepare=False` has it planned each time, for the very parameters: PostgreSQL may settle on
-        one plan for what it has prepared, as for a tenant of average size.
+        With `prepare=False`, PostgreSQL plans the statement for its parameters each time. For a
+        prepared statement it may use one generic plan, which fits a tenant of average size.
         """
 
         async def work(transaction: Transaction, _: _Attempt) -> list[T]:
-            return await transaction.rows(sql, params, make, prepare=prepare)
+            return await transaction.fetch_all(sql, params, make_row, prepare=prepare)
 
-        return await self._run(self._leased(work), repeatable=True)
+        return await self._run_with_retries(self._with_lease(work), idempotent=True)
 
-    async def rows_as(
+    async def fetch_typed(
         self,
         sql: LiteralString,
         params: Params,
         types: Sequence[int],
     ) -> list[tuple[Any, ...]]:
-        """As `rows`, but the columns are read as `types`."""
+        """As `fetch_all`, but return tuples, with the columns decoded as `types`."""
 
         async def work(transaction: Transaction, _: _Attempt) -> list[tuple[Any, ...]]:
-            return await transaction.rows_as(sql, params, types)
+            return await transaction.fetch_typed(sql, params, types)
 
-        return await self._run(self._leased(work), repeatable=True)
+        return await self._run_with_retries(self._with_lease(work), idempotent=True)
 
-    async def row(self, sql: LiteralString, params: Params, make: Callable[..., T]) -> T | None:
-        """Read one row, or None, by its key: it shares a connection with other such statements."""
-        found = await self.few_rows(sql, params)
-        return make(*found[0]) if found else None
+    async def fetch_one(
+        self, sql: LiteralString, params: Params, make_row: Callable[..., T]
+    ) -> T | None:
+        """Read one row by its key, or None, on the pipelined connection."""
+        rows = await self.fetch_pipelined(sql, params)
+        return make_row(*rows[0]) if rows else None
 
-    async def few_rows(
+    async def fetch_pipelined(
         self, sql: LiteralString, params: Params, types: Sequence[int] | None = None
     ) -> list[tuple[Any, ...]]:
-        """As `rows` or `rows_as`, when the statement is nearly as quick as that of `row`.
+        """As `fetch_all` or `fetch_typed`, on the pipelined connection.
 
-        It shares as that does: FEW_ROWS that an index leads to, with FEW_BYTES in all, at most.
+        Only for reads that use an index and return at most PIPELINED_MAX_ROWS rows and
+        PIPELINED_MAX_BYTES, as the calls behind them wait.
         """
 
         async def work(attempt: _Attempt) -> list[tuple[Any, ...]]:
-            return await self._shared(self._reads, sql, params, attempt, types)
+            return await self._run_pipelined(self._reads, sql, params, attempt, types)
 
-        return await self._run(work, repeatable=True)
+        return await self._run_with_retries(work, idempotent=True)
 
     async def write(
         self,
         sql: LiteralString,
         params: Params,
-        make: Callable[..., T],
+        make_row: Callable[..., T],
         *,
-        repeatable: bool,
-        unsure: bool = False,
+        idempotent: bool,
+        outcome_unknown: bool = False,
     ) -> list[T]:
-        """Write in one statement that is its own transaction, and return its rows.
+        """Write in one statement, which is a transaction of its own, and return its rows.
 
-        `repeatable` says that running it again after it has happened does no harm; `unsure`, that
-        it may have happened already.
+        `idempotent` says that the statement can be repeated safely. `outcome_unknown` says that an
+        earlier attempt may have committed it.
         """
 
         async def work(transaction: Transaction, attempt: _Attempt) -> list[T]:
-            attempt.unsure = True
-            return await transaction.rows(sql, params, make)
+            attempt.outcome_unknown = True
+            return await transaction.fetch_all(sql, params, make_row)
 
-        return await self._run(self._leased(work), repeatable=repeatable, unsure=unsure)
+        return await self._run_with_retries(
+            self._with_lease(work), idempotent=idempotent, outcome_unknown=outcome_unknown
+        )
 
-    async def write_shared(self, sql: LiteralString, params: Params) -> list[tuple[Any, ...]]:
-        """Write in one statement that waits for no lock, on a connection for such statements.
+    async def write_pipelined(self, sql: LiteralString, params: Params) -> list[tuple[Any, ...]]:
+        """Write in one statement that waits for no lock, on the pipelined connection for writes.
 
-        Nothing is repeated here: ConnectionLost says that it may have happened.
+        It is not retried. After ConnectionLost it may have been committed.
         """
         try:
-            return await self._shared(self._writes, sql, params, _Attempt())
+            return await self._run_pipelined(self._writes, sql, params, _Attempt())
         except psycopg.Error as error:
             raise self._translated(error) from error
 
     async def transaction(
-        self, body: Callable[[Transaction], Awaitable[T]], *, repeatable: bool
+        self, body: Callable[[Transaction], Awaitable[T]], *, idempotent: bool
     ) -> T:
-        """Run `body` in a READ COMMITTED transaction; it may be run again after a conflict.
+        """Run `body` in a READ COMMITTED transaction, again after a conflict.
 
-        `repeatable` says that running it again after it was committed does no harm.
+        `idempotent` says that `body` can be repeated safely after it was committed.
         """
 
         async def work(transaction: Transaction, attempt: _Attempt) -> T:
@@ -359,71 +224,78 @@ class Database:
                 with contextlib.suppress(psycopg.Error):
                     await transaction.execute("ROLLBACK", {})
                 raise
-            attempt.unsure = True
+            attempt.outcome_unknown = True
             await transaction.execute("COMMIT", {})
             return result
 
-        return await self._run(self._leased(work), repeatable=repeatable)
+        return await self._run_with_retries(self._with_lease(work), idempotent=idempotent)
 
-    def _leased(
+    def _with_lease(
         self, work: Callable[[Transaction, _Attempt], Awaitable[T]]
     ) -> Callable[[_Attempt], Awaitable[T]]:
-        """`work` on a connection of its own."""
+        """`work`, run on a leased connection."""
 
         async def leased(attempt: _Attempt) -> T:
-            async with self._connection(attempt) as connection:
-                try:
-                    return await work(Transaction(connection), attempt)
-                except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-                    if _is_lost(error, connection):
-                        raise ConnectionLost from error
-                    raise
+            try:
+                async with self._queue.lease(request_context.tenant_id_or_none()) as connection:
+                    try:
+                        return await work(Transaction(connection), attempt)
+                    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+                        if is_lost(error, connection):
+                            raise ConnectionLost from error
+                        raise
+            except QueueFull:
+                raise self._queue_full(attempt) from None
+            except NoConnection as error:
+                raise self._unavailable(attempt) from error
 
         return leased
 
-    async def _shared(
+    async def _run_pipelined(
         self,
-        lane: Lane,
+        connection: PipelinedConnection,
         sql: LiteralString,
         params: Params,
         attempt: _Attempt,
         types: Sequence[int] | None = None,
     ) -> list[tuple[Any, ...]]:
-        if lane.busy >= MOST_SHARING:
+        if connection.pending >= MAX_PIPELINED_CALLS:
             raise self._queue_full(attempt)
         try:
             with tracing.statement(sql):
-                return await lane.rows(sql, params, types)
+                return await connection.fetch(sql, params, types)
         except pg_errors.ConnectionFailure as error:
             raise ConnectionLost from error
         except psycopg_pool.PoolTimeout as error:
-            raise self._lost(attempt) from error
+            raise self._unavailable(attempt) from error
 
-    async def _run(
+    async def _run_with_retries(
         self,
         work: Callable[[_Attempt], Awaitable[T]],
         *,
-        repeatable: bool,
-        unsure: bool = False,
+        idempotent: bool,
+        outcome_unknown: bool = False,
     ) -> T:
-        attempt = _Attempt(unsure=unsure)
+        attempt = _Attempt(outcome_unknown=outcome_unknown)
         conflicts = 0
         retried = False
-        unsure_before = unsure  # a conflict undoes its own attempt, not one whose commit was lost
+        # A conflict rolls back its own attempt only, not one that lost its connection before.
+        earlier_outcome_unknown = outcome_unknown
         while True:
             try:
                 return await work(attempt)
             except (pg_errors.SerializationFailure, pg_errors.DeadlockDetected) as error:
-                attempt.unsure = unsure_before
+                attempt.outcome_unknown = earlier_outcome_unknown
                 conflicts += 1
                 if conflicts > CONTENTION_RETRIES:
-                    lost = self._lost(attempt) if unsure_before else errors.ContentionError()
-                    raise lost from error
+                    if earlier_outcome_unknown:
+                        raise self._unavailable(attempt) from error
+                    raise errors.ContentionError from error
             except ConnectionLost as error:
-                if retried or (attempt.unsure and not repeatable):
-                    raise self._lost(attempt) from error
+                if retried or (attempt.outcome_unknown and not idempotent):
+                    raise self._unavailable(attempt) from error
                 retried = True
-                unsure_before = attempt.unsure
+                earlier_outcome_unknown = attempt.outcome_unknown
             except psycopg.Error as error:
                 raise self._translated(error) from error
             if retried:
@@ -431,99 +303,45 @@ class Database:
             else:
                 await asyncio.sleep(random.uniform(0, 0.01 * 2**conflicts))  # noqa: S311 - jitter
 
-    @contextlib.asynccontextmanager
-    async def _connection(self, attempt: _Attempt) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
-        """One of the tenant's share."""
-        share = self._shares.setdefault(caller.tenant_id_or_none(), _Share(self._share))
-        with self._place(share, attempt):
-            with tracing.pool_wait():
-                connection = await self._take(share, attempt)
-            self._leased_now += 1
-            try:
-                yield connection
-            finally:
-                self._leased_now -= 1
-                try:
-                    await self._pool.putconn(connection)
-                finally:
-                    share.turns.release()
-
-    async def _take(self, share: _Share, attempt: _Attempt) -> psycopg.AsyncConnection[Any]:
-        """A turn of the tenant's and a connection, within POOL_TIMEOUT_SECONDS for both."""
-        clock = asyncio.get_running_loop().time
-        began = clock()
-        try:
-            with TimeLimit(POOL_TIMEOUT_SECONDS):
-                await share.turns.acquire()
-        except TimeoutError as error:
-            raise self._lost(attempt) from error
-        try:
-            left = began + POOL_TIMEOUT_SECONDS - clock()
-            connection = await self._pool.getconn(max(left, 0.001))
-        except BaseException as error:
-            share.turns.release()
-            if isinstance(error, psycopg.Error):
-                raise self._lost(attempt) from error
-            raise
-        metrics.POOL_WAIT_SECONDS.observe(clock() - began)
-        return connection
-
-    @contextlib.contextmanager
-    def _place(self, share: _Share, attempt: _Attempt) -> Iterator[None]:
-        """One of those who have or wait for a connection, however many tenants they are of.
-
-        When all places are taken, a tenant that has fewer than its part of them gets one more: so
-        that those who come in crowds wait for one another, and not everybody for all of them.
-        """
-        part = max(1, self._most_busy // len(self._shares))
-        if share.busy >= self._most_busy or (self._busy >= self._most_busy and share.busy >= part):
-            raise self._queue_full(attempt)
-        self._busy += 1
-        share.busy += 1
-        try:
-            yield
-        finally:
-            self._busy -= 1
-            share.busy -= 1
-
     def _queue_full(self, attempt: _Attempt) -> errors.DomainError:
-        if attempt.unsure:
-            return self._lost(attempt)
+        if attempt.outcome_unknown:
+            return self._unavailable(attempt)
         return errors.ResourceExhaustedError(
             "too many calls wait for a database connection", reason="POOL_QUEUE_FULL"
         )
 
-    def _lost(self, attempt: _Attempt) -> errors.UnavailableError:
-        if attempt.unsure:
+    def _unavailable(self, attempt: _Attempt) -> errors.UnavailableError:
+        if attempt.outcome_unknown:
             return errors.OutcomeUnknownError()
         return errors.UnavailableError(
-            "the database cannot be reached, or not in time", reason="DATABASE_UNAVAILABLE"
+            "the database is unreachable, or no connection became free in time",
+            reason="DATABASE_UNAVAILABLE",
         )
 
     def _translated(self, error: psycopg.Error) -> Exception:
         if isinstance(error, pg_errors.ReadOnlySqlTransaction):
-            self._renew()
+            self._replace_connections()
         return translate(error)
 
-    def _renew(self) -> None:
-        """Replace all connections: after a failover their server may be a primary no more.
+    def _replace_connections(self) -> None:
+        """Replace all connections, as after a failover their server may be a standby.
 
-        Until then writes would go on to fail, and reads to tell of the past. Where that server
-        is all there is, and read-only for long, this comes once in RECONNECT_SECONDS.
+        On a standby, writes keep failing, and reads return old data. If the only server stays
+        read-only, this happens every RECONNECT_SECONDS at most.
         """
         now = asyncio.get_running_loop().time()
-        if now < self._renewed_at + RECONNECT_SECONDS:
+        if now < self._replaced_at + RECONNECT_SECONDS:
             return
-        self._renewed_at = now
-        self._renewing = asyncio.create_task(self._pool.drain())
-        self._reads.let_go()
-        self._writes.let_go()
+        self._replaced_at = now
+        self._replacement = asyncio.create_task(self._pool.drain())
+        self._reads.release_connection()
+        self._writes.release_connection()
 
     async def _check_pool(self, attempt: _Attempt) -> None:
-        """Drop the dead connections, once for everybody who met one."""
-        if self._checking is None or self._checking.done():
-            self._checking = asyncio.create_task(self._pool.check())
+        """Drop broken connections; concurrent calls share one check."""
+        if self._pool_check is None or self._pool_check.done():
+            self._pool_check = asyncio.create_task(self._pool.check())
         try:
-            await asyncio.shield(self._checking)
+            await asyncio.shield(self._pool_check)
         except psycopg.Error as error:
-            raise self._lost(attempt) from error
+            raise self._unavailable(attempt) from error

@@ -1,0 +1,44 @@
+"""A database connection for commands that read or write all of a tenant."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from chat_ticket_svc import config
+from chat_ticket_svc.config import ConfigurationError
+from chat_ticket_svc.store import schema
+from chat_ticket_svc.store.connection import require_valid_url
+from chat_ticket_svc.store.database import Database
+
+# Counting a large tenant takes minutes. An erase that was killed may hold its locks until
+# PostgreSQL has finished its statement.
+STATEMENT_TIMEOUT_MS = LOCK_TIMEOUT_MS = 600_000
+
+
+def run_on_database(work: Callable[[Database], Awaitable[int]]) -> int:
+    """Run `work` on the database of DATABASE_URL, and return its exit status.
+
+    Raises ConfigurationError without a valid URL, and StaleSchemaError when migrations are missing.
+    """
+    settings = config.load()
+    if not settings.database_url:
+        raise ConfigurationError("DATABASE_URL: is required")
+    require_valid_url("DATABASE_URL", settings.database_url)
+
+    async def run() -> int:
+        facts = await schema.facts(settings.database_url)
+        if facts.missing:
+            raise schema.StaleSchemaError(facts.missing)
+        db = Database(
+            settings.database_url,
+            pool_size=2,
+            prepare_statements=settings.prepare_statements,
+            statement_timeout_ms=STATEMENT_TIMEOUT_MS,
+            lock_timeout_ms=LOCK_TIMEOUT_MS,
+        )
+        await db.open()
+        try:
+            return await work(db)
+        finally:
+            await db.close()
+
+    return asyncio.run(run())

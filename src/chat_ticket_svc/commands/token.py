@@ -1,0 +1,120 @@
+"""`chat-ticket-svc token`: sign a token with a development key pair."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jwt
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from jwt.algorithms import ECAlgorithm
+
+from chat_ticket_svc.access.credential import ALL_TENANTS, Permission
+from chat_ticket_svc.commands.arguments import tenant_id
+from chat_ticket_svc.config import ConfigurationError
+
+ISSUER = "chat-ticket-svc development"
+AUDIENCE = "chat-ticket-svc"
+KEY_ID = "development"
+KEY_FILE = "development-key.pem"
+ALGORITHM = "ES256"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tenant",
+        action="append",
+        default=[],
+        type=tenant_id,
+        metavar="ID",
+        help="a tenant that the token is for; may be repeated (default: all tenants)",
+    )
+    parser.add_argument(
+        "--permission",
+        action="append",
+        default=[],
+        choices=[permission.value for permission in Permission],
+        help="may be repeated (default: all permissions)",
+    )
+    parser.add_argument(
+        "--seconds", type=int, default=3600, help="how long it is valid (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        default=Path(".data"),
+        help="where `serve --embedded DIRECTORY/...` keeps its key; made when there is none"
+        " (default: %(default)s)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    token = sign_token(
+        options.directory,
+        tenants=options.tenant,
+        permissions=options.permission,
+        seconds=options.seconds,
+    )
+    print(token)
+    return 0
+
+
+def development_settings(directory: Path) -> dict[str, str]:
+    """The settings that make a server accept tokens signed with the key in `directory`."""
+    public = ECAlgorithm.to_jwk(_key(directory).public_key(), as_dict=True)
+    keys = {"keys": [{**public, "kid": KEY_ID, "alg": ALGORITHM, "use": "sig"}]}
+    path = directory / "development-keys.json"
+    path.write_text(json.dumps(keys) + "\n")
+    return {
+        "jwks": str(path),
+        "jwt_issuer": ISSUER,
+        "jwt_audience": AUDIENCE,
+        "jwt_algorithms": ALGORITHM,
+    }
+
+
+def sign_token(
+    directory: Path, *, tenants: Sequence[str], permissions: Sequence[str], seconds: int
+) -> str:
+    """A token signed with the key in `directory`. The key is made when there is none.
+
+    Without `tenants` it is for all tenants; without `permissions` it grants all of them.
+    """
+    if not (directory / KEY_FILE).exists():
+        print(f"made a new key in {directory}; no server trusts it yet", file=sys.stderr)
+    now = int(time.time())
+    claims = {
+        "iss": ISSUER,
+        "aud": AUDIENCE,
+        "sub": "developer",
+        "iat": now,
+        "exp": now + seconds,
+        "tenants": list(tenants) or ALL_TENANTS,
+        "scope": " ".join(permissions or Permission),
+    }
+    return jwt.encode(claims, _key(directory), algorithm=ALGORITHM, headers={"kid": KEY_ID})
+
+
+def _key(directory: Path) -> ec.EllipticCurvePrivateKey:
+    path = directory / KEY_FILE
+    try:
+        if not path.exists():
+            _make_key(path)
+        return serialization.load_pem_private_key(path.read_bytes(), None)  # type: ignore[return-value]
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path}: cannot read or make a key there") from error
+
+
+def _make_key(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pem = ec.generate_private_key(ec.SECP256R1()).private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(pem)

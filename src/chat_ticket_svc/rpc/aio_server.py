@@ -1,0 +1,111 @@
+"""A grpc.aio server that accepts calls in its own loop.
+
+grpcio's loop (AioServer._server_main_loop in 1.85.1) waits for the next call of every registered
+method at once, and after each call it starts all of these waits again. With our number of methods
+that is a quarter of the cost of an empty call. Here each method has acceptor tasks of its own.
+gRPC's loop waits only once, until one of these tasks fails.
+
+grpcio's loop also decodes the path of an unknown method as UTF-8. A path that is not UTF-8 ends the
+loop: after one such request, from anybody who can reach the port, the server accepts no more calls
+while its process lives on. gRPC's core routes the calls of registered methods itself, so only calls
+of unknown methods arrive that way. They are rejected without a look at their path.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+import grpc.aio
+from grpc._cython import cygrpc  # type: ignore[attr-defined] # has no stubs
+
+# The tasks of a method that wait for calls. Each accepts one call per turn of the event loop, and
+# calls beyond that queue inside gRPC, where no quota sees them. With one acceptor, a burst of ten
+# times as many callers as the server can serve was rejected only after a second, and the calls that
+# were accepted had waited as long.
+ACCEPTORS_PER_METHOD = 16
+
+
+def create_server(**arguments: Any) -> grpc.aio.Server:
+    """Create a grpc.aio.Server with the arguments of grpc.aio.server.
+
+    It serves registered methods only, without interceptors and `maximum_concurrent_rpcs`.
+    """
+    original = cygrpc.AioServer
+    cygrpc.AioServer = _AioServer
+    try:
+        return grpc.aio.server(**arguments)
+    finally:
+        cygrpc.AioServer = original
+
+
+class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self._handlers: dict[str, Any] = {}
+        # The event loop holds only weak references to its tasks.
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def add_registered_method_handlers(self, handlers: Mapping[str, Any]) -> None:
+        super().add_registered_method_handlers(handlers)
+        self._handlers.update(handlers)
+
+    def _make_request_call_future(self, method: bytes | None) -> asyncio.Future[Any]:
+        """Start the acceptors of a method, or of all unknown methods for None.
+
+        gRPC's loop waits for the returned future, which fails as soon as an acceptor fails.
+        """
+        loop = asyncio.get_running_loop()
+        # A plain future, not a task: when gRPC's loop fails, it cancels what it waits for. A
+        # cancelled acceptor would free memory that gRPC's core still writes to.
+        failure = loop.create_future()
+
+        def propagate_error(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) and not failure.done():
+                failure.set_exception(error)
+
+        for _ in range(ACCEPTORS_PER_METHOD):
+            acceptor = (
+                self._reject_unknown_methods() if method is None else self._accept_calls(method)
+            )
+            self._spawn(acceptor).add_done_callback(propagate_error)
+        return failure
+
+    async def _accept_calls(self, method: bytes) -> None:
+        """Never return; raise the errors that gRPC's loop expects when the server stops."""
+        loop, name = asyncio.get_running_loop(), method.decode()
+        handler = self._handlers[name]
+        handle = _HANDLE[handler.request_streaming, handler.response_streaming]
+        while True:
+            call = await self._request_registered_call(method)
+            handling = handle(handler, call, loop)
+            self._spawn(cygrpc._schedule_rpc_coro(handling, call, loop, name))
+            # They would keep this call in memory until the next one arrives.
+            del call, handling
+
+    async def _reject_unknown_methods(self) -> None:
+        """Never return; raise as _accept_calls does."""
+        while True:
+            self._spawn(_abort_unimplemented(await self._request_call()))
+
+    def _spawn(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+# By whether requests and responses are streams.
+_HANDLE = {
+    (False, False): cygrpc._handle_unary_unary_rpc,
+    (False, True): cygrpc._handle_unary_stream_rpc,
+    (True, False): cygrpc._handle_stream_unary_rpc,
+    (True, True): cygrpc._handle_stream_stream_rpc,
+}
+
+
+async def _abort_unimplemented(call: Any) -> None:
+    context = cygrpc._ServicerContext(call, None, None, asyncio.get_running_loop())
+    # `abort` always raises: AbortError, or another error when the caller has left already.
+    with contextlib.suppress(grpc.aio.BaseError):
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")

@@ -1,0 +1,306 @@
+"""The middleware around every method: admission, deadlines, write timeouts, statuses, the drain.
+
+Services raise domain errors. Only this middleware aborts calls.
+"""
+
+import asyncio
+import contextlib
+import functools
+import inspect
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from chat_ticket_svc import errors
+from chat_ticket_svc.access.admission import AdmissionController
+from chat_ticket_svc.access.method_permissions import READ_METHODS, UNAUTHENTICATED_METHODS
+from chat_ticket_svc.rpc.instrumentation import Behavior, CallRecord, instrumented
+from chat_ticket_svc.rpc.status import abort_with_domain_error, abort_with_internal_error
+from chat_ticket_svc.services.validate import is_uuid
+from chat_ticket_svc.timeouts import Timeout, TimeoutQueue
+
+# A write with less time left than this is not started: its caller would not learn the outcome.
+MIN_WRITE_SECONDS = 0.05
+
+
+class _MalformedRequest:
+    """A request that cannot be parsed."""
+
+
+def _safe_deserializer(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Return `deserialize` without its errors.
+
+    gRPC does not get to call it, for two reasons. It would send the text of an error to the caller.
+    And it would parse before admission, when 4 KiB of request can become two million messages.
+    """
+
+    def deserialize_safely(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except (DecodeError, ValueError):
+            return _MalformedRequest()
+
+    return deserialize_safely
+
+
+def _passthrough_serializer(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """Return `serialize`, except that a response that is already bytes passes unchanged.
+
+    An event for many streams is serialised once, and pages are encoded straight from the rows.
+    """
+
+    def serialize_unless_bytes(response: Any) -> bytes:
+        return response if type(response) is bytes else serialize(response)
+
+    return serialize_unless_bytes
+
+
+def _raise_if_malformed(request: Any) -> None:
+    if isinstance(request, _MalformedRequest):
+        raise errors.InvalidArgumentError(
+            [errors.Violation("", "malformed request: not the request message of this method")]
+        )
+
+
+async def _parse_stream(
+    parse: Callable[[bytes], Any], requests: AsyncIterable[bytes]
+) -> AsyncIterator[Any]:
+    async for data in requests:
+        request = parse(data)
+        _raise_if_malformed(request)
+        # Reflection copies a request into its response, one level deeper than callers may parse.
+        request.DiscardUnknownFields()
+        yield request
+
+
+class RpcMiddleware:
+    """Admits calls, maps their errors to statuses, and bounds calls and stream writes in time.
+
+    Not a gRPC interceptor: those wrap the method again for every call.
+    """
+
+    def __init__(
+        self,
+        admission: AdmissionController,
+        *,
+        unary_timeout_seconds: float,
+        stream_write_timeout_seconds: float,
+        access_log: bool,
+    ):
+        self._admission = admission
+        self._instrumented = functools.partial(instrumented, access_log=access_log)
+        self._unary_timeout_seconds = unary_timeout_seconds
+        # The tasks whose write is in progress, and those whose write took too long.
+        self._write_timeouts = TimeoutQueue[asyncio.Task[Any]](
+            stream_write_timeout_seconds, self._on_write_timeout
+        )
+        self._write_timed_out: set[asyncio.Task[Any]] = set()
+        self._in_flight: set[asyncio.Task[Any]] = set()
+        self._resumed = asyncio.Event()
+        self._resumed.set()
+        self._last_arrival = 0.0  # of a call that waits for `resume`, in the loop's time
+
+    async def pause(self, *, quiet_seconds: float, max_seconds: float) -> None:
+        """Make new calls wait. Return when none has arrived for a while, or after `max_seconds`.
+
+        Callers that send their next call as soon as they have a response are all waiting then.
+        """
+        self._resumed.clear()
+        clock = asyncio.get_running_loop().time
+        self._last_arrival = clock()
+        end = self._last_arrival + max_seconds
+        while (  # noqa: ASYNC110 - each call that arrives moves the time
+            remaining := min(self._last_arrival + quiet_seconds, end) - clock()
+        ) > 0:
+            await asyncio.sleep(remaining)
+
+    async def _wait_until_resumed(self) -> None:
+        if not self._resumed.is_set():
+            self._last_arrival = asyncio.get_running_loop().time()
+            await self._resumed.wait()
+
+    def resume(self) -> None:
+        """Let the calls that wait, and all new ones, go on."""
+        self._resumed.set()
+
+    async def wait_for_handlers(self, timeout: float) -> None:
+        """Wait for the handlers in flight, and cancel those that take longer than `timeout`."""
+        if self._in_flight:
+            _, running = await asyncio.wait(set(self._in_flight), timeout=timeout)
+            for task in running:
+                task.cancel()
+            if running:
+                await asyncio.wait(running, timeout=timeout)
+
+    def wrap(self, method: str, handler: Any) -> Any:
+        """Return the handler to register for a method instead of `handler`."""
+        parse = _safe_deserializer(handler.request_deserializer)
+        serialize = _passthrough_serializer(handler.response_serializer)
+        if handler.stream_stream:
+            parse = functools.partial(_parse_stream, parse)
+            behavior = self._stream(method, handler.stream_stream, parse, serialize)
+            handle = self._instrumented(method, "bidi_stream", behavior)
+            return grpc.stream_stream_rpc_method_handler(handle, None, serialize)
+        if handler.unary_stream:
+            behavior = self._stream(method, handler.unary_stream, parse, serialize)
+            handle = self._instrumented(method, "server_stream", behavior)
+            return grpc.unary_stream_rpc_method_handler(handle, None, serialize)
+        behavior = self._unary(method, handler.unary_unary, parse, serialize)
+        handle = self._instrumented(method, "unary", behavior)
+        return grpc.unary_unary_rpc_method_handler(handle, None, None)
+
+    def _unary(
+        self,
+        method: str,
+        behavior: Callable[..., Awaitable[Any]],
+        parse: Callable[[bytes], Any],
+        serialize: Callable[[Any], bytes],
+    ) -> Behavior:
+        is_write = method not in UNAUTHENTICATED_METHODS and method not in READ_METHODS
+        min_seconds = MIN_WRITE_SECONDS if is_write else 0
+
+        async def unary(
+            data: bytes, context: grpc.aio.ServicerContext[Any, Any], record: CallRecord
+        ) -> bytes:
+            task = self._track_handler()
+            record.request_bytes = len(data)
+            try:
+                await self._wait_until_resumed()
+                remaining = context.time_remaining()
+                timeout = self._unary_timeout_seconds if remaining is None else remaining
+                if timeout < min_seconds:
+                    raise errors.DeadlineExceededError
+                try:
+                    with (
+                        Timeout(timeout),
+                        await self._admission.admit_unary(method, context, record.metadata),
+                    ):
+                        request = parse(data)
+                        _raise_if_malformed(request)
+                        response = serialize(await behavior(request, context))
+                except TimeoutError as error:
+                    raise errors.DeadlineExceededError from error
+                record.responses, record.response_bytes = 1, len(response)
+                return response
+            except BaseException as error:
+                await self._abort(method, context, record, task, error)
+            finally:
+                self._in_flight.discard(task)
+
+        return unary
+
+    def _stream(
+        self,
+        method: str,
+        behavior: Callable[..., Any],
+        parse: Callable[[Any], Any],
+        serialize: Callable[[Any], bytes],
+    ) -> Behavior:
+        """Wrap a method that streams responses. It may stream requests too."""
+
+        async def stream(
+            data: Any, context: grpc.aio.ServicerContext[Any, Any], record: CallRecord
+        ) -> None:
+            # Parsed during admission at the earliest, once the caller is authenticated.
+            parsed = functools.cache(lambda: parse(data))
+            task = self._track_handler()
+            if isinstance(data, bytes):
+                record.request_bytes = len(data)
+            try:
+                await self._wait_until_resumed()
+
+                def session_id() -> str:
+                    return getattr(parsed(), "session_id", "")
+
+                async with self._admission.admit_stream(
+                    method, context, record.metadata, session_id
+                ):
+                    request = parsed()
+                    _raise_if_malformed(request)
+                    requested_id = session_id()
+                    record.log_started(requested_id if is_uuid(requested_id) else None)
+                    responses = behavior(request, context)
+                    if inspect.isawaitable(responses):  # the health service's Watch writes itself
+                        await responses
+                        return
+                    async with contextlib.aclosing(responses):
+                        async for response in responses:
+                            message = serialize(response)
+                            self._write_timeouts.start(task)
+                            await context.write(message)
+                            self._write_timeouts.stop(task)
+                            record.responses += 1
+                            record.response_bytes += len(message)
+            except BaseException as error:
+                await self._abort(method, context, record, task, error)
+            finally:
+                self._in_flight.discard(task)
+                self._write_timeouts.stop(task)
+                self._write_timed_out.discard(task)
+
+        return stream
+
+    def _on_write_timeout(self, task: asyncio.Task[Any]) -> None:
+        self._write_timed_out.add(task)
+        task.cancel()
+
+    def _track_handler(self) -> asyncio.Task[Any]:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - for the type checker: a handler is a task
+        self._in_flight.add(task)
+        return task
+
+    async def _abort(
+        self,
+        method: str,
+        context: grpc.aio.ServicerContext[Any, Any],
+        record: CallRecord,
+        task: asyncio.Task[Any],
+        error: BaseException,
+    ) -> NoReturn:
+        """End a call by the error that its handler has raised. Always raises."""
+        match error:
+            case grpc.aio.AbortError():  # the health service aborts its calls by itself
+                raise error
+            case errors.DomainError():
+                await abort_with_domain_error(context, record, error)
+            case grpc.aio.BaseError():  # the caller has left during a write
+                raise asyncio.CancelledError from error
+            case asyncio.CancelledError() if task in self._write_timed_out and not task.uncancel():
+                slow_reader = errors.ResourceExhaustedError(
+                    f"stream not read for {self._write_timeouts.seconds:g} seconds: resume it",
+                    reason="SLOW_READER",
+                )
+                await abort_with_domain_error(context, record, slow_reader)
+            case asyncio.CancelledError() if task.cancelling():  # by the caller, or by the drain
+                raise error
+            case asyncio.CancelledError() | Exception():
+                await abort_with_internal_error(context, record, method, error)
+            case _:
+                raise error
+
+
+class MethodRegistrar:
+    """Registers methods with the middleware around them, and collects their names.
+
+    Pass it as the server to the generated functions `add_…Servicer_to_server`.
+    """
+
+    def __init__(self, server: grpc.aio.Server, middleware: RpcMiddleware):
+        self.names: set[str] = set()
+        self._server = server
+        self._middleware = middleware
+
+    def add_generic_rpc_handlers(self, _: Any) -> None:
+        """Ignored: the generated functions also call add_registered_method_handlers."""
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        wrapped = {}
+        for name, handler in handlers.items():
+            method = f"/{service}/{name}"
+            self.names.add(method)
+            wrapped[name] = self._middleware.wrap(method, handler)
+        self._server.add_registered_method_handlers(service, wrapped)

@@ -1,0 +1,46 @@
+"""Maps the errors of psycopg to domain errors. rpc/status.py maps these to gRPC statuses."""
+
+import psycopg
+
+from chat_ticket_svc import errors
+
+
+class ConstraintViolation(Exception):  # noqa: N818 - a signal to the store, never to a caller
+    """A write violates a named constraint. The store function raises the domain error for it."""
+
+    def __init__(self, constraint: str):
+        super().__init__(constraint)
+        self.constraint = constraint
+
+
+class ConnectionLost(Exception):  # noqa: N818 - as above
+    """The connection broke while a statement was in flight."""
+
+
+def translate(error: psycopg.Error) -> Exception:
+    """The domain error or ConstraintViolation for a driver error; unknown errors are unchanged."""
+    match error.sqlstate or "":
+        case state if state.startswith("23"):
+            return ConstraintViolation(error.diag.constraint_name or "")
+        case "55P03":  # lock_not_available
+            return errors.ContentionError()
+        case "57014":  # query_canceled, by statement_timeout; our own deadlines cancel the task
+            return errors.DeadlineExceededError()
+        case "53100":  # disk_full
+            return errors.ResourceExhaustedError("the database's disk is full", reason="DISK_FULL")
+        case state if state.startswith("53"):  # insufficient_resources
+            return errors.ResourceExhaustedError(
+                "the database is out of resources", reason="DATABASE_RESOURCES"
+            )
+        case "0A000":  # feature_not_supported
+            return errors.UnsupportedError(
+                "the database server does not support a feature that this call needs",
+                reason="UNSUPPORTED_BY_DATABASE",
+            )
+        case "25006":  # read_only_sql_transaction: a standby, or during a failover
+            return errors.UnavailableError("the database is read-only", reason="DATABASE_READ_ONLY")
+        case state if state.startswith(("22", "54")):  # data_exception, program_limit_exceeded
+            return errors.InvalidArgumentError(
+                [errors.Violation("", "holds a value that the database cannot store")]
+            )
+    return error

@@ -1,0 +1,204 @@
+"""Group commit: appending small messages of many callers in one statement.
+
+A commit waits for the disk, and a statement costs as much again as the row that it inserts. So
+small messages that arrive while a statement is in flight are collected, and the next statement
+inserts them all, across callers, sessions and tenants. A message that arrives when no statement is
+in flight is sent at once.
+
+The statement waits for no lock. A message whose session is locked, or whose id exists, is skipped.
+It is then appended in a statement of its own (see append.py). If a row is invalid, the statement
+fails, and all its messages are appended one by one, so that only the invalid one fails. If the
+connection is lost, the outcome of the messages in flight is unknown. They too are appended one by
+one, which is safe as they have ids. If a caller is cancelled before its message is sent, the
+message is dropped. If it is cancelled later, the statement goes on for the others.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Sequence
+from contextvars import Context
+from typing import Any
+
+from chat_ticket_svc import errors
+from chat_ticket_svc.store import append
+from chat_ticket_svc.store.append import array_literal
+from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store.driver_errors import ConnectionLost
+from chat_ticket_svc.store.messages import Message, NewMessage
+from chat_ticket_svc.telemetry import tracing
+from chat_ticket_svc.timeouts import Timeout
+
+# Bounds the time that a message waits for the others of its statement.
+MAX_BATCH_MESSAGES = 64
+# How long the next statement waits until it has three quarters as many messages as the last one.
+# Without this wait, the first of the callers just answered sends its next message alone, and all
+# others wait for that statement and for the next one. A single caller never waits.
+MAX_BATCH_DELAY_SECONDS = 0.002
+# Messages over 8 KiB are written alone, so that no small message waits behind them.
+MAX_BATCHED_MESSAGE_BYTES = 8192
+
+# `position` counts the messages of one session. The sessions are locked in a SELECT, as an UPDATE
+# cannot SKIP LOCKED. The arrays are selected so that the planner does not see their length. If it
+# does, it plans the statement for every execution, which takes longer than executing it.
+APPEND_BATCH = """
+WITH new AS MATERIALIZED (
+    SELECT new.*,
+           row_number() OVER (PARTITION BY tenant_id, session_id ORDER BY ordinal) AS position,
+           count(*) OVER (PARTITION BY tenant_id, session_id) AS count
+      FROM unnest((SELECT %(tenant_ids)s::text[]), (SELECT %(session_ids)s::uuid[]),
+                  (SELECT %(ids)s::uuid[]), (SELECT %(roles)s::text[]),
+                  (SELECT %(contents)s::text[]), (SELECT %(metadatas)s::text[]))
+               WITH ORDINALITY
+               AS new (tenant_id, session_id, id, role, content, metadata, ordinal)
+     WHERE NOT EXISTS (
+         SELECT FROM chat_messages m
+          WHERE m.tenant_id = new.tenant_id AND m.id = new.id OFFSET 0)
+), locked AS MATERIALIZED (
+    SELECT s.tenant_id, s.id, new.count
+      FROM new
+      JOIN chat_sessions s ON s.tenant_id = new.tenant_id AND s.id = new.session_id
+     WHERE new.position = 1
+       FOR NO KEY UPDATE OF s SKIP LOCKED
+), session AS (
+    UPDATE chat_sessions s
+       SET revision = s.revision + locked.count,
+           updated_at = next_change_time(s.updated_at)
+               + (locked.count - 1) * interval '1 microsecond'
+      FROM locked
+     WHERE s.tenant_id = locked.tenant_id AND s.id = locked.id
+    RETURNING s.tenant_id, s.id, s.revision - locked.count AS revision,
+              s.updated_at - (locked.count - 1) * interval '1 microsecond' AS time
+), message AS (
+    INSERT INTO chat_messages
+           (tenant_id, id, session_id, sequence, revision, role, content, metadata, created_at)
+    SELECT new.tenant_id, new.id, new.session_id,
+           session.revision + new.position, session.revision + new.position,
+           new.role, new.content, new.metadata::jsonb,
+           session.time + (new.position - 1) * interval '1 microsecond'
+      FROM new
+      JOIN session ON session.tenant_id = new.tenant_id AND session.id = new.session_id
+    RETURNING tenant_id, id::text, sequence, metadata::text,
+              (extract(epoch FROM created_at) * 1000000)::bigint
+)
+SELECT * FROM message
+"""
+
+
+class _PendingAppend:
+    """A message that waits to be sent, or for its result."""
+
+    def __init__(self, tenant_id: str, session_id: str, message: NewMessage):
+        self.tenant_id = tenant_id
+        self.session_id = session_id
+        self.message = message
+        self.key = (tenant_id, message.id)
+        # The row that was inserted, or None if the message has to be appended alone.
+        self.row: asyncio.Future[Sequence[Any] | None]
+        self.row = asyncio.get_running_loop().create_future()
+        # Whether a statement that lost its connection may have stored the message.
+        self.outcome_unknown = False
+
+
+class GroupCommitWriter:
+    """Appends messages to sessions, for all callers of a process."""
+
+    def __init__(self, db: Database):
+        self._db = db
+        self._pending: deque[_PendingAppend] = deque()
+        self._writing: asyncio.Task[None] | None = None
+        # The next statement is sent when so many messages are pending.
+        self._target_size = 1
+        self._target_reached = asyncio.Event()
+
+    async def append(
+        self, tenant_id: str, session_id: str, new: Sequence[NewMessage]
+    ) -> list[Message]:
+        """Append messages to a session, in order, all or none, and return them as stored.
+
+        A repeated request with the same ids and content returns the stored messages.
+        """
+        outcome_unknown = False
+        if len(new) == 1 and _is_small(new[0]):
+            pending = _PendingAppend(tenant_id, session_id, new[0])
+            self._pending.append(pending)
+            if len(self._pending) >= self._target_size:
+                self._target_reached.set()
+            if self._writing is None:
+                # An empty context: the statement belongs to no single caller, trace or tenant.
+                self._writing = asyncio.create_task(self._write(), context=Context())
+            with tracing.statement(APPEND_BATCH):
+                row = await pending.row
+            if row is not None:
+                return [append.stored_message(session_id, new[0], *row)]
+            outcome_unknown = pending.outcome_unknown
+        return await append.append_messages(
+            self._db, tenant_id, session_id, new, outcome_unknown=outcome_unknown
+        )
+
+    async def _write(self) -> None:
+        """Write batches until no message is pending."""
+        try:
+            while batch := self._next_batch():
+                await self._write_batch(batch)
+                await self._wait_for_messages(len(batch) * 3 // 4)
+        finally:
+            self._writing = None
+
+    async def _wait_for_messages(self, target_size: int) -> None:
+        """Wait briefly until so many messages are pending."""
+        self._target_size = target_size
+        if len(self._pending) < target_size:
+            self._target_reached.clear()
+            with contextlib.suppress(TimeoutError), Timeout(MAX_BATCH_DELAY_SECONDS):
+                await self._target_reached.wait()
+
+    def _next_batch(self) -> list[_PendingAppend]:
+        batch: dict[tuple[str, str], _PendingAppend] = {}
+        while self._pending and len(batch) < MAX_BATCH_MESSAGES:
+            pending = self._pending.popleft()
+            if pending.row.done():  # its caller was cancelled
+                continue
+            if pending.key in batch:  # a repeated request, while the first one is pending
+                pending.row.set_result(None)
+            else:
+                batch[pending.key] = pending
+        return list(batch.values())
+
+    async def _write_batch(self, batch: list[_PendingAppend]) -> None:
+        rows: dict[tuple[str, str], Sequence[Any]] = {}
+        try:
+            rows = {
+                (tenant_id, message_id): row
+                for tenant_id, message_id, *row in await self._db.write_pipelined(
+                    APPEND_BATCH,
+                    {
+                        "tenant_ids": array_literal(pending.tenant_id for pending in batch),
+                        "session_ids": array_literal(pending.session_id for pending in batch),
+                        "ids": array_literal(pending.message.id for pending in batch),
+                        "roles": array_literal(pending.message.role for pending in batch),
+                        "contents": array_literal(pending.message.content for pending in batch),
+                        "metadatas": array_literal(pending.message.metadata for pending in batch),
+                    },
+                )
+            }
+        except ConnectionLost:
+            for pending in batch:
+                pending.outcome_unknown = True
+        except errors.UnavailableError as error:  # nothing was sent, and a retry would fail too
+            for pending in batch:
+                if not pending.row.done():
+                    # Each caller gets an instance of its own, as each raise adds a traceback.
+                    pending.row.set_exception(
+                        errors.UnavailableError(str(error), reason=error.reason)
+                    )
+        except Exception:  # noqa: S110 - each message meets its own error when it is appended alone
+            pass
+        for pending in batch:
+            if not pending.row.done():
+                pending.row.set_result(rows.get(pending.key))
+
+
+def _is_small(message: NewMessage) -> bool:
+    size = len(message.content) + len(message.metadata or "")
+    return size <= MAX_BATCHED_MESSAGE_BYTES and not message.attachments

@@ -1,0 +1,128 @@
+"""OpenTelemetry traces: a span for each call, its wait for a connection, and its statements.
+
+Before `configure` is called, or without the extra `tracing`, spans are no-ops and cost next to
+nothing. OpenTelemetry's own variables set the endpoint and the sampling (OTEL_SERVICE_NAME,
+OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_TRACES_SAMPLER, OTEL_RESOURCE_ATTRIBUTES). Like log lines, spans
+hold no values and no exception texts. SQL statements are constants of the source.
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from chat_ticket_svc.config import ConfigurationError
+
+# The collector may not answer.
+SHUTDOWN_SECONDS = 1.0
+
+_NO_SPAN = contextlib.nullcontext()
+
+_provider: Any = None
+_tracer: Any = None
+
+
+def configure() -> None:
+    """Start to trace. Raises ConfigurationError if the extra is not installed."""
+    global _provider, _tracer
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        raise ConfigurationError(
+            "CHAT_TICKET_TRACES: requires the package's extra `tracing`"
+        ) from error
+    os.environ.setdefault("OTEL_SERVICE_NAME", "chat-ticket-svc")
+    name = {SERVICE_NAME: os.environ["OTEL_SERVICE_NAME"]}
+    _provider = TracerProvider(resource=Resource.create(name), shutdown_on_exit=False)
+    _provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    _tracer = _provider.get_tracer("chat_ticket_svc")
+
+
+def shutdown() -> None:
+    """Export the remaining spans, for at most SHUTDOWN_SECONDS."""
+    if _provider is not None:
+        export = threading.Thread(target=_provider.shutdown, daemon=True)
+        export.start()
+        export.join(SHUTDOWN_SECONDS)
+
+
+def call(method: str, metadata: Iterable[tuple[str, Any]]) -> AbstractContextManager[Any]:
+    """The span of a call, in the trace that its metadata name. Yields None without tracing."""
+    return _NO_SPAN if _tracer is None else _server_span(method, metadata)
+
+
+@contextlib.contextmanager
+def _server_span(method: str, metadata: Iterable[tuple[str, Any]]) -> Iterator[Any]:
+    from opentelemetry.trace import SpanKind
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    _, service, name = method.split("/")
+    with _tracer.start_as_current_span(
+        method[1:],
+        context=TraceContextTextMapPropagator().extract(dict(metadata)),
+        kind=SpanKind.SERVER,
+        attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
+        record_exception=False,
+        set_status_on_exception=False,
+    ) as span:
+        yield span
+
+
+def record_status(span: Any, code: int, *, is_error: bool) -> None:
+    """Record the status code of a call in its span."""
+    from opentelemetry.trace import StatusCode
+
+    span.set_attribute("rpc.grpc.status_code", code)
+    if is_error:
+        span.set_status(StatusCode.ERROR)
+
+
+def trace_id(span: Any) -> str:
+    """The trace id in hexadecimal, as collectors display it."""
+    return f"{span.get_span_context().trace_id:032x}"
+
+
+def pool_wait() -> AbstractContextManager[Any]:
+    """The span of a call's wait for a database connection."""
+    return _NO_SPAN if _tracer is None else _client_span("pool wait", {})
+
+
+def statement(sql: str) -> AbstractContextManager[Any]:
+    """The span of a statement that a call executes."""
+    if _tracer is None:
+        return _NO_SPAN
+    return _client_span("statement", {"db.system.name": "postgresql", "db.query.text": sql.strip()})
+
+
+@contextlib.contextmanager
+def _client_span(name: str, attributes: dict[str, str]) -> Iterator[None]:
+    """A child of the current call's span.
+
+    Does nothing outside a traced call: background work and work shared by several calls belong to
+    no single call.
+    """
+    from opentelemetry.trace import SpanKind, StatusCode, get_current_span
+
+    if not get_current_span().is_recording():
+        yield
+        return
+    with _tracer.start_as_current_span(
+        name,
+        kind=SpanKind.CLIENT,
+        attributes=attributes,
+        record_exception=False,
+        set_status_on_exception=False,
+    ) as span:
+        try:
+            yield
+        except BaseException as error:
+            span.set_status(StatusCode.ERROR)
+            span.set_attribute("error.type", type(error).__qualname__)
+            if sqlstate := getattr(error, "sqlstate", None):
+                span.set_attribute("db.response.status_code", sqlstate)
+            raise

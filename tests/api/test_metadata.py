@@ -1,0 +1,98 @@
+"""The metadata of messages: a JSON object, kept without loss."""
+
+import json
+from decimal import Decimal
+
+import pytest
+from grpc import StatusCode
+from support.client import Api, refused
+from test_messages import KIB, revision, set_metadata
+
+
+class TestMetadata:
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "{}",
+            '{"n": 9007199254740993}',
+            '{"n": 0.1000000000000000055511151231257827}',
+            '{"n": -1.7e308, "m": 4.9e-324, "z": 0e5}',
+            '{"a": "\\ud83d\\ude00 \\u00e9", "": [[[]]]}',
+            '{"a": ' * 19 + "{}" + "}" * 19,
+            '{"a": 0.' + "1" * 16383 + ', "b": 1.5e-300}',
+        ],
+    )
+    async def test_object_is_kept_without_loss(self, api: Api, text: str) -> None:
+        """Every digit of a number is kept: metadata is text, not doubles."""
+        session = await api.session()
+        stored = (await api.message(session.id, metadata_json=text)).metadata_json
+
+        def parse(value: str) -> object:
+            return json.loads(value, parse_float=Decimal, parse_int=Decimal)
+
+        assert parse(stored) == parse(text)
+
+    async def test_spacing_order_and_duplicates_are_not_kept(self, api: Api) -> None:
+        """Stored as jsonb, as the contract says: of duplicate keys the last wins."""
+        session = await api.session()
+        message = await api.message(session.id, metadata_json='{"bb":1,"a":2,"bb":3}')
+        assert message.metadata_json == '{"a": 2, "bb": 3}'
+
+    async def test_absent_is_not_empty(self, api: Api) -> None:
+        """No metadata comes back as no text, an empty object as one."""
+        session = await api.session()
+        assert (await api.message(session.id)).metadata_json == ""
+        assert (await api.message(session.id, metadata_json="{}")).metadata_json == "{}"
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("[]", "not a JSON object"),
+            ("1", "not a JSON object"),
+            ("null", "not a JSON object"),
+            ("{", "not JSON"),
+            ("{}x", "not JSON"),
+            ("{'a': 1}", "not JSON"),
+            ('{"a": NaN}', "NaN is not a JSON number"),
+            ('{"a": -Infinity}', "-Infinity is not a JSON number"),
+            ('{"a": 1e309}', "out of the range of a double"),
+            ('{"a": 1e-400}', "out of the range of a double"),
+            ('{"a": 1' + "0" * 400 + "}", "out of the range of a double"),
+            ('{"a": "\\u0000"}', "NUL character or an unpaired surrogate"),
+            ('{"\\u0000": 1, "\\u0000": 2}', "NUL character or an unpaired surrogate"),
+            ('{"a": "\\ud800"}', "NUL character or an unpaired surrogate"),
+            ('{"a": "\\u0000", "a": 1}', "NUL character or an unpaired surrogate"),
+            ('{"a": {"b": "\\ud800"}, "a": 1}', "NUL character or an unpaired surrogate"),
+            ('{"a": ' * 20 + "{}" + "}" * 20, "nested more than 20 levels deep"),
+            ('{"a": ' * 24 + "[]" + "}" * 24, "nested more than 20 levels deep"),
+            ('{"a": ' + "[" * 30_000, "nested more than 20 levels deep"),
+            ('{"a": [' + "1e300," * 1000 + "0]}", "with all numbers written out"),
+            ('{"a": 0e' + "9" * 4300 + "}", "out of the range of a double"),
+            ('{"a": 0e-20000}', "out of the range of a double"),
+            ('{"a": 0.' + "1" * 16384 + "}", "16,384 digits after the decimal point"),
+            ('{"a": 1.' + "1" * 16100 + "e-300}", "16,400 digits after the decimal point"),
+        ],
+    )
+    async def test_what_cannot_be_stored_is_refused(self, api: Api, text: str, said: str) -> None:
+        """Each refusal says what is wrong, and nothing is stored."""
+        session = await api.session()
+        with refused(StatusCode.INVALID_ARGUMENT) as refusal:
+            await api.message(session.id, metadata_json=text)
+        assert said in refusal.fields["message.metadata_json"]
+        assert await revision(api, session.id) == 0
+
+    async def test_limited_to_64_kib(self, api: Api) -> None:
+        """At the limit it is stored, one more byte is refused."""
+        session = await api.session()
+        text = json.dumps({"a": "x" * (64 * KIB - 9)})
+        assert len(text) == 64 * KIB
+        assert (await api.message(session.id, metadata_json=text)).metadata_json == text
+        with refused(StatusCode.INVALID_ARGUMENT) as refusal:
+            await api.message(session.id, metadata_json=text + " ")
+        assert list(refusal.fields) == ["message.metadata_json"]
+
+    async def test_number_written_differently_is_a_change(self, api: Api) -> None:
+        """1 and 1.0 are equal as jsonb, and different as sent."""
+        message = await api.message((await api.session()).id, metadata_json='{"a": 1.0}')
+        changed = await set_metadata(api, message.id, '{"a": 1}')
+        assert (changed.metadata_json, changed.revision) == ('{"a": 1}', 2)

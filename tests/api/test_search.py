@@ -1,0 +1,370 @@
+"""SearchChatMessages."""
+
+import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
+from grpc import StatusCode
+from support.client import Api, an_id, refused
+
+from chat_ticket.v1 import resources_pb2 as r
+from chat_ticket.v1.chat_message_pb2 import (
+    BatchCreateChatMessagesRequest,
+    SearchChatMessagesRequest,
+    SearchChatMessagesResponse,
+)
+from chat_ticket_svc.services import paging
+from chat_ticket_svc.store import search as store
+
+Hit = SearchChatMessagesResponse.Hit
+
+
+async def search(api: Api, query: str, **filters: object) -> list[Hit]:
+    """The hits on all pages."""
+    hits: list[Hit] = []
+    request = SearchChatMessagesRequest(query=query, **filters)  # type: ignore[arg-type]
+    while True:
+        page = await api.messages.SearchChatMessages(request)
+        hits += page.hits
+        request.page_token = page.next_page_token
+        if not request.page_token:
+            return hits
+
+
+async def contents(api: Api, query: str, **filters: object) -> set[str]:
+    """The snippets of all hits, as plain text."""
+    return {
+        "".join(part.text for part in hit.snippet) for hit in await search(api, query, **filters)
+    }
+
+
+async def test_hit_says_what_and_where(api: Api) -> None:
+    """A hit names the message, its place, its role and time, and marks what matched."""
+    session = await api.session()
+    await api.message(session.id, "nothing here")
+    message = await api.message(session.id, "it prints while printing nonsense")
+    [hit] = await search(api, "print")
+    assert (hit.message_id, hit.session_id, hit.sequence) == (message.id, session.id, 2)
+    assert (hit.role, hit.create_time) == (message.role, message.create_time)
+    assert hit.score > 0
+    assert [(part.text, part.hit) for part in hit.snippet] == [
+        ("it ", False),
+        ("prints", True),
+        (" while ", False),
+        ("printing", True),
+        (" nonsense", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("red apples", {"a red apple"}),
+        ('"red pear"', {"the red pear"}),
+        ("apple or plum", {"a red apple", "an apple", "plums"}),
+        ("apple -red", {"an apple"}),
+        ("the", set()),
+        ("!!!", set()),
+        ("'); DROP TABLE chat_messages; --", set()),
+        (":* & | ! ( \\ '", set()),
+    ],
+)
+async def test_web_search_syntax(api: Api, query: str, found: set[str]) -> None:
+    """Words, phrases, or, not; no query is a syntax error."""
+    session = await api.session()
+    for content in ("a red apple", "an apple", "the red pear", "pear red", "plums"):
+        await api.message(session.id, content)
+    assert await contents(api, query) == found
+
+
+async def test_best_match_first_then_newest_in_pages(api: Api) -> None:
+    """Ranked; pages of one meet each hit once."""
+    session = await api.session()
+    ids = [
+        (await api.message(session.id, content)).id
+        for content in ("cat dog dog", "cat cat cat", "cat dog dog", "dog")
+    ]
+    hits = await search(api, "cat", page_size=1)
+    assert [hit.message_id for hit in hits] == [ids[1], ids[2], ids[0]]
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+
+
+async def test_filters(api: Api) -> None:
+    """By session, role and time [start, end)."""
+    first, second = await api.session(), await api.session()
+    await api.message(first.id, "kiwi one")
+    middle = await api.message(first.id, "kiwi two", role=r.CHAT_MESSAGE_ROLE_ASSISTANT)
+    last = await api.message(second.id, "kiwi three")
+    assert await contents(api, "kiwi", session_id=second.id) == {"kiwi three"}
+    assert await contents(api, "kiwi", session_id=an_id()) == set()
+    roles = [r.CHAT_MESSAGE_ROLE_ASSISTANT]
+    assert await contents(api, "kiwi", roles=roles) == {"kiwi two"}
+    window = {"start_create_time": middle.create_time, "end_create_time": last.create_time}
+    assert await contents(api, "kiwi", **window) == {"kiwi two"}
+
+
+async def test_other_tenants_are_not_searched(api: Api, other: Api) -> None:
+    """Only the caller's messages are found."""
+    await other.message((await other.session()).id, "a secret mango")
+    assert await search(api, "mango") == []
+
+
+async def test_content_cannot_look_like_a_hit(api: Api) -> None:
+    """Only the flag marks a hit: markup in content is text, and escapes nothing."""
+    session = await api.session()
+    await api.message(session.id, "<b>lemon</b> &lt;b&gt; [[lemon]] **lime** StartSel=lime")
+    [hit] = await search(api, "lime")
+    assert [part.text for part in hit.snippet if part.hit] == ["lime", "lime"]
+    text = "".join(part.text for part in hit.snippet)
+    assert "&lt;b&gt;" in text
+    assert "[[lemon]] **lime** StartSel=lime" in text
+
+
+async def test_snippet_is_short_however_long_the_message(api: Api) -> None:
+    """A hit in 256 KiB, or beside a word without an end, comes with a part of it."""
+    session = await api.session()
+    for content in ("word " * 50_000 + "needle " + "word " * 2000, "needle " + "x" * 250_000):
+        message = await api.message(session.id, content)
+        [hit] = [hit for hit in await search(api, "needle") if hit.message_id == message.id]
+        assert any(part.hit and part.text == "needle" for part in hit.snippet)
+        assert sum(len(part.text) for part in hit.snippet) <= 8000
+
+
+async def test_bad_fields_are_refused_together(api: Api) -> None:
+    """Everything that is wrong with a search is said at once."""
+    request = SearchChatMessagesRequest(
+        query="a" * 1001,
+        session_id="x",
+        roles=[0],  # type: ignore[list-item]
+        start_create_time=Timestamp(nanos=10**9),
+        page_size=-5,
+        page_token="%%%",
+    )
+    with refused(StatusCode.INVALID_ARGUMENT) as refusal:
+        await api.messages.SearchChatMessages(request)
+    assert set(refusal.fields) == {
+        "query",
+        "session_id",
+        "roles[0]",
+        "start_create_time",
+        "page_size",
+        "page_token",
+    }
+    for query in ("", "a\0"):
+        with refused(StatusCode.INVALID_ARGUMENT) as refusal:
+            await search(api, query)
+        assert list(refusal.fields) == ["query"]
+    assert await search(api, "a" * 1000) == []
+
+
+async def test_token_of_another_query_is_refused(api: Api) -> None:
+    """A page token belongs to its query."""
+    session = await api.session()
+    for _ in range(2):
+        await api.message(session.id, "grape fig")
+    page = await api.messages.SearchChatMessages(
+        SearchChatMessagesRequest(query="grape", page_size=1)
+    )
+    with refused(StatusCode.INVALID_ARGUMENT) as refusal:
+        await search(api, "fig", page_token=page.next_page_token)
+    assert list(refusal.fields) == ["page_token"]
+
+
+@pytest.mark.parametrize("score", [5e-324, 3.5e38, float("nan"), float("inf"), 1, "1", None])
+async def test_forged_token_is_refused(api: Api, score: object) -> None:
+    """A token with the right digest and a position that no page ends at."""
+    request = SearchChatMessagesRequest(query="x")
+    request.page_token = paging.encode_token(api.tenant, request, score, 1, an_id())  # type: ignore[arg-type]
+    with refused(StatusCode.INVALID_ARGUMENT) as refusal:
+        await api.messages.SearchChatMessages(request)
+    assert list(refusal.fields) == ["page_token"]
+
+
+@pytest.mark.parametrize("length", [7850, 7875, 7900, 7910, 7930])
+async def test_snippet_is_cut_beside_a_marker_not_in_it(api: Api, length: int) -> None:
+    """Where a hit begins or ends at the limit, the snippet still has nothing but the content."""
+    # Words of 2,048 characters and more are left out of headlines.
+    content = "needle " + (("x" * 1500 + " ") * 6)[:length] + " needle " + "y" * 1500
+    await api.message((await api.session()).id, content)
+    [hit] = await search(api, "needle")
+    text = "".join(part.text for part in hit.snippet)
+    assert text in content
+    assert length < len(text) <= 8000
+
+
+async def test_best_match_of_all_comes_first(api: Api) -> None:
+    """A page has the best of all matches, not the best of the first ones found."""
+    session = await api.session()
+    ids = [(await api.message(session.id, "cat " * n + "dog " * (9 - n))).id for n in range(1, 9)]
+    hits = await search(api, "cat", page_size=1)
+    assert [hit.message_id for hit in hits] == ids[::-1]
+
+
+async def every_page(
+    api: Api, query: str, *, page_size: int = 1000, **filters: object
+) -> tuple[list[Hit], bool]:
+    """The hits on all pages, and whether they are incomplete; no page says otherwise."""
+    hits: list[Hit] = []
+    incomplete = set()
+    token = ""
+    while token or not incomplete:
+        page = await api.messages.SearchChatMessages(
+            SearchChatMessagesRequest(
+                query=query,
+                page_size=page_size,
+                page_token=token,
+                **filters,  # type: ignore[arg-type]
+            )
+        )
+        hits += page.hits
+        incomplete.add(page.incomplete_results)
+        token = page.next_page_token
+    [said] = incomplete
+    return hits, said
+
+
+@pytest.fixture
+def only_five(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way to look for matches looks at five messages."""
+    monkeypatch.setattr(store, "MAX_MESSAGES", 5)
+
+
+class TestIncomplete:
+    """When there is more than can be looked at."""
+
+    async def test_thousands_of_matches(self, api: Api) -> None:
+        """5,000 matches are all ranked, one more is too many; other words are found as ever."""
+        session = await api.session()
+        rare = await api.message(session.id, "a nectarine among them")
+        best = await api.message(session.id, "lychee lychee lychee")
+        other = await api.session()
+        for count in [500] * 9 + [499]:
+            message = r.ChatMessage(role=r.CHAT_MESSAGE_ROLE_USER, content="one lychee more")
+            request = BatchCreateChatMessagesRequest(
+                session_id=other.id, messages=[message] * count
+            )
+            await api.messages.BatchCreateChatMessages(request)
+        hits, incomplete = await every_page(api, "lychee")
+        assert (len(hits), incomplete) == (5000, False)
+        assert hits[0].message_id == best.id
+
+        newest = await api.message(other.id, "one lychee more")
+        hits, incomplete = await every_page(api, "lychee")
+        assert incomplete
+        assert newest.id in {hit.message_id for hit in hits}
+        assert len({hit.message_id for hit in hits}) == len(hits) >= 5000
+        hits, incomplete = await every_page(api, "nectarine")
+        assert ([hit.message_id for hit in hits], incomplete) == ([rare.id], False)
+
+    @pytest.mark.usefixtures("only_five")
+    async def test_pages_are_in_order_and_repeat_nothing(self, api: Api) -> None:
+        """Also where two ways to look met the same messages; the newest are among them."""
+        session = await api.session()
+        ids = [
+            (await api.message(session.id, "melon " * (1 + n % 3) + "pear " * (4 - n % 3))).id
+            for n in range(15)
+        ]
+        whole, incomplete = await every_page(api, "melon")
+        assert incomplete
+        assert 5 <= len(whole) <= 12
+        assert {hit.message_id for hit in whole} >= {*ids[-5:]}
+        order = [(hit.score, hit.create_time.ToMicroseconds(), hit.message_id) for hit in whole]
+        assert order == sorted(set(order), reverse=True)
+        for page_size in (1, 2, 3, 4):
+            assert await every_page(api, "melon", page_size=page_size) == (whole, True)
+
+    @pytest.mark.usefixtures("only_five")
+    async def test_narrower_filters_make_it_complete(self, api: Api) -> None:
+        """A session, or a time, with no more than can be looked at; not a role."""
+        first = await api.session()
+        of_first = [await api.message(first.id, "papaya") for _ in range(3)]
+        second = await api.session()
+        of_second = [await api.message(second.id, "papaya") for _ in range(3)]
+        hits, incomplete = await every_page(api, "papaya")
+        assert (len(hits), incomplete) == (6, True)
+        hits, incomplete = await every_page(api, "papaya", session_id=first.id)
+        assert ({hit.message_id for hit in hits}, incomplete) == ({m.id for m in of_first}, False)
+        early = {"end_create_time": second.create_time}
+        hits, incomplete = await every_page(api, "papaya", **early)
+        assert ({hit.message_id for hit in hits}, incomplete) == ({m.id for m in of_first}, False)
+        late = {"start_create_time": second.create_time}
+        hits, incomplete = await every_page(api, "papaya", **late)
+        assert ({hit.message_id for hit in hits}, incomplete) == ({m.id for m in of_second}, False)
+        hits, incomplete = await every_page(api, "papaya", roles=[r.CHAT_MESSAGE_ROLE_ASSISTANT])
+        assert (hits, incomplete) == ([], True)
+
+    @pytest.mark.usefixtures("only_five")
+    async def test_session_longer_than_can_be_looked_through(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What is rare in the tenant is found in it all the same, and all of it."""
+        monkeypatch.setattr(store, "ENOUGH_MATCHES", 1)
+        session = await api.session()
+        for content in ("a quince", *["a guava"] * 7, "a guava and a quince"):
+            await api.message(session.id, content)
+        hits, incomplete = await every_page(api, "quince", session_id=session.id)
+        assert ([hit.sequence for hit in hits], incomplete) == ([9, 1], False)
+        hits, incomplete = await every_page(api, "guava", session_id=session.id)
+        assert incomplete
+        assert [hit.sequence for hit in hits][:5] == [9, 8, 7, 6, 5]
+
+    @pytest.mark.usefixtures("only_five")
+    async def test_newest_sessions_suffice_for_what_is_common(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where too many matches are expected, and there are plenty; else the index is read."""
+        monkeypatch.setattr(store, "TOO_MANY_MATCHES", -1)
+        monkeypatch.setattr(store, "ENOUGH_MATCHES", 4)
+        old, new = await api.session(), await api.session()
+        rare = await api.message(old.id, "a damson")
+        medlars = [await api.message(old.id, "a medlar") for _ in range(3)]
+        medlars += [await api.message(new.id, "a medlar") for _ in range(4)]
+        hits, incomplete = await every_page(api, "medlar")
+        assert [hit.message_id for hit in hits] == [message.id for message in medlars[:0:-1]]
+        assert incomplete
+        hits, incomplete = await every_page(api, "damson")
+        assert ([hit.message_id for hit in hits], incomplete) == ([rare.id], False)
+
+    async def test_much_text(self, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of long messages fewer are looked at, the newest ones; one of them at least."""
+        monkeypatch.setattr(store, "MAX_BYTES", 15_000)
+        session = await api.session()
+        contents = ["durian " + "x" * length for length in (10_000, 10_000, 9_000, 100)]
+        ids = [(await api.message(session.id, content)).id for content in contents]
+        hits, incomplete = await every_page(api, "durian")
+        assert ([hit.message_id for hit in hits], incomplete) == (ids[:0:-1], True)
+        await api.message(session.id, "durian " + "y" * 20_000)
+        hits, incomplete = await every_page(api, "durian")
+        assert (len(hits), incomplete) == (1, True)
+
+    @pytest.mark.usefixtures("only_five")
+    async def test_index_that_takes_too_long(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Is no error: the newest messages are looked at without it."""
+        monkeypatch.setattr(store, "INDEX_TIMEOUT_MS", 1)
+        session = await api.session()
+        for _ in range(6):
+            await api.message(session.id, "plum " + "word " * 50_000)
+        newest = await api.message(session.id, "plum")
+        hits, incomplete = await every_page(api, "plum")
+        assert incomplete
+        assert newest.id in {hit.message_id for hit in hits}
+
+    @pytest.mark.usefixtures("only_five")
+    async def test_sessions_count_as_well(self, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Those without messages, and separately those not changed since the time asked for."""
+        before, session = await api.session(), await api.session()
+        for _ in range(6):
+            await api.message(before.id, "fig")
+        for _ in range(3):
+            await api.session()
+        last = await api.message(session.id, "fig")
+        window = {"start_create_time": last.create_time}
+        hits, incomplete = await every_page(api, "fig", **window)
+        assert ([hit.message_id for hit in hits], incomplete) == ([last.id], False)
+        for most, incomplete in ((3, True), (4, True), (5, False)):
+            monkeypatch.setattr(store, "MAX_SESSIONS", most)
+            assert (await every_page(api, "fig", **window))[1] == incomplete
+        monkeypatch.setattr(store, "MAX_SESSIONS", 50)
+        for _ in range(5):
+            await api.session()
+        assert (await every_page(api, "fig", **window))[1]

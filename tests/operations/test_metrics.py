@@ -1,0 +1,196 @@
+"""The metrics that Prometheus scrapes from a server."""
+
+import asyncio
+import re
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from grpc import StatusCode
+from prometheus_client.parser import text_string_to_metric_families
+from support.client import Api, an_id, refused
+from support.process import ServerProcess, server_process
+from test_watch import following
+
+from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest
+
+SESSIONS = "chat_ticket.v1.ChatSessionService"
+
+
+class Metrics:
+    """A scrape of a server's samples."""
+
+    def __init__(self, process: ServerProcess):
+        line = process.wait_for("metrics")
+        url = f"http://127.0.0.1:{line['port']}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            self.text = answer.read().decode()
+        self.families = list(text_string_to_metric_families(self.text))
+        self.samples = [
+            (sample.name, sample.labels, sample.value)
+            for family in self.families
+            for sample in family.samples
+        ]
+
+    def __call__(self, name: str, **labels: str) -> float:
+        """The sum of all samples with these labels."""
+        return sum(
+            value
+            for each, has, value in self.samples
+            if each == name and labels.items() <= has.items()
+        )
+
+
+async def until(process: ServerProcess, name: str, value: float, **labels: str) -> None:
+    """Wait for a value: the server counts a call a moment after the caller has its response."""
+    async with asyncio.timeout(10):
+        while Metrics(process)(name, **labels) != value:
+            await asyncio.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def process(database: str) -> Iterator[ServerProcess]:
+    settings = {
+        "CHAT_TICKET_METRICS_PORT": "0",
+        "CHAT_TICKET_QUOTAS__SESSION_STREAMS": "1",
+        "CHAT_TICKET_POOL_SIZE": "3",
+    }
+    with server_process(database, **settings) as process:
+        process.wait_for("serving")
+        yield process
+
+
+async def test_calls_are_counted_and_timed_by_method_and_status(
+    process: ServerProcess, tenant: str
+) -> None:
+    """With the metric names of other gRPC implementations."""
+    before = Metrics(process)
+    async with Api(process.address, tenant) as api:
+        session = await api.session()
+        for _ in range(3):
+            await api.sessions.GetChatSession(GetChatSessionRequest(session_id=session.id))
+        with refused(StatusCode.NOT_FOUND):
+            await api.sessions.GetChatSession(GetChatSessionRequest(session_id=an_id()))
+    of = {"grpc_type": "unary", "grpc_service": SESSIONS, "grpc_method": "GetChatSession"}
+    for code, count in (("OK", 3), ("NOT_FOUND", 1)):
+        for name in ("grpc_server_handled_total", "grpc_server_handling_seconds_count"):
+            labels = {**of, "grpc_code": code}
+            await until(process, name, before(name, **labels) + count, **labels)
+
+
+async def test_cancelled_calls_are_counted(process: ServerProcess, tenant: str) -> None:
+    """With the code CANCELLED."""
+    labels = {"grpc_method": "WatchChatSession", "grpc_code": "CANCELLED"}
+    before = Metrics(process)("grpc_server_handled_total", **labels)
+    async with Api(process.address, tenant) as api:
+        session = await api.session()
+        async with following(api, session.id) as follower:
+            await follower.until("caught_up")
+    await until(process, "grpc_server_handled_total", before + 1, **labels)
+
+
+async def test_streams_watchers_and_delivery(process: ServerProcess, tenant: str) -> None:
+    """The numbers of both, and the time until watchers receive a change."""
+    open_now = {"grpc_service": SESSIONS, "grpc_method": "WatchChatSession"}
+    async with Api(process.address, tenant) as api:
+        session = await api.session()
+        before = Metrics(process)
+        async with following(api, session.id) as follower:
+            await follower.until("caught_up")
+            await api.message(session.id)
+            await follower.until("messages_created")
+            now = Metrics(process)
+    assert now("chat_ticket_streams_open", **open_now) == 1
+    assert now("chat_ticket_watchers") == 1
+    for name in (
+        "chat_ticket_watch_delivery_seconds_count",
+        "chat_ticket_notify_batch_sessions_count",
+    ):
+        assert now(name) > before(name), name
+
+
+async def test_rejected_by_limit(process: ServerProcess, tenant: str) -> None:
+    """The label names the limit."""
+    async with Api(process.address, tenant) as api:
+        session = await api.session()
+        async with following(api, session.id) as follower:
+            await follower.until("caught_up")
+            with refused(StatusCode.RESOURCE_EXHAUSTED):
+                async with following(api, session.id) as other:
+                    await other.next()
+    await until(process, "chat_ticket_rejected_total", 1, limit="session_streams")
+
+
+async def test_pool(process: ServerProcess, tenant: str, database: str) -> None:
+    """Its size, the calls that wait for a connection, and the time that they waited."""
+    async with Api(process.address, tenant) as api:
+        session = await api.session()
+        with psycopg.connect(database) as connection:
+            connection.execute("SELECT FROM chat_sessions WHERE id = %s FOR UPDATE", [session.id])
+            calls = [asyncio.create_task(api.message(session.id)) for _ in range(5)]
+            await asyncio.sleep(0.5)
+            held = Metrics(process)
+        await asyncio.gather(*calls)
+    # A tenant may have two of the three.
+    assert held("chat_ticket_pool_waiting_calls") == 3
+    assert held("chat_ticket_pool_connections") >= 2
+    await until(process, "chat_ticket_pool_waiting_calls", 0)
+    assert Metrics(process)("chat_ticket_pool_wait_seconds_count") >= 5
+
+
+def test_build_and_process(process: ServerProcess) -> None:
+    """The versions, and the memory and file descriptors of the process."""
+    now = Metrics(process)
+    [labels] = [has for name, has, _ in now.samples if name == "chat_ticket_build_info"]
+    assert labels.keys() == {"version", "python", "grpcio"}
+    assert now("process_resident_memory_bytes") > 2**20
+    assert now("process_open_fds") > 10
+
+
+async def test_no_label_has_an_id(process: ServerProcess, tenant: str) -> None:
+    """More tenants do not mean more time series, and metrics do not reveal who they are."""
+    async with Api(process.address, tenant) as api:
+        session = await api.session()
+        await api.message(session.id)
+    text = Metrics(process).text
+    assert tenant not in text
+    assert not re.search(r"[0-9a-f]{8}-[0-9a-f]{4}-", text)
+
+
+def test_each_worker_has_its_own_port(database: str) -> None:
+    """The first worker has the configured port, the next worker the port after it."""
+    with server_process(database, "--workers", "2", CHAT_TICKET_METRICS_PORT="39464") as process:
+        lines = process.wait_for_all("metrics", 2)
+    assert sorted(line["port"] for line in lines) == [39464, 39465]
+
+
+def test_port_in_use_is_reported(database: str, process: ServerProcess) -> None:
+    """The server exits, because the operator relies on the metrics."""
+    port = process.wait_for("metrics")["port"]
+    with server_process(database, CHAT_TICKET_METRICS_PORT=str(port)) as other:
+        assert other.popen.wait(timeout=30) == 1
+        other.stop()
+    assert f"cannot listen on 127.0.0.1:{port}" in other.output
+
+
+async def test_alerts_are_about_what_is_exported(process: ServerProcess, tenant: str) -> None:
+    """A server exports every name and label that docs/alerts.yml uses."""
+    async with Api(process.address, tenant) as api:
+        await api.session()
+    now = Metrics(process)
+    names = {name for name, _, _ in now.samples} | {
+        # Before its first sample a metric with labels has only a name.
+        f"{family.name}_total" if family.type == "counter" else family.name
+        for family in now.families
+    }
+    labels = set().union(*(has for _, has, _ in now.samples))
+    rules = (Path(__file__).parents[2] / "docs" / "alerts.yml").read_text()
+    used = set(re.findall(r"\b(?:grpc_server|chat_ticket|process)_\w+", rules))
+    assert used, "the file is read"
+    assert used <= names
+    of_metrics = re.findall(r"_\w+\{(.*?)\}", rules)
+    matched = {label for match in of_metrics for label in re.findall(r"(\w+)=~?", match)}
+    grouped = set(re.findall(r"\w+", ",".join(re.findall(r"by \((.*?)\)", rules))))
+    assert matched | grouped - {"limit"} <= labels

@@ -1,0 +1,357 @@
+"""The server process: settings, start, stop, health, and how it says what is wrong."""
+
+import asyncio
+import itertools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import psycopg
+import pytest
+from grpc import StatusCode
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from support.client import Api, refused
+from support.process import server_process
+from test_watch import following
+
+from chat_ticket.v1 import chat_session_pb2, chat_session_pb2_grpc
+from chat_ticket_svc import config
+from chat_ticket_svc.embedded import EmbeddedPostgres
+from chat_ticket_svc.rpc import aio_server
+from chat_ticket_svc.server import SERVICES, run
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "chat_ticket_svc", *arguments],
+        env={**os.environ, "DATABASE_URL": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+class TestSettings:
+    def test_everything_wrong_is_said_at_once_without_the_values(self) -> None:
+        """One line each, by the name of the variable; a value could be a secret."""
+        result = command(
+            "serve",
+            CHAT_TICKET_PORT="CANARY",
+            CHAT_TICKET_POOL_SIZE="0",
+            CHAT_TICKET_ATTACHMENT_URL_SCHEMES="ftp",
+            CHAT_TICKET_LIMITS__TITLE="CANARY",
+        )
+        assert result.returncode != 0
+        for name in ("PORT", "POOL_SIZE", "ATTACHMENT_URL_SCHEMES", "LIMITS__TITLE"):
+            assert f"CHAT_TICKET_{name}" in result.stderr
+        assert "CANARY" not in result.stderr
+        assert "Traceback" not in result.stderr
+
+    @pytest.mark.parametrize("name", ["serve", "migrate", "migrate-status"])
+    def test_database_is_required(self, name: str) -> None:
+        """The command says which variable is missing."""
+        result = command(name)
+        assert result.returncode != 0
+        assert "DATABASE_URL" in result.stderr
+        assert "Traceback" not in result.stderr
+
+    @pytest.mark.parametrize("url", ["host=localhost dbname=x", "mysql://x", "CANARY"])
+    def test_database_is_named_by_a_url(self, url: str) -> None:
+        """In the one form that the service and dbmate both take."""
+        result = command("migrate", DATABASE_URL=url)
+        assert result.returncode != 0
+        assert result.stderr == "chat-ticket-svc: DATABASE_URL: must be a postgresql:// URL\n"
+
+    @pytest.mark.parametrize("hosts", ["CANARY:1,other:2/x", "/x?host=CANARY,other&port=1,2"])
+    def test_migrations_need_one_host(self, hosts: str) -> None:
+        """A URL of a primary and its standbys does not say which is which."""
+        url = f"postgresql://u@{hosts}"
+        for variable, why in (
+            ("DATABASE_URL", "required"),
+            ("MIGRATE_DATABASE_URL", "single host"),
+        ):
+            result = command("migrate", **{variable: url})
+            assert result.returncode != 0
+            assert re.search(f"chat-ticket-svc: MIGRATE_DATABASE_URL: .*{why}", result.stderr)
+            assert "CANARY" not in result.stderr
+
+    def test_bad_allowed_hosts_are_refused(self, database: str) -> None:
+        """An entry that could never work is a mistake, not a silent nothing."""
+        result = command(
+            "serve", DATABASE_URL=database, CHAT_TICKET_ATTACHMENT_URL_ALLOWED_HOSTS="a b,x:99999"
+        )
+        assert result.returncode != 0
+        assert "CHAT_TICKET_ATTACHMENT_URL_ALLOWED_HOSTS" in result.stderr
+        assert "Traceback" not in result.stderr
+
+    def test_lists_and_limits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Lists are separated by commas; limits are nested by two underscores."""
+        monkeypatch.setenv("CHAT_TICKET_ATTACHMENT_URL_SCHEMES", "https, http")
+        monkeypatch.setenv("CHAT_TICKET_LIMITS__TITLE", "7")
+        settings = config.load()
+        assert settings.attachment_url_schemes == ("https", "http")
+        assert settings.limits.title == 7
+        assert settings.limits.query == 1000
+
+    def test_readme_names_every_setting(self) -> None:
+        """The README's table is complete and has nothing else."""
+        named = set(re.findall(r"^\| `([A-Z_]+)`", (ROOT / "README.md").read_text(), re.MULTILINE))
+        fields = config.Settings.model_fields
+        settings = {
+            str(field.validation_alias or f"CHAT_TICKET_{name.upper()}")
+            for name, field in fields.items()
+            if name not in ("limits", "quotas")
+        }
+        assert named == settings
+        text = (ROOT / "README.md").read_text()
+        for prefix, group in (("LIMITS", config.Limits), ("QUOTAS", config.Quotas)):
+            [listed] = re.findall(rf"^`CHAT_TICKET_{prefix}__.*$", text, re.MULTILINE)
+            defaults = {
+                name.lower(): float(default)
+                for name, default in re.findall(r"__([A-Z_]+)` \((\d+)\)", listed)
+            }
+            assert defaults == {n: f.default for n, f in group.model_fields.items()}, prefix
+
+
+class TestProcess:
+    def test_taken_port_is_said_clearly(self, database: str) -> None:
+        """Two servers never share a port."""
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            result = command("serve", "--port", str(port), DATABASE_URL=database)
+        assert result.returncode != 0
+        assert f"127.0.0.1:{port}" in result.stderr
+        assert "port taken" in result.stderr
+        assert "Traceback" not in result.stderr
+        with server_process(database) as first:
+            port = first.wait_for("listening")["port"]
+            result = command("serve", "--port", str(port), DATABASE_URL=database)
+        assert result.returncode != 0
+        assert "port taken" in result.stderr
+
+    def test_every_log_line_has_one_form(self) -> None:
+        """JSON, also what libraries say of a database that is not there."""
+        with server_process("postgresql://nobody@127.0.0.1:1/none") as process:
+            process.wait_for("listening")
+            process.wait_for("not serving")
+            assert process.stop() == 0
+        assert any(line.get("logger") == "psycopg.pool" for line in process.log)
+        assert all("level" in line and "timestamp" in line for line in process.log)
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    async def test_signal_drains(self, database: str, tenant: str, number: int) -> None:
+        """A follower is told to resume, a call under way is answered, the exit status is 0."""
+        with server_process(database) as process:
+            async with Api(process.address, tenant) as api:
+                session = await api.session()
+                async with following(api, session.id) as follower:
+                    await follower.until("caught_up")
+                    with psycopg.connect(database) as connection:
+                        connection.execute(
+                            "SELECT FROM chat_sessions WHERE id = %s FOR UPDATE", [session.id]
+                        )
+                        writing = asyncio.create_task(api.message(session.id))
+                        await asyncio.sleep(0.2)
+                        process.popen.send_signal(number)
+                        with refused(StatusCode.UNAVAILABLE, "DRAINING"):
+                            await follower.next()
+                    assert (await writing).sequence == 1
+            assert await asyncio.to_thread(process.stop) == 0
+
+    @pytest.mark.parametrize("workers", ["1", "2"])
+    async def test_sighup_ends_nothing(self, database: str, tenant: str, workers: str) -> None:
+        """It asks others to read their files again, which this does by itself."""
+        with server_process(database, CHAT_TICKET_WORKERS=workers) as process:
+            process.wait_for("serving")
+            async with Api(process.address, tenant) as api:
+                session = await api.session()
+                process.popen.send_signal(signal.SIGHUP)
+                await asyncio.sleep(0.2)
+                await api.message(session.id)
+            assert await asyncio.to_thread(process.stop) == 0
+
+    async def test_calls_during_the_drain_are_answered(self, database: str, tenant: str) -> None:
+        """Callers who call again at once lose no call: each is answered, until nothing listens."""
+        from conftest import serving
+
+        async def call_until_nothing_listens(server: Any) -> int:
+            async with Api(f"127.0.0.1:{server.port}", tenant) as api:
+                for answered in itertools.count():
+                    try:
+                        await api.session()
+                    except grpc.aio.AioRpcError as error:
+                        assert error.code() is StatusCode.UNAVAILABLE
+                        assert "failed to connect" in (error.details() or "")
+                        return answered
+            raise AssertionError
+
+        async with serving(database, drain_seconds=5) as server:
+            callers = [asyncio.create_task(call_until_nothing_listens(server)) for _ in range(16)]
+            await asyncio.sleep(0.2)
+        assert min(await asyncio.gather(*callers)) > 1
+
+    async def test_new_follower_during_the_drain(self, database: str, tenant: str) -> None:
+        """It is told to resume elsewhere, in the words of the error table."""
+        from conftest import serving
+
+        async with (
+            serving(database, drain_seconds=5) as server,
+            Api(f"127.0.0.1:{server.port}", tenant) as api,
+        ):
+            session = await api.session()
+            stopping = asyncio.create_task(server.stop())
+            with refused(StatusCode.UNAVAILABLE, "DRAINING") as refusal:
+                async with following(api, session.id) as follower:
+                    while True:
+                        await follower.next()
+            assert "RetryInfo" in refusal.details
+            await stopping
+
+    async def test_health_of_every_service(self, api: Api) -> None:
+        """The standard health service answers for the server and each service."""
+        for name in ("", *SERVICES):
+            async with asyncio.timeout(10):
+                while True:
+                    request = health_pb2.HealthCheckRequest(service=name)
+                    if (await api.health.Check(request)).status == 1:
+                        break
+                    await asyncio.sleep(0.1)
+
+    async def test_health_can_be_watched(self, api: Api) -> None:
+        """The health service's own stream passes through our interceptor."""
+        stub = health_pb2_grpc.HealthStub(api.channel)
+        call = stub.Watch(health_pb2.HealthCheckRequest(), timeout=10)
+        assert (await call.read()).status in (1, 2)
+        call.cancel()
+
+    def test_plain_synchronous_client(self, database: str) -> None:
+        """The generated stubs work without asyncio."""
+        with server_process(database) as process:
+            before = len(list_sessions(process.address))
+            create_session(process.address)
+            assert len(list_sessions(process.address)) == before + 1
+
+
+class TestEmbedded:
+    def test_serves_from_nothing_and_again(self, tmp_path: Path) -> None:
+        """An empty directory becomes a migrated database; the next start finds what is there."""
+        data = str(tmp_path / "a b" / "data")
+        for expected in (0, 1):
+            with server_process("", "--embedded", data) as process:
+                process.wait_for("serving")
+                create_session(process.address)
+                count = len(list_sessions(process.address))
+                assert count == expected + 1
+                assert process.stop() == 0
+
+    def test_killed_server_leaves_no_postgres_and_starts_again(self, tmp_path: Path) -> None:
+        """SIGKILL of the server ends its PostgreSQL; what was acknowledged is there afterwards."""
+        data = tmp_path / "data"
+        with server_process("", "--embedded", str(data)) as process:
+            process.wait_for("serving")
+            create_session(process.address)
+            postmaster = int((data / "postmaster.pid").read_text().split()[0])
+            process.stop(signal.SIGKILL)
+        with server_process("", "--embedded", str(data)) as process:
+            process.wait_for("serving")
+            assert len(list_sessions(process.address)) == 1
+            assert not is_running(postmaster, data)
+
+    def test_ends_with_its_terminal(self, tmp_path: Path) -> None:
+        """In order, and PostgreSQL with it; unless it was started by nohup."""
+        data = tmp_path / "data"
+        with server_process("", "--embedded", str(data)) as process:
+            process.wait_for("serving")
+            pid = int((data / "postmaster.pid").read_text().split()[0])
+            assert process.stop(signal.SIGHUP) == 0
+            assert not is_running(pid, data)
+            assert any(line["event"] == "draining" for line in process.log)
+        handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with server_process("", "--embedded", str(data)) as process:
+                process.wait_for("serving")
+                process.popen.send_signal(signal.SIGHUP)
+                time.sleep(0.2)
+                create_session(process.address)
+        finally:
+            signal.signal(signal.SIGHUP, handler)
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_signal_while_it_starts_ends_postgres_too(self, tmp_path: Path, number: int) -> None:
+        """Whenever the signal comes, nothing stays behind: no process, no socket directory."""
+        data = tmp_path / "data"
+        with server_process("", "--embedded", str(data)) as process:
+            pid_file = data / "postmaster.pid"
+            end = time.monotonic() + 30
+            while not (pid_file.exists() and pid_file.read_text()):
+                assert time.monotonic() < end
+                time.sleep(0.005)
+            pid = int(pid_file.read_text().split()[0])
+            assert process.stop(number) == 0
+            assert not is_running(pid, data)
+            sockets = re.findall("host=([^&]*)", EmbeddedPostgres(data).url("x"))
+            assert [path for path in sockets if Path(path).exists()] == []
+
+    def test_second_server_on_the_directory_is_refused(self, tmp_path: Path) -> None:
+        """Clearly, naming the directory; the first one goes on."""
+        data = str(tmp_path / "data")
+        with server_process("", "--embedded", data) as process:
+            process.wait_for("serving")
+            result = command("serve", "--port", "0", "--embedded", data)
+            assert result.returncode != 0
+            assert data in result.stderr
+            assert "Traceback" not in result.stderr
+            create_session(process.address)
+
+
+def create_session(address: str) -> None:
+    """Create a session of tenant t."""
+    with grpc.insecure_channel(address) as channel:
+        chat_session_pb2_grpc.ChatSessionServiceStub(channel).CreateChatSession(
+            chat_session_pb2.CreateChatSessionRequest(), metadata=[("x-tenant-id", "t")], timeout=10
+        )
+
+
+def list_sessions(address: str) -> list[str]:
+    with grpc.insecure_channel(address) as channel:
+        page = chat_session_pb2_grpc.ChatSessionServiceStub(channel).ListChatSessions(
+            chat_session_pb2.ListChatSessionsRequest(), metadata=[("x-tenant-id", "t")], timeout=10
+        )
+    return [session.id for session in page.sessions]
+
+
+def is_running(pid: int, data: Path) -> bool:
+    """Whether this pid is still the PostgreSQL of a data directory that it was."""
+    try:
+        return os.fsencode(data) in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+class TestCrash:
+    async def test_process_does_not_outlive_its_server(
+        self, database: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A defect that ends gRPC's server ends the process, whose supervisor starts another."""
+
+        async def crash(_: object) -> None:
+            raise ArithmeticError
+
+        monkeypatch.setattr(aio_server._AioServer, "_reject_unknown_methods", crash)
+        settings = config.load(DATABASE_URL=database, port=0, drain_seconds=0)
+        with pytest.raises(ArithmeticError):
+            async with asyncio.timeout(20):
+                await run(settings, asyncio.Event(), lambda _: None)

@@ -1,0 +1,531 @@
+"""`serve --workers N`: several processes, one server to its callers and to its operator."""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import psycopg
+import pytest
+from conftest import Cluster
+from grpc import StatusCode
+from support.client import Api, an_id, refused
+from support.process import ServerProcess, server_process
+from test_server import command, create_session, is_running, list_sessions
+from test_watch import following
+
+from chat_ticket_svc import workers
+from chat_ticket_svc.embedded import EmbeddedPostgres
+
+ESTABLISHED = "01"
+ADDED_BY = "SELECT version FROM schema_migrations ORDER BY version DESC LIMIT 1"
+
+
+@contextlib.contextmanager
+def serving(database: str, *arguments: str, **settings: str) -> Iterator[tuple[Any, list[int]]]:
+    """A server of two workers that listen, and their process ids."""
+    settings = {"CHAT_TICKET_QUOTAS__TENANT_CALLS_PER_SECOND": "100000", **settings}
+    with server_process(database, "--workers", "2", *arguments, **settings) as process:
+        yield process, pids(process, 2)
+
+
+def pids(process: ServerProcess, count: int) -> list[int]:
+    """Of the first `count` workers that listened, as the log tells."""
+    return [line["pid"] for line in process.wait_for_all("listening", count)]
+
+
+def lives(pid: int) -> bool:
+    return Path(f"/proc/{pid}/cmdline").exists() and bool(cmdline(pid))
+
+
+def cmdline(pid: int) -> bytes:
+    """Nothing, of a process that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 15) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def connections(pid: int, port: int) -> int:
+    """How many of a process are connected to its port."""
+    inodes = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            inodes.add(str(entry.readlink()).removeprefix("socket:[").rstrip("]"))
+    count = 0
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            here = int(local.rpartition(":")[2], 16) == port
+            count += here and state == ESTABLISHED and inode in inodes
+    return count
+
+
+async def client_of(process: ServerProcess, pid: int, tenant: str) -> Api:
+    """A client whose connection is to this worker."""
+    port = process.wait_for("listening")["port"]
+    for _ in range(100):
+        before = connections(pid, port)
+        # Otherwise all clients of a process share one connection.
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        api = Api(process.address, tenant, options=options)
+        with contextlib.suppress(grpc.aio.AioRpcError):  # of one that has just been killed
+            await api.session()
+        if connections(pid, port) > before:
+            return api
+        await api.channel.close()
+    raise AssertionError(f"no connection to {pid}")
+
+
+class TestTwo:
+    async def test_both_answer_and_follow_each_other(self, database: str, tenant: str) -> None:
+        """What is written through one is delivered by the other at once, both ways.
+
+        The log says which is which. Neither is the process that was started.
+        """
+        with serving(database, CHAT_TICKET_WATCH_POLL_INTERVAL_SECONDS="600") as (process, both):
+            assert len({process.popen.pid, *both}) == 3
+            async with contextlib.AsyncExitStack() as stack:
+                apis = [
+                    await stack.enter_async_context(await client_of(process, pid, tenant))
+                    for pid in both
+                ]
+                for writer, reader in itertools.permutations(apis):
+                    session = await writer.session()
+                    async with following(reader, session.id) as follower:
+                        await follower.until("caught_up")
+                        message = await writer.message(session.id)
+                        event = await follower.next(timeout=5)
+                        assert list(event.messages_created.messages) == [message]
+
+    def test_parent_is_no_server(self, database: str) -> None:
+        """It has nothing of gRPC; and Ctrl-C reaches it alone, which drains its workers."""
+        with serving(database) as (process, both):
+            loaded = [
+                "cygrpc" in Path(f"/proc/{pid}/maps").read_text()
+                for pid in (process.popen.pid, *both)
+            ]
+            assert loaded == [False, True, True]
+            assert [os.getpgid(pid) for pid in both] == both
+
+    def test_every_log_line_names_its_process(self) -> None:
+        """In the one form of all lines, also what libraries say."""
+        with server_process("postgresql://nobody@127.0.0.1:1/none", "--workers", "2") as process:
+            both = pids(process, 2)
+            process.wait_for_all("not serving", 2)
+            assert process.stop() == 0
+        assert any(line.get("logger") == "psycopg.pool" for line in process.log)
+        assert all({"level", "timestamp", "pid"} <= line.keys() for line in process.log)
+        assert {line["pid"] for line in process.log} == set(both)
+
+    def test_one_is_the_process_that_was_started(self, database: str) -> None:
+        """Without workers there is no parent, and the log is as it was."""
+        with server_process(database, "--workers", "1") as process:
+            process.wait_for("serving")
+            pid = process.popen.pid
+            assert Path(f"/proc/{pid}/task/{pid}/children").read_text() == ""
+            assert process.stop() == 0
+        assert all("pid" not in line for line in process.log)
+
+    def test_worker_is_nothing_without_its_parent(self, database: str) -> None:
+        """One that is started by hand, or too late, does not serve."""
+        result = command("worker", "1", "0", DATABASE_URL=database)
+        assert result.returncode != 0
+        assert result.stderr == "the parent process has already ended\n"
+
+
+@contextlib.contextmanager
+def unable_to_spawn(process: ServerProcess) -> Iterator[None]:
+    """For want of file descriptors."""
+    pid, which = process.popen.pid, resource.RLIMIT_NOFILE
+    limits = resource.prlimit(pid, which)
+    resource.prlimit(pid, which, (3, limits[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, which, limits)
+
+
+class TestDeath:
+    async def test_killed_worker_is_replaced_and_calls_go_on(
+        self, database: str, tenant: str
+    ) -> None:
+        """Callers of the other one notice nothing; its own connect again."""
+        with serving(database) as (process, [killed, other]):
+            async with (
+                await client_of(process, killed, tenant) as unlucky,
+                await client_of(process, other, tenant) as lucky,
+            ):
+                session = await lucky.session()
+                os.kill(killed, signal.SIGKILL)
+                ended = await asyncio.to_thread(process.wait_for, "a worker ended")
+                assert (ended["worker"], ended["status"]) == (killed, 128 + signal.SIGKILL)
+                replacing = asyncio.create_task(asyncio.to_thread(pids, process, 3))
+                while not replacing.done():
+                    await lucky.message(session.id)
+                with contextlib.suppress(grpc.aio.AioRpcError):  # that the connection is gone
+                    await unlucky.message(session.id)
+                await unlucky.message(session.id)
+                *before, replacement = await replacing
+                assert replacement not in before
+                async with await client_of(process, replacement, tenant) as newest:
+                    await newest.message(session.id)
+                assert process.stop() == 0
+
+    def test_ended_worker_is_replaced(self, database: str) -> None:
+        """SIGTERM drains one alone: its successor has read what is read at start."""
+        with serving(database) as (process, [ended, _]):
+            os.kill(ended, signal.SIGTERM)
+            assert process.wait_for("a worker ended")["status"] == 0
+            assert pids(process, 3)[2] != ended
+
+    async def test_worker_that_cannot_start_is_tried_again_later_and_later(
+        self, fresh_database: str, tenant: str
+    ) -> None:
+        """What would have kept the server from starting does not end one that serves."""
+        with (
+            serving(fresh_database) as (process, [killed, other]),
+            psycopg.connect(fresh_database, autocommit=True) as connection,
+        ):
+            [version] = connection.execute(ADDED_BY).fetchone() or []
+            connection.execute("DELETE FROM schema_migrations WHERE version = %s", [version])
+            os.kill(killed, signal.SIGKILL)
+            async with await client_of(process, other, tenant) as api:
+                waited = asyncio.to_thread(process.wait_for_all, "a worker ended", 3)
+                ends = await waited
+                assert [line["next_in_seconds"] for line in ends] == [0.5, 1, 2]
+                assert [line["status"] for line in ends] == [128 + signal.SIGKILL, 1, 1]
+                await api.session()
+            connection.execute("INSERT INTO schema_migrations VALUES (%s)", [version])
+            assert pids(process, 3)[2] not in (killed, other)
+            assert process.stop() == 0
+
+    def test_replacement_waits_for_what_it_needs(self, database: str) -> None:
+        """A parent that cannot spawn tries again."""
+        with serving(database) as (process, [killed, other]):
+            with unable_to_spawn(process):
+                os.kill(killed, signal.SIGKILL)
+                assert process.wait_for_all("a worker ended", 3)[2]["error"] == "OSError"
+            assert pids(process, 3)[2] not in (killed, other)
+            assert lives(other)
+
+    def test_killed_parent_leaves_nothing(self, tmp_path: Path) -> None:
+        """No worker, no PostgreSQL, no taken port; what was acknowledged is there afterwards."""
+        data = tmp_path / "data"
+        arguments = ("--embedded", str(data))
+        with serving("", *arguments) as (process, both):
+            process.wait_for("serving")
+            port = process.wait_for("listening")["port"]
+            create_session(process.address)
+            postmaster = int((data / "postmaster.pid").read_text().split()[0])
+            process.stop(signal.SIGKILL)
+            wait_until(lambda: not any(map(lives, both)))
+            wait_until(lambda: not is_running(postmaster, data))
+        with serving("", *arguments, CHAT_TICKET_PORT=str(port)) as (process, _):
+            process.wait_for("serving")
+            assert len(list_sessions(process.address)) == 1
+
+
+class TestDrain:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    async def test_signal_drains_both(self, database: str, tenant: str, number: int) -> None:
+        """Followers are told to resume, calls under way are answered, the exit status is 0."""
+        with serving(database) as (process, both):
+            async with contextlib.AsyncExitStack() as stack:
+                apis = [
+                    await stack.enter_async_context(await client_of(process, pid, tenant))
+                    for pid in both
+                ]
+                session = await apis[0].session()
+                followers = [
+                    await stack.enter_async_context(following(api, session.id)) for api in apis
+                ]
+                for follower in followers:
+                    await follower.until("caught_up")
+                with psycopg.connect(database) as connection:
+                    connection.execute(
+                        "SELECT FROM chat_sessions WHERE id = %s FOR UPDATE", [session.id]
+                    )
+                    writing = [asyncio.create_task(api.message(session.id)) for api in apis]
+                    await asyncio.sleep(0.2)
+                    process.popen.send_signal(number)
+                    for follower in followers:
+                        with refused(StatusCode.UNAVAILABLE, "DRAINING"):
+                            await follower.next()
+                    assert process.popen.poll() is None, "the parent waits for its workers"
+                assert sorted([(await written).sequence for written in writing]) == [1, 2]
+            assert await asyncio.to_thread(process.stop) == 0
+            assert not any(map(lives, both))
+
+    async def test_load_loses_nothing(self, database: str, tenant: str) -> None:
+        """Every call under load is answered or told to come again; what was answered is stored."""
+        answered: list[str] = []
+        with serving(database) as (process, both):
+            async with contextlib.AsyncExitStack() as stack:
+                apis = [
+                    await stack.enter_async_context(await client_of(process, pid, tenant))
+                    for pid in both * 2
+                ]
+                session_ids = [(await apis[0].session()).id for _ in range(16)]
+
+                async def write(api: Api, session_id: str) -> StatusCode:
+                    while True:
+                        message_id = an_id()
+                        try:
+                            await api.message(session_id, id=message_id)
+                        except grpc.aio.AioRpcError as error:
+                            return error.code()
+                        answered.append(message_id)
+
+                writing = [
+                    asyncio.create_task(write(api, session_id))
+                    for api, session_id in zip(itertools.cycle(apis), session_ids, strict=False)
+                ]
+                await asyncio.sleep(1)
+                process.popen.send_signal(signal.SIGTERM)
+                assert set(await asyncio.gather(*writing)) == {StatusCode.UNAVAILABLE}
+            assert await asyncio.to_thread(process.stop) == 0
+        assert not any(line["event"] == "a worker ended" for line in process.log)
+        with psycopg.connect(database) as connection:
+            rows = connection.execute(
+                "SELECT id::text FROM chat_messages WHERE tenant_id = %s", [tenant]
+            )
+            stored = {message_id for (message_id,) in rows}
+        assert answered
+        assert set(answered) <= stored
+
+    def test_embedded_postgres_ends_last(self, tmp_path: Path) -> None:
+        """No worker loses its database while it drains; nothing stays behind."""
+        data = tmp_path / "data"
+        with serving("", "--embedded", str(data)) as (process, both):
+            assert "ListChatSessions" in process.printed()
+            process.wait_for_all("serving", 2)
+            create_session(process.address)
+            postmaster = int((data / "postmaster.pid").read_text().split()[0])
+            assert process.stop() == 0
+            assert not any(map(lives, both))
+            assert not is_running(postmaster, data)
+        events = [line["event"] for line in process.log if line["event"] != "finished call"]
+        assert events[-2:] == ["draining", "draining"]
+
+    @pytest.mark.parametrize("event", ["", "listening", "a worker ended"])
+    def test_signal_while_workers_start(self, tmp_path: Path, event: str) -> None:
+        """Those that have only begun end too."""
+        data = tmp_path / "data"
+        with server_process("", "--workers", "2", "--embedded", str(data)) as process:
+            wait_until(lambda: (data / "postmaster.pid").exists(), 30)
+            if event == "a worker ended":
+                os.kill(pids(process, 2)[0], signal.SIGKILL)
+            children = Path(f"/proc/{process.popen.pid}/task/{process.popen.pid}/children")
+            if event:
+                process.wait_for(event)
+            else:
+                wait_until(lambda: b"worker" in b"".join(cmdline(pid) for pid in of(children)), 30)
+            started = of(children)
+            assert process.stop() == 0
+            assert not any(map(lives, started))
+            sockets = re.findall("host=([^&]*)", EmbeddedPostgres(data).url("x"))
+            assert [path for path in sockets if Path(path).exists()] == []
+
+    async def test_worker_that_began_when_signals_were_ignored(self, database: str) -> None:
+        """Spawned between the signal and the drain, it ignores the first call to end."""
+        with workers.reserve_port("127.0.0.1", 0) as port:
+            environment = {"CHAT_TICKET_PORT": str(port), "CHAT_TICKET_WORKERS": "2"}
+            stop = asyncio.Event()
+            parent = workers.Supervisor(
+                2, {**os.environ, "DATABASE_URL": database, **environment}, stop
+            )
+            handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            try:
+                running = asyncio.create_task(parent.run(lambda: None))
+                children = Path(f"/proc/self/task/{os.getpid()}/children")
+                while not any(b"worker" in cmdline(pid).split(b"\0") for pid in of(children)):
+                    await asyncio.sleep(0.01)
+            finally:
+                signal.signal(signal.SIGTERM, handler)
+            stop.set()
+            async with asyncio.timeout(30):
+                assert await running == 0
+
+
+def of(children: Path) -> list[int]:
+    return [int(pid) for pid in children.read_text().split()]
+
+
+class TestRefusal:
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"CHAT_TICKET_POOL_SIZE": "0"},
+            {"CHAT_TICKET_ATTACHMENT_URL_ALLOWED_HOSTS": "a b"},
+            {"CHAT_TICKET_HOST": "192.0.2.1", "CHAT_TICKET_ALLOW_INSECURE": "1"},
+            {
+                "CHAT_TICKET_AUTH": "jwt",
+                "CHAT_TICKET_JWKS": "/nowhere/CANARY",
+                "CHAT_TICKET_JWT_ISSUER": "i",
+                "CHAT_TICKET_JWT_AUDIENCE": "a",
+            },
+        ],
+        ids=lambda wrong: " ".join(wrong),
+    )
+    def test_wrong_setting_is_said_once(self, database: str, wrong: dict[str, str]) -> None:
+        """With the words and the exit status of one process."""
+        environment = {"DATABASE_URL": database, "CHAT_TICKET_PORT": "0", **wrong}
+        one, two = (
+            command("serve", CHAT_TICKET_WORKERS=workers, **environment) for workers in "12"
+        )
+        assert one.returncode == two.returncode == 1
+        assert said(one) == said(two)
+        assert "chat-ticket-svc: " in two.stderr
+
+    def test_stale_schema_is_said_once(self, cluster: Cluster) -> None:
+        """As of one process, by the worker that goes ahead."""
+        empty = cluster.create("template1")
+        try:
+            one, two = (
+                command("serve", "--port", "0", "--workers", n, DATABASE_URL=empty) for n in "12"
+            )
+        finally:
+            cluster.drop(empty)
+        assert one.returncode == two.returncode == 1
+        assert one.stderr == two.stderr
+        assert two.stderr.count("make migrate") == 1
+
+    @pytest.mark.parametrize("number", ["0", "-1", "129", "x"])
+    def test_number_of_workers_is_checked(self, database: str, number: str) -> None:
+        """Like every other setting."""
+        result = command("serve", DATABASE_URL=database, CHAT_TICKET_WORKERS=number)
+        assert result.returncode == 1
+        assert result.stderr.startswith("chat-ticket-svc: CHAT_TICKET_WORKERS: ")
+
+    def test_worker_killed_at_start_is_told(self, database: str) -> None:
+        """The one that goes ahead cannot say why it ended."""
+        with server_process(database, "--workers", "2") as process:
+            children = Path(f"/proc/{process.popen.pid}/task/{process.popen.pid}/children")
+            wait_until(lambda: of(children))
+            os.kill(of(children)[0], signal.SIGKILL)
+            assert process.popen.wait(timeout=30) == 128 + signal.SIGKILL
+            assert process.wait_for("a worker ended")["status"] == 128 + signal.SIGKILL
+
+
+def said(result: subprocess.CompletedProcess[str]) -> list[str]:
+    """What is no log line, be it ours or gRPC's."""
+    return [line for line in result.stderr.splitlines() if not re.match(r"{|E\d{4} ", line)]
+
+
+class TestPort:
+    @pytest.mark.parametrize(("first", "second"), ["12", "21", "22"])
+    def test_second_server_is_refused(self, database: str, first: str, second: str) -> None:
+        """However many workers either has."""
+        with server_process(database, CHAT_TICKET_WORKERS=first) as process:
+            port = str(process.wait_for("listening")["port"])
+            result = command("serve", "--port", port, "--workers", second, DATABASE_URL=database)
+        assert result.returncode == 1
+        assert said(result) == [
+            f"chat-ticket-svc: cannot listen on 127.0.0.1:{port}: "
+            "is the port taken, or the address of another machine?"
+        ]
+
+    def test_port_is_kept_while_no_worker_listens(self, database: str) -> None:
+        """Neither one server nor another parent takes it from the replacements."""
+        with serving(database) as (process, both):
+            port = str(process.wait_for("listening")["port"])
+            with unable_to_spawn(process):
+                for pid in both:
+                    os.kill(pid, signal.SIGKILL)
+                process.wait_for_all("a worker ended", 2)
+                for number in "12":
+                    result = command(
+                        "serve", "--port", port, DATABASE_URL=database, CHAT_TICKET_WORKERS=number
+                    )
+                    assert result.returncode == 1
+                    assert "is the port taken" in result.stderr
+            assert len(set(pids(process, 4))) == 4
+
+    @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "::"])
+    def test_reservation_is_for_those_that_share(self, host: str) -> None:
+        """It takes none of their connections, and keeps out all others."""
+        with workers.reserve_port(host, 0) as port:
+            with pytest.raises(workers.PortTakenError), workers.reserve_port(host, port):
+                pass
+            for reuse in (0, 1):
+                with socket.socket() as other:
+                    other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+                    with pytest.raises(OSError):
+                        other.bind(("127.0.0.1", port))
+            share = (socket.SO_REUSEADDR, socket.SO_REUSEPORT)  # as gRPC does
+            listeners = [listener(*share, port=port) for _ in range(2)]
+            taken = [0, 0]
+
+            def accept(number: int) -> None:
+                with contextlib.suppress(OSError):
+                    while True:
+                        listeners[number].accept()[0].close()
+                        taken[number] += 1
+
+            threads = [threading.Thread(target=accept, args=[n]) for n in range(2)]
+            for thread in threads:
+                thread.start()
+            for _ in range(200):
+                with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+                    assert client.recv(1) == b""
+            for each, thread in zip(listeners, threads, strict=True):
+                each.shutdown(socket.SHUT_RDWR)
+                thread.join()
+                each.close()
+            assert sum(taken) == 200
+            assert min(taken) > 0
+        # The connections that the listeners closed are still there.
+        with socket.socket() as other, pytest.raises(OSError):
+            other.bind(("127.0.0.1", port))
+        with (
+            workers.reserve_port(host, port),
+            pytest.raises(workers.PortTakenError),
+            workers.reserve_port(host, port),
+        ):
+            pass
+
+    def test_two_that_start_together(self, database: str) -> None:
+        """One has the port, though neither listens yet, nor does what an earlier one left count."""
+        with listener(socket.SO_REUSEADDR) as earlier:
+            port = earlier.getsockname()[1]
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                earlier.accept()[0].close()
+                assert client.recv(1) == b""
+        with socket.socket() as other, pytest.raises(OSError):
+            other.bind(("127.0.0.1", port))
+        settings = {"CHAT_TICKET_PORT": str(port), "CHAT_TICKET_WORKERS": "2"}
+        with server_process(database, **settings) as a, server_process(database, **settings) as b:
+            wait_until(lambda: a.popen.poll() is not None or b.popen.poll() is not None, 30)
+            late, other = (a, b) if a.popen.poll() is not None else (b, a)
+            pids(other, 2)
+            assert other.popen.poll() is None
+            assert late.stop() == 1
+            assert "is the port taken" in late.output
+
+
+def listener(*options: int, port: int = 0) -> socket.socket:
+    listening = socket.socket()
+    for option in options:
+        listening.setsockopt(socket.SOL_SOCKET, option, 1)
+    listening.bind(("127.0.0.1", port))
+    listening.listen(256)
+    return listening

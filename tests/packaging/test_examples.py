@@ -1,0 +1,170 @@
+"""The examples, and what the README shows of Python, against a running service."""
+
+import asyncio
+import contextlib
+import json
+import random
+import re
+import shutil
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from chat_ticket_svc.server import Server
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+NODE = ROOT / "tests" / "support" / "node"
+
+SHOWN = [
+    "created a session",
+    "1 USER: Where is my order?",
+    "2 ASSISTANT: On its way.",
+    "opened the ticket 'Where is my order?'",
+    "refused: INVALID_ARGUMENT: message.content: required; "
+    "message.metadata_json: not a JSON object",
+    "  message.content: required",
+    "  message.metadata_json: not a JSON object",
+    "refused: SESSION_HAS_ACTIVE_TICKET: the session's ticket is open or pending",
+    "resolved",
+]
+FOLLOWED_MESSAGES = [
+    "message 1: Where is my order?",
+    "message 2: On its way.",
+    "message 3: Since a month. Let me talk to you!",
+]
+FOLLOWED_SESSION = [
+    "CHAT_SESSION_STATUS_ACTIVE, has ticket: false",
+    "CHAT_SESSION_STATUS_ACTIVE, has ticket: true",
+    "CHAT_SESSION_STATUS_RESOLVED, has ticket: true",
+]
+CUTS = 12
+
+
+@pytest.fixture(params=["python", "node"])
+def example(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
+    """The command of an example."""
+    if request.param == "python":
+        return [sys.executable, str(EXAMPLES / "python" / "support_chat.py")]
+    # As it is in the repository, with the packages that the other tests of Node have installed.
+    node = request.getfixturevalue("node")
+    directory = tmp_path / "examples" / "node"
+    shutil.copytree(EXAMPLES / "node", directory, ignore=shutil.ignore_patterns("node_modules"))
+    (directory / "node_modules").symlink_to(NODE / "node_modules")
+    (tmp_path / "protos").symlink_to(ROOT / "protos")
+    return [node, str(directory / "support_chat.mjs")]
+
+
+async def run(*command: str) -> str:
+    """What a program prints, which succeeds."""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
+    try:
+        async with asyncio.timeout(60):
+            output, errors = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode == 0, (output + errors).decode()
+    # The client warns of connections that break again and again.
+    lines = errors.decode().splitlines()
+    assert all(line.startswith("watch of session") for line in lines), lines
+    return output.decode()
+
+
+def parted(output: str) -> tuple[list[str], list[str]]:
+    """What an example says of itself, and what it is told by following."""
+    lines, mark = output.splitlines(), "  [follow] "
+    followed = [
+        re.sub("True|False", lambda word: word[0].lower(), line.removeprefix(mark))
+        for line in lines
+        if line.startswith(mark)
+    ]
+    return [line for line in lines if not line.startswith(mark)], followed
+
+
+@contextlib.asynccontextmanager
+async def cutting(port: int) -> AsyncIterator[int]:
+    """The port of a proxy that cuts its first connections, each instead of passing an answer on."""
+    chance, connections = random.Random(7), 0
+    links: set[asyncio.Task[None]] = set()
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most: int) -> None:
+        while most and (data := await reader.read(65536)):
+            most -= 1
+            if most:
+                writer.write(data)
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        links.add(asyncio.current_task())  # type: ignore[arg-type]
+        most = chance.randint(3, 8) if connections <= CUTS else sys.maxsize
+        upstream_reader, upstream = await asyncio.open_connection("127.0.0.1", port)
+        pumps = [
+            asyncio.create_task(pump(reader, upstream, sys.maxsize)),
+            asyncio.create_task(pump(upstream_reader, writer, most)),
+        ]
+        try:
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in pumps:
+                task.cancel()
+            upstream.transport.abort()
+            writer.transport.abort()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+    proxy = await asyncio.start_server(connected, "127.0.0.1", 0)
+    try:
+        yield proxy.sockets[0].getsockname()[1]
+    finally:
+        proxy.close()
+        for link in links:
+            link.cancel()
+        await asyncio.gather(*links, return_exceptions=True)
+    assert connections > 3, "too few to mean anything"
+
+
+async def test_example_shows_what_it_does(server: Server, example: list[str]) -> None:
+    """And is told the same by following."""
+    shown, followed = parted(await run(*example, f"localhost:{server.port}"))
+    assert shown == SHOWN
+    assert [line for line in followed if line.startswith("message")] == FOLLOWED_MESSAGES
+    states = [line for line in followed if line.startswith("CHAT")]
+    # It begins to follow at some time, and states that pass quickly may coalesce.
+    assert states == [state for state in FOLLOWED_SESSION if state in states]
+    assert states[-1] == FOLLOWED_SESSION[-1]
+
+
+async def test_example_does_the_same_over_a_bad_network(server: Server, example: list[str]) -> None:
+    """Everything once, however often the connection breaks: this is what it is to teach."""
+    async with cutting(server.port) as port:
+        shown, followed = parted(await run(*example, f"localhost:{port}"))
+    assert shown == SHOWN
+    assert [line for line in followed if line.startswith("message")] == FOLLOWED_MESSAGES
+    assert FOLLOWED_SESSION[-1] in followed
+
+
+def test_example_of_node_is_locked_as_the_tests_are() -> None:
+    """The same packages, byte for byte."""
+    ours, theirs = (
+        json.loads((directory / "package-lock.json").read_text())["packages"]
+        for directory in (NODE, EXAMPLES / "node")
+    )
+    package = json.loads((EXAMPLES / "node" / "package.json").read_text())
+    assert theirs.pop("")["dependencies"] == package["dependencies"]
+    ours.pop("")
+    assert ours == theirs
+
+
+async def test_readme_shows_python_that_runs(server: Server) -> None:
+    """As pasted, but for the address."""
+    text = (ROOT / "README.md").read_text()
+    [program] = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    program = program.replace("localhost:50051", f"localhost:{server.port}")
+    output = await run(sys.executable, "-W", "error", "-c", program)
+    assert 'content: "Hello!"' in output
+    assert "caught_up" in output
+    assert "INVALID_ARGUMENT INVALID_ARGUMENT (Violation(field='message" in output

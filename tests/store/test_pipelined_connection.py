@@ -1,0 +1,144 @@
+"""The connection that quick statements share, when it breaks at an inconvenient moment."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import psycopg
+import psycopg_pool
+import pytest
+import pytest_asyncio
+from psycopg import errors as pg_errors
+
+from chat_ticket_svc.store import pipelined_connection
+
+SQL = "SELECT %(number)s::bigint"
+
+Pool = psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]
+
+
+@pytest_asyncio.fixture
+async def pool(database: str) -> AsyncIterator[Pool]:
+    async with psycopg_pool.AsyncConnectionPool(
+        database, kwargs={"autocommit": True}, min_size=2, max_size=4, timeout=5, open=False
+    ) as pool:
+        await pool.wait()
+        yield pool
+
+
+@pytest_asyncio.fixture
+async def shared(pool: Pool) -> AsyncIterator[pipelined_connection.PipelinedConnection]:
+    shared = pipelined_connection.PipelinedConnection(
+        pool, prepare_statements=True, lifetime_seconds=60
+    )
+    yield shared
+    await shared.close()
+
+
+@pytest.fixture
+def returned(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Which connections were given back to the pool so far."""
+    put, returned = pool.putconn, list[int]()
+
+    async def putconn(connection: Any) -> None:
+        returned.append(id(connection))
+        await put(connection)
+
+    monkeypatch.setattr(pool, "putconn", putconn)
+    return returned
+
+
+async def end(database: str, connection: psycopg.AsyncConnection[Any]) -> None:
+    """As an administrator ends it."""
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
+        await admin.execute("SELECT pg_terminate_backend(%s, 5000)", [connection.info.backend_pid])
+
+
+async def eventually(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def broken_once(monkeypatch: pytest.MonkeyPatch, breaks: Callable[[Any], Awaitable[None]]) -> None:
+    """Has the first connection that is taken break before those who waited have their turn."""
+    start, first = pipelined_connection.PipelinedConnection._start_session, True
+
+    async def start_session(self: Any) -> None:
+        nonlocal first
+        await start(self)
+        if first:
+            first = False
+            await breaks(self._session)
+
+    monkeypatch.setattr(pipelined_connection.PipelinedConnection, "_start_session", start_session)
+
+
+async def test_broken_before_its_first_statement(
+    database: str,
+    shared: pipelined_connection.PipelinedConnection,
+    returned: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those who waited take another one; the broken one is given back once."""
+
+    async def breaks(session: Any) -> None:
+        await end(database, session._connection)
+        await eventually(lambda: session.is_ended)
+
+    broken_once(monkeypatch, breaks)
+    found = await asyncio.gather(*(shared.fetch(SQL, {"number": n}) for n in range(3)))
+    assert found == [[(0,)], [(1,)], [(2,)]]
+    await eventually(lambda: returned)
+    assert len(returned) == len(set(returned)) == 1
+
+
+async def test_broken_one_leaves_others_alone(
+    database: str, shared: pipelined_connection.PipelinedConnection
+) -> None:
+    """Its socket's number may be another connection's at once, which is still listened to."""
+    assert await shared.fetch(SQL, {"number": 1}) == [(1,)]
+    broken = shared._session
+    assert broken is not None
+    await end(database, broken._connection)
+    await eventually(lambda: broken.is_ended)
+    assert await shared.fetch(SQL, {"number": 2}) == [(2,)]
+    present = shared._session
+    assert present is not None
+    broken._socket = present._socket
+    broken._fail_all(None)  # again, as when a statement is sent on it
+    broken.end()
+    async with asyncio.timeout(5):
+        assert await shared.fetch(SQL, {"number": 3}) == [(3,)]
+
+
+async def test_connection_that_was_lost_in_the_pool(
+    pool: Pool, shared: pipelined_connection.PipelinedConnection, returned: list[int]
+) -> None:
+    """Is given back, and the call may be made again."""
+    lost = [await pool.getconn() for _ in range(2)]
+    for connection in lost:
+        await pool.putconn(connection)
+        connection.pgconn.finish()  # behind the pool's back
+    returned.clear()
+    with pytest.raises(pg_errors.ConnectionFailure):
+        await shared.fetch(SQL, {"number": 1})
+    await eventually(lambda: returned)
+    await pool.check()
+    assert await shared.fetch(SQL, {"number": 1}) == [(1,)]
+
+
+async def test_error_that_comes_with_what_is_to_be_read(
+    database: str, shared: pipelined_connection.PipelinedConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop may tell of both at once, and then never again: the call ends all the same."""
+    assert await shared.fetch(SQL, {"number": 1}) == [(1,)]
+    session = shared._session
+    assert session is not None
+    waiting = asyncio.create_task(shared.fetch("SELECT pg_sleep(%(number)s)::text", {"number": 60}))
+    await eventually(lambda: session._in_flight)
+    asyncio.get_running_loop().remove_reader(session._socket)
+    await end(database, session._connection)
+    async with asyncio.timeout(5):
+        with pytest.raises(pg_errors.ConnectionFailure):
+            await waiting

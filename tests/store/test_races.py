@@ -1,0 +1,263 @@
+"""Calls that race: whatever the order, the rules hold and nobody's write is lost.
+
+Each round starts its calls together on connections of their own. Afterwards the database itself
+is asked whether the invariants hold.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import grpc.aio
+import psycopg
+import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
+from grpc import StatusCode
+from support.client import Api, an_id
+from test_messages import delete, said, set_metadata
+from test_sessions import ARCHIVED, set_status
+from test_tickets import CLOSED, OPEN, unlink
+
+from chat_ticket.v1 import resources_pb2 as r
+from chat_ticket.v1.chat_message_pb2 import BatchCreateChatMessagesRequest
+from chat_ticket.v1.chat_session_pb2 import DeleteChatSessionRequest
+from chat_ticket.v1.chat_ticket_pb2 import DeleteTicketRequest, UpdateTicketRequest
+
+ROUNDS = 30
+
+# What an operation may be told when it loses.
+LOST = {
+    StatusCode.NOT_FOUND,
+    StatusCode.FAILED_PRECONDITION,
+    StatusCode.ALREADY_EXISTS,
+    StatusCode.ABORTED,
+}
+
+INVARIANTS = {
+    "has_ticket is true exactly while linked": """
+        SELECT count(*) FROM chat_sessions s
+         WHERE tenant_id = %(tenant)s AND has_ticket <> EXISTS (
+             SELECT FROM chat_tickets ct WHERE ct.tenant_id = s.tenant_id AND ct.session_id = s.id)
+    """,
+    "sequences are a part of the revisions": """
+        SELECT count(*) FROM chat_messages m
+          JOIN chat_sessions s ON s.tenant_id = m.tenant_id AND s.id = m.session_id
+         WHERE m.tenant_id = %(tenant)s AND NOT m.revision BETWEEN m.sequence AND s.revision
+    """,
+    "no revision is used twice": """
+        SELECT count(*) FROM (
+            SELECT session_id, revision FROM (
+                SELECT session_id, sequence AS revision FROM chat_messages
+                 WHERE tenant_id = %(tenant)s
+                UNION ALL
+                SELECT session_id, revision FROM chat_messages
+                 WHERE tenant_id = %(tenant)s AND revision > sequence
+                UNION ALL
+                SELECT session_id, revision FROM chat_message_tombstones
+                 WHERE tenant_id = %(tenant)s) AS used
+             GROUP BY session_id, revision HAVING count(*) > 1) AS twice
+    """,
+    "time follows the sequence": """
+        SELECT count(*) FROM (
+            SELECT created_at <= lag(created_at)
+                       OVER (PARTITION BY session_id ORDER BY sequence) AS backwards
+              FROM chat_messages WHERE tenant_id = %(tenant)s) AS pairs
+         WHERE backwards
+    """,
+    "no id is both alive and buried": """
+        SELECT count(*) FROM chat_messages m
+          JOIN chat_message_tombstones t ON t.tenant_id = m.tenant_id AND t.message_id = m.id
+         WHERE m.tenant_id = %(tenant)s
+    """,
+}
+
+
+@pytest.fixture
+async def callers(server: Any, tenant: str) -> AsyncIterator[list[Api]]:
+    """Clients with a connection each."""
+    async with AsyncExitStack() as stack:
+        yield [
+            await stack.enter_async_context(Api(f"127.0.0.1:{server.port}", tenant))
+            for _ in range(4)
+        ]
+
+
+async def race(*operations: Callable[[], Awaitable[Any]]) -> list[StatusCode]:
+    """Start all at once; returns what each was told. Only losing is allowed, not failing."""
+    barrier = asyncio.Barrier(len(operations))
+
+    async def run(operation: Callable[[], Awaitable[Any]]) -> StatusCode:
+        await barrier.wait()
+        try:
+            await operation()
+        except grpc.aio.AioRpcError as error:
+            assert error.code() in LOST, error
+            return error.code()
+        return StatusCode.OK
+
+    return await asyncio.gather(*(run(operation) for operation in operations))
+
+
+def assert_invariants(database: str, tenant: str) -> None:
+    with psycopg.connect(database) as connection:
+        for name, sql in INVARIANTS.items():
+            row = connection.execute(sql, {"tenant": tenant}).fetchone()  # type: ignore[call-overload]
+            assert row == (0,), name
+
+
+async def delete_session(api: Api, session_id: str) -> None:
+    await api.sessions.DeleteChatSession(DeleteChatSessionRequest(session_id=session_id))
+
+
+async def set_ticket(api: Api, ticket_id: str, status: int) -> None:
+    request = UpdateTicketRequest(
+        ticket=r.Ticket(id=ticket_id, status=status), update_mask=FieldMask(paths=["status"])
+    )
+    await api.tickets.UpdateTicket(request)
+
+
+async def exists(api: Api, session_id: str) -> bool:
+    from test_sessions import get
+
+    try:
+        await get(api, session_id)
+    except grpc.aio.AioRpcError as error:
+        assert error.code() is StatusCode.NOT_FOUND
+        return False
+    return True
+
+
+async def test_escalate_archive_delete_append(callers: list[Api], database: str) -> None:
+    """The four together: an escalation that was acknowledged keeps its session."""
+    one, two, three, four = callers
+    seen = set()
+    for _ in range(ROUNDS):
+        session_id = (await one.session()).id
+        link, archive, drop, append = await race(
+            lambda: one.escalate(session_id),
+            lambda: set_status(two, session_id, ARCHIVED),
+            lambda: delete_session(three, session_id),
+            lambda: four.message(session_id),
+        )
+        assert (link, drop) != (StatusCode.OK, StatusCode.OK), "a committed ticket was destroyed"
+        assert await exists(one, session_id) == (drop is not StatusCode.OK)
+        seen.add((link, archive, drop, append))
+    assert len(seen) > 1, "the calls never raced"
+    assert_invariants(database, one.tenant)
+
+
+async def test_escalate_against_archive(callers: list[Api], database: str) -> None:
+    """Never linked after archiving: either the ticket came first, or it is refused."""
+    one, two, *_ = callers
+    for _ in range(ROUNDS):
+        session_id = (await one.session()).id
+        link, archive = await race(
+            lambda: one.escalate(session_id),
+            lambda: set_status(two, session_id, ARCHIVED),
+        )
+        assert archive is StatusCode.OK
+        assert link in (StatusCode.OK, StatusCode.FAILED_PRECONDITION)
+        with psycopg.connect(database) as connection:
+            rows = connection.execute(
+                "SELECT ct.created_at < s.updated_at FROM chat_sessions s"
+                " JOIN chat_tickets ct ON ct.tenant_id = s.tenant_id AND ct.session_id = s.id"
+                " WHERE s.tenant_id = %s AND s.id = %s",
+                [one.tenant, session_id],
+            ).fetchall()
+        assert rows == ([(True,)] if link is StatusCode.OK else [])
+    assert_invariants(database, one.tenant)
+
+
+async def test_two_escalations_of_one_session(callers: list[Api], database: str) -> None:
+    """One wins; no ticket of the others is left behind."""
+    for _ in range(ROUNDS):
+        session_id = (await callers[0].session()).id
+        codes = await race(*(lambda api=api: api.escalate(session_id) for api in callers))
+        assert sorted(code.name for code in codes) == ["ALREADY_EXISTS"] * 3 + ["OK"]
+    with psycopg.connect(database) as connection:
+        row = connection.execute(
+            "SELECT (SELECT count(*) FROM tickets WHERE tenant_id = %(t)s),"
+            " (SELECT count(*) FROM chat_tickets WHERE tenant_id = %(t)s)",
+            {"t": callers[0].tenant},
+        ).fetchone()
+    assert row == (ROUNDS, ROUNDS)
+    assert_invariants(database, callers[0].tenant)
+
+
+async def test_delete_against_reopened_ticket(callers: list[Api]) -> None:
+    """A ticket that is opened while its session is being deleted keeps it, or comes too late."""
+    one, two, *_ = callers
+    for _ in range(ROUNDS):
+        session_id = (await one.session()).id
+        link = await one.escalate(session_id)
+        await set_ticket(one, link.ticket_id, CLOSED)
+        drop, reopen = await race(
+            lambda: delete_session(one, session_id),
+            lambda: set_ticket(two, link.ticket_id, OPEN),
+        )
+        assert reopen is StatusCode.OK
+        assert drop in (StatusCode.OK, StatusCode.FAILED_PRECONDITION)
+        assert await exists(one, session_id) == (drop is StatusCode.FAILED_PRECONDITION)
+
+
+async def test_unlink_against_delete(callers: list[Api], database: str) -> None:
+    """Unlinking, deleting the ticket and deleting the session: no deadlock reaches a caller."""
+    one, two, three, _ = callers
+    for _ in range(ROUNDS):
+        session_id = (await one.session()).id
+        link = await one.escalate(session_id)
+        codes = await race(
+            lambda: unlink(one, link.id),
+            lambda: delete_session(two, session_id),
+            lambda: three.tickets.DeleteTicket(DeleteTicketRequest(ticket_id=link.ticket_id)),
+        )
+        assert StatusCode.ABORTED not in codes
+        assert codes[0] is StatusCode.OK
+    assert_invariants(database, one.tenant)
+
+
+async def test_everything_on_one_session(callers: list[Api], database: str) -> None:
+    """Appends, batches, metadata, deletes and files of many callers: exact, in any order."""
+    one = callers[0]
+    session_id = (await one.session()).id
+
+    async def work(api: Api, round_: int) -> None:
+        message = await api.message(session_id, f"{round_}")
+        request = BatchCreateChatMessagesRequest(session_id=session_id, messages=[said("a")] * 3)
+        await asyncio.gather(
+            set_metadata(api, message.id, '{"a": 1}'),
+            api.attachment(message.id),
+            api.messages.BatchCreateChatMessages(request),
+            return_exceptions=False,
+        )
+        if round_ % 2:
+            await delete(api, message.id)
+
+    for round_ in range(10):
+        await asyncio.gather(*(work(api, round_) for api in callers))
+    from test_sessions import get
+
+    # 1 message, 3 of the batch, metadata, a file: 6 changes; and every other round a deletion.
+    assert (await get(one, session_id)).revision == 4 * (10 * 6 + 5)
+    assert_invariants(database, one.tenant)
+
+
+async def test_create_against_delete_of_the_same_message(callers: list[Api], database: str) -> None:
+    """A late repeat of a create never brings a deleted message back, here or elsewhere."""
+    one, two, three, _ = callers
+    here, elsewhere = (await one.session()).id, (await one.session()).id
+    for _ in range(ROUNDS):
+        message_id = an_id()
+        await one.message(here, id=message_id)
+        await race(
+            lambda: delete(one, message_id),
+            lambda: two.message(here, id=message_id),
+            lambda: three.message(elsewhere, id=message_id),
+        )
+    assert_invariants(database, one.tenant)
+    with psycopg.connect(database) as connection:
+        row = connection.execute(
+            "SELECT count(*) FROM chat_messages WHERE tenant_id = %s", [one.tenant]
+        ).fetchone()
+    assert row == (0,), "every message was deleted, and stays so"

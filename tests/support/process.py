@@ -1,0 +1,138 @@
+"""The service as its operator runs it: a process of its own."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from support import pooler
+
+START_SECONDS = 30
+
+
+class ServerProcess:
+    """A running `chat-ticket-svc serve` and what it logged so far."""
+
+    def __init__(
+        self,
+        *arguments: str,
+        environment: dict[str, str],
+        module: str = "chat_ticket_svc",
+        command: Sequence[str] = (),
+        directory: Path | None = None,
+    ):
+        """`command` is run instead of the module of this environment."""
+        self.log: list[dict[str, Any]] = []
+        self.output = ""  # both streams, as they came
+        self._logged = threading.Condition()
+        self.popen = subprocess.Popen(
+            [*(command or (sys.executable, "-m", module, "serve")), *arguments],
+            cwd=directory,
+            env={**os.environ, "CHAT_TICKET_LOG_FORMAT": "json", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            with self._logged:
+                self.output += line
+                try:
+                    self.log.append(json.loads(line))
+                except ValueError:
+                    self.log.append({"event": line.rstrip("\n")})
+                self._logged.notify_all()
+
+    def wait_for(self, event: str, timeout: float = START_SECONDS) -> dict[str, Any]:
+        """The first log line with this event, which has come or will come."""
+
+        return self.wait_for_all(event, 1, timeout)[0]
+
+    def wait_for_all(
+        self, event: str, count: int, timeout: float = START_SECONDS
+    ) -> list[dict[str, Any]]:
+        """The first `count` log lines with this event, which have come or will come."""
+
+        def found() -> list[dict[str, Any]]:
+            return [line for line in self.log if line["event"] == event][:count]
+
+        def settled() -> bool:
+            return len(found()) == count or self.popen.poll() is not None
+
+        with self._logged:
+            self._logged.wait_for(settled, timeout)
+            lines = found()
+        assert len(lines) == count, f"not {count} of {event!r} in the log: {self.log}"
+        return lines
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.wait_for('listening')['port']}"
+
+    def printed(self, timeout: float = START_SECONDS) -> str:
+        """The first line that is not of the log, which has come or will come."""
+
+        def found() -> str | None:
+            return next((line["event"] for line in self.log if "level" not in line), None)
+
+        with self._logged:
+            line = self._logged.wait_for(found, timeout)
+        assert line, f"nothing but the log: {self.log}"
+        return line
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal, and return the exit status."""
+        if self.popen.poll() is None:
+            self.popen.send_signal(number)
+        status = self.popen.wait(timeout=30)
+        self._reader.join(timeout=5)
+        assert self.popen.stdout is not None
+        self.popen.stdout.close()
+        return status
+
+
+@contextmanager
+def server_process(database_url: str = "", *arguments: str, **settings: str) -> Iterator[Any]:
+    """A server process on a free port; `settings` are environment variables."""
+    environment = {**pooler.environment(database_url), "CHAT_TICKET_PORT": "0", **settings}
+    process = ServerProcess(*arguments, environment=environment)
+    try:
+        yield process
+    finally:
+        if process.popen.poll() is None:
+            process.popen.kill()
+        process.stop()
+
+
+class Finished(NamedTuple):
+    """A command that has come to its end."""
+
+    status: int
+    output: str
+    errors: str
+
+
+async def command(*arguments: str, **environment: str) -> Finished:
+    """Run `chat-ticket-svc` with these arguments, to its end."""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "chat_ticket_svc", *arguments),
+        env={**os.environ, **environment},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+    )
+    output, errors = await process.communicate()
+    assert process.returncode is not None
+    return Finished(process.returncode, output.decode(), errors.decode())

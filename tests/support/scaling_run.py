@@ -1,0 +1,370 @@
+"""What docs/scaling.md tells of: PgBouncer, nginx, round robin, and the size of a message.
+
+`make scaling` runs all of it, each part on a PostgreSQL of its own, and prints a table for each.
+Compared are rates of the same run that took turns; the machine may have had other things to do.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import random
+import signal
+import statistics
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import grpc.aio
+import psycopg
+from faults.record import Followed
+from faults.workload import CHANNEL, take
+from test_service_config import Callers, config
+
+from benchmarks import calls, load, service
+from benchmarks.load import Load, Outcome
+from benchmarks.service import Postgres
+from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest
+from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest, WatchChatSessionRequest
+from support import balancer, pooler
+from support.client import Api
+from support.process import ServerProcess
+
+CALLERS = 32
+MANY_CALLERS = 64
+PHASE_SECONDS = 1.5
+ROUNDS = 7
+PROCESSES = 4
+AROUND_SECONDS = 2.0  # of calls, before and after a server ends
+DOWN_SECONDS = 1.0
+FOLLOWERS = 20
+TENANT = "tenant"
+MESSAGES = 500_000
+PER_SESSION = 20
+LONGER = 12  # short ones in a longer one
+OK = 0
+
+
+def compared(
+    postgres: Postgres, targets: Mapping[str, tuple[str, int]], rounds: int
+) -> dict[tuple[str, str], list[Outcome]]:
+    """Creates and reads at each address by turns; the first round warms up."""
+    found: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
+    prepared = calls.requests()
+    with load.client() as call:
+        for number in range(rounds + 1):
+            for what in (calls.GET, calls.CREATE):
+                path, requests = prepared[what]
+                for name, (address, pid) in targets.items():
+                    outcome = call(
+                        Load(
+                            address=address,
+                            path=path,
+                            requests=requests,
+                            callers=CALLERS,
+                            seconds=PHASE_SECONDS,
+                            watched={"server": pid, "postgres": postgres.pid},
+                        )
+                    )
+                    if number:
+                        found[what, name].append(outcome)
+    return found
+
+
+def comparison(found: Mapping[tuple[str, str], list[Outcome]]) -> list[str]:
+    """Of each with the first, as medians over the rounds."""
+    lines = ["| call | by | of the first's calls/s | p50 | p99 |", "|---|---|---|---|---|"]
+    first = next(iter(found))[1]
+    for (what, name), outcomes in found.items():
+        ratios = [
+            one.calls_per_second / other.calls_per_second
+            for one, other in zip(outcomes, found[what, first], strict=True)
+        ]
+        p50 = statistics.median(each.p50_ms for each in outcomes)
+        p99 = statistics.median(each.p99_ms for each in outcomes)
+        ratio = statistics.median(ratios)
+        lines.append(f"| {what} | {name} | {ratio:.2f} | {p50:.1f} ms | {p99:.1f} ms |")
+    return lines
+
+
+def by_pgbouncer(postgres: Postgres, directory: Path, rounds: int) -> Iterator[str]:
+    """The same calls with PgBouncer and without; and the connections of many processes."""
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(postgres.database())
+        with psycopg.connect(url, autocommit=True) as db:
+            calls.create_sessions(db)
+        place = stack.enter_context(pooler.pgbouncer(url, directory / "pgbouncer"))
+        pooled = service.UNLIMITED | pooler.through(place, url)
+        plain = service.UNLIMITED | {"CHAT_TICKET_PREPARE_STATEMENTS": "false"}
+        kinds = {
+            "PostgreSQL": service.UNLIMITED,
+            "PostgreSQL, nothing prepared": plain,
+            "PgBouncer": pooled,
+        }
+        servers = {
+            name: stack.enter_context(
+                service.server(url, log=directory / f"{number}.log", settings=settings)
+            )
+            for number, (name, settings) in enumerate(kinds.items())
+        }
+        targets = {name: (each.address, each.pid) for name, each in servers.items()}
+        yield from comparison(compared(postgres, targets, rounds))
+    yield ""
+    yield f"| connections of PostgreSQL, {PROCESSES} processes under load | most |"
+    yield "|---|---|"
+    for name, is_pooled in (("PostgreSQL", False), ("PgBouncer", True)):
+        with contextlib.ExitStack() as stack:
+            url = stack.enter_context(postgres.database())
+            with psycopg.connect(url, autocommit=True) as db:
+                calls.create_sessions(db)
+            settings = dict(service.UNLIMITED)
+            if is_pooled:
+                place = stack.enter_context(
+                    pooler.pgbouncer(url, directory / "pgbouncer-many", pool_size=8)
+                )
+                settings |= pooler.through(place, url)
+            server = stack.enter_context(
+                service.server(
+                    url, log=directory / "many.log", workers=PROCESSES, settings=settings
+                )
+            )
+            call = stack.enter_context(load.client())
+            most = stack.enter_context(_most_connections(url))
+            for what in (calls.GET, calls.CREATE):
+                path, requests = calls.requests()[what]
+                call(
+                    Load(
+                        address=server.address,
+                        path=path,
+                        requests=requests,
+                        callers=MANY_CALLERS,
+                        connections=MANY_CALLERS,
+                        seconds=PHASE_SECONDS,
+                        watched={},
+                    )
+                )
+            yield f"| {name} | {most()} |"
+
+
+@contextlib.contextmanager
+def _most_connections(url: str) -> Iterator[Callable[[], int]]:
+    """How many there were at once, but for this one's."""
+    most, ended = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        with psycopg.connect(url, autocommit=True) as db:
+            while not ended.wait(0.05):
+                [(count,)] = db.execute(
+                    "SELECT count(*) - 1 FROM pg_stat_activity WHERE datname = current_database()"
+                ).fetchall()
+                most = max(most, count)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield lambda: most
+    finally:
+        ended.set()
+        thread.join()
+
+
+class Two:
+    """Two servers, each with a port that stays its own, that can be ended and come back."""
+
+    def __init__(self, url: str):
+        self._url = url
+        self._ports = [0, 0]
+        self.processes: list[ServerProcess] = []
+
+    def __enter__(self) -> "Two":
+        for number in range(2):
+            self.processes.append(self._start(number))
+        for number, process in enumerate(self.processes):
+            self._ports[number] = process.wait_for("listening")["port"]
+            process.wait_for("serving")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.stop(signal.SIGKILL)
+
+    def _start(self, number: int) -> ServerProcess:
+        environment = {"DATABASE_URL": self._url, "CHAT_TICKET_PORT": str(self._ports[number])}
+        return ServerProcess(environment={**service.UNLIMITED, **environment})
+
+    @property
+    def addresses(self) -> list[str]:
+        return [f"127.0.0.1:{port}" for port in self._ports]
+
+    def end_and_restart(self, number: int, how: int) -> None:
+        self.processes[number].stop(how)
+        time.sleep(DOWN_SECONDS)
+        self.processes[number] = self._start(number)
+        self.processes[number].wait_for("serving")
+
+
+async def _under_load(two: Two, target: str, how: int, *, retries: bool) -> str:
+    """End one of two servers while they are called; a row of what callers were told."""
+    service_config = config(retries=retries)
+    options = [*CHANNEL, ("grpc.service_config", service_config)]
+    async with Api(target, TENANT, options=options) as api:
+        session = await api.session()
+        callers = Callers(target, TENANT, session.id, service_config)
+        followers = [Followed(tenant=TENANT, session_id=session.id) for _ in range(FOLLOWERS)]
+        ends: Counter[str] = Counter()
+
+        async def follow(followed: Followed) -> None:
+            while True:
+                followed.streams += 1
+                request = WatchChatSessionRequest(
+                    session_id=session.id, after_revision=followed.revision
+                )
+                try:
+                    async for event in api.sessions.WatchChatSession(request):
+                        take(followed, event)
+                except grpc.aio.AioRpcError as error:
+                    ends[error.code().name] += 1
+                await asyncio.sleep(0.05)
+
+        following = [asyncio.create_task(follow(each)) for each in followers]
+        callers.start()
+        await asyncio.sleep(AROUND_SECONDS)
+        await asyncio.to_thread(two.end_and_restart, 0, how)
+        await asyncio.sleep(AROUND_SECONDS)
+        counts = await callers.stop()
+        request = GetChatSessionRequest(session_id=session.id)
+        stored = (await api.sessions.GetChatSession(request)).session.revision
+        async with asyncio.timeout(20):
+            while any(each.revision < stored for each in followers):
+                await asyncio.sleep(0.05)
+        for task in following:
+            task.cancel()
+        await asyncio.gather(*following, return_exceptions=True)
+        whole = sum(
+            [sequence for _, sequence in each.created] == list(range(1, stored + 1))
+            for each in followers
+        )
+    failed = {kind: of.total() - of[OK] for kind, of in counts.items()}
+    lost = max(0, counts["write"][OK] - stored)
+    twice = max(0, stored - counts["write"].total())
+    total = sum(of.total() for of in counts.values())
+    return (
+        f"{total:,} | {failed['read']} | {failed['stream']} | {failed['write']} "
+        f"| {lost} | {twice} | {sum(ends.values())} | {whole} of {FOLLOWERS} |"
+    )
+
+
+def balanced(postgres: Postgres, directory: Path, rounds: int) -> Iterator[str]:
+    """nginx and client-side round robin: what they cost, and what one server's end costs."""
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(postgres.database())
+        with psycopg.connect(url, autocommit=True) as db:
+            calls.create_sessions(db)
+        server = stack.enter_context(service.server(url, log=directory / "one.log"))
+        before = directory / "before-one"
+        before.mkdir()
+        address = stack.enter_context(balancer.nginx(before, [server.address] * 2))
+        targets = {"no nginx": (server.address, server.pid), "nginx": (address, server.pid)}
+        yield from comparison(compared(postgres, targets, rounds))
+    yield ""
+    yield (
+        "| one of two servers | by | calls | failed reads | lists | writes | lost | written twice "
+        "| follows ended | followers that missed nothing |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(postgres.database())
+        two = stack.enter_context(Two(url))
+        before = directory / "before-two"
+        before.mkdir()
+        by_nginx = stack.enter_context(balancer.nginx(before, two.addresses))
+        round_robin = "ipv4:" + ",".join(two.addresses)
+        for how, done in ((signal.SIGTERM, "drains"), (signal.SIGKILL, "is killed")):
+            for name, target in (("nginx", by_nginx), ("round robin", round_robin)):
+                for retries in (False, True):
+                    row = asyncio.run(_under_load(two, target, how, retries=retries))
+                    by = f"{name}{', service config' if retries else ''}"
+                    yield f"| {done} | {by} | {row}"
+
+
+SIZES = """
+SELECT pg_table_size('chat_messages'), pg_indexes_size('chat_messages'),
+       pg_relation_size('idx_chat_messages_content')
+"""
+FILL_MESSAGES = """
+COPY chat_messages (tenant_id, id, session_id, sequence, revision, role, content, created_at)
+FROM STDIN
+"""
+FILL_SESSIONS = """
+INSERT INTO chat_sessions (tenant_id, id, revision)
+SELECT 'tenant-' || number %% 10, lpad(number::text, 32, '0')::uuid, %(each)s
+  FROM generate_series(1, %(sessions)s) AS number
+"""
+
+
+def sized(postgres: Postgres, directory: Path, rounds: int) -> Iterator[str]:
+    """What a message takes on the disk, in sessions of 20: short as people's, and longer."""
+    del directory, rounds
+    _, requests = calls.requests()[calls.CREATE]
+    short = [CreateChatMessageRequest.FromString(request).message.content for request in requests]
+    several = len(short) // LONGER
+    longer = [" ".join(short[number::several][:LONGER]) for number in range(several)]
+    yield "| of content | messages | in the table | in its indexes | of them, in that of words |"
+    yield "|---|---|---|---|---|"
+    for texts, count in ((short, MESSAGES), (longer, MESSAGES // 4)):
+        content = statistics.mean(len(text.encode()) for text in texts)
+        with postgres.database() as url, psycopg.connect(url, autocommit=True) as db:
+            _fill(db, texts, count)
+            db.execute("VACUUM ANALYZE")
+            [sizes] = db.execute(SIZES).fetchall()
+        table, indexes, words = (f"{size / count:.0f}" for size in sizes)
+        yield f"| {content:.0f} bytes | {count:,} | {table} | {indexes} | {words} |"
+
+
+def _fill(db: psycopg.Connection, texts: Sequence[str], count: int) -> None:
+    sessions = count // PER_SESSION
+    db.execute(FILL_SESSIONS, {"sessions": sessions, "each": PER_SESSION})
+    chance = random.Random(1)
+    first = int(time.time() * 1000) - count
+    with db.cursor() as cursor, cursor.copy(FILL_MESSAGES) as copy:
+        for number in range(count):
+            # A round of all sessions after the other: conversations go on side by side.
+            sequence, session = divmod(number, sessions)
+            when = first + number
+            copy.write_row(
+                (
+                    f"tenant-{(session + 1) % 10}",
+                    # A UUIDv7 of its time.
+                    f"{when:012x}7{chance.getrandbits(12):03x}8{chance.getrandbits(60):015x}",
+                    f"{session + 1:032d}",
+                    sequence + 1,
+                    sequence + 1,
+                    ("user", "assistant")[sequence % 2],
+                    texts[number % len(texts)],
+                    time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when / 1000)),
+                )
+            )
+
+
+PARTS = {"pgbouncer": by_pgbouncer, "balancers": balanced, "size": sized}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scaling_run.py", description=__doc__)
+    parser.add_argument("parts", nargs="*", default=[*PARTS], choices=[*PARTS, []])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    options = parser.parse_args()
+    for name in options.parts:
+        with tempfile.TemporaryDirectory(prefix="chat-ticket-scaling-") as directory:
+            Path(directory).chmod(0o711)
+            with service.postgres(Path(directory)) as postgres:
+                print(f"\n{name}, {options.rounds} rounds:\n", flush=True)
+                for line in PARTS[name](postgres, Path(directory), options.rounds):
+                    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Following across processes: two servers on one database, with and without NOTIFY."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, LiteralString
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+from support.client import Api
+from support.process import ServerProcess, server_process
+from test_watch import assert_same_state, following
+
+from chat_ticket.v1.chat_session_pb2 import DeleteChatSessionRequest
+from chat_ticket_svc.watch import hub
+
+# So long that only a notification can come sooner.
+NO_POLL = "3600"
+
+
+@pytest.fixture
+def shared(fresh_database: str) -> Iterator[list[ServerProcess]]:
+    """Two servers on one database, whose polls are out of the way."""
+    poll = {"CHAT_TICKET_WATCH_POLL_INTERVAL_SECONDS": NO_POLL}
+    with (
+        server_process(fresh_database, **poll) as one,
+        server_process(fresh_database, **poll) as two,
+    ):
+        yield [one, two]
+
+
+@pytest.fixture
+async def pair(shared: list[ServerProcess], tenant: str) -> AsyncIterator[tuple[Api, Api]]:
+    async with Api(shared[0].address, tenant) as one, Api(shared[1].address, tenant) as two:
+        yield one, two
+
+
+LISTENERS = """
+SELECT {} FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%'
+"""
+
+
+def listeners(database_url: str, what: LiteralString = "pid") -> int:
+    """How many LISTEN connections all servers have on a database."""
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        return len(connection.execute(LISTENERS.format(what)).fetchall())
+
+
+def terminate_listeners(database_url: str) -> int:
+    """End them; returns how many there were."""
+    return listeners(database_url, "pg_terminate_backend(pid)")
+
+
+async def test_servers_see_each_others_writes(pair: tuple[Api, Api]) -> None:
+    """A write on one wakes the followers on the other by NOTIFY: no poll runs here."""
+    one, two = pair
+    session = await one.session()
+    async with following(one, session.id) as here, following(two, session.id) as there:
+        await here.until("caught_up")
+        await there.until("caught_up")
+        for writer in (one, two, one):
+            message = await writer.message(session.id)
+            await here.until_revision(message.sequence)
+            await there.until_revision(message.sequence)
+        for follower in (here, there):
+            await assert_same_state(one, follower, session.id)
+        await two.sessions.DeleteChatSession(DeleteChatSessionRequest(session_id=session.id))
+        await here.until("session_deleted")
+        await there.until("session_deleted")
+
+
+async def test_killed_listener_misses_nothing(pair: tuple[Api, Api], fresh_database: str) -> None:
+    """What is written while nobody listens is read when the listener is back, without a poll."""
+    one, two = pair
+    session = await one.session()
+    async with following(one, session.id) as follower:
+        await follower.until("caught_up")
+        async with asyncio.timeout(10):  # the servers listen soon after they serve
+            while listeners(fresh_database) < 2:
+                await asyncio.sleep(0.05)
+        assert terminate_listeners(fresh_database) == 2
+        message = await two.message(session.id)
+        await follower.until_revision(message.sequence)
+        async with asyncio.timeout(10):
+            while terminate_listeners(fresh_database) == 0:
+                await asyncio.sleep(0.05)
+        await two.message(session.id)
+        message = await two.message(session.id)
+        await follower.until_revision(message.sequence)
+        await assert_same_state(one, follower, session.id)
+
+
+async def test_poll_stands_in_for_notify(fresh_database: str, cluster: Any, tenant: str) -> None:
+    """With NOTIFY suppressed entirely, a follower still gets everything."""
+    # Notifications do not cross databases, and each server has another one for them.
+    elsewhere = [cluster.create(), cluster.create()]
+    poll = {"CHAT_TICKET_WATCH_POLL_INTERVAL_SECONDS": "0.2"}
+    with (
+        server_process(fresh_database, DATABASE_LISTEN_URL=elsewhere[0], **poll) as first,
+        server_process(fresh_database, DATABASE_LISTEN_URL=elsewhere[1], **poll) as second,
+    ):
+        async with Api(first.address, tenant) as one, Api(second.address, tenant) as two:
+            session = await one.session()
+            async with following(one, session.id) as follower:
+                await follower.until("caught_up")
+                for _ in range(3):
+                    message = await two.message(session.id)
+                    await follower.until_revision(message.sequence)
+                await assert_same_state(one, follower, session.id)
+                request = DeleteChatSessionRequest(session_id=session.id)
+                await two.sessions.DeleteChatSession(request)
+                await follower.until("session_deleted")
+    for url in elsewhere:
+        cluster.drop(url)
+
+
+async def test_writes_to_many_sessions_at_once(pair: tuple[Api, Api]) -> None:
+    """What gathers while a NOTIFY is in flight is told whole by the next."""
+    one, two = pair
+    sessions = [await one.session() for _ in range(20)]
+    async with contextlib.AsyncExitStack() as stack:
+        followers = [
+            await stack.enter_async_context(following(two, session.id)) for session in sessions
+        ]
+        await asyncio.gather(*(follower.until("caught_up") for follower in followers))
+        await asyncio.gather(*(one.message(session.id) for session in sessions))
+        await asyncio.gather(*(follower.until_revision(1) for follower in followers))
+
+
+async def test_poll_survives_whatever_goes_wrong(
+    fresh_database: str, cluster: object, tenant: str
+) -> None:
+    """An error that nobody foresaw does not end the fallback for good."""
+    elsewhere = urlsplit(fresh_database)._replace(path="/postgres").geturl()
+    settings = {"DATABASE_LISTEN_URL": elsewhere, "CHAT_TICKET_WATCH_POLL_INTERVAL_SECONDS": "0.1"}
+    with server_process(fresh_database, **settings) as process:
+        async with Api(process.address, tenant) as api:
+            session = await api.session()
+            async with following(api, session.id) as follower:
+                await follower.until("caught_up")
+                with psycopg.connect(fresh_database, autocommit=True) as connection:
+                    connection.execute("ALTER TABLE chat_sessions RENAME TO away")
+                    process.wait_for("could not poll the watched sessions")
+                    connection.execute("ALTER TABLE away RENAME TO chat_sessions")
+                    connection.execute("UPDATE chat_sessions SET status = 'resolved', revision = 1")
+                event = await follower.next()
+                assert (event.WhichOneof("event"), event.revision) == ("session", 1)
+
+
+async def test_unknown_notifications_are_harmless(
+    pair: tuple[Api, Api], fresh_database: str
+) -> None:
+    """Anybody may NOTIFY: what is no session of ours wakes nobody, and breaks nothing."""
+    one, two = pair
+    session = await one.session()
+    async with following(one, session.id) as follower:
+        await follower.until("caught_up")
+        with psycopg.connect(fresh_database, autocommit=True) as connection:
+            for payload in ("", "x", "é" * 100, f"{session.id}another tenant"):
+                connection.execute("SELECT pg_notify('chat_ticket_session_changed', %s)", [payload])
+        message = await two.message(session.id)
+        await follower.until_revision(message.sequence)
+        assert follower.kinds == ["session", "caught_up", "messages_created"]
+
+
+async def test_many_writes_are_told_by_few_notifications(
+    start_server: Any, fresh_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While writes are many, each NOTIFY tells of several sessions, and every session is told."""
+    monkeypatch.setattr(hub, "NOTIFY_SECONDS", 0.2)
+    address = (await start_server(fresh_database)).address
+    execute, notified = psycopg.AsyncCursor.execute, 0
+
+    async def counted(cursor: Any, sql: Any, *arguments: Any, **named: Any) -> Any:
+        nonlocal notified
+        notified += sql == hub.NOTIFY
+        return await execute(cursor, sql, *arguments, **named)
+
+    async with (
+        Api(address, "t" * 255) as api,
+        await psycopg.AsyncConnection.connect(fresh_database, autocommit=True) as listener,
+    ):
+        sessions = [await api.session() for _ in range(60)]
+        await listener.execute(f"LISTEN {hub.CHANNEL}")
+        monkeypatch.setattr(psycopg.AsyncCursor, "execute", counted)
+        clock = asyncio.get_running_loop().time
+        start = clock()
+        for some in (sessions[:30], sessions[30:]):  # below what a tenant may call at once
+            await asyncio.gather(*(api.message(session.id) for session in some))
+        told = list[str]()
+        async for notification in listener.notifies(timeout=5):
+            told += notification.payload.split("\n")
+            if len(told) == len(sessions):
+                break
+    # One for each time that passes, and one for every 27 sessions.
+    assert 3 <= notified <= 1 + len(sessions) // 27 + (clock() - start) / hub.NOTIFY_SECONDS
+    assert sorted(told) == sorted(f"{session.id}{api.tenant}" for session in sessions)

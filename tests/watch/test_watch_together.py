@@ -1,0 +1,357 @@
+"""Many followers of one session: what one read tells all of them, and what none does to another."""
+
+import asyncio
+import contextlib
+import itertools
+import random
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc.aio
+import psycopg
+import pytest
+from conftest import serving
+from grpc import StatusCode
+from support.client import Api, refused
+from test_messages import batch, delete, said, set_metadata
+from test_sessions import ARCHIVED, RESOLVED, set_status
+from test_watch import Follower, assert_same_state, following
+
+from chat_ticket.v1 import resources_pb2 as r
+from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest
+from chat_ticket.v1.chat_session_pb2 import DeleteChatSessionRequest, WatchChatSessionRequest
+from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
+from chat_ticket_svc import errors
+from chat_ticket_svc.access import request_context
+from chat_ticket_svc.services import convert
+from chat_ticket_svc.store import session_changes
+from chat_ticket_svc.watch.hub import WatchHub
+
+# So small that a server which is not read from soon waits.
+SMALL_WINDOW = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
+LARGE = 100_000
+
+
+@pytest.fixture
+async def unpolled(start_server: Any, database: str) -> Api:
+    """A client of a server that does not poll, so that every wake is a write's."""
+    return await start_server(database, watch_poll_interval_seconds=3600)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """After which revision each read was that is done."""
+    read, done = session_changes.page, []
+
+    async def page(*arguments: Any, after: int, **named: Any) -> Any:
+        found = await read(*arguments, after=after, **named)
+        done.append(after)
+        return found
+
+    monkeypatch.setattr(session_changes, "page", page)
+    return done
+
+
+@contextlib.asynccontextmanager
+async def caught_up(api: Api, session_id: str, count: int) -> AsyncIterator[list[Follower]]:
+    async with contextlib.AsyncExitStack() as stack:
+        followers = [
+            await stack.enter_async_context(following(api, session_id)) for _ in range(count)
+        ]
+        await asyncio.gather(*(follower.until("caught_up") for follower in followers))
+        yield followers
+
+
+@contextlib.asynccontextmanager
+async def following_slowly(api: Api, session_id: str, after: int = 0) -> AsyncIterator[Follower]:
+    """A follower that can be told one large event, and then keeps the server waiting."""
+    async with grpc.aio.insecure_channel(api.address, options=SMALL_WINDOW) as channel:
+        yield Follower(
+            ChatSessionServiceStub(channel).WatchChatSession(
+                WatchChatSessionRequest(session_id=session_id, after_revision=after),
+                metadata=[("x-tenant-id", api.tenant)],
+            )
+        )
+
+
+class TestOnce:
+    async def test_change_is_read_and_made_an_event_once(
+        self, unpolled: Api, reads: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However many follow, one write is one read, whose message is converted once."""
+        api = unpolled
+        session = await api.session()
+        convert_message, converted = convert.message, list[str]()
+
+        def message(row: Any) -> r.ChatMessage:
+            converted.append(row.content)
+            return convert_message(row)
+
+        monkeypatch.setattr(convert, "message", message)
+        async with caught_up(api, session.id, 100) as followers:
+            for revision, content in enumerate(("one", "two"), 1):
+                reads.clear()
+                stored = await api.message(session.id, content)
+                for event in await asyncio.gather(*(each.next() for each in followers)):
+                    assert list(event.messages_created.messages) == [stored]
+                assert reads == [revision - 1]
+        # Besides, each is in the answer to its writer.
+        assert sorted(converted) == ["one", "one", "two", "two"]
+
+    async def test_every_kind_of_event_is_shared(self, unpolled: Api, reads: list[int]) -> None:
+        """Sessions, changed and deleted messages, the end: the same for all, by one read each."""
+        api = unpolled
+        session = await api.session()
+        message = await api.message(session.id)
+        async with caught_up(api, session.id, 10) as followers:
+            reads.clear()
+            for change in (
+                lambda: set_status(api, session.id, RESOLVED),
+                lambda: set_metadata(api, message.id, "{}"),
+                lambda: delete(api, message.id),
+                lambda: api.sessions.DeleteChatSession(
+                    DeleteChatSessionRequest(session_id=session.id)
+                ),
+            ):
+                await change()
+                events = await asyncio.gather(*(each.next() for each in followers))
+                assert all(event == events[0] for event in events)
+        assert reads == [1, 2, 3, 4]
+        last = ["session", "message_updated", "message_deleted", "session_deleted"]
+        assert all(each.kinds[-4:] == last for each in followers)
+
+    async def test_nothing_new_is_told_to_nobody(self, unpolled: Api, reads: list[int]) -> None:
+        """A write that changes nothing is looked at once, and then not again and again."""
+        api = unpolled
+        session = await api.session()
+        async with caught_up(api, session.id, 10) as followers:
+            reads.clear()
+            await set_status(api, session.id, r.CHAT_SESSION_STATUS_ACTIVE)
+            while not reads:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.3)  # in which it is read, and not the message with it
+            await api.message(session.id)
+            await asyncio.gather(*(each.next() for each in followers))
+            assert reads == [0, 0]
+            assert {each.kinds[-1] for each in followers} == {"messages_created"}
+
+    async def test_more_than_a_page_at_once(
+        self, unpolled: Api, reads: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What one read cannot hold is told in order by those that follow it."""
+        api = unpolled
+        session = await api.session()
+        async with caught_up(api, session.id, 10) as followers:
+            with monkeypatch.context() as patched:
+                # As if another process had written, and its notifications came late.
+                patched.setattr(WatchHub, "changed", lambda *_: None)
+                for _ in range(3):
+                    await batch(api, session.id, [said("x")] * 400)
+            reads.clear()
+            await api.message(session.id)
+            await asyncio.gather(*(each.until_revision(1201) for each in followers))
+            assert [after for after, _ in itertools.groupby(reads)] == [0, 500, 1000]
+        assert all(each.created == list(range(1, 1202)) for each in followers)
+
+    async def test_read_acts_for_the_tenant(
+        self, start_server: Any, database: str, tenant: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whatever has woken it, a read takes of its own tenant's share of the database."""
+        api = await start_server(database, watch_poll_interval_seconds=0.1)
+        read, tenants = session_changes.page, list[str | None]()
+
+        async def page(*arguments: Any, **named: Any) -> Any:
+            tenants.append(request_context.tenant_id_or_none())
+            return await read(*arguments, **named)
+
+        monkeypatch.setattr(session_changes, "page", page)
+        session = await api.session()
+        async with caught_up(api, session.id, 2) as followers:
+            with psycopg.connect(database) as connection:
+                sql = "UPDATE chat_sessions SET revision = 1 WHERE tenant_id = %s"
+                connection.execute(sql, [tenant])
+            await asyncio.gather(*(each.next() for each in followers))
+        assert len(tenants) >= 3  # two that catch up, and what the poll has woken
+        assert set(tenants) == {tenant}
+
+
+class TestTogether:
+    async def test_one_that_leaves_takes_nothing_from_the_others(
+        self, unpolled: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Not even what is being read when it goes, whichever was the first to wait for it."""
+        api = unpolled
+        session = await api.session()
+        read, reading, go_on = session_changes.page, asyncio.Event(), asyncio.Event()
+
+        async def page(*arguments: Any, **named: Any) -> Any:
+            reading.set()
+            await go_on.wait()
+            return await read(*arguments, **named)
+
+        async with caught_up(api, session.id, 5) as followers:
+            monkeypatch.setattr(session_changes, "page", page)
+            await api.message(session.id)
+            await reading.wait()
+            for leaver in (followers.pop(0), followers.pop()):
+                leaver._call.cancel()
+            await asyncio.sleep(0.1)
+            go_on.set()
+            await asyncio.gather(*(each.until_revision(1) for each in followers))
+
+    async def test_read_that_fails_ends_those_who_wait_for_it(
+        self, unpolled: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each with the error's status; they resume, and are told what they have missed."""
+        api = unpolled
+        session = await api.session()
+        async with caught_up(api, session.id, 5) as followers:
+
+            async def page(*_: Any, **__: Any) -> Any:
+                raise errors.UnavailableError("gone", reason="DATABASE_UNAVAILABLE")
+
+            with monkeypatch.context() as patched:
+                patched.setattr(session_changes, "page", page)
+                await api.message(session.id)
+                for each in followers:
+                    with refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE"):
+                        await each.next()
+        async with following(api, session.id, after=0) as follower:
+            await follower.until_revision(1)
+
+    async def test_silence_is_told_to_all(self, start_server: Any, database: str) -> None:
+        """Whenever they came: nobody hears nothing for longer, and each of them goes on to."""
+        api = await start_server(
+            database, watch_poll_interval_seconds=3600, watch_heartbeat_seconds=0.5
+        )
+        session = await api.session()
+        async with caught_up(api, session.id, 2) as early:
+            await asyncio.sleep(0.3)
+            async with caught_up(api, session.id, 2) as late:
+                for _ in range(3):
+                    async with asyncio.timeout(0.9):
+                        events = await asyncio.gather(*(each.next() for each in early + late))
+                    assert all(event.HasField("heartbeat") for event in events)
+
+    async def test_slow_one_delays_nobody_and_loses_nothing(
+        self, database: str, tenant: str, reads: list[int]
+    ) -> None:
+        """What it has not taken is not kept for it: it reads on from its place when it comes."""
+        count = 30
+        async with serving(
+            database, stream_write_timeout_seconds=60, watch_poll_interval_seconds=3600
+        ) as server:
+            api = Api(f"127.0.0.1:{server.port}", tenant)
+            session = await api.session()
+            async with (
+                api,
+                following_slowly(api, session.id) as slow,
+                caught_up(api, session.id, 3) as followers,
+            ):
+                await slow.until("caught_up")
+                reads.clear()
+                for revision in range(1, count + 1):
+                    await api.message(session.id, "x" * LARGE)
+                    async with asyncio.timeout(2):
+                        await asyncio.gather(*(each.until_revision(revision) for each in followers))
+                    [feed] = server._follow._feeds.values()
+                    assert sum(place.page is not None for place in feed.places.values()) <= 1
+                assert reads == list(range(count))
+                await slow.until_revision(count)
+                assert slow.created == list(range(1, count + 1))
+                await assert_same_state(api, slow, session.id)
+                # Of what is large, each page is asked for twice: as few, and as much as there is.
+                assert count < len(reads) < count + 10
+                # Nothing is kept of what all have been told.
+                [place] = feed.places.values()
+                assert place.page is None
+
+    async def test_history_that_went_back_is_not_told(self, database: str, tenant: str) -> None:
+        """What still waits for a slow one is nothing to who has come since, and knows better."""
+        async with serving(
+            database, stream_write_timeout_seconds=60, watch_poll_interval_seconds=3600
+        ) as server:
+            api = Api(f"127.0.0.1:{server.port}", tenant)
+            session = await api.session()
+            async with (
+                api,
+                following_slowly(api, session.id) as slow,
+                following(api, session.id) as quick,
+            ):
+                await slow.until("caught_up")
+                await quick.until("caught_up")
+                for revision in range(1, 11):
+                    await api.message(session.id, "x" * LARGE)
+                    await quick.until_revision(revision)
+                [feed] = server._follow._feeds.values()
+                [at] = [place.position for place in feed.places.values() if place.page is not None]
+                assert 0 < at.revision < 10
+                with psycopg.connect(database) as connection:
+                    for sql in (
+                        "DELETE FROM chat_messages WHERE tenant_id = %(t)s AND sequence > %(r)s",
+                        "UPDATE chat_sessions SET revision = %(r)s WHERE tenant_id = %(t)s",
+                    ):
+                        connection.execute(sql, {"t": tenant, "r": at.revision})
+                async with following(api, session.id, at.revision) as follower:
+                    await follower.until("caught_up")
+                    message = await api.message(session.id)
+                    event = await follower.next()
+                    assert list(event.messages_created.messages) == [message]
+
+    async def test_any_way_of_following_ends_in_the_same_state(
+        self, start_server: Any, database: str
+    ) -> None:
+        """Quick or slow, resumed at any revision, at any time: nothing is lost or repeated."""
+        api = await start_server(
+            database, watch_poll_interval_seconds=3600, watch_heartbeat_seconds=0.3
+        )
+        session = await api.session()
+        chance = random.Random(4)
+        ids: list[str] = []
+
+        async def write(count: int) -> None:
+            for _ in range(count):
+                match chance.randrange(8):
+                    case 0 if ids:
+                        with contextlib.suppress(grpc.aio.AioRpcError):  # deleted meanwhile
+                            n = chance.random()
+                            await set_metadata(api, chance.choice(ids), f'{{"n": {n}}}')
+                    case 1 if ids:
+                        await delete(api, ids.pop(chance.randrange(len(ids))))
+                    case 2:
+                        await set_status(api, session.id, chance.choice([RESOLVED, ARCHIVED]))
+                    case 3:
+                        await batch(api, session.id, [said("b")] * chance.randrange(1, 9))
+                    case _:
+                        message = await api.message(session.id, "x" * chance.choice([9, 9, 20_000]))
+                        ids.append(message.id)
+                await asyncio.sleep(chance.random() / 50)
+
+        async def follow(number: int) -> None:
+            kind = following_slowly if number % 3 == 0 else following
+            follower = Follower(None)
+            while not done.is_set():
+                async with kind(api, session.id, max(0, follower.revision)) as stream:
+                    follower._call = stream._call
+                    for _ in range(chance.randrange(2, 40)):
+                        if done.is_set():
+                            break
+                        await follower.next()
+                        if kind is following_slowly:
+                            await asyncio.sleep(chance.random() / 20)
+            async with following(api, session.id, follower.revision) as stream:
+                follower._call = stream._call
+                await follower.until("caught_up")
+            await assert_same_state(api, follower, session.id)
+            assert sorted(follower.messages) == await message_ids(api, session.id)
+
+        done = asyncio.Event()
+        followers = [asyncio.create_task(follow(number)) for number in range(9)]
+        await asyncio.gather(*(write(40) for _ in range(3)))
+        done.set()
+        await asyncio.gather(*followers)
+
+
+async def message_ids(api: Api, session_id: str) -> list[str]:
+    stream = api.messages.ListChatMessages(ListChatMessagesRequest(session_id=session_id))
+    return sorted([message.id async for page in stream for message in page.messages])
