@@ -1,7 +1,7 @@
-"""Generate into src/chat_ticket what comes from .proto files, or with --check compare it.
+"""Generates in src/chat_ticket what comes from .proto files. With --check, only compares it.
 
-That is the stubs of protos/, and the descriptors of google.rpc's error details. The client reads
-the latter itself, so that its users need no package for them.
+These are the stubs of protos/, and the descriptors of google.rpc's error details. The client loads
+the descriptors itself, so its users need no package for them.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main() -> None:
         name for name in fresh.keys() | committed.keys() if fresh.get(name) != committed.get(name)
     )
     if differing:
-        sys.exit(f"not what the protos generate (make proto): {', '.join(differing)}")
+        sys.exit(f"out of date, run make proto: {', '.join(differing)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Generate the synchronous client from the asyncio one, or with --check compare them.
+"""Generates the synchronous client from the asyncio one. With --check, only compares them.
 
-Each replacement below must match: one that no longer does is an error, so none can go stale.
+A replacement that matches nothing is an error, so none can become stale.
 """
 
 import argparse
@@ -20,7 +20,7 @@ Do not edit it: change _async.py and run `make proto`.
 """
 '''
 
-# What the two clients tell their callers differently.
+# Parts of the docstrings that differ.
 TEXTS = [
     (
         """\
@@ -65,7 +65,7 @@ TEXTS = [
     ),
 ]
 
-# In the program itself, as regular expressions.
+# Regular expressions for the code.
 CODE = [
     (r"\bAsyncChatTicketClient\b", "ChatTicketClient"),
     (r"\b(\w+)AsyncStub\b", r"\1Stub"),

@@ -16,7 +16,7 @@ from support.authority import Authority, Certificate, Key
 from support.client import Api, refused
 from test_jwt import listed
 from test_other_clients import needs_grpcurl
-from test_watch import following
+from test_watch import watching
 
 from chat_ticket_svc.access import server_certificates
 from chat_ticket_svc.config import ConfigurationError
@@ -133,11 +133,11 @@ class TestCallers:
         """On an open connection too: streams end at once, and new calls are rejected."""
         api = await (await start())(CA.caller(uris=[ASSISTANT], seconds=3), tenant)
         session = await api.session()
-        async with following(api, session.id) as follower:
+        async with watching(api, session.id) as watcher:
             with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_EXPIRED"):
                 async with asyncio.timeout(10):
                     while True:
-                        await follower.next()
+                        await watcher.next()
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_EXPIRED"):
             await listed(api)
 
@@ -233,12 +233,12 @@ class TestServer:
         api = await connect(CA.caller(uris=[ASSISTANT]), tenant)
         session = await api.session()
         second = CA.server()
-        async with following(api, session.id) as follower:
+        async with watching(api, session.id) as watcher:
             second.write(tmp_path / "tls")
             await self.until_shown(api.address, second)
             await api.message(session.id)
-            while not follower.created:
-                await follower.next()
+            while not watcher.created:
+                await watcher.next()
         (tmp_path / "tls" / "key.pem").unlink()
         expired = CA.server(seconds=-60)
         for broken in (

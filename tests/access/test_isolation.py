@@ -424,7 +424,7 @@ STATEMENTS: dict[str, LiteralString] = {
 # Besides them, only this is sent.
 OTHERS = {
     *("store.database.'BEGIN'", "store.database.'COMMIT'", "store.database.'ROLLBACK'"),
-    *("store.database.'SELECT 1'", "watch.hub.f'LISTEN {CHANNEL}'"),
+    *("store.database.'SELECT 1'", "watch.notifications.f'LISTEN {CHANNEL}'"),
     *("store.database.sql", "store.transaction.sql"),  # which are passed through
     "store.search.ESTIMATE",  # which reads none of them: it tells a plan
 }

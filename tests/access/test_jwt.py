@@ -23,7 +23,7 @@ from jwt.algorithms import ECAlgorithm
 from support.authority import AUDIENCE, ISSUER, Key, KeyServer, key_set
 from support.client import Api, refused
 from test_list_messages import batches
-from test_watch import following
+from test_watch import watching
 
 from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest
 from chat_ticket.v1.chat_session_pb2 import ListChatSessionsRequest
@@ -327,8 +327,8 @@ class TestForged:
         """For streams too."""
         api = await server.api(KEY.token(exp=exp), tenant)
         session = await api.session()
-        async with following(api, session.id) as follower:
-            await follower.next()
+        async with watching(api, session.id) as watcher:
+            await watcher.next()
 
     async def test_no_credential(self, server: Server) -> None:
         """A call without a token is rejected, whatever tenant it names."""
@@ -368,14 +368,14 @@ class TestStreams:
         session = await api.session()
         await api.message(session.id)
         short = await server.api(KEY.token(exp=time.time() + 1.5), tenant)
-        async with following(short, session.id) as follower:
-            while "caught_up" not in follower.kinds:
-                await follower.next()
+        async with watching(short, session.id) as watcher:
+            while "caught_up" not in watcher.kinds:
+                await watcher.next()
             with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_EXPIRED"):
                 async with asyncio.timeout(10):
-                    await follower.next()
+                    await watcher.next()
         await api.message(session.id)
-        async with following(api, session.id, follower.revision) as resumed:
+        async with watching(api, session.id, watcher.revision) as resumed:
             while "caught_up" not in resumed.kinds:
                 await resumed.next()
         assert resumed.created == [2]

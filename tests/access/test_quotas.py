@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.client import Api, Refusal, an_id, refused
 from test_errors import locked
 from test_list_messages import filled, rest_of, sequences
-from test_watch import following
+from test_watch import watching
 
 from chat_ticket.v1 import chat_session_pb2_grpc
 from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest, SearchChatMessagesRequest
@@ -130,9 +130,9 @@ async def blocked_calls(
 @contextlib.asynccontextmanager
 async def open_stream(api: Api, session_id: str) -> AsyncIterator[Any]:
     """An admitted WatchChatSession stream."""
-    async with following(api, session_id) as follower:
-        await follower.next()
-        yield follower
+    async with watching(api, session_id) as watcher:
+        await watcher.next()
+        yield watcher
 
 
 async def eventually(attempt: Callable[[], Awaitable[object]]) -> None:
@@ -224,9 +224,9 @@ class TestRate:
         api = await start(tenant_calls_per_second=0.1, tenant_burst=4)
         session = await api.session()
         assert await sequences(api, session.id) == []
-        async with open_stream(api, session.id) as follower:
+        async with open_stream(api, session.id) as watcher:
             assert (await api.message(session.id)).sequence == 1
-            await follower.until_revision(1)
+            await watcher.until_revision(1)
             with exceeds("tenant_calls_per_second", 0.1, api):
                 await call(api)
             with exceeds("tenant_calls_per_second", 0.1, api):
@@ -369,13 +369,13 @@ class TestFairShares:
         await self.hang(monkeypatch, session_changes, api)
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(20):
-                follower = await stack.enter_async_context(following(api, an_id()))
-                task = asyncio.create_task(follower.next())
+                watcher = await stack.enter_async_context(watching(api, an_id()))
+                task = asyncio.create_task(watcher.next())
                 stack.callback(task.cancel)
             await call(api)
             async with another(api) as other, asyncio.timeout(5):
                 session = await other.session()
-                async with following(other, session.id) as told:
+                async with watching(other, session.id) as told:
                     await told.next()
 
 
@@ -542,9 +542,9 @@ class TestStreams:
             await api.channel.unary_stream(method)(b"\xff\xff", metadata=metadata).read()
         await exactly_one_is_admitted()
         await eventually(lambda: sequences(api, session_id, limit=1))
-        async with open_stream(api, other_id) as follower:
+        async with open_stream(api, other_id) as watcher:
             await api.sessions.DeleteChatSession(DeleteChatSessionRequest(session_id=other_id))
-            await follower.end()
+            await watcher.end()
         await exactly_one_is_admitted()
 
     async def test_quotas_of_a_slow_reader_are_released(

@@ -11,7 +11,7 @@ from test_notifications import pair, shared  # noqa: F401 - fixtures
 from test_sessions import RESOLVED, set_status
 from test_tickets import delete as delete_ticket
 from test_tickets import delete_session, session_of, unlink, update
-from test_watch import following
+from test_watch import watching
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_attachment_pb2 import (
@@ -61,9 +61,9 @@ async def everything(api: Api, ids: Ids) -> list[Any]:
         *[await batches(api, ids["session"], order=order) for order in (1, 2)],
     ]
     for after in (0, 3):
-        async with following(api, ids["session"], after) as follower:
-            while "caught_up" not in follower.kinds:
-                found.append(await follower.next())
+        async with watching(api, ids["session"], after) as watcher:
+            while "caught_up" not in watcher.kinds:
+                found.append(await watcher.next())
     return found
 
 

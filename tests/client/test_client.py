@@ -576,9 +576,9 @@ class TestWatch:
             session_id = await session_of(client)
             async for event in client.watch(session_id):
                 if kind(event) == "caught_up":
-                    assert server._follow.watchers == 1
+                    assert server._watch_hub.watcher_count == 1
                     break
-            await until(lambda: server._follow.watchers == 0)
+            await until(lambda: server._watch_hub.watcher_count == 0)
 
     @only_asyncio
     @pytest.mark.parametrize("waiting", [True, False])
@@ -599,12 +599,12 @@ class TestWatch:
             session_id = await session_of(client)
             task = asyncio.create_task(watch())
             await caught_up.wait()
-            assert server._follow.watchers == 1
+            assert server._watch_hub.watcher_count == 1
             await asyncio.sleep(0.05)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            await until(lambda: server._follow.watchers == 0)
+            await until(lambda: server._watch_hub.watcher_count == 0)
 
     @only_asyncio
     async def test_timeout_of_the_caller_is_its_own(self, client: AsyncChatTicketClient) -> None:

@@ -47,7 +47,7 @@ def _key_without_tenant() -> None:
 
 def _lost_wake_up() -> None:
     """With nothing that stands in for it."""
-    hub.WatchHub._wake = lambda *_: None  # type: ignore[method-assign]
+    hub.SessionHub.wake = lambda *_: None  # type: ignore[method-assign]
     os.environ["CHAT_TICKET_WATCH_POLL_INTERVAL_SECONDS"] = "3600"
 
 

@@ -93,7 +93,7 @@ def test_secret_is_seen_in_every_form(form: bytes) -> None:
 # Run by the server process before anything else: breaks what no caller and no database can break.
 PLANT = f"""
 import asyncio, gc, logging, threading, time
-from chat_ticket_svc.watch import hub
+from chat_ticket_svc.watch import hub, notifications
 from chat_ticket_svc.rpc import middleware
 from chat_ticket_svc.store import schema, sessions
 
@@ -110,7 +110,7 @@ def failing(function, calls):
 
 sessions.revisions = failing(sessions.revisions, [1])
 schema.Probe.missing = failing(schema.Probe.missing, [3])
-hub.WatchHub._listen = failing(hub.WatchHub._listen, [1])
+notifications.Notifications._listen = failing(notifications.Notifications._listen, [1])
 
 def call_back(text):
     time.sleep(0.15)  # long enough for asyncio's debug mode to tell of it
@@ -973,7 +973,7 @@ class TestCommands:
         as_root = with_secrets(postgres.url("template_of_leaks"))
         cases = {
             f"postgresql://u:{secret('p')}@127.0.0.1:1/x?application_name={secret('q')}": "refused",
-            f"postgresql://u:{secret('p')}@127.0.0.1:1/x?sslmode={secret('q')}": "dbmate itself",
+            f"postgresql://u:{secret('p')}@127.0.0.1:1/x?sslmode={secret('q')}": "dbmate directly",
             f"postgresql://u:{secret('p')}@127.0.0.1:1/x?connect_timeout={secret('q')}": "dbmate",
             f"{as_root}&options=-c%20{secret('q')}%3D1": "42704",
             as_root.replace("postgres:", f"{secret('user')}:"): "28000",

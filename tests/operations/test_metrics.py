@@ -12,7 +12,7 @@ from grpc import StatusCode
 from prometheus_client.parser import text_string_to_metric_families
 from support.client import Api, an_id, refused
 from support.process import ServerProcess, server_process
-from test_watch import following
+from test_watch import watching
 
 from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest
 
@@ -23,7 +23,7 @@ class Metrics:
     """A scrape of a server's samples."""
 
     def __init__(self, process: ServerProcess):
-        line = process.wait_for("metrics")
+        line = process.wait_for("serving metrics")
         url = f"http://127.0.0.1:{line['port']}/metrics"
         with urllib.request.urlopen(url, timeout=10) as answer:
             self.text = answer.read().decode()
@@ -86,8 +86,8 @@ async def test_cancelled_calls_are_counted(process: ServerProcess, tenant: str) 
     before = Metrics(process)("grpc_server_handled_total", **labels)
     async with Api(process.address, tenant) as api:
         session = await api.session()
-        async with following(api, session.id) as follower:
-            await follower.until("caught_up")
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
     await until(process, "grpc_server_handled_total", before + 1, **labels)
 
 
@@ -97,10 +97,10 @@ async def test_streams_watchers_and_delivery(process: ServerProcess, tenant: str
     async with Api(process.address, tenant) as api:
         session = await api.session()
         before = Metrics(process)
-        async with following(api, session.id) as follower:
-            await follower.until("caught_up")
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
             await api.message(session.id)
-            await follower.until("messages_created")
+            await watcher.until("messages_created")
             now = Metrics(process)
     assert now("chat_ticket_streams_open", **open_now) == 1
     assert now("chat_ticket_watchers") == 1
@@ -115,10 +115,10 @@ async def test_rejected_by_limit(process: ServerProcess, tenant: str) -> None:
     """The label names the limit."""
     async with Api(process.address, tenant) as api:
         session = await api.session()
-        async with following(api, session.id) as follower:
-            await follower.until("caught_up")
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
             with refused(StatusCode.RESOURCE_EXHAUSTED):
-                async with following(api, session.id) as other:
+                async with watching(api, session.id) as other:
                     await other.next()
     await until(process, "chat_ticket_rejected_total", 1, limit="session_streams")
 
@@ -162,13 +162,13 @@ async def test_no_label_has_an_id(process: ServerProcess, tenant: str) -> None:
 def test_each_worker_has_its_own_port(database: str) -> None:
     """The first worker has the configured port, the next worker the port after it."""
     with server_process(database, "--workers", "2", CHAT_TICKET_METRICS_PORT="39464") as process:
-        lines = process.wait_for_all("metrics", 2)
+        lines = process.wait_for_all("serving metrics", 2)
     assert sorted(line["port"] for line in lines) == [39464, 39465]
 
 
 def test_port_in_use_is_reported(database: str, process: ServerProcess) -> None:
     """The server exits, because the operator relies on the metrics."""
-    port = process.wait_for("metrics")["port"]
+    port = process.wait_for("serving metrics")["port"]
     with server_process(database, CHAT_TICKET_METRICS_PORT=str(port)) as other:
         assert other.popen.wait(timeout=30) == 1
         other.stop()

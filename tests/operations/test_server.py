@@ -20,7 +20,7 @@ from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.client import Api, refused
 from support.process import server_process
-from test_watch import following
+from test_watch import watching
 
 from chat_ticket.v1 import chat_session_pb2, chat_session_pb2_grpc
 from chat_ticket_svc import config
@@ -134,13 +134,13 @@ class TestProcess:
             result = command("serve", "--port", str(port), DATABASE_URL=database)
         assert result.returncode != 0
         assert f"127.0.0.1:{port}" in result.stderr
-        assert "port taken" in result.stderr
+        assert "the port is in use" in result.stderr
         assert "Traceback" not in result.stderr
         with server_process(database) as first:
             port = first.wait_for("listening")["port"]
             result = command("serve", "--port", str(port), DATABASE_URL=database)
         assert result.returncode != 0
-        assert "port taken" in result.stderr
+        assert "the port is in use" in result.stderr
 
     def test_every_log_line_has_one_form(self) -> None:
         """JSON, also what libraries say of a database that is not there."""
@@ -153,12 +153,12 @@ class TestProcess:
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     async def test_signal_drains(self, database: str, tenant: str, number: int) -> None:
-        """A follower is told to resume, a call under way is answered, the exit status is 0."""
+        """The watch ends with DRAINING, a call in flight is answered, the exit status is 0."""
         with server_process(database) as process:
             async with Api(process.address, tenant) as api:
                 session = await api.session()
-                async with following(api, session.id) as follower:
-                    await follower.until("caught_up")
+                async with watching(api, session.id) as watcher:
+                    await watcher.until("caught_up")
                     with psycopg.connect(database) as connection:
                         connection.execute(
                             "SELECT FROM chat_sessions WHERE id = %s FOR UPDATE", [session.id]
@@ -167,7 +167,7 @@ class TestProcess:
                         await asyncio.sleep(0.2)
                         process.popen.send_signal(number)
                         with refused(StatusCode.UNAVAILABLE, "DRAINING"):
-                            await follower.next()
+                            await watcher.next()
                     assert (await writing).sequence == 1
             assert await asyncio.to_thread(process.stop) == 0
 
@@ -203,8 +203,8 @@ class TestProcess:
             await asyncio.sleep(0.2)
         assert min(await asyncio.gather(*callers)) > 1
 
-    async def test_new_follower_during_the_drain(self, database: str, tenant: str) -> None:
-        """It is told to resume elsewhere, in the words of the error table."""
+    async def test_new_watcher_during_the_drain(self, database: str, tenant: str) -> None:
+        """It ends with DRAINING, as the error table says, and can resume elsewhere."""
         from conftest import serving
 
         async with (
@@ -214,9 +214,9 @@ class TestProcess:
             session = await api.session()
             stopping = asyncio.create_task(server.stop())
             with refused(StatusCode.UNAVAILABLE, "DRAINING") as refusal:
-                async with following(api, session.id) as follower:
+                async with watching(api, session.id) as watcher:
                     while True:
-                        await follower.next()
+                        await watcher.next()
             assert "RetryInfo" in refusal.details
             await stopping
 

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2
 from support.client import REQUEST_ID, Api, an_id, refused
 from support.process import ServerProcess, server_process
 from test_errors import locked
-from test_watch import following
+from test_watch import watching
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest, ListChatMessagesRequest
@@ -136,7 +136,7 @@ async def test_a_stream_that_its_caller_left_is_cancelled(
     process: ServerProcess, api: Api, tenant: str
 ) -> None:
     session = await api.session()
-    async with following(api, session.id):
+    async with watching(api, session.id):
         await line(process, "started call", method=WATCH, tenant=tenant)
     finished = await line(process, "finished call", method=WATCH, tenant=tenant)
     assert finished["code"] == "CANCELLED"
@@ -219,7 +219,7 @@ async def test_the_last_lines_are_written_before_the_end(database: str, tenant: 
         process.wait_for("serving")
         async with Api(process.address, tenant) as api:
             session = await api.session()
-            async with following(api, session.id):
+            async with watching(api, session.id):
                 await line(process, "started call")
                 assert process.stop() == 0
         finished = [each for each in process.log if each["event"] == "finished call"]

@@ -52,7 +52,7 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
             attachment, session_id = await attachments.create(
                 self._db, tenant_id, message_id, new, limit=self._limits.attachments
             )
-            self._watch_hub.changed(tenant_id, session_id)
+            self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.CreateChatAttachmentResponse(attachment=convert.attachment(attachment))
 
     async def GetChatAttachment(
@@ -118,5 +118,5 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
         attachment_id = validator.id("attachment_id", request.attachment_id)
         validator.raise_if_invalid()
         session_id = await attachments.delete(self._db, tenant_id, attachment_id)
-        self._watch_hub.changed(tenant_id, session_id)
+        self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.DeleteChatAttachmentResponse()

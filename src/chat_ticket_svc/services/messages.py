@@ -93,7 +93,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         )
         if stored is None:
             stored = await self._group_commit.append(tenant_id, session_id, new)
-            self._watch_hub.changed(tenant_id, session_id)
+            self._watch_hub.notify_changed(tenant_id, session_id)
         return stored
 
     async def GetChatMessage(
@@ -207,7 +207,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             metadata = validator.metadata("message.metadata_json", request.message.metadata_json)
         validator.raise_if_invalid()
         message = await messages.set_metadata(self._db, tenant_id, message_id, metadata)
-        self._watch_hub.changed(tenant_id, message.session_id)
+        self._watch_hub.notify_changed(tenant_id, message.session_id)
         return pb.UpdateChatMessageResponse(message=convert.message(message))
 
     async def DeleteChatMessage(
@@ -218,7 +218,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         message_id = validator.id("message_id", request.message_id)
         validator.raise_if_invalid()
         session_id = await messages.delete(self._db, tenant_id, message_id)
-        self._watch_hub.changed(tenant_id, session_id)
+        self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.DeleteChatMessageResponse()
 
     async def SearchChatMessages(

@@ -115,7 +115,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
             )
         validator.raise_if_invalid()
         session = await sessions.set_status(self._db, tenant_id, session_id, status, etag)
-        self._watch_hub.changed(tenant_id, session_id)
+        self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.UpdateChatSessionResponse(session=convert.session(session))
 
     async def DeleteChatSession(
@@ -127,7 +127,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         etag = validator.etag("etag", request.etag)
         validator.raise_if_invalid()
         await sessions.delete(self._db, tenant_id, session_id, etag)
-        self._watch_hub.changed(tenant_id, session_id)
+        self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.DeleteChatSessionResponse()
 
     def WatchChatSession(
@@ -146,9 +146,9 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         with self._watch_hub.watch(tenant_id, session_id, self._read_page) as watcher:
             while not stream.is_finished:
                 if stream.is_caught_up:
-                    page = await watcher.next()
+                    page = await watcher.next_page()
                 else:
-                    page = await watcher.read(stream.revision, page_size)
+                    page = await watcher.read_page(stream.revision, page_size)
                     page_size = min(2 * page_size, paging.MAX_STREAM_PAGE)
                 for event in stream.advance(page):
                     yield event
@@ -173,13 +173,13 @@ class _Page:
     """The changes after a revision, serialised once for all streams that send them."""
 
     position: Position | None = None  # None when the session does not exist; nothing else is set
-    more = False
+    has_more = False
 
     def __init__(self, after: int, page: session_changes.Page | None):
         if page is None:
             return
         self.position = Position(page.session.created_at, page.revision)
-        self.more = page.more
+        self.has_more = page.more
         self.after = after
         self.session = page.session
         self.session_state = (page.session.status, page.session.has_ticket)
@@ -224,7 +224,7 @@ class _WatchStream:
             events = [_event(self.revision, session=convert.session(page.session)), *events]
         elif self._session_state != page.session_state:
             events = [page.session_event, *events]
-        if not page.more and not self.is_caught_up:
+        if not page.has_more and not self.is_caught_up:
             events = [*events, _event(end, caught_up=Event.CaughtUp())]
             self.is_caught_up = True
         elif not events:

@@ -42,7 +42,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
                 validator.add_violation("target", "required: ticket_id or ticket")
         validator.raise_if_invalid()
         link = await tickets.link(self._db, tenant_id, session_id, link_id, target)
-        self._watch_hub.changed(tenant_id, session_id)
+        self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.CreateChatTicketResponse(chat_ticket=convert.chat_ticket(link))
 
     def _new_ticket(self, validator: Validator, ticket: resources_pb2.Ticket) -> tickets.NewTicket:
@@ -113,7 +113,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
         chat_ticket_id = validator.id("chat_ticket_id", request.chat_ticket_id)
         validator.raise_if_invalid()
         session_id = await tickets.unlink(self._db, tenant_id, chat_ticket_id)
-        self._watch_hub.changed(tenant_id, session_id)
+        self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.DeleteChatTicketResponse()
 
     async def GetTicket(
