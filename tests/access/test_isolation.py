@@ -28,9 +28,9 @@ from grpc import StatusCode
 from psycopg import sql
 from psycopg.types.json import Jsonb
 from support.client import Api, a_file, an_id
-from test_layers import FILES, PSYCOPG, ROOT, room
-from test_messages import delete
-from test_tickets import unlink
+from support.messages import delete_message
+from support.source_tree import FILES, PSYCOPG, ROOT, room
+from support.tickets import unlink
 
 import chat_ticket_svc
 from chat_ticket.v1 import chat_attachment_pb2 as files_pb
@@ -95,7 +95,7 @@ class World:
         files = [self.a_file(self.file), self.a_file(self.second)]
         await api.message(self.session, self.content, id=self.message, attachments=files)
         await api.message(self.session, self.content, id=self.deleted)
-        await delete(api, self.deleted)
+        await delete_message(api, self.deleted)
         await api.message(self.session, self.content)
         ticket = r.Ticket(id=self.ticket, title=self.tenant, status=r.TICKET_STATUS_SOLVED)
         await api.escalate(self.session, chat_ticket_id=self.link, ticket=ticket)
@@ -339,7 +339,7 @@ class Rows:
         found = self.connection.execute(sql.SQL(" UNION ALL ").join(each), {"of": list(tenants)})
         return sorted(row for (row,) in found)
 
-    def delete(self, *tenants: str) -> None:
+    def delete_message(self, *tenants: str) -> None:
         for statement in (
             "UPDATE tickets SET status = 'closed' WHERE tenant_id = ANY (%s)",
             "DELETE FROM chat_sessions WHERE tenant_id = ANY (%s)",

@@ -22,8 +22,9 @@ from grpc_health.v1 import health_pb2
 from jwt.algorithms import ECAlgorithm
 from support.authority import AUDIENCE, ISSUER, Key, KeyServer, key_set
 from support.client import Api, refused
-from test_list_messages import batches
-from test_watch import watching
+from support.messages import batches
+from support.sessions import list_sessions
+from support.watching import watching
 
 from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest
 from chat_ticket.v1.chat_session_pb2 import ListChatSessionsRequest
@@ -69,23 +70,19 @@ async def server(start: Any, tmp_path: Path) -> Server:
     return await start(jwks=str(tmp_path / "keys.json"))  # type: ignore[no-any-return]
 
 
-async def listed(api: Api) -> Any:
-    return await api.sessions.ListChatSessions(ListChatSessionsRequest())
-
-
 class TestTenants:
     async def test_single_tenant_is_the_default(self, server: Server, tenant: str) -> None:
         """x-tenant-id is optional if the credential has exactly one tenant."""
         api = await server.api(KEY.token(tenants=[tenant]))
         assert (await api.session()).tenant_id == tenant
         named = await server.api(KEY.token(tenants=[tenant]), tenant)
-        assert len((await listed(named)).sessions) == 1
+        assert len((await list_sessions(named)).sessions) == 1
 
     async def test_one_of_several_tenants_must_be_named(self, server: Server, tenant: str) -> None:
         """The server never guesses the tenant."""
         token = KEY.token(tenants=[tenant, f"{tenant} too"])
         with refused(StatusCode.UNAUTHENTICATED, "TENANT_REQUIRED"):
-            await listed(await server.api(token))
+            await list_sessions(await server.api(token))
         for name in (tenant, f"{tenant} too"):
             assert (await (await server.api(token, name)).session()).tenant_id == name
 
@@ -94,13 +91,13 @@ class TestTenants:
         token = KEY.token(tenants="*")
         assert (await (await server.api(token, tenant)).session()).tenant_id == tenant
         with refused(StatusCode.UNAUTHENTICATED, "TENANT_REQUIRED"):
-            await listed(await server.api(token))
+            await list_sessions(await server.api(token))
 
     async def test_star_in_a_list_is_the_name_of_a_tenant(self, server: Server) -> None:
         """Only "*" instead of the list allows all tenants."""
         token = KEY.token(tenants=["*"])
         with refused(StatusCode.PERMISSION_DENIED, "TENANT_NOT_ALLOWED"):
-            await listed(await server.api(token, "acme"))
+            await list_sessions(await server.api(token, "acme"))
 
     async def test_another_tenant_is_denied(self, server: Server, tenant: str) -> None:
         """The error does not reveal whether that tenant or its session exists."""
@@ -122,7 +119,7 @@ class TestTenants:
     async def test_malformed_tenant_is_invalid(self, server: Server) -> None:
         """The error is the same as without authentication."""
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
-            await listed(await server.api(KEY.token(), "t" * 256))
+            await list_sessions(await server.api(KEY.token(), "t" * 256))
         assert list(refusal.fields) == ["x-tenant-id"]
 
 
@@ -199,7 +196,7 @@ class TestForged:
                 await batches(api, "0197a000-0000-7000-8000-000000000001")
         assert len(told) == 1
         good = await server.api(KEY.token(), tenant)
-        assert not (await listed(good)).sessions, "nothing was written"
+        assert not (await list_sessions(good)).sessions, "nothing was written"
 
     @pytest.mark.parametrize(
         ("key", "algorithm"),
@@ -219,9 +216,9 @@ class TestForged:
         token = jwt.encode(Key.claims(), key, algorithm, headers={"kid": "two"})
         server = await start(jwks=str(tmp_path / "keys.json"))
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"):
-            await listed(await server.api(token, "acme"))
+            await list_sessions(await server.api(token, "acme"))
         listing = await start(jwks=str(tmp_path / "keys.json"), jwt_algorithms=f"ES256,{algorithm}")
-        await listed(await listing.api(token, "acme"))
+        await list_sessions(await listing.api(token, "acme"))
 
     @pytest.mark.filterwarnings("ignore::jwt.InsecureKeyLengthWarning")
     async def test_short_rsa_key(self, start: Any, tmp_path: Path) -> None:
@@ -233,7 +230,7 @@ class TestForged:
         server = await start(jwks=str(tmp_path / "keys.json"))
         token = jwt.encode(Key.claims(), key, "RS256", headers={"kid": "short"})
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"):
-            await listed(await server.api(token, "acme"))
+            await list_sessions(await server.api(token, "acme"))
 
     async def test_unusable_keys_beside_a_usable_one(self, start: Any, tmp_path: Path) -> None:
         """They are ignored, private keys too. The usable one works."""
@@ -248,9 +245,9 @@ class TestForged:
         ]
         (tmp_path / "keys.json").write_text(json.dumps({"keys": [*odd, KEY.public]}))
         server = await start(jwks=str(tmp_path / "keys.json"))
-        await listed(await server.api(KEY.token(), "acme"))
+        await list_sessions(await server.api(KEY.token(), "acme"))
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"):
-            await listed(await server.api(private.token(), "acme"))
+            await list_sessions(await server.api(private.token(), "acme"))
 
     async def test_request_is_not_parsed_before_authentication(
         self, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -268,12 +265,12 @@ class TestForged:
         request = ListChatMessagesRequest(session_id="0197a000-0000-7000-8000-000000000001")
         nobody = await server.api("", "acme")
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_REQUIRED"):
-            await listed(nobody)
+            await list_sessions(nobody)
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_REQUIRED"):
             await nobody.messages.ListChatMessages(request).read()
         assert not parsed
         api = await server.api(KEY.token(), "acme")
-        await listed(api)
+        await list_sessions(api)
         with refused(StatusCode.NOT_FOUND):
             await api.messages.ListChatMessages(request).read()
         assert parsed == [b"", request.SerializeToString()]
@@ -284,20 +281,20 @@ class TestForged:
         (tmp_path / "keys.json").write_bytes(key_set(KEY, key))
         server = await start(jwks=str(tmp_path / "keys.json"))
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"):
-            await listed(await server.api(key.token(), "acme"))
+            await list_sessions(await server.api(key.token(), "acme"))
 
     async def test_expired_token_has_a_reason_of_its_own(self, server: Server) -> None:
         """The caller learns that it needs a new token."""
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_EXPIRED"):
-            await listed(await server.api(KEY.token(exp=int(time.time()) - 1), "acme"))
+            await list_sessions(await server.api(KEY.token(exp=int(time.time()) - 1), "acme"))
 
     async def test_cached_token_expires(self, server: Server) -> None:
         """On time, whenever its signature was verified."""
         api = await server.api(KEY.token(exp=int(time.time()) + 2), "acme")
-        await listed(api)
+        await list_sessions(api)
         await asyncio.sleep(2.1)
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_EXPIRED"):
-            await listed(api)
+            await list_sessions(api)
 
     async def test_verified_tokens_are_cached(
         self, server: Server, monkeypatch: pytest.MonkeyPatch
@@ -313,14 +310,14 @@ class TestForged:
         monkeypatch.setattr(jwt_authenticator, "MAX_CACHED_TOKENS", 2)
         one, two, three = (KEY.token(n=n) for n in range(3))
         for token in (one, one, two, one, three, three, one):
-            await listed(await server.api(token, "acme"))
+            await list_sessions(await server.api(token, "acme"))
         assert checked == [one, two, three, one]
 
     async def test_forged_expired_token_is_invalid(self, server: Server) -> None:
         """The signature is verified before the expiry."""
         token = Key().token(exp=int(time.time()) - 1)
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"):
-            await listed(await server.api(token, "acme"))
+            await list_sessions(await server.api(token, "acme"))
 
     @pytest.mark.parametrize("exp", [10**12, 10**30, 4102444800.5])
     async def test_distant_expiry_is_valid(self, server: Server, tenant: str, exp: float) -> None:
@@ -333,7 +330,7 @@ class TestForged:
     async def test_no_credential(self, server: Server) -> None:
         """A call without a token is rejected, whatever tenant it names."""
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_REQUIRED"):
-            await listed(await server.api("", "acme"))
+            await list_sessions(await server.api("", "acme"))
 
     @pytest.mark.parametrize(
         "values", [[f"Basic {KEY.token()}"], [KEY.token()], [f"Bearer {KEY.token()}"] * 2]
@@ -411,7 +408,7 @@ class TestKeys:
 
     async def accepts(self, server: Server, key: Key) -> bool:
         try:
-            await listed(await server.api(key.token(), "acme"))
+            await list_sessions(await server.api(key.token(), "acme"))
         except grpc.aio.AioRpcError as error:
             assert error.code() is StatusCode.UNAUTHENTICATED
             return False
@@ -440,14 +437,14 @@ class TestKeys:
         server = await start(jwks=keys.url)
         token = KEY.token()
         api = await server.api(token, "acme")
-        await listed(api)
+        await list_sessions(api)
         keys.body = key_set(Key(KEY.key_id))
         async with asyncio.timeout(10):
             with contextlib.suppress(grpc.aio.AioRpcError):
-                while await listed(api) is not None:
+                while await list_sessions(api) is not None:
                     await asyncio.sleep(0.05)
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"):
-            await listed(api)
+            await list_sessions(api)
 
     async def test_keys_rotate_in_a_file(self, start: Any, tmp_path: Path) -> None:
         """In the same way as at a URL."""
@@ -532,7 +529,7 @@ class TestKeys:
         asked = keys.requests
         leaving, staying = [await server.api(new.token(), "acme") for _ in range(2)]
         leaves = leaving.sessions.ListChatSessions(ListChatSessionsRequest())
-        stays = asyncio.create_task(listed(staying))
+        stays = asyncio.create_task(list_sessions(staying))
         while keys.requests == asked:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)
@@ -575,13 +572,13 @@ class TestKeys:
         good_body, keys.body = keys.body, b"not yet"
         server = await start(jwks=keys.url)
         with refused(StatusCode.UNAVAILABLE, "KEYS_UNAVAILABLE") as refusal:
-            await listed(await server.api(KEY.token(), "acme"))
+            await list_sessions(await server.api(KEY.token(), "acme"))
         assert "RetryInfo" in refusal.details
         keys.body = good_body
         async with asyncio.timeout(10):
             while True:
                 with contextlib.suppress(grpc.aio.AioRpcError):
-                    await listed(await server.api(KEY.token(), "acme"))
+                    await list_sessions(await server.api(KEY.token(), "acme"))
                     break
                 await asyncio.sleep(0.05)
 

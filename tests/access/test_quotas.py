@@ -16,9 +16,9 @@ from grpc import StatusCode
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.client import Api, Refusal, an_id, refused
-from test_errors import locked
-from test_list_messages import filled, rest_of, sequences
-from test_watch import watching
+from support.database import session_locked
+from support.messages import read_rest, sequences, session_with_messages
+from support.watching import watching
 
 from chat_ticket.v1 import chat_session_pb2_grpc
 from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest, SearchChatMessagesRequest
@@ -116,7 +116,7 @@ async def blocked_calls(
     api: Api, database_url: str, session_id: str, count: int
 ) -> AsyncIterator[tuple[Refusal, list[asyncio.Task[Any]]]]:
     """`count` calls wait for a lock, one more is rejected with `refusal`. The others succeed."""
-    with locked(database_url, session_id):
+    with session_locked(database_url, session_id):
         calls = [asyncio.create_task(api.message(session_id)) for _ in range(count + 1)]
         # Which of them came last is not known.
         [first], waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
@@ -296,7 +296,7 @@ class TestConnections:
         api = await start_server(database, pool_size=pool_size, lock_timeout_ms=9000)
         session = await api.session()
         async with another(api) as other:
-            with locked(database, session.id):
+            with session_locked(database, session.id):
                 calls = [asyncio.create_task(api.message(session.id)) for _ in range(2 * pool_size)]
                 await asyncio.sleep(0.3)
                 async with asyncio.timeout(1):
@@ -316,7 +316,7 @@ class TestConnections:
             await api.session()
             with contextlib.ExitStack() as locks:
                 for session_id in sessions:
-                    locks.enter_context(locked(fresh_database, session_id))
+                    locks.enter_context(session_locked(fresh_database, session_id))
                 waiting = [
                     asyncio.create_task(tenant.message(session_id))
                     for tenant, session_id in zip(tenants, sessions, strict=True)
@@ -442,7 +442,7 @@ class TestCalls:
         with refused(StatusCode.INVALID_ARGUMENT):
             await api.channel.unary_unary(method)(b"\xff\xff", metadata=metadata)
         await exactly_one_is_admitted()
-        with locked(database, session.id):
+        with session_locked(database, session.id):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.DeleteChatSession(delete, metadata=metadata, timeout=0.2)
             assert caught.value.code() is StatusCode.DEADLINE_EXCEEDED
@@ -465,7 +465,7 @@ class TestStreams:
         ):
             for attempt in (api.sessions.WatchChatSession, api.messages.ListChatMessages):
                 with exceeds("tenant_streams", 2, api):
-                    await rest_of(attempt(WatchChatSessionRequest(session_id=sessions[2].id)))
+                    await read_rest(attempt(WatchChatSessionRequest(session_id=sessions[2].id)))
             await call(api)
             async with another(api) as other:
                 session = await other.session()
@@ -553,14 +553,14 @@ class TestStreams:
         """As soon as the server ends the stream, even if the caller has not noticed."""
         quotas = {"tenant_streams": 1, "session_streams": 1, "streams": 1}
         api = await start_server(database, quotas=quotas, stream_write_timeout_seconds=0.3)
-        session_id = await filled(api, 5000, "x" * 2000)
+        session_id = await session_with_messages(api, 5000, "x" * 2000)
         slow = api.messages.ListChatMessages(ListChatMessagesRequest(session_id=session_id))
         await slow.read()
         with exceeds("tenant_streams", 1, api):
             await sequences(api, session_id)
         await eventually(lambda: sequences(api, session_id, limit=1))
         with refused(StatusCode.RESOURCE_EXHAUSTED, "SLOW_READER"):
-            await rest_of(slow)
+            await read_rest(slow)
         await eventually(lambda: sequences(api, session_id, limit=1))
 
 

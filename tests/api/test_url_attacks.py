@@ -20,9 +20,12 @@ from typing import Any
 import grpc.aio
 import pytest
 import pytest_asyncio
-from conftest import serving
 from grpc import StatusCode
+from support.attachments import list_all_attachments
 from support.client import Api, a_file, an_id, refused
+from support.messages import get_message
+from support.server import serving
+from support.sessions import get_session
 from test_attachment_url import (
     OK,
     PRIVATE,
@@ -38,8 +41,6 @@ from test_attachment_url import (
     status,
     unused_port,
 )
-from test_attachments import of_message, walk
-from test_tickets import session_of
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket_svc import server
@@ -565,9 +566,9 @@ async def world(database: str) -> AsyncIterator[World]:
 async def state(api: Api, message: r.ChatMessage) -> tuple[Any, ...]:
     """All that an attachment could have changed."""
     return (
-        await session_of(api, message.session_id),
-        await of_message(api, message.id),
-        await walk(api, session_id=message.session_id),
+        await get_session(api, message.session_id),
+        await get_message(api, message.id),
+        await list_all_attachments(api, session_id=message.session_id),
     )
 
 
@@ -708,7 +709,7 @@ async def test_flood_of_one_tenant(world: World) -> None:
     world.expect({"/slow": page(silence)})
     good, slow = (f"http://{world.public.at}/{path}" for path in ("ok", "slow"))
     flood = [a_file(file_url=f"{slow}?{number}") for number in range(20)]
-    session = await session_of(world.api, world.message.session_id)
+    session = await get_session(world.api, world.message.session_id)
     async with Api(world.api.address, f"other {an_id()}") as other:
         message = await other.message((await other.session()).id)
         flooding = [
@@ -726,7 +727,7 @@ async def test_flood_of_one_tenant(world: World) -> None:
     assert looked_at[0] is StatusCode.FAILED_PRECONDITION
     assert busy[:2] == (StatusCode.RESOURCE_EXHAUSTED, "too many file_url checks in progress")
     assert b"URL_CHECKS_BUSY" in dict(busy[2])["grpc-status-details-bin"]
-    assert await session_of(world.api, session.id) == session
+    assert await get_session(world.api, session.id) == session
     with_one = await world.api.message(session.id, attachments=[a_file(file_url=good)])
     assert len(with_one.attachments) == 1, "it has its turns again"
 

@@ -17,10 +17,10 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from conftest import serving
 from google.rpc import error_details_pb2
 from support.authority import Authority, Key
 from support.client import an_id
+from support.server import serving
 from test_client_resume import OPTIONS, free_port
 
 import chat_ticket

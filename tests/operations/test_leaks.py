@@ -27,8 +27,9 @@ import pytest
 import pytest_asyncio
 from google.protobuf.field_mask_pb2 import FieldMask
 from support.client import Api, Refusal, a_file, an_id
+from support.database import execute, raise_on_insert, session_locked
 from support.process import ServerProcess, server_process
-from test_errors import execute, locked, raise_on_insert
+from support.secrets import MARKED, leaks, secret
 
 from chat_ticket.v1 import chat_attachment_pb2 as a
 from chat_ticket.v1 import chat_message_pb2 as m
@@ -42,29 +43,6 @@ from chat_ticket_svc.embedded import EmbeddedPostgres
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "src" / "chat_ticket_svc"
-
-# Letters and digits only: the same in JSON, in a percent-encoded URL and in a repr.
-MARKED = "CaNaRy7qXw"
-
-
-def secret(kind: str) -> str:
-    return f"{MARKED}{kind}{uuid.uuid4().hex[:6]}"
-
-
-def _forms() -> list[bytes]:
-    plain = MARKED.lower().encode()
-    forms = [plain, MARKED.encode().hex().encode()]
-    for before in range(3):  # base64 looks different at each place in three bytes
-        coded = base64.b64encode(b"\0" * before + MARKED.encode() + b"\0" * (2 - before))
-        forms.append(coded[(before * 4 + 2) // 3 : (before + len(MARKED)) * 4 // 3].lower())
-    return forms
-
-
-def leaks(written: str | bytes) -> list[bytes]:
-    """The surroundings of each secret in what was written: none is what all want to see."""
-    data = written.encode() if isinstance(written, str) else written
-    found = re.finditer(b"|".join(map(re.escape, _forms())), data.lower())
-    return [data[max(0, each.start() - 200) : each.end() + 100] for each in found]
 
 
 @pytest.mark.parametrize(
@@ -410,7 +388,7 @@ async def refuse_by_rules(told: Told, api: Api, database: str, store: str) -> No
     await told.until("could not poll")
     for call in watching:
         call.cancel()
-    with locked(database, session_id):
+    with session_locked(database, session_id):
         calls = [
             asyncio.ensure_future(api.message(session_id, secret("content"))) for _ in "x" * 30
         ]

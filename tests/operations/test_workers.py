@@ -18,12 +18,12 @@ from typing import Any
 import grpc.aio
 import psycopg
 import pytest
-from conftest import Cluster
 from grpc import StatusCode
 from support.client import Api, an_id, refused
-from support.process import ServerProcess, server_process
-from test_server import command, create_session, is_running, list_sessions
-from test_watch import watching
+from support.cluster import Cluster
+from support.process import ServerProcess, is_postgres_running, run_command, server_process
+from support.sessions import create_session_at, list_sessions_at
+from support.watching import watching
 
 from chat_ticket_svc import workers
 from chat_ticket_svc.embedded import EmbeddedPostgres
@@ -147,7 +147,7 @@ class TestTwo:
 
     def test_worker_is_nothing_without_its_parent(self, database: str) -> None:
         """One that is started by hand, or too late, does not serve."""
-        result = command("worker", "1", "0", DATABASE_URL=database)
+        result = run_command("worker", "1", "0", DATABASE_URL=database)
         assert result.returncode != 0
         assert result.stderr == "the parent process has already ended\n"
 
@@ -234,14 +234,14 @@ class TestDeath:
         with serving("", *arguments) as (process, both):
             process.wait_for("serving")
             port = process.wait_for("listening")["port"]
-            create_session(process.address)
+            create_session_at(process.address)
             postmaster = int((data / "postmaster.pid").read_text().split()[0])
             process.stop(signal.SIGKILL)
             wait_until(lambda: not any(map(lives, both)))
-            wait_until(lambda: not is_running(postmaster, data))
+            wait_until(lambda: not is_postgres_running(postmaster, data))
         with serving("", *arguments, CHAT_TICKET_PORT=str(port)) as (process, _):
             process.wait_for("serving")
-            assert len(list_sessions(process.address)) == 1
+            assert len(list_sessions_at(process.address)) == 1
 
 
 class TestDrain:
@@ -318,11 +318,11 @@ class TestDrain:
         with serving("", "--embedded", str(data)) as (process, both):
             assert "ListChatSessions" in process.printed()
             process.wait_for_all("serving", 2)
-            create_session(process.address)
+            create_session_at(process.address)
             postmaster = int((data / "postmaster.pid").read_text().split()[0])
             assert process.stop() == 0
             assert not any(map(lives, both))
-            assert not is_running(postmaster, data)
+            assert not is_postgres_running(postmaster, data)
         events = [line["event"] for line in process.log if line["event"] != "finished call"]
         assert events[-2:] == ["draining", "draining"]
 
@@ -390,7 +390,7 @@ class TestRefusal:
         """With the words and the exit status of one process."""
         environment = {"DATABASE_URL": database, "CHAT_TICKET_PORT": "0", **wrong}
         one, two = (
-            command("serve", CHAT_TICKET_WORKERS=workers, **environment) for workers in "12"
+            run_command("serve", CHAT_TICKET_WORKERS=workers, **environment) for workers in "12"
         )
         assert one.returncode == two.returncode == 1
         assert said(one) == said(two)
@@ -401,7 +401,8 @@ class TestRefusal:
         empty = cluster.create("template1")
         try:
             one, two = (
-                command("serve", "--port", "0", "--workers", n, DATABASE_URL=empty) for n in "12"
+                run_command("serve", "--port", "0", "--workers", n, DATABASE_URL=empty)
+                for n in "12"
             )
         finally:
             cluster.drop(empty)
@@ -412,7 +413,7 @@ class TestRefusal:
     @pytest.mark.parametrize("number", ["0", "-1", "129", "x"])
     def test_number_of_workers_is_checked(self, database: str, number: str) -> None:
         """Like every other setting."""
-        result = command("serve", DATABASE_URL=database, CHAT_TICKET_WORKERS=number)
+        result = run_command("serve", DATABASE_URL=database, CHAT_TICKET_WORKERS=number)
         assert result.returncode == 1
         assert result.stderr.startswith("chat-ticket-svc: CHAT_TICKET_WORKERS: ")
 
@@ -437,7 +438,9 @@ class TestPort:
         """However many workers either has."""
         with server_process(database, CHAT_TICKET_WORKERS=first) as process:
             port = str(process.wait_for("listening")["port"])
-            result = command("serve", "--port", port, "--workers", second, DATABASE_URL=database)
+            result = run_command(
+                "serve", "--port", port, "--workers", second, DATABASE_URL=database
+            )
         assert result.returncode == 1
         assert said(result) == [
             f"chat-ticket-svc: cannot listen on 127.0.0.1:{port}: "
@@ -453,7 +456,7 @@ class TestPort:
                     os.kill(pid, signal.SIGKILL)
                 process.wait_for_all("worker exited", 2)
                 for number in "12":
-                    result = command(
+                    result = run_command(
                         "serve", "--port", port, DATABASE_URL=database, CHAT_TICKET_WORKERS=number
                     )
                     assert result.returncode == 1

@@ -8,10 +8,9 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 import grpc.aio
 import psycopg
@@ -19,6 +18,8 @@ import pytest
 from grpc import StatusCode
 from psycopg.conninfo import conninfo_to_dict
 from support.client import Api, a_file, an_id, refused
+from support.database import execute, raise_on_insert, session_locked, set_read_only
+from support.messages import session_with_messages
 
 from chat_ticket.v1 import chat_message_pb2_grpc, chat_session_pb2_grpc
 from chat_ticket.v1 import resources_pb2 as r
@@ -37,42 +38,7 @@ from chat_ticket_svc.errors import DomainError
 from chat_ticket_svc.rpc.status import STATUS_CODES, status_code
 
 
-def execute(database_url: str, *statements: str) -> None:
-    with psycopg.connect(database_url, autocommit=True) as connection:
-        for statement in statements:
-            connection.execute(statement)  # type: ignore[arg-type]
-
-
-def raise_on_insert(database_url: str, raised: str, *, table: str = "chat_sessions") -> None:
-    """Make every new session, or row of another table, run `raised` in the database."""
-    execute(
-        database_url,
-        "CREATE OR REPLACE FUNCTION sabotage() RETURNS trigger LANGUAGE plpgsql AS"
-        f" $$ BEGIN {raised}; RETURN NEW; END $$",
-        f"CREATE OR REPLACE TRIGGER sabotage BEFORE INSERT ON {table}"
-        " FOR EACH ROW EXECUTE FUNCTION sabotage()",
-    )
-
-
-@contextmanager
-def locked(database_url: str, session_id: str) -> Iterator[None]:
-    """Hold the row lock of a session, as a slow writer would."""
-    with psycopg.connect(database_url) as connection:
-        connection.execute("SELECT FROM chat_sessions WHERE id = %s FOR UPDATE", [session_id])
-        yield
-
-
-def set_read_only(database_url: str, setting: str) -> None:
-    """As a standby is, for sessions to come."""
-    execute(
-        database_url,
-        "SET default_transaction_read_only = off",
-        f"ALTER DATABASE {urlsplit(database_url).path[1:]}"
-        f" SET default_transaction_read_only = {setting}",
-    )
-
-
-async def session_soon(api: Api) -> r.ChatSession:
+async def create_session_when_possible(api: Api) -> r.ChatSession:
     """A session, as soon as one can be created."""
     async with asyncio.timeout(15):
         while True:
@@ -131,7 +97,7 @@ class TestDatabaseErrors:
             with refused(StatusCode.UNAVAILABLE, "DATABASE_READ_ONLY"):
                 await write
         set_read_only(fresh_database, "off")
-        session = await session_soon(api)
+        session = await create_session_when_possible(api)
         # One at a time, and by the connection that small ones share. Connections that were made
         # while it took no writes are left by the first that meets one, a second later at most.
         async with asyncio.timeout(15):
@@ -158,7 +124,7 @@ class TestDatabaseErrors:
         with refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE"):
             await api.session()
         set_read_only(fresh_database, "off")
-        await session_soon(api)
+        await create_session_when_possible(api)
 
     async def test_unknown_error_tells_nothing_but_an_id(
         self, start_server: Any, fresh_database: str, capsys: pytest.CaptureFixture[str]
@@ -182,7 +148,7 @@ class TestDatabaseErrors:
         """Who waits too long for a session gives up, and nothing is written."""
         api = await start_server(fresh_database, lock_timeout_ms=100)
         session = await api.session()
-        with locked(fresh_database, session.id), refused(StatusCode.ABORTED, "CONTENTION"):
+        with session_locked(fresh_database, session.id), refused(StatusCode.ABORTED, "CONTENTION"):
             await api.message(session.id)
         assert (await api.message(session.id)).sequence == 1
 
@@ -194,7 +160,7 @@ class TestDatabaseErrors:
         api = await start_server(fresh_database, statement_timeout_ms=100)
         session = await api.session()
         with (
-            locked(fresh_database, session.id),
+            session_locked(fresh_database, session.id),
             refused(StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
         ):
             await api.message(session.id)
@@ -207,7 +173,7 @@ class TestDatabaseErrors:
         session = await api.session()
         stub = chat_session_pb2_grpc.ChatSessionServiceStub(api.channel)
         with (
-            locked(fresh_database, session.id),
+            session_locked(fresh_database, session.id),
             refused(StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
         ):
             await stub.DeleteChatSession(
@@ -345,7 +311,7 @@ class TestDatabaseAway:
         """Beyond the calls that may wait for a connection, the next is RESOURCE_EXHAUSTED."""
         api = await start_server(fresh_database, pool_size=1)
         session = await api.session()
-        with locked(fresh_database, session.id):
+        with session_locked(fresh_database, session.id):
             calls = [asyncio.create_task(api.message(session.id)) for _ in range(8)]
             done, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
             for call in done:
@@ -363,7 +329,7 @@ class TestDatabaseAway:
         api = await start_server(fresh_database, pool_size=1)
         session = await api.session()
         request = ListChatSessionsRequest()
-        with locked(fresh_database, session.id):
+        with session_locked(fresh_database, session.id):
             writing = asyncio.create_task(api.message(session.id))
             await asyncio.sleep(0.2)
             waiting = [
@@ -403,9 +369,7 @@ class TestDatabaseAway:
         self, api: Api, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """A stream that is cancelled while it is written to is not an internal error."""
-        from test_list_messages import filled
-
-        session_id = await filled(api, 2000, "x" * 500)
+        session_id = await session_with_messages(api, 2000, "x" * 500)
         request = ListChatMessagesRequest(session_id=session_id)
         for n in range(150):
             call = api.messages.ListChatMessages(request)
@@ -516,7 +480,7 @@ class TestTable:
                     assert time.monotonic() < end
                     await asyncio.sleep(0.02)
 
-            with locked(fresh_database, session.id):
+            with session_locked(fresh_database, session.id):
                 call = asyncio.create_task(api.message(session.id, attachments=[a_file()]))
                 await until(1)
                 call.cancel()

@@ -16,7 +16,6 @@ from typing import Any, LiteralString
 
 import psycopg
 import pytest
-from conftest import TEMPLATE, Cluster, serving
 from google.protobuf.field_mask_pb2 import FieldMask
 from grpc import StatusCode
 from psycopg import sql
@@ -30,6 +29,8 @@ from psycopg.errors import (
 from psycopg.types.json import Jsonb
 from support.client import Api, a_file
 from support.client import refused as call_refused
+from support.cluster import TEMPLATE, Cluster
+from support.server import serving
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest, SearchChatMessagesRequest
