@@ -1,8 +1,10 @@
 """Faults and locks that a test puts into its database."""
 
 import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
@@ -55,3 +57,12 @@ async def wait_for_lock_waiters(database: str, count: int) -> None:
                 if await cursor.fetchone() == (count,):
                     return
                 await asyncio.sleep(0.02)
+
+
+def wait_until_blocked(by: psycopg.Connection[Any], waiter: psycopg.Connection[Any]) -> None:
+    """Return when the waiter's statement waits for a lock that somebody holds."""
+    deadline = time.monotonic() + 15
+    statement = "SELECT cardinality(pg_blocking_pids(%s)) > 0"
+    while by.execute(statement, [waiter.info.backend_pid]).fetchone() != (True,):
+        assert time.monotonic() < deadline, "it did not wait for a lock"
+        time.sleep(0.002)

@@ -1,5 +1,7 @@
 """Short calls on chat sessions."""
 
+import asyncio
+import contextlib
 from typing import Any
 
 import grpc
@@ -61,3 +63,12 @@ def list_sessions_at(address: str) -> list[str]:
 
 async def list_sessions(api: Api) -> Any:
     return await api.sessions.ListChatSessions(ListChatSessionsRequest())
+
+
+async def create_session_when_possible(api: Api) -> r.ChatSession:
+    """A session, as soon as one can be created."""
+    async with asyncio.timeout(15):
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                return await api.session()
+            await asyncio.sleep(0.1)
