@@ -10,83 +10,25 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
-import psycopg
 import pytest
 import pytest_asyncio
+
+# Before the imports: pytest rewrites the asserts of a module when it is imported.
+pytest.register_assert_rewrite("support")
+
 from support import pooler
 from support.client import Api
+from support.cluster import Cluster, Run
+from support.process import ServerProcess, server_process
+from support.server import serving
 
-from chat_ticket_svc import config
-from chat_ticket_svc.commands import migrate
-from chat_ticket_svc.embedded import EmbeddedPostgres
 from chat_ticket_svc.server import Server
 
 NODE = Path(__file__).parent / "support" / "node"
-
-TEMPLATE = "chat_ticket_template"
-
-
-class Cluster:
-    """The PostgreSQL of this run: the embedded one, or the one of TEST_DATABASE_URL."""
-
-    def __init__(self, url: str):
-        self._url = url
-
-    def url(self, database: str) -> str:
-        return urlunsplit(urlsplit(self._url)._replace(path=f"/{database}"))
-
-    def execute(self, sql: str) -> None:
-        with psycopg.connect(self._url, autocommit=True) as connection:
-            connection.execute(sql)  # type: ignore[arg-type]
-
-    def create(self, template: str = TEMPLATE) -> str:
-        """Clone a database and return its URL."""
-        name = f"test_{uuid.uuid4().hex}"
-        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
-        return self.url(name)
-
-    def drop(self, url: str) -> None:
-        self.execute(f"DROP DATABASE IF EXISTS {urlsplit(url).path[1:]} WITH (FORCE)")
-
-
-class Run:
-    """What the controller of a test run sets up once, for all of its workers."""
-
-    def __init__(self) -> None:
-        self._stack = contextlib.ExitStack()
-        url = os.environ.get("TEST_DATABASE_URL", "")
-        if not url:
-            directory = self._stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="chat-ticket-tests-", ignore_cleanup_errors=True)
-            )
-            # Where root may not use a user namespace, PostgreSQL runs as nobody.
-            Path(directory).chmod(0o711)
-            postgres = EmbeddedPostgres(Path(directory) / "data", durable=False)
-            url = self._stack.enter_context(postgres).url("postgres")
-        self.url = url
-        cluster = Cluster(url)
-        cluster.execute(f"DROP DATABASE IF EXISTS {TEMPLATE}")
-        assert migrate.up(cluster.url(TEMPLATE), quiet=True) == 0
-        if os.environ.get(pooler.WANTED):
-            directory = self._stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="chat-ticket-tests-", ignore_cleanup_errors=True)
-            )
-            Path(directory).chmod(0o711)
-            os.environ[pooler.BEHIND] = urlsplit(url)._replace(path="").geturl()
-            os.environ[pooler.PLACE] = self._stack.enter_context(
-                pooler.pgbouncer(url, Path(directory) / "pgbouncer")
-            )
-
-    def close(self) -> None:
-        self._stack.close()
-
-
 RUN = pytest.StashKey[Run]()
 
 
@@ -133,27 +75,6 @@ def fresh_database(cluster: Cluster) -> Iterator[str]:
     url = cluster.create()
     yield url
     cluster.drop(url)
-
-
-@contextlib.asynccontextmanager
-async def serving(database_url: str, **settings: object) -> AsyncIterator[Server]:
-    """A server in this process, on a port of its own, for callers in a hurry."""
-    defaults = {
-        "port": 0,
-        "attachment_url_check": False,
-        "drain_seconds": 0.2,
-        "quotas": {"tenant_calls_per_second": 100_000},
-    }
-    database = {
-        name.removeprefix(config.PREFIX).lower() if name.startswith(config.PREFIX) else name: value
-        for name, value in pooler.environment(database_url).items()
-    }
-    server = Server(config.load(**{**database, **defaults, **settings}))
-    await server.start()
-    try:
-        yield server
-    finally:
-        await server.stop()
 
 
 @pytest_asyncio.fixture(scope="session")
@@ -227,3 +148,29 @@ def node(environment: dict[str, str]) -> str:
             assert done.returncode == 0, f"npm ci failed in {NODE}:\n{done.stderr}"
             stamp.write_text(version)
     return node
+
+
+# So long that only a notification can arrive sooner.
+NO_POLL = "3600"
+
+
+@pytest.fixture
+def two_servers(fresh_database: str) -> Iterator[list[ServerProcess]]:
+    """Two servers on one database, which never poll."""
+    poll = {"CHAT_TICKET_WATCH_POLL_INTERVAL_SECONDS": NO_POLL}
+    with (
+        server_process(fresh_database, **poll) as one,
+        server_process(fresh_database, **poll) as two,
+    ):
+        yield [one, two]
+
+
+@pytest.fixture
+async def two_clients(
+    two_servers: list[ServerProcess], tenant: str
+) -> AsyncIterator[tuple[Api, Api]]:
+    async with (
+        Api(two_servers[0].address, tenant) as one,
+        Api(two_servers[1].address, tenant) as two,
+    ):
+        yield one, two

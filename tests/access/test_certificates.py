@@ -14,9 +14,9 @@ import pytest_asyncio
 from grpc import StatusCode
 from support.authority import Authority, Certificate, Key
 from support.client import Api, refused
-from test_jwt import listed
-from test_other_clients import needs_grpcurl
-from test_watch import watching
+from support.sessions import list_sessions
+from support.tools import needs_grpcurl
+from support.watching import watching
 
 from chat_ticket_svc.access import server_certificates
 from chat_ticket_svc.config import ConfigurationError
@@ -81,12 +81,12 @@ class TestCallers:
         """Case does not matter. A single tenant is the default."""
         connect = await start()
         api = await connect(CA.caller(names=["something.else", "Billing.Internal"]))
-        await listed(api)
+        await list_sessions(api)
         with refused(StatusCode.PERMISSION_DENIED, "PERMISSION_REQUIRED"):
             await api.session()
         other = await connect(CA.caller(names=["billing.internal"]), "other")
         with refused(StatusCode.PERMISSION_DENIED, "TENANT_NOT_ALLOWED"):
-            await listed(other)
+            await list_sessions(other)
 
     @pytest.mark.parametrize(
         ("uris", "names"),
@@ -113,7 +113,7 @@ class TestCallers:
         """A signature by the CA is not enough, nor is a listed name of another type."""
         connect = await start()
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"):
-            await listed(await connect(CA.caller(uris=uris, names=names), "acme"))
+            await list_sessions(await connect(CA.caller(uris=uris, names=names), "acme"))
 
     @pytest.mark.parametrize("caller", ["none", "of another CA", "expired"])
     async def test_connection_is_refused(self, start: NewServer, caller: str) -> None:
@@ -125,7 +125,7 @@ class TestCallers:
         }[caller]
         api = await (await start())(certificate, "acme")
         with pytest.raises(Exception, match="UNAVAILABLE"):
-            await listed(api)
+            await list_sessions(api)
 
     async def test_calls_end_when_the_certificate_expires(
         self, start: NewServer, tenant: str
@@ -139,7 +139,7 @@ class TestCallers:
                     while True:
                         await watcher.next()
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_EXPIRED"):
-            await listed(api)
+            await list_sessions(api)
 
 
 class TestBoth:
@@ -151,23 +151,23 @@ class TestBoth:
         connect = await start(auth="jwt,mtls", **key.trusted(tmp_path))
         assistant = CA.caller(uris=[ASSISTANT])
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_REQUIRED"):
-            await listed(await connect(assistant, "acme"))
+            await list_sessions(await connect(assistant, "acme"))
         with pytest.raises(Exception, match="UNAVAILABLE"):
-            await listed(await connect(None, "acme", key.token()))
+            await list_sessions(await connect(None, "acme", key.token()))
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"):
-            await listed(await connect(CA.caller(names=["nobody"]), "acme", key.token()))
+            await list_sessions(await connect(CA.caller(names=["nobody"]), "acme", key.token()))
         api = await connect(assistant, "", key.token(tenants=["acme"], scope="read ticket"))
-        await listed(api)
+        await list_sessions(api)
         with refused(StatusCode.PERMISSION_DENIED, "PERMISSION_REQUIRED"):
             await api.session()
         with refused(StatusCode.PERMISSION_DENIED, "PERMISSION_REQUIRED"):
             await api.escalate("0197a000-0000-7000-8000-000000000001")
         narrow = CA.caller(names=["billing.internal"])
         with refused(StatusCode.PERMISSION_DENIED, "TENANT_NOT_ALLOWED"):
-            await listed(await connect(narrow, "other", key.token()))
+            await list_sessions(await connect(narrow, "other", key.token()))
         for tenant in ("acme", "other"):
             with refused(StatusCode.PERMISSION_DENIED, "TENANT_NOT_ALLOWED"):
-                await listed(await connect(narrow, tenant, key.token(tenants=["other"])))
+                await list_sessions(await connect(narrow, tenant, key.token(tenants=["other"])))
 
     @needs_grpcurl
     async def test_grpcurl_with_both(self, start: NewServer, tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ class TestServer:
         third = CA.server()
         third.write(tmp_path / "tls")
         await self.until_shown(api.address, third)
-        await listed(await connect(CA.caller(uris=[ASSISTANT]), tenant))
+        await list_sessions(await connect(CA.caller(uris=[ASSISTANT]), tenant))
 
     async def test_renewed_client_ca_applies_to_new_connections(
         self, start: NewServer, tmp_path: Path, tenant: str
@@ -272,11 +272,11 @@ class TestServer:
         async with asyncio.timeout(10):
             while True:
                 with contextlib.suppress(Exception):
-                    await listed(await connect(caller, tenant))
+                    await list_sessions(await connect(caller, tenant))
                     break
                 await asyncio.sleep(0.05)
         with pytest.raises(Exception, match="UNAVAILABLE"):
-            await listed(await connect(CA.caller(uris=[ASSISTANT]), tenant))
+            await list_sessions(await connect(CA.caller(uris=[ASSISTANT]), tenant))
 
     @pytest.mark.parametrize(
         ("broken", "said"),

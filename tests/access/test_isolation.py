@@ -4,20 +4,15 @@ For every id in the request of every RPC, found in the descriptors; for every st
 PostgreSQL plans it; and for every key of the schema, against plain SQL.
 """
 
-import ast
 import asyncio
 import base64
 import dataclasses
-import importlib
 import json
-import pkgutil
 import re
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, LiteralString
+from typing import Any
 
 import grpc.aio
-import psycopg
 import pytest
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -25,14 +20,9 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.json_format import MessageToJson
 from google.protobuf.message import Message
 from grpc import StatusCode
-from psycopg import sql
-from psycopg.types.json import Jsonb
-from support.client import Api, a_file, an_id
-from test_layers import FILES, PSYCOPG, ROOT, room
-from test_messages import delete
-from test_tickets import unlink
+from support.client import Api, an_id
+from support.tenant_rows import TenantIds, TenantRows
 
-import chat_ticket_svc
 from chat_ticket.v1 import chat_attachment_pb2 as files_pb
 from chat_ticket.v1 import chat_message_pb2 as messages_pb
 from chat_ticket.v1 import chat_session_pb2 as sessions_pb
@@ -65,46 +55,7 @@ PROBE = "00000000-0000-4000-8000-000000000000"  # stands for the id in question
 NEXT_PAGE = re.compile(r'(?<="nextPageToken": ")[^"]+')
 
 
-@dataclasses.dataclass(frozen=True)
-class World:
-    """The ids of all that a tenant has."""
-
-    tenant: str
-    session: str = dataclasses.field(default_factory=an_id)
-    sharing: str = dataclasses.field(default_factory=an_id)  # another session with the ticket
-    bare: str = dataclasses.field(default_factory=an_id)  # a session without one
-    message: str = dataclasses.field(default_factory=an_id)
-    deleted: str = dataclasses.field(default_factory=an_id)  # a message that was
-    file: str = dataclasses.field(default_factory=an_id)
-    second: str = dataclasses.field(default_factory=an_id)  # another file of the message
-    ticket: str = dataclasses.field(default_factory=an_id)
-    spare: str = dataclasses.field(default_factory=an_id)  # a ticket without a session
-    link: str = dataclasses.field(default_factory=an_id)
-
-    @property
-    def content(self) -> str:
-        return f"hello, {self.tenant}"
-
-    def a_file(self, file_id: str = "") -> r.ChatAttachment:
-        return a_file(id=file_id, message_id=self.message, file_name=self.tenant)
-
-    async def make(self, api: Api) -> None:
-        """All of it, with the tenant's name wherever there is text."""
-        for session in (self.session, self.sharing, self.bare):
-            await api.session(id=session)
-        files = [self.a_file(self.file), self.a_file(self.second)]
-        await api.message(self.session, self.content, id=self.message, attachments=files)
-        await api.message(self.session, self.content, id=self.deleted)
-        await delete(api, self.deleted)
-        await api.message(self.session, self.content)
-        ticket = r.Ticket(id=self.ticket, title=self.tenant, status=r.TICKET_STATUS_SOLVED)
-        await api.escalate(self.session, chat_ticket_id=self.link, ticket=ticket)
-        await api.escalate(self.sharing, ticket_id=self.ticket)
-        spare = r.Ticket(id=self.spare, title=self.tenant)
-        await unlink(api, (await api.escalate(self.bare, ticket=spare)).id)
-
-
-def calls(w: World) -> dict[str, dict[str, Message]]:
+def calls(w: TenantIds) -> dict[str, dict[str, Message]]:
     """For each RPC, calls that a tenant makes about its own; together they set every id.
 
     Those called `taken` are refused, because something new cannot have the id at that path; the
@@ -245,7 +196,7 @@ def ids_of(message: Message) -> dict[str, tuple[Message, str]]:
 
 CASES = [
     (rpc, case, path)
-    for rpc, cases in calls(World("a tenant")).items()
+    for rpc, cases in calls(TenantIds("a tenant")).items()
     for case, request in cases.items()
     for path in ids_of(request)
     if not case.startswith("taken") or case == f"taken {path}"
@@ -254,7 +205,7 @@ CASES = [
 
 def test_every_rpc_is_in_the_matrix() -> None:
     """Whoever adds an RPC says in `calls` what a call of it about one's own things is."""
-    assert sorted(calls(World("a tenant"))) == sorted(rpc.name for rpc in RPCS)
+    assert sorted(calls(TenantIds("a tenant"))) == sorted(rpc.name for rpc in RPCS)
 
 
 @pytest.mark.parametrize("rpc", RPCS, ids=lambda rpc: rpc.name)
@@ -283,7 +234,7 @@ async def answer(api: Api, rpc: str, request: Message) -> tuple[StatusCode, list
     return await call.code(), [*said, *map(str, await call.trailing_metadata())]
 
 
-async def request_of(api: Api, world: World, rpc: str, case: str, path: str) -> Any:
+async def request_of(api: Api, world: TenantIds, rpc: str, case: str, path: str) -> Any:
     """The request; with its page token, which binds its other fields, only to look at that."""
     request: Any = calls(world)[rpc][case]
     if "page_token" in ids_of(request):
@@ -302,58 +253,7 @@ def of_nobody(path: str, value: str) -> str:
     return base64.urlsafe_b64encode(json.dumps(["0" * 16, *position]).encode()).decode().rstrip("=")
 
 
-@pytest.fixture(scope="module")
-def connection(database: str) -> Iterator[psycopg.Connection[Any]]:
-    with psycopg.connect(database, autocommit=True) as connection:
-        yield connection
-
-
-@pytest.fixture(scope="module")
-def tables(connection: psycopg.Connection[Any]) -> dict[str, list[str]]:
-    """Our tables, and their columns in order."""
-    found = connection.execute("""
-        SELECT table_name, array_agg(column_name::text ORDER BY ordinal_position)
-          FROM information_schema.columns JOIN information_schema.tables
-               USING (table_schema, table_name)
-         WHERE table_schema = 'public' AND table_type = 'BASE TABLE'
-           AND table_name <> 'schema_migrations'
-         GROUP BY table_name
-    """)
-    return dict(found.fetchall())
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """What the database has of some tenants, seen by plain SQL."""
-
-    connection: psycopg.Connection[Any]
-    tables: dict[str, list[str]]
-
-    def of(self, *tenants: str) -> list[str]:
-        each = [
-            sql.SQL(
-                "SELECT {} || to_jsonb(t)::text FROM {} t WHERE tenant_id = ANY (%(of)s)"
-            ).format(sql.Literal(f"{table} "), sql.Identifier(table))
-            for table in self.tables
-        ]
-        found = self.connection.execute(sql.SQL(" UNION ALL ").join(each), {"of": list(tenants)})
-        return sorted(row for (row,) in found)
-
-    def delete(self, *tenants: str) -> None:
-        for statement in (
-            "UPDATE tickets SET status = 'closed' WHERE tenant_id = ANY (%s)",
-            "DELETE FROM chat_sessions WHERE tenant_id = ANY (%s)",
-            "DELETE FROM tickets WHERE tenant_id = ANY (%s)",
-        ):
-            self.connection.execute(statement, [list(tenants)])
-
-
-@pytest.fixture
-def rows(connection: psycopg.Connection[Any], tables: dict[str, list[str]]) -> Rows:
-    return Rows(connection, tables)
-
-
-def plain(lines: list[str], world: World | None = None) -> list[str]:
+def plain(lines: list[str], world: TenantIds | None = None) -> list[str]:
     """Without times and page tokens, and with no ids but those of a world and the one asked for."""
     known = (*dataclasses.astuple(world), PROBE) if world else ()
     text = NEXT_PAGE.sub("token", TIME.sub("time", "\n".join(lines)))
@@ -364,7 +264,7 @@ def plain(lines: list[str], world: World | None = None) -> list[str]:
     ("rpc", "case", "path"), CASES, ids=["-".join(filter(None, case)) for case in CASES]
 )
 async def test_foreign_id_is_as_absent_and_own_id_is_not(
-    api: Api, other: Api, rows: Rows, rpc: str, case: str, path: str
+    api: Api, other: Api, rows: TenantRows, rpc: str, case: str, path: str
 ) -> None:
     """Another tenant's id gets the answer of an id of nobody's, and does what that does.
 
@@ -372,7 +272,7 @@ async def test_foreign_id_is_as_absent_and_own_id_is_not(
     is another one, unless it does not read that id. Their rows stay as they were, also when they
     have the very same ids.
     """
-    ours, theirs = World(api.tenant), World(other.tenant)
+    ours, theirs = TenantIds(api.tenant), TenantIds(other.tenant)
     made: list[str] = []
     code: dict[str, StatusCode] = {}
     outcome: dict[str, list[str]] = {}
@@ -408,205 +308,3 @@ async def test_foreign_id_is_as_absent_and_own_id_is_not(
     holder, name = ids_of(request)[path]
     is_ignored = not IGNORED.isdisjoint([f"{holder.DESCRIPTOR.name}.{name}", f"{rpc} {path}"])
     assert (plain(outcome["own"]) == plain(outcome["absent"])) == is_ignored
-
-
-# What starts like this is a statement; what does not is a part of one, or something else.
-STATEMENT = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|MERGE|WITH|TRUNCATE|COPY)\b")
-
-STATEMENTS: dict[str, LiteralString] = {
-    f"{module.name.removeprefix('chat_ticket_svc.')}.{name}": value
-    for module in pkgutil.walk_packages(chat_ticket_svc.__path__, "chat_ticket_svc.")
-    if not module.name.endswith("__main__")
-    for name, value in vars(importlib.import_module(module.name)).items()
-    if isinstance(value, str) and STATEMENT.match(value)
-}
-
-# Besides them, only this is sent.
-OTHERS = {
-    *("store.database.'BEGIN'", "store.database.'COMMIT'", "store.database.'ROLLBACK'"),
-    *("store.database.'SELECT 1'", "watch.notifications.f'LISTEN {CHANNEL}'"),
-    *("store.database.sql", "store.transaction.sql"),  # which are passed through
-    "store.search.ESTIMATE",  # which reads none of them: it tells a plan
-}
-SENDERS = {
-    "fetch_all",
-    "fetch",
-    "fetch_pipelined",
-    "fetch_typed",
-    "fetch_one",
-    "write",
-    "write_pipelined",
-    "execute",
-    "executemany",
-    "stream",
-    "copy",
-}
-
-# In a condition of a plan, and not as one side of an OR.
-EQUAL = re.compile(
-    r"(?<! OR )(?<! OR \()\((\$\d+|\w+\.tenant_id) = (\$\d+|\w+\.tenant_id)\)(?! OR )"
-)
-
-
-def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield plan
-    for child in plan.get("Plans", ()):
-        yield from nodes(child)
-
-
-@pytest.mark.parametrize("statement", STATEMENTS)
-def test_statement_holds_every_table_to_the_tenant(
-    rows: Rows, tables: dict[str, list[str]], statement: str
-) -> None:
-    """However PostgreSQL reads one of our tables, it is only the rows of the call's tenant.
-
-    It says so in its plan: a condition on each scan's tenant_id, which is the parameter's or that
-    of a table which is itself held to it. What is inserted is the tenant's of the parameter; or,
-    for several tenants at once, of the row that it is inserted for.
-    """
-    names: list[str] = []
-
-    def number(parameter: re.Match[str]) -> str:
-        name = parameter[1] or str(len(names))
-        if name not in names:
-            names.append(name)
-        return f"${names.index(name) + 1}"
-
-    numbered = re.sub(r"%\((\w+)\)s|%s", number, STATEMENTS[statement])
-    nulls = f"({', '.join('NULL' for _ in names)})" if names else ""
-    for command in (
-        "SET plan_cache_mode = force_generic_plan",
-        f'PREPARE "{statement}" AS {numbered}',
-        f'EXPLAIN (VERBOSE, FORMAT JSON) EXECUTE "{statement}"{nulls}',
-    ):
-        cursor = rows.connection.execute(command)
-    [[[found]]] = cursor.fetchall()
-    plan = list(nodes(found["Plan"]))
-    ours = [node for node in plan if node.get("Relation Name") in tables]
-    tenant = f"${names.index('tenant_id') + 1}" if "tenant_id" in names else "no parameter"
-
-    scanned = {f"{node['Alias']}.tenant_id" for node in ours if "Scan" in node["Node Type"]}
-    conditions = [
-        str(each) for node in plan for key, each in node.items() if key.endswith(("Cond", "Filter"))
-    ]
-    held = {tenant}
-    equal = [pair for condition in conditions for pair in EQUAL.findall(condition)]
-    held |= {side for pair in equal for side in pair if "." in side} - scanned
-    for _ in scanned:
-        held |= {side for pair in equal if not held.isdisjoint(pair) for side in pair}
-    assert scanned <= held
-
-    for node in ours:
-        if node.get("Operation") == "Insert":
-            [source] = (each for each in node["Plans"] if each["Parent Relationship"] == "Outer")
-            column = tables[node["Relation Name"]].index("tenant_id")
-            assert source["Output"][column] in ({tenant} if "tenant_id" in names else held)
-
-
-def choices(expression: ast.expr) -> Iterator[ast.expr]:
-    """An expression, or both of the expressions of a choice."""
-    if isinstance(expression, ast.IfExp):
-        yield from (*choices(expression.body), *choices(expression.orelse))
-    else:
-        yield expression
-
-
-@pytest.mark.parametrize(
-    "path", [path for path in FILES if room(path) in PSYCOPG], ids=lambda path: path.stem
-)
-def test_only_these_statements_are_sent(path: Path) -> None:
-    """What goes to PostgreSQL is a constant of its module, whole: no text is put together."""
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.Call):
-            continue
-        if any(getattr(function, "attr", "") in SENDERS for function in choices(node.func)):
-            for argument in choices([*node.args, *(each.value for each in node.keywords)][0]):
-                name = f"{module}.{ast.unparse(argument)}"
-                assert name in STATEMENTS or name in OTHERS, f"line {node.lineno}"
-
-
-FOREIGN_KEYS = """
-SELECT conname, conrelid::regclass::text AS child, confrelid::regclass::text AS parent,
-       array(SELECT ARRAY[c.attname, p.attname]::text[]
-               FROM unnest(conkey, confkey) AS pair (child, parent)
-               JOIN pg_attribute c ON c.attrelid = conrelid AND c.attnum = pair.child
-               JOIN pg_attribute p ON p.attrelid = confrelid AND p.attnum = pair.parent)
-  FROM pg_constraint
- WHERE contype = 'f' AND connamespace = 'public'::regnamespace
-"""
-
-UNIQUE_INDEXES = """
-SELECT indrelid::regclass::text, indexrelid::regclass::text, indisprimary,
-       array(SELECT attname::text FROM unnest(indkey) WITH ORDINALITY AS key (number, position)
-               JOIN pg_attribute ON attrelid = indrelid AND attnum = number
-              WHERE position <= indnkeyatts)
-  FROM pg_index JOIN pg_class ON pg_class.oid = indrelid
- WHERE indisunique AND relnamespace = 'public'::regnamespace
-"""
-
-
-class TestSchema:
-    def test_every_key_holds_the_tenant(self, rows: Rows) -> None:
-        """Of every table, in the primary key and every other unique one; on both sides of each FK.
-
-        And it is never NULL, which would let a foreign key go unchecked.
-        """
-        execute = rows.connection.execute
-        primary = set()
-        for table, index, is_primary, columns in execute(UNIQUE_INDEXES).fetchall():
-            if table in rows.tables:
-                assert "tenant_id" in columns, index
-                primary |= {table} if is_primary else set()
-        assert primary == {*rows.tables}
-        for name, _, _, pairs in execute(FOREIGN_KEYS).fetchall():
-            assert ["tenant_id", "tenant_id"] in pairs, name
-
-    def test_every_reference_is_a_foreign_key(self, rows: Rows) -> None:
-        """But for the tombstone's, whose message is gone."""
-        referring = {
-            (table, column)
-            for table, columns in rows.tables.items()
-            for column in columns
-            if column.endswith("_id") and column != "tenant_id"
-        }
-        keys = rows.connection.execute(FOREIGN_KEYS).fetchall()
-        held = {(table, column) for _, table, _, pairs in keys for column, _ in pairs}
-        assert referring - held == {("chat_message_tombstones", "message_id")}
-
-    async def test_plain_sql_attaches_nothing_across_tenants(
-        self, api: Api, other: Api, rows: Rows
-    ) -> None:
-        """No child of ours gets a parent of theirs, nor becomes theirs under a parent of ours."""
-        ours, theirs = World(api.tenant), World(other.tenant)
-        await asyncio.gather(ours.make(api), theirs.make(other))
-        before = rows.of(ours.tenant, theirs.tenant)
-        keys = rows.connection.execute(FOREIGN_KEYS).fetchall()
-        assert keys
-        for name, child, parent, pairs in keys:
-            [(column, parent_id)] = (pair for pair in pairs if pair != ["tenant_id", "tenant_id"])
-            of_theirs = sql.SQL("SELECT {} FROM {} WHERE tenant_id = %s LIMIT 1").format(
-                sql.Identifier(parent_id), sql.Identifier(parent)
-            )
-            [foreign] = rows.connection.execute(of_theirs, [theirs.tenant]).fetchall()
-            names = {"child": sql.Identifier(child), "column": sql.Identifier(column)}
-            values = {"ours": ours.tenant, "theirs": theirs.tenant, "foreign": foreign[0]}
-            with rows.connection.transaction(force_rollback=True):
-                [[row]] = rows.connection.execute(sql.SQL(TAKE).format(**names), values).fetchall()
-                values["row"] = Jsonb({**row, column: str(foreign[0])})
-                with pytest.raises(psycopg.errors.ForeignKeyViolation) as caught:
-                    rows.connection.execute(sql.SQL(PUT).format(**names), values)
-            assert caught.value.diag.constraint_name == name
-            for update in (ATTACH, MOVE):
-                with pytest.raises(psycopg.errors.IntegrityError):
-                    rows.connection.execute(sql.SQL(update).format(**names), values)
-        assert rows.of(ours.tenant, theirs.tenant) == before
-
-
-TAKE = """
-DELETE FROM {child} WHERE ctid = (SELECT ctid FROM {child} WHERE tenant_id = %(ours)s LIMIT 1)
-RETURNING to_jsonb({child})
-"""
-PUT = "INSERT INTO {child} SELECT (jsonb_populate_record(NULL::{child}, %(row)s)).*"
-ATTACH = "UPDATE {child} SET {column} = %(foreign)s WHERE tenant_id = %(ours)s"
-MOVE = "UPDATE {child} SET tenant_id = %(theirs)s WHERE tenant_id = %(ours)s"

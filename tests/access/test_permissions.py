@@ -13,13 +13,14 @@ from google.protobuf import descriptor_pool
 from grpc import StatusCode
 from support.authority import Key
 from support.client import Api, refused
-from support.process import server_process
-from test_other_clients import needs_grpcurl
-from test_server import ROOT, command
+from support.process import run_command, server_process
+from support.tools import needs_grpcurl
 
 from chat_ticket_svc.access import method_permissions
 from chat_ticket_svc.config import ConfigurationError, load
 from chat_ticket_svc.server import SERVICES
+
+ROOT = Path(__file__).parents[2]
 
 PERMISSIONS = ["read", "write", "delete", "ticket"]
 
@@ -174,7 +175,7 @@ class TestSettings:
 
     def test_rejection_names_the_setting_that_allows_it(self, database: str) -> None:
         """On the command line, without a traceback."""
-        result = command("serve", DATABASE_URL=database, CHAT_TICKET_HOST="0.0.0.0")
+        result = run_command("serve", DATABASE_URL=database, CHAT_TICKET_HOST="0.0.0.0")
         assert result.returncode != 0
         assert "CHAT_TICKET_ALLOW_INSECURE" in result.stderr
         assert "Traceback" not in result.stderr
@@ -211,7 +212,7 @@ class TestDevelopment:
             assert (data / "development-key.pem").stat().st_mode & 0o777 == 0o600
 
             def listed(*arguments: str, tenant: str = "") -> str:
-                token = command("token", "--directory", str(data), *arguments).stdout.strip()
+                token = run_command("token", "--directory", str(data), *arguments).stdout.strip()
                 call = [str(Path(sys.executable).with_name("grpcurl")), "-plaintext"]
                 if tenant:
                     call += ["-H", f"x-tenant-id: {tenant}"]
@@ -229,7 +230,7 @@ class TestDevelopment:
     @pytest.mark.parametrize("mistake", [("--permission", "reed"), ("--tenant", " acme")])
     def test_token_command_rejects_mistakes(self, tmp_path: Path, mistake: tuple[str, str]) -> None:
         """A misspelt permission or tenant is an error."""
-        result = command("token", "--directory", str(tmp_path), *mistake)
+        result = run_command("token", "--directory", str(tmp_path), *mistake)
         assert result.returncode != 0
         assert mistake[0] in result.stderr
         assert not list(tmp_path.iterdir())

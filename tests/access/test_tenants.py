@@ -3,15 +3,12 @@
 from typing import Any
 
 import pytest
+from support.attachments import delete_attachment
 from support.client import Api, a_file, an_id
-from test_attachments import delete as delete_file
-from test_list_messages import batches
-from test_messages import delete, get, set_metadata
-from test_notifications import pair, shared  # noqa: F401 - fixtures
-from test_sessions import RESOLVED, set_status
-from test_tickets import delete as delete_ticket
-from test_tickets import delete_session, session_of, unlink, update
-from test_watch import watching
+from support.messages import batches, delete_message, get_message, set_metadata
+from support.sessions import RESOLVED, delete_session, get_session, set_status
+from support.tickets import delete_ticket, unlink, update_ticket
+from support.watching import watching
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_attachment_pb2 import (
@@ -44,8 +41,8 @@ async def everything(api: Api, ids: Ids) -> list[Any]:
     """The results of every read of these ids, and the events that watchers receive."""
     files, links = api.attachments.ListChatAttachments, api.tickets.ListChatTickets
     found: list[Any] = [
-        await session_of(api, ids["session"]),
-        await get(api, ids["message"]),
+        await get_session(api, ids["session"]),
+        await get_message(api, ids["message"]),
         await api.attachments.GetChatAttachment(
             GetChatAttachmentRequest(attachment_id=ids["file"])
         ),
@@ -86,10 +83,10 @@ async def test_same_ids_in_two_tenants_stay_apart(api: Api, other: Api, but: str
     for change in (
         lambda: world(api, ids),
         lambda: set_status(api, ids["session"], RESOLVED),
-        lambda: update(api, ids["ticket"], title="mine"),
-        lambda: delete_file(api, file_id),
-        lambda: delete_file(api, ids["file"]),
-        lambda: delete(api, ids["message"]),
+        lambda: update_ticket(api, ids["ticket"], title="mine"),
+        lambda: delete_attachment(api, file_id),
+        lambda: delete_attachment(api, ids["file"]),
+        lambda: delete_message(api, ids["message"]),
         lambda: unlink(api, ids["link"]),
         lambda: delete_ticket(api, ids["ticket"]),
         lambda: delete_session(api, ids["session"]),

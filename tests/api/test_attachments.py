@@ -10,43 +10,15 @@ from typing import Any
 
 import pytest
 from grpc import StatusCode
+from support.attachments import delete_attachment, get_attachment, list_all_attachments
 from support.client import Api, a_file, an_id, refused
+from support.messages import get_message
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_attachment_pb2 import (
-    DeleteChatAttachmentRequest,
-    GetChatAttachmentRequest,
     ListChatAttachmentsRequest,
 )
-from chat_ticket.v1.chat_message_pb2 import DeleteChatMessageRequest, GetChatMessageRequest
-
-
-async def get(api: Api, attachment_id: str) -> r.ChatAttachment:
-    request = GetChatAttachmentRequest(attachment_id=attachment_id)
-    return (await api.attachments.GetChatAttachment(request)).attachment
-
-
-async def of_message(api: Api, message_id: str) -> r.ChatMessage:
-    response = await api.messages.GetChatMessage(GetChatMessageRequest(message_id=message_id))
-    return response.message
-
-
-async def delete(api: Api, attachment_id: str) -> None:
-    request = DeleteChatAttachmentRequest(attachment_id=attachment_id)
-    await api.attachments.DeleteChatAttachment(request)
-
-
-async def walk(api: Api, **request: Any) -> list[r.ChatAttachment]:
-    found: list[r.ChatAttachment] = []
-    token = ""
-    while True:
-        page = await api.attachments.ListChatAttachments(
-            ListChatAttachmentsRequest(**request, page_token=token)
-        )
-        found += page.attachments
-        token = page.next_page_token
-        if not token:
-            return found
+from chat_ticket.v1.chat_message_pb2 import DeleteChatMessageRequest
 
 
 @pytest.fixture
@@ -61,8 +33,8 @@ class TestCreate:
         """The message's revision moves, its sequence does not."""
         attachment = await api.attachment(message.id)
         assert attachment.message_id == message.id
-        assert await get(api, attachment.id) == attachment
-        changed = await of_message(api, message.id)
+        assert await get_attachment(api, attachment.id) == attachment
+        changed = await get_message(api, message.id)
         assert list(changed.attachments) == [attachment]
         assert (changed.sequence, changed.revision) == (1, 2)
 
@@ -103,7 +75,7 @@ class TestCreate:
             await api.attachment(message.id, **{field: bad})
         assert list(refusal.fields) == [f"attachment.{field}"]
         assert "secret" not in refusal.text
-        assert (await of_message(api, message.id)).revision == 1
+        assert (await get_message(api, message.id)).revision == 1
 
     async def test_limits_themselves_are_accepted(self, api: Api, message: r.ChatMessage) -> None:
         """A URL of 2,048 characters, a name and a type of 255."""
@@ -142,7 +114,7 @@ class TestCreate:
             *(api.attachment(message.id, id=attachment_id) for _ in range(16))
         )
         assert all(answer == answers[0] for answer in answers)
-        assert (await of_message(api, message.id)).revision == 2
+        assert (await get_message(api, message.id)).revision == 2
 
     async def test_id_of_another_attachment_is_refused(
         self, api: Api, message: r.ChatMessage
@@ -160,7 +132,7 @@ class TestCreate:
         for message_id in (theirs.id, an_id()):
             with refused(StatusCode.NOT_FOUND, "CHAT_MESSAGE_NOT_FOUND"):
                 await api.attachment(message_id)
-        assert (await of_message(other, theirs.id)).revision == 1
+        assert (await get_message(other, theirs.id)).revision == 1
 
 
 class TestUrlCheck:
@@ -203,7 +175,7 @@ class TestUrlCheck:
         assert alone.text == with_message.text
         assert alone.text == "file_url not accessible: attachment 1 of the request"
         assert alone.details["PreconditionFailure"].violations[0].type == reason
-        assert (await of_message(api, message.id)).revision == 1
+        assert (await get_message(api, message.id)).revision == 1
 
     async def test_allowed_host_is_reached_and_a_repeat_is_not_checked(
         self, start_server: Any, database: str
@@ -295,7 +267,7 @@ class TestList:
     async def test_of_a_message_in_pages(self, api: Api, message: r.ChatMessage) -> None:
         """In the order they were added, each once."""
         ids = [(await api.attachment(message.id)).id for _ in range(5)]
-        found = await walk(api, message_id=message.id, page_size=2)
+        found = await list_all_attachments(api, message_id=message.id, page_size=2)
         assert [attachment.id for attachment in found] == ids
 
     async def test_of_a_session_by_message(self, api: Api, message: r.ChatMessage) -> None:
@@ -303,7 +275,7 @@ class TestList:
         second = await api.message(message.session_id, attachments=[a_file()] * 4)
         late = await api.attachment(message.id)
         elsewhere = await api.message((await api.session()).id, attachments=[a_file()])
-        found = await walk(api, session_id=message.session_id, page_size=1)
+        found = await list_all_attachments(api, session_id=message.session_id, page_size=1)
         expected = [late.id, *(attachment.id for attachment in second.attachments)]
         assert [attachment.id for attachment in found] == expected
         assert elsewhere.attachments[0].id not in expected
@@ -319,21 +291,21 @@ class TestList:
         page = await api.attachments.ListChatAttachments(request)
         assert page.ByteSize() <= 3 * 1024 * 1024
         assert 900 < len(page.attachments) < 1000
-        assert len(await walk(api, session_id=session.id, page_size=1000)) == 1100
+        assert len(await list_all_attachments(api, session_id=session.id, page_size=1000)) == 1100
 
     async def test_parent_is_required_and_must_exist(self, api: Api, other: Api) -> None:
         """No parent is invalid; an absent or foreign one NOT_FOUND; an empty one an empty page."""
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
-            await walk(api)
+            await list_all_attachments(api)
         assert list(refusal.fields) == ["parent"]
         theirs = await other.message((await other.session()).id, attachments=[a_file()])
         for message_id in (theirs.id, an_id()):
             with refused(StatusCode.NOT_FOUND, "CHAT_MESSAGE_NOT_FOUND"):
-                await walk(api, message_id=message_id)
+                await list_all_attachments(api, message_id=message_id)
         for session_id in (theirs.session_id, an_id()):
             with refused(StatusCode.NOT_FOUND, "CHAT_SESSION_NOT_FOUND"):
-                await walk(api, session_id=session_id)
-        assert await walk(api, session_id=(await api.session()).id) == []
+                await list_all_attachments(api, session_id=session_id)
+        assert await list_all_attachments(api, session_id=(await api.session()).id) == []
 
 
 class TestDelete:
@@ -342,10 +314,10 @@ class TestDelete:
     ) -> None:
         """The message's revision moves; a repeat is NOT_FOUND."""
         attachment = await api.attachment(message.id)
-        await delete(api, attachment.id)
-        changed = await of_message(api, message.id)
+        await delete_attachment(api, attachment.id)
+        changed = await get_message(api, message.id)
         assert (list(changed.attachments), changed.revision) == ([], 3)
-        for attempt in (get, delete):
+        for attempt in (get_attachment, delete_attachment):
             with refused(StatusCode.NOT_FOUND, "CHAT_ATTACHMENT_NOT_FOUND"):
                 await attempt(api, attachment.id)
 
@@ -356,15 +328,15 @@ class TestDelete:
         attachment = await api.attachment(message.id)
         await api.messages.DeleteChatMessage(DeleteChatMessageRequest(message_id=message.id))
         with refused(StatusCode.NOT_FOUND, "CHAT_ATTACHMENT_NOT_FOUND"):
-            await get(api, attachment.id)
+            await get_attachment(api, attachment.id)
 
     async def test_foreign_attachment_is_out_of_reach(self, api: Api, other: Api) -> None:
         """Nobody reads or deletes another tenant's attachment."""
         theirs = await other.message((await other.session()).id, attachments=[a_file()])
-        for attempt in (get, delete):
+        for attempt in (get_attachment, delete_attachment):
             with refused(StatusCode.NOT_FOUND, "CHAT_ATTACHMENT_NOT_FOUND"):
                 await attempt(api, theirs.attachments[0].id)
-        assert await of_message(other, theirs.id) == theirs
+        assert await get_message(other, theirs.id) == theirs
 
 
 @pytest.mark.parametrize(

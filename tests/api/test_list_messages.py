@@ -3,17 +3,15 @@
 import asyncio
 from typing import Any
 
-import grpc.aio
 import psycopg
 import pytest
 from grpc import StatusCode
 from support.client import Api, a_file, an_id, refused
+from support.messages import ASSISTANT, USER, batches, read_rest, sequences, session_with_messages
 
-from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import (
     CHAT_MESSAGE_ORDER_ASC,
     CHAT_MESSAGE_ORDER_DESC,
-    BatchCreateChatMessagesRequest,
     DeleteChatMessageRequest,
     GetChatMessageRequest,
     ListChatMessagesRequest,
@@ -21,48 +19,10 @@ from chat_ticket.v1.chat_message_pb2 import (
 )
 from chat_ticket.v1.chat_session_pb2 import DeleteChatSessionRequest, GetChatSessionRequest
 
-USER, ASSISTANT = r.CHAT_MESSAGE_ROLE_USER, r.CHAT_MESSAGE_ROLE_ASSISTANT
-
-
-async def batches(api: Api, session_id: str, **fields: Any) -> list[ListChatMessagesResponse]:
-    request = ListChatMessagesRequest(session_id=session_id, **fields)
-    return [response async for response in api.messages.ListChatMessages(request)]
-
-
-async def sequences(api: Api, session_id: str, **fields: Any) -> list[int]:
-    return [
-        message.sequence
-        for response in await batches(api, session_id, **fields)
-        for message in response.messages
-    ]
-
-
-async def rest_of(call: Any) -> list[ListChatMessagesResponse]:
-    """What is still to be read of a call."""
-    responses = []
-    while (response := await call.read()) is not grpc.aio.EOF:
-        responses.append(response)
-    return responses
-
-
-async def filled(api: Api, count: int, content: str = "x", **fields: Any) -> str:
-    """A session with `count` messages, users and assistants in turn; returns its id."""
-    session = await api.session()
-    messages = [
-        r.ChatMessage(content=content, role=ASSISTANT if n % 2 else USER, **fields)
-        for n in range(count)
-    ]
-    for start in range(0, count, 500):
-        request = BatchCreateChatMessagesRequest(
-            session_id=session.id, messages=messages[start : start + 500]
-        )
-        await api.messages.BatchCreateChatMessages(request)
-    return session.id
-
 
 async def test_session_comes_first_and_once(api: Api) -> None:
     """The first response has the session, as it was when the call began."""
-    session_id = await filled(api, 40)
+    session_id = await session_with_messages(api, 40)
     first, *rest = await batches(api, session_id)
     request = GetChatSessionRequest(session_id=session_id)
     assert first.session == (await api.sessions.GetChatSession(request)).session
@@ -155,7 +115,7 @@ async def test_messages_come_whole(api: Api) -> None:
 
 async def test_batches_double_from_small_to_500(api: Api) -> None:
     """The first batch is small, so that it comes soon; none is over 500."""
-    session_id = await filled(api, 1700)
+    session_id = await session_with_messages(api, 1700)
     sizes = [len(response.messages) for response in await batches(api, session_id)]
     assert sizes == [32, 64, 128, 256, 500, 500, 220]
 
@@ -174,7 +134,7 @@ async def test_batch_is_at_most_1_mib(api: Api) -> None:
 
 async def test_every_range_order_limit_and_role(api: Api) -> None:
     """after and before are exclusive; limit counts; roles filter; both orders."""
-    session_id = await filled(api, 100)
+    session_id = await session_with_messages(api, 100)
     everything = list(range(1, 101))
     for fields, expected in (
         ({}, everything),
@@ -203,7 +163,7 @@ async def test_every_range_order_limit_and_role(api: Api) -> None:
 
 async def test_end_is_fixed_when_the_call_begins(api: Api) -> None:
     """Messages that are appended while the caller reads are not in the list."""
-    session_id = await filled(api, 300)
+    session_id = await session_with_messages(api, 300)
     request = ListChatMessagesRequest(session_id=session_id)
     listed = []
     async for response in api.messages.ListChatMessages(request):
@@ -214,7 +174,7 @@ async def test_end_is_fixed_when_the_call_begins(api: Api) -> None:
 
 async def test_resume_after_a_break(api: Api) -> None:
     """Called again after the last sequence received, nothing repeats and nothing is missing."""
-    session_id = await filled(api, 200)
+    session_id = await session_with_messages(api, 200)
     call = api.messages.ListChatMessages(ListChatMessagesRequest(session_id=session_id))
     received = [message.sequence for message in (await call.read()).messages]
     call.cancel()
@@ -233,17 +193,17 @@ async def test_deleted_messages_leave_gaps(api: Api) -> None:
 
 async def test_session_deleted_in_the_middle_is_not_a_short_list(api: Api) -> None:
     """What could not be read is not passed over: the stream ends with NOT_FOUND."""
-    session_id = await filled(api, 3000, "x" * 2000)
+    session_id = await session_with_messages(api, 3000, "x" * 2000)
     call = api.messages.ListChatMessages(ListChatMessagesRequest(session_id=session_id))
     await call.read()
     await api.sessions.DeleteChatSession(DeleteChatSessionRequest(session_id=session_id))
     with refused(StatusCode.NOT_FOUND, "CHAT_SESSION_NOT_FOUND"):
-        await rest_of(call)
+        await read_rest(call)
 
 
 async def test_absent_and_foreign_are_not_found(api: Api, other: Api) -> None:
     """Nobody reads another tenant's messages."""
-    theirs = await filled(other, 1)
+    theirs = await session_with_messages(other, 1)
     for session_id in (theirs, an_id()):
         with refused(StatusCode.NOT_FOUND, "CHAT_SESSION_NOT_FOUND"):
             await batches(api, session_id)
@@ -262,7 +222,7 @@ async def test_no_connection_is_held_while_the_caller_reads(
 ) -> None:
     """With one connection in the pool, readers that stop do not stop anybody else."""
     api = await start_server(fresh_database, pool_size=1)
-    session_id = await filled(api, 5000, "x" * 1000)
+    session_id = await session_with_messages(api, 5000, "x" * 1000)
     calls = [
         api.messages.ListChatMessages(ListChatMessagesRequest(session_id=session_id))
         for _ in range(3)
@@ -278,19 +238,19 @@ async def test_no_connection_is_held_while_the_caller_reads(
 async def test_reader_that_stops_is_let_go(start_server: Any, database: str) -> None:
     """RESOURCE_EXHAUSTED after the bound, not a stream that waits for ever."""
     api = await start_server(database, stream_write_timeout_seconds=0.3)
-    session_id = await filled(api, 5000, "x" * 2000)
+    session_id = await session_with_messages(api, 5000, "x" * 2000)
     call = api.messages.ListChatMessages(ListChatMessagesRequest(session_id=session_id))
     await call.read()
     await asyncio.sleep(2)
     with refused(StatusCode.RESOURCE_EXHAUSTED, "SLOW_READER") as refusal:
-        await rest_of(call)
+        await read_rest(call)
     assert "RetryInfo" in refusal.details
 
 
 async def test_cancellation_frees_everything(start_server: Any, fresh_database: str) -> None:
     """After many cancelled streams the one connection is there for the next call."""
     api = await start_server(fresh_database, pool_size=1)
-    session_id = await filled(api, 3000, "x" * 1000)
+    session_id = await session_with_messages(api, 3000, "x" * 1000)
     for _ in range(30):
         call = api.messages.ListChatMessages(ListChatMessagesRequest(session_id=session_id))
         await call.read()
@@ -304,7 +264,7 @@ async def test_page_uses_the_index(api: Api, database: str) -> None:
     """A page deep in a session is read in index order, without a sort of the session."""
     from chat_ticket_svc.store import message_listing
 
-    session_id = await filled(api, 2000)
+    session_id = await session_with_messages(api, 2000)
     params = {
         "tenant_id": api.tenant,
         "session_id": session_id,

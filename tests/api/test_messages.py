@@ -7,54 +7,25 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from grpc import StatusCode
 from support.client import Api, a_file, an_id, refused
+from support.messages import (
+    ASSISTANT,
+    KIB,
+    USER,
+    create_batch,
+    delete_message,
+    get_message,
+    set_metadata,
+    user_message,
+)
+from support.sessions import get_revision
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import (
-    BatchCreateChatMessagesRequest,
     CreateChatMessageRequest,
-    DeleteChatMessageRequest,
-    GetChatMessageRequest,
     SearchChatMessagesRequest,
     UpdateChatMessageRequest,
 )
 from chat_ticket.v1.chat_session_pb2 import DeleteChatSessionRequest, GetChatSessionRequest
-
-USER = r.CHAT_MESSAGE_ROLE_USER
-ASSISTANT = r.CHAT_MESSAGE_ROLE_ASSISTANT
-KIB = 1024
-
-
-async def get(api: Api, message_id: str) -> r.ChatMessage:
-    response = await api.messages.GetChatMessage(GetChatMessageRequest(message_id=message_id))
-    return response.message
-
-
-async def revision(api: Api, session_id: str) -> int:
-    response = await api.sessions.GetChatSession(GetChatSessionRequest(session_id=session_id))
-    return response.session.revision
-
-
-async def batch(api: Api, session_id: str, messages: list[r.ChatMessage]) -> list[tuple[str, int]]:
-    """Create a batch; returns the id and sequence of each message."""
-    request = BatchCreateChatMessagesRequest(session_id=session_id, messages=messages)
-    response = await api.messages.BatchCreateChatMessages(request)
-    return [(message.id, message.sequence) for message in response.messages]
-
-
-async def set_metadata(api: Api, message_id: str, metadata: str) -> r.ChatMessage:
-    request = UpdateChatMessageRequest(
-        message=r.ChatMessage(id=message_id, metadata_json=metadata),
-        update_mask=FieldMask(paths=["metadata_json"]),
-    )
-    return (await api.messages.UpdateChatMessage(request)).message
-
-
-async def delete(api: Api, message_id: str) -> None:
-    await api.messages.DeleteChatMessage(DeleteChatMessageRequest(message_id=message_id))
-
-
-def said(content: str, **fields: object) -> r.ChatMessage:
-    return r.ChatMessage(content=content, role=USER, **fields)  # type: ignore[arg-type]
 
 
 class TestCreate:
@@ -74,7 +45,7 @@ class TestCreate:
         assert json.loads(message.metadata_json) == {"a": [True, None], "b": 1}
         assert [file.file_name for file in message.attachments] == ["1.png", "2.png"]
         assert {file.message_id for file in message.attachments} == {message.id}
-        assert await get(api, message.id) == message
+        assert await get_message(api, message.id) == message
 
     async def test_times_follow_the_sequence(self, api: Api) -> None:
         """A message is created after the one before it, and the session's update_time moves."""
@@ -107,7 +78,7 @@ class TestCreate:
             with refused(StatusCode.NOT_FOUND, "CHAT_SESSION_NOT_FOUND") as refusal:
                 await api.message(session_id)
             assert refusal.text == f"chat session {session_id} does not exist"
-        assert await revision(other, theirs.id) == 0
+        assert await get_revision(other, theirs.id) == 0
 
     async def test_every_violation_is_reported_at_once(self, api: Api) -> None:
         """What is missing and what is wrong, in one answer."""
@@ -169,7 +140,7 @@ class TestCreate:
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await api.message(session.id, "a\0b")
         assert refusal.fields == {"message.content": "contains a NUL character"}
-        assert await revision(api, session.id) == 0
+        assert await get_revision(api, session.id) == 0
 
     async def test_attachments_are_limited_to_20(self, api: Api) -> None:
         """20 are stored, 21 refused."""
@@ -189,7 +160,7 @@ class TestRepeat:
         first = await api.message(session.id, **fields)
         await api.message(session.id)
         assert await api.message(session.id, **fields) == first
-        assert await revision(api, session.id) == 2
+        assert await get_revision(api, session.id) == 2
 
     @pytest.mark.parametrize(
         "changed",
@@ -217,8 +188,8 @@ class TestRepeat:
         with refused(StatusCode.ALREADY_EXISTS, "CHAT_MESSAGE_ALREADY_EXISTS") as refusal:
             await api.message(session.id, **{**fields, **changed})  # type: ignore[arg-type]
         assert refusal.details["ResourceInfo"].resource_name == first.id
-        assert await get(api, first.id) == first
-        assert await revision(api, session.id) == 1
+        assert await get_message(api, first.id) == first
+        assert await get_revision(api, session.id) == 1
 
     async def test_other_session_is_refused(self, api: Api) -> None:
         """An id is one message of the tenant, not one per session."""
@@ -241,7 +212,7 @@ class TestRepeat:
         """A late repeat does not bring a deleted message back, here or in another session."""
         session, elsewhere = await api.session(), await api.session()
         message = await api.message(session.id)
-        await delete(api, message.id)
+        await delete_message(api, message.id)
         for session_id in (session.id, elsewhere.id):
             with refused(StatusCode.ALREADY_EXISTS, "CHAT_MESSAGE_ALREADY_EXISTS"):
                 await api.message(session_id, id=message.id)
@@ -254,7 +225,7 @@ class TestRepeat:
             *(api.message(session.id, id=message_id, metadata_json="{}") for _ in range(16))
         )
         assert all(answer == answers[0] for answer in answers)
-        assert await revision(api, session.id) == 1
+        assert await get_revision(api, session.id) == 1
 
     async def test_taken_attachment_id_is_refused(self, api: Api) -> None:
         """A message does not take over another message's attachment."""
@@ -264,15 +235,15 @@ class TestRepeat:
         with refused(StatusCode.ALREADY_EXISTS, "CHAT_ATTACHMENT_ALREADY_EXISTS") as refusal:
             await api.message(session.id, attachments=[a_file(), a_file(id=file_id)])
         assert refusal.details["ResourceInfo"].resource_name == file_id
-        assert await revision(api, session.id) == 1
+        assert await get_revision(api, session.id) == 1
 
     async def test_same_id_in_two_tenants_is_two_messages(self, api: Api, other: Api) -> None:
         """Ids of one tenant reveal nothing to another."""
         message_id = an_id()
         mine = await api.message((await api.session()).id, "mine", id=message_id)
         theirs = await other.message((await other.session()).id, "theirs", id=message_id)
-        assert await get(api, message_id) == mine
-        assert await get(other, message_id) == theirs
+        assert await get_message(api, message_id) == mine
+        assert await get_message(other, message_id) == theirs
 
 
 class TestBatch:
@@ -280,20 +251,20 @@ class TestBatch:
         """A batch is appended whole, in its order, behind what is there."""
         session = await api.session()
         await api.message(session.id)
-        created = await batch(api, session.id, [said(str(n)) for n in range(500)])
+        created = await create_batch(api, session.id, [user_message(str(n)) for n in range(500)])
         assert [sequence for _, sequence in created] == list(range(2, 502))
-        assert [(await get(api, created[n][0])).content for n in (0, 250, 499)] == [
+        assert [(await get_message(api, created[n][0])).content for n in (0, 250, 499)] == [
             "0",
             "250",
             "499",
         ]
-        assert await revision(api, session.id) == 501
+        assert await get_revision(api, session.id) == 501
 
     async def test_nothing_comes_between(self, api: Api) -> None:
         """The messages of concurrent batches do not mix."""
         session = await api.session()
         batches = await asyncio.gather(
-            *(batch(api, session.id, [said("x")] * 20) for _ in range(8))
+            *(create_batch(api, session.id, [user_message("x")] * 20) for _ in range(8))
         )
         runs = sorted([sequence for _, sequence in created] for created in batches)
         assert [sequence for run in runs for sequence in run] == list(range(1, 161))
@@ -303,44 +274,49 @@ class TestBatch:
         """Each message has its own."""
         session = await api.session()
         messages = [
-            said("0", attachments=[a_file(file_name="a"), a_file(file_name="b")]),
-            said("1", metadata_json='{"n": 1}'),
-            said("2", attachments=[a_file(file_name="c")]),
+            user_message("0", attachments=[a_file(file_name="a"), a_file(file_name="b")]),
+            user_message("1", metadata_json='{"n": 1}'),
+            user_message("2", attachments=[a_file(file_name="c")]),
         ]
-        created = await batch(api, session.id, messages)
-        stored = [await get(api, message_id) for message_id, _ in created]
+        created = await create_batch(api, session.id, messages)
+        stored = [await get_message(api, message_id) for message_id, _ in created]
         assert [[f.file_name for f in m.attachments] for m in stored] == [["a", "b"], [], ["c"]]
         assert [m.metadata_json for m in stored] == ["", '{"n": 1}', ""]
 
     async def test_one_bad_message_refuses_all(self, api: Api) -> None:
         """The violation names the index; nothing is written."""
         session = await api.session()
-        messages = [said("fine"), said(""), said("fine"), said("x", metadata_json="?")]
+        messages = [
+            user_message("fine"),
+            user_message(""),
+            user_message("fine"),
+            user_message("x", metadata_json="?"),
+        ]
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
-            await batch(api, session.id, messages)
+            await create_batch(api, session.id, messages)
         assert set(refusal.fields) == {"messages[1].content", "messages[3].metadata_json"}
-        assert await revision(api, session.id) == 0
+        assert await get_revision(api, session.id) == 0
 
     @pytest.mark.parametrize("count", [0, 501])
     async def test_limited_to_500(self, api: Api, count: int) -> None:
         """An empty batch and one of 501 are refused."""
         session = await api.session()
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
-            await batch(api, session.id, [said("x")] * count)
+            await create_batch(api, session.id, [user_message("x")] * count)
         assert list(refusal.fields) == ["messages"]
 
     async def test_attachments_are_limited_for_the_request(self, api: Api) -> None:
         """20 in all, however they are spread."""
         session = await api.session()
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
-            await batch(api, session.id, [said("x", attachments=[a_file()] * 7)] * 3)
+            await create_batch(api, session.id, [user_message("x", attachments=[a_file()] * 7)] * 3)
         assert list(refusal.fields) == ["messages.attachments"]
 
     async def test_same_id_twice_is_refused(self, api: Api) -> None:
         """A batch cannot hold a message twice."""
         session = await api.session()
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
-            await batch(api, session.id, [said("x", id=an_id())] * 2)
+            await create_batch(api, session.id, [user_message("x", id=an_id())] * 2)
         assert refusal.fields == {"messages": "duplicate message id"}
 
     async def test_same_attachment_id_twice_is_refused(self, api: Api) -> None:
@@ -350,34 +326,36 @@ class TestBatch:
             await api.message(session.id, attachments=[file, file])
         assert refusal.fields == {"message": "duplicate attachment id"}
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
-            await batch(api, session.id, [said("a", attachments=[file])] * 2)
+            await create_batch(api, session.id, [user_message("a", attachments=[file])] * 2)
         assert refusal.fields == {"messages": "duplicate attachment id"}
 
     async def test_repeat_returns_what_is_stored(self, api: Api) -> None:
         """Sixteen repeats at once are one batch."""
         session = await api.session()
-        messages = [said(str(n), id=an_id()) for n in range(10)]
-        answers = await asyncio.gather(*(batch(api, session.id, messages) for _ in range(16)))
+        messages = [user_message(str(n), id=an_id()) for n in range(10)]
+        answers = await asyncio.gather(
+            *(create_batch(api, session.id, messages) for _ in range(16))
+        )
         assert all(answer == answers[0] for answer in answers)
-        assert await revision(api, session.id) == 10
+        assert await get_revision(api, session.id) == 10
 
     async def test_any_other_existing_id_is_refused_by_index(self, api: Api) -> None:
         """Some ids stored and some new, or one with other content: nothing is written."""
         session = await api.session()
-        messages = [said(str(n), id=an_id()) for n in range(4)]
-        await batch(api, session.id, messages[:3])
-        different = [*messages[:2], said("different", id=messages[2].id)]
+        messages = [user_message(str(n), id=an_id()) for n in range(4)]
+        await create_batch(api, session.id, messages[:3])
+        different = [*messages[:2], user_message("different", id=messages[2].id)]
         for attempt, index in ((messages, "0"), (messages[::-1], "1"), (different, "2")):
             with refused(StatusCode.ALREADY_EXISTS, "CHAT_MESSAGE_ALREADY_EXISTS") as refusal:
-                await batch(api, session.id, attempt)
+                await create_batch(api, session.id, attempt)
             assert refusal.info.metadata["index"] == index
-        assert await revision(api, session.id) == 3
+        assert await get_revision(api, session.id) == 3
 
     async def test_violations_of_a_whole_batch_fit_into_the_answer(self, api: Api) -> None:
         """500 bad messages are refused with as many violations as trailers can carry."""
         session = await api.session()
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
-            await batch(api, session.id, [r.ChatMessage()] * 500)
+            await create_batch(api, session.id, [r.ChatMessage()] * 500)
         violations = refusal.details["BadRequest"].field_violations
         assert violations[0].field == "messages[0].role"
         assert violations[-1].description == f"and {1000 - len(violations) + 1} more violations"
@@ -391,8 +369,8 @@ class TestUpdate:
         changed = await set_metadata(api, message.id, '{"b": 2}')
         assert (changed.metadata_json, changed.revision) == ('{"b": 2}', 2)
         message.metadata_json, message.revision = changed.metadata_json, 2
-        assert changed == message == await get(api, message.id)
-        assert await revision(api, session.id) == 2
+        assert changed == message == await get_message(api, message.id)
+        assert await get_revision(api, session.id) == 2
 
     async def test_empty_removes_it(self, api: Api) -> None:
         """Metadata can be taken away."""
@@ -404,7 +382,7 @@ class TestUpdate:
         session = await api.session()
         message = await api.message(session.id, metadata_json='{"a": 1}')
         assert await set_metadata(api, message.id, ' {"a":1}') == message
-        assert await revision(api, session.id) == 1
+        assert await get_revision(api, session.id) == 1
 
     @pytest.mark.parametrize("paths", [[], ["content"], ["metadata_json", "role"], ["metadata"]])
     async def test_nothing_else_can_change(self, api: Api, paths: list[str]) -> None:
@@ -435,8 +413,8 @@ class TestUpdate:
             with refused(StatusCode.NOT_FOUND, "CHAT_MESSAGE_NOT_FOUND"):
                 await set_metadata(api, message_id, "{}")
             with refused(StatusCode.NOT_FOUND, "CHAT_MESSAGE_NOT_FOUND"):
-                await get(api, message_id)
-        assert await get(other, theirs.id) == theirs
+                await get_message(api, message_id)
+        assert await get_message(other, theirs.id) == theirs
 
 
 class TestDelete:
@@ -444,24 +422,24 @@ class TestDelete:
         """The revision moves; a repeat is NOT_FOUND."""
         session = await api.session()
         message = await api.message(session.id, attachments=[a_file()])
-        await delete(api, message.id)
-        for attempt in (get, delete):
+        await delete_message(api, message.id)
+        for attempt in (get_message, delete_message):
             with refused(StatusCode.NOT_FOUND, "CHAT_MESSAGE_NOT_FOUND"):
                 await attempt(api, message.id)
-        assert await revision(api, session.id) == 2
+        assert await get_revision(api, session.id) == 2
 
     async def test_foreign_message_stays(self, api: Api, other: Api) -> None:
         """Nobody deletes another tenant's message."""
         theirs = await other.message((await other.session()).id)
         with refused(StatusCode.NOT_FOUND, "CHAT_MESSAGE_NOT_FOUND"):
-            await delete(api, theirs.id)
-        assert await get(other, theirs.id) == theirs
+            await delete_message(api, theirs.id)
+        assert await get_message(other, theirs.id) == theirs
 
     async def test_session_takes_its_messages_along(self, api: Api) -> None:
         """Deleting a session deletes its messages."""
         session = await api.session()
         message = await api.message(session.id)
-        await delete(api, (await api.message(session.id)).id)
+        await delete_message(api, (await api.message(session.id)).id)
         await api.sessions.DeleteChatSession(DeleteChatSessionRequest(session_id=session.id))
         with refused(StatusCode.NOT_FOUND, "CHAT_MESSAGE_NOT_FOUND"):
-            await get(api, message.id)
+            await get_message(api, message.id)

@@ -6,7 +6,8 @@ from decimal import Decimal
 import pytest
 from grpc import StatusCode
 from support.client import Api, refused
-from test_messages import KIB, revision, set_metadata
+from support.messages import KIB, set_metadata
+from support.sessions import get_revision
 
 
 class TestMetadata:
@@ -79,7 +80,7 @@ class TestMetadata:
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await api.message(session.id, metadata_json=text)
         assert said in refusal.fields["message.metadata_json"]
-        assert await revision(api, session.id) == 0
+        assert await get_revision(api, session.id) == 0
 
     async def test_limited_to_64_kib(self, api: Api) -> None:
         """At the limit it is stored, one more byte is refused."""

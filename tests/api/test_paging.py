@@ -6,15 +6,23 @@ from typing import Any
 
 import pytest
 from grpc import StatusCode
+from support.attachments import delete_attachment
 from support.client import Api, a_file, an_id, refused
-from test_attachments import delete as delete_file
-from test_errors import execute
-from test_list_messages import ASSISTANT, USER, batches, filled, sequences
-from test_messages import batch, delete, get, said, set_metadata
-from test_notifications import pair, shared  # noqa: F401 - fixtures
-from test_sessions import RESOLVED, set_status
-from test_tickets import session_of
-from test_watch import watching
+from support.database import execute
+from support.messages import (
+    ASSISTANT,
+    USER,
+    batches,
+    create_batch,
+    delete_message,
+    get_message,
+    sequences,
+    session_with_messages,
+    set_metadata,
+    user_message,
+)
+from support.sessions import RESOLVED, get_session, set_status
+from support.watching import watching
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_attachment_pb2 import (
@@ -38,7 +46,7 @@ from chat_ticket_svc.services import paging
 
 async def test_newest_first_filters_like_oldest_first(api: Api) -> None:
     """Both orders have the same range, roles and empty answer."""
-    session_id = await filled(api, 100)
+    session_id = await session_with_messages(api, 100)
     for fields in (
         {"after_sequence": 60},
         {"before_sequence": 41},
@@ -90,12 +98,15 @@ async def test_order_does_not_come_from_an_index_by_luck(
     """Rows that lie in any order, and are read without an index, come in the right one."""
     api = await start_server(fresh_database)
     session = await api.session()
-    ids = [message_id for message_id, _ in await batch(api, session.id, [said("x")] * 140)]
+    ids = [
+        message_id
+        for message_id, _ in await create_batch(api, session.id, [user_message("x")] * 140)
+    ]
     for message_id in ids[60::-1]:
         await set_metadata(api, message_id, "{}")  # revisions 141 to 201
     for message_id in ids[:100:-1]:
-        await delete(api, message_id)  # 202 to 240
-    await batch(api, session.id, [said("x")] * 40)  # 241 to 280
+        await delete_message(api, message_id)  # 202 to 240
+    await create_batch(api, session.id, [user_message("x")] * 40)  # 241 to 280
     for table, key in (("chat_messages", "id"), ("chat_message_tombstones", "message_id")):
         execute(
             fresh_database,
@@ -261,12 +272,14 @@ async def test_order_is_of_times_not_of_ids(api: Api) -> None:
 async def test_session_is_updated_when_its_last_row_was_created(api: Api) -> None:
     """Each row of a batch has a time of its own, and update_time is the last of them."""
     session = await api.session()
-    created = await batch(api, session.id, [said("a"), said("b", attachments=[a_file()] * 3)])
-    first, last = [await get(api, message_id) for message_id, _ in created]
+    created = await create_batch(
+        api, session.id, [user_message("a"), user_message("b", attachments=[a_file()] * 3)]
+    )
+    first, last = [await get_message(api, message_id) for message_id, _ in created]
     rows = [first, last, *last.attachments]
     times = [row.create_time.ToNanoseconds() for row in rows]
     assert times == sorted(set(times))
-    updated = (await session_of(api, session.id)).update_time.ToNanoseconds()
+    updated = (await get_session(api, session.id)).update_time.ToNanoseconds()
     assert updated == times[-1]
     assert (await api.message(session.id)).create_time.ToNanoseconds() > updated
 
@@ -279,7 +292,7 @@ async def test_clock_that_goes_back(api: Api, database: str) -> None:
         "UPDATE chat_sessions SET updated_at = now() + interval '1 hour'"
         f" WHERE id = '{session.id}'",
     )
-    ahead = (await session_of(api, session.id)).update_time.ToNanoseconds()
+    ahead = (await get_session(api, session.id)).update_time.ToNanoseconds()
     message = await api.message(session.id)
     rows = [message, await api.attachment(message.id), await api.message(session.id)]
     times = [ahead, *(row.create_time.ToNanoseconds() for row in rows)]
@@ -303,7 +316,7 @@ async def test_updates_around_a_full_hour(api: Api, database: str) -> None:
     for session_id, time in zip(ids, times, strict=True):
         change = f"UPDATE chat_sessions SET updated_at = '{time}' WHERE id = '{session_id}'"
         execute(database, change)
-    updated = [(await session_of(api, session_id)).update_time for session_id in ids]
+    updated = [(await get_session(api, session_id)).update_time for session_id in ids]
     request = ListChatSessionsRequest(page_size=2)
     for first, last in itertools.combinations(range(len(ids)), 2):
         request.start_update_time.CopyFrom(updated[first])
@@ -323,16 +336,16 @@ async def test_every_change_moves_revision_and_update_time(api: Api) -> None:
     session = await api.session()
     message = await api.message(session.id)
     attachment_id = an_id()
-    before = await session_of(api, session.id)
+    before = await get_session(api, session.id)
     for change in (
         lambda: set_metadata(api, message.id, "{}"),
         lambda: api.attachment(message.id, id=attachment_id),
-        lambda: delete_file(api, attachment_id),
+        lambda: delete_attachment(api, attachment_id),
         lambda: set_status(api, session.id, RESOLVED),
-        lambda: delete(api, message.id),
+        lambda: delete_message(api, message.id),
     ):
         await change()
-        after = await session_of(api, session.id)
+        after = await get_session(api, session.id)
         assert after.revision == before.revision + 1
         assert after.update_time.ToNanoseconds() > before.update_time.ToNanoseconds()
         before = after

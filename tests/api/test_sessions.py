@@ -7,37 +7,21 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import StatusCode
 from support.client import Api, an_id, refused
+from support.sessions import ACTIVE, ARCHIVED, RESOLVED, get_session, set_status
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_session_pb2 import (
     CHAT_SESSION_ORDER_UPDATE_TIME,
     CreateChatSessionRequest,
     DeleteChatSessionRequest,
-    GetChatSessionRequest,
     ListChatSessionsRequest,
     UpdateChatSessionRequest,
 )
 
 NIL = "00000000-0000-0000-0000-000000000000"
-ACTIVE = r.CHAT_SESSION_STATUS_ACTIVE
-RESOLVED = r.CHAT_SESSION_STATUS_RESOLVED
-ARCHIVED = r.CHAT_SESSION_STATUS_ARCHIVED
 
 
-async def get(api: Api, session_id: str) -> r.ChatSession:
-    response = await api.sessions.GetChatSession(GetChatSessionRequest(session_id=session_id))
-    return response.session
-
-
-async def set_status(api: Api, session_id: str, status: int, etag: str = "") -> r.ChatSession:
-    request = UpdateChatSessionRequest(
-        session=r.ChatSession(id=session_id, status=status, etag=etag),
-        update_mask=FieldMask(paths=["status"]),
-    )
-    return (await api.sessions.UpdateChatSession(request)).session
-
-
-async def walk(api: Api, request: ListChatSessionsRequest) -> list[str]:
+async def list_all_ids(api: Api, request: ListChatSessionsRequest) -> list[str]:
     """The ids on all pages of a list."""
     ids = []
     while True:
@@ -56,7 +40,7 @@ class TestCreate:
         assert (session.revision, session.etag) == (0, "0")
         assert session.tenant_id == api.tenant
         assert session.create_time == session.update_time
-        assert await get(api, session.id) == session
+        assert await get_session(api, session.id) == session
 
     async def test_status_can_be_given(self, api: Api) -> None:
         """An import can create a session that is over."""
@@ -75,7 +59,7 @@ class TestCreate:
         session_id = an_id()
         sessions = await asyncio.gather(*(api.session(id=session_id) for _ in range(16)))
         assert all(session == sessions[0] for session in sessions)
-        assert await walk(api, ListChatSessionsRequest()) == [session_id]
+        assert await list_all_ids(api, ListChatSessionsRequest()) == [session_id]
 
     async def test_two_tenants_can_choose_the_same_id(self, api: Api, other: Api) -> None:
         """An id says nothing about other tenants, not even by being taken."""
@@ -83,7 +67,7 @@ class TestCreate:
         mine = await api.session(id=session_id)
         theirs = await other.session(id=session_id, status=RESOLVED)
         assert (mine.tenant_id, theirs.tenant_id) == (api.tenant, other.tenant)
-        assert (await get(api, session_id)).status == ACTIVE
+        assert (await get_session(api, session_id)).status == ACTIVE
 
     async def test_bad_fields_are_refused_together(self, api: Api) -> None:
         """A malformed id and an unknown enum number are reported at once."""
@@ -103,7 +87,7 @@ class TestGet:
         texts = []
         for session_id in (theirs, an_id()):
             with refused(StatusCode.NOT_FOUND, "CHAT_SESSION_NOT_FOUND") as refusal:
-                await get(api, session_id)
+                await get_session(api, session_id)
             info = refusal.details["ResourceInfo"]
             assert (info.resource_type, info.resource_name) == ("chat_session", session_id)
             texts.append(refusal.text.replace(session_id, "ID"))
@@ -125,7 +109,7 @@ class TestGet:
     async def test_malformed_id_is_refused(self, api: Api, bad: str) -> None:
         """Only the text form of RFC 9562 is an id."""
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
-            await get(api, bad)
+            await get_session(api, bad)
         assert list(refusal.fields) == ["session_id"]
 
 
@@ -151,7 +135,7 @@ class TestUpdate:
         with refused(StatusCode.ABORTED, "ETAG_MISMATCH") as refusal:
             await set_status(api, session.id, ARCHIVED, etag=session.etag)
         assert "RetryInfo" not in refusal.details, "the same call never succeeds"
-        assert (await get(api, session.id)).status == RESOLVED
+        assert (await get_session(api, session.id)).status == RESOLVED
 
     async def test_malformed_etag_is_refused(self, api: Api) -> None:
         """What this service never handed out is no etag."""
@@ -171,7 +155,7 @@ class TestUpdate:
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await api.sessions.UpdateChatSession(request)
         assert list(refusal.fields) == ["update_mask"]
-        assert await get(api, session.id) == session
+        assert await get_session(api, session.id) == session
 
     @pytest.mark.parametrize("status", [0, 9])
     async def test_status_must_be_one(self, api: Api, status: int) -> None:
@@ -187,7 +171,7 @@ class TestUpdate:
         for session_id in (theirs.id, an_id()):
             with refused(StatusCode.NOT_FOUND, "CHAT_SESSION_NOT_FOUND"):
                 await set_status(api, session_id, RESOLVED)
-        assert await get(other, theirs.id) == theirs
+        assert await get_session(other, theirs.id) == theirs
 
 
 class TestDelete:
@@ -200,7 +184,7 @@ class TestDelete:
         session = await api.session()
         await self.delete(api, session.id, etag=session.etag)
         with refused(StatusCode.NOT_FOUND):
-            await get(api, session.id)
+            await get_session(api, session.id)
         with refused(StatusCode.NOT_FOUND, "CHAT_SESSION_NOT_FOUND"):
             await self.delete(api, session.id)
 
@@ -210,14 +194,14 @@ class TestDelete:
         await api.message(session.id)
         with refused(StatusCode.ABORTED, "ETAG_MISMATCH"):
             await self.delete(api, session.id, etag=session.etag)
-        assert (await get(api, session.id)).revision == 1
+        assert (await get_session(api, session.id)).revision == 1
 
     async def test_foreign_session_stays(self, api: Api, other: Api) -> None:
         """Nobody deletes another tenant's session."""
         theirs = await other.session()
         with refused(StatusCode.NOT_FOUND, "CHAT_SESSION_NOT_FOUND"):
             await self.delete(api, theirs.id)
-        assert await get(other, theirs.id) == theirs
+        assert await get_session(other, theirs.id) == theirs
 
 
 class TestList:
@@ -225,14 +209,14 @@ class TestList:
         """Pages continue where the last one ended, and hold nobody else's sessions."""
         ids = [(await api.session()).id for _ in range(7)]
         await other.session()
-        assert await walk(api, ListChatSessionsRequest(page_size=3)) == ids[::-1]
+        assert await list_all_ids(api, ListChatSessionsRequest(page_size=3)) == ids[::-1]
 
     async def test_by_update_time(self, api: Api) -> None:
         """What changed last comes first."""
         first, second, third = [(await api.session()).id for _ in range(3)]
         await api.message(first)
         request = ListChatSessionsRequest(order_by=CHAT_SESSION_ORDER_UPDATE_TIME, page_size=1)
-        assert await walk(api, request) == [first, third, second]
+        assert await list_all_ids(api, request) == [first, third, second]
 
     async def test_filter_by_status_and_ticket(self, api: Api) -> None:
         """Filters combine with AND; several statuses with OR."""
@@ -249,28 +233,30 @@ class TestList:
             ([ACTIVE], False, [active]),
         ):
             request = ListChatSessionsRequest(statuses=statuses, has_ticket=has_ticket)
-            assert await walk(api, request) == expected
+            assert await list_all_ids(api, request) == expected
 
     async def test_time_ranges_include_their_start_and_not_their_end(self, api: Api) -> None:
         """A range is [start, end), by creation or by last change."""
         sessions = [await api.session() for _ in range(3)]
         times = [session.create_time for session in sessions]
         request = ListChatSessionsRequest(start_create_time=times[1], end_create_time=times[2])
-        assert await walk(api, request) == [sessions[1].id]
+        assert await list_all_ids(api, request) == [sessions[1].id]
         await api.message(sessions[0].id)
-        changed = (await get(api, sessions[0].id)).update_time
+        changed = (await get_session(api, sessions[0].id)).update_time
         request = ListChatSessionsRequest(start_update_time=changed)
-        assert await walk(api, request) == [sessions[0].id]
+        assert await list_all_ids(api, request) == [sessions[0].id]
         request = ListChatSessionsRequest(end_update_time=changed)
-        assert await walk(api, request) == [sessions[2].id, sessions[1].id]
+        assert await list_all_ids(api, request) == [sessions[2].id, sessions[1].id]
 
     async def test_range_is_exact_below_a_microsecond(self, api: Api) -> None:
         """A nanosecond after the creation is after it."""
         session = await api.session()
         later = Timestamp()
         later.FromNanoseconds(session.create_time.ToNanoseconds() + 1)
-        assert await walk(api, ListChatSessionsRequest(start_create_time=later)) == []
-        assert await walk(api, ListChatSessionsRequest(end_create_time=later)) == [session.id]
+        assert await list_all_ids(api, ListChatSessionsRequest(start_create_time=later)) == []
+        assert await list_all_ids(api, ListChatSessionsRequest(end_create_time=later)) == [
+            session.id
+        ]
 
     async def test_page_size_defaults_to_50_and_stops_at_1000(self, api: Api) -> None:
         """0 means 50; more than 1,000 is not refused."""

@@ -7,55 +7,26 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from grpc import StatusCode
 from support.client import Api, an_id, refused
+from support.sessions import ARCHIVED, delete_session, get_session, set_status
+from support.tickets import (
+    CLOSED,
+    OPEN,
+    PENDING,
+    SOLVED,
+    delete_ticket,
+    get_chat_ticket,
+    get_ticket,
+    unlink,
+    update_ticket,
+)
 
 from chat_ticket.v1 import resources_pb2 as r
-from chat_ticket.v1.chat_session_pb2 import DeleteChatSessionRequest, GetChatSessionRequest
 from chat_ticket.v1.chat_ticket_pb2 import (
     CreateChatTicketRequest,
-    DeleteChatTicketRequest,
-    DeleteTicketRequest,
-    GetChatTicketRequest,
-    GetTicketRequest,
     ListChatTicketsRequest,
     ListTicketsRequest,
     UpdateTicketRequest,
 )
-
-OPEN, PENDING = r.TICKET_STATUS_OPEN, r.TICKET_STATUS_PENDING
-SOLVED, CLOSED = r.TICKET_STATUS_SOLVED, r.TICKET_STATUS_CLOSED
-
-
-async def session_of(api: Api, session_id: str) -> r.ChatSession:
-    response = await api.sessions.GetChatSession(GetChatSessionRequest(session_id=session_id))
-    return response.session
-
-
-async def delete_session(api: Api, session_id: str) -> None:
-    await api.sessions.DeleteChatSession(DeleteChatSessionRequest(session_id=session_id))
-
-
-async def get_link(api: Api, chat_ticket_id: str) -> r.ChatTicket:
-    request = GetChatTicketRequest(chat_ticket_id=chat_ticket_id)
-    return (await api.tickets.GetChatTicket(request)).chat_ticket
-
-
-async def unlink(api: Api, chat_ticket_id: str) -> None:
-    await api.tickets.DeleteChatTicket(DeleteChatTicketRequest(chat_ticket_id=chat_ticket_id))
-
-
-async def get(api: Api, ticket_id: str) -> r.Ticket:
-    return (await api.tickets.GetTicket(GetTicketRequest(ticket_id=ticket_id))).ticket
-
-
-async def update(api: Api, ticket_id: str, **fields: Any) -> r.Ticket:
-    request = UpdateTicketRequest(
-        ticket=r.Ticket(id=ticket_id, **fields), update_mask=FieldMask(paths=list(fields))
-    )
-    return (await api.tickets.UpdateTicket(request)).ticket
-
-
-async def delete(api: Api, ticket_id: str) -> None:
-    await api.tickets.DeleteTicket(DeleteTicketRequest(ticket_id=ticket_id))
 
 
 class TestEscalate:
@@ -66,9 +37,9 @@ class TestEscalate:
         assert (link.session_id, link.ticket_id) == (session.id, link.ticket.id)
         assert (link.ticket.title, link.ticket.status) == ("Broken", PENDING)
         assert link.ticket.tenant_id == api.tenant
-        assert await get_link(api, link.id) == link
-        assert await get(api, link.ticket_id) == link.ticket
-        changed = await session_of(api, session.id)
+        assert await get_chat_ticket(api, link.id) == link
+        assert await get_ticket(api, link.ticket_id) == link.ticket
+        changed = await get_session(api, session.id)
         assert (changed.has_ticket, changed.revision) == (True, 1)
         assert changed.update_time.ToNanoseconds() > session.update_time.ToNanoseconds()
 
@@ -89,7 +60,7 @@ class TestEscalate:
             assert refusal.details["ResourceInfo"].resource_name == session.id
         tickets = await api.tickets.ListTickets(ListTicketsRequest())
         assert [ticket.id for ticket in tickets.tickets] == [link.ticket_id]
-        assert (await session_of(api, session.id)).revision == 1
+        assert (await get_session(api, session.id)).revision == 1
 
     async def test_archived_session_takes_none(self, api: Api) -> None:
         """Refused, and the ticket that would have been opened is not there."""
@@ -99,7 +70,7 @@ class TestEscalate:
         [violation] = refusal.details["PreconditionFailure"].violations
         assert violation.subject == f"chat_sessions/{session.id}"
         assert not (await api.tickets.ListTickets(ListTicketsRequest())).tickets
-        assert not (await session_of(api, session.id)).has_ticket
+        assert not (await get_session(api, session.id)).has_ticket
 
     async def test_session_and_ticket_must_exist_in_the_tenant(self, api: Api, other: Api) -> None:
         """Absent and foreign look the same."""
@@ -112,7 +83,7 @@ class TestEscalate:
             with refused(StatusCode.NOT_FOUND, "TICKET_NOT_FOUND") as refusal:
                 await api.escalate(session.id, ticket_id=ticket_id)
             assert refusal.text == f"ticket {ticket_id} does not exist"
-        assert not (await session_of(api, session.id)).has_ticket
+        assert not (await get_session(api, session.id)).has_ticket
 
     async def test_bad_fields_are_refused_together(self, api: Api) -> None:
         """A target is required; a new ticket has a title of 1 to 500 characters."""
@@ -153,13 +124,11 @@ class TestRepeat:
         session = await api.session()
         link_id = an_id()
         link = await api.escalate(session.id, chat_ticket_id=link_id)
-        ticket = await update(api, link.ticket_id, title="renamed", status=SOLVED)
+        ticket = await update_ticket(api, link.ticket_id, title="renamed", status=SOLVED)
         assert (await api.escalate(session.id, chat_ticket_id=link_id)).ticket == ticket
 
     async def test_repeat_on_a_session_archived_since(self, api: Api) -> None:
         """The id is looked up before the rule is judged."""
-        from test_sessions import ARCHIVED, set_status
-
         session = await api.session()
         link_id = an_id()
         link = await api.escalate(session.id, chat_ticket_id=link_id)
@@ -185,7 +154,7 @@ class TestRepeat:
         ):
             with refused(StatusCode.ALREADY_EXISTS, reason):
                 await api.escalate(session_id, **fields)
-        assert not (await session_of(api, second.id)).has_ticket
+        assert not (await get_session(api, second.id)).has_ticket
 
     @pytest.mark.parametrize(
         "changed",
@@ -224,10 +193,10 @@ class TestUnlink:
         session = await api.session()
         link = await api.escalate(session.id)
         await unlink(api, link.id)
-        changed = await session_of(api, session.id)
+        changed = await get_session(api, session.id)
         assert (changed.has_ticket, changed.revision) == (False, 2)
-        assert await get(api, link.ticket_id) == link.ticket
-        for attempt in (get_link, unlink):
+        assert await get_ticket(api, link.ticket_id) == link.ticket
+        for attempt in (get_chat_ticket, unlink):
             with refused(StatusCode.NOT_FOUND, "CHAT_TICKET_NOT_FOUND"):
                 await attempt(api, link.id)
         await api.escalate(session.id)
@@ -235,10 +204,10 @@ class TestUnlink:
     async def test_foreign_link_is_out_of_reach(self, api: Api, other: Api) -> None:
         """Nobody reads or deletes another tenant's link."""
         theirs = await other.escalate((await other.session()).id)
-        for attempt in (get_link, unlink):
+        for attempt in (get_chat_ticket, unlink):
             with refused(StatusCode.NOT_FOUND, "CHAT_TICKET_NOT_FOUND"):
                 await attempt(api, theirs.id)
-        assert await get_link(other, theirs.id) == theirs
+        assert await get_chat_ticket(other, theirs.id) == theirs
 
 
 class TestDeleteSession:
@@ -248,23 +217,23 @@ class TestDeleteSession:
         session = await api.session()
         message = await api.message(session.id)
         link = await api.escalate(session.id)
-        await update(api, link.ticket_id, status=status)
+        await update_ticket(api, link.ticket_id, status=status)
         with refused(StatusCode.FAILED_PRECONDITION, "SESSION_HAS_ACTIVE_TICKET") as refusal:
             await delete_session(api, session.id)
         [violation] = refusal.details["PreconditionFailure"].violations
         assert violation.subject == f"chat_sessions/{session.id}"
-        assert (await session_of(api, message.session_id)).revision == 2
+        assert (await get_session(api, message.session_id)).revision == 2
 
     @pytest.mark.parametrize("status", [SOLVED, CLOSED])
     async def test_other_tickets_let_it_go(self, api: Api, status: int) -> None:
         """The link goes with the session, the ticket stays."""
         session = await api.session()
         link = await api.escalate(session.id)
-        await update(api, link.ticket_id, status=status)
+        await update_ticket(api, link.ticket_id, status=status)
         await delete_session(api, session.id)
         with refused(StatusCode.NOT_FOUND, "CHAT_TICKET_NOT_FOUND"):
-            await get_link(api, link.id)
-        assert (await get(api, link.ticket_id)).status == status
+            await get_chat_ticket(api, link.id)
+        assert (await get_ticket(api, link.ticket_id)).status == status
 
 
 class TestTickets:
@@ -272,14 +241,14 @@ class TestTickets:
         """And not the session: its revision stays."""
         session = await api.session()
         ticket = (await api.escalate(session.id)).ticket
-        renamed = await update(api, ticket.id, title="new")
+        renamed = await update_ticket(api, ticket.id, title="new")
         assert (renamed.title, renamed.status) == ("new", OPEN)
-        solved = await update(api, ticket.id, status=SOLVED)
+        solved = await update_ticket(api, ticket.id, status=SOLVED)
         assert (solved.title, solved.status) == ("new", SOLVED)
         times = [t.update_time.ToNanoseconds() for t in (ticket, renamed, solved)]
         assert times == sorted(set(times))
-        assert await update(api, ticket.id, title="new", status=SOLVED) == solved
-        assert (await session_of(api, session.id)).revision == 1
+        assert await update_ticket(api, ticket.id, title="new", status=SOLVED) == solved
+        assert (await get_session(api, session.id)).revision == 1
 
     async def test_update_is_validated(self, api: Api) -> None:
         """Empty mask, unknown field, empty title and no status are refused."""
@@ -295,16 +264,16 @@ class TestTickets:
             with refused(StatusCode.INVALID_ARGUMENT) as refusal:
                 await api.tickets.UpdateTicket(request)
             assert list(refusal.fields) == fields
-        assert await get(api, ticket.id) == ticket
+        assert await get_ticket(api, ticket.id) == ticket
 
     async def test_linked_ticket_cannot_be_deleted(self, api: Api) -> None:
         """After the link is gone it can; a repeat is NOT_FOUND."""
         link = await api.escalate((await api.session()).id)
         with refused(StatusCode.FAILED_PRECONDITION, "TICKET_LINKED"):
-            await delete(api, link.ticket_id)
+            await delete_ticket(api, link.ticket_id)
         await unlink(api, link.id)
-        await delete(api, link.ticket_id)
-        for attempt in (get, delete):
+        await delete_ticket(api, link.ticket_id)
+        for attempt in (get_ticket, delete_ticket):
             with refused(StatusCode.NOT_FOUND, "TICKET_NOT_FOUND"):
                 await attempt(api, link.ticket_id)
 
@@ -312,18 +281,18 @@ class TestTickets:
         """Nobody reads, changes or deletes another tenant's ticket."""
         link = await other.escalate((await other.session()).id)
         await unlink(other, link.id)
-        for attempt in (get, delete):
+        for attempt in (get_ticket, delete_ticket):
             with refused(StatusCode.NOT_FOUND, "TICKET_NOT_FOUND"):
                 await attempt(api, link.ticket_id)
         with refused(StatusCode.NOT_FOUND, "TICKET_NOT_FOUND"):
-            await update(api, link.ticket_id, title="mine")
-        assert await get(other, link.ticket_id) == link.ticket
+            await update_ticket(api, link.ticket_id, title="mine")
+        assert await get_ticket(other, link.ticket_id) == link.ticket
 
     async def test_list_newest_first_by_status(self, api: Api, other: Api) -> None:
         """Pages meet each ticket once; statuses filter."""
         tickets = [(await api.escalate((await api.session()).id)).ticket for _ in range(5)]
         await other.escalate((await other.session()).id)
-        await update(api, tickets[1].id, status=CLOSED)
+        await update_ticket(api, tickets[1].id, status=CLOSED)
         found: list[str] = []
         request = ListTicketsRequest(statuses=[OPEN], page_size=2)
         while True:

@@ -16,14 +16,14 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from conftest import serving
 from google.protobuf import any_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2, status_pb2
 from support.authority import Authority, Key
 from support.client import an_id
+from support.client_servers import OPTIONS, free_port
+from support.server import serving
 from support.threaded import ThreadedClient
-from test_client_resume import OPTIONS, free_port
 
 import chat_ticket
 from chat_ticket import errors

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -18,6 +17,7 @@ from typing import Any
 import psycopg
 import pytest
 from support.client import a_file, an_id
+from support.client_servers import OPTIONS, free_port
 from support.process import ServerProcess, server_process
 from support.threaded import ThreadedClient
 
@@ -38,18 +38,6 @@ from chat_ticket.v1.chat_session_pb2 import (
     WatchChatSessionResponse,
 )
 
-SETTINGS = {
-    "CHAT_TICKET_ATTACHMENT_URL_CHECK": "false",
-    "CHAT_TICKET_DRAIN_SECONDS": "1",
-    "CHAT_TICKET_WATCH_HEARTBEAT_SECONDS": "0.3",
-    "CHAT_TICKET_QUOTAS__TENANT_CALLS_PER_SECOND": "100000",
-}
-OPTIONS = [
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.initial_reconnect_backoff_ms", 100),  # the servers are back sooner than anywhere else
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 500),
-]
 WRITERS = 4
 SILENCE = 1.0
 
@@ -64,12 +52,6 @@ http {{
 }}
 """
 THINK = 0.01
-
-
-def free_port() -> int:
-    with socket.socket() as any_port:
-        any_port.bind(("127.0.0.1", 0))
-        return any_port.getsockname()[1]  # type: ignore[no-any-return]
 
 
 class Servers:

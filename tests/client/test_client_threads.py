@@ -13,8 +13,8 @@ from typing import Any
 import grpc
 import pytest
 from support.client import an_id
+from support.client_servers import OPTIONS, SETTINGS, free_port
 from support.process import server_process
-from test_client_resume import OPTIONS, SETTINGS, free_port
 
 from chat_ticket import errors
 from chat_ticket.client import AsyncChatTicketClient, ChatTicketClient

@@ -11,7 +11,7 @@ import pytest
 from support.authority import Authority, Key
 from support.client import Api
 from support.process import Finished, command
-from test_leaks import leaks, secret
+from support.secrets import leaks, secret
 
 CA = Authority()
 

@@ -15,10 +15,9 @@ import psycopg
 import pytest
 from google.protobuf.json_format import ParseDict
 from support.client import Api, an_id
+from support.database import session_locked, wait_for_lock_waiters
 from support.process import Finished, command
-from test_errors import locked
-from test_locks import until_waiting
-from test_watch import watching
+from support.watching import watching
 
 from chat_ticket.v1 import chat_message_pb2 as m
 from chat_ticket.v1 import chat_ticket_pb2 as t
@@ -374,9 +373,9 @@ class TestErase:
         """For longer than a call: what erased before, and was killed, may not have ended."""
         erasing = ("--tenant", tenant, "--yes", "--active-tickets")
         settings = {"DATABASE_URL": database, "CHAT_TICKET_LOCK_TIMEOUT_MS": "50"}
-        with locked(database, filled.first.id):
+        with session_locked(database, filled.first.id):
             done = asyncio.create_task(command("erase", *erasing, **settings))
-            await until_waiting(database, 1)
+            await wait_for_lock_waiters(database, 1)
             await asyncio.sleep(0.5)
         assert (await done).status == 0, await done
 

@@ -62,11 +62,11 @@ def data(directory: Path, initialised: Path) -> Path:
     return directory / "data"
 
 
-Own = Callable[..., subprocess.Popen[str]]
+StartOwner = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
-def own() -> Iterator[Own]:
+def start_owner() -> Iterator[StartOwner]:
     """Start another process that owns a server and prints its pid, until its stdin is closed."""
     with ExitStack() as stack:
 
@@ -96,12 +96,12 @@ def own() -> Iterator[Own]:
         yield start
 
 
-def _pid(owner: subprocess.Popen[str]) -> int:
+def server_pid(owner: subprocess.Popen[str]) -> int:
     assert owner.stdout is not None
     return int(owner.stdout.readline())
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -109,31 +109,31 @@ def _alive(pid: int) -> bool:
     return state not in "ZX"
 
 
-def _wait_until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 15
     while not condition():
         assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.01)
 
 
-def _sockets(postgres: EmbeddedPostgres) -> Path:
+def socket_directory(postgres: EmbeddedPostgres) -> Path:
     return Path(str(conninfo_to_dict(postgres.url("postgres"))["host"]))
 
 
-def _query(postgres: EmbeddedPostgres, query: str) -> str:
+def query(postgres: EmbeddedPostgres, query: str) -> str:
     with psycopg.connect(postgres.url("postgres")) as connection:
         row = connection.execute(sql.SQL(query)).fetchone()
     assert row is not None
     return str(row[0])
 
 
-def _store_word(postgres: EmbeddedPostgres) -> None:
+def store_word(postgres: EmbeddedPostgres) -> None:
     with psycopg.connect(postgres.url("postgres")) as connection:
         connection.execute("CREATE TABLE memory AS SELECT 'kept' AS word")
 
 
-def _stored_word(postgres: EmbeddedPostgres) -> str:
-    return _query(postgres, "SELECT word FROM memory")
+def stored_word(postgres: EmbeddedPostgres) -> str:
+    return query(postgres, "SELECT word FROM memory")
 
 
 def test_serves_utf8_without_tcp_behind_a_private_directory(directory: Path) -> None:
@@ -142,13 +142,13 @@ def test_serves_utf8_without_tcp_behind_a_private_directory(directory: Path) -> 
     Nor can others read the log, which quotes what an error is about.
     """
     with EmbeddedPostgres(directory / "data", durable=False) as postgres:
-        assert _query(postgres, "SHOW listen_addresses") == ""
-        assert _query(postgres, "SHOW server_encoding") == "UTF8"
-        assert _query(postgres, "SHOW timezone") == "UTC"
+        assert query(postgres, "SHOW listen_addresses") == ""
+        assert query(postgres, "SHOW server_encoding") == "UTF8"
+        assert query(postgres, "SHOW timezone") == "UTC"
         locale = "SELECT datcollate || ' ' || datctype FROM pg_database WHERE datname = 'postgres'"
-        assert _query(postgres, locale) == "C.UTF-8 C.UTF-8"
-        assert _query(postgres, "SELECT current_user") == "postgres"
-        assert stat.S_IMODE(_sockets(postgres).stat().st_mode) == 0o700
+        assert query(postgres, locale) == "C.UTF-8 C.UTF-8"
+        assert query(postgres, "SELECT current_user") == "postgres"
+        assert stat.S_IMODE(socket_directory(postgres).stat().st_mode) == 0o700
         assert stat.S_IMODE((directory / "data.log").stat().st_mode) == 0o600
 
 
@@ -159,8 +159,8 @@ def test_stop_leaves_no_process_and_no_socket_directory(directory: Path) -> None
     with psycopg.connect(postgres.url("postgres")):
         postgres.stop()
     postgres.stop()
-    assert not _alive(postgres.pid)
-    assert not _sockets(postgres).exists()
+    assert not is_alive(postgres.pid)
+    assert not socket_directory(postgres).exists()
     assert {path.name for path in directory.iterdir()} == {"data", "data.lock", "data.log"}
 
 
@@ -169,13 +169,13 @@ def test_is_durable_by_default(data: Path) -> None:
     for durable, setting in ((True, "on"), (False, "off")):
         with EmbeddedPostgres(data, durable=durable) as postgres:
             for name in ("fsync", "synchronous_commit", "full_page_writes"):
-                assert _query(postgres, f"SHOW {name}") == setting
+                assert query(postgres, f"SHOW {name}") == setting
 
 
 def test_path_longer_than_a_socket_path_may_be(directory: Path) -> None:
     """The path of the data directory may have any length, and spaces."""
     with EmbeddedPostgres(directory / ("a long name " * 15) / "data", durable=False) as postgres:
-        assert _query(postgres, "SELECT 1") == "1"
+        assert query(postgres, "SELECT 1") == "1"
 
 
 def test_url_is_accepted_by_libpq_and_dbmate(
@@ -203,19 +203,19 @@ def test_ctrl_c_does_not_reach_the_server(data: Path) -> None:
         assert os.getsid(postgres.pid) == postgres.pid
 
 
-def test_dies_with_its_owner(data: Path, own: Own) -> None:
+def test_dies_with_its_owner(data: Path, start_owner: StartOwner) -> None:
     """After SIGKILL no server is left. The next run removes the socket."""
-    owner = own(data)
-    server = _pid(owner)
-    assert _alive(server)
+    owner = start_owner(data)
+    server = server_pid(owner)
+    assert is_alive(server)
     owner.kill()
     postgres = EmbeddedPostgres(data, durable=False)
-    _wait_until(lambda: not _alive(server))
-    assert list(_sockets(postgres).iterdir()) == []
+    wait_until(lambda: not is_alive(server))
+    assert list(socket_directory(postgres).iterdir()) == []
     assert not (data / "postmaster.pid").exists(), "not an orderly shutdown"
     with postgres:
         pass
-    assert not _sockets(postgres).exists()
+    assert not socket_directory(postgres).exists()
 
 
 def test_does_not_start_for_an_owner_already_dead(data: Path) -> None:
@@ -250,10 +250,10 @@ time.sleep(600)
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": path}
     ) as owner:
-        sleeper = _pid(owner)
-        _wait_until(lambda: "sleep" in Path(f"/proc/{sleeper}/cmdline").read_text().split("\0")[0])
+        sleeper = server_pid(owner)
+        wait_until(lambda: "sleep" in Path(f"/proc/{sleeper}/cmdline").read_text().split("\0")[0])
         owner.kill()
-    _wait_until(lambda: not _alive(sleeper))
+    wait_until(lambda: not is_alive(sleeper))
 
 
 def test_only_the_main_thread_may_start_it(data: Path) -> None:
@@ -276,55 +276,61 @@ def test_restarts_after_the_server_was_killed(data: Path) -> None:
     """A stale postmaster.pid with the pid of a live process does not block the start."""
     postgres = EmbeddedPostgres(data)
     with postgres:
-        _store_word(postgres)
+        store_word(postgres)
         os.kill(postgres.pid, signal.SIGKILL)
     with subprocess.Popen(["/bin/sleep", "600"]) as unrelated:
         stale = data / "postmaster.pid"
         stale.write_text(f"{unrelated.pid}\n" + stale.read_text().partition("\n")[2])
         try:
             with postgres:
-                assert _stored_word(postgres) == "kept"
+                assert stored_word(postgres) == "kept"
         finally:
             unrelated.kill()
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["owner", "owner and server"])
-def test_restarts_at_once_after_its_owner_was_killed(data: Path, own: Own, both: bool) -> None:
+def test_restarts_at_once_after_its_owner_was_killed(
+    data: Path, start_owner: StartOwner, both: bool
+) -> None:
     """The next start waits for the old server to shut down. Committed data is kept."""
-    owner = own(data)
-    server = _pid(owner)
+    owner = start_owner(data)
+    server = server_pid(owner)
     postgres = EmbeddedPostgres(data, durable=False)
     with psycopg.connect(postgres.url("postgres")):
-        _store_word(postgres)
+        store_word(postgres)
         owner.kill()
         if both:
             os.kill(server, signal.SIGKILL)
         with postgres:
-            assert _stored_word(postgres) == "kept"
+            assert stored_word(postgres) == "kept"
 
 
-def test_restarts_after_its_owner_was_killed_in_initdb(directory: Path, own: Own) -> None:
+def test_restarts_after_its_owner_was_killed_in_initdb(
+    directory: Path, start_owner: StartOwner
+) -> None:
     """An incomplete data directory is never used. It is created again."""
     data, half = directory / "data", directory / "data.initdb"
-    owner = own(data)
-    _wait_until(lambda: (half / "base" / "1").exists())
+    owner = start_owner(data)
+    wait_until(lambda: (half / "base" / "1").exists())
     owner.kill()
     owner.wait()
     assert not data.exists()
     with EmbeddedPostgres(data, durable=False) as postgres:
-        assert _query(postgres, "SELECT 1") == "1"
+        assert query(postgres, "SELECT 1") == "1"
     assert not half.exists()
 
 
-def test_second_owner_is_refused(data: Path, own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_owner_is_refused(
+    data: Path, start_owner: StartOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two processes cannot share a data directory. The error names it and its owner."""
     monkeypatch.setattr(embedded, "_HANDOVER_SECONDS", 0.1)
-    owner = own(data)
-    server = _pid(owner)
+    owner = start_owner(data)
+    server = server_pid(owner)
     with pytest.raises(EmbeddedPostgresError) as error:
         EmbeddedPostgres(data).start()
     assert str(error.value) == f"{data} is in use by process {owner.pid} (server {server})"
-    assert _alive(server)
+    assert is_alive(server)
 
 
 def test_second_start_does_not_harm_the_first(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,16 +341,16 @@ def test_second_start_does_not_harm_the_first(data: Path, monkeypatch: pytest.Mo
         with pytest.raises(EmbeddedPostgresError, match="in use by process"):
             postgres.start()
         assert postgres.pid == server
-        assert _query(postgres, "SELECT 1") == "1"
+        assert query(postgres, "SELECT 1") == "1"
 
 
 def test_lock_lasts_as_long_as_the_server(
-    data: Path, own: Own, monkeypatch: pytest.MonkeyPatch
+    data: Path, start_owner: StartOwner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that outlives its owner keeps the lock until it ends."""
     monkeypatch.setattr(embedded, "_ORPHAN_SECONDS", 0.1)
-    owner = own(data)
-    server = _pid(owner)
+    owner = start_owner(data)
+    server = server_pid(owner)
     os.kill(server, signal.SIGSTOP)
     owner.kill()
     owner.wait()
@@ -353,9 +359,9 @@ def test_lock_lasts_as_long_as_the_server(
             EmbeddedPostgres(data).start()
     finally:
         os.kill(server, signal.SIGCONT)
-    _wait_until(lambda: not _alive(server))
+    wait_until(lambda: not is_alive(server))
     with EmbeddedPostgres(data) as postgres:
-        assert _query(postgres, "SELECT 1") == "1"
+        assert query(postgres, "SELECT 1") == "1"
 
 
 def test_no_second_server_even_without_the_lock(data: Path) -> None:
@@ -364,7 +370,7 @@ def test_no_second_server_even_without_the_lock(data: Path) -> None:
         data.with_name("data.lock").unlink()
         with pytest.raises(EmbeddedPostgresError, match="shared memory block"):
             EmbeddedPostgres(data, durable=False).start()
-        assert _alive(first.pid)
+        assert is_alive(first.pid)
 
 
 def test_other_version_is_refused(data: Path) -> None:
@@ -386,10 +392,10 @@ def test_failure_to_start_shows_the_log_and_leaves_nothing(data: Path) -> None:
     with pytest.raises(EmbeddedPostgresError, match='"no_such_setting"') as error:
         postgres.start()
     assert str(data) in str(error.value)
-    assert not _sockets(postgres).exists()
+    assert not socket_directory(postgres).exists()
     settings.write_text(good)
     with postgres:
-        assert _query(postgres, "SELECT 1") == "1"
+        assert query(postgres, "SELECT 1") == "1"
 
 
 def test_foreign_directory_is_refused(directory: Path) -> None:
@@ -415,7 +421,7 @@ def test_socket_directory_of_others_is_refused(data: Path, directory: Path, trap
     if trap == "foreign" and os.geteuid() != 0:
         pytest.skip("needs root")
     postgres = EmbeddedPostgres(data, durable=False)
-    sockets = _sockets(postgres)
+    sockets = socket_directory(postgres)
     target = directory / "target"
     target.mkdir(mode=0o700)
     if trap == "symlink":
@@ -443,9 +449,9 @@ def test_stop_ends_a_server_that_does_not_answer(
     monkeypatch.setattr(embedded, "_STOP_SIGNALS", (*signals, embedded._STOP_SIGNALS[-1]))
     with EmbeddedPostgres(data, durable=False) as postgres:
         os.kill(postgres.pid, signal.SIGSTOP)
-    assert not _alive(postgres.pid)
+    assert not is_alive(postgres.pid)
     with postgres:
-        assert _query(postgres, "SELECT 1") == "1"
+        assert query(postgres, "SELECT 1") == "1"
 
 
 def test_missing_package_says_what_to_do(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,7 +470,7 @@ def test_root_runs_it_below_a_private_tree(tmp_path: Path) -> None:
         status = Path(f"/proc/{postgres.pid}/status").read_text()
         assert "CapEff:\t0000000000000000" in status
         assert (tmp_path / "data").stat().st_uid == 0
-        assert _query(postgres, "SELECT 1") == "1"
+        assert query(postgres, "SELECT 1") == "1"
 
 
 @AS_ROOT
@@ -481,8 +487,8 @@ def test_root_without_namespaces_runs_it_as_nobody(
             assert f"Uid:\t{NOBODY}\t{NOBODY}\t{NOBODY}\t{NOBODY}" in status
             assert f"Gid:\t{NOBODY}\t{NOBODY}\t{NOBODY}\t{NOBODY}" in status
             assert data.stat().st_uid == NOBODY
-            assert _query(postgres, "SELECT 1") == "1"
-        assert not _sockets(postgres).exists()
+            assert query(postgres, "SELECT 1") == "1"
+        assert not socket_directory(postgres).exists()
 
 
 @AS_ROOT
@@ -495,36 +501,36 @@ def test_nobody_has_no_groups_of_root() -> None:
 
 @AS_ROOT
 def test_nobody_dies_with_its_owner(
-    directory: Path, own: Own, monkeypatch: pytest.MonkeyPatch
+    directory: Path, start_owner: StartOwner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The change of user does not clear the parent death signal."""
-    owner = own(directory / "data", NO_NAMESPACES)
-    server = _pid(owner)
+    owner = start_owner(directory / "data", NO_NAMESPACES)
+    server = server_pid(owner)
     owner.kill()
-    _wait_until(lambda: not _alive(server))
+    wait_until(lambda: not is_alive(server))
     monkeypatch.setattr(embedded, "_namespaces_work", lambda _: False)
     with EmbeddedPostgres(directory / "data") as postgres:
-        assert _query(postgres, "SELECT 1") == "1"
+        assert query(postgres, "SELECT 1") == "1"
 
 
 @AS_ROOT
-def test_ordinary_user_runs_it_as_themselves(directory: Path, own: Own) -> None:
+def test_ordinary_user_runs_it_as_themselves(directory: Path, start_owner: StartOwner) -> None:
     """A writable directory is enough. The server ends with its owner here too."""
     home = directory / "home"
     home.mkdir(mode=0o700)
     os.chown(home, NOBODY, NOBODY)
-    python = _python_for_anyone()
-    owner = own(home / "data", python=python, user=NOBODY)
-    server = _pid(owner)
+    python = python_for_anyone()
+    owner = start_owner(home / "data", python=python, user=NOBODY)
+    server = server_pid(owner)
     assert Path(f"/proc/{server}").stat().st_uid == NOBODY
     assert (home / "data").stat().st_uid == NOBODY
     assert Path(f"/proc/{server}/ns/user").readlink() == Path("/proc/self/ns/user").readlink()
     owner.kill()
-    _wait_until(lambda: not _alive(server))
-    assert _alive(_pid(own(home / "data", python=python, user=NOBODY)))
+    wait_until(lambda: not is_alive(server))
+    assert is_alive(server_pid(start_owner(home / "data", python=python, user=NOBODY)))
 
 
-def _python_for_anyone() -> str:
+def python_for_anyone() -> str:
     check = "import sys; sys.exit(sys.version_info < (3, 11))"
     for python in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
         try:

@@ -12,7 +12,7 @@ from grpc import StatusCode
 from prometheus_client.parser import text_string_to_metric_families
 from support.client import Api, an_id, refused
 from support.process import ServerProcess, server_process
-from test_watch import watching
+from support.watching import watching
 
 from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest
 

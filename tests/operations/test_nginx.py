@@ -9,7 +9,7 @@ import pytest_asyncio
 from grpc import StatusCode
 from support import balancer
 from support.client import Api, an_id, refused
-from test_watch import watching
+from support.watching import watching
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import BatchCreateChatMessagesRequest

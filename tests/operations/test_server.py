@@ -2,12 +2,9 @@
 
 import asyncio
 import itertools
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,10 +16,11 @@ import pytest
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.client import Api, refused
-from support.process import server_process
-from test_watch import watching
+from support.process import is_postgres_running, run_command, server_process
+from support.server import serving
+from support.sessions import create_session_at, list_sessions_at
+from support.watching import watching
 
-from chat_ticket.v1 import chat_session_pb2, chat_session_pb2_grpc
 from chat_ticket_svc import config
 from chat_ticket_svc.embedded import EmbeddedPostgres
 from chat_ticket_svc.rpc import aio_server
@@ -31,21 +29,10 @@ from chat_ticket_svc.server import SERVICES, run
 ROOT = Path(__file__).parents[2]
 
 
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "chat_ticket_svc", *arguments],
-        env={**os.environ, "DATABASE_URL": "", **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
 class TestSettings:
     def test_everything_wrong_is_said_at_once_without_the_values(self) -> None:
         """One line each, by the name of the variable; a value could be a secret."""
-        result = command(
+        result = run_command(
             "serve",
             CHAT_TICKET_PORT="CANARY",
             CHAT_TICKET_POOL_SIZE="0",
@@ -61,7 +48,7 @@ class TestSettings:
     @pytest.mark.parametrize("name", ["serve", "migrate", "migrate-status"])
     def test_database_is_required(self, name: str) -> None:
         """The command says which variable is missing."""
-        result = command(name)
+        result = run_command(name)
         assert result.returncode != 0
         assert "DATABASE_URL" in result.stderr
         assert "Traceback" not in result.stderr
@@ -69,7 +56,7 @@ class TestSettings:
     @pytest.mark.parametrize("url", ["host=localhost dbname=x", "mysql://x", "CANARY"])
     def test_database_is_named_by_a_url(self, url: str) -> None:
         """In the one form that the service and dbmate both take."""
-        result = command("migrate", DATABASE_URL=url)
+        result = run_command("migrate", DATABASE_URL=url)
         assert result.returncode != 0
         assert result.stderr == "chat-ticket-svc: DATABASE_URL: must be a postgresql:// URL\n"
 
@@ -81,14 +68,14 @@ class TestSettings:
             ("DATABASE_URL", "required"),
             ("MIGRATE_DATABASE_URL", "single host"),
         ):
-            result = command("migrate", **{variable: url})
+            result = run_command("migrate", **{variable: url})
             assert result.returncode != 0
             assert re.search(f"chat-ticket-svc: MIGRATE_DATABASE_URL: .*{why}", result.stderr)
             assert "CANARY" not in result.stderr
 
     def test_bad_allowed_hosts_are_refused(self, database: str) -> None:
         """An entry that could never work is a mistake, not a silent nothing."""
-        result = command(
+        result = run_command(
             "serve", DATABASE_URL=database, CHAT_TICKET_ATTACHMENT_URL_ALLOWED_HOSTS="a b,x:99999"
         )
         assert result.returncode != 0
@@ -131,14 +118,14 @@ class TestProcess:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
             port = taken.getsockname()[1]
-            result = command("serve", "--port", str(port), DATABASE_URL=database)
+            result = run_command("serve", "--port", str(port), DATABASE_URL=database)
         assert result.returncode != 0
         assert f"127.0.0.1:{port}" in result.stderr
         assert "the port is in use" in result.stderr
         assert "Traceback" not in result.stderr
         with server_process(database) as first:
             port = first.wait_for("listening")["port"]
-            result = command("serve", "--port", str(port), DATABASE_URL=database)
+            result = run_command("serve", "--port", str(port), DATABASE_URL=database)
         assert result.returncode != 0
         assert "the port is in use" in result.stderr
 
@@ -185,7 +172,6 @@ class TestProcess:
 
     async def test_calls_during_the_drain_are_answered(self, database: str, tenant: str) -> None:
         """Callers who call again at once lose no call: each is answered, until nothing listens."""
-        from conftest import serving
 
         async def call_until_nothing_listens(server: Any) -> int:
             async with Api(f"127.0.0.1:{server.port}", tenant) as api:
@@ -205,8 +191,6 @@ class TestProcess:
 
     async def test_new_watcher_during_the_drain(self, database: str, tenant: str) -> None:
         """It ends with DRAINING, as the error table says, and can resume elsewhere."""
-        from conftest import serving
-
         async with (
             serving(database, drain_seconds=5) as server,
             Api(f"127.0.0.1:{server.port}", tenant) as api,
@@ -240,9 +224,9 @@ class TestProcess:
     def test_plain_synchronous_client(self, database: str) -> None:
         """The generated stubs work without asyncio."""
         with server_process(database) as process:
-            before = len(list_sessions(process.address))
-            create_session(process.address)
-            assert len(list_sessions(process.address)) == before + 1
+            before = len(list_sessions_at(process.address))
+            create_session_at(process.address)
+            assert len(list_sessions_at(process.address)) == before + 1
 
 
 class TestEmbedded:
@@ -252,8 +236,8 @@ class TestEmbedded:
         for expected in (0, 1):
             with server_process("", "--embedded", data) as process:
                 process.wait_for("serving")
-                create_session(process.address)
-                count = len(list_sessions(process.address))
+                create_session_at(process.address)
+                count = len(list_sessions_at(process.address))
                 assert count == expected + 1
                 assert process.stop() == 0
 
@@ -262,13 +246,13 @@ class TestEmbedded:
         data = tmp_path / "data"
         with server_process("", "--embedded", str(data)) as process:
             process.wait_for("serving")
-            create_session(process.address)
+            create_session_at(process.address)
             postmaster = int((data / "postmaster.pid").read_text().split()[0])
             process.stop(signal.SIGKILL)
         with server_process("", "--embedded", str(data)) as process:
             process.wait_for("serving")
-            assert len(list_sessions(process.address)) == 1
-            assert not is_running(postmaster, data)
+            assert len(list_sessions_at(process.address)) == 1
+            assert not is_postgres_running(postmaster, data)
 
     def test_ends_with_its_terminal(self, tmp_path: Path) -> None:
         """In order, and PostgreSQL with it; unless it was started by nohup."""
@@ -277,7 +261,7 @@ class TestEmbedded:
             process.wait_for("serving")
             pid = int((data / "postmaster.pid").read_text().split()[0])
             assert process.stop(signal.SIGHUP) == 0
-            assert not is_running(pid, data)
+            assert not is_postgres_running(pid, data)
             assert any(line["event"] == "draining" for line in process.log)
         handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
@@ -285,7 +269,7 @@ class TestEmbedded:
                 process.wait_for("serving")
                 process.popen.send_signal(signal.SIGHUP)
                 time.sleep(0.2)
-                create_session(process.address)
+                create_session_at(process.address)
         finally:
             signal.signal(signal.SIGHUP, handler)
 
@@ -301,7 +285,7 @@ class TestEmbedded:
                 time.sleep(0.005)
             pid = int(pid_file.read_text().split()[0])
             assert process.stop(number) == 0
-            assert not is_running(pid, data)
+            assert not is_postgres_running(pid, data)
             sockets = re.findall("host=([^&]*)", EmbeddedPostgres(data).url("x"))
             assert [path for path in sockets if Path(path).exists()] == []
 
@@ -310,35 +294,11 @@ class TestEmbedded:
         data = str(tmp_path / "data")
         with server_process("", "--embedded", data) as process:
             process.wait_for("serving")
-            result = command("serve", "--port", "0", "--embedded", data)
+            result = run_command("serve", "--port", "0", "--embedded", data)
             assert result.returncode != 0
             assert data in result.stderr
             assert "Traceback" not in result.stderr
-            create_session(process.address)
-
-
-def create_session(address: str) -> None:
-    """Create a session of tenant t."""
-    with grpc.insecure_channel(address) as channel:
-        chat_session_pb2_grpc.ChatSessionServiceStub(channel).CreateChatSession(
-            chat_session_pb2.CreateChatSessionRequest(), metadata=[("x-tenant-id", "t")], timeout=10
-        )
-
-
-def list_sessions(address: str) -> list[str]:
-    with grpc.insecure_channel(address) as channel:
-        page = chat_session_pb2_grpc.ChatSessionServiceStub(channel).ListChatSessions(
-            chat_session_pb2.ListChatSessionsRequest(), metadata=[("x-tenant-id", "t")], timeout=10
-        )
-    return [session.id for session in page.sessions]
-
-
-def is_running(pid: int, data: Path) -> bool:
-    """Whether this pid is still the PostgreSQL of a data directory that it was."""
-    try:
-        return os.fsencode(data) in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
+            create_session_at(process.address)
 
 
 class TestCrash:

@@ -15,10 +15,9 @@ from grpc import StatusCode
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from support.client import Api, an_id, refused
-from support.process import ServerProcess, server_process
-from test_errors import locked, raise_on_insert
-from test_instrumentation import line
-from test_leaks import leaks, secret
+from support.database import raise_on_insert, session_locked
+from support.process import ServerProcess, log_line, server_process
+from support.secrets import leaks, secret
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest
@@ -144,7 +143,7 @@ async def test_call_has_a_span_in_the_trace_of_its_caller(
     }
     assert span.status.code == Status.STATUS_CODE_UNSET
     assert collector[0].services == {"chat-ticket-svc"}
-    await line(process, "finished call", trace_id=trace_of(tenant).hex())
+    await log_line(process, "finished call", trace_id=trace_of(tenant).hex())
 
 
 async def test_pool_wait_and_statement_are_child_spans(
@@ -198,7 +197,7 @@ async def test_deadline_is_an_error(
     session = await api.session()
     message = r.ChatMessage(role=r.CHAT_MESSAGE_ROLE_USER, content="x" * 10_000)
     request = CreateChatMessageRequest(session_id=session.id, message=message)
-    with locked(database, session.id), pytest.raises(Exception, match="DEADLINE_EXCEEDED"):
+    with session_locked(database, session.id), pytest.raises(Exception, match="DEADLINE_EXCEEDED"):
         await api.messages._stub.CreateChatMessage(request, metadata=traced(api), timeout=0.3)
     span = await collector[0].call(tenant, "CreateChatMessage")
     assert span.status.code == Status.STATUS_CODE_ERROR

@@ -5,25 +5,19 @@ import contextlib
 import itertools
 import os
 import re
-import resource
 import signal
-import socket
-import subprocess
-import threading
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc.aio
 import psycopg
 import pytest
-from conftest import Cluster
 from grpc import StatusCode
 from support.client import Api, an_id, refused
-from support.process import ServerProcess, server_process
-from test_server import command, create_session, is_running, list_sessions
-from test_watch import watching
+from support.cluster import Cluster
+from support.process import ServerProcess, is_postgres_running, run_command, server_process
+from support.sessions import create_session_at, list_sessions_at
+from support.watching import watching
+from support.worker_processes import pids, printed, two_workers, unable_to_spawn, wait_until
 
 from chat_ticket_svc import workers
 from chat_ticket_svc.embedded import EmbeddedPostgres
@@ -32,20 +26,7 @@ ESTABLISHED = "01"
 ADDED_BY = "SELECT version FROM schema_migrations ORDER BY version DESC LIMIT 1"
 
 
-@contextlib.contextmanager
-def serving(database: str, *arguments: str, **settings: str) -> Iterator[tuple[Any, list[int]]]:
-    """A server of two workers that listen, and their process ids."""
-    settings = {"CHAT_TICKET_QUOTAS__TENANT_CALLS_PER_SECOND": "100000", **settings}
-    with server_process(database, "--workers", "2", *arguments, **settings) as process:
-        yield process, pids(process, 2)
-
-
-def pids(process: ServerProcess, count: int) -> list[int]:
-    """Of the first `count` workers that listened, as the log tells."""
-    return [line["pid"] for line in process.wait_for_all("listening", count)]
-
-
-def lives(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/cmdline").exists() and bool(cmdline(pid))
 
 
@@ -55,13 +36,6 @@ def cmdline(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 15) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 def connections(pid: int, port: int) -> int:
@@ -101,7 +75,10 @@ class TestTwo:
 
         The log says which is which. Neither is the process that was started.
         """
-        with serving(database, CHAT_TICKET_WATCH_POLL_INTERVAL_SECONDS="600") as (process, both):
+        with two_workers(database, CHAT_TICKET_WATCH_POLL_INTERVAL_SECONDS="600") as (
+            process,
+            both,
+        ):
             assert len({process.popen.pid, *both}) == 3
             async with contextlib.AsyncExitStack() as stack:
                 apis = [
@@ -118,7 +95,7 @@ class TestTwo:
 
     def test_parent_is_no_server(self, database: str) -> None:
         """It has nothing of gRPC; and Ctrl-C reaches it alone, which drains its workers."""
-        with serving(database) as (process, both):
+        with two_workers(database) as (process, both):
             loaded = [
                 "cygrpc" in Path(f"/proc/{pid}/maps").read_text()
                 for pid in (process.popen.pid, *both)
@@ -147,21 +124,9 @@ class TestTwo:
 
     def test_worker_is_nothing_without_its_parent(self, database: str) -> None:
         """One that is started by hand, or too late, does not serve."""
-        result = command("worker", "1", "0", DATABASE_URL=database)
+        result = run_command("worker", "1", "0", DATABASE_URL=database)
         assert result.returncode != 0
         assert result.stderr == "the parent process has already ended\n"
-
-
-@contextlib.contextmanager
-def unable_to_spawn(process: ServerProcess) -> Iterator[None]:
-    """For want of file descriptors."""
-    pid, which = process.popen.pid, resource.RLIMIT_NOFILE
-    limits = resource.prlimit(pid, which)
-    resource.prlimit(pid, which, (3, limits[1]))
-    try:
-        yield
-    finally:
-        resource.prlimit(pid, which, limits)
 
 
 class TestDeath:
@@ -169,7 +134,7 @@ class TestDeath:
         self, database: str, tenant: str
     ) -> None:
         """Callers of the other one notice nothing; its own connect again."""
-        with serving(database) as (process, [killed, other]):
+        with two_workers(database) as (process, [killed, other]):
             async with (
                 await client_of(process, killed, tenant) as unlucky,
                 await client_of(process, other, tenant) as lucky,
@@ -192,7 +157,7 @@ class TestDeath:
 
     def test_ended_worker_is_replaced(self, database: str) -> None:
         """SIGTERM drains one alone: its successor has read what is read at start."""
-        with serving(database) as (process, [ended, _]):
+        with two_workers(database) as (process, [ended, _]):
             os.kill(ended, signal.SIGTERM)
             assert process.wait_for("worker exited")["status"] == 0
             assert pids(process, 3)[2] != ended
@@ -202,7 +167,7 @@ class TestDeath:
     ) -> None:
         """What would have kept the server from starting does not end one that serves."""
         with (
-            serving(fresh_database) as (process, [killed, other]),
+            two_workers(fresh_database) as (process, [killed, other]),
             psycopg.connect(fresh_database, autocommit=True) as connection,
         ):
             [version] = connection.execute(ADDED_BY).fetchone() or []
@@ -220,35 +185,35 @@ class TestDeath:
 
     def test_replacement_waits_for_what_it_needs(self, database: str) -> None:
         """A parent that cannot spawn tries again."""
-        with serving(database) as (process, [killed, other]):
+        with two_workers(database) as (process, [killed, other]):
             with unable_to_spawn(process):
                 os.kill(killed, signal.SIGKILL)
                 assert process.wait_for_all("worker exited", 3)[2]["error"] == "OSError"
             assert pids(process, 3)[2] not in (killed, other)
-            assert lives(other)
+            assert is_alive(other)
 
     def test_killed_parent_leaves_nothing(self, tmp_path: Path) -> None:
         """No worker, no PostgreSQL, no taken port; what was acknowledged is there afterwards."""
         data = tmp_path / "data"
         arguments = ("--embedded", str(data))
-        with serving("", *arguments) as (process, both):
+        with two_workers("", *arguments) as (process, both):
             process.wait_for("serving")
             port = process.wait_for("listening")["port"]
-            create_session(process.address)
+            create_session_at(process.address)
             postmaster = int((data / "postmaster.pid").read_text().split()[0])
             process.stop(signal.SIGKILL)
-            wait_until(lambda: not any(map(lives, both)))
-            wait_until(lambda: not is_running(postmaster, data))
-        with serving("", *arguments, CHAT_TICKET_PORT=str(port)) as (process, _):
+            wait_until(lambda: not any(map(is_alive, both)))
+            wait_until(lambda: not is_postgres_running(postmaster, data))
+        with two_workers("", *arguments, CHAT_TICKET_PORT=str(port)) as (process, _):
             process.wait_for("serving")
-            assert len(list_sessions(process.address)) == 1
+            assert len(list_sessions_at(process.address)) == 1
 
 
 class TestDrain:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     async def test_signal_drains_both(self, database: str, tenant: str, number: int) -> None:
         """Watches end with DRAINING, calls in flight are answered, the exit status is 0."""
-        with serving(database) as (process, both):
+        with two_workers(database) as (process, both):
             async with contextlib.AsyncExitStack() as stack:
                 apis = [
                     await stack.enter_async_context(await client_of(process, pid, tenant))
@@ -273,12 +238,12 @@ class TestDrain:
                     assert process.popen.poll() is None, "the parent waits for its workers"
                 assert sorted([(await written).sequence for written in writing]) == [1, 2]
             assert await asyncio.to_thread(process.stop) == 0
-            assert not any(map(lives, both))
+            assert not any(map(is_alive, both))
 
     async def test_load_loses_nothing(self, database: str, tenant: str) -> None:
         """Each call is answered or rejected as retryable. What was answered is stored."""
         answered: list[str] = []
-        with serving(database) as (process, both):
+        with two_workers(database) as (process, both):
             async with contextlib.AsyncExitStack() as stack:
                 apis = [
                     await stack.enter_async_context(await client_of(process, pid, tenant))
@@ -315,14 +280,14 @@ class TestDrain:
     def test_embedded_postgres_ends_last(self, tmp_path: Path) -> None:
         """No worker loses its database while it drains; nothing stays behind."""
         data = tmp_path / "data"
-        with serving("", "--embedded", str(data)) as (process, both):
+        with two_workers("", "--embedded", str(data)) as (process, both):
             assert "ListChatSessions" in process.printed()
             process.wait_for_all("serving", 2)
-            create_session(process.address)
+            create_session_at(process.address)
             postmaster = int((data / "postmaster.pid").read_text().split()[0])
             assert process.stop() == 0
-            assert not any(map(lives, both))
-            assert not is_running(postmaster, data)
+            assert not any(map(is_alive, both))
+            assert not is_postgres_running(postmaster, data)
         events = [line["event"] for line in process.log if line["event"] != "finished call"]
         assert events[-2:] == ["draining", "draining"]
 
@@ -338,10 +303,12 @@ class TestDrain:
             if event:
                 process.wait_for(event)
             else:
-                wait_until(lambda: b"worker" in b"".join(cmdline(pid) for pid in of(children)), 30)
-            started = of(children)
+                wait_until(
+                    lambda: b"worker" in b"".join(cmdline(pid) for pid in children_of(children)), 30
+                )
+            started = children_of(children)
             assert process.stop() == 0
-            assert not any(map(lives, started))
+            assert not any(map(is_alive, started))
             sockets = re.findall("host=([^&]*)", EmbeddedPostgres(data).url("x"))
             assert [path for path in sockets if Path(path).exists()] == []
 
@@ -357,7 +324,9 @@ class TestDrain:
             try:
                 running = asyncio.create_task(parent.run(lambda: None))
                 children = Path(f"/proc/self/task/{os.getpid()}/children")
-                while not any(b"worker" in cmdline(pid).split(b"\0") for pid in of(children)):
+                while not any(
+                    b"worker" in cmdline(pid).split(b"\0") for pid in children_of(children)
+                ):
                     await asyncio.sleep(0.01)
             finally:
                 signal.signal(signal.SIGTERM, handler)
@@ -366,7 +335,7 @@ class TestDrain:
                 assert await running == 0
 
 
-def of(children: Path) -> list[int]:
+def children_of(children: Path) -> list[int]:
     return [int(pid) for pid in children.read_text().split()]
 
 
@@ -390,10 +359,10 @@ class TestRefusal:
         """With the words and the exit status of one process."""
         environment = {"DATABASE_URL": database, "CHAT_TICKET_PORT": "0", **wrong}
         one, two = (
-            command("serve", CHAT_TICKET_WORKERS=workers, **environment) for workers in "12"
+            run_command("serve", CHAT_TICKET_WORKERS=workers, **environment) for workers in "12"
         )
         assert one.returncode == two.returncode == 1
-        assert said(one) == said(two)
+        assert printed(one) == printed(two)
         assert "chat-ticket-svc: " in two.stderr
 
     def test_stale_schema_is_said_once(self, cluster: Cluster) -> None:
@@ -401,7 +370,8 @@ class TestRefusal:
         empty = cluster.create("template1")
         try:
             one, two = (
-                command("serve", "--port", "0", "--workers", n, DATABASE_URL=empty) for n in "12"
+                run_command("serve", "--port", "0", "--workers", n, DATABASE_URL=empty)
+                for n in "12"
             )
         finally:
             cluster.drop(empty)
@@ -412,7 +382,7 @@ class TestRefusal:
     @pytest.mark.parametrize("number", ["0", "-1", "129", "x"])
     def test_number_of_workers_is_checked(self, database: str, number: str) -> None:
         """Like every other setting."""
-        result = command("serve", DATABASE_URL=database, CHAT_TICKET_WORKERS=number)
+        result = run_command("serve", DATABASE_URL=database, CHAT_TICKET_WORKERS=number)
         assert result.returncode == 1
         assert result.stderr.startswith("chat-ticket-svc: CHAT_TICKET_WORKERS: ")
 
@@ -420,112 +390,7 @@ class TestRefusal:
         """The one that goes ahead cannot say why it ended."""
         with server_process(database, "--workers", "2") as process:
             children = Path(f"/proc/{process.popen.pid}/task/{process.popen.pid}/children")
-            wait_until(lambda: of(children))
-            os.kill(of(children)[0], signal.SIGKILL)
+            wait_until(lambda: children_of(children))
+            os.kill(children_of(children)[0], signal.SIGKILL)
             assert process.popen.wait(timeout=30) == 128 + signal.SIGKILL
             assert process.wait_for("worker exited")["status"] == 128 + signal.SIGKILL
-
-
-def said(result: subprocess.CompletedProcess[str]) -> list[str]:
-    """What is no log line, be it ours or gRPC's."""
-    return [line for line in result.stderr.splitlines() if not re.match(r"{|E\d{4} ", line)]
-
-
-class TestPort:
-    @pytest.mark.parametrize(("first", "second"), ["12", "21", "22"])
-    def test_second_server_is_refused(self, database: str, first: str, second: str) -> None:
-        """However many workers either has."""
-        with server_process(database, CHAT_TICKET_WORKERS=first) as process:
-            port = str(process.wait_for("listening")["port"])
-            result = command("serve", "--port", port, "--workers", second, DATABASE_URL=database)
-        assert result.returncode == 1
-        assert said(result) == [
-            f"chat-ticket-svc: cannot listen on 127.0.0.1:{port}: "
-            "the port is in use, or this machine lacks the address"
-        ]
-
-    def test_port_is_kept_while_no_worker_listens(self, database: str) -> None:
-        """Neither one server nor another parent takes it from the replacements."""
-        with serving(database) as (process, both):
-            port = str(process.wait_for("listening")["port"])
-            with unable_to_spawn(process):
-                for pid in both:
-                    os.kill(pid, signal.SIGKILL)
-                process.wait_for_all("worker exited", 2)
-                for number in "12":
-                    result = command(
-                        "serve", "--port", port, DATABASE_URL=database, CHAT_TICKET_WORKERS=number
-                    )
-                    assert result.returncode == 1
-                    assert "the port is in use" in result.stderr
-            assert len(set(pids(process, 4))) == 4
-
-    @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "::"])
-    def test_reservation_is_for_those_that_share(self, host: str) -> None:
-        """It takes none of their connections, and keeps out all others."""
-        with workers.reserve_port(host, 0) as port:
-            with pytest.raises(workers.ListenError), workers.reserve_port(host, port):
-                pass
-            for reuse in (0, 1):
-                with socket.socket() as other:
-                    other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
-                    with pytest.raises(OSError):
-                        other.bind(("127.0.0.1", port))
-            share = (socket.SO_REUSEADDR, socket.SO_REUSEPORT)  # as gRPC does
-            listeners = [listener(*share, port=port) for _ in range(2)]
-            taken = [0, 0]
-
-            def accept(number: int) -> None:
-                with contextlib.suppress(OSError):
-                    while True:
-                        listeners[number].accept()[0].close()
-                        taken[number] += 1
-
-            threads = [threading.Thread(target=accept, args=[n]) for n in range(2)]
-            for thread in threads:
-                thread.start()
-            for _ in range(200):
-                with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
-                    assert client.recv(1) == b""
-            for each, thread in zip(listeners, threads, strict=True):
-                each.shutdown(socket.SHUT_RDWR)
-                thread.join()
-                each.close()
-            assert sum(taken) == 200
-            assert min(taken) > 0
-        # The connections that the listeners closed are still there.
-        with socket.socket() as other, pytest.raises(OSError):
-            other.bind(("127.0.0.1", port))
-        with (
-            workers.reserve_port(host, port),
-            pytest.raises(workers.ListenError),
-            workers.reserve_port(host, port),
-        ):
-            pass
-
-    def test_two_that_start_together(self, database: str) -> None:
-        """One has the port, though neither listens yet, nor does what an earlier one left count."""
-        with listener(socket.SO_REUSEADDR) as earlier:
-            port = earlier.getsockname()[1]
-            with socket.create_connection(("127.0.0.1", port)) as client:
-                earlier.accept()[0].close()
-                assert client.recv(1) == b""
-        with socket.socket() as other, pytest.raises(OSError):
-            other.bind(("127.0.0.1", port))
-        settings = {"CHAT_TICKET_PORT": str(port), "CHAT_TICKET_WORKERS": "2"}
-        with server_process(database, **settings) as a, server_process(database, **settings) as b:
-            wait_until(lambda: a.popen.poll() is not None or b.popen.poll() is not None, 30)
-            late, other = (a, b) if a.popen.poll() is not None else (b, a)
-            pids(other, 2)
-            assert other.popen.poll() is None
-            assert late.stop() == 1
-            assert "the port is in use" in late.output
-
-
-def listener(*options: int, port: int = 0) -> socket.socket:
-    listening = socket.socket()
-    for option in options:
-        listening.setsockopt(socket.SOL_SOCKET, option, 1)
-    listening.bind(("127.0.0.1", port))
-    listening.listen(256)
-    return listening

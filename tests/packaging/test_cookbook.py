@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.process import server_process
-from test_other_clients import needs_grpcurl
+from support.tools import needs_grpcurl
 
 from chat_ticket_svc.commands.token import development_settings
 

@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.source_tree import FILES, PSYCOPG, ROOT, room
 
-import chat_ticket_svc
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket_svc.services import convert
-
-ROOT = Path(chat_ticket_svc.__file__).parent
 
 # From the top: a module may import those below it. One row holds what may not import each other,
 # but for the modules of a package among themselves.
@@ -29,19 +27,12 @@ LAYERS = [
     ["errors"],
     ["config", "timeouts"],
 ]
-PSYCOPG = {"store", "watch"}
 SERVICERS = {"attachment_access", "attachments", "messages", "sessions", "tickets"}
 GRPC = {"access", "commands", "rpc", "server", "services"}
 
 
 def layer(module: str) -> int:
     return next(index for index, row in enumerate(LAYERS) if module in row)
-
-
-def room(path: Path) -> str:
-    """The module or package of a file that LAYERS names."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return parts[0]
 
 
 def imports(path: Path) -> set[str]:
@@ -54,9 +45,6 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, "imports are absolute"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
-
-
-FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_server import ROOT
+
+ROOT = Path(__file__).parents[2]
 
 LOCK = ROOT / "requirements.lock"
 BENCHMARK_LOCK = ROOT / "benchmarks" / "requirements.lock"

@@ -8,10 +8,8 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 import grpc.aio
 import psycopg
@@ -19,66 +17,21 @@ import pytest
 from grpc import StatusCode
 from psycopg.conninfo import conninfo_to_dict
 from support.client import Api, a_file, an_id, refused
+from support.database import execute, raise_on_insert, session_locked, set_read_only
+from support.sessions import create_session_when_possible
 
 from chat_ticket.v1 import chat_message_pb2_grpc, chat_session_pb2_grpc
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import (
     CreateChatMessageRequest,
-    ListChatMessagesRequest,
-    SearchChatMessagesRequest,
 )
 from chat_ticket.v1.chat_session_pb2 import (
     DeleteChatSessionRequest,
     GetChatSessionRequest,
     ListChatSessionsRequest,
 )
-from chat_ticket_svc.embedded import EmbeddedPostgres
 from chat_ticket_svc.errors import DomainError
 from chat_ticket_svc.rpc.status import STATUS_CODES, status_code
-
-
-def execute(database_url: str, *statements: str) -> None:
-    with psycopg.connect(database_url, autocommit=True) as connection:
-        for statement in statements:
-            connection.execute(statement)  # type: ignore[arg-type]
-
-
-def raise_on_insert(database_url: str, raised: str, *, table: str = "chat_sessions") -> None:
-    """Make every new session, or row of another table, run `raised` in the database."""
-    execute(
-        database_url,
-        "CREATE OR REPLACE FUNCTION sabotage() RETURNS trigger LANGUAGE plpgsql AS"
-        f" $$ BEGIN {raised}; RETURN NEW; END $$",
-        f"CREATE OR REPLACE TRIGGER sabotage BEFORE INSERT ON {table}"
-        " FOR EACH ROW EXECUTE FUNCTION sabotage()",
-    )
-
-
-@contextmanager
-def locked(database_url: str, session_id: str) -> Iterator[None]:
-    """Hold the row lock of a session, as a slow writer would."""
-    with psycopg.connect(database_url) as connection:
-        connection.execute("SELECT FROM chat_sessions WHERE id = %s FOR UPDATE", [session_id])
-        yield
-
-
-def set_read_only(database_url: str, setting: str) -> None:
-    """As a standby is, for sessions to come."""
-    execute(
-        database_url,
-        "SET default_transaction_read_only = off",
-        f"ALTER DATABASE {urlsplit(database_url).path[1:]}"
-        f" SET default_transaction_read_only = {setting}",
-    )
-
-
-async def session_soon(api: Api) -> r.ChatSession:
-    """A session, as soon as one can be created."""
-    async with asyncio.timeout(15):
-        while True:
-            with contextlib.suppress(grpc.aio.AioRpcError):
-                return await api.session()
-            await asyncio.sleep(0.1)
 
 
 class TestDatabaseErrors:
@@ -131,7 +84,7 @@ class TestDatabaseErrors:
             with refused(StatusCode.UNAVAILABLE, "DATABASE_READ_ONLY"):
                 await write
         set_read_only(fresh_database, "off")
-        session = await session_soon(api)
+        session = await create_session_when_possible(api)
         # One at a time, and by the connection that small ones share. Connections that were made
         # while it took no writes are left by the first that meets one, a second later at most.
         async with asyncio.timeout(15):
@@ -158,7 +111,7 @@ class TestDatabaseErrors:
         with refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE"):
             await api.session()
         set_read_only(fresh_database, "off")
-        await session_soon(api)
+        await create_session_when_possible(api)
 
     async def test_unknown_error_tells_nothing_but_an_id(
         self, start_server: Any, fresh_database: str, capsys: pytest.CaptureFixture[str]
@@ -182,7 +135,7 @@ class TestDatabaseErrors:
         """Who waits too long for a session gives up, and nothing is written."""
         api = await start_server(fresh_database, lock_timeout_ms=100)
         session = await api.session()
-        with locked(fresh_database, session.id), refused(StatusCode.ABORTED, "CONTENTION"):
+        with session_locked(fresh_database, session.id), refused(StatusCode.ABORTED, "CONTENTION"):
             await api.message(session.id)
         assert (await api.message(session.id)).sequence == 1
 
@@ -194,7 +147,7 @@ class TestDatabaseErrors:
         api = await start_server(fresh_database, statement_timeout_ms=100)
         session = await api.session()
         with (
-            locked(fresh_database, session.id),
+            session_locked(fresh_database, session.id),
             refused(StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
         ):
             await api.message(session.id)
@@ -207,7 +160,7 @@ class TestDatabaseErrors:
         session = await api.session()
         stub = chat_session_pb2_grpc.ChatSessionServiceStub(api.channel)
         with (
-            locked(fresh_database, session.id),
+            session_locked(fresh_database, session.id),
             refused(StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
         ):
             await stub.DeleteChatSession(
@@ -237,183 +190,6 @@ class TestDatabaseErrors:
                 found = await sessions.GetChatSession(request, metadata=metadata, timeout=0.045)
                 break
         assert found.session.revision == 0
-
-
-class TestDatabaseAway:
-    @pytest.fixture
-    def postgres(self, tmp_path: Path) -> Iterator[EmbeddedPostgres]:
-        """A PostgreSQL that the test may stop."""
-        from chat_ticket_svc.commands import migrate
-
-        with EmbeddedPostgres(tmp_path / "data", durable=False) as postgres:
-            assert migrate.up(postgres.url("chat_ticket"), quiet=True) == 0
-            yield postgres
-
-    async def health(self, api: Api) -> int:
-        from grpc_health.v1.health_pb2 import HealthCheckRequest
-
-        return (await api.health.Check(HealthCheckRequest())).status  # type: ignore[no-any-return]
-
-    async def until_health(self, api: Api, status: int) -> None:
-        async with asyncio.timeout(15):
-            while await self.health(api) != status:
-                await asyncio.sleep(0.1)
-
-    async def test_every_call_is_unavailable_and_comes_back(
-        self, start_server: Any, postgres: EmbeddedPostgres
-    ) -> None:
-        """Unary calls and streams say UNAVAILABLE; health follows; nobody has to restart us."""
-        api = await start_server(postgres.url("chat_ticket"))
-        session = await api.session()
-        await self.until_health(api, 1)
-        postgres.stop()
-        calls = (
-            api.sessions.GetChatSession(GetChatSessionRequest(session_id=session.id)),
-            api.sessions.ListChatSessions(ListChatSessionsRequest()),
-            api.messages.SearchChatMessages(SearchChatMessagesRequest(query="x")),
-            api.messages.ListChatMessages(ListChatMessagesRequest(session_id=session.id)).read(),
-        )
-        for call in calls:
-            with refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE") as refusal:
-                await call
-            assert "RetryInfo" in refusal.details
-        with refused(StatusCode.UNAVAILABLE):
-            await api.message(session.id)
-        await self.until_health(api, 2)
-        postgres.start()
-        await self.until_health(api, 1)
-        assert (await api.message(session.id)).sequence == 1
-
-    async def test_restart_is_survived_without_an_error(
-        self, start_server: Any, postgres: EmbeddedPostgres
-    ) -> None:
-        """Dead connections are replaced once and the call repeated: reads and creates succeed."""
-        api = await start_server(postgres.url("chat_ticket"))
-        session = await api.session()
-        await asyncio.gather(*(api.message(session.id) for _ in range(20)))
-        postgres.stop()
-        postgres.start()
-        request = GetChatSessionRequest(session_id=session.id)
-        answers = await asyncio.gather(
-            *(api.sessions.GetChatSession(request) for _ in range(10)),
-            *(api.message(session.id) for _ in range(10)),
-        )
-        assert answers[0].session.id == session.id
-        sequences = sorted(message.sequence for message in answers[10:])
-        assert sequences == list(range(21, 31)), "each created once"
-
-    async def test_starts_without_a_database(
-        self, start_server: Any, postgres: EmbeddedPostgres
-    ) -> None:
-        """The server starts, says NOT_SERVING, and serves when the database is there."""
-        postgres.stop()
-        api = await start_server(postgres.url("chat_ticket"))
-        assert await self.health(api) == 2
-        postgres.start()
-        await self.until_health(api, 1)
-        assert (await api.session()).revision == 0
-
-    async def test_connection_lost_in_a_write_is_an_unknown_outcome(
-        self, start_server: Any, fresh_database: str
-    ) -> None:
-        """A delete that may have happened says so; a create is repeated by its id instead."""
-        api = await start_server(fresh_database, pool_size=2)
-        session = await api.session()
-        execute(
-            fresh_database,
-            "CREATE FUNCTION hang_up() RETURNS trigger LANGUAGE plpgsql AS"
-            " $$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$",
-            "CREATE CONSTRAINT TRIGGER hang_up AFTER DELETE ON chat_sessions"
-            " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION hang_up()",
-        )
-        with refused(StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN") as refusal:
-            request = DeleteChatSessionRequest(session_id=session.id)
-            await api.sessions.DeleteChatSession(request)
-        assert "RetryInfo" in refusal.details
-        execute(fresh_database, "CREATE SEQUENCE attempts")
-        raise_on_insert(
-            fresh_database,
-            "IF nextval('attempts') = 1 THEN PERFORM pg_terminate_backend(pg_backend_pid());"
-            " END IF",
-        )
-        session_id = an_id()
-        assert (await api.session(id=session_id)).id == session_id
-
-    async def test_full_queue_is_refused_at_once(
-        self, start_server: Any, fresh_database: str
-    ) -> None:
-        """Beyond the calls that may wait for a connection, the next is RESOURCE_EXHAUSTED."""
-        api = await start_server(fresh_database, pool_size=1)
-        session = await api.session()
-        with locked(fresh_database, session.id):
-            calls = [asyncio.create_task(api.message(session.id)) for _ in range(8)]
-            done, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
-            for call in done:
-                with refused(StatusCode.RESOURCE_EXHAUSTED, "POOL_QUEUE_FULL") as refusal:
-                    await call
-                assert "RetryInfo" in refusal.details
-        answers = await asyncio.gather(*waiting, return_exceptions=True)
-        stored = [answer for answer in answers if not isinstance(answer, BaseException)]
-        assert sorted(message.sequence for message in stored) == list(range(1, len(stored) + 1))
-
-    async def test_callers_who_left_do_not_fill_the_queue(
-        self, start_server: Any, fresh_database: str
-    ) -> None:
-        """Only those who still wait count."""
-        api = await start_server(fresh_database, pool_size=1)
-        session = await api.session()
-        request = ListChatSessionsRequest()
-        with locked(fresh_database, session.id):
-            writing = asyncio.create_task(api.message(session.id))
-            await asyncio.sleep(0.2)
-            waiting = [
-                asyncio.ensure_future(api.sessions.ListChatSessions(request)) for _ in range(4)
-            ]
-            await asyncio.sleep(0.2)
-            for task in waiting:
-                task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
-            await asyncio.sleep(0.2)
-            last = asyncio.ensure_future(api.sessions.ListChatSessions(request))
-            await asyncio.sleep(0.2)
-            assert not last.done(), "refused though nobody else waits"
-        assert [found.id for found in (await last).sessions] == [session.id]
-        assert (await writing).sequence == 1
-
-    async def test_searches_leave_connections_to_others(
-        self, start_server: Any, fresh_database: str
-    ) -> None:
-        """However many searches run, another tenant's calls are answered."""
-        api = await start_server(fresh_database, pool_size=3)
-        session = await api.session()
-        with psycopg.connect(fresh_database) as connection:
-            connection.execute("LOCK TABLE chat_messages IN ACCESS EXCLUSIVE MODE")
-            searches = [
-                asyncio.ensure_future(
-                    api.messages.SearchChatMessages(SearchChatMessagesRequest(query="x"))
-                )
-                for _ in range(6)
-            ]
-            await asyncio.sleep(0.3)
-            request = GetChatSessionRequest(session_id=session.id)
-            assert (await api.sessions.GetChatSession(request)).session.id == session.id
-        await asyncio.gather(*searches)
-
-    async def test_clients_that_leave_are_no_errors(
-        self, api: Api, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        """A stream that is cancelled while it is written to is not an internal error."""
-        from test_list_messages import filled
-
-        session_id = await filled(api, 2000, "x" * 500)
-        request = ListChatMessagesRequest(session_id=session_id)
-        for n in range(150):
-            call = api.messages.ListChatMessages(request)
-            await asyncio.sleep(0.0004 * (n % 50))
-            call.cancel()
-        await api.session()
-        captured = capsys.readouterr()
-        assert "internal error" not in captured.out + captured.err
 
 
 class TestCaller:
@@ -516,7 +292,7 @@ class TestTable:
                     assert time.monotonic() < end
                     await asyncio.sleep(0.02)
 
-            with locked(fresh_database, session.id):
+            with session_locked(fresh_database, session.id):
                 call = asyncio.create_task(api.message(session.id, attachments=[a_file()]))
                 await until(1)
                 call.cancel()

@@ -17,9 +17,9 @@ import pytest
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2
 from support.client import REQUEST_ID, Api, an_id, refused
-from support.process import ServerProcess, server_process
-from test_errors import locked
-from test_watch import watching
+from support.database import session_locked
+from support.process import ServerProcess, log_line, server_process
+from support.watching import watching
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest, ListChatMessagesRequest
@@ -45,27 +45,12 @@ async def api(process: ServerProcess, tenant: str) -> Any:
         yield api
 
 
-async def line(process: ServerProcess, event: str, **of: str) -> dict[str, Any]:
-    """The one with this event and these values; a line follows its call by a moment."""
-    async with asyncio.timeout(10):
-        while True:
-            found = [
-                each
-                for each in process.log
-                if each["event"] == event and of.items() <= each.items()
-            ]
-            if found:
-                assert len(found) == 1
-                return found[0]
-            await asyncio.sleep(0.01)
-
-
 async def test_a_call_is_one_line(process: ServerProcess, api: Api, tenant: str) -> None:
     """Who called what, how it ended, and how long and how large it was."""
     session = await api.session()
     request = GetChatSessionRequest(session_id=session.id)
     response = await api.sessions.GetChatSession(request)
-    fields = await line(process, "finished call", method=GET, tenant=tenant)
+    fields = await log_line(process, "finished call", method=GET, tenant=tenant)
     assert fields.pop("timestamp").endswith("Z")
     assert 0 < fields.pop("duration_ms") < 60_000
     assert fields == {
@@ -84,7 +69,7 @@ async def test_a_call_is_one_line(process: ServerProcess, api: Api, tenant: str)
 async def test_a_refused_call_has_its_reason(process: ServerProcess, api: Api, tenant: str) -> None:
     with refused(StatusCode.NOT_FOUND):
         await api.sessions.GetChatSession(GetChatSessionRequest(session_id=an_id()))
-    fields = await line(process, "finished call", method=GET, tenant=tenant)
+    fields = await log_line(process, "finished call", method=GET, tenant=tenant)
     assert (fields["code"], fields["reason"]) == ("NOT_FOUND", "CHAT_SESSION_NOT_FOUND")
     assert (fields["responses"], fields["response_bytes"]) == (0, 0)
 
@@ -97,9 +82,9 @@ async def test_a_call_whose_deadline_passed_says_so(
     message = r.ChatMessage(role=r.CHAT_MESSAGE_ROLE_USER, content="x" * 10_000)
     request = CreateChatMessageRequest(session_id=session.id, message=message)
     stub, metadata = api.messages._stub, [("x-tenant-id", tenant)]
-    with locked(database, session.id), pytest.raises(grpc.aio.AioRpcError):
+    with session_locked(database, session.id), pytest.raises(grpc.aio.AioRpcError):
         await stub.CreateChatMessage(request, metadata=metadata, timeout=0.3)
-    fields = await line(process, "finished call", method=CREATE, tenant=tenant)
+    fields = await log_line(process, "finished call", method=CREATE, tenant=tenant)
     assert fields["code"] == "DEADLINE_EXCEEDED"
 
 
@@ -107,7 +92,7 @@ async def test_a_call_without_a_tenant_has_none(process: ServerProcess) -> None:
     async with Api(process.address, "") as api:
         with refused(StatusCode.UNAUTHENTICATED, "TENANT_REQUIRED"):
             await api.sessions.GetChatSession(GetChatSessionRequest(session_id=an_id()))
-    assert "tenant" not in await line(process, "finished call", reason="TENANT_REQUIRED")
+    assert "tenant" not in await log_line(process, "finished call", reason="TENANT_REQUIRED")
 
 
 async def test_a_stream_is_logged_when_it_starts_and_when_it_finishes(
@@ -122,8 +107,8 @@ async def test_a_stream_is_logged_when_it_starts_and_when_it_finishes(
             ListChatMessagesRequest(session_id=session.id)
         )
     ]
-    started = await line(process, "started call", method=LIST, tenant=tenant)
-    finished = await line(process, "finished call", method=LIST, tenant=tenant)
+    started = await log_line(process, "started call", method=LIST, tenant=tenant)
+    finished = await log_line(process, "finished call", method=LIST, tenant=tenant)
     assert started["session_id"] == finished["session_id"] == session.id
     assert started["request_id"] == finished["request_id"]
     assert "code" not in started
@@ -137,8 +122,8 @@ async def test_a_stream_that_its_caller_left_is_cancelled(
 ) -> None:
     session = await api.session()
     async with watching(api, session.id):
-        await line(process, "started call", method=WATCH, tenant=tenant)
-    finished = await line(process, "finished call", method=WATCH, tenant=tenant)
+        await log_line(process, "started call", method=WATCH, tenant=tenant)
+    finished = await log_line(process, "finished call", method=WATCH, tenant=tenant)
     assert finished["code"] == "CANCELLED"
 
 
@@ -149,7 +134,7 @@ async def test_a_stream_that_is_rejected_is_not_logged_as_started(process: Serve
         call = api.sessions._stub.WatchChatSession(request, metadata=[("x-request-id", own)])
         with refused(StatusCode.UNAUTHENTICATED):
             await call.read()
-    assert (await line(process, "finished call", request_id=own))["code"] == "UNAUTHENTICATED"
+    assert (await log_line(process, "finished call", request_id=own))["code"] == "UNAUTHENTICATED"
     events = [each["event"] for each in process.log if each.get("request_id") == own]
     assert events == ["finished call"]
 
@@ -173,12 +158,12 @@ class TestRequestId:
     ) -> None:
         given = f"of-{tenant[-12:]}"
         assert await self.call(api, given) == given
-        await line(process, "finished call", request_id=given)
+        await log_line(process, "finished call", request_id=given)
 
     async def test_without_one_a_call_gets_one(self, process: ServerProcess, api: Api) -> None:
         first, second = await self.call(api), await self.call(api)
         assert first != second
-        await line(process, "finished call", request_id=first)
+        await log_line(process, "finished call", request_id=first)
 
     @pytest.mark.parametrize("given", ["", "two words", "x" * 129], ids=["", "space", "long"])
     async def test_what_is_no_id_is_replaced(self, api: Api, given: str) -> None:
@@ -191,7 +176,7 @@ async def test_what_is_no_session_id_is_in_no_line(process: ServerProcess, api: 
     hostile = f"content {an_id()}"
     with refused(StatusCode.INVALID_ARGUMENT):
         await api.sessions.WatchChatSession(WatchChatSessionRequest(session_id=hostile)).read()
-    await line(process, "finished call", code="INVALID_ARGUMENT")
+    await log_line(process, "finished call", code="INVALID_ARGUMENT")
     assert hostile not in process.output
 
 
@@ -199,7 +184,7 @@ async def test_health_checks_are_not_logged(process: ServerProcess, api: Api, te
     """They come every few seconds, for ever."""
     await api.health.Check(health_pb2.HealthCheckRequest())
     await api.session()
-    await line(process, "finished call", tenant=tenant)
+    await log_line(process, "finished call", tenant=tenant)
     assert "grpc.health" not in process.output
 
 
@@ -220,7 +205,7 @@ async def test_the_last_lines_are_written_before_the_end(database: str, tenant: 
         async with Api(process.address, tenant) as api:
             session = await api.session()
             async with watching(api, session.id):
-                await line(process, "started call")
+                await log_line(process, "started call")
                 assert process.stop() == 0
         finished = [each for each in process.log if each["event"] == "finished call"]
         assert WATCH in [each["method"] for each in finished]

@@ -11,8 +11,8 @@ import psycopg
 import pytest
 from grpc import StatusCode
 from support.client import Api, an_id, refused
-from test_errors import execute, locked, raise_on_insert
-from test_list_messages import sequences
+from support.database import execute, raise_on_insert, session_locked
+from support.messages import sequences
 
 from chat_ticket.v1.chat_message_pb2 import GetChatMessageRequest
 from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest
@@ -161,7 +161,7 @@ class TestAlone:
         """A locked session does not delay appends to other sessions."""
         api = await start_server(fresh_database, lock_timeout_ms=9000)
         held, free = await api.session(), await api.session()
-        with locked(fresh_database, held.id):
+        with session_locked(fresh_database, held.id):
             waiting = asyncio.ensure_future(api.message(held.id))
             async with asyncio.timeout(5):
                 created = await asyncio.gather(*(api.message(free.id) for _ in range(5)))

@@ -6,30 +6,14 @@ from typing import Any
 import psycopg
 import pytest
 from grpc import StatusCode
+from support.attachments import delete_attachment
 from support.client import a_file, an_id, refused
-from test_attachments import delete as delete_file
-from test_errors import execute, locked, raise_on_insert
-from test_messages import delete, set_metadata
-from test_notifications import pair, shared  # noqa: F401 - fixtures
-from test_sessions import ACTIVE, RESOLVED, set_status
-from test_tickets import delete as delete_ticket
-from test_tickets import delete_session, session_of, unlink, update
+from support.database import execute, raise_on_insert, session_locked, wait_for_lock_waiters
+from support.messages import delete_message, set_metadata
+from support.sessions import ACTIVE, RESOLVED, delete_session, get_session, set_status
+from support.tickets import delete_ticket, unlink, update_ticket
 
 from chat_ticket.v1 import resources_pb2 as r
-
-
-async def until_waiting(database: str, count: int) -> None:
-    """Until so many statements wait for a lock."""
-    async with asyncio.timeout(10):
-        async with await psycopg.AsyncConnection.connect(database, autocommit=True) as watch:
-            while True:
-                cursor = await watch.execute(
-                    "SELECT count(*) FROM pg_stat_activity"
-                    " WHERE datname = current_database() AND wait_event_type = 'Lock'"
-                )
-                if await cursor.fetchone() == (count,):
-                    return
-                await asyncio.sleep(0.02)
 
 
 @pytest.mark.parametrize(
@@ -47,16 +31,16 @@ async def test_session_is_locked_before_anything_else(
     operation = {
         "metadata": lambda: set_metadata(api, message.id, "{}"),
         "attach": lambda: api.attachment(message.id),
-        "detach": lambda: delete_file(api, file.id),
-        "delete": lambda: delete(api, message.id),
+        "detach": lambda: delete_attachment(api, file.id),
+        "delete": lambda: delete_message(api, message.id),
         "unlink": lambda: unlink(api, link.id),
         "link": lambda: api.escalate(other.id, ticket=r.Ticket(id=link.ticket_id, title="x")),
         "drop": lambda: delete_session(api, other.id),
         "status": lambda: set_status(api, session.id, RESOLVED),
     }[change]
-    with locked(fresh_database, session.id), locked(fresh_database, other.id):
+    with session_locked(fresh_database, session.id), session_locked(fresh_database, other.id):
         waiting = asyncio.create_task(operation())
-        await until_waiting(fresh_database, 1)
+        await wait_for_lock_waiters(fresh_database, 1)
         with psycopg.connect(fresh_database) as connection:
             for table in ("chat_messages", "chat_attachments", "chat_tickets", "tickets"):
                 connection.execute(f"SELECT FROM {table} FOR UPDATE NOWAIT")  # type: ignore[arg-type]
@@ -70,19 +54,19 @@ async def test_message_deleted_while_its_change_waited(
     """The change that comes after a deletion in the queue for the lock is NOT_FOUND."""
     api = await start_server(fresh_database)
     message = await api.message((await api.session()).id)
-    with locked(fresh_database, message.session_id):
-        deleting = asyncio.create_task(delete(api, message.id))
-        await until_waiting(fresh_database, 1)
+    with session_locked(fresh_database, message.session_id):
+        deleting = asyncio.create_task(delete_message(api, message.id))
+        await wait_for_lock_waiters(fresh_database, 1)
         changing = asyncio.create_task(
             set_metadata(api, message.id, "{}")
             if change == "metadata"
             else api.attachment(message.id)
         )
-        await until_waiting(fresh_database, 2)
+        await wait_for_lock_waiters(fresh_database, 2)
     await deleting
     with refused(StatusCode.NOT_FOUND, "CHAT_MESSAGE_NOT_FOUND"):
         await changing
-    assert (await session_of(api, message.session_id)).revision == 2
+    assert (await get_session(api, message.session_id)).revision == 2
 
 
 @pytest.mark.parametrize(
@@ -120,10 +104,10 @@ async def test_lost_commit_is_repeated_only_if_that_is_safe(
         "attach": lambda: api.attachment(message.id),
         "link": lambda: api.escalate(empty.id),
         "status": lambda: set_status(api, empty.id, RESOLVED),
-        "rename": lambda: update(api, link.ticket_id, title="x"),
+        "rename": lambda: update_ticket(api, link.ticket_id, title="x"),
         "status of a revision": lambda: set_status(api, empty.id, RESOLVED, etag="2"),
-        "delete": lambda: delete(api, message.id),
-        "detach": lambda: delete_file(api, message.attachments[0].id),
+        "delete": lambda: delete_message(api, message.id),
+        "detach": lambda: delete_attachment(api, message.attachments[0].id),
         "unlink": lambda: unlink(api, link.id),
         "drop": lambda: delete_session(api, empty.id),
         "delete ticket": lambda: delete_ticket(api, gone.ticket_id),
@@ -153,11 +137,11 @@ async def test_etag_is_judged_behind_the_change_it_waited_for(
     with psycopg.connect(fresh_database) as connection:
         connection.execute("UPDATE chat_sessions SET revision = revision + 1")
         updating = asyncio.create_task(set_status(api, session.id, RESOLVED, etag=session.etag))
-        await until_waiting(fresh_database, 1)
+        await wait_for_lock_waiters(fresh_database, 1)
         connection.commit()
     with refused(StatusCode.ABORTED, "ETAG_MISMATCH"):
         await updating
-    assert (await session_of(api, session.id)).status == ACTIVE
+    assert (await get_session(api, session.id)).status == ACTIVE
 
 
 @pytest.mark.parametrize("table", ["chat_tickets", "chat_attachments"])
@@ -183,7 +167,7 @@ async def test_id_taken_while_the_insert_waited(
             if table == "chat_tickets"
             else api.attachment(message.id, id=taken)
         )
-        await until_waiting(fresh_database, 1)
+        await wait_for_lock_waiters(fresh_database, 1)
         connection.commit()
     with refused(StatusCode.ALREADY_EXISTS, f"{table.upper()[:-1]}_ALREADY_EXISTS"):
         await calling
@@ -195,9 +179,9 @@ async def test_callers_own_deadline_goes_before_ours(
     """A caller's deadline replaces the server's default, even if it is longer."""
     api = await start_server(fresh_database, unary_timeout_seconds=0.2)
     session = await api.session()
-    with locked(fresh_database, session.id):
+    with session_locked(fresh_database, session.id):
         waiting = asyncio.create_task(api.message(session.id))
-        await until_waiting(fresh_database, 1)
+        await wait_for_lock_waiters(fresh_database, 1)
         await asyncio.sleep(0.5)
     assert (await waiting).sequence == 1
 

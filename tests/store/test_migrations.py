@@ -12,7 +12,7 @@ from typing import Any, LiteralString
 
 import psycopg
 import pytest
-from conftest import Cluster
+from support.cluster import Cluster
 from support.process import START_SECONDS, server_process
 
 from chat_ticket_svc.commands import migrate

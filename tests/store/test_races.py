@@ -15,9 +15,9 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from grpc import StatusCode
 from support.client import Api, an_id
-from test_messages import delete, said, set_metadata
-from test_sessions import ARCHIVED, set_status
-from test_tickets import CLOSED, OPEN, unlink
+from support.messages import delete_message, set_metadata, user_message
+from support.sessions import ARCHIVED, get_session, set_status
+from support.tickets import CLOSED, OPEN, unlink
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import BatchCreateChatMessagesRequest
@@ -118,10 +118,8 @@ async def set_ticket(api: Api, ticket_id: str, status: int) -> None:
 
 
 async def exists(api: Api, session_id: str) -> bool:
-    from test_sessions import get
-
     try:
-        await get(api, session_id)
+        await get_session(api, session_id)
     except grpc.aio.AioRpcError as error:
         assert error.code() is StatusCode.NOT_FOUND
         return False
@@ -224,7 +222,9 @@ async def test_everything_on_one_session(callers: list[Api], database: str) -> N
 
     async def work(api: Api, round_: int) -> None:
         message = await api.message(session_id, f"{round_}")
-        request = BatchCreateChatMessagesRequest(session_id=session_id, messages=[said("a")] * 3)
+        request = BatchCreateChatMessagesRequest(
+            session_id=session_id, messages=[user_message("a")] * 3
+        )
         await asyncio.gather(
             set_metadata(api, message.id, '{"a": 1}'),
             api.attachment(message.id),
@@ -232,14 +232,12 @@ async def test_everything_on_one_session(callers: list[Api], database: str) -> N
             return_exceptions=False,
         )
         if round_ % 2:
-            await delete(api, message.id)
+            await delete_message(api, message.id)
 
     for round_ in range(10):
         await asyncio.gather(*(work(api, round_) for api in callers))
-    from test_sessions import get
-
     # 1 message, 3 of the batch, metadata, a file: 6 changes; and every other round a deletion.
-    assert (await get(one, session_id)).revision == 4 * (10 * 6 + 5)
+    assert (await get_session(one, session_id)).revision == 4 * (10 * 6 + 5)
     assert_invariants(database, one.tenant)
 
 
@@ -251,7 +249,7 @@ async def test_create_against_delete_of_the_same_message(callers: list[Api], dat
         message_id = an_id()
         await one.message(here, id=message_id)
         await race(
-            lambda: delete(one, message_id),
+            lambda: delete_message(one, message_id),
             lambda: two.message(here, id=message_id),
             lambda: three.message(elsewhere, id=message_id),
         )

@@ -3,22 +3,12 @@
 On the PostgreSQL of the run and, where the system has one, on the oldest that is supported.
 """
 
-import contextlib
-import itertools
-import tempfile
-import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, LiteralString
+from typing import Any
 
 import psycopg
 import pytest
-from conftest import TEMPLATE, Cluster, serving
-from google.protobuf.field_mask_pb2 import FieldMask
-from grpc import StatusCode
 from psycopg import sql
 from psycopg.errors import (
     CheckViolation,
@@ -28,204 +18,14 @@ from psycopg.errors import (
     UniqueViolation,
 )
 from psycopg.types.json import Jsonb
-from support.client import Api, a_file
-from support.client import refused as call_refused
-
-from chat_ticket.v1 import resources_pb2 as r
-from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest, SearchChatMessagesRequest
-from chat_ticket.v1.chat_session_pb2 import DeleteChatSessionRequest, WatchChatSessionRequest
-from chat_ticket.v1.chat_ticket_pb2 import UpdateTicketRequest
-from chat_ticket_svc import embedded
-from chat_ticket_svc.commands import migrate
-from chat_ticket_svc.embedded import EmbeddedPostgres
-from chat_ticket_svc.store.schema import MIGRATIONS
-
-OLDEST_SUPPORTED = 15
-EMBEDDED = 18
+from support.database import wait_until_blocked
+from support.plain_rows import PARENTS, Connect, Rows, rejected_by
 
 BAD_URLS = (
     *("", "files.example/a", "//files.example/a", "ftp://files.example/a", "javascript://x"),
     *("https://", "https:///a", "https://?a", "https://#a", "https:// a"),
     *("https://files.example/a b", "https://files.example/a\n", "x\nhttps://files.example/a"),
 )
-
-# Each table's parents, by the column that holds their id.
-PARENTS = {
-    "chat_sessions": {},
-    "chat_messages": {"session_id": "chat_sessions"},
-    "chat_message_tombstones": {"session_id": "chat_sessions"},
-    "chat_attachments": {"message_id": "chat_messages"},
-    "tickets": {},
-    "chat_tickets": {"session_id": "chat_sessions", "ticket_id": "tickets"},
-}
-
-
-@pytest.fixture(scope="session")
-def system_cluster() -> Iterator[Cluster]:
-    """A private server of the oldest supported PostgreSQL that the system has.
-
-    Its template was migrated up, down to nothing, and up again.
-    """
-    found = {
-        int(path.parts[-3]): path.parent
-        for path in Path("/usr/lib/postgresql").glob("*/bin/postgres")
-        if OLDEST_SUPPORTED <= int(path.parts[-3]) < EMBEDDED
-    }
-    if not found:
-        pytest.skip(f"PostgreSQL {OLDEST_SUPPORTED} is not on this machine: skipped")
-    with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(
-            tempfile.TemporaryDirectory(prefix="chat-ticket-schema-", ignore_cleanup_errors=True)
-        )
-        Path(directory).chmod(0o711)  # for `nobody`, where there are no user namespaces
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(embedded, "_binaries", lambda: found[min(found)])
-            postgres = EmbeddedPostgres(Path(directory, "data"), durable=False)
-            cluster = Cluster(stack.enter_context(postgres).url("postgres"))
-        downs = ["rollback"] * len(list(MIGRATIONS.glob("*.sql")))
-        for command in ("up", *downs, "up"):
-            assert migrate.dbmate(cluster.url(TEMPLATE), command, quiet=True) == 0
-        yield cluster
-
-
-@pytest.fixture(scope="session")
-def system_database(system_cluster: Cluster) -> str:
-    return system_cluster.create()
-
-
-@pytest.fixture(params=["", "system_"], ids=["run", "system"])
-def of(request: pytest.FixtureRequest) -> Callable[[str], Any]:
-    """What conftest calls `cluster` or `database`, of the one PostgreSQL and of the other."""
-    return lambda name: request.getfixturevalue(request.param + name)
-
-
-@pytest.fixture
-def url(of: Callable[[str], str]) -> str:
-    """A database that the module's tests share."""
-    return of("database")
-
-
-Connect = Callable[[], psycopg.Connection[Any]]
-
-
-@pytest.fixture
-def connect(url: str) -> Iterator[Connect]:
-    """Open connections, closed at the end of the test."""
-    with contextlib.ExitStack() as stack:
-        options = "-c statement_timeout=20s"
-        yield lambda: stack.enter_context(psycopg.connect(url, autocommit=True, options=options))
-
-
-class Rows:
-    """A tenant's rows, written by plain SQL."""
-
-    def __init__(self, connection: psycopg.Connection[Any], tenant: str):
-        self.connection = connection
-        self.tenant = tenant
-        self._numbers = itertools.count(1)
-
-    def add(self, table: str, **columns: Any) -> uuid.UUID:
-        """Insert a row and return its id; what is not given is valid, parents included."""
-        for column, parent in PARENTS[table].items():
-            if column not in columns:
-                columns[column] = self.add(parent)
-        row = {"tenant_id": self.tenant, **self._others(table), **columns}
-        statement = sql.SQL("INSERT INTO {} ({}) VALUES ({}) RETURNING {}").format(
-            sql.Identifier(table),
-            sql.SQL(", ").join(map(sql.Identifier, row)),
-            sql.SQL(", ").join(map(sql.Placeholder, row)),
-            sql.Identifier("message_id" if table == "chat_message_tombstones" else "id"),
-        )
-        return self.connection.execute(statement, row).fetchone()[0]  # type: ignore[index,no-any-return]
-
-    def _others(self, table: str) -> dict[str, Any]:
-        """The columns that have no default, besides those of PARENTS."""
-        number = next(self._numbers)
-        match table:
-            case "chat_messages":
-                order = {"sequence": number, "revision": number}
-                return {**order, "role": "user", "content": "hello"}
-            case "chat_message_tombstones":
-                return {"message_id": uuid.uuid4(), "revision": number}
-            case "chat_attachments":
-                url = "https://files.example/a.png"
-                return {"file_url": url, "file_name": "a.png", "file_type": "image/png"}
-            case "tickets":
-                return {"title": "help"}
-        return {}
-
-    def set(self, table: str, row_id: uuid.UUID, **columns: Any) -> None:
-        """Update one row."""
-        statement = sql.SQL(
-            "UPDATE {} SET ({}) = ROW ({}) WHERE tenant_id = {} AND id = {}"
-        ).format(
-            sql.Identifier(table),
-            sql.SQL(", ").join(map(sql.Identifier, columns)),
-            sql.SQL(", ").join(map(sql.Placeholder, columns)),
-            sql.Literal(self.tenant),
-            sql.Literal(row_id),
-        )
-        assert self.connection.execute(statement, columns).rowcount == 1
-
-    def delete(self, table: str, row_id: uuid.UUID) -> None:
-        """Delete one row."""
-        statement = sql.SQL("DELETE FROM {} WHERE tenant_id = %s AND id = %s")
-        executed = self.connection.execute(
-            statement.format(sql.Identifier(table)), [self.tenant, row_id]
-        )
-        assert executed.rowcount == 1
-
-    def session(self, session_id: uuid.UUID) -> Any:
-        """(status, has_ticket, revision) of a session; None when there is none."""
-        statement = """
-            SELECT status, has_ticket, revision FROM chat_sessions
-             WHERE tenant_id = %s AND id = %s
-        """
-        return self.connection.execute(statement, [self.tenant, session_id]).fetchone()
-
-    def count(self, table: str) -> int:
-        statement = sql.SQL("SELECT count(*) FROM {} WHERE tenant_id = %s")
-        found = self.connection.execute(statement.format(sql.Identifier(table)), [self.tenant])
-        return found.fetchone()[0]  # type: ignore[index,no-any-return]
-
-    def wrong_flags(self) -> list[Any]:
-        """The sessions whose has_ticket is not what their links say."""
-        statement = """
-            SELECT id FROM chat_sessions s
-             WHERE tenant_id = %s AND has_ticket <> EXISTS (
-                SELECT FROM chat_tickets WHERE tenant_id = s.tenant_id AND session_id = s.id)
-        """
-        return self.connection.execute(statement, [self.tenant]).fetchall()
-
-
-@pytest.fixture
-def us(connect: Connect, tenant: str) -> Rows:
-    return Rows(connect(), tenant)
-
-
-@pytest.fixture
-def them(us: Rows) -> Rows:
-    """Another tenant."""
-    return Rows(us.connection, f"other {uuid.uuid4()}")
-
-
-@pytest.fixture
-def alone(of: Callable[[str], Cluster]) -> Iterator[Rows]:
-    """The only tenant of a database of the test's own."""
-    cluster = of("cluster")
-    url = cluster.create()
-    with psycopg.connect(url, autocommit=True) as connection:
-        yield Rows(connection, "alone")
-    cluster.drop(url)
-
-
-@contextlib.contextmanager
-def refused(kind: type[psycopg.Error], name: str) -> Iterator[None]:
-    """Expects a statement to be refused with this SQLSTATE by this constraint (or NOT NULL)."""
-    with pytest.raises(psycopg.Error) as caught:
-        yield
-    diag = caught.value.diag
-    assert (diag.sqlstate, diag.constraint_name or diag.column_name) == (kind.sqlstate, name)
 
 
 class TestValues:
@@ -262,11 +62,11 @@ class TestValues:
         """Neither an insert nor an update stores it; the constraint has the column's name."""
         row = us.add(table)
         for value in values:
-            with refused(CheckViolation, f"{table}_{column}_check"):
+            with rejected_by(CheckViolation, f"{table}_{column}_check"):
                 us.add(table, **{column: value})
             # A message's place does not change at all.
             rule = "keys" if (table, column) == ("chat_messages", "sequence") else column
-            with refused(CheckViolation, f"{table}_{rule}_check"):
+            with rejected_by(CheckViolation, f"{table}_{rule}_check"):
                 us.set(table, row, **{column: value})
 
     @pytest.mark.parametrize(
@@ -283,7 +83,7 @@ class TestValues:
     def test_null_is_refused(self, us: Rows, table: str, columns: str) -> None:
         """What the seeds call mandatory is, and so is everything but metadata."""
         for column in columns.split():
-            with refused(NotNullViolation, column):
+            with rejected_by(NotNullViolation, column):
                 us.add(table, **{column: None})
 
     def test_good_values_are_stored(self, us: Rows) -> None:
@@ -309,7 +109,7 @@ class TestValues:
         session = us.add("chat_sessions")
         us.add("chat_messages", session_id=session, sequence=7, revision=7)
         us.add("chat_messages", sequence=7, revision=7)
-        with refused(UniqueViolation, "idx_chat_messages_session"):
+        with rejected_by(UniqueViolation, "idx_chat_messages_session"):
             us.add("chat_messages", session_id=session, sequence=7, revision=8)
 
     @pytest.mark.parametrize("table", [t for t in PARENTS if t != "chat_message_tombstones"])
@@ -317,7 +117,7 @@ class TestValues:
         """Another tenant can have the same one."""
         row = us.add(table)
         assert them.add(table, id=row) == row
-        with refused(UniqueViolation, f"{table}_pkey"):
+        with rejected_by(UniqueViolation, f"{table}_pkey"):
             us.add(table, id=row)
 
 
@@ -331,7 +131,7 @@ class TestParents:
     ) -> None:
         """A child hangs on a parent that exists, and is of its own tenant."""
         for absent in (uuid.uuid4(), them.add(parent)):
-            with refused(ForeignKeyViolation, f"fk_{table}_{column.removesuffix('_id')}"):
+            with rejected_by(ForeignKeyViolation, f"fk_{table}_{column.removesuffix('_id')}"):
                 us.add(table, **{column: absent})
         assert them.wrong_flags() == us.wrong_flags() == []
 
@@ -346,7 +146,7 @@ class TestParents:
         if parent == "chat_messages":  # nor while it has none
             rule = CheckViolation, "chat_messages_keys_check"
         for change in ({"id": uuid.uuid4()}, {"tenant_id": them.tenant}):
-            with refused(*rule):
+            with rejected_by(*rule):
                 us.set(parent, row, **change)
 
 
@@ -361,14 +161,14 @@ class TestTombstones:
             "session_id": us.add("chat_sessions"),
             "sequence": 10**6,
         }
-        with refused(CheckViolation, "chat_messages_keys_check"):
+        with rejected_by(CheckViolation, "chat_messages_keys_check"):
             us.set("chat_messages", message, **{column: others[column]})
         us.set("chat_messages", message, id=message)
 
     def test_id_of_a_deleted_message_is_not_used_again(self, us: Rows, them: Rows) -> None:
         """Not in its session, nor in another, nor among others; another tenant can have it."""
         tombstone = us.add("chat_message_tombstones")
-        with refused(UniqueViolation, "chat_message_tombstones_pkey"):
+        with rejected_by(UniqueViolation, "chat_message_tombstones_pkey"):
             us.add("chat_messages", id=tombstone)
         several = """
             INSERT INTO chat_messages (tenant_id, session_id, id, sequence, revision, role, content)
@@ -377,7 +177,7 @@ class TestTombstones:
         """
         ids = [uuid.uuid4(), tombstone, uuid.uuid4()]
         values = {"tenant": us.tenant, "session": us.add("chat_sessions"), "ids": ids}
-        with refused(UniqueViolation, "chat_message_tombstones_pkey"):
+        with rejected_by(UniqueViolation, "chat_message_tombstones_pkey"):
             us.connection.execute(several, values)
         assert us.count("chat_messages") == 0
         assert them.add("chat_messages", id=tombstone) == tombstone
@@ -398,7 +198,7 @@ class TestTombstones:
             wait_until_blocked(us.connection, inserting.connection)
             deleting.connection.execute("COMMIT" if committed else "ROLLBACK")
             by = "chat_message_tombstones_pkey" if committed else "chat_messages_pkey"
-            with refused(UniqueViolation, by):
+            with rejected_by(UniqueViolation, by):
                 waiting.result()
 
 
@@ -408,7 +208,7 @@ class TestLinks:
         session, ticket = us.add("chat_sessions"), us.add("tickets")
         us.add("chat_tickets", session_id=session, ticket_id=ticket)
         for second in (ticket, us.add("tickets")):
-            with refused(UniqueViolation, "idx_chat_tickets_session"):
+            with rejected_by(UniqueViolation, "idx_chat_tickets_session"):
                 us.add("chat_tickets", session_id=session, ticket_id=second)
         assert us.session(session) == ("active", True, 1)
 
@@ -425,7 +225,7 @@ class TestLinks:
     def test_archived_session_takes_no_ticket(self, us: Rows) -> None:
         """It does again once it is taken up; and one that is archived keeps what it has."""
         session = us.add("chat_sessions", status="archived")
-        with refused(CheckViolation, "chat_tickets_session_status_check"):
+        with rejected_by(CheckViolation, "chat_tickets_session_status_check"):
             us.add("chat_tickets", session_id=session)
         assert us.session(session) == ("archived", False, 0)
         for status in ("resolved", "archived"):
@@ -444,7 +244,7 @@ class TestLinks:
             "session_id": us.add("chat_sessions"),
             "ticket_id": us.add("tickets"),
         }
-        with refused(CheckViolation, "chat_tickets_keys_check"):
+        with rejected_by(CheckViolation, "chat_tickets_keys_check"):
             us.set("chat_tickets", link, **{column: others[column]})
         us.set("chat_tickets", link, id=link)
         assert us.wrong_flags() == []
@@ -457,7 +257,7 @@ class TestLinks:
             INSERT INTO chat_tickets (tenant_id, session_id, ticket_id) VALUES (%s, %s, %s)
             ON CONFLICT (tenant_id, session_id) DO UPDATE SET ticket_id = EXCLUDED.ticket_id
         """
-        with refused(CheckViolation, "chat_tickets_keys_check"):
+        with rejected_by(CheckViolation, "chat_tickets_keys_check"):
             us.connection.execute(upsert, [us.tenant, session, us.add("tickets")])
         assert us.session(session) == ("active", True, 1)
 
@@ -470,7 +270,7 @@ class TestLinks:
             if linked:
                 alone.add("chat_tickets")
             for tables in ("chat_tickets", "chat_sessions CASCADE", "tickets CASCADE"):
-                with refused(RestrictViolation, "chat_tickets_truncate_check"):
+                with rejected_by(RestrictViolation, "chat_tickets_truncate_check"):
                     alone.connection.execute(sql.SQL("TRUNCATE {}").format(sql.SQL(tables)))
         assert alone.count("chat_tickets") == 1
 
@@ -478,7 +278,7 @@ class TestLinks:
 class TestHasTicket:
     def test_cannot_be_inserted_true(self, us: Rows) -> None:
         """A new session has no ticket; false may be said."""
-        with refused(CheckViolation, "chat_sessions_has_ticket_check"):
+        with rejected_by(CheckViolation, "chat_sessions_has_ticket_check"):
             us.add("chat_sessions", has_ticket=True)
         us.add("chat_sessions", has_ticket=False)
 
@@ -489,7 +289,7 @@ class TestHasTicket:
         if linked:
             us.add("chat_tickets", session_id=session)
         for wrong in (not linked, None):
-            with refused(CheckViolation, "chat_sessions_has_ticket_check"):
+            with rejected_by(CheckViolation, "chat_sessions_has_ticket_check"):
                 us.set("chat_sessions", session, has_ticket=wrong)
         us.set("chat_sessions", session, has_ticket=linked)
 
@@ -554,7 +354,7 @@ class TestHasTicket:
         """
         values = [us.tenant, sessions, us.add("tickets")]
         us.set("chat_sessions", sessions[2], status="archived")
-        with refused(CheckViolation, "chat_tickets_session_status_check"):
+        with rejected_by(CheckViolation, "chat_tickets_session_status_check"):
             us.connection.execute(statement, values)
         assert [us.session(s)[1:] for s in sessions] == [(False, 0)] * 3
         us.set("chat_sessions", sessions[2], status="active")
@@ -569,9 +369,9 @@ class TestDelete:
         session = us.add("chat_sessions")
         us.add("chat_tickets", session_id=session, ticket_id=us.add("tickets", status=status))
         us.add("chat_sessions")
-        with refused(RestrictViolation, "chat_sessions_ticket_status_check"):
+        with rejected_by(RestrictViolation, "chat_sessions_ticket_status_check"):
             us.delete("chat_sessions", session)
-        with refused(RestrictViolation, "chat_sessions_ticket_status_check"):
+        with rejected_by(RestrictViolation, "chat_sessions_ticket_status_check"):
             us.connection.execute("DELETE FROM chat_sessions WHERE tenant_id = %s", [us.tenant])
         assert (us.count("chat_sessions"), us.count("chat_tickets")) == (2, 1)
 
@@ -605,7 +405,7 @@ class TestDelete:
         """Whatever its status; it can go when its last link has gone."""
         ticket = us.add("tickets", status="closed")
         link = us.add("chat_tickets", ticket_id=ticket)
-        with refused(ForeignKeyViolation, "fk_chat_tickets_ticket"):
+        with rejected_by(ForeignKeyViolation, "fk_chat_tickets_ticket"):
             us.delete("tickets", ticket)
         us.delete("chat_tickets", link)
         us.delete("tickets", ticket)
@@ -630,7 +430,7 @@ def test_temporary_table_of_the_same_name_hides_no_rule(
     dead = us.add("chat_message_tombstones", session_id=session)
     table = sql.Identifier(hidden)
     us.connection.execute(sql.SQL("CREATE TEMP TABLE {} (LIKE public.{})").format(table, table))
-    with refused(*refusal):
+    with rejected_by(*refusal):
         match hidden:
             case "tickets":
                 us.delete("chat_sessions", session)
@@ -640,166 +440,3 @@ def test_temporary_table_of_the_same_name_hides_no_rule(
                 us.add("chat_tickets", session_id=archived, ticket_id=ticket)
             case "chat_message_tombstones":
                 us.add("chat_messages", session_id=session, id=dead)
-
-
-def wait_until_blocked(by: psycopg.Connection[Any], waiter: psycopg.Connection[Any]) -> None:
-    """Return when the waiter's statement waits for a lock that somebody holds."""
-    deadline = time.monotonic() + 15
-    statement = "SELECT cardinality(pg_blocking_pids(%s)) > 0"
-    while by.execute(statement, [waiter.info.backend_pid]).fetchone() != (True,):
-        assert time.monotonic() < deadline, "it did not wait for a lock"
-        time.sleep(0.002)
-
-
-LINK = """
-INSERT INTO chat_tickets (tenant_id, session_id, ticket_id)
-VALUES (%(tenant)s, %(session)s, %(ticket)s)
-"""
-UNLINK = "DELETE FROM chat_tickets WHERE tenant_id = %(tenant)s AND session_id = %(session)s"
-ARCHIVE = """
-UPDATE chat_sessions SET status = 'archived', revision = revision + 1
- WHERE tenant_id = %(tenant)s AND id = %(session)s
-RETURNING has_ticket
-"""
-DELETE = "DELETE FROM chat_sessions WHERE tenant_id = %(tenant)s AND id = %(session)s"
-SAY = """
-INSERT INTO chat_messages (tenant_id, session_id, sequence, revision, role, content)
-VALUES (%(tenant)s, %(session)s, 1, 1, 'user', 'hello')
-"""
-REOPEN = "UPDATE tickets SET status = 'open' WHERE tenant_id = %(tenant)s AND id = %(ticket)s"
-DROP = "DELETE FROM tickets WHERE tenant_id = %(tenant)s AND id = %(ticket)s"
-
-ARCHIVED = (CheckViolation, "chat_tickets_session_status_check")
-ACTIVE = (RestrictViolation, "chat_sessions_ticket_status_check")
-LINKED = (UniqueViolation, "idx_chat_tickets_session")
-NO_SESSION = (ForeignKeyViolation, "fk_chat_tickets_session")
-NO_TICKET = (ForeignKeyViolation, "fk_chat_tickets_ticket")
-NOT_THERE = (ForeignKeyViolation, "fk_chat_messages_session")
-
-
-class TestRaces:
-    @pytest.mark.parametrize("committed", [True, False], ids=["committed", "rolled back"])
-    @pytest.mark.parametrize(
-        ("linked", "first", "second", "refusal"),
-        [
-            # An open ticket, not linked yet.
-            pytest.param(False, LINK, ARCHIVE, None, id="link, archive"),
-            pytest.param(False, ARCHIVE, LINK, ARCHIVED, id="archive, link"),
-            pytest.param(False, LINK, DELETE, ACTIVE, id="link, delete"),
-            pytest.param(False, DELETE, LINK, NO_SESSION, id="delete, link"),
-            pytest.param(False, LINK, LINK, LINKED, id="link, link"),
-            pytest.param(False, LINK, DROP, NO_TICKET, id="link, drop ticket"),
-            pytest.param(False, DROP, LINK, NO_TICKET, id="drop ticket, link"),
-            pytest.param(False, DELETE, SAY, NOT_THERE, id="delete, say"),
-            pytest.param(False, SAY, DELETE, None, id="say, delete"),
-            # A closed ticket, linked already.
-            pytest.param(True, REOPEN, DELETE, ACTIVE, id="reopen, delete"),
-            pytest.param(True, DELETE, REOPEN, None, id="delete, reopen"),
-            pytest.param(True, UNLINK, ARCHIVE, None, id="unlink, archive"),
-            pytest.param(True, UNLINK, DELETE, None, id="unlink, delete"),
-            pytest.param(True, DELETE, UNLINK, None, id="delete, unlink"),
-        ],
-    )
-    def test_second_waits_and_judges_what_the_first_left(
-        self,
-        us: Rows,
-        connect: Connect,
-        linked: bool,
-        first: LiteralString,
-        second: LiteralString,
-        refusal: tuple[type[psycopg.Error], str] | None,
-        committed: bool,
-    ) -> None:
-        """It is refused as if it had come later; a rollback of the first leaves it free."""
-        session = us.add("chat_sessions")
-        ticket = us.add("tickets", status="closed" if linked else "open")
-        if linked:
-            us.add("chat_tickets", session_id=session, ticket_id=ticket)
-        values = {"tenant": us.tenant, "session": session, "ticket": ticket}
-        holder, waiter = connect(), connect()
-        with ThreadPoolExecutor(1) as pool:
-            holder.execute("BEGIN")
-            holder.execute(first, values)
-            waiting = pool.submit(waiter.execute, second, values)
-            wait_until_blocked(us.connection, waiter)
-            holder.execute("COMMIT" if committed else "ROLLBACK")
-            with refused(*refusal) if committed and refusal else contextlib.nullcontext():
-                waiting.result()
-        assert us.wrong_flags() == []
-
-    def test_link_archive_and_delete_started_together(self, us: Rows, connect: Connect) -> None:
-        """Whoever comes first: no link is lost, and none is made after archiving."""
-        rounds = 50
-        sessions = [us.add("chat_sessions") for _ in range(rounds)]
-        tickets = [us.add("tickets") for _ in range(rounds)]
-        start = threading.Barrier(3, timeout=20)
-
-        def run(statement: LiteralString) -> list[Any]:
-            """What each round of the statement returned, or the constraint that refused it."""
-            connection = connect()
-            outcomes: list[Any] = []
-            for session, ticket in zip(sessions, tickets, strict=True):
-                values = {"tenant": us.tenant, "session": session, "ticket": ticket}
-                start.wait()
-                try:
-                    cursor = connection.execute(statement, values)
-                    outcomes.append(cursor.fetchone() if cursor.description else True)
-                except psycopg.errors.IntegrityError as error:
-                    outcomes.append(error.diag.constraint_name)
-            return outcomes
-
-        with ThreadPoolExecutor(3) as pool:
-            links, archives, deletes = pool.map(run, (LINK, ARCHIVE, DELETE))
-        for session, link, archive, delete in zip(sessions, links, archives, deletes, strict=True):
-            now = us.session(session)
-            if link is True:
-                assert delete == "chat_sessions_ticket_status_check"
-                assert archive == (True,), "linked after it was archived"
-                assert now == ("archived", True, 2)
-            else:
-                assert link in ("chat_tickets_session_status_check", "fk_chat_tickets_session")
-                assert (delete, now) == (True, None)
-                assert archive in ((False,), None)
-        assert us.count("chat_tickets") == links.count(True)
-        assert us.count("tickets") == rounds
-
-
-async def test_service_runs_on_every_supported_postgresql(url: str, tenant: str) -> None:
-    """Everything a conversation goes through works on the oldest one as on the newest."""
-    async with serving(url) as server, Api(f"127.0.0.1:{server.port}", tenant) as api:
-        session = await api.session()
-        content = "my invoice is wrong"
-        sent = await api.message(
-            session.id, content, metadata_json='{"n":1}', attachments=[a_file()]
-        )
-        await api.attachment(sent.id, file_name="b.png")
-
-        def names(message: r.ChatMessage) -> list[str]:
-            return [attachment.file_name for attachment in message.attachments]
-
-        listing = api.messages.ListChatMessages(ListChatMessagesRequest(session_id=session.id))
-        listed = [message async for response in listing for message in response.messages]
-        assert [(m.content, names(m)) for m in listed] == [(content, ["a.png", "b.png"])]
-
-        watched = []
-        watch = api.sessions.WatchChatSession(WatchChatSessionRequest(session_id=session.id))
-        async for response in watch:
-            watched += response.messages_created.messages
-            if response.HasField("caught_up"):
-                break
-        watch.cancel()
-        assert watched == listed
-
-        found = await api.messages.SearchChatMessages(SearchChatMessagesRequest(query="invoices"))
-        assert [hit.message_id for hit in found.hits] == [sent.id]
-
-        ticket = (await api.escalate(session.id)).ticket
-        delete = DeleteChatSessionRequest(session_id=session.id)
-        with call_refused(StatusCode.FAILED_PRECONDITION, "SESSION_HAS_ACTIVE_TICKET"):
-            await api.sessions.DeleteChatSession(delete)
-        ticket.status = r.TICKET_STATUS_CLOSED
-        mask = FieldMask(paths=["status"])
-        await api.tickets.UpdateTicket(UpdateTicketRequest(ticket=ticket, update_mask=mask))
-        await api.sessions.DeleteChatSession(delete)
-        found = await api.messages.SearchChatMessages(SearchChatMessagesRequest(query="invoices"))
-        assert not found.hits

@@ -428,8 +428,7 @@ def table(report: Report) -> str:
 
 
 def main() -> None:
-    from conftest import Cluster, Run
-
+    from support.cluster import Cluster, Run
     from support.process import server_process
 
     parser = argparse.ArgumentParser(description=__doc__)

@@ -138,3 +138,37 @@ async def command(*arguments: str, **environment: str) -> Finished:
     output, errors = await process.communicate()
     assert process.returncode is not None
     return Finished(process.returncode, output.decode(), errors.decode())
+
+
+async def log_line(process: ServerProcess, event: str, **of: str) -> dict[str, Any]:
+    """The one with this event and these values; a line follows its call by a moment."""
+    async with asyncio.timeout(10):
+        while True:
+            found = [
+                each
+                for each in process.log
+                if each["event"] == event and of.items() <= each.items()
+            ]
+            if found:
+                assert len(found) == 1
+                return found[0]
+            await asyncio.sleep(0.01)
+
+
+def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "chat_ticket_svc", *arguments],
+        env={**os.environ, "DATABASE_URL": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def is_postgres_running(pid: int, data: Path) -> bool:
+    """Whether this pid is still the PostgreSQL of a data directory that it was."""
+    try:
+        return os.fsencode(data) in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False

@@ -2,39 +2,17 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
 from typing import Any, LiteralString
 from urllib.parse import urlsplit
 
 import psycopg
 import pytest
 from support.client import Api
-from support.process import ServerProcess, server_process
-from test_watch import assert_same_state, watching
+from support.process import server_process
+from support.watching import assert_same_state, watching
 
 from chat_ticket.v1.chat_session_pb2 import DeleteChatSessionRequest
 from chat_ticket_svc.watch import notifications
-
-# So long that only a notification can arrive sooner.
-NO_POLL = "3600"
-
-
-@pytest.fixture
-def shared(fresh_database: str) -> Iterator[list[ServerProcess]]:
-    """Two servers on one database, which never poll."""
-    poll = {"CHAT_TICKET_WATCH_POLL_INTERVAL_SECONDS": NO_POLL}
-    with (
-        server_process(fresh_database, **poll) as one,
-        server_process(fresh_database, **poll) as two,
-    ):
-        yield [one, two]
-
-
-@pytest.fixture
-async def pair(shared: list[ServerProcess], tenant: str) -> AsyncIterator[tuple[Api, Api]]:
-    async with Api(shared[0].address, tenant) as one, Api(shared[1].address, tenant) as two:
-        yield one, two
-
 
 LISTENERS = """
 SELECT {} FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%'
@@ -52,9 +30,9 @@ def terminate_listeners(database_url: str) -> int:
     return listeners(database_url, "pg_terminate_backend(pid)")
 
 
-async def test_servers_see_each_others_writes(pair: tuple[Api, Api]) -> None:
+async def test_servers_see_each_others_writes(two_clients: tuple[Api, Api]) -> None:
     """A write on one wakes the watchers on the other by NOTIFY: no poll runs here."""
-    one, two = pair
+    one, two = two_clients
     session = await one.session()
     async with watching(one, session.id) as here, watching(two, session.id) as there:
         await here.until("caught_up")
@@ -70,9 +48,11 @@ async def test_servers_see_each_others_writes(pair: tuple[Api, Api]) -> None:
         await there.until("session_deleted")
 
 
-async def test_killed_listener_misses_nothing(pair: tuple[Api, Api], fresh_database: str) -> None:
+async def test_killed_listener_misses_nothing(
+    two_clients: tuple[Api, Api], fresh_database: str
+) -> None:
     """Changes made while nothing listens are read when the listener is back, without a poll."""
-    one, two = pair
+    one, two = two_clients
     session = await one.session()
     async with watching(one, session.id) as watcher:
         await watcher.until("caught_up")
@@ -115,9 +95,9 @@ async def test_poll_stands_in_for_notify(fresh_database: str, cluster: Any, tena
         cluster.drop(url)
 
 
-async def test_writes_to_many_sessions_at_once(pair: tuple[Api, Api]) -> None:
+async def test_writes_to_many_sessions_at_once(two_clients: tuple[Api, Api]) -> None:
     """Changes that arrive while a NOTIFY is in flight are all announced by the next."""
-    one, two = pair
+    one, two = two_clients
     sessions = [await one.session() for _ in range(20)]
     async with contextlib.AsyncExitStack() as stack:
         watchers = [
@@ -147,10 +127,10 @@ async def test_poll_survives_any_error(fresh_database: str, cluster: object, ten
 
 
 async def test_unknown_notifications_are_harmless(
-    pair: tuple[Api, Api], fresh_database: str
+    two_clients: tuple[Api, Api], fresh_database: str
 ) -> None:
     """Anybody may NOTIFY: a payload that names no watched session has no effect."""
-    one, two = pair
+    one, two = two_clients
     session = await one.session()
     async with watching(one, session.id) as watcher:
         await watcher.until("caught_up")

@@ -1,112 +1,27 @@
 """WatchChatSession: the changes after a revision, then every change as it happens."""
 
 import asyncio
-import contextlib
 import random
 import re
-from collections.abc import AsyncIterator
 from typing import Any, LiteralString
 
-import grpc.aio
 import psycopg
 import pytest
 from grpc import StatusCode
 from support.client import Api, a_file, an_id, refused
-from test_messages import batch, delete, said, set_metadata
-from test_sessions import ARCHIVED, RESOLVED, set_status
-from test_tickets import unlink
+from support.messages import create_batch, delete_message, set_metadata, user_message
+from support.server import serving
+from support.sessions import ARCHIVED, RESOLVED, get_session, set_status
+from support.tickets import unlink
+from support.watching import assert_same_state, watching
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_attachment_pb2 import DeleteChatAttachmentRequest
 from chat_ticket.v1.chat_message_pb2 import GetChatMessageRequest
 from chat_ticket.v1.chat_session_pb2 import (
     DeleteChatSessionRequest,
-    GetChatSessionRequest,
-    WatchChatSessionRequest,
-    WatchChatSessionResponse,
 )
 from chat_ticket_svc.store import group_commit, message_listing, messages, session_changes
-
-Event = WatchChatSessionResponse
-
-
-class Watcher:
-    """A stream, and the state that a client builds from its events."""
-
-    def __init__(self, call: Any):
-        self._call = call
-        self.kinds: list[str] = []
-        self.revision = -1
-        self.session: r.ChatSession | None = None
-        self.created: list[int] = []
-        self.messages: dict[str, r.ChatMessage] = {}
-
-    async def next(self, timeout: float = 10) -> Event:
-        """The next event, applied."""
-        async with asyncio.timeout(timeout):
-            event = await self._call.read()
-        assert event is not grpc.aio.EOF, "the stream has ended"
-        kind = event.WhichOneof("event")
-        self.kinds.append(kind)
-        assert event.revision >= self.revision, "positions never go back"
-        self.revision = event.revision
-        match kind:
-            case "session":
-                self.session = event.session
-            case "messages_created":
-                for message in event.messages_created.messages:
-                    self.created.append(message.sequence)
-                    self.messages[message.id] = message
-            case "message_updated":
-                assert event.message_updated.id in self.messages
-                self.messages[event.message_updated.id] = event.message_updated
-            case "message_deleted":
-                self.messages.pop(event.message_deleted.message_id, None)
-        return event
-
-    async def until(self, kind: str) -> Event:
-        while True:
-            event = await self.next()
-            if event.WhichOneof("event") == kind:
-                return event
-
-    async def until_revision(self, revision: int) -> None:
-        while self.revision < revision:
-            await self.next()
-
-    async def end(self) -> None:
-        """Read to the end of the stream."""
-        while (await self._call.read()) is not grpc.aio.EOF:
-            pass
-
-
-@contextlib.asynccontextmanager
-async def watching(api: Api, session_id: str, after: int = 0) -> AsyncIterator[Watcher]:
-    call = api.sessions.WatchChatSession(
-        WatchChatSessionRequest(session_id=session_id, after_revision=after)
-    )
-    try:
-        yield Watcher(call)
-    finally:
-        call.cancel()
-
-
-async def session_of(api: Api, session_id: str) -> r.ChatSession:
-    response = await api.sessions.GetChatSession(GetChatSessionRequest(session_id=session_id))
-    return response.session
-
-
-async def assert_same_state(api: Api, watcher: Watcher, session_id: str) -> None:
-    """A watcher at the session's revision holds the session's state."""
-    session = await session_of(api, session_id)
-    assert watcher.revision == session.revision
-    assert watcher.session is not None
-    assert watcher.session.status == session.status
-    assert watcher.session.has_ticket == session.has_ticket
-    assert watcher.created == sorted(set(watcher.created)), "once each, in order"
-    for message_id, message in watcher.messages.items():
-        request = GetChatMessageRequest(message_id=message_id)
-        assert (await api.messages.GetChatMessage(request)).message == message
 
 
 class TestHistory:
@@ -136,7 +51,7 @@ class TestHistory:
         """The first page is small, none over 500, every message once and in order."""
         session = await api.session()
         for _ in range(3):
-            await batch(api, session.id, [said("x")] * 500)
+            await create_batch(api, session.id, [user_message("x")] * 500)
         async with watching(api, session.id) as watcher:
             await watcher.next()
             sizes = []
@@ -159,12 +74,12 @@ class TestHistory:
         session = await api.session()
         messages = [await api.message(session.id, metadata_json='{"n": 0}') for _ in range(4)]
         await set_metadata(api, messages[0].id, '{"n": 1}')
-        await delete(api, messages[1].id)
+        await delete_message(api, messages[1].id)
         await api.attachment(messages[2].id)
         await set_status(api, session.id, RESOLVED)
         await api.message(session.id)
-        await delete(api, messages[3].id)
-        last = (await session_of(api, session.id)).revision
+        await delete_message(api, messages[3].id)
+        last = (await get_session(api, session.id)).revision
         assert last == 10
         for after in range(last + 1):
             async with watching(api, session.id, after) as watcher:
@@ -196,7 +111,7 @@ class TestHistory:
         session = await api.session()
         one, two, three = [await api.message(session.id) for _ in range(3)]
         await set_metadata(api, two.id, "{}")  # revision 4
-        await delete(api, one.id)  # 5
+        await delete_message(api, one.id)  # 5
         four = await api.message(session.id)  # 6
         await set_metadata(api, three.id, "{}")  # 7
         async with watching(api, session.id, after=3) as watcher:
@@ -228,7 +143,7 @@ class TestLive:
             assert list(event.messages_created.messages) == [message]
             assert event.revision == 1
 
-            await batch(api, session.id, [said("a"), said("b")])
+            await create_batch(api, session.id, [user_message("a"), user_message("b")])
             event = await watcher.next()
             assert [m.content for m in event.messages_created.messages] == ["a", "b"]
             assert event.revision == 3
@@ -244,7 +159,7 @@ class TestLive:
             await api.attachments.DeleteChatAttachment(request)
             assert not (await watcher.next()).message_updated.attachments
 
-            await delete(api, message.id)
+            await delete_message(api, message.id)
             assert (await watcher.next()).message_deleted.message_id == message.id
 
             assert (await set_status(api, session.id, ARCHIVED)).revision == 8
@@ -331,7 +246,7 @@ class TestLive:
                     case 0:
                         await set_metadata(api, message.id, '{"x": 1}')
                     case 1:
-                        await delete(api, message.id)
+                        await delete_message(api, message.id)
                     case 2:
                         await set_status(api, session.id, seed.choice([1, 2, 3]))
 
@@ -340,7 +255,7 @@ class TestLive:
             async with watching(api, session.id) as watcher:
                 await watcher.until("caught_up")
                 await finished.wait()
-                await watcher.until_revision((await session_of(api, session.id)).revision)
+                await watcher.until_revision((await get_session(api, session.id)).revision)
                 await assert_same_state(api, watcher, session.id)
 
         finished = asyncio.Event()
@@ -436,7 +351,7 @@ class TestRefusals:
         api = await start_server(database, stream_write_timeout_seconds=0.3)
         session = await api.session()
         for _ in range(10):
-            await batch(api, session.id, [said("x" * 5000)] * 200)
+            await create_batch(api, session.id, [user_message("x" * 5000)] * 200)
         async with watching(api, session.id) as watcher:
             await watcher.next()
             await asyncio.sleep(2)
@@ -445,8 +360,6 @@ class TestRefusals:
 
     async def test_shutdown_tells_watchers_to_resume(self, database: str, tenant: str) -> None:
         """UNAVAILABLE at once, not at the end of the drain."""
-        from conftest import serving
-
         async with serving(database, drain_seconds=30) as server:
             api = Api(f"127.0.0.1:{server.port}", tenant)
             session = await api.session()
@@ -480,7 +393,7 @@ async def test_page_uses_the_indexes(api: Api, database: str) -> None:
     """New, changed and deleted messages are each found by their index."""
     session = await api.session()
     for _ in range(4):
-        await batch(api, session.id, [said("x")] * 500)
+        await create_batch(api, session.id, [user_message("x")] * 500)
     params = {
         "tenant_id": api.tenant,
         "session_id": session.id,
@@ -524,7 +437,7 @@ async def test_deleted_while_history_is_read(api: Api, pages: int) -> None:
     """The session may go between two pages: the stream says so instead of catching up."""
     session = await api.session()
     for _ in range(6):
-        await batch(api, session.id, [said("x" * 20_000)] * 100)
+        await create_batch(api, session.id, [user_message("x" * 20_000)] * 100)
     async with watching(api, session.id) as watcher:
         for _ in range(pages):
             await watcher.next()

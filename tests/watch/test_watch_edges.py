@@ -6,13 +6,12 @@ import itertools
 from typing import Any
 
 import pytest
-from conftest import serving
 from grpc import StatusCode
 from support.client import Api, a_file, an_id, refused
-from test_messages import batch, delete, said, set_metadata
-from test_notifications import pair, shared  # noqa: F401 - fixtures
-from test_sessions import RESOLVED, set_status
-from test_watch import watching
+from support.messages import create_batch, delete_message, set_metadata, user_message
+from support.server import serving
+from support.sessions import RESOLVED, set_status
+from support.watching import watching
 
 from chat_ticket_svc.store import session_changes
 
@@ -24,7 +23,7 @@ async def test_resume_delivers_each_change_once(api: Api) -> None:
     await set_metadata(api, one.id, "{}")  # revision 3
     three = await api.message(session.id)  # 4
     await set_metadata(api, three.id, "{}")  # 5
-    await delete(api, two.id)  # 6
+    await delete_message(api, two.id)  # 6
     await api.attachment(one.id)  # 7
     create, delete_two, change_one = ("created", 4), ("deleted", 6), ("updated", 7)
     for after, expected in (
@@ -113,7 +112,7 @@ async def test_shutdown_between_two_pages(
     """A stream that is reading its history, and one that starts too late, end as well."""
     async with serving(database) as server, Api(f"127.0.0.1:{server.port}", tenant) as api:
         session = await api.session()
-        await batch(api, session.id, [said("x")] * 40)
+        await create_batch(api, session.id, [user_message("x")] * 40)
         read, drains = session_changes.page, iter([server._watch_hub.drain])
 
         async def page(*arguments: Any, **named: Any) -> Any:
@@ -163,6 +162,6 @@ async def test_ids_in_capitals_are_the_same_ids(start_server: Any, database: str
         assert list((await watcher.next()).messages_created.messages) == [message]
     assert (message.id, message.attachments[0].id) == (message_id, file_id)
     assert await api.message(session.id, id=message_id, attachments=files) == message
-    twice = [said("a", id=message_id), said("a", id=message_id.upper())]
+    twice = [user_message("a", id=message_id), user_message("a", id=message_id.upper())]
     with refused(StatusCode.INVALID_ARGUMENT):
-        await batch(api, session.id, twice)
+        await create_batch(api, session.id, twice)

@@ -10,12 +10,12 @@ from typing import Any
 import grpc.aio
 import psycopg
 import pytest
-from conftest import serving
 from grpc import StatusCode
 from support.client import Api, refused
-from test_messages import batch, delete, said, set_metadata
-from test_sessions import ARCHIVED, RESOLVED, set_status
-from test_watch import Watcher, assert_same_state, watching
+from support.messages import create_batch, delete_message, set_metadata, user_message
+from support.server import serving
+from support.sessions import ARCHIVED, RESOLVED, set_status
+from support.watching import Watcher, assert_same_state, watching
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest
@@ -108,7 +108,7 @@ class TestOnce:
             for change in (
                 lambda: set_status(api, session.id, RESOLVED),
                 lambda: set_metadata(api, message.id, "{}"),
-                lambda: delete(api, message.id),
+                lambda: delete_message(api, message.id),
                 lambda: api.sessions.DeleteChatSession(
                     DeleteChatSessionRequest(session_id=session.id)
                 ),
@@ -146,7 +146,7 @@ class TestOnce:
                 # As if another process had written, and its notifications arrived late.
                 patched.setattr(WatchHub, "notify_changed", lambda *_: None)
                 for _ in range(3):
-                    await batch(api, session.id, [said("x")] * 400)
+                    await create_batch(api, session.id, [user_message("x")] * 400)
             reads.clear()
             await api.message(session.id)
             await asyncio.gather(*(each.until_revision(1201) for each in watchers))
@@ -324,11 +324,13 @@ class TestTogether:
                             n = chance.random()
                             await set_metadata(api, chance.choice(ids), f'{{"n": {n}}}')
                     case 1 if ids:
-                        await delete(api, ids.pop(chance.randrange(len(ids))))
+                        await delete_message(api, ids.pop(chance.randrange(len(ids))))
                     case 2:
                         await set_status(api, session.id, chance.choice([RESOLVED, ARCHIVED]))
                     case 3:
-                        await batch(api, session.id, [said("b")] * chance.randrange(1, 9))
+                        await create_batch(
+                            api, session.id, [user_message("b")] * chance.randrange(1, 9)
+                        )
                     case _:
                         message = await api.message(session.id, "x" * chance.choice([9, 9, 20_000]))
                         ids.append(message.id)

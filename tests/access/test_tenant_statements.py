@@ -1,0 +1,135 @@
+"""Every SQL statement of the service reads and writes the rows of the call's tenant alone."""
+
+import ast
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, LiteralString
+
+import pytest
+from support.source_tree import FILES, PSYCOPG, ROOT, room
+from support.tenant_rows import TenantRows
+
+import chat_ticket_svc
+
+# What starts like this is a statement; what does not is a part of one, or something else.
+STATEMENT = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|MERGE|WITH|TRUNCATE|COPY)\b")
+
+
+STATEMENTS: dict[str, LiteralString] = {
+    f"{module.name.removeprefix('chat_ticket_svc.')}.{name}": value
+    for module in pkgutil.walk_packages(chat_ticket_svc.__path__, "chat_ticket_svc.")
+    if not module.name.endswith("__main__")
+    for name, value in vars(importlib.import_module(module.name)).items()
+    if isinstance(value, str) and STATEMENT.match(value)
+}
+
+
+# Besides them, only this is sent.
+OTHERS = {
+    *("store.database.'BEGIN'", "store.database.'COMMIT'", "store.database.'ROLLBACK'"),
+    *("store.database.'SELECT 1'", "watch.notifications.f'LISTEN {CHANNEL}'"),
+    *("store.database.sql", "store.transaction.sql"),  # which are passed through
+    "store.search.ESTIMATE",  # which reads none of them: it tells a plan
+}
+
+
+SENDERS = {
+    "fetch_all",
+    "fetch",
+    "fetch_pipelined",
+    "fetch_typed",
+    "fetch_one",
+    "write",
+    "write_pipelined",
+    "execute",
+    "executemany",
+    "stream",
+    "copy",
+}
+
+
+# In a condition of a plan, and not as one side of an OR.
+EQUAL = re.compile(
+    r"(?<! OR )(?<! OR \()\((\$\d+|\w+\.tenant_id) = (\$\d+|\w+\.tenant_id)\)(?! OR )"
+)
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", ()):
+        yield from nodes(child)
+
+
+@pytest.mark.parametrize("statement", STATEMENTS)
+def test_statement_holds_every_table_to_the_tenant(
+    rows: TenantRows, tables: dict[str, list[str]], statement: str
+) -> None:
+    """However PostgreSQL reads one of our tables, it is only the rows of the call's tenant.
+
+    It says so in its plan: a condition on each scan's tenant_id, which is the parameter's or that
+    of a table which is itself held to it. What is inserted is the tenant's of the parameter; or,
+    for several tenants at once, of the row that it is inserted for.
+    """
+    names: list[str] = []
+
+    def number(parameter: re.Match[str]) -> str:
+        name = parameter[1] or str(len(names))
+        if name not in names:
+            names.append(name)
+        return f"${names.index(name) + 1}"
+
+    numbered = re.sub(r"%\((\w+)\)s|%s", number, STATEMENTS[statement])
+    nulls = f"({', '.join('NULL' for _ in names)})" if names else ""
+    for command in (
+        "SET plan_cache_mode = force_generic_plan",
+        f'PREPARE "{statement}" AS {numbered}',
+        f'EXPLAIN (VERBOSE, FORMAT JSON) EXECUTE "{statement}"{nulls}',
+    ):
+        cursor = rows.connection.execute(command)
+    [[[found]]] = cursor.fetchall()
+    plan = list(nodes(found["Plan"]))
+    ours = [node for node in plan if node.get("Relation Name") in tables]
+    tenant = f"${names.index('tenant_id') + 1}" if "tenant_id" in names else "no parameter"
+
+    scanned = {f"{node['Alias']}.tenant_id" for node in ours if "Scan" in node["Node Type"]}
+    conditions = [
+        str(each) for node in plan for key, each in node.items() if key.endswith(("Cond", "Filter"))
+    ]
+    held = {tenant}
+    equal = [pair for condition in conditions for pair in EQUAL.findall(condition)]
+    held |= {side for pair in equal for side in pair if "." in side} - scanned
+    for _ in scanned:
+        held |= {side for pair in equal if not held.isdisjoint(pair) for side in pair}
+    assert scanned <= held
+
+    for node in ours:
+        if node.get("Operation") == "Insert":
+            [source] = (each for each in node["Plans"] if each["Parent Relationship"] == "Outer")
+            column = tables[node["Relation Name"]].index("tenant_id")
+            assert source["Output"][column] in ({tenant} if "tenant_id" in names else held)
+
+
+def choices(expression: ast.expr) -> Iterator[ast.expr]:
+    """An expression, or both of the expressions of a choice."""
+    if isinstance(expression, ast.IfExp):
+        yield from (*choices(expression.body), *choices(expression.orelse))
+    else:
+        yield expression
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if room(path) in PSYCOPG], ids=lambda path: path.stem
+)
+def test_only_these_statements_are_sent(path: Path) -> None:
+    """What goes to PostgreSQL is a constant of its module, whole: no text is put together."""
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        if any(getattr(function, "attr", "") in SENDERS for function in choices(node.func)):
+            for argument in choices([*node.args, *(each.value for each in node.keywords)][0]):
+                name = f"{module}.{ast.unparse(argument)}"
+                assert name in STATEMENTS or name in OTHERS, f"line {node.lineno}"

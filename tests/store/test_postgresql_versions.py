@@ -1,0 +1,52 @@
+"""The service on every supported version of PostgreSQL."""
+
+from google.protobuf.field_mask_pb2 import FieldMask
+from grpc import StatusCode
+from support.client import Api, a_file, refused
+from support.server import serving
+
+from chat_ticket.v1 import resources_pb2 as r
+from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest, SearchChatMessagesRequest
+from chat_ticket.v1.chat_session_pb2 import DeleteChatSessionRequest, WatchChatSessionRequest
+from chat_ticket.v1.chat_ticket_pb2 import UpdateTicketRequest
+
+
+async def test_service_runs_on_every_supported_postgresql(url: str, tenant: str) -> None:
+    """Everything a conversation goes through works on the oldest one as on the newest."""
+    async with serving(url) as server, Api(f"127.0.0.1:{server.port}", tenant) as api:
+        session = await api.session()
+        content = "my invoice is wrong"
+        sent = await api.message(
+            session.id, content, metadata_json='{"n":1}', attachments=[a_file()]
+        )
+        await api.attachment(sent.id, file_name="b.png")
+
+        def names(message: r.ChatMessage) -> list[str]:
+            return [attachment.file_name for attachment in message.attachments]
+
+        listing = api.messages.ListChatMessages(ListChatMessagesRequest(session_id=session.id))
+        listed = [message async for response in listing for message in response.messages]
+        assert [(m.content, names(m)) for m in listed] == [(content, ["a.png", "b.png"])]
+
+        watched = []
+        watch = api.sessions.WatchChatSession(WatchChatSessionRequest(session_id=session.id))
+        async for response in watch:
+            watched += response.messages_created.messages
+            if response.HasField("caught_up"):
+                break
+        watch.cancel()
+        assert watched == listed
+
+        found = await api.messages.SearchChatMessages(SearchChatMessagesRequest(query="invoices"))
+        assert [hit.message_id for hit in found.hits] == [sent.id]
+
+        ticket = (await api.escalate(session.id)).ticket
+        delete = DeleteChatSessionRequest(session_id=session.id)
+        with refused(StatusCode.FAILED_PRECONDITION, "SESSION_HAS_ACTIVE_TICKET"):
+            await api.sessions.DeleteChatSession(delete)
+        ticket.status = r.TICKET_STATUS_CLOSED
+        mask = FieldMask(paths=["status"])
+        await api.tickets.UpdateTicket(UpdateTicketRequest(ticket=ticket, update_mask=mask))
+        await api.sessions.DeleteChatSession(delete)
+        found = await api.messages.SearchChatMessages(SearchChatMessagesRequest(query="invoices"))
+        assert not found.hits

@@ -1,0 +1,68 @@
+"""Faults and locks that a test puts into its database."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import psycopg
+
+
+def execute(database_url: str, *statements: str) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        for statement in statements:
+            connection.execute(statement)  # type: ignore[arg-type]
+
+
+def raise_on_insert(database_url: str, raised: str, *, table: str = "chat_sessions") -> None:
+    """Make every new session, or row of another table, run `raised` in the database."""
+    execute(
+        database_url,
+        "CREATE OR REPLACE FUNCTION sabotage() RETURNS trigger LANGUAGE plpgsql AS"
+        f" $$ BEGIN {raised}; RETURN NEW; END $$",
+        f"CREATE OR REPLACE TRIGGER sabotage BEFORE INSERT ON {table}"
+        " FOR EACH ROW EXECUTE FUNCTION sabotage()",
+    )
+
+
+@contextmanager
+def session_locked(database_url: str, session_id: str) -> Iterator[None]:
+    """Hold the row lock of a session, as a slow writer would."""
+    with psycopg.connect(database_url) as connection:
+        connection.execute("SELECT FROM chat_sessions WHERE id = %s FOR UPDATE", [session_id])
+        yield
+
+
+def set_read_only(database_url: str, setting: str) -> None:
+    """As a standby is, for sessions to come."""
+    execute(
+        database_url,
+        "SET default_transaction_read_only = off",
+        f"ALTER DATABASE {urlsplit(database_url).path[1:]}"
+        f" SET default_transaction_read_only = {setting}",
+    )
+
+
+async def wait_for_lock_waiters(database: str, count: int) -> None:
+    """Until so many statements wait for a lock."""
+    async with asyncio.timeout(10):
+        async with await psycopg.AsyncConnection.connect(database, autocommit=True) as watch:
+            while True:
+                cursor = await watch.execute(
+                    "SELECT count(*) FROM pg_stat_activity"
+                    " WHERE datname = current_database() AND wait_event_type = 'Lock'"
+                )
+                if await cursor.fetchone() == (count,):
+                    return
+                await asyncio.sleep(0.02)
+
+
+def wait_until_blocked(by: psycopg.Connection[Any], waiter: psycopg.Connection[Any]) -> None:
+    """Return when the waiter's statement waits for a lock that somebody holds."""
+    deadline = time.monotonic() + 15
+    statement = "SELECT cardinality(pg_blocking_pids(%s)) > 0"
+    while by.execute(statement, [waiter.info.backend_pid]).fetchone() != (True,):
+        assert time.monotonic() < deadline, "it did not wait for a lock"
+        time.sleep(0.002)

@@ -1,0 +1,33 @@
+"""Attachment URL checkers whose internet is on this machine."""
+
+from collections.abc import Callable
+from ipaddress import ip_network
+from typing import Any
+
+import pytest
+from ssrfguard import AddressTable, Block, Reach
+
+from chat_ticket_svc.services import attachment_url_policy
+from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
+from support.sites import PUBLIC, Site
+
+TENANT, ANOTHER = "a tenant", "another tenant"
+
+
+NewChecker = Callable[..., AttachmentUrlChecker]
+
+
+PATIENT = {"timeout": 60}  # however busy the machine
+
+
+def opened(*sites: Site, **settings: Any) -> AttachmentUrlChecker:
+    """A checker for which these sites are internal stores."""
+    hosts = [site.at for site in sites]
+    return AttachmentUrlChecker(schemes=("http",), allowed_hosts=hosts, **{**PATIENT, **settings})
+
+
+def open_public(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes PUBLIC a public address."""
+    public = Block(ip_network(PUBLIC), "Public", "", Reach.PERMITTED)
+    denied = AddressTable((*attachment_url_policy.DENIED_NETWORKS.blocks, public))
+    monkeypatch.setattr(attachment_url_policy, "DENIED_NETWORKS", denied)
