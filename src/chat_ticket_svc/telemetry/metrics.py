@@ -25,54 +25,63 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 CALL = ("grpc_type", "grpc_service", "grpc_method", "grpc_code")
 
 HANDLED = Counter(
-    "grpc_server_handled", "Calls and streams that have ended.", CALL, registry=REGISTRY
+    "grpc_server_handled", "Unary calls and streams that ended, by status.", CALL, registry=REGISTRY
 )
 HANDLING_SECONDS = Histogram(
     "grpc_server_handling_seconds",
-    "How long unary calls took, from when they were taken in.",
+    "Duration of unary calls, from when the server accepts them.",
     CALL,
     buckets=SECONDS,
     registry=REGISTRY,
 )
 STREAMS = Gauge(
     "chat_ticket_streams_open",
-    "Streams that are open.",
+    "Open streams, by method.",
     ("grpc_service", "grpc_method"),
     registry=REGISTRY,
 )
 REJECTED = Counter(
     "chat_ticket_rejected",
-    "Calls refused with RESOURCE_EXHAUSTED, by the quota or the reason.",
+    "Calls and streams refused with RESOURCE_EXHAUSTED, by quota or reason.",
     ("limit",),
     registry=REGISTRY,
 )
-WATCHERS = Gauge("chat_ticket_watchers", "Streams that follow a session.", registry=REGISTRY)
+WATCHERS = Gauge("chat_ticket_watchers", "Streams that watch a session.", registry=REGISTRY)
 WATCH_DELIVERY_SECONDS = Histogram(
     "chat_ticket_watch_delivery_seconds",
-    "From when this process heard of a change until its watchers were told.",
+    "Time from when this process learns of a change until its watchers receive it.",
     buckets=SECONDS,
     registry=REGISTRY,
 )
 NOTIFY_BATCH_SESSIONS = Histogram(
     "chat_ticket_notify_batch_sessions",
-    "Sessions of which one NOTIFY told the other processes.",
+    "Sessions in one NOTIFY to the other processes.",
     buckets=(1, 2, 4, 8, 16, 27),
     registry=REGISTRY,
 )
 POOL_CONNECTIONS = Gauge(
-    "chat_ticket_pool_connections", "Connections to the database.", registry=REGISTRY
+    "chat_ticket_pool_connections", "Connections in the database pool.", registry=REGISTRY
 )
-POOL_IDLE = Gauge("chat_ticket_pool_idle_connections", "Those that nobody uses.", registry=REGISTRY)
+POOL_IDLE = Gauge(
+    "chat_ticket_pool_idle_connections", "Idle connections in the database pool.", registry=REGISTRY
+)
 POOL_WAITING = Gauge(
-    "chat_ticket_pool_waiting_calls", "Calls that wait for a connection.", registry=REGISTRY
+    "chat_ticket_pool_waiting_calls",
+    "Calls that wait for a connection from the pool.",
+    registry=REGISTRY,
 )
 POOL_WAIT_SECONDS = Histogram(
     "chat_ticket_pool_wait_seconds",
-    "How long calls waited for a connection that they got.",
+    "Time that calls waited for a connection, when they got one.",
     buckets=SECONDS,
     registry=REGISTRY,
 )
-Info("chat_ticket_build", "What runs.", registry=REGISTRY).info(
+BUILD = Info(
+    "chat_ticket_build",
+    "The version of the service, of Python and of grpcio, as labels. The value is 1.",
+    registry=REGISTRY,
+)
+BUILD.info(
     {
         "version": importlib.metadata.version("chat-ticket-svc"),
         "python": platform.python_version(),
