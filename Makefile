@@ -9,65 +9,46 @@ SOURCES := src examples scripts benchmarks tests
 .PHONY: help venv venv-bench venv-docs run test test-pgbouncer fuzz faults faults-quick failover soak scaling migrate migrate-status new-migration proto check-proto check-breaking lint format typecheck check demo docs bench lock audit clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  make %-15s %s\n", $$1, $$2 }'
+	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
+		/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
-venv: ## create .venv from requirements.lock, when it is not up to date
-	@$(PYTHON) scripts/bootstrap.py
+##@ To use the service
 
-venv-bench: venv ## create .venv-bench from benchmarks/requirements.lock, for make bench
-	@$(BIN)/python scripts/bootstrap.py .venv-bench
-
-run: venv ## serve on PORT= or 50051, with an embedded PostgreSQL in .data; AUTH=jwt asks for tokens
+run: venv ## serve on PORT= or 50051, with an embedded PostgreSQL in .data; AUTH=jwt requires tokens
 	@$(if $(AUTH),CHAT_TICKET_AUTH=$(AUTH)) $(BIN)/chat-ticket-svc serve $(if $(PORT),--port $(PORT)) --embedded .data/postgres
+
+demo: venv ## load real conversations through the API and show what the service does; ALL=1 loads every one
+	@$(BIN)/python scripts/demo.py $(if $(ALL),--all)
+
+docs: venv-docs ## make the reference of the API in build/docs/chat_ticket.v1.html
+	@mkdir -p build/docs
+	@$(BIN)/buf build protos --output build/docs/descriptor.pb
+	@cd docs && ../.venv-docs/bin/sabledocs > ../build/docs/log
+
+##@ To operate it: these work on the database of DATABASE_URL
+
+migrate: venv ## bring the database to the newest schema
+	@$(BIN)/chat-ticket-svc migrate
+
+migrate-status: venv ## list the applied and the pending migrations
+	@$(BIN)/chat-ticket-svc migrate-status
+
+##@ To change it
+
+# What to do when a part of `make check` fails.
+HINT_lint := make format mends the layout; the rule in the message says what is wrong otherwise
+HINT_typecheck := mypy names the line; generated stubs are made by make proto
+HINT_check-proto := run make proto, and commit the files that it generates
+HINT_check-breaking := protos only grow: add a field with a new number, and keep the old one
+HINT_test := make test ARGS="FILE -k NAME" repeats one test; add -n 0 to see its output at once
+
+CHECKS := lint typecheck check-proto check-breaking test
+check: venv ## run all that CI runs, and say what to do when a part fails
+	@$(foreach part,$(CHECKS),$(MAKE) --no-print-directory $(part) \
+		|| { printf '\nmake check: %s failed. %s.\n' "$(part)" '$(HINT_$(part))'; exit 1; };)
 
 test: venv ## run the tests; ARGS= goes to pytest
 	@$(BIN)/python -m pytest $(ARGS)
-
-test-pgbouncer: venv ## run them with PgBouncer before PostgreSQL; it is Debian's package
-	@TEST_PGBOUNCER=1 $(BIN)/python -m pytest $(ARGS)
-
-fuzz: venv ## send 100,000 hostile requests, and as often bytes that are none; N= for as many, SEED= to repeat
-	@PYTHONPATH=tests $(BIN)/python tests/support/hostile_run.py $(if $(N),--count $(N)) $(if $(SEED),--seed $(SEED))
-
-faults: venv ## break the service in every way of the matrix, for an hour; ARGS="--only cut --runs 2" for less
-	@PYTHONPATH=tests $(BIN)/python -m faults $(ARGS)
-
-failover: venv ## promote a standby under load, in every way; ARGS="--only killed --runs 5" for some of them
-	@PYTHONPATH=tests $(BIN)/python -m faults.failover $(ARGS)
-
-scaling: venv ## measure PgBouncer, nginx and sizes for docs/scaling.md; PARTS="size" chooses, ROUNDS=
-	@PYTHONPATH=tests:. $(BIN)/python tests/support/scaling_run.py $(PARTS) $(if $(ROUNDS),--rounds $(ROUNDS))
-
-soak: venv ## an hour of ordinary work, after which nothing has grown; ARGS="--minutes 5" for less
-	@PYTHONPATH=tests $(BIN)/python -m faults.soak $(ARGS)
-
-faults-quick: venv ## the part of it that the tests make
-	@$(BIN)/python -m pytest tests/faults
-
-migrate: venv ## bring the database of DATABASE_URL to the newest schema
-	@$(BIN)/chat-ticket-svc migrate
-
-migrate-status: venv ## list the applied and the pending migrations of DATABASE_URL
-	@$(BIN)/chat-ticket-svc migrate-status
-
-new-migration: venv ## create an empty migration: NAME=add_something
-	@test -n "$(NAME)" || { echo "usage: make new-migration NAME=add_something"; exit 2; }
-	@$(BIN)/dbmate --migrations-dir migrations new "$(NAME)"
-	@file=$$(ls migrations/*_"$(NAME)".sql | tail -n 1); \
-		{ sed '/^-- migrate:down/,$$d' "$$file"; printf '%s\n\n' "SET LOCAL lock_timeout = '5s';" "-- migrate:down"; } \
-		> "$$file.new" && mv "$$file.new" "$$file"
-
-proto: venv ## generate the stubs in src/chat_ticket/v1 from protos
-	@$(BIN)/python scripts/generate_stubs.py
-
-check-proto: venv ## fail unless the committed stubs are what the protos generate
-	@$(BIN)/python scripts/generate_stubs.py --check
-
-# Where the history is missing, as in a shallow clone, there is nothing to compare with.
-AGAINST ?= $(shell git describe --tags --abbrev=0 2>/dev/null || git rev-parse --verify --quiet HEAD~1)
-check-breaking: venv ## fail when the protos break callers of the last tag, or else the last commit; AGAINST= another
-	@test -n "$(AGAINST)" || { echo "nothing to compare the protos with: no tag, no commit before"; exit 0; }; \
-		$(BIN)/buf breaking protos --against '.git#ref=$(AGAINST),subdir=protos'
 
 lint: venv ## check the style of Python, protos, the Containerfile and migrations
 	@$(BIN)/ruff check $(SOURCES)
@@ -79,43 +60,83 @@ lint: venv ## check the style of Python, protos, the Containerfile and migration
 		sed '/^-- migrate:down/,$$d' "$$file" \
 		| $(BIN)/squawk --config migrations/.squawk.toml --stdin-filepath "$$file" || exit 1; done
 
+typecheck: venv ## run mypy --strict over everything but the tests
+	@$(BIN)/mypy
+
 format: venv ## format Python and protos
 	@$(BIN)/ruff check --fix $(SOURCES)
 	@$(BIN)/ruff format $(SOURCES)
 	@$(BIN)/buf format --write protos
 
-typecheck: venv ## mypy --strict over all but the tests
-	@$(BIN)/mypy
+proto: venv ## generate the stubs in src/chat_ticket/v1 from protos
+	@$(BIN)/python scripts/generate_stubs.py
 
-check: lint typecheck check-proto check-breaking test ## all that CI runs
+check-proto: venv ## fail unless the committed stubs match the protos
+	@$(BIN)/python scripts/generate_stubs.py --check
 
-demo: venv ## load real conversations through the API and show what the service does; ALL=1 for every chat
-	@$(BIN)/python scripts/demo.py $(if $(ALL),--all)
+# Where the history is missing, as in a shallow clone, there is nothing to compare with.
+AGAINST ?= $(shell git describe --tags --abbrev=0 2>/dev/null || git rev-parse --verify --quiet HEAD~1)
+check-breaking: venv ## fail when the protos break callers of the last tag, or of the last commit; AGAINST= another
+	@test -n "$(AGAINST)" || { echo "nothing to compare the protos with: no tag, no commit before"; exit 0; }; \
+		$(BIN)/buf breaking protos --against '.git#ref=$(AGAINST),subdir=protos'
 
-bench: venv-bench ## measure against limits and peers, in 15 minutes; PARTS="calls streams" chooses, ROUNDS=
-	@PARTS="$(PARTS)" ROUNDS="$(ROUNDS)" $(BIN)/python -m benchmarks.bench
-
-venv-docs: venv ## create .venv-docs from docs/requirements.lock, for make docs
-	@$(BIN)/python scripts/bootstrap.py .venv-docs
-
-docs: venv-docs ## make the reference of the API in build/docs/chat_ticket.v1.html
-	@mkdir -p build/docs
-	@$(BIN)/buf build protos --output build/docs/descriptor.pb
-	@cd docs && ../.venv-docs/bin/sabledocs > ../build/docs/log
+new-migration: venv ## create an empty migration: NAME=add_something
+	@test -n "$(NAME)" || { echo "usage: make new-migration NAME=add_something"; exit 2; }
+	@$(BIN)/dbmate --migrations-dir migrations new "$(NAME)"
+	@file=$$(ls migrations/*_"$(NAME)".sql | tail -n 1); \
+		{ sed '/^-- migrate:down/,$$d' "$$file"; printf '%s\n\n' "SET LOCAL lock_timeout = '5s';" "-- migrate:down"; } \
+		> "$$file.new" && mv "$$file.new" "$$file"
 
 COMPILE := $(BIN)/uv pip compile --quiet --universal --generate-hashes \
 	--python-version 3.11 --custom-compile-command "make lock"
 
-lock: venv ## resolve the locks again from pyproject.toml: of all, of what is installed to serve and to build, of the docs and of the benchmark
+lock: venv ## resolve the lock files again from pyproject.toml
 	@$(COMPILE) --upgrade --all-extras --group dev --output-file requirements.lock pyproject.toml
 	@$(COMPILE) --constraint requirements.lock --extra tracing --output-file requirements-service.lock pyproject.toml
 	@$(COMPILE) --constraint requirements.lock --group build --output-file requirements-build.lock
 	@$(COMPILE) --upgrade --output-file docs/requirements.lock docs/requirements.in
 	@$(COMPILE) --upgrade --output-file benchmarks/requirements.lock benchmarks/requirements.in
 
-audit: venv ## look the locked dependencies up in PyPI's database of vulnerabilities
+##@ To measure it, and to break it on purpose
+
+bench: venv-bench ## measure against limits and peers, in 15 minutes; PARTS="calls streams" chooses, ROUNDS=
+	@PARTS="$(PARTS)" ROUNDS="$(ROUNDS)" $(BIN)/python -m benchmarks.bench
+
+scaling: venv ## measure PgBouncer, nginx and sizes for docs/scaling.md; PARTS="size" chooses, ROUNDS=
+	@PYTHONPATH=tests:. $(BIN)/python tests/support/scaling_run.py $(PARTS) $(if $(ROUNDS),--rounds $(ROUNDS))
+
+fuzz: venv ## send 100,000 hostile requests, and as many malformed ones; N= sets how many, SEED= repeats a run
+	@PYTHONPATH=tests $(BIN)/python tests/support/hostile_run.py $(if $(N),--count $(N)) $(if $(SEED),--seed $(SEED))
+
+faults: venv ## run every fault of the matrix, for an hour; ARGS="--only cut --runs 2" for a part
+	@PYTHONPATH=tests $(BIN)/python -m faults $(ARGS)
+
+faults-quick: venv ## run the faults that the tests include
+	@$(BIN)/python -m pytest tests/faults
+
+failover: venv ## promote a standby under load; ARGS="--only killed --runs 5" for a part
+	@PYTHONPATH=tests $(BIN)/python -m faults.failover $(ARGS)
+
+soak: venv ## work for an hour and check that nothing has grown; ARGS="--minutes 5" for less
+	@PYTHONPATH=tests $(BIN)/python -m faults.soak $(ARGS)
+
+test-pgbouncer: venv ## run the tests through PgBouncer, Debian's package
+	@TEST_PGBOUNCER=1 $(BIN)/python -m pytest $(ARGS)
+
+audit: venv ## look the locked dependencies up in PyPI's vulnerability database
 	@$(BIN)/python scripts/audit.py
 
-clean: ## remove what the targets made: .venv, .venv-bench, .data, build and caches
+##@ Environments, which the other targets set up themselves
+
+venv: ## create .venv from requirements.lock, unless it is up to date
+	@$(PYTHON) scripts/bootstrap.py
+
+venv-bench: venv ## create .venv-bench from benchmarks/requirements.lock
+	@$(BIN)/python scripts/bootstrap.py .venv-bench
+
+venv-docs: venv ## create .venv-docs from docs/requirements.lock
+	@$(BIN)/python scripts/bootstrap.py .venv-docs
+
+clean: ## remove everything that the targets made
 	@rm -rf .venv .venv-bench .venv-docs .data build .bootstrap.lock .mypy_cache .pytest_cache .ruff_cache .hypothesis dist tests/support/node/node_modules examples/node/node_modules
 	@find src scripts benchmarks tests -name __pycache__ -type d -exec rm -rf {} +

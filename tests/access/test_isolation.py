@@ -424,14 +424,16 @@ STATEMENTS: dict[str, LiteralString] = {
 # Besides them, only this is sent.
 OTHERS = {
     *("store.database.'BEGIN'", "store.database.'COMMIT'", "store.database.'ROLLBACK'"),
-    *("store.database.'SELECT 1'", "follow.f'LISTEN {CHANNEL}'"),
-    "store.database.sql",  # which is passed through
+    *("store.database.'SELECT 1'", "watch.hub.f'LISTEN {CHANNEL}'"),
+    *("store.database.sql", "store.transaction.sql"),  # which are passed through
     "store.search.EXPECT",  # which reads none of them: it tells a plan
 }
 SENDERS = {
-    "rows",
+    "fetch_all",
+    "fetch",
+    "fetch_pipelined",
     "fetch_typed",
-    "row",
+    "fetch_one",
     "write",
     "write_pipelined",
     "execute",

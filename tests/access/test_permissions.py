@@ -123,7 +123,7 @@ class TestSettings:
             ({"auth": "jwt"}, "CHAT_TICKET_JWKS.*CHAT_TICKET_JWT_ISSUER.*JWT_AUDIENCE"),
             ({"auth": "mtls"}, "TLS_CERTIFICATE.*TLS_KEY.*TLS_CLIENT_CA.*MTLS_POLICY"),
             ({"auth": "jwt,mtls"}, "TLS_CERTIFICATE.*MTLS_POLICY.*JWKS"),
-            ({"auth": "none"}, "CHAT_TICKET_AUTH"),
+            ({"auth": "insecure"}, "CHAT_TICKET_AUTH"),
             ({"tls_key": "x"}, "CHAT_TICKET_TLS_CERTIFICATE"),
             ({"tls_certificate": "x"}, "CHAT_TICKET_TLS_KEY"),
             ({"jwt_algorithms": "ES256,HS256"}, "CHAT_TICKET_JWT_ALGORITHMS"),
@@ -161,7 +161,7 @@ class TestSettings:
         """A misspelt one would leave open what it was to close. Others' variables are not ours."""
         environment = {"CHAT_TICKET_ATUH": "jwt", "CHAT_TICKETS": "x"}
         with server_process(database, **environment) as server:
-            line = server.wait_for("unknown settings are not in effect")
+            line = server.wait_for("unknown settings have no effect")
             assert line["variables"] == ["CHAT_TICKET_ATUH"]
 
     def test_unknown_limits_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:

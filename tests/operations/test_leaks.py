@@ -110,7 +110,7 @@ def failing(function, calls):
 
 sessions.revisions = failing(sessions.revisions, [1])
 schema.Probe.missing = failing(schema.Probe.missing, [3])
-follow.WatchHub._listen = failing(follow.WatchHub._listen, [1])
+hub.WatchHub._listen = failing(hub.WatchHub._listen, [1])
 
 def call_back(text):
     time.sleep(0.15)  # long enough for asyncio's debug mode to tell of it
@@ -148,13 +148,13 @@ def break_everything():
         library.exception("planted")
 
 broken = []
-start = follow.WatchHub.start
+start = hub.WatchHub.start
 
 def start_and_break(self):
     start(self)
     asyncio.get_running_loop().call_later(0.2, break_everything)
 
-follow.WatchHub.start = start_and_break
+hub.WatchHub.start = start_and_break
 """
 
 

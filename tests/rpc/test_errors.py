@@ -387,7 +387,7 @@ class TestDatabaseAway:
         api = await start_server(fresh_database, pool_size=3)
         session = await api.session()
         with psycopg.connect(fresh_database) as connection:
-            connection.execute("LOCK STATUS_CODES chat_messages IN ACCESS EXCLUSIVE MODE")
+            connection.execute("LOCK TABLE chat_messages IN ACCESS EXCLUSIVE MODE")
             searches = [
                 asyncio.ensure_future(
                     api.messages.SearchChatMessages(SearchChatMessagesRequest(query="x"))

@@ -31,7 +31,7 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         await write(self, batch)
         await asyncio.sleep(0.05)
 
-    monkeypatch.setattr(group_commit.Appends, "_write_batch", gathered)
+    monkeypatch.setattr(group_commit.GroupCommitWriter, "_write_batch", gathered)
     return sizes
 
 
@@ -215,7 +215,7 @@ class TestAlone:
             await go.wait()
             await write(self, batch)
 
-        monkeypatch.setattr(group_commit.Appends, "_write_batch", held)
+        monkeypatch.setattr(group_commit.GroupCommitWriter, "_write_batch", held)
         calls = []
         for content in ("sent", "waits", "leaves", "waits"):
             calls.append(asyncio.ensure_future(api.message(session.id, content)))

@@ -2,7 +2,7 @@
 //
 //   node client.mjs ADDRESS TENANT
 //
-// prints one JSON document; ../test_other_clients.py knows what must stand in it.
+// prints one JSON document; tests/api/test_other_clients.py knows what must stand in it.
 import { randomUUID } from 'node:crypto'
 import { fileURLToPath } from 'node:url'
 
@@ -14,7 +14,7 @@ const [address, tenant] = process.argv.slice(2)
 const definition = loadSync(
   ['chat_ticket/v1/chat_session.proto', 'chat_ticket/v1/chat_message.proto'],
   {
-    includeDirs: [fileURLToPath(new URL('../../protos', import.meta.url))],
+    includeDirs: [fileURLToPath(new URL('../../../protos', import.meta.url))],
     keepCase: true,
     longs: String, // an int64 does not fit a JavaScript number
     enums: String,

@@ -3,7 +3,7 @@
 //   node reader.mjs ADDRESSES TENANT SESSION SERVICE_CONFIG
 //
 // starts when it has printed a line, stops when its input ends, and prints how many calls of each
-// kind ended with which status; ../test_service_config.py knows what must stand in it.
+// kind ended with which status; tests/operations/test_service_config.py knows what must stand in it.
 import { fileURLToPath } from 'node:url'
 
 import grpc from '@grpc/grpc-js'
@@ -13,7 +13,7 @@ const [addresses, tenant, session_id, config] = process.argv.slice(2)
 
 const definition = loadSync(
   ['chat_ticket/v1/chat_session.proto', 'chat_ticket/v1/chat_message.proto'],
-  { includeDirs: [fileURLToPath(new URL('../../protos', import.meta.url))], keepCase: true },
+  { includeDirs: [fileURLToPath(new URL('../../../protos', import.meta.url))], keepCase: true },
 )
 const { chat_ticket: { v1 } } = grpc.loadPackageDefinition(definition)
 
