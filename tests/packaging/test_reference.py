@@ -51,11 +51,13 @@ def names(file: FileDescriptorProto) -> Iterator[str]:
 
 
 def comments(file: FileDescriptorProto) -> Iterator[str]:
-    """Of a file itself, its package and imports, nothing is said to callers; and of a oneof, by the
-    comment of its message.
+    """Of the package and all that it has. Comments on a file or an import are not for callers, and
+    of a oneof the page has the comment of its message.
     """
     for location in file.source_code_info.location:
-        comment = words(html.escape(location.leading_comments))
+        # Without the marks of list items and headings, which are not text of the page.
+        text = re.sub(r"^ *(?:-|#+) ", "", location.leading_comments, flags=re.MULTILINE)
+        comment = words(html.escape(text))
         is_of_oneof = list(location.path[2:3]) == [8]
-        if comment and list(location.path[:1]) in ([4], [5], [6]) and not is_of_oneof:
+        if comment and list(location.path[:1]) in ([2], [4], [5], [6]) and not is_of_oneof:
             yield comment

@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class ChatAttachmentServiceStub:
-    """Holds where the files of messages are.
+    """Manages the attachments of messages.
+
+    Every RPC can also return the common errors that the package comment in resources.proto lists.
     """
 
     def __init__(self, channel):
@@ -58,42 +60,76 @@ class ChatAttachmentServiceStub:
 
 
 class ChatAttachmentServiceServicer:
-    """Holds where the files of messages are.
+    """Manages the attachments of messages.
+
+    Every RPC can also return the common errors that the package comment in resources.proto lists.
     """
 
     def CreateChatAttachment(self, request, context):
-        """Adds an attachment to a message. The message's revision moves: followers get it again.
+        """Adds an attachment to a message.
 
-        Safe to repeat when `attachment.id` is set: a repeat with the same content returns the stored
-        attachment. The id of a deleted attachment must not be used again.
+        The revision of the message and of its session increases. Watchers of the session receive the
+        message again. The server first checks that the URL of the file is accessible; see
+        `ChatAttachment.file_url`. A message has at most 20 attachments.
 
-        NOT_FOUND (CHAT_MESSAGE_NOT_FOUND); ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS) when the id
-        belongs to another attachment; FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE) or
-        (TOO_MANY_ATTACHMENTS) when the message has 20.
+        Errors:
+
+        - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+        - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): `attachment.id` belongs to an attachment of
+        another message, or with another URL, name or type.
+        - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
+        does not say why.
+        - FAILED_PRECONDITION (TOO_MANY_ATTACHMENTS): the message already has 20 attachments.
+        - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+
+        Retry: safe when `attachment.id` is set. A retry with the same content returns the stored
+        attachment without checking the URL. Without an id, a retry can add a second attachment.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetChatAttachment(self, request, context):
-        """Returns an attachment. NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND).
+        """Returns an attachment.
+
+        Errors:
+
+        - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+
+        Retry: safe.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListChatAttachments(self, request, context):
-        """Lists the attachments of a message or of a whole session, in the order of the messages and
-        then as they were added, in pages. NOT_FOUND when the message or session does not exist.
+        """Lists the attachments of a message or of a session, in pages.
+
+        The order is that of the messages, and within a message that in which the attachments were
+        added.
+
+        Errors:
+
+        - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+        - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+
+        Retry: safe.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteChatAttachment(self, request, context):
-        """Removes an attachment from its message. The message's revision moves: followers get it again.
+        """Deletes an attachment from its message.
 
-        NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND), also for a repeat.
+        The revision of the message and of its session increases. Watchers of the session receive the
+        message again. The file itself is not touched.
+
+        Errors:
+
+        - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+
+        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -131,7 +167,9 @@ def add_ChatAttachmentServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ChatAttachmentService:
-    """Holds where the files of messages are.
+    """Manages the attachments of messages.
+
+    Every RPC can also return the common errors that the package comment in resources.proto lists.
     """
 
     @staticmethod

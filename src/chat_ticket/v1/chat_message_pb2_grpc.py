@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class ChatMessageServiceStub:
-    """Holds the messages of chat sessions.
+    """Manages the messages of chat sessions.
+
+    Every RPC can also return the common errors that the package comment in resources.proto lists.
     """
 
     def __init__(self, channel):
@@ -73,72 +75,127 @@ class ChatMessageServiceStub:
 
 
 class ChatMessageServiceServicer:
-    """Holds the messages of chat sessions.
+    """Manages the messages of chat sessions.
+
+    Every RPC can also return the common errors that the package comment in resources.proto lists.
     """
 
     def CreateChatMessage(self, request, context):
-        """Appends a message to a session, with its attachments and metadata, atomically. It is stored
-        when the call returns.
+        """Appends a message to a session, with its metadata and attachments, in one transaction.
 
-        Safe to repeat when `message.id` is set: a repeat with the same content returns the message as
-        it is now. Metadata and attachments are compared only while the message is unchanged.
+        The transaction is committed when the call returns. Sessions of every status accept messages.
+        The server first checks that the URLs of the attachments are accessible; see
+        `ChatAttachment.file_url`. A message has at most 20 attachments.
 
-        NOT_FOUND (CHAT_SESSION_NOT_FOUND); ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS) when the id
-        belongs to a message with another content or to a deleted one, or
-        (CHAT_ATTACHMENT_ALREADY_EXISTS) when an attachment's id is taken; FAILED_PRECONDITION
-        (ATTACHMENT_URL_NOT_ACCESSIBLE).
+        Errors:
+
+        - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+        - ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS): `message.id` belongs to a message of another
+        session or with other content, or to a deleted message.
+        - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
+        attachment.
+        - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
+        accessible. The error message names its position among the attachments of the request,
+        counted from 1. It does not say why the URL is not accessible.
+        - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+
+        Retry: safe when `message.id` is set. A retry with the same content returns the stored message
+        as it is now, without checking URLs. The session, role and content are always compared.
+        Metadata and attachments are compared only until the message changes. Without an id, a retry
+        can append a second message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def BatchCreateChatMessages(self, request, context):
-        """Appends up to 500 messages to one session, all or none, in their order: each gets a sequence
-        of its own, and nothing of another call comes between them. The request is limited to 4 MiB.
+        """Appends up to 500 messages to one session, in one transaction.
 
-        Safe to repeat when every `id` is set: a repeat whose ids all exist with equal content returns
-        the stored messages. Any other id that exists is ALREADY_EXISTS, naming its index in the
-        ErrorInfo metadata (`index`), and nothing is written. Other errors as CreateChatMessage.
+        Either all messages are appended or none. They get consecutive sequences in the order of the
+        request, so no message of another call comes between them. The messages have at most 20
+        attachments in total. Message ids must be distinct, as must attachment ids. The request has at
+        most 4 MiB.
+
+        Errors: those of CreateChatMessage. For CHAT_MESSAGE_ALREADY_EXISTS, the ErrorInfo metadata has
+        the zero-based `index` of the message in the request. This error is also returned when only
+        some of the messages are already stored.
+
+        Retry: safe when the `id` of every message is set. A retry whose messages are all stored with
+        the same content returns the stored messages.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetChatMessage(self, request, context):
-        """Returns a message with its attachments. NOT_FOUND (CHAT_MESSAGE_NOT_FOUND).
+        """Returns a message with its attachments.
+
+        Errors:
+
+        - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+
+        Retry: safe.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListChatMessages(self, request, context):
-        """Streams the messages of a session, with their attachments, in batches, and ends.
+        """Streams the messages of a session with their attachments, in batches, and ends.
 
-        The end is fixed when the call begins: messages created later are not in it. The first
-        response carries the session, also when there is no message. To go on after a break, call
-        again after the last sequence received.
+        The end is fixed when the call begins: messages that are created later are not returned. The
+        batches are not one snapshot. A message is returned as it is when its batch is read, and a
+        message that is deleted before that is not returned. The first response has the session, even
+        when there are no messages.
 
-        NOT_FOUND (CHAT_SESSION_NOT_FOUND), also in the middle when the session is deleted during the
-        call; RESOURCE_EXHAUSTED (SLOW_READER) when the caller has read nothing for 30 seconds.
+        To continue after a break, call again. In ascending order, set `after_sequence` to the last
+        sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
+        number of messages received.
+
+        Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
+        ListChatMessages together, and at most 100 of them for one session.
+
+        Errors:
+
+        - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with
+        this error when the session is deleted during the call.
+        - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+        could not send. Continue.
+
+        Retry: safe.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateChatMessage(self, request, context):
-        """Changes a message's metadata. Setting what it has already changes nothing. Its content, role
-        and place never change.
+        """Updates the metadata of a message.
 
-        NOT_FOUND (CHAT_MESSAGE_NOT_FOUND). Safe to repeat.
+        The metadata is replaced as a whole. The revision of the message and of its session increases,
+        and watchers of the session receive the message again. Setting equal metadata is not a change.
+        The content, the role and the sequence of a message never change.
+
+        Errors:
+
+        - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+
+        Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteChatMessage(self, request, context):
-        """Deletes a message and its attachments. Followers are told; its id is not used again.
+        """Deletes a message and its attachments.
 
-        NOT_FOUND (CHAT_MESSAGE_NOT_FOUND), also for a repeat.
+        The revision of the session increases, and watchers of the session receive `message_deleted`.
+        The id of the message is rejected in creates until the session is deleted.
+
+        Errors:
+
+        - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+
+        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -147,11 +204,20 @@ class ChatMessageServiceServicer:
     def SearchChatMessages(self, request, context):
         """Searches the content of the tenant's messages as English text, best match first, in pages.
 
-        The query has the syntax of web searches: `words all of which occur`, `"a phrase"`, `or`,
-        `-not`. Words are compared by their stem; a query of nothing but stop words finds nothing.
+        The query has the syntax of PostgreSQL's websearch_to_tsquery: `some words` finds messages with
+        all of them, `"a phrase"` finds the words in this order, `or` finds either side, and `-word`
+        excludes a word. Words are compared by their stem. A query of stop words alone finds nothing.
 
-        Takes a bounded time, however many messages there are: where more match than can be looked at,
-        the page is the best of a part of them, and `incomplete_results` says so.
+        The work of a search is bounded, however many messages the tenant has. When more messages match
+        than can be examined, the page has the best of those that were, and `incomplete_results` is
+        true.
+
+        A `session_id` that does not exist is not an error: nothing is found.
+
+        Errors: the common errors only. A query that nests more than 32 operators, for example a run of
+        `-`, fails with INVALID_ARGUMENT.
+
+        Retry: safe.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -204,7 +270,9 @@ def add_ChatMessageServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ChatMessageService:
-    """Holds the messages of chat sessions.
+    """Manages the messages of chat sessions.
+
+    Every RPC can also return the common errors that the package comment in resources.proto lists.
     """
 
     @staticmethod

@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class ChatSessionServiceStub:
-    """Holds the chat sessions of a tenant.
+    """Manages the chat sessions of a tenant.
+
+    Every RPC can also return the common errors that the package comment in resources.proto lists.
     """
 
     def __init__(self, channel):
@@ -68,75 +70,141 @@ class ChatSessionServiceStub:
 
 
 class ChatSessionServiceServicer:
-    """Holds the chat sessions of a tenant.
+    """Manages the chat sessions of a tenant.
+
+    Every RPC can also return the common errors that the package comment in resources.proto lists.
     """
 
     def CreateChatSession(self, request, context):
         """Creates a session.
 
-        Safe to repeat when `session.id` is set: a repeat returns the session as it is now. The id of
-        a deleted session must not be used again.
+        A session can be created with any status.
+
+        Errors:
+
+        - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): a session with this id existed when the call
+        began, and was deleted during the call.
+
+        Retry: safe when `session.id` is set. A call with the id of an existing session returns that
+        session as it is now, whatever its status. Without an id, a retry can create a second session.
+        The id of a deleted session must not be used again; the server does not reject it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetChatSession(self, request, context):
-        """Returns a session. NOT_FOUND (CHAT_SESSION_NOT_FOUND) when there is none.
+        """Returns a session.
+
+        Errors:
+
+        - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+
+        Retry: safe.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListChatSessions(self, request, context):
-        """Lists the tenant's sessions, newest first, in pages.
+        """Lists the sessions of the tenant, newest first, in pages.
 
-        By update time, a session that changes during the walk moves to the front, and may be met on
-        neither page; by create time every session that exists throughout is met exactly once.
+        With the order CREATE_TIME, every session that exists and matches the filters during the whole
+        listing is returned exactly once. With the order UPDATE_TIME, a session that changes during the
+        listing moves to the front and can be missing from all pages.
+
+        Errors: the common errors only.
+
+        Retry: safe.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateChatSession(self, request, context):
-        """Changes a session's status. Any change between statuses is allowed; setting the status it has
-        already changes nothing, not even the revision.
+        """Updates the status of a session.
 
-        NOT_FOUND (CHAT_SESSION_NOT_FOUND); ABORTED (ETAG_MISMATCH) when `session.etag` is set and the
-        session has changed since. Safe to repeat without an etag.
+        Every transition between statuses is allowed. Setting the current status is not a change: the
+        revision and the update time stay the same.
+
+        Errors:
+
+        - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+        - ABORTED (ETAG_MISMATCH): `session.etag` is set and is not the current revision, even if the
+        status would stay the same. Read the session again before another attempt.
+
+        Retry: safe without `session.etag`, although a retry can overwrite an update that another
+        caller made meanwhile. With an etag, a retry after a successful attempt fails with
+        ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteChatSession(self, request, context):
-        """Deletes a session with its messages, their attachments and its chat ticket. The ticket itself
-        stays.
+        """Deletes a session with its messages, their attachments and its ticket link.
 
-        NOT_FOUND (CHAT_SESSION_NOT_FOUND), also for a repeat; FAILED_PRECONDITION
-        (SESSION_HAS_ACTIVE_TICKET) while its ticket is open or pending; ABORTED (ETAG_MISMATCH).
+        The ticket itself is kept. Watchers of the session receive `session_deleted`, and their streams
+        end.
+
+        Errors:
+
+        - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+        - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision.
+        - FAILED_PRECONDITION (SESSION_HAS_ACTIVE_TICKET): the ticket of the session is OPEN or
+        PENDING.
+
+        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchChatSession(self, request, context):
-        """Follows a session: what changed after a revision, then every change as it happens, until the
-        caller leaves.
+        """Watches a session: streams what changed after a revision, and then every change as it happens.
 
-        The first response is the session. Every message that survives is delivered as created exactly
-        once per stream, in the order of `sequence`; a message that was delivered and then changed is
-        delivered again, whole, as updated; one that was deleted is named. Intermediate states may
-        coalesce, and a message delivered already changed may come again as updated. What a session
-        held when it was deleted and had not been read is gone.
+        Use it to follow a session live. The stream ends when the caller cancels it, when the session
+        is deleted, or with an error.
 
-        The `revision` of a response means: everything up to here has been delivered. Resume after
-        any break with `after_revision` set to the last one received. When the session is deleted the
-        stream says so and ends OK. A quiet stream carries a heartbeat every 15 seconds.
+        The first response is the session. Then come the changes after `after_revision`, in the order
+        of their revisions:
 
-        NOT_FOUND (CHAT_SESSION_NOT_FOUND); OUT_OF_RANGE (REVISION_OUT_OF_RANGE) for a revision that
-        the session has not reached; UNAVAILABLE when the server shuts down or loses its database, and
-        RESOURCE_EXHAUSTED (SLOW_READER) when the caller has read nothing for 30 seconds: resume.
+        - Every message that still exists is delivered as created exactly once per stream, in the order
+        of `sequence`.
+        - A message that changes after its delivery is delivered again as updated, as a whole. This
+        includes messages up to `after_revision`, which an earlier stream delivered. Several changes
+        can be combined into one update. A message that had changed before its delivery can be
+        delivered again as updated.
+        - A deleted message is named by its id.
+        - A change of `status` or `has_ticket` is delivered as the session.
+
+        The `revision` of a response is the position of the stream: everything up to this revision has
+        been delivered. To resume after any break, call again with `after_revision` set to the last
+        `revision` received.
+
+        When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
+        session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
+        delivered by then are lost. Changes to the title or status of a ticket are not streamed.
+
+        Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
+        ListChatMessages together, and at most 100 of them for one session. A response has at most 500
+        messages and about 1 MiB.
+
+        Errors:
+
+        - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+        - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): the session has not reached `after_revision`. The
+        stream also ends with this error when the database loses changes that were delivered, for
+        example in a failover. Watch again from 0.
+        - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+        could not send. Resume.
+        - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
+        server.
+        - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
+        Resume.
+
+        Retry: safe. Resume after the last `revision` received, or from the same `after_revision` when
+        nothing was received.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -184,7 +252,9 @@ def add_ChatSessionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ChatSessionService:
-    """Holds the chat sessions of a tenant.
+    """Manages the chat sessions of a tenant.
+
+    Every RPC can also return the common errors that the package comment in resources.proto lists.
     """
 
     @staticmethod

@@ -26,7 +26,11 @@ if _version_not_supported:
 
 
 class ChatTicketServiceStub:
-    """Turns chat sessions into tickets, and holds a minimal record of the tickets.
+    """Escalates chat sessions to tickets, and manages a minimal record of each ticket.
+
+    A `ChatTicket` is the link from a session to its `Ticket`.
+
+    Every RPC can also return the common errors that the package comment in resources.proto lists.
     """
 
     def __init__(self, channel):
@@ -78,77 +82,138 @@ class ChatTicketServiceStub:
 
 
 class ChatTicketServiceServicer:
-    """Turns chat sessions into tickets, and holds a minimal record of the tickets.
+    """Escalates chat sessions to tickets, and manages a minimal record of each ticket.
+
+    A `ChatTicket` is the link from a session to its `Ticket`.
+
+    Every RPC can also return the common errors that the package comment in resources.proto lists.
     """
 
     def CreateChatTicket(self, request, context):
-        """Escalates a session: links it to an existing ticket, or opens a new one and links it, in one
-        transaction. The session's has_ticket becomes true.
+        """Escalates a session: links it to an existing ticket, or to a new one that the call creates.
 
-        Safe to repeat when `chat_ticket_id` or `ticket.id` is set: a repeat returns the link as it
-        is. A new ticket's title is compared only while the ticket is unchanged. Ids of deleted links
-        and tickets must not be used again.
+        The ticket and the link are created in one transaction. `has_ticket` of the session becomes
+        true, the revision of the session increases, and watchers of the session receive the session.
+        An existing ticket can have any status. The same ticket can be linked to several sessions.
 
-        NOT_FOUND (CHAT_SESSION_NOT_FOUND, TICKET_NOT_FOUND); ALREADY_EXISTS (SESSION_HAS_TICKET) when
-        the session has a ticket, (CHAT_TICKET_ALREADY_EXISTS, TICKET_ALREADY_EXISTS) when an id
-        belongs to something else; FAILED_PRECONDITION (SESSION_ARCHIVED).
+        Errors:
+
+        - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+        - NOT_FOUND (TICKET_NOT_FOUND): `ticket_id` does not exist.
+        - ALREADY_EXISTS (SESSION_HAS_TICKET): the session is already linked to a ticket.
+        - ALREADY_EXISTS (CHAT_TICKET_ALREADY_EXISTS): `chat_ticket_id` belongs to an existing link,
+        and this call is not a retry of its creation.
+        - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
+        call is not a retry of its creation.
+        - FAILED_PRECONDITION (SESSION_ARCHIVED): the session is archived.
+
+        Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
+        its ticket as it is now. The title and status of a new ticket are compared only until the
+        ticket changes. Without an id, a retry after a successful attempt fails with
+        SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
+        does not reject them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetChatTicket(self, request, context):
-        """Returns a link with its ticket. NOT_FOUND (CHAT_TICKET_NOT_FOUND).
+        """Returns a link with its ticket.
+
+        Errors:
+
+        - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
+
+        Retry: safe.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListChatTickets(self, request, context):
-        """Lists the links of a session (none or one) or of a ticket, each with its ticket, oldest first,
-        in pages. NOT_FOUND when the session or ticket does not exist.
+        """Lists the links of a session or of a ticket with their ticket, oldest first, in pages.
+
+        A session has at most one link.
+
+        Errors:
+
+        - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+        - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+
+        Retry: safe.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteChatTicket(self, request, context):
-        """Unlinks a session from its ticket. The session's has_ticket becomes false; the ticket stays.
+        """Deletes the link from a session to its ticket. The ticket is kept.
 
-        NOT_FOUND (CHAT_TICKET_NOT_FOUND), also for a repeat.
+        `has_ticket` of the session becomes false, the revision of the session increases, and watchers
+        of the session receive the session. The status of the ticket does not matter.
+
+        Errors:
+
+        - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
+
+        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetTicket(self, request, context):
-        """Returns a ticket. NOT_FOUND (TICKET_NOT_FOUND).
+        """Returns a ticket.
+
+        Errors:
+
+        - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+
+        Retry: safe.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListTickets(self, request, context):
-        """Lists the tenant's tickets, newest first, in pages.
+        """Lists the tickets of the tenant, newest first, in pages.
+
+        The order is that of creation. Tickets with the same time are ordered by id, highest first.
+
+        Errors: the common errors only.
+
+        Retry: safe.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateTicket(self, request, context):
-        """Changes a ticket's title or status. Any change between statuses is allowed. It does not touch
-        the sessions that the ticket serves. Setting what it has already changes nothing.
+        """Updates the title or the status of a ticket.
 
-        NOT_FOUND (TICKET_NOT_FOUND). Safe to repeat.
+        Every transition between statuses is allowed. Setting the current values is not a change: the
+        update time stays the same. The sessions that are linked to the ticket do not change, and their
+        watchers receive nothing.
+
+        Errors:
+
+        - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+
+        Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteTicket(self, request, context):
-        """Deletes a ticket that no session is linked to.
+        """Deletes a ticket that is not linked to a session.
 
-        NOT_FOUND (TICKET_NOT_FOUND), also for a repeat; FAILED_PRECONDITION (TICKET_LINKED).
+        Errors:
+
+        - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+        - FAILED_PRECONDITION (TICKET_LINKED): a session is linked to the ticket.
+
+        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -206,7 +271,11 @@ def add_ChatTicketServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ChatTicketService:
-    """Turns chat sessions into tickets, and holds a minimal record of the tickets.
+    """Escalates chat sessions to tickets, and manages a minimal record of each ticket.
+
+    A `ChatTicket` is the link from a session to its `Ticket`.
+
+    Every RPC can also return the common errors that the package comment in resources.proto lists.
     """
 
     @staticmethod
