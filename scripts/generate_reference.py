@@ -230,7 +230,7 @@ def _help(action: argparse.Action) -> str:
 
 WELL_KNOWN = ".google.protobuf."
 # Fields of a file's descriptor, as source_code_info numbers them.
-MESSAGES, ENUMS, SERVICES = 4, 5, 6
+MESSAGES, ENUMS, SERVICES, SYNTAX = 4, 5, 6, 12
 FIELDS, NESTED_MESSAGES, NESTED_ENUMS, VALUES, METHODS = 2, 3, 4, 2, 2
 
 Comments = Mapping[tuple[int, ...], str]
@@ -288,6 +288,7 @@ class ApiPage:
         parts = [
             GENERATED.format(source=f"protos/{file.name}"),
             f"# {title}\n\n",
+            self._comment(SYNTAX),
         ]
         for index, service in enumerate(file.service):
             parts.append(self._comment(SERVICES, index))
