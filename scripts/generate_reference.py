@@ -230,7 +230,7 @@ def _help(action: argparse.Action) -> str:
 
 WELL_KNOWN = ".google.protobuf."
 # Fields of a file's descriptor, as source_code_info numbers them.
-MESSAGES, ENUMS, SERVICES, SYNTAX = 4, 5, 6, 12
+PACKAGE_STATEMENT, MESSAGES, ENUMS, SERVICES = 2, 4, 5, 6
 FIELDS, NESTED_MESSAGES, NESTED_ENUMS, VALUES, METHODS = 2, 3, 4, 2, 2
 
 Comments = Mapping[tuple[int, ...], str]
@@ -288,7 +288,7 @@ class ApiPage:
         parts = [
             GENERATED.format(source=f"protos/{file.name}"),
             f"# {title}\n\n",
-            self._comment(SYNTAX),
+            self._comment(PACKAGE_STATEMENT),
         ]
         for index, service in enumerate(file.service):
             parts.append(self._comment(SERVICES, index))
@@ -304,13 +304,16 @@ class ApiPage:
         return "".join(parts)
 
     def _comment(self, *path: int) -> str:
-        text = _escape(self._comments.get(path, ""))
-        paragraphs = [" ".join(part.split()) for part in re.split(r"\n *\n", text)]
-        return "".join(f"{part}\n\n" for part in paragraphs if part)
+        """A comment, which is Markdown."""
+        lines = self._comments.get(path, "").splitlines()
+        text = "\n".join(line.removeprefix(" ") for line in lines).strip()
+        return f"{text}\n\n" if text else ""
 
     def _cell(self, *path: int) -> str:
+        """A comment on one line, for a cell of a table."""
         text = self._comment(*path).strip().replace("|", "\\|")
-        return text.replace("\n\n", "<br><br>")
+        text = re.sub(r"\n+- ", "<br>• ", text).replace("\n\n", "<br><br>")
+        return " ".join(text.split())
 
     def _method(self, service: str, method: MethodDescriptorProto) -> str:
         stream = "stream of " if method.server_streaming else ""
@@ -371,10 +374,6 @@ class ApiPage:
         page = self._pages[f".{PACKAGE}.{name.partition('.')[0]}"]
         place = "" if page == _page_of(self._file) else page
         return f"[{name}]({place}#{name.lower().replace('.', '')})"
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("*", "\\*")
 
 
 # All of them
