@@ -6,6 +6,7 @@ of the protos.
 """
 
 import argparse
+import itertools
 import re
 import sys
 import tempfile
@@ -51,11 +52,12 @@ SECTIONS = {
 }
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table which phones show as one block for each row."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    """A table which phones show as one block for each row; `kind` is a class of its style."""
     lines = [head, ["---"] * len(head), *rows]
     text = "".join(f"| {' | '.join(cell or ' ' for cell in line)} |\n" for line in lines)
-    return f'<div class="stacked" markdown>\n\n{text}\n</div>\n\n'
+    classes = f"stacked {kind}".strip()
+    return f'<div class="{classes}" markdown>\n\n{text}\n</div>\n\n'
 
 
 # Settings
@@ -75,12 +77,12 @@ def settings_page() -> str:
     for name, field in config.Settings.model_fields.items():
         if name in SECTIONS:
             if rows:
-                parts.append(table(["Variable", "Default", "Meaning"], rows))
+                parts.append(table(["Variable", "Default", "Meaning"], rows, "settings"))
                 rows = []
             parts.append(f"## {SECTIONS[name]}\n\n")
         if name not in ("limits", "quotas"):
             rows.append(_setting_row(_variable(name, field), field))
-    parts.append(table(["Variable", "Default", "Meaning"], rows))
+    parts.append(table(["Variable", "Default", "Meaning"], rows, "settings"))
     for name, title, text in (
         ("limits", "Limits", "What a request may contain."),
         ("quotas", "Quotas", "What callers may use of one server process."),
@@ -91,7 +93,7 @@ def settings_page() -> str:
             _setting_row(f"{config.variable(name)}__{nested.upper()}", field)
             for nested, field in group.model_fields.items()
         ]
-        parts.append(table(["Variable", "Default", "Meaning"], rows))
+        parts.append(table(["Variable", "Default", "Meaning"], rows, "settings"))
     return "".join(parts)
 
 
@@ -135,18 +137,17 @@ def _values(field: FieldInfo) -> str:
 
 
 def errors_page() -> str:
-    rows = [
-        [f"`{reason.name}`", f"`{reason.status}`", reason.meaning, reason.action]
-        for reason in errors.REASONS
+    parts = [
+        GENERATED.format(source="REASONS in src/chat_ticket_svc/errors.py"),
+        "# Errors\n\n"
+        "Every error of the service carries `google.rpc.ErrorInfo` with the domain "
+        f"`{DOMAIN}` and one of these reasons. [Errors](../concepts/errors.md) explains how to "
+        "handle them, and lists the errors of gRPC itself, which carry no reason.\n\n",
     ]
-    return (
-        GENERATED.format(source="REASONS in src/chat_ticket_svc/errors.py")
-        + "# Errors\n\n"
-        + "Every error of the service carries `google.rpc.ErrorInfo` with the domain "
-        + f"`{DOMAIN}` and one of these reasons. [Errors](../concepts/errors.md) explains how to "
-        + "handle them, and lists the errors of gRPC itself, which carry no reason.\n\n"
-        + table(["Reason", "Status", "Meaning", "What to do"], rows)
-    )
+    for status, reasons in itertools.groupby(errors.REASONS, lambda reason: reason.status):
+        rows = [[f"`{reason.name}`", reason.meaning, reason.action] for reason in reasons]
+        parts.append(f"## {status}\n\n{table(['Reason', 'Meaning', 'What to do'], rows)}")
+    return "".join(parts)
 
 
 # Metrics
@@ -292,6 +293,7 @@ class ApiPage:
         ]
         for index, service in enumerate(file.service):
             parts.append(self._comment(SERVICES, index))
+            parts.append("[Resources](resources.md) has the rules that all RPCs share.\n\n")
             for method_index, method in enumerate(service.method):
                 parts.append(self._method(service.name, method))
                 parts.append(self._comment(SERVICES, index, METHODS, method_index))

@@ -1,4 +1,4 @@
-"""The grpcurl guide does what it says: every command, and every line that it shows of its output."""
+"""The grpcurl guide does what it says: its commands print every line that it shows."""
 
 import re
 import subprocess
