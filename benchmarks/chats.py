@@ -1,4 +1,4 @@
-"""The data of all parts: what people wrote in the chats of `chitchat-dataset` (MIT)."""
+"""The messages that all parts use: the chats of `chitchat-dataset` (MIT)."""
 
 import functools
 import itertools
@@ -12,35 +12,35 @@ import uuid_utils
 
 
 class Utterance(NamedTuple):
-    """Something to store as a message."""
+    """The content of a message."""
 
-    role: str  # user or assistant: who spoke first in the chat is the user
+    role: str  # user or assistant; the first speaker of the chat is the user
     content: str
     metadata: str | None  # a JSON object
 
 
 @functools.cache
 def chats() -> tuple[tuple[Utterance, ...], ...]:
-    """What has text of the 7,168 chats, in the order of the dataset."""
-    found = []
+    """The utterances with text of the 7,168 chats, in the order of the dataset."""
+    result = []
     for chat in chitchat_dataset.Dataset().values():
-        said = [each for turn in chat["messages"] for each in turn if each["text"]]
-        found.append(
+        utterances = [u for turn in chat["messages"] for u in turn if u["text"]]
+        result.append(
             tuple(
                 Utterance(
-                    "user" if each["sender"] == said[0]["sender"] else "assistant",
-                    each["text"],
-                    json.dumps({"sent_at": each["timestamp"], "sender": each["sender"]}),
+                    "user" if u["sender"] == utterances[0]["sender"] else "assistant",
+                    u["text"],
+                    json.dumps({"sent_at": u["timestamp"], "sender": u["sender"]}),
                 )
-                for each in said
+                for u in utterances
             )
         )
-    return tuple(found)
+    return tuple(result)
 
 
 @functools.cache
 def utterances() -> tuple[Utterance, ...]:
-    """All of them, 258,112."""
+    """The 258,112 utterances of all chats."""
     return tuple(itertools.chain.from_iterable(chats()))
 
 
@@ -51,17 +51,17 @@ FROM STDIN
 
 
 def store(
-    db: psycopg.Connection, tenant_id: str, session_id: str, said: Iterable[Utterance]
+    db: psycopg.Connection, tenant_id: str, session_id: str, utterances: Iterable[Utterance]
 ) -> None:
-    """Create a session with these messages by the fastest way there is."""
+    """Create a session with these messages by COPY, which is the fastest way."""
     session = (tenant_id, session_id)
     sequence = 0
     with db.transaction(), db.cursor() as cursor:
         cursor.execute("INSERT INTO chat_sessions (tenant_id, id) VALUES (%s, %s)", session)
         with cursor.copy(STORE) as copy:
-            for sequence, each in enumerate(said, start=1):
+            for sequence, utterance in enumerate(utterances, start=1):
                 message_id = str(uuid_utils.uuid7())
-                copy.write_row((tenant_id, message_id, session_id, sequence, sequence, *each))
+                copy.write_row((tenant_id, message_id, session_id, sequence, sequence, *utterance))
         cursor.execute(
             "UPDATE chat_sessions SET revision = %s WHERE tenant_id = %s AND id = %s",
             (sequence, *session),
@@ -69,5 +69,5 @@ def store(
 
 
 def repeated() -> Iterator[Utterance]:
-    """The utterances without an end: from the first again after the last."""
+    """The utterances, repeated endlessly."""
     return itertools.cycle(utterances())

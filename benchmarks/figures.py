@@ -1,4 +1,4 @@
-"""A figure: what was measured, what it is measured against, and whether that is good enough."""
+"""The figures: measured values, what they are compared with, and their targets."""
 
 import dataclasses
 import statistics
@@ -11,13 +11,13 @@ from typing import Any
 class Figure:
     """One line of the table.
 
-    `measured` has a value for each round, and so has `limit`, which is what was measured beside it
-    in the same rounds, when there is such a thing; `against` says what it is. `must` and `stretch`
-    are targets of the ratio where there is a limit, of the measured value where there is none.
+    `measured` has one value per round. `limit`, if given, has the values of something measured in
+    the same rounds, which `against` names. `must` and `stretch` are targets: of the ratio if there
+    is a limit, otherwise of the measured value.
 
-    `note` ends the line, with what else is worth seeing. `details` go into the JSON as they are; a
-    mapping `by_size` in them, from the size of the data (as text) to what was measured there, is
-    drawn as a curve.
+    `note` is printed at the end of the line. `details` are copied to the JSON. If they have a
+    mapping `by_size`, from the size of the data (as text) to the value there, it is drawn as a
+    curve.
     """
 
     part: str
@@ -46,14 +46,14 @@ class Figure:
 
     @property
     def ratio(self) -> float | None:
-        """The median of the rounds' ratios: what the machine did meanwhile met both alike."""
+        """The median of the rounds' ratios. Other load on the machine affects both values alike."""
         if not self.limit:
             return None
         pairs = zip(self.measured, self.limit, strict=True)
         return statistics.median(value / limit for value, limit in pairs)
 
     def reaches(self, target: float | None) -> bool | None:
-        """None when there is no such target."""
+        """Whether the figure reaches the target. None without a target."""
         if target is None:
             return None
         value = self.median if self.ratio is None else self.ratio
@@ -71,7 +71,7 @@ class Figure:
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """The figures, a line each."""
+    """A table with one line per figure."""
     head = (
         "part",
         "what",
@@ -81,7 +81,7 @@ def table(figures: Sequence[Figure]) -> str:
         "must",
         "stretch",
         "",
-        "beside it",
+        "note",
     )
     rows = [head, *(_row(figure) for figure in figures)]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
@@ -114,5 +114,5 @@ def _row(figure: Figure) -> tuple[str, ...]:
 
 
 def _number(value: float) -> str:
-    """Three digits that count, at least."""
+    """The value with at least three significant digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,9 +1,9 @@
-"""What a call takes as the data grows, and as a session does: of one caller, in sequence.
+"""The latency of calls as the data grows, and as a session grows: one caller, one call at a time.
 
-There is a database for each size, loaded by plain SQL, and calls are made on all of them in turn.
-Half of the messages are one large tenant's, the others those of a thousand tenants down to a few
-messages each; a small one is the same in all. What is called for is as much at every size, or it
-is divided by how much it is.
+There is one database per size, loaded with plain SQL. Calls are made on all of them in turn. Half
+of the messages belong to one large tenant, the others to a thousand tenants, down to a few
+messages each. One small tenant is the same in every database. Each call reads or writes the same
+amount at every size, or its time is divided by the amount.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ from chat_ticket.v1.chat_message_pb2_grpc import ChatMessageServiceStub
 from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
 from chat_ticket.v1.resources_pb2 import CHAT_MESSAGE_ROLE_USER, ChatMessage
 from chat_ticket_svc.services import paging
-from chat_ticket_svc.services.validate import LAST_ID
+from chat_ticket_svc.services.validate import MAX_UUID
 from chat_ticket_svc.store import (
     group_commit,
     message_listing,
@@ -47,9 +47,9 @@ from chat_ticket_svc.store import (
 NAME = "growth"
 SECONDS = 240
 
-SIZES = (10_000, 1_000_000, 5_000_000)  # of the data, in messages
-LENGTHS = (10, 1_000, 100_000)  # of sessions
-LENGTH = 1_000  # where it is the data that grows
+SIZES = (10_000, 1_000_000, 5_000_000)  # messages in a database
+LENGTHS = (10, 1_000, 100_000)  # messages in a session
+LENGTH = 1_000  # when the database grows
 TARGET = 1.5
 
 LARGE, SMALL = "large", "small"
@@ -58,51 +58,54 @@ SMALL_SESSIONS = 20
 COMMON, RARE = "like", "zyzzyva"
 RARE_MESSAGES = 20
 
-PAGE = 50
-CALLS = 10  # of a kind in a round
-PATIENCE_SECONDS = 30
+PAGE_SIZE = 50
+CALLS = 10  # of each kind per round
+TIMEOUT_SECONDS = 30
 
-# In the order in which people would have written it, so that chats overlap.
-SAID = """
-CREATE UNLOGGED TABLE said AS
+# In the order in which people would have written them, so that chats overlap.
+LOAD_UTTERANCES = """
+CREATE UNLOGGED TABLE utterances AS
 SELECT chat, ordinal, role, content, metadata::jsonb AS metadata,
        '7' || substr(digest, 1, 3) || '8' || substr(digest, 4, 15) AS tail
   FROM unnest(%(chats)s::integer[], %(ordinals)s::integer[], %(roles)s::text[],
               %(contents)s::text[], %(metadatas)s::text[])
-           AS said (chat, ordinal, role, content, metadata),
+           AS utterances (chat, ordinal, role, content, metadata),
        md5(chat || ' ' || ordinal) AS digest
  ORDER BY chat + 2 * ordinal, chat
 """
-PLANNED = """
-CREATE TEMPORARY TABLE planned (
-    tenant_id text, session_id uuid, chat integer, begun timestamptz, length bigint
+CREATE_PLANNED_SESSIONS = """
+CREATE TEMPORARY TABLE planned_sessions (
+    tenant_id text, session_id uuid, chat integer, started_at timestamptz, length bigint
 )
 """
-BEGIN_SESSIONS = """
+INSERT_SESSIONS = """
 INSERT INTO chat_sessions (tenant_id, id, revision, created_at, updated_at)
-SELECT tenant_id, session_id, length, begun, begun + length * interval '20 seconds' FROM planned
+SELECT tenant_id, session_id, length, started_at, started_at + length * interval '20 seconds'
+  FROM planned_sessions
 """
-SAY = """
+INSERT_MESSAGES = """
 INSERT INTO chat_messages
        (tenant_id, id, session_id, sequence, revision, role, content, metadata, created_at)
 SELECT tenant_id,
-       ('0' || to_hex((extract(epoch FROM begun) * 1000)::bigint + 20000 * ordinal) || tail)::uuid,
+       ('0' || to_hex((extract(epoch FROM started_at) * 1000)::bigint + 20000 * ordinal)
+            || tail)::uuid,
        session_id, ordinal, ordinal, role, content, metadata,
-       begun + ordinal * interval '20 seconds'
-  FROM said JOIN planned USING (chat)
+       started_at + ordinal * interval '20 seconds'
+  FROM utterances JOIN planned_sessions USING (chat)
 """
-# Older than the chats: lists and searches of the newest meet those.
+# These sessions are older than the chats, so that lists and searches of the newest find the chats.
 ADD_SESSION = """
 WITH session AS (
     INSERT INTO chat_sessions (tenant_id, id, revision, created_at, updated_at)
-    VALUES (%(tenant_id)s, %(id)s::uuid, %(length)s, %(begun)s, %(begun)s + interval '1 day')
+    VALUES (%(tenant_id)s, %(id)s::uuid, %(length)s, %(started_at)s,
+            %(started_at)s + interval '1 day')
 )
 INSERT INTO chat_messages
        (tenant_id, id, session_id, sequence, revision, role, content, metadata, created_at)
 SELECT %(tenant_id)s, uuidv7(), %(id)s::uuid, number, number, role,
        coalesce(%(content)s::text, content), metadata,
-       %(begun)s + number * interval '1 microsecond'
-  FROM (SELECT *, row_number() OVER () AS number FROM said LIMIT %(length)s) AS numbered
+       %(started_at)s + number * interval '1 microsecond'
+  FROM (SELECT *, row_number() OVER () AS number FROM utterances LIMIT %(length)s) AS numbered
 """
 COUNT = """
 SELECT count(*) FROM chat_messages
@@ -116,24 +119,25 @@ SELECT id FROM chat_messages
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What is called for at one size of the data; sessions are the large tenant's, by length."""
+class Dataset:
+    """What the calls use at one size of the data: sessions of the large tenant, by length."""
 
-    sessions: Mapping[int, str]  # to read, to write to and to follow
-    doomed: Mapping[int, list[str]]  # to delete
-    common: int  # messages of the large tenant that have the common word
+    sessions: Mapping[int, str]  # to read, to write to and to watch
+    to_delete: Mapping[int, list[str]]
+    common: int  # messages of the large tenant that contain the common word
 
 
-def load(url: str, size: int, lengths: Sequence[int], doomed: int) -> Scene:
-    """Fill a database with chats, a session of each length, and `doomed` more of each."""
+def load(url: str, size: int, lengths: Sequence[int], to_delete: int) -> Dataset:
+    """Fill a database with chats, a session of each length, and `to_delete` more of each length."""
     with psycopg.connect(url, autocommit=True) as db:
-        # Without checks, triggers and the index that takes most of the time, which is built then.
+        # Without checks and triggers, and without the index that would take most of the time. It is
+        # built afterwards.
         for setting in ("session_replication_role = replica", "maintenance_work_mem = '1GB'"):
             db.execute(f"SET {setting}")
         [[index]] = db.execute("SELECT pg_get_indexdef('idx_chat_messages_content'::regclass)")
         db.execute("DROP INDEX idx_chat_messages_content")
-        _prepare(db)
-        begun = datetime.now(UTC) - timedelta(days=30)
+        _load_utterances(db)
+        started_at = datetime.now(UTC) - timedelta(days=30)
         messages = 0
 
         def add(tenant_id: str, length: int, content: str | None = None) -> str:
@@ -141,177 +145,185 @@ def load(url: str, size: int, lengths: Sequence[int], doomed: int) -> Scene:
             messages += length
             session_id = str(uuid_utils.uuid7())
             params = {"tenant_id": tenant_id, "id": session_id, "length": length}
-            before = {"begun": begun - timedelta(days=10), "content": content}
+            before = {"started_at": started_at - timedelta(days=10), "content": content}
             db.execute(ADD_SESSION, params | before)
             return session_id
 
         for tenant_id in (LARGE, SMALL):
             add(tenant_id, RARE_MESSAGES, f"{RARE} and others")
-        kept = {length: add(LARGE, length) for length in lengths}
-        ending = {length: [add(LARGE, length) for _ in range(doomed)] for length in lengths}
-        planned = _plan(begun)
-        while messages < size:  # each time all chats, with other ids and at a later time
-            db.execute("TRUNCATE planned")
-            with db.cursor().copy("COPY planned FROM STDIN") as copy:
-                for row in itertools.islice(planned, len(chats.chats())):
+        sessions_by_length = {length: add(LARGE, length) for length in lengths}
+        sessions_to_delete = {
+            length: [add(LARGE, length) for _ in range(to_delete)] for length in lengths
+        }
+        planned_sessions = _generate_sessions(started_at)
+        while messages < size:  # each pass adds all chats, with new ids and later times
+            db.execute("TRUNCATE planned_sessions")
+            with db.cursor().copy("COPY planned_sessions FROM STDIN") as copy:
+                for row in itertools.islice(planned_sessions, len(chats.chats())):
                     copy.write_row(row)
                     messages += row[-1]
                     if messages >= size:
                         break
-            db.execute("ANALYZE planned")
-            db.execute(BEGIN_SESSIONS)
-            db.execute(SAY)
+            db.execute("ANALYZE planned_sessions")
+            db.execute(INSERT_SESSIONS)
+            db.execute(INSERT_MESSAGES)
         db.execute(index)
         db.execute("VACUUM (ANALYZE)")
         [[common]] = db.execute(COUNT, (LARGE, COMMON)).fetchall()
-    return Scene(kept, ending, common)
+    return Dataset(sessions_by_length, sessions_to_delete, common)
 
 
-def _prepare(db: psycopg.Connection) -> None:
+def _load_utterances(db: psycopg.Connection) -> None:
     columns = zip(
         *(
-            (number, ordinal, each.role, each.content, each.metadata)
+            (number, ordinal, utterance.role, utterance.content, utterance.metadata)
             for number, chat in enumerate(chats.chats())
-            for ordinal, each in enumerate(chat, start=1)
+            for ordinal, utterance in enumerate(chat, start=1)
         ),
         strict=True,
     )
     names = ("chats", "ordinals", "roles", "contents", "metadatas")
-    db.execute(SAID, dict(zip(names, map(list, columns), strict=True)))
-    db.execute("ANALYZE said")
-    db.execute(PLANNED)
+    db.execute(LOAD_UTTERANCES, dict(zip(names, map(list, columns), strict=True)))
+    db.execute("ANALYZE utterances")
+    db.execute(CREATE_PLANNED_SESSIONS)
 
 
-def _plan(begun: datetime) -> Iterator[tuple[str, str, int, datetime, int]]:
-    """Sessions without an end, one every ten seconds, in the order of the columns of `planned`."""
-    chance = random.Random(4)  # noqa: S311 - the same data each time
-    for number, (chat, said) in enumerate(itertools.cycle(enumerate(chats.chats()))):
+def _generate_sessions(started_at: datetime) -> Iterator[tuple[str, str, int, datetime, int]]:
+    """An endless series of rows of `planned_sessions`, one session every ten seconds."""
+    generator = random.Random(4)  # noqa: S311 - the same data in every run
+    for number, (chat, utterances) in enumerate(itertools.cycle(enumerate(chats.chats()))):
         if number % 2:
             tenant_id = LARGE
         elif number < 2 * SMALL_SESSIONS:
             tenant_id = SMALL
         else:
-            # As many tenants have more than n as there are with more than 2 n among those.
-            tenant_id = f"tenant-{int(OTHER_TENANTS ** chance.random())}"
-        milliseconds = int(begun.timestamp() * 1000)
-        tail = chance.getrandbits(62)
+            # The sizes of the tenants follow a power law: tenant n has a share of 1/n.
+            tenant_id = f"tenant-{int(OTHER_TENANTS ** generator.random())}"
+        milliseconds = int(started_at.timestamp() * 1000)
+        tail = generator.getrandbits(62)
         session_id = str(uuid.UUID(int=milliseconds << 80 | 7 << 76 | 2 << 62 | tail))
-        yield tenant_id, session_id, chat, begun, len(said)
-        begun += timedelta(seconds=10)
+        yield tenant_id, session_id, chat, started_at, len(utterances)
+        started_at += timedelta(seconds=10)
 
 
 class Caller:
-    """Makes calls on one server, and tells how many milliseconds each took."""
+    """Makes calls on one server. Each method returns the milliseconds that its call took."""
 
-    def __init__(self, channel: grpc.aio.Channel, scene: Scene):
+    def __init__(self, channel: grpc.aio.Channel, dataset: Dataset):
         self._sessions = ChatSessionServiceStub(channel)
         self._messages = ChatMessageServiceStub(channel)
-        self._scene = scene
+        self._dataset = dataset
 
     async def get_session(self, length: int) -> float:
-        request = sessions_pb2.GetChatSessionRequest(session_id=self._scene.sessions[length])
-        return await _took(self._sessions.GetChatSession(request, **_as(LARGE)))
+        request = sessions_pb2.GetChatSessionRequest(session_id=self._dataset.sessions[length])
+        return await _milliseconds(self._sessions.GetChatSession(request, **_options(LARGE)))
 
     async def get_message(self, length: int) -> float:
         [message] = await self._list(length, limit=1)
         request = messages_pb2.GetChatMessageRequest(message_id=message.id)
-        return await _took(self._messages.GetChatMessage(request, **_as(LARGE)))
+        return await _milliseconds(self._messages.GetChatMessage(request, **_options(LARGE)))
 
     async def create_message(self, length: int) -> float:
-        return await _took(self._create(length))
+        return await _milliseconds(self._create(length))
 
     async def list_first_messages(self, length: int) -> float:
-        return await _took(self._list(length, limit=LENGTHS[0]))
+        return await _milliseconds(self._list(length, limit=LENGTHS[0]))
 
     async def list_last_messages(self, length: int) -> float:
-        return await _took(self._list(length, limit=LENGTHS[0], after=length - LENGTHS[0]))
+        return await _milliseconds(self._list(length, limit=LENGTHS[0], after=length - LENGTHS[0]))
 
-    async def follow(self, length: int) -> float:
-        """From a create to its event."""
-        session_id = self._scene.sessions[length]
+    async def receive_event(self, length: int) -> float:
+        """The time from a create to its event."""
+        session_id = self._dataset.sessions[length]
         get = sessions_pb2.GetChatSessionRequest(session_id=session_id)
-        session = (await self._sessions.GetChatSession(get, **_as(LARGE))).session
+        session = (await self._sessions.GetChatSession(get, **_options(LARGE))).session
         watch = sessions_pb2.WatchChatSessionRequest(
             session_id=session_id, after_revision=session.revision
         )
-        stream: Any = self._sessions.WatchChatSession(watch, **_as(LARGE))
+        stream: Any = self._sessions.WatchChatSession(watch, **_options(LARGE))
         while not (await stream.read()).HasField("caught_up"):
             pass
 
-        async def create_and_hear() -> None:
+        async def create_and_receive() -> None:
             creating = asyncio.create_task(self._create(length))
             while not (await stream.read()).HasField("messages_created"):
                 pass
             await creating
 
-        took = await _took(create_and_hear())
+        milliseconds = await _milliseconds(create_and_receive())
         stream.cancel()
-        return took
+        return milliseconds
 
     async def delete_session(self, length: int) -> float:
-        """For each of its messages, in microseconds."""
-        session_id = self._scene.doomed[length].pop()
+        """The microseconds per message of the session."""
+        session_id = self._dataset.to_delete[length].pop()
         request = sessions_pb2.DeleteChatSessionRequest(session_id=session_id)
-        took = await _took(self._sessions.DeleteChatSession(request, **_as(LARGE)))
-        return 1000 * took / length
+        milliseconds = await _milliseconds(
+            self._sessions.DeleteChatSession(request, **_options(LARGE))
+        )
+        return 1000 * milliseconds / length
 
     async def list_sessions(self, order: str) -> float:
         request = sessions_pb2.ListChatSessionsRequest(
             order_by=f"CHAT_SESSION_ORDER_{order}",  # type: ignore[arg-type]
-            page_size=PAGE,
+            page_size=PAGE_SIZE,
         )
-        return await _took(self._sessions.ListChatSessions(request, **_as(LARGE)))
+        return await _milliseconds(self._sessions.ListChatSessions(request, **_options(LARGE)))
 
     async def search(self, tenant_id: str, word: str) -> float:
-        """Of what is common in the large tenant, microseconds for each message looked at."""
-        request = messages_pb2.SearchChatMessagesRequest(query=word, page_size=PAGE)
-        began = time.perf_counter()
-        found = await self._messages.SearchChatMessages(request, **_as(tenant_id))
-        took = 1000 * (time.perf_counter() - began)
-        if word == RARE and (len(found.hits), found.incomplete_results) != (RARE_MESSAGES, False):
-            raise RuntimeError(f"{len(found.hits)} rare messages were found")
+        """For the common word in the large tenant, the microseconds per message examined."""
+        request = messages_pb2.SearchChatMessagesRequest(query=word, page_size=PAGE_SIZE)
+        started_at = time.perf_counter()
+        response = await self._messages.SearchChatMessages(request, **_options(tenant_id))
+        milliseconds = 1000 * (time.perf_counter() - started_at)
+        if word == RARE and (len(response.hits), response.incomplete_results) != (
+            RARE_MESSAGES,
+            False,
+        ):
+            raise RuntimeError(f"the search has results {len(response.hits)} rare messages")
         if (tenant_id, word) == (LARGE, COMMON):
-            looked_at = search.MOST_MESSAGES if found.incomplete_results else self._scene.common
-            took = 1000 * took / looked_at
-        return took
+            limit = search.MAX_MESSAGES
+            examined = limit if response.incomplete_results else self._dataset.common
+            return 1000 * milliseconds / examined
+        return milliseconds
 
     async def _create(self, length: int) -> None:
         message = ChatMessage(role=CHAT_MESSAGE_ROLE_USER, content="Where is my order?")
         request = messages_pb2.CreateChatMessageRequest(
-            session_id=self._scene.sessions[length], message=message
+            session_id=self._dataset.sessions[length], message=message
         )
-        await self._messages.CreateChatMessage(request, **_as(LARGE))
+        await self._messages.CreateChatMessage(request, **_options(LARGE))
 
     async def _list(self, length: int, *, limit: int, after: int = 0) -> list[ChatMessage]:
         request = messages_pb2.ListChatMessagesRequest(
-            session_id=self._scene.sessions[length], after_sequence=after, limit=limit
+            session_id=self._dataset.sessions[length], after_sequence=after, limit=limit
         )
-        found: list[ChatMessage] = []
-        async for response in self._messages.ListChatMessages(request, **_as(LARGE)):
-            found += response.messages
-        if len(found) != limit:
-            raise RuntimeError(f"{len(found)} messages were listed")
-        return found
+        result: list[ChatMessage] = []
+        async for response in self._messages.ListChatMessages(request, **_options(LARGE)):
+            result += response.messages
+        if len(result) != limit:
+            raise RuntimeError(f"{len(result)} messages were listed, not {limit}")
+        return result
 
 
-def _as(tenant_id: str) -> Any:
-    return {"metadata": [("x-tenant-id", tenant_id)], "timeout": PATIENCE_SECONDS}
+def _options(tenant_id: str) -> Any:
+    return {"metadata": [("x-tenant-id", tenant_id)], "timeout": TIMEOUT_SECONDS}
 
 
-async def _took(call: Awaitable[object]) -> float:
-    began = time.perf_counter()
+async def _milliseconds(call: Awaitable[object]) -> float:
+    started_at = time.perf_counter()
     await call
-    return 1000 * (time.perf_counter() - began)
+    return 1000 * (time.perf_counter() - started_at)
 
 
-# In a session of some length.
+# Calls on a session of a given length.
 SESSION_CALLS: Mapping[str, Callable[[Caller, int], Awaitable[float]]] = {
     "GetChatSession": Caller.get_session,
     "GetChatMessage": Caller.get_message,
     "CreateChatMessage": Caller.create_message,
     "ListChatMessages, the first 10": Caller.list_first_messages,
     "ListChatMessages, the last 10": Caller.list_last_messages,
-    "from a create to its event": Caller.follow,
+    "from a create to its event": Caller.receive_event,
     "DeleteChatSession, each message": Caller.delete_session,
 }
 TENANT_CALLS: Mapping[str, Callable[[Caller], Awaitable[float]]] = {
@@ -324,39 +336,39 @@ TENANT_CALLS: Mapping[str, Callable[[Caller], Awaitable[float]]] = {
         LARGE, COMMON
     ),
 }
-# Of which there is one in a round, and no more sessions than rounds.
+# This call is made once per round: there is one session to delete per round.
 DELETE = "DeleteChatSession, each message"
 
-# The medians of the rounds, by the size of the data and the name of the call; and the length of the
-# session, if it is about one.
+# The medians of the rounds, by the size of the data, the name of the call, and the length of the
+# session, if the call is about one.
 Rounds = dict[tuple[int, str, int | None], list[float]]
 
 
 def measure(bench: Bench) -> list[Figure]:
     with contextlib.ExitStack() as stack:
         urls: dict[int, str] = {}
-        scenes: dict[int, Scene] = {}
+        datasets: dict[int, Dataset] = {}
         servers: dict[int, Server] = {}
         for size in SIZES:
             bench.progress(f"loading {size:,} messages")
             urls[size] = stack.enter_context(bench.postgres.database())
             lengths = LENGTHS if size == SIZES[-1] else (LENGTH,)
-            scenes[size] = load(urls[size], size, lengths, bench.rounds)
+            datasets[size] = load(urls[size], size, lengths, bench.rounds)
         with psycopg.connect(urls[size], autocommit=True) as db:
-            # Or what calls write would wait for what was loaded to reach the disk.
+            # Otherwise the writes of calls would wait until the loaded data is on disk.
             db.execute("CHECKPOINT")
         for size, url in urls.items():
             log = bench.directory / f"{size}.log"
             servers[size] = stack.enter_context(service.server(url, log=log))
-        found = asyncio.run(_rounds(bench, servers, scenes))
-        plans = _plans(urls[size], scenes[size])
+        results = asyncio.run(_measure_rounds(bench, servers, datasets))
+        plans = _explain(urls[size], datasets[size])
     of_data = [
-        _figure(name, "all", {each: found[each, name, length] for each in SIZES}, plans)
+        _figure(name, "all", {each: results[each, name, length] for each in SIZES}, plans)
         for names, length in ((SESSION_CALLS, LENGTH), (TENANT_CALLS, None))
         for name in names
     ]
     of_sessions = [
-        _figure(name, "a session", {each: found[size, name, each] for each in LENGTHS}, plans)
+        _figure(name, "a session", {each: results[size, name, each] for each in LENGTHS}, plans)
         for name in SESSION_CALLS
     ]
     return of_data + of_sessions
@@ -365,7 +377,7 @@ def measure(bench: Bench) -> list[Figure]:
 def _figure(
     name: str, where: str, by_size: Mapping[int, list[float]], plans: Mapping[str, str]
 ) -> Figure:
-    """The largest size against the smallest."""
+    """The latency at the largest size, compared with that at the smallest."""
     medians = {size: statistics.median(rounds) for size, rounds in by_size.items()}
     sizes = sorted(by_size)
     return Figure(
@@ -385,20 +397,22 @@ def _figure(
     )
 
 
-async def _rounds(
-    bench: Bench, servers: Mapping[int, Server], scenes: Mapping[int, Scene]
+async def _measure_rounds(
+    bench: Bench, servers: Mapping[int, Server], datasets: Mapping[int, Dataset]
 ) -> Rounds:
-    """Calls of one kind follow one another, of whatever size, so that they meet the same."""
-    found: Rounds = defaultdict(list)
+    """Make all calls in each round. Calls of one kind run in succession, so that other load on the
+    machine affects all sizes alike.
+    """
+    results: Rounds = defaultdict(list)
     async with contextlib.AsyncExitStack() as stack:
         callers = {}
         for size, server in servers.items():
             channel = await stack.enter_async_context(grpc.aio.insecure_channel(server.address))
-            callers[size] = Caller(channel, scenes[size])
+            callers[size] = Caller(channel, datasets[size])
         calls: dict[tuple[int, str, int | None], Callable[[], Awaitable[float]]] = {}
         for name, call in SESSION_CALLS.items():
             for size, caller in callers.items():
-                for length in scenes[size].sessions:
+                for length in datasets[size].sessions:
                     calls[size, name, length] = functools.partial(call, caller, length)
         for name, call_tenant in TENANT_CALLS.items():
             for size, caller in callers.items():
@@ -409,37 +423,42 @@ async def _rounds(
                 is_delete = key[1] == DELETE
                 if number == 0 and is_delete:
                     continue
-                took = [await make_call() for _ in range(1 if is_delete else CALLS)]
-                if number:  # the first warms up
-                    found[key].append(statistics.median(took))
-    return found
+                times = [await make_call() for _ in range(1 if is_delete else CALLS)]
+                if number:  # the first is a warm-up
+                    results[key].append(statistics.median(times))
+    return results
 
 
-def _plans(url: str, scene: Scene) -> dict[str, str]:
-    """How PostgreSQL runs what the calls send."""
-    session = {"tenant_id": LARGE, "session_id": scene.sessions[LENGTH]}
-    by_id = {"tenant_id": LARGE, "id": scene.sessions[LENGTH]}
-    page = {**session, "roles": None, "limit": LENGTHS[0], "whole": message_listing.WHOLE_BYTES}
-    newest = {"after_time": paging.END_OF_TIME, "after_id": LAST_ID, "limit": PAGE + 1}
-    every = dict.fromkeys(sessions.Filter._fields)
-    asked = {
-        "messages": search.MOST_MESSAGES,
-        "bytes": search.MOST_BYTES,
-        "sessions": search.MOST_SESSIONS,
+def _explain(url: str, dataset: Dataset) -> dict[str, str]:
+    """PostgreSQL's plans for the statements of the calls."""
+    session = {"tenant_id": LARGE, "session_id": dataset.sessions[LENGTH]}
+    by_id = {"tenant_id": LARGE, "id": dataset.sessions[LENGTH]}
+    page = {
+        **session,
+        "roles": None,
+        "limit": LENGTHS[0],
+        "message_bytes": message_listing.FIRST_READ_MESSAGE_BYTES,
+    }
+    newest = {"after_time": paging.END_OF_TIME, "after_id": MAX_UUID, "limit": PAGE_SIZE + 1}
+    no_filter = dict.fromkeys(sessions.Filter._fields)
+    search_params = {
+        "messages": search.MAX_MESSAGES,
+        "bytes": search.MAX_BYTES,
+        "sessions": search.MAX_SESSIONS,
         "after_score": math.inf,
         "headline": "",
         "characters": search.HEADLINE_CHARACTERS,
         **dict.fromkeys(("session_id", "roles", "created_from", "created_to")),
         **newest,
     }
-    rare, common = asked | {"query": RARE}, asked | {"query": COMMON}
+    rare, common = search_params | {"query": RARE}, search_params | {"query": COMMON}
     statements: dict[str, tuple[LiteralString, dict[str, Any]]] = {
         "GetChatSession": (sessions.GET, by_id),
         "CreateChatMessage": (
             group_commit.APPEND_BATCH,
             {
                 "tenant_ids": [LARGE],
-                "session_ids": [scene.sessions[LENGTH]],
+                "session_ids": [dataset.sessions[LENGTH]],
                 "ids": [str(uuid_utils.uuid7())],
                 "roles": ["user"],
                 "contents": ["Where is my order?"],
@@ -456,16 +475,16 @@ def _plans(url: str, scene: Scene) -> dict[str, str]:
         ),
         "from a create to its event": (
             session_changes.PAGE,
-            session | {"after": LENGTH - 1, "limit": PAGE, "bytes": messages.PAGE_BYTES},
+            session | {"after": LENGTH - 1, "limit": PAGE_SIZE, "bytes": messages.PAGE_BYTES},
         ),
         DELETE: (sessions.DELETE, by_id),
         "ListChatSessions, 50 by create time": (
             sessions.LIST_BY_CREATE_TIME,
-            {"tenant_id": LARGE, **every, **newest},
+            {"tenant_id": LARGE, **no_filter, **newest},
         ),
         "ListChatSessions, 50 by update time": (
             sessions.LIST_BY_UPDATE_TIME,
-            {"tenant_id": LARGE, **every, **newest},
+            {"tenant_id": LARGE, **no_filter, **newest},
         ),
         "search of a rare word, large tenant": (
             search.SEARCH_BY_INDEX,

@@ -1,7 +1,8 @@
-"""As much of HTTP/2 as a gRPC client needs, and no more, so that it costs what h2load costs.
+"""A minimal HTTP/2 client for gRPC calls, about as fast as h2load.
 
-A client of gRPC's own takes longer for a call than the server does, and would be what is measured.
-tests/http2.py speaks by a library, and says what no client should; this one only says what it must.
+gRPC's own client needs more time per call than the server does, so it would measure itself. The
+client in tests/support/http2.py uses a library and can break the protocol. This one sends only
+what the calls need.
 """
 
 import socket
@@ -34,12 +35,12 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
 
 
 def message(serialized: bytes) -> bytes:
-    """A message as gRPC frames it."""
+    """A message with gRPC's length prefix."""
     return struct.pack(">BI", 0, len(serialized)) + serialized
 
 
 def messages(data: bytes) -> Iterator[bytes]:
-    """The whole messages at the beginning of what came on a stream."""
+    """The complete messages at the beginning of a stream's data."""
     at = 0
     while at + 5 <= len(data):
         _, size = struct.unpack_from(">BI", data, at)
@@ -50,7 +51,7 @@ def messages(data: bytes) -> Iterator[bytes]:
 
 
 def request_headers(path: str, tenant: str) -> bytes:
-    """The headers of a call, as literals that are not to be remembered."""
+    """The headers of a call, as HPACK literals without indexing."""
     headers = (
         (":method", "POST"),
         (":scheme", "http"),
@@ -67,7 +68,7 @@ def request_headers(path: str, tenant: str) -> bytes:
 
 
 class Connection:
-    """One connection; `window` is how many bytes the server may send on each stream, in all."""
+    """One connection. `window` is the number of bytes that the server may send on each stream."""
 
     def __init__(self, address: str, *, window: int = LARGEST_WINDOW):
         host, _, port = address.rpartition(":")
@@ -75,12 +76,12 @@ class Connection:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._next_stream = 1
         self._buffer = b""
-        self._received = 0  # since the server was last given a window of the connection
+        self._received = 0  # since the last WINDOW_UPDATE of the connection
         self._decoder = hpack.Decoder()
-        self._known: dict[bytes, Headers] = {}
-        # What the server takes: on the connection, on a new stream, and on those that wait for it.
+        self._header_cache: dict[bytes, Headers] = {}
+        # The server's windows: of the connection, of a new stream, and of the blocked streams.
         self._window = self._stream_window = DEFAULT_WINDOW
-        self._waiting: dict[int, tuple[bytes, int]] = {}
+        self._blocked: dict[int, tuple[bytes, int]] = {}
         settings = struct.pack(">HI", INITIAL_WINDOW_SIZE, window)
         more = struct.pack(">I", LARGEST_WINDOW - DEFAULT_WINDOW)
         self._socket.sendall(
@@ -94,16 +95,16 @@ class Connection:
         self._socket.close()
 
     def call(self, headers: bytes, body: bytes) -> int:
-        """Begin a call with one request; returns its stream."""
+        """Start a call with one request, and return its stream."""
         stream = self._next_stream
         self._next_stream += 2
         out = frame(HEADERS, END_HEADERS, stream, headers)
         size = len(body)
-        if size <= min(self._window, self._stream_window, LARGEST_FRAME) and not self._waiting:
+        if size <= min(self._window, self._stream_window, LARGEST_FRAME) and not self._blocked:
             self._window -= size
             self._socket.sendall(out + frame(DATA, END_STREAM, stream, body))
         else:
-            self._waiting[stream] = body, self._stream_window
+            self._blocked[stream] = body, self._stream_window
             self._socket.sendall(out)
             self._send_waiting()
         return stream
@@ -112,7 +113,7 @@ class Connection:
         self._socket.sendall(frame(RST_STREAM, 0, stream, struct.pack(">I", 8)))
 
     def read(self) -> bytes:
-        """What has come, to be given to `feed`."""
+        """The received bytes, to be passed to `feed`."""
         received = self._socket.recv(RECEIVE_BYTES)
         if not received:
             raise CallFailedError("the server closed the connection")
@@ -122,7 +123,7 @@ class Connection:
         return self.feed(self.read())
 
     def feed(self, received: bytes) -> Iterator[tuple[int, bytes | None]]:
-        """Gives data by stream, and None for a stream that has ended with status 0."""
+        """Yield data with its stream, and None for a stream that has ended with status 0."""
         buffer = self._buffer + received if self._buffer else received
         at, end = 0, len(buffer)
         while end - at >= 9:
@@ -136,7 +137,7 @@ class Connection:
                 self._received += len(payload)
                 yield stream, payload
             elif kind == HEADERS:
-                headers = self._decoded(payload)
+                headers = self._decode_headers(payload)
                 if flags & END_STREAM:
                     self._require_ok(headers)
                     yield stream, None
@@ -152,7 +153,7 @@ class Connection:
             for name, value in struct.iter_unpack(">HI", payload):
                 if name == INITIAL_WINDOW_SIZE:
                     more, self._stream_window = value - self._stream_window, value
-                    self._waiting = {s: (b, w + more) for s, (b, w) in self._waiting.items()}
+                    self._blocked = {s: (b, w + more) for s, (b, w) in self._blocked.items()}
             self._socket.sendall(frame(SETTINGS, ACK, 0))
             self._send_waiting()
         elif kind == PING and not flags & ACK:
@@ -161,18 +162,18 @@ class Connection:
             more = int.from_bytes(payload, "big")
             if stream == 0:
                 self._window += more
-            elif stream in self._waiting:
-                body, window = self._waiting[stream]
-                self._waiting[stream] = body, window + more
+            elif stream in self._blocked:
+                body, window = self._blocked[stream]
+                self._blocked[stream] = body, window + more
             self._send_waiting()
         elif kind in (RST_STREAM, GOAWAY):
             raise CallFailedError(f"frame {kind} on stream {stream}: {payload!r}")
         elif kind not in (SETTINGS, PING):
-            raise CallFailedError(f"a frame of kind {kind}, which is not expected")
+            raise CallFailedError(f"unexpected frame of kind {kind}")
 
     def _send_waiting(self) -> None:
-        """What did not fit before, as far as it fits now."""
-        for stream, (body, window) in list(self._waiting.items()):
+        """Send the blocked requests as far as the windows allow."""
+        for stream, (body, window) in list(self._blocked.items()):
             rest = body
             while room := min(self._window, window, LARGEST_FRAME, len(rest)):
                 part, rest = rest[:room], rest[room:]
@@ -181,20 +182,20 @@ class Connection:
                 flags = 0 if rest else END_STREAM
                 self._socket.sendall(frame(DATA, flags, stream, part))
             if rest:
-                self._waiting[stream] = rest, window
+                self._blocked[stream] = rest, window
             else:
-                del self._waiting[stream]
+                del self._blocked[stream]
 
-    def _decoded(self, block: bytes) -> Headers:
-        headers = self._known.get(block)
+    def _decode_headers(self, block: bytes) -> Headers:
+        headers = self._header_cache.get(block)
         if headers is None:
             table = self._decoder.header_table.dynamic_entries
             before = list(table)
             headers = {str(name): str(value) for name, value in self._decoder.decode(block)}
             if list(table) == before:
-                self._known[block] = headers
-            else:  # the same bytes may mean something else from now on
-                self._known.clear()
+                self._header_cache[block] = headers
+            else:  # the dynamic table has changed, so the same bytes may now mean something else
+                self._header_cache.clear()
         return headers
 
     @staticmethod

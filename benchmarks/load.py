@@ -1,7 +1,7 @@
 """A closed loop of unary calls, made in a process of its own.
 
-Each caller calls again as soon as it is answered. That every call ended with grpc-status 0 is
-part of what is measured: one that did not ends the measurement.
+Each caller makes its next call as soon as it has an answer. A call that ends with another
+grpc-status than 0 aborts the measurement.
 """
 
 import contextlib
@@ -20,19 +20,19 @@ from dataclasses import dataclass
 from benchmarks import http2
 from benchmarks.service import CONNECTIONS, cpu_seconds
 
-LEAD_SECONDS = 0.3  # before what is measured
-PATIENCE_SECONDS = 10  # with a server that does not answer
-FEWEST_CALLS = 200
+WARM_UP_SECONDS = 0.3
+TIMEOUT_SECONDS = 10  # without an answer from the server
+MIN_CALLS = 200  # fewer are not worth reporting
 
-# A session of the same id in each of them is another session.
+# The same session id names a different session in each tenant.
 TENANTS = tuple(f"tenant-{number}" for number in range(4))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What to call, and the processes whose CPU time is looked at meanwhile, by name.
+    """What to call, and the processes whose CPU time is measured meanwhile, by name.
 
-    Calls go on for `seconds`, the requests taken in turn; or, for None, until each was sent once.
+    The requests are sent in turn for `seconds`. With None each is sent once.
     """
 
     address: str
@@ -41,23 +41,23 @@ class Load:
     callers: int
     seconds: float | None
     watched: Mapping[str, int]
-    tenants: Sequence[str] = TENANTS  # of the connections, in turn
-    connections: int = CONNECTIONS  # at most: not more than callers
+    tenants: Sequence[str] = TENANTS  # assigned to the connections in turn
+    connections: int = CONNECTIONS  # at most; never more than callers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of it; times are of a call."""
+    """The results of a load. Times are per call."""
 
     calls_per_second: float
     p50_ms: float
     p99_ms: float
-    cpu_us: Mapping[str, float]  # with the client's own
-    calls: int  # all there were, also before and after what was measured
+    cpu_us: Mapping[str, float]  # by process, including the client
+    calls: int  # all of them, including those before and after the measured time
 
 
 def note(outcomes: Sequence[Outcome]) -> str:
-    """What else there is to see of the rounds of a figure."""
+    """The latencies and the CPU time of the rounds of a figure."""
     p50 = statistics.median(outcome.p50_ms for outcome in outcomes)
     p99 = statistics.median(outcome.p99_ms for outcome in outcomes)
     return f"p50 {p50:.1f}, p99 {p99:.1f} ms; {cpu_note([each.cpu_us for each in outcomes])}"
@@ -68,31 +68,31 @@ def cpu_note(rounds: Sequence[Mapping[str, float]]) -> str:
     return f"CPU in µs: {', '.join(f'{name} {value:.3g}' for name, value in medians.items())}"
 
 
-# A connection, the headers of its calls, and when those that run were begun.
-_Callers = tuple[http2.Connection, bytes, dict[int, float]]
+# A connection, the headers of its calls, and the start times of those in flight, by stream.
+_ConnectionState = tuple[http2.Connection, bytes, dict[int, float]]
 
 
 @contextlib.contextmanager
 def client() -> Iterator[Callable[[Load], Outcome]]:
-    """A process that makes calls."""
+    """A function that runs a load in a process of its own."""
     with process() as pool:
         yield lambda load: pool.submit(_run, load).result()
 
 
 def process() -> ProcessPoolExecutor:
-    """A process of its own, without what ours has in memory."""
+    """A new process, which shares no memory with this one."""
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin)
+    return ProcessPoolExecutor(1, mp_context=spawn, initializer=_initialize_process)
 
 
-def _begin() -> None:
-    gc.disable()  # a collection would be in somebody's latency
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for our parent, who ends us
+def _initialize_process() -> None:
+    gc.disable()  # a garbage collection would count as latency
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and stops us
 
 
 def _run(load: Load) -> Outcome:
     with contextlib.ExitStack() as stack:
-        connections: dict[int, _Callers] = {}
+        connections: dict[int, _ConnectionState] = {}
         for number in range(min(load.connections, load.callers)):
             connection = stack.enter_context(contextlib.closing(http2.Connection(load.address)))
             tenant = load.tenants[number % len(load.tenants)]
@@ -104,7 +104,7 @@ def _run(load: Load) -> Outcome:
         return _calls(load, connections, poll)
 
 
-def _calls(load: Load, connections: Mapping[int, _Callers], poll: select.epoll) -> Outcome:
+def _calls(load: Load, connections: Mapping[int, _ConnectionState], poll: select.epoll) -> Outcome:
     clock = time.perf_counter
     framed = [http2.message(request) for request in load.requests]
     before: dict[str, float] = {}
@@ -115,25 +115,25 @@ def _calls(load: Load, connections: Mapping[int, _Callers], poll: select.epoll) 
         measured_from, end = clock(), math.inf
     else:
         bodies = itertools.cycle(framed)
-        measured_from = clock() + LEAD_SECONDS
+        measured_from = clock() + WARM_UP_SECONDS
         end = measured_from + load.seconds
-    running = calls = 0
+    in_flight = calls = 0
     for connection, headers, started in itertools.islice(
         itertools.cycle(connections.values()), load.callers
     ):
         if body := next(bodies, None):
             started[connection.call(headers, body)] = clock()
-            running += 1
+            in_flight += 1
     latencies: list[float] = []
-    while running:
+    while in_flight:
         if not before and clock() >= measured_from:
             before = _cpu(load.watched)
             measured_from = clock()
         if not after and clock() >= end:
             after = _cpu(load.watched)
-        ready = poll.poll(PATIENCE_SECONDS)
+        ready = poll.poll(TIMEOUT_SECONDS)
         if not ready:
-            raise http2.CallFailedError(f"no answer for {PATIENCE_SECONDS} seconds")
+            raise http2.CallFailedError(f"no answer for {TIMEOUT_SECONDS} seconds")
         for descriptor, _ in ready:
             connection, headers, started = connections[descriptor]
             for stream, data in connection.receive():
@@ -147,11 +147,11 @@ def _calls(load: Load, connections: Mapping[int, _Callers], poll: select.epoll) 
                 if now < end and (body := next(bodies, None)):
                     started[connection.call(headers, body)] = now
                 else:
-                    running -= 1
+                    in_flight -= 1
     after = after or _cpu(load.watched)
     seconds = min(end, clock()) - measured_from
-    if load.seconds is not None and len(latencies) < FEWEST_CALLS:
-        raise http2.CallFailedError(f"{len(latencies)} calls are too few to tell anything")
+    if load.seconds is not None and len(latencies) < MIN_CALLS:
+        raise http2.CallFailedError(f"{len(latencies)} calls are too few to measure")
     latencies.sort()
     return Outcome(
         calls_per_second=len(latencies) / seconds,
@@ -163,5 +163,5 @@ def _calls(load: Load, connections: Mapping[int, _Callers], poll: select.epoll) 
 
 
 def _cpu(watched: Mapping[str, int]) -> dict[str, float]:
-    """CPU seconds of each of the processes, and of this one."""
+    """The CPU seconds of each process, including this one."""
     return {"client": time.process_time(), **{n: cpu_seconds(pid) for n, pid in watched.items()}}

@@ -1,13 +1,13 @@
-"""What one tenant's flood costs another: a quiet tenant's latencies, alone and beside it.
+"""How the flood of one tenant affects another: the latencies of a quiet tenant, with and without.
 
-One server process with its default quotas, and for contrast a second one, on the same database,
-whose quotas are out of the way. The quiet tenant calls at a steady rate, whether or not earlier
-calls have been answered, and its latency counts from when a call was due. The flooding tenant has
-many callers that each call again as soon as they are answered. Both have a process of their own;
-all of them share the machine, so what the flood's own process takes is in the figures as well.
+There are two servers on one database: one with the default quotas and, for contrast, one without
+quotas. The quiet tenant calls at a steady rate, whether or not earlier calls have been answered.
+Its latency counts from the time at which a call was due. The flooding tenant has many callers,
+each of which calls again as soon as it has an answer. Each tenant has a process of its own. All
+processes share the machine, so the figures include the CPU time of the flood's client.
 
-Alone and with a flood take turns, so that whatever else the machine does meets both alike. The
-contrast comes last: what it writes in its seconds keeps the database busy for longer.
+Rounds with and without the flood alternate, so that other load affects both alike. The contrast
+runs last, because its writes keep the database busy for a while afterwards.
 """
 
 import asyncio
@@ -34,8 +34,8 @@ from chat_ticket_svc import config
 NAME = "neighbour"
 SECONDS = 90
 
-PHASE_SECONDS = 4.0  # of each phase that are measured
-LEAD_SECONDS = 1.5  # of each phase before, in which a flood spends its burst
+PHASE_SECONDS = 4.0  # of each phase, measured
+WARM_UP_SECONDS = 1.5  # before each phase; the flood uses up its burst meanwhile
 CALLS_PER_SECOND = 50  # of the quiet tenant
 CALLERS = 64  # of the flooding tenant
 SESSIONS = 20  # of each tenant
@@ -45,7 +45,7 @@ ALONE, LIMITED, UNLIMITED = "alone", "with a flood", "with a flood, without quot
 
 
 class Tenant:
-    """Makes calls for one tenant: messages are created, and read again."""
+    """The calls of one tenant, which creates messages and reads them."""
 
     def __init__(self, channel: grpc.aio.Channel, name: str):
         self._sessions = ChatSessionServiceStub(channel)
@@ -62,7 +62,7 @@ class Tenant:
             self._ids.append((session.session.id, message.message.id))
 
     async def call(self, number: int) -> None:
-        """Every second call creates."""
+        """Create a message if `number` is even, otherwise read one."""
         session_id, message_id = self._ids[number // 2 % SESSIONS]
         if number % 2:
             request = messages_pb2.GetChatMessageRequest(message_id=message_id)
@@ -71,15 +71,15 @@ class Tenant:
             await self._create(session_id)
 
     async def _create(self, session_id: str) -> messages_pb2.CreateChatMessageResponse:
-        message = ChatMessage(role=CHAT_MESSAGE_ROLE_USER, content="Where is my order?")
+        message = ChatMessage(role=CHAT_MESSAGE_ROLE_USER, content="Where is my server_number?")
         return await self._messages.CreateChatMessage(
             messages_pb2.CreateChatMessageRequest(session_id=session_id, message=message),
             **self._options,
         )
 
 
-async def steadily(tenant: Tenant) -> dict[str, float]:
-    """Percentiles of the latency in milliseconds, and how many calls failed."""
+async def call_steadily(tenant: Tenant) -> dict[str, float]:
+    """Call at a steady rate. Returns percentiles of the latency in ms, and the failed calls."""
     latencies: list[float] = []
     failed = 0
 
@@ -105,10 +105,10 @@ async def steadily(tenant: Tenant) -> dict[str, float]:
     }
 
 
-async def floods(tenant: Tenant) -> dict[str, float]:
-    """How many calls were accepted and how many refused in each second."""
+async def flood(tenant: Tenant) -> dict[str, float]:
+    """Call as fast as possible. Returns the accepted and the rejected calls per second."""
     answers: collections.Counter[str] = collections.Counter()
-    end = time.perf_counter() + LEAD_SECONDS + PHASE_SECONDS
+    end = time.perf_counter() + WARM_UP_SECONDS + PHASE_SECONDS
 
     async def caller(number: int) -> None:
         while (now := time.perf_counter()) < end:
@@ -119,7 +119,7 @@ async def floods(tenant: Tenant) -> dict[str, float]:
             except grpc.aio.AioRpcError as error:
                 if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
                     raise
-                answer = "refused"
+                answer = "rejected"
             if now > end - PHASE_SECONDS:
                 answers[answer] += 1
 
@@ -129,30 +129,30 @@ async def floods(tenant: Tenant) -> dict[str, float]:
     return {answer: count / PHASE_SECONDS for answer, count in answers.items()}
 
 
-def client(work: Any, name: str, addresses: list[str], orders: Connection) -> None:
-    """A tenant in a process of its own: does `work` on the server that each order numbers."""
+def client(work: Any, name: str, addresses: list[str], pipe: Connection) -> None:
+    """The process of a tenant: does `work` on each server whose number it receives."""
 
-    async def obey() -> None:
+    async def serve_orders() -> None:
         async with contextlib.AsyncExitStack() as stack:
             tenants = []
             for address in addresses:
                 channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
                 tenants.append(Tenant(channel, name))
                 await tenants[-1].prepare()
-            orders.send(None)
-            while (order := await asyncio.to_thread(orders.recv)) is not None:
-                orders.send(await work(tenants[order]))
+            pipe.send(None)
+            while (server_number := await asyncio.to_thread(pipe.recv)) is not None:
+                pipe.send(await work(tenants[server_number]))
 
-    asyncio.run(obey())
+    asyncio.run(serve_orders())
 
 
 @contextlib.contextmanager
 def clients(addresses: list[str]) -> Iterator[tuple[Connection, Connection]]:
-    """The quiet and the flooding tenant."""
+    """Pipes to the processes of the quiet and the flooding tenant."""
     spawn = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         ends = []
-        for work, name in ((steadily, "quiet"), (floods, "flooding")):
+        for work, name in ((call_steadily, "quiet"), (flood, "flooding")):
             ours, theirs = spawn.Pipe()
             process = spawn.Process(target=client, args=(work, name, addresses, theirs))
             process.start()
@@ -167,7 +167,7 @@ def clients(addresses: list[str]) -> Iterator[tuple[Connection, Connection]]:
 
 @contextlib.contextmanager
 def servers(bench: Bench) -> Iterator[list[str]]:
-    """The addresses of one with quotas and one without, on the same database."""
+    """The addresses of a server with quotas and one without, on the same database."""
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(bench.postgres.database())
         yield [
@@ -179,20 +179,20 @@ def servers(bench: Bench) -> Iterator[list[str]]:
 
 
 def measure(bench: Bench) -> list[Figure]:
-    # With the number of the server that is called.
+    # Each with the number of the server that is called.
     phases = [(ALONE, 0), (LIMITED, 0)] * bench.rounds + [(UNLIMITED, 1)] * bench.rounds
-    found: dict[str, list[dict[str, float]]] = collections.defaultdict(list)
+    results: dict[str, list[dict[str, float]]] = collections.defaultdict(list)
     with servers(bench) as addresses, clients(addresses) as (quiet, flooding):
         for phase, number in phases:
             bench.progress(phase)
             if phase is not ALONE:
                 flooding.send(number)
-            time.sleep(LEAD_SECONDS)
+            time.sleep(WARM_UP_SECONDS)
             quiet.send(number)
-            found[phase].append(quiet.recv())
+            results[phase].append(quiet.recv())
             if phase is not ALONE:
-                found[phase][-1] |= flooding.recv()
-    if failed := sum(each["failed"] for phase in (ALONE, LIMITED) for each in found[phase]):
+                results[phase][-1] |= flooding.recv()
+    if failed := sum(each["failed"] for phase in (ALONE, LIMITED) for each in results[phase]):
         raise RuntimeError(f"{failed} calls of the quiet tenant failed")
 
     def figure(phase: str, must: float | None) -> Figure:
@@ -200,8 +200,8 @@ def measure(bench: Bench) -> list[Figure]:
             part=NAME,
             name=f"p99 of a quiet tenant {phase}",
             unit="ms",
-            measured=[each["p99"] for each in found[phase]],
-            limit=[each["p99"] for each in found[ALONE]],
+            measured=[each["p99"] for each in results[phase]],
+            limit=[each["p99"] for each in results[ALONE]],
             against=ALONE,
             must=must,
             at_most=True,
@@ -209,8 +209,8 @@ def measure(bench: Bench) -> list[Figure]:
                 "calls_per_second": CALLS_PER_SECOND,
                 "flooding_callers": CALLERS,
                 "tenant_calls_per_second": config.Quotas().tenant_calls_per_second,
-                "phase": found[phase],
-                "alone": found[ALONE],
+                "phase": results[phase],
+                "alone": results[ALONE],
             },
         )
 

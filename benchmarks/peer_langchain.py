@@ -1,9 +1,10 @@
 """langchain_postgres.PostgresChatMessageHistory. Runs in .venv-bench.
 
-As its reference says (reference.langchain.com, langchain-postgres, PostgresChatMessageHistory): the
-table by acreate_tables; an instance for each use, which is cheap, on a connection that outlives
-it; aadd_messages and aget_messages. It knows no pool, and a connection serves one call at a time:
-there are as many as callers, in psycopg's own (www.psycopg.org, "Connection pools").
+Used as its reference says (reference.langchain.com, langchain-postgres,
+PostgresChatMessageHistory). acreate_tables creates the table. Each use creates an instance, which
+is cheap, on a connection that outlives it. aadd_messages and aget_messages add and read. The
+library has no pool, and a connection serves one call at a time. So psycopg's pool
+(www.psycopg.org, "Connection pools") has as many connections as there are callers.
 """
 
 import uuid
@@ -14,7 +15,7 @@ from langchain_core.messages import AIMessage, HumanMessage
 from langchain_postgres import PostgresChatMessageHistory
 from psycopg_pool import AsyncConnectionPool
 
-from benchmarks.peers_worker import CALLERS, Said, run
+from benchmarks.peers_worker import CALLERS, Utterance, run
 
 TABLE = "chat_history"
 MESSAGE = {"user": HumanMessage, "assistant": AIMessage}
@@ -36,18 +37,18 @@ class LangChain:
     async def begin(self, conversation: str) -> None:
         pass
 
-    async def add(self, conversation: str, said: Sequence[Said]) -> None:
+    async def add(self, conversation: str, utterances: Sequence[Utterance]) -> None:
         async with self._history(conversation) as history:
-            await history.aadd_messages([MESSAGE[role](content=text) for role, text in said])
+            await history.aadd_messages([MESSAGE[role](content=text) for role, text in utterances])
 
-    async def add_twice(self, conversation: str, said: Said) -> None:
-        role, text = said
+    async def add_twice(self, conversation: str, utterance: Utterance) -> None:
+        role, text = utterance
         message = MESSAGE[role](content=text, id=str(uuid.uuid4()))
         for _ in range(2):
             async with self._history(conversation) as history:
                 await history.aadd_messages([message])
 
-    async def read(self, conversation: str) -> list[Said]:
+    async def read(self, conversation: str) -> list[Utterance]:
         async with self._history(conversation) as history:
             messages = await history.aget_messages()
         return [(ROLE[message.type], message.content) for message in messages]

@@ -1,5 +1,7 @@
-"""This service, by gRPC's own client for Python. Every message has an id, as a client's should
-who wants to call again when the answer is lost."""
+"""This service, called with gRPC's Python client.
+
+Every message has an id chosen by the client, so that creates could be retried.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import grpc.aio
 import uuid_utils
 
-from benchmarks.peers_worker import Said, run
+from benchmarks.peers_worker import Utterance, run
 from chat_ticket.v1.chat_message_pb2 import (
     BatchCreateChatMessagesRequest,
     CreateChatMessageRequest,
@@ -39,8 +41,8 @@ class Ours:
         request = CreateChatSessionRequest(session=ChatSession(id=conversation))
         await self._sessions.CreateChatSession(request, **self._tenant)
 
-    async def add(self, conversation: str, said: Sequence[Said]) -> None:
-        messages = [_message(role, text) for role, text in said]
+    async def add(self, conversation: str, utterances: Sequence[Utterance]) -> None:
+        messages = [_message(role, text) for role, text in utterances]
         if len(messages) == 1:
             await self._create(conversation, messages[0])
             return
@@ -54,12 +56,12 @@ class Ours:
         request = CreateChatMessageRequest(session_id=conversation, message=message)
         await self._messages.CreateChatMessage(request, **self._tenant)
 
-    async def add_twice(self, conversation: str, said: Said) -> None:
-        message = _message(*said)
+    async def add_twice(self, conversation: str, utterance: Utterance) -> None:
+        message = _message(*utterance)
         for _ in range(2):
             await self._create(conversation, message)
 
-    async def read(self, conversation: str) -> list[Said]:
+    async def read(self, conversation: str) -> list[Utterance]:
         request = ListChatMessagesRequest(session_id=conversation)
         return [
             (SAID_BY[message.role], message.content)

@@ -1,19 +1,19 @@
-"""What a caller would use instead: libraries that keep conversations in PostgreSQL themselves.
+"""The alternatives: libraries that store conversations in PostgreSQL directly.
 
-They run in the caller's process, on the same PostgreSQL. Ours is called through gRPC, by a process
-that counts as well, and pays for what they do not have: the RPC, revisions, a full-text index. Each
-has a process of its own, which does the same work on the same texts, and they take turns. What the
-libraries do not promise, and ours does:
+The libraries run in the caller's process, on the same PostgreSQL. Our service is called through
+gRPC, by a client process whose time counts as well, and it pays for what the libraries lack: the
+RPC, revisions and a full-text index. Each peer has a process of its own, which does the same work
+on the same texts. They take turns. The service guarantees what the libraries do not:
 
-- **Order.** PostgresChatMessageHistory reads by a serial number that is drawn before the commit,
-  SQLAlchemySession by the time at which the transaction began: with several callers, a message may
-  come to stand before some that were read already. Ours reads in the order of the commits.
-- **Retries.** Both keep a message that is added again twice, even with the same id.
-- **Tenants.** Neither knows any: who has the name of a conversation has the conversation.
+- **Order.** PostgresChatMessageHistory orders by a serial number that is drawn before the commit,
+  SQLAlchemySession by the start time of the transaction. With several callers, a message may appear
+  in front of messages that were already read. The service orders by commit.
+- **Retries.** Both libraries store a message twice when it is added again, even with the same id.
+- **Tenants.** Neither library has tenants: whoever knows the name of a conversation can use it.
 
-SQLAlchemySession makes its tables in Python anew for each conversation, so that SQLAlchemy finds
-none of their statements in its cache once more of them are in use than the 500 it holds. That is a
-good half of its time to append here: with `query_cache_size=20000` it was twice as fast.
+SQLAlchemySession creates its Python table objects anew for each conversation. SQLAlchemy's cache
+holds 500 statements, so with more conversations in use it never finds them. That takes more than
+half of the time to append here: with `query_cache_size=20000` it was twice as fast.
 """
 
 import collections
@@ -40,11 +40,11 @@ from chat_ticket_svc.services import convert
 NAME = "peers"
 SECONDS = 100
 
-CONVERSATIONS = 256  # that are appended to
+CONVERSATIONS = 256  # to append to
 SIZES = (10, 1_000, 10_000)
 APPEND_SECONDS = 1.3
 READ_SECONDS = 0.7
-FOLLOW_SECONDS = 0.5
+ORDER_SECONDS = 0.5
 
 OURS = "ours"
 LIBRARIES = {"peer_langchain": "langchain-postgres", "peer_openai_agents": "openai-agents"}
@@ -53,17 +53,17 @@ CREATE_SESSIONS = """
 INSERT INTO chat_sessions (tenant_id) SELECT %s FROM generate_series(1, %s) RETURNING id::text
 """
 
-# Half of its connections are for one tenant at most: so many as the libraries have.
+# One tenant may use half of the connections: as many as the libraries have.
 SETTINGS = {**service.UNLIMITED, "CHAT_TICKET_POOL_SIZE": str(2 * CALLERS)}
 
 BENCH_PYTHON = str(ROOT / ".venv-bench" / "bin" / "python")
 
-# By what was done, and by whom, the answers of each round.
+# The answers of each round, by operation and peer.
 Answers = dict[str, dict[str, list[Any]]]
 
 
 class Process:
-    """A worker, obeying; see peers_worker."""
+    """A worker process; see peers_worker."""
 
     def __init__(self, popen: subprocess.Popen[str], log: Path):
         self.popen = popen
@@ -88,7 +88,7 @@ def process(python: str, module: str, address: str, log: Path) -> Iterator[Proce
             stdout=subprocess.PIPE,
             stderr=output,
             text=True,
-            start_new_session=True,  # Ctrl-C is for us, who end it in our turn
+            start_new_session=True,  # Ctrl-C reaches only us, and we stop the process
         )
     with popen:
         try:
@@ -98,7 +98,7 @@ def process(python: str, module: str, address: str, log: Path) -> Iterator[Proce
 
 
 def measure(bench: Bench) -> list[Figure]:
-    found: Answers = collections.defaultdict(lambda: collections.defaultdict(list))
+    answers: Answers = collections.defaultdict(lambda: collections.defaultdict(list))
     raw: list[load.Outcome] = []
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(bench.postgres.database())
@@ -114,20 +114,20 @@ def measure(bench: Bench) -> list[Figure]:
                 *((name, BENCH_PYTHON, module, url) for module, name in LIBRARIES.items()),
             )
         }
-        said = list(itertools.islice(chats.repeated(), max(SIZES)))
+        utterances = list(itertools.islice(chats.repeated(), max(SIZES)))
         for name, work in processes.items():
             bench.progress(f"{name}: fill")
-            texts = [(each.role, each.content) for each in said]
-            work("prepare", said=texts, conversations=CONVERSATIONS, sizes=SIZES)
-            found["repeat"][name].append(work("repeat"))
+            texts = [(utterance.role, utterance.content) for utterance in utterances]
+            work("prepare", utterances=texts, conversations=CONVERSATIONS, sizes=SIZES)
+            answers["repeat"][name].append(work("repeat"))
         with psycopg.connect(url, autocommit=True) as db:
-            appends = raw_appends(db, server, said)
+            appends = raw_appends(db, server, utterances)
             db.execute("VACUUM ANALYZE")
 
         orders: list[tuple[str, str, dict[str, Any]]] = [
             ("append", "append", {"seconds": APPEND_SECONDS}),
             *((f"read {n}", "read", {"size": n, "seconds": READ_SECONDS}) for n in SIZES),
-            ("follow", "follow", {"seconds": FOLLOW_SECONDS}),
+            ("order", "read_while_appending", {"seconds": ORDER_SECONDS}),
         ]
         for _ in range(bench.rounds):
             bench.progress("raw client: append")
@@ -135,25 +135,32 @@ def measure(bench: Bench) -> list[Figure]:
             for what, order, arguments in orders:
                 for name, work in processes.items():
                     bench.progress(f"{name}: {what}")
-                    servers = service.cpu_seconds(server.pid)
-                    databases = service.cpu_seconds(bench.postgres.pid)
+                    server_cpu = service.cpu_seconds(server.pid)
+                    postgres_cpu = service.cpu_seconds(bench.postgres.pid)
                     answer = work(order, **arguments)
-                    servers = service.cpu_seconds(server.pid) - servers
-                    databases = service.cpu_seconds(bench.postgres.pid) - databases
-                    answer |= {"server_cpu_seconds": servers, "postgres_cpu_seconds": databases}
-                    found[what][name].append(answer)
-    return list(figures(found, [outcome.calls_per_second for outcome in raw]))
+                    server_cpu = service.cpu_seconds(server.pid) - server_cpu
+                    postgres_cpu = service.cpu_seconds(bench.postgres.pid) - postgres_cpu
+                    answer |= {
+                        "server_cpu_seconds": server_cpu,
+                        "postgres_cpu_seconds": postgres_cpu,
+                    }
+                    answers[what][name].append(answer)
+    return list(figures(answers, [outcome.calls_per_second for outcome in raw]))
 
 
-def raw_appends(db: psycopg.Connection, server: Server, said: Sequence[chats.Utterance]) -> Load:
-    """The same by a client that costs little: what a caller in another language may come to."""
+def raw_appends(
+    db: psycopg.Connection, server: Server, utterances: Sequence[chats.Utterance]
+) -> Load:
+    """Appends by a minimal client: an estimate for callers in faster languages."""
     ids = [session_id for (session_id,) in db.execute(CREATE_SESSIONS, ("raw", CONVERSATIONS))]
     requests = [
         CreateChatMessageRequest(
             session_id=session_id,
-            message=ChatMessage(role=convert.MESSAGE_ROLE[each.role], content=each.content),
+            message=ChatMessage(
+                role=convert.MESSAGE_ROLE[utterance.role], content=utterance.content
+            ),
         )
-        for session_id, each in zip(itertools.cycle(ids), said, strict=False)
+        for session_id, utterance in zip(itertools.cycle(ids), utterances, strict=False)
     ]
     return Load(
         address=server.address,
@@ -166,25 +173,25 @@ def raw_appends(db: psycopg.Connection, server: Server, said: Sequence[chats.Utt
     )
 
 
-def figures(found: Answers, raw: list[float]) -> Iterator[Figure]:
+def figures(answers: Answers, raw: list[float]) -> Iterator[Figure]:
     append = f"append, {CALLERS} callers, {CONVERSATIONS} conversations"
     longest = max(SIZES)
     for library in LIBRARIES.values():
-        yield compared(found["append"], library, append, rate, "messages/s", must=1)
+        yield compared(answers["append"], library, append, rate, "messages/s", must=1)
         yield compared(
-            found["append"], library, f"{append}: CPU of all", cpu, "µs a message", at_most=True
+            answers["append"], library, f"{append}: CPU of all", cpu, "µs a message", at_most=True
         )
         yield Figure(
             part=NAME,
             name=f"{append}, by a raw client",
             unit="messages/s",
             measured=raw,
-            limit=[rate(answer) for answer in found["append"][library]],
+            limit=[rate(answer) for answer in answers["append"][library]],
             against=library,
         )
         for size in SIZES:
             yield compared(
-                found[f"read {size}"],
+                answers[f"read {size}"],
                 library,
                 f"read a conversation of {size:,}",
                 lambda answer, size=size: size * rate(answer),
@@ -192,21 +199,21 @@ def figures(found: Answers, raw: list[float]) -> Iterator[Figure]:
                 must=1 if size == longest else None,
             )
     for name in (OURS, *LIBRARIES.values()):
-        follows = found["follow"][name]
+        rounds = answers["order"][name]
         yield Figure(
             part=NAME,
-            name=f"{name}: reads that a message was slipped into, {CALLERS} callers adding",
+            name=f"{name}: reads with a message out of order, {CALLERS} callers adding",
             unit="of 100",
-            measured=[100 * each["overtaken"] / each["reads"] for each in follows],
+            measured=[100 * answer["reordered"] / answer["reads"] for answer in rounds],
             must=0 if name == OURS else None,
             at_most=True,
-            details={"rounds": follows},
+            details={"rounds": rounds},
         )
         yield Figure(
             part=NAME,
-            name=f"{name}: a message that is added again is kept",
+            name=f"{name}: a message that is added twice is stored",
             unit="times",
-            measured=found["repeat"][name],
+            measured=answers["repeat"][name],
             must=1 if name == OURS else None,
             at_most=True,
         )
@@ -240,6 +247,6 @@ def rate(answer: dict[str, float]) -> float:
 
 
 def cpu(answer: dict[str, float]) -> float:
-    """Microseconds a call, of the caller's process, PostgreSQL and, for ours, the server."""
+    """The microseconds per call of the caller, PostgreSQL and, for the service, the server."""
     names = ("cpu_seconds", "server_cpu_seconds", "postgres_cpu_seconds")
     return 1e6 * sum(answer[name] for name in names) / answer["calls"]

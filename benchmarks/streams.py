@@ -1,6 +1,7 @@
-"""Reading a session of 100,000 messages, against COPY of the same in the order of the index.
+"""Reading a session of 100,000 messages, compared with COPY of the same rows in index order.
 
-Of the rows as they are stored, and of the columns that the service reads: with the attachments.
+One COPY reads the rows as they are stored, the other the columns that the service reads, which
+include the attachments.
 """
 
 import contextlib
@@ -27,17 +28,17 @@ SECONDS = 75
 
 TENANT = "acme"
 MESSAGES = 100_000
-# The same messages, in one session without their metadata.
+# Two sessions with the same messages, one of them without metadata.
 SESSIONS = {
     "with": "0197a000-0000-7000-8000-000000000001",
     "without": "0197a000-0000-7000-8000-000000000002",
 }
-FIRSTS = 100  # streams a round of which only the first message is waited for
-PAUSE_SECONDS = 0.005  # in which a stream that was left comes to its end
-OPEN = 20  # streams at the same time
+FIRST_MESSAGES = 100  # streams per round that are cancelled after the first message
+PAUSE_SECONDS = 0.005  # in which a cancelled stream ends
+OPEN_STREAMS = 20
 OPEN_SECONDS = 2
-PATIENCE_SECONDS = 20
-MEMORY = 4  # MiB a stream
+TIMEOUT_SECONDS = 20
+MAX_MIB_PER_STREAM = 4
 
 LIST = http2.request_headers("/chat_ticket.v1.ChatMessageService/ListChatMessages", TENANT)
 GET = http2.request_headers("/chat_ticket.v1.ChatMessageService/GetChatMessage", TENANT)
@@ -55,30 +56,30 @@ def measure(bench: Bench) -> list[Figure]:
     with bench.postgres.database() as url:
         bench.progress("loading")
         with psycopg.connect(url, autocommit=True) as db:
-            said = list(itertools.islice(chats.repeated(), MESSAGES))
-            chats.store(db, TENANT, SESSIONS["with"], said)
-            bare = (each._replace(metadata=None) for each in said)
+            utterances = list(itertools.islice(chats.repeated(), MESSAGES))
+            chats.store(db, TENANT, SESSIONS["with"], utterances)
+            bare = (utterance._replace(metadata=None) for utterance in utterances)
             chats.store(db, TENANT, SESSIONS["without"], bare)
             db.execute("VACUUM ANALYZE")
         with service.server(url, log=bench.directory / "server.log") as server:
-            speed = _speed(bench, url, server)
-            first = _first_message(bench, server)
-        return [*speed, first, *_memory(bench, url)]
+            speed = _measure_speed(bench, url, server)
+            first = _measure_first_message(bench, server)
+        return [*speed, first, *_measure_memory(bench, url)]
 
 
-def _speed(bench: Bench, url: str, server: Server) -> list[Figure]:
+def _measure_speed(bench: Bench, url: str, server: Server) -> list[Figure]:
     listed: dict[str, list[float]] = defaultdict(list)
     copied: dict[str, list[float]] = defaultdict(list)
     copied_same: dict[str, list[float]] = defaultdict(list)
     cpu: dict[str, list[dict[str, float]]] = defaultdict(list)
     pids = {"server": server.pid, "postgres": bench.postgres.pid}
-    for number in range(bench.rounds + 1):  # the first warms up
+    for number in range(bench.rounds + 1):  # the first is a warm-up
         for name, session_id in SESSIONS.items():
             bench.progress(f"round {number}, {name} metadata")
             before = {of: service.cpu_seconds(pid) for of, pid in pids.items()}
             listed[name].append(MESSAGES / _list(server, session_id))
-            taken = {of: service.cpu_seconds(pid) - before[of] for of, pid in pids.items()}
-            cpu[name].append({of: 1e6 * seconds / MESSAGES for of, seconds in taken.items()})
+            used = {of: service.cpu_seconds(pid) - before[of] for of, pid in pids.items()}
+            cpu[name].append({of: 1e6 * seconds / MESSAGES for of, seconds in used.items()})
             for columns, rates in ((ROWS, copied[name]), (messages.COLUMNS, copied_same[name])):
                 command = COPY.format(columns, TENANT, session_id)
                 rates.append(MESSAGES / bench.postgres.psql_seconds(url, command))
@@ -117,42 +118,42 @@ def _speed(bench: Bench, url: str, server: Server) -> list[Figure]:
 
 
 def _list(server: Server, session_id: str) -> float:
-    """Seconds until all messages of the session have come, each in its place."""
+    """The seconds until all messages of the session have arrived. Raises unless in order."""
     request = ListChatMessagesRequest(session_id=session_id).SerializeToString()
     received: list[bytes | None] = []
     with contextlib.closing(http2.Connection(server.address)) as connection:
-        began = time.perf_counter()
+        started_at = time.perf_counter()
         connection.call(LIST, http2.message(request))
         while received[-1:] != [None]:
             received += [data for _, data in connection.receive()]
-        took = time.perf_counter() - began
+        seconds = time.perf_counter() - started_at
     sequences = [
         message.sequence
         for response in http2.messages(b"".join(data for data in received if data))
         for message in ListChatMessagesResponse.FromString(response).messages
     ]
     if sequences != list(range(1, MESSAGES + 1)):
-        raise RuntimeError(f"{len(sequences)} messages came, or not in their order")
-    return took
+        raise RuntimeError(f"{len(sequences)} messages arrived, or not in order")
+    return seconds
 
 
-def _first_message(bench: Bench, server: Server) -> Figure:
-    """Of a stream that is left then, and beside it a call that reads one message."""
+def _measure_first_message(bench: Bench, server: Server) -> Figure:
+    """The time to the first message of a stream, compared with a call that reads one message."""
     listing = ListChatMessagesRequest(session_id=SESSIONS["with"])
     firsts, gets = [], []
     with contextlib.closing(http2.Connection(server.address)) as connection:
 
         def first(headers: bytes, request: bytes) -> tuple[float, bytes]:
-            """Milliseconds until a response has come, and the response."""
-            began = time.perf_counter()
+            """The milliseconds until the first response, and the response."""
+            started_at = time.perf_counter()
             stream = connection.call(headers, http2.message(request))
             data = b""
-            while not (found := list(http2.messages(data))):
+            while not (responses := list(http2.messages(data))):
                 data += b"".join(part or b"" for of, part in connection.receive() if of == stream)
-            took = 1000 * (time.perf_counter() - began)
+            milliseconds = 1000 * (time.perf_counter() - started_at)
             connection.cancel(stream)
             time.sleep(PAUSE_SECONDS)
-            return took, found[0]
+            return milliseconds, responses[0]
 
         _, response = first(LIST, listing.SerializeToString())
         message_id = ListChatMessagesResponse.FromString(response).messages[0].id
@@ -164,7 +165,7 @@ def _first_message(bench: Bench, server: Server) -> Figure:
                     first(LIST, listing.SerializeToString())[0],
                     first(GET, get.SerializeToString())[0],
                 )
-                for _ in range(FIRSTS)
+                for _ in range(FIRST_MESSAGES)
             ]
             firsts.append(statistics.median(pair[0] for pair in pairs))
             gets.append(statistics.median(pair[1] for pair in pairs))
@@ -180,8 +181,8 @@ def _first_message(bench: Bench, server: Server) -> Figure:
     )
 
 
-def _memory(bench: Bench, url: str) -> list[Figure]:
-    """What open streams add to a new server, while nobody reads them and while all are read."""
+def _measure_memory(bench: Bench, url: str) -> list[Figure]:
+    """The memory that open streams add to a new server: first all unread, then all read."""
     unread: list[float] = []
     read: list[float] = []
     for number in range(bench.rounds):
@@ -189,29 +190,29 @@ def _memory(bench: Bench, url: str) -> list[Figure]:
         with service.server(url, log=bench.directory / "memory.log") as server:
             before = service.rss_bytes(server.pid)
             for growth, window in ((unread, http2.DEFAULT_WINDOW), (read, http2.LARGEST_WINDOW)):
-                service.forget_peak_rss(server.pid)
-                _open(server, window)
-                growth.append((service.peak_rss_bytes(server.pid) - before) / OPEN / 2**20)
+                service.reset_peak_rss(server.pid)
+                _read_streams(server, window)
+                growth.append((service.peak_rss_bytes(server.pid) - before) / OPEN_STREAMS / 2**20)
     return [
         Figure(
             part=NAME,
-            name=f"memory of a stream, {OPEN} {what}",
+            name=f"memory of a stream, {OPEN_STREAMS} {what}",
             unit="MiB",
             measured=growth,
-            must=MEMORY,
+            must=MAX_MIB_PER_STREAM,
             at_most=True,
         )
-        for what, growth in (("that nobody reads", unread), ("that are read", read))
+        for what, growth in (("unread", unread), ("that are read", read))
     ]
 
 
-def _open(server: Server, window: int) -> None:
-    """Read from several streams for a while, each as far as its window."""
+def _read_streams(server: Server, window: int) -> None:
+    """Read from several streams for some seconds, each up to its flow-control window."""
     request = ListChatMessagesRequest(session_id=SESSIONS["with"]).SerializeToString()
     with contextlib.ExitStack() as stack:
         poll = stack.enter_context(select.epoll())
         connections = {}
-        for _ in range(OPEN):
+        for _ in range(OPEN_STREAMS):
             connection = stack.enter_context(
                 contextlib.closing(http2.Connection(server.address, window=window))
             )
@@ -219,10 +220,12 @@ def _open(server: Server, window: int) -> None:
             connections[connection.fileno()] = connection
             poll.register(connection.fileno(), select.EPOLLIN)
         received = dict.fromkeys(connections, 0)
-        began = time.perf_counter()
-        while (passed := time.perf_counter() - began) < OPEN_SECONDS or not all(received.values()):
-            if passed > PATIENCE_SECONDS:
-                raise RuntimeError(f"a stream brought nothing in {PATIENCE_SECONDS} seconds")
+        started_at = time.perf_counter()
+        while (passed := time.perf_counter() - started_at) < OPEN_SECONDS or not all(
+            received.values()
+        ):
+            if passed > TIMEOUT_SECONDS:
+                raise RuntimeError(f"a stream received nothing in {TIMEOUT_SECONDS} seconds")
             for descriptor, _ in poll.poll(OPEN_SECONDS / 10):
                 for _, data in connections[descriptor].receive():
                     received[descriptor] += len(data or b"")

@@ -1,10 +1,13 @@
-"""Servers that the service is compared with: `python -m benchmarks.variants serve [OPTION]`.
+"""Variants of the server to compare with: `python -m benchmarks.variants serve [OPTION]`.
 
-Without an option it is the service with one more method, which does nothing: what every unary call
-pays before it does anything. It is added to the composition here and nowhere else, so that it is
-served as the others are. With `--bare` it is on gRPC's server with the same options and nothing of
-ours around it, beside a stand-in for creating and following messages of one session, which stores
-nothing: what following costs gRPC alone. With `--unfollowed` no write wakes anybody.
+Without an option it is the service with one additional method, which does nothing: its time is the
+overhead of every unary call. The method is registered only here, and served like all others.
+
+With `--bare` the method runs on gRPC's server with the same options but without our middleware.
+Beside it runs a substitute for creating and watching the messages of one session, which stores
+nothing: its time is what watching costs gRPC alone.
+
+With `--without-watch` no write wakes a watcher.
 """
 
 import asyncio
@@ -27,18 +30,18 @@ from chat_ticket_svc.access.credential import Permission
 from chat_ticket_svc.rpc import aio_server
 from chat_ticket_svc.watch import hub
 
-BARE, UNFOLLOWED = "--bare", "--unfollowed"
+BARE, WITHOUT_WATCH = "--bare", "--without-watch"
 
 SERVICE = "chat_ticket.bench.Bench"
 PATH = f"/{SERVICE}/Empty"
 
 
-async def _empty(_: Empty, context: object) -> Empty:  # noqa: ARG001 - what gRPC gives
+async def _empty(_: Empty, context: object) -> Empty:  # noqa: ARG001 - gRPC passes both
     return Empty()
 
 
 def _register(target: Any) -> None:
-    """As the generated functions do it."""
+    """Register the method as the generated functions do."""
     handler = grpc.unary_unary_rpc_method_handler(
         _empty,
         request_deserializer=Empty.FromString,
@@ -49,12 +52,12 @@ def _register(target: Any) -> None:
     target.add_registered_method_handlers(SERVICE, {"Empty": handler})
 
 
-class _Told:
-    """The stand-in: tells every stream of every message, and keeps them for the slow ones."""
+class _InMemoryChat:
+    """Sends every message to every stream. Keeps all events, so that slow streams miss none."""
 
     def __init__(self) -> None:
         self._events = [Event(caught_up=Event.CaughtUp()).SerializeToString()]
-        self._more = asyncio.Event()
+        self._changed = asyncio.Event()
 
     async def create(
         self,
@@ -64,19 +67,19 @@ class _Told:
         event = Event()
         event.messages_created.messages.append(request.message)
         self._events.append(event.SerializeToString())
-        self._more.set()
-        self._more = asyncio.Event()
+        self._changed.set()
+        self._changed = asyncio.Event()
         return CreateChatMessageResponse()
 
     async def watch(self, request: bytes, context: object) -> AsyncIterator[bytes]:  # noqa: ARG002
         yield self._events[0]
-        place = len(self._events)
+        position = len(self._events)
         while True:
-            more = self._more
-            if place == len(self._events):
-                await more.wait()
-            yield self._events[place]
-            place += 1
+            changed = self._changed
+            if position == len(self._events):
+                await changed.wait()
+            yield self._events[position]
+            position += 1
 
     def register(self, target: Any) -> None:
         create = grpc.unary_unary_rpc_method_handler(
@@ -93,20 +96,23 @@ class _Told:
         )
 
 
-def _register_too(add: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-    """As the service registers its own methods, whatever it puts around them."""
+def _also_register(add: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    """A replacement for a generated function that also registers the additional method.
 
-    def added(servicer: Any, target: Any) -> None:
+    So the method gets whatever the server puts around its own methods.
+    """
+
+    def add_both(servicer: Any, target: Any) -> None:
         add(servicer, target)
         _register(target)
 
-    return added
+    return add_both
 
 
-async def _bare() -> None:
-    bare = aio_server.server(options=server.OPTIONS)
+async def _serve_bare() -> None:
+    bare = aio_server.create_server(options=server.OPTIONS)
     _register(bare)
-    _Told().register(bare)
+    _InMemoryChat().register(bare)
     port = bare.add_insecure_port("127.0.0.1:0")
     await bare.start()
     print(json.dumps({"event": "listening", "port": port}), file=sys.stderr, flush=True)
@@ -117,15 +123,15 @@ async def _bare() -> None:
 def main() -> None:
     if BARE in sys.argv:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_bare())
+            runner.run(_serve_bare())
     cast("dict[str, Permission]", method_permissions.METHOD_PERMISSIONS)[PATH] = Permission.READ
     generated: Any = chat_session_pb2_grpc
     add = generated.add_ChatSessionServiceServicer_to_server
-    generated.add_ChatSessionServiceServicer_to_server = _register_too(add)
+    generated.add_ChatSessionServiceServicer_to_server = _also_register(add)
     arguments = sys.argv[1:]
-    if UNFOLLOWED in arguments:
-        arguments.remove(UNFOLLOWED)
-        hub.WatchHub.changed = lambda *_: None  # type: ignore[method-assign]
+    if WITHOUT_WATCH in arguments:
+        arguments.remove(WITHOUT_WATCH)
+        hub.WatchHub.notify_changed = lambda *_: None  # type: ignore[method-assign]
     cli.main(arguments)
 
 

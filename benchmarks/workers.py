@@ -1,4 +1,4 @@
-"""What a second worker process adds, where PostgreSQL and the client take their share as well."""
+"""The gain of a second worker process, on a machine that also runs PostgreSQL and the client."""
 
 import contextlib
 import subprocess
@@ -15,7 +15,7 @@ from benchmarks.service import Bench
 NAME = "workers"
 SECONDS = 50
 
-CALLERS = 64  # each on a connection of its own: the kernel spreads those over the workers
+CALLERS = 64  # each on its own connection, which the kernel distributes over the workers
 PHASE_SECONDS = 1.5
 WARM_UP_SECONDS = 0.5
 WORKERS = (1, 2)
@@ -26,9 +26,9 @@ def measure(bench: Bench) -> list[Figure]:
         [sys.executable, "-m", "chat_ticket_svc", "serve", "--help"], capture_output=True, text=True
     )
     if "--workers" not in usage.stdout:
-        print("workers: skipped, the service has no such option")
+        print("workers: skipped, the service lacks --workers")
         return []
-    found: dict[tuple[str, int], list[Outcome]] = defaultdict(list)
+    outcomes: dict[tuple[str, int], list[Outcome]] = defaultdict(list)
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(bench.postgres.database())
         with psycopg.connect(url, autocommit=True) as db:
@@ -40,10 +40,10 @@ def measure(bench: Bench) -> list[Figure]:
             for count in WORKERS
         }
         call = stack.enter_context(load.client())
-        prepared = calls.requests()
-        for number in range(bench.rounds + 1):  # the first warms up
+        requests_by_call = calls.requests()
+        for number in range(bench.rounds + 1):  # the first is a warm-up
             for what in (calls.GET, calls.CREATE):
-                path, requests = prepared[what]
+                path, requests = requests_by_call[what]
                 for count, server in servers.items():
                     bench.progress(f"round {number}, {what}, {count} workers")
                     outcome = call(
@@ -58,7 +58,7 @@ def measure(bench: Bench) -> list[Figure]:
                         )
                     )
                     if number:
-                        found[what, count].append(outcome)
+                        outcomes[what, count].append(outcome)
     one, two = WORKERS
     figures = []
     for what in (calls.GET, calls.CREATE):
@@ -67,11 +67,11 @@ def measure(bench: Bench) -> list[Figure]:
                 part=NAME,
                 name=f"{what}, {two} workers",
                 unit="calls/s",
-                measured=[outcome.calls_per_second for outcome in found[what, two]],
-                limit=[outcome.calls_per_second for outcome in found[what, one]],
+                measured=[outcome.calls_per_second for outcome in outcomes[what, two]],
+                limit=[outcome.calls_per_second for outcome in outcomes[what, one]],
                 against="with one",
-                note=load.note(found[what, two]),
-                details={str(count): found[what, count] for count in WORKERS},
+                note=load.note(outcomes[what, two]),
+                details={str(count): outcomes[what, count] for count in WORKERS},
             )
         )
         figures += [
@@ -81,7 +81,7 @@ def measure(bench: Bench) -> list[Figure]:
                 unit="%",
                 measured=[
                     100 * outcome.cpu_us["postgres"] / sum(outcome.cpu_us.values())
-                    for outcome in found[what, count]
+                    for outcome in outcomes[what, count]
                 ],
             )
             for count in WORKERS

@@ -1,7 +1,8 @@
-"""Look the locked dependencies up in PyPI's database of vulnerabilities, by pip-audit.
+"""Checks the locked dependencies for known vulnerabilities, with pip-audit.
 
-Exit status: 0 when all were looked up and none is known to be vulnerable, 1 when one is, 2 when
-some could not be looked up. pip-audit itself is content when it has looked nothing up.
+The exit status is 0 when all packages were audited and none is vulnerable, 1 when one is
+vulnerable, and 2 when some could not be audited. pip-audit alone succeeds even when it has audited
+nothing.
 """
 
 import json
@@ -12,18 +13,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = (ROOT / "requirements.lock", ROOT / "benchmarks" / "requirements.lock")
-SHOWN = 5
+MAX_NAMED = 5
 
 
 def main() -> None:
-    found = {(each["name"], each.get("version")): each for lock in LOCKS for each in audited(lock)}
-    text, status = judged(list(found.values()))
+    packages = {(p["name"], p.get("version")): p for lock in LOCKS for p in audit_lock(lock)}
+    text, status = summarize(list(packages.values()))
     print(text)
     sys.exit(status)
 
 
-def audited(lock: Path) -> list[dict[str, Any]]:
-    """What pip-audit says of each package of a lock; it takes no two locks with one in common."""
+def audit_lock(lock: Path) -> list[dict[str, Any]]:
+    """pip-audit's result for each package of one lock. It rejects locks that share a package."""
     result = subprocess.run(
         [
             Path(sys.executable).with_name("pip-audit"),
@@ -43,24 +44,24 @@ def audited(lock: Path) -> list[dict[str, Any]]:
     return dependencies
 
 
-def judged(dependencies: list[dict[str, Any]]) -> tuple[str, int]:
-    """What to say of pip-audit's findings, and the exit status."""
+def summarize(dependencies: list[dict[str, Any]]) -> tuple[str, int]:
+    """The text to print for pip-audit's results, and the exit status."""
     vulnerable = [
-        f"  {each['name']} {each['version']}: {finding['id']}"
-        f" (mended in {', '.join(finding['fix_versions']) or 'no version'})"
-        for each in dependencies
-        for finding in each.get("vulns", ())
+        f"  {package['name']} {package['version']}: {vulnerability['id']}"
+        f" (fixed in {', '.join(vulnerability['fix_versions']) or 'no version'})"
+        for package in dependencies
+        for vulnerability in package.get("vulns", ())
     ]
-    unknown = [each["name"] for each in dependencies if "skip_reason" in each]
-    lines = [f"{len(dependencies) - len(unknown)} of {len(dependencies)} locked packages audited"]
-    if unknown:
-        names = ", ".join(unknown[:SHOWN]) + (", ..." if len(unknown) > SHOWN else "")
-        lines.append(f"NOT AUDITED, as PyPI's database cannot be reached, or lacks them: {names}")
+    skipped = [package["name"] for package in dependencies if "skip_reason" in package]
+    lines = [f"{len(dependencies) - len(skipped)} of {len(dependencies)} locked packages audited"]
+    if skipped:
+        names = ", ".join(skipped[:MAX_NAMED]) + (", ..." if len(skipped) > MAX_NAMED else "")
+        lines.append(f"NOT AUDITED, unreachable or missing in PyPI's database: {names}")
     if vulnerable:
         lines += ["VULNERABLE:", *vulnerable]
-    elif not unknown:
-        lines.append("none is known to be vulnerable")
-    return "\n".join(lines), 1 if vulnerable else 2 if unknown else 0
+    elif not skipped:
+        lines.append("no known vulnerabilities")
+    return "\n".join(lines), 1 if vulnerable else 2 if skipped else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Create or refresh .venv, or another environment by its name, from its lock. Run by make.
+"""Creates or refreshes .venv, or the environment that is named, from its lock. Run by make.
 
-Does nothing when it is already the lock's and this checkout's. Concurrent runs wait for one
-another. Takes any Python: kept in the syntax of old ones so that it can say which one is needed.
+Does nothing when the environment is up to date with the lock and this checkout. Concurrent runs
+wait for one another. Runs on any Python 3, so that it can say which version is required.
 """
 
 import fcntl
@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PROJECT = ".venv"  # the one that the project itself is installed in
+PROJECT = ".venv"  # the environment that the project itself is installed in
 NAME = sys.argv[1] if len(sys.argv) > 1 else PROJECT
 LOCKS = {
     PROJECT: "requirements.lock",
@@ -26,7 +26,7 @@ OLDEST = (3, 11)
 
 
 def fingerprint():
-    """What it depends on: the lock, the package's metadata, the interpreter, its place."""
+    """A hash of what the environment depends on: lock, package metadata, Python and directory."""
     import tomllib
 
     with open(LOCK, "rb") as file:
@@ -39,10 +39,10 @@ def fingerprint():
 def newer_python():
     """A Python on PATH that is new enough, or None."""
     for minor in (13, 12, 11):
-        found = shutil.which("python3.%d" % minor)
-        # A pyenv shim answers to the name without having the version behind it.
-        if found and subprocess.call([found, "-c", ""], stderr=subprocess.DEVNULL) == 0:
-            return found
+        path = shutil.which("python3.%d" % minor)
+        # Tried, because a pyenv shim exists even when its version is not installed.
+        if path and subprocess.call([path, "-c", ""], stderr=subprocess.DEVNULL) == 0:
+            return path
     return None
 
 
@@ -58,11 +58,11 @@ def install():
     if os.path.exists(VENV):
         shutil.rmtree(VENV)
     print("Setting up %s (once; about a minute) ..." % NAME, flush=True)
-    # Not the Python of .venv itself, which has just gone, when somebody has it activated.
+    # The base Python: this one may be that of .venv, if activated, which was just deleted.
     python = getattr(sys, "_base_executable", sys.executable)
     if subprocess.call([python, "-m", "venv", VENV]) != 0:
         sys.exit(
-            "This Python cannot create virtual environments. On Debian: apt install python3-venv"
+            "this Python cannot create virtual environments; on Debian: apt install python3-venv"
         )
     pip = [
         os.path.join(VENV, "bin", "python"),
@@ -71,8 +71,7 @@ def install():
         "--quiet",
         "--disable-pip-version-check",
     ]
-    # Older pips build without PEP 517 by default, and then write scripts that cannot run from a
-    # path with a space in it.
+    # Without --use-pep517, older pips write scripts that fail in a path with a space.
     subprocess.check_call(
         pip
         + [
@@ -93,7 +92,7 @@ def main():
     if sys.version_info < OLDEST:
         newer = newer_python()
         if newer is None:
-            sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/python3 names one.")
+            sys.exit("Python 3.11 or newer is required; set it with make PYTHON=/path/to/python3")
         os.execv(newer, [newer] + sys.argv)
     with open(os.path.join(ROOT, ".bootstrap.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

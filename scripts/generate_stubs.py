@@ -1,4 +1,4 @@
-"""Generate the stubs of protos/ into src/, or with --check compare them with what is there."""
+"""Generates the stubs of protos/ in src/. With --check, only compares them with those in src/."""
 
 import argparse
 import os
@@ -52,7 +52,7 @@ def main() -> None:
         name for name in fresh.keys() | committed.keys() if fresh.get(name) != committed.get(name)
     )
     if differing:
-        sys.exit(f"not what the protos generate (make proto): {', '.join(differing)}")
+        sys.exit(f"out of date, run make proto: {', '.join(differing)}")
 
 
 if __name__ == "__main__":

@@ -12,28 +12,29 @@ from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.embedded import EmbeddedPostgresError
 from chat_ticket_svc.errors import DomainError
 from chat_ticket_svc.telemetry import logs
-from chat_ticket_svc.workers import PortTakenError
+from chat_ticket_svc.workers import ListenError
 
 # Each module has `add_arguments(parser)` and `run(options)`, which returns the exit status.
 COMMANDS = {
-    "serve": "serve until SIGTERM or SIGINT",
-    "migrate": "bring the database to the newest schema",
+    "serve": "run the server until SIGTERM or SIGINT",
+    "migrate": "apply the pending migrations to the database",
     "migrate-status": "list the applied and the pending migrations",
     "check": "check the settings, the database, the keys and the running server",
-    "token": "print a token for a server that `serve --embedded` runs with jwt",
+    "token": "print a development token for a server with --embedded and jwt",
     "export": "write a tenant, or one of its sessions, as JSON Lines",
-    "erase": "delete a tenant and everything it has; safe to repeat",
-    "worker": "",  # started by `serve --workers` only, so the help does not list it
+    "erase": "delete a tenant and all its data; safe to repeat",
+    "worker": "",  # not in the help: only `serve --workers` runs it
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     logs.install_excepthooks()
-    given = sys.argv[1:] if arguments is None else arguments
-    options = _parser(given).parse_args(given)
+    if arguments is None:
+        arguments = sys.argv[1:]
+    options = _parser(arguments).parse_args(arguments)
     try:
         status = options.run(options)
-    except (ConfigurationError, DomainError, EmbeddedPostgresError, PortTakenError) as error:
+    except (ConfigurationError, DomainError, EmbeddedPostgresError, ListenError) as error:
         sys.exit(f"chat-ticket-svc: {error}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
@@ -41,8 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser of all commands. Only those that `arguments` need are imported: gRPC and psycopg
-    take half a second to load.
+    """The parser of all commands.
+
+    Only the modules of the commands in `arguments` are imported: gRPC and psycopg take half a
+    second to load.
     """
     parser = argparse.ArgumentParser(
         prog="chat-ticket-svc",
@@ -53,10 +56,10 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         parser, "--print-completion", help="print a completion script for this shell"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    completes = any(argument.startswith("--print-completion") for argument in arguments)
+    prints_completion = any(argument.startswith("--print-completion") for argument in arguments)
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text) if text else commands.add_parser(name)
-        if completes or name in arguments:
+        if prints_completion or name in arguments:
             module = importlib.import_module(f"chat_ticket_svc.commands.{name.replace('-', '_')}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)

@@ -1,7 +1,7 @@
-"""Every setting of the service, read from the environment.
+"""All settings of the service, read from environment variables.
 
-Frozen once read; all that is wrong is reported at once, without the values, some of which are
-secrets. The README lists the same settings.
+Settings are immutable. All errors are reported together, and without the values, because some of
+the values are secrets.
 """
 
 import re
@@ -23,35 +23,35 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
-# A comma-separated list in the environment.
+# A comma-separated list in the environment, a tuple here.
 CommaSeparated = Annotated[tuple[str, ...], NoDecode]
 
 PREFIX = "CHAT_TICKET_"
 
-# Those by which knowing how to check a token is not knowing how to make one.
-SIGNATURES = {
+# The key that verifies one of these signatures cannot create one, unlike the key of an HMAC.
+ASYMMETRIC_ALGORITHMS = {
     *("RS256", "RS384", "RS512"),
     *("PS256", "PS384", "PS512"),
     *("ES256", "ES384", "ES512"),
     "EdDSA",
 }
 
-# The characters of a URL (RFC 3986). dbmate prints one that has others, password and all.
-URL = re.compile(r"([A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=]|%[0-9A-Fa-f]{2})*")
+# The characters that RFC 3986 allows. If a URL has others, dbmate prints it, with its password.
+URL_CHARACTERS = re.compile(r"([A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=]|%[0-9A-Fa-f]{2})*")
 
-# What stands before the hosts of a URL, and those.
-AUTHORITY = re.compile(r"([a-z]+://(?:[^/?#]*@)?)([^/?#]*)")
+# The scheme and user info of a URL, and its hosts.
+HOSTS = re.compile(r"([a-z]+://(?:[^/?#]*@)?)([^/?#]*)")
 
 KIB = 1024
 MIB = 1024 * KIB
 
 
 class ConfigurationError(Exception):
-    """The settings are wrong: one line each."""
+    """One or more settings are not valid, with one line for each problem."""
 
 
 class Limits(BaseModel):
-    """What a request may hold. Numbers of characters where nothing else is said."""
+    """Limits of a request, in characters unless the name says otherwise."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -82,7 +82,10 @@ class Limits(BaseModel):
 
 
 class Quotas(BaseModel):
-    """What callers may use of one server process. Streams of messages and changes both count."""
+    """Limits of what callers may use of one server process.
+
+    ListChatMessages and WatchChatSession streams both count as streams.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -104,7 +107,7 @@ class Quotas(BaseModel):
 
 
 class Settings(BaseSettings):
-    """The settings of one server process; each is the environment variable of the same name."""
+    """The settings of one server process, each read from the variable that `variable` names."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -283,59 +286,59 @@ class Settings(BaseSettings):
 
     @field_validator("database_url", "database_listen_url", "migrate_database_url")
     @classmethod
-    def _a_url(cls, value: str) -> str:
+    def _validate_database_url(cls, value: str) -> str:
         if value and not value.startswith(("postgres://", "postgresql://")):
-            raise ValueError("is not a postgresql:// URL")
-        if not URL.fullmatch(value) or not all(map(_is_split, _of_each_host(value))):
-            raise ValueError("is not a URL with its special characters as %XX")
+            raise ValueError("must be a postgresql:// URL")
+        if not URL_CHARACTERS.fullmatch(value) or not all(map(_is_parseable, _urls_by_host(value))):
+            raise ValueError("must be a valid URL, with special characters percent-encoded")
         return value
 
     @field_validator("migrate_database_url")
     @classmethod
-    def _one_host(cls, value: str) -> str:
+    def _require_single_host(cls, value: str) -> str:
         if has_several_hosts(value):
-            raise ValueError("is not a URL of one host, the primary's")
+            raise ValueError("must name a single host, the primary")
         return value
 
     @field_validator(
         "attachment_url_schemes", "attachment_url_allowed_hosts", "jwt_algorithms", mode="before"
     )
     @classmethod
-    def _split(cls, value: object) -> object:
+    def _split_at_commas(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part for part in (part.strip() for part in value.split(",")) if part)
         return value
 
     @field_validator("attachment_url_schemes")
     @classmethod
-    def _known_schemes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _validate_schemes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value or set(value) - {"http", "https"}:
-            raise ValueError("is https, http or both, separated by a comma")
+            raise ValueError("must be https, http or both, separated by a comma")
         return value
 
     @field_validator("jwt_algorithms")
     @classmethod
-    def _public_key_algorithms(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value or set(value) - SIGNATURES:
-            raise ValueError(f"is one or more of {', '.join(sorted(SIGNATURES))}")
+    def _require_asymmetric_algorithms(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or set(value) - ASYMMETRIC_ALGORITHMS:
+            raise ValueError(f"must be one or more of {', '.join(sorted(ASYMMETRIC_ALGORITHMS))}")
         return value
 
     @field_validator("jwks")
     @classmethod
-    def _keys_that_nobody_can_swap(cls, value: str) -> str:
-        if not _is_split(value):
-            raise ValueError("is neither a URL nor a file")
+    def _require_trustworthy_jwks(cls, value: str) -> str:
+        if not _is_parseable(value):
+            raise ValueError("must be a URL or the path of a file")
         url = urlsplit(value)
         if url.scheme == "http" and not is_loopback(url.hostname or ""):
-            raise ValueError("is neither https:// nor a file")
+            raise ValueError("must be an https:// URL or the path of a file")
         return value
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
-        """What the ways in need besides."""
+    def _validate_access(self) -> Self:
+        """TLS and each kind of authentication require further settings; so does public access."""
         required: dict[str, str] = {}
         if self.tls_certificate or self.tls_key:
-            required |= dict.fromkeys(("tls_certificate", "tls_key"), "the other of the two")
+            required |= dict.fromkeys(("tls_certificate", "tls_key"), "the other one of the pair")
         if "mtls" in self.auth:
             names = ["tls_certificate", "tls_key", "tls_client_ca", "mtls_policy"]
             required |= dict.fromkeys(names, f"{variable('auth')}={self.auth}")
@@ -343,32 +346,32 @@ class Settings(BaseSettings):
             names = ["jwks", "jwt_issuer", "jwt_audience"]
             required |= dict.fromkeys(names, f"{variable('auth')}={self.auth}")
         problems = [
-            f"{variable(name)}: is required by {by}"
-            for name, by in required.items()
+            f"{variable(name)}: is required by {reason}"
+            for name, reason in required.items()
             if not getattr(self, name)
         ]
-        if self.exposed and not self.allow_insecure:
+        if self.exposure and not self.allow_insecure:
             problems.append(
-                f"{variable('host')}: is not loopback, where {self.exposed}: "
-                f"see {variable('auth')}, {variable('tls_certificate')} and, "
-                f"if it must be, {variable('allow_insecure')}"
+                f"{variable('host')}: must be a loopback address, because {self.exposure}: "
+                f"set {variable('auth')} and {variable('tls_certificate')}, "
+                f"or accept the risk with {variable('allow_insecure')}=true"
             )
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
     @property
-    def exposed(self) -> str:
-        """What anybody on the network could do to this server, if anything."""
+    def exposure(self) -> str:
+        """What anyone on the network could do to this server. Empty for a safe configuration."""
         if is_loopback(self.host):
             return ""
         if self.auth == "none":
-            return "anybody could act for any tenant"
-        return "" if self.tls_certificate else "anybody on the way could read and take credentials"
+            return "anyone could act for any tenant"
+        return "" if self.tls_certificate else "anyone on the network path could steal credentials"
 
     @property
     def listen_url(self) -> str:
-        """Where LISTEN runs: past a pooler, which would lose it."""
+        """The URL for LISTEN, which does not work through a connection pooler."""
         return self.database_listen_url or self.database_url
 
     @property
@@ -384,24 +387,24 @@ def is_loopback(host: str) -> bool:
 
 
 def has_several_hosts(url: str) -> bool:
-    """Whether libpq would try one after the other; dbmate takes one."""
+    """Whether libpq would try several hosts in turn. dbmate accepts only one."""
     query = parse_qs(urlsplit(url).query)
-    return len(_of_each_host(url)) > 1 or any(
+    return len(_urls_by_host(url)) > 1 or any(
         "," in value for name in ("host", "hostaddr") for value in query.get(name, ())
     )
 
 
-def _of_each_host(url: str) -> list[str]:
-    """The URL of a database once for each of the hosts before its path, as libpq reads them."""
-    found = AUTHORITY.match(url)
-    if found is None:
+def _urls_by_host(url: str) -> list[str]:
+    """A database URL with several hosts, as libpq allows, as one URL for each host."""
+    match = HOSTS.match(url)
+    if match is None:
         return [url]
-    before, hosts, after = found[1], found[2], url[found.end() :]
-    return [f"{before}{host}{after}" for host in hosts.split(",")]
+    prefix, hosts, suffix = match[1], match[2], url[match.end() :]
+    return [f"{prefix}{host}{suffix}" for host in hosts.split(",")]
 
 
-def _is_split(url: str) -> bool:
-    """Whether the parts of a URL can be told; the errors of urlsplit quote them."""
+def _is_parseable(url: str) -> bool:
+    """Whether urlsplit accepts the URL. Its errors quote the URL, so they are not shown."""
     try:
         parts = urlsplit(url)
         return parts.port != 0
@@ -410,9 +413,9 @@ def _is_split(url: str) -> bool:
 
 
 def read_file(variable: str, path: Path) -> bytes:
-    """The bytes of the file that a variable names; ConfigurationError when they cannot be read.
+    """The bytes of the file that a variable names. Raises ConfigurationError if it is unreadable.
 
-    Which never tells the path: people put there what belongs into the file.
+    The error never shows the path, because users sometimes set the file's content instead.
     """
     try:
         return path.read_bytes()
@@ -421,22 +424,22 @@ def read_file(variable: str, path: Path) -> bytes:
 
 
 def variable(field: str) -> str:
-    """The environment variable of a field, whose validation alias is one already."""
+    """The environment variable of a field. A validation alias is already a variable."""
     return field if field.isupper() else f"{PREFIX}{field.upper()}"
 
 
 def unknown_variables(environment: Iterable[str]) -> list[str]:
-    """The variables that look like ours and are none: perhaps misspelt, so not in effect."""
-    known = [variable(name) for name in Settings.model_fields]
+    """Variables with our prefix that are not settings: probably misspelt, and without effect."""
+    settings = {variable(name) for name in Settings.model_fields}
     return sorted(
         name
         for name in environment
-        if name.startswith(PREFIX) and name.partition("__")[0] not in known
+        if name.startswith(PREFIX) and name.partition("__")[0] not in settings
     )
 
 
 def load(**overrides: object) -> Settings:
-    """Read the environment; raises ConfigurationError naming all that is wrong."""
+    """Read the environment. Raises one ConfigurationError that lists all problems."""
     try:
         settings = Settings(**overrides)  # type: ignore[arg-type]
     except ValidationError as error:
@@ -447,6 +450,7 @@ def load(**overrides: object) -> Settings:
                 text = f"{variable('__'.join(str(part) for part in problem['loc']))}: {text}"
             lines.append(text)
         raise ConfigurationError("\n".join(lines)) from None
-    except SettingsError as error:  # a whole group as one variable; names it, without the value
+    except SettingsError as error:
+        # A group, such as the quotas, in a single variable. The text names it, without the value.
         raise ConfigurationError(str(error)) from None
     return settings

@@ -1,7 +1,7 @@
-"""What can go wrong, in the words of the domain. status.py says which gRPC status each becomes.
+"""Domain errors: what can go wrong, without gRPC or SQL. rpc/status.py maps each to a status.
 
-The store raises these and never learns gRPC; services let them pass. Texts are for the caller:
-they name ids and fields, never content, SQL, or anything of another tenant.
+The store and the services raise these errors; only the RPC middleware catches them. Callers read
+the texts, so a text may name ids and fields but never content, SQL, or another tenant's data.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Violation:
-    """What is wrong with one field of a request, or with all of it: then `field` is empty."""
+    """What is wrong with one field of a request. An empty `field` means the whole request."""
 
     field: str
     description: str
@@ -20,9 +20,9 @@ class Violation:
 
 
 class DomainError(Exception):
-    """An error that its caller is told about: `reason` is for programs, the text for people.
+    """Base of all errors that callers are told: `reason` is for programs, the text for people.
 
-    `retry_seconds` is after how long the same call may succeed; None where it never does.
+    `retry_seconds` is the delay after which the same call may succeed, or None if it never does.
     """
 
     reason: str
@@ -36,7 +36,7 @@ class DomainError(Exception):
 
 
 class InvalidArgumentError(DomainError):
-    """The request itself is wrong; carries the violations found, and how many more there are."""
+    """The request is malformed. Carries the violations, and the number of those not listed."""
 
     def __init__(self, violations: Sequence[Violation], *, unlisted: int = 0):
         text = "; ".join(map(str, violations))
@@ -46,15 +46,15 @@ class InvalidArgumentError(DomainError):
 
 
 class UnauthenticatedError(DomainError):
-    """The call does not say, or cannot prove, who makes it."""
+    """The call has no valid credential."""
 
 
 class PermissionDeniedError(DomainError):
-    """The call has proved who makes it, who may not make it."""
+    """The caller is authenticated, but not allowed to make this call."""
 
 
 class NotFoundError(DomainError):
-    """There is no such entity, or it is another tenant's: the two look the same."""
+    """The entity does not exist, or belongs to another tenant: callers cannot tell which."""
 
     def __init__(self, resource: str, resource_id: str):
         super().__init__(
@@ -66,7 +66,7 @@ class NotFoundError(DomainError):
 
 
 class AlreadyExistsError(DomainError):
-    """An id is taken by something else, or the one place that there is."""
+    """Another entity has or had this id, or the session already has its one ticket."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class AlreadyExistsError(DomainError):
         cls, resource: str, resource_id: str, metadata: Mapping[str, str] | None = None
     ) -> "AlreadyExistsError":
         return cls(
-            f"the id {resource_id} is taken by another {resource.replace('_', ' ')}",
+            f"id {resource_id} already belongs to another {resource.replace('_', ' ')}",
             reason=f"{resource.upper()}_ALREADY_EXISTS",
             resource=resource,
             resource_id=resource_id,
@@ -95,7 +95,7 @@ class AlreadyExistsError(DomainError):
 
 
 class FailedPreconditionError(DomainError):
-    """A rule refuses the call in the present state; `subject` is what it is about."""
+    """A rule forbids the call in the current state. `subject` is the entity or field concerned."""
 
     def __init__(self, text: str, *, reason: str, subject: str):
         super().__init__(text, reason=reason)
@@ -103,11 +103,11 @@ class FailedPreconditionError(DomainError):
 
 
 class AbortedError(DomainError):
-    """Lost against a concurrent call: read again, or simply retry."""
+    """The call lost to a concurrent call. The caller may read again, or simply retry."""
 
 
 class ContentionError(AbortedError):
-    """The database gave up on a conflict between transactions, after our own retries."""
+    """Transactions conflicted, and the service's own retries are exhausted."""
 
     retry_seconds = 1.0
 
@@ -116,21 +116,24 @@ class ContentionError(AbortedError):
 
 
 class OutOfRangeError(DomainError):
-    """A position that does not exist yet."""
+    """The revision does not exist yet."""
 
 
 class ResourceExhaustedError(DomainError):
-    """A limit of the service, not of the request, has been reached."""
+    """A limit of the service, rather than of the request, is reached."""
 
     retry_seconds = 1.0
 
 
 class QuotaExceededError(ResourceExhaustedError):
-    """A caller uses all that it may: `quota` is the setting's name; without a tenant, all do."""
+    """A tenant, or without `tenant_id` the whole server, has used up `quota`, named as its setting.
+
+    `retry_seconds` is the delay after which the quota may allow the call.
+    """
 
     def __init__(self, quota: str, limit: float, tenant_id: str | None, *, retry_seconds: float):
         super().__init__(
-            f"the limit {quota} of {limit:g} is reached",
+            f"quota {quota} exceeded, limit {limit:g}",
             reason="QUOTA_EXCEEDED",
             metadata={"quota": quota, "limit": f"{limit:g}"},
         )
@@ -139,27 +142,27 @@ class QuotaExceededError(ResourceExhaustedError):
 
 
 class UnavailableError(DomainError):
-    """The service cannot answer now; nothing was done."""
+    """The service cannot answer at the moment. Nothing was written."""
 
     retry_seconds = 1.0
 
 
 class OutcomeUnknownError(UnavailableError):
-    """The connection broke during a write, which may have happened."""
+    """The connection to the database broke during a write, which may have succeeded."""
 
     def __init__(self) -> None:
         super().__init__(
-            "the connection to the database broke during the write, which may have happened: "
-            "repeat it with the same id",
+            "connection to the database lost during the write, which may have succeeded: "
+            "retry with the same id",
             reason="OUTCOME_UNKNOWN",
         )
 
 
 class DeadlineExceededError(DomainError):
-    """The caller's deadline, or the service's own, has passed."""
+    """The deadline of the caller, or the service's own timeout, has passed."""
 
     def __init__(self) -> None:
-        super().__init__("the deadline has passed", reason="DEADLINE_EXCEEDED")
+        super().__init__("deadline exceeded", reason="DEADLINE_EXCEEDED")
 
 
 class UnsupportedError(DomainError):

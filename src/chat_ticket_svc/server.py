@@ -1,4 +1,4 @@
-"""The composition root: what one server process is made of, and the order it starts and ends in."""
+"""The composition root: builds one server process, starts it, and stops it in order."""
 
 import asyncio
 import contextlib
@@ -22,9 +22,11 @@ from chat_ticket.v1 import (
     chat_ticket_pb2_grpc,
 )
 from chat_ticket_svc.access import method_permissions
-from chat_ticket_svc.access.admission import AdmissionController, Authenticator
+from chat_ticket_svc.access.admission import AdmissionController
+from chat_ticket_svc.access.authenticator import Authenticator
 from chat_ticket_svc.access.client_certificate_authenticator import ClientCertificateAuthenticator
-from chat_ticket_svc.access.jwt_authenticator import JwksClient, JwtAuthenticator
+from chat_ticket_svc.access.jwks import JwksClient
+from chat_ticket_svc.access.jwt_authenticator import JwtAuthenticator
 from chat_ticket_svc.access.quotas import Quotas
 from chat_ticket_svc.access.server_certificates import ServerCertificates
 from chat_ticket_svc.config import MIB, ConfigurationError, Settings
@@ -42,7 +44,7 @@ from chat_ticket_svc.store.connection import require_valid_url
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.telemetry import metrics
 from chat_ticket_svc.watch.hub import WatchHub
-from chat_ticket_svc.workers import PortTakenError, address_of
+from chat_ticket_svc.workers import ListenError, format_address
 
 log = structlog.get_logger()
 
@@ -58,16 +60,17 @@ SERVICES = [
 
 HEALTH_CHECK_SECONDS = 1
 DRAIN_NOTICE_SECONDS = 0.2
-# gRPC's core cancels the calls that come after it was told to stop and before their callers were,
-# by a GOAWAY: those of callers who call again at once. So new calls wait until the GOAWAY is sent,
-# and that waits until the callers of those under way have called again, or none has for a while.
+# Once gRPC's core is told to stop, it cancels new calls. Clients learn of the stop a little later,
+# by a GOAWAY. A client that calls again as soon as it has an answer would lose a call in between.
+# So new calls are held back until the GOAWAY is sent, and the stop waits until the clients of the
+# calls in flight have called again, or until none has for a while.
 DRAIN_QUIET_SECONDS = 0.2
 DRAIN_HOLD_SECONDS = 0.5
 GOAWAY_SECONDS = 0.05
 
 OPTIONS = [
     ("grpc.max_receive_message_length", 4 * MIB),
-    # Between the two, which are far apart by default, gRPC refuses at random.
+    # gRPC rejects sizes between these two limits at random. Equal limits leave nothing in between.
     ("grpc.max_metadata_size", 8192),
     ("grpc.absolute_max_metadata_size", 8192),
     ("grpc.max_concurrent_streams", 200),
@@ -96,72 +99,81 @@ class Server:
             statement_timeout_ms=settings.statement_timeout_ms,
             lock_timeout_ms=settings.lock_timeout_ms,
         )
-        self._probe = schema.Probe(settings.database_url)
-        self._follow = WatchHub(
+        self._schema_probe = schema.Probe(settings.database_url)
+        self._watch_hub = WatchHub(
             self._db,
             settings.listen_url,
             watch_poll_interval_seconds=settings.watch_poll_interval_seconds,
             watch_heartbeat_seconds=settings.watch_heartbeat_seconds,
-            readers=max(1, settings.pool_size // 2),
+            max_concurrent_reads=max(1, settings.pool_size // 2),
         )
-        self._urls = _url_checker(settings)
-        self._certificates = ServerCertificates.of(settings)
-        self._keys = JwksClient(settings.jwks) if "jwt" in settings.auth else None
+        self._url_checker = _url_checker(settings)
+        self._certificates = ServerCertificates.from_settings(settings)
+        self._jwks_client = JwksClient(settings.jwks) if "jwt" in settings.auth else None
         self._middleware = RpcMiddleware(
-            AdmissionController(_authenticators(settings, self._keys), Quotas(settings.quotas)),
+            AdmissionController(
+                _authenticators(settings, self._jwks_client), Quotas(settings.quotas)
+            ),
             unary_timeout_seconds=settings.unary_timeout_seconds,
             stream_write_timeout_seconds=settings.stream_write_timeout_seconds,
             access_log=settings.access_log,
         )
         self._health = HealthServicer(SERVICES)
-        # On by default, and then a second server silently shares the port.
+        # gRPC shares ports by default: a second server would start on the same port unnoticed.
         share_port = ("grpc.so_reuseport", int(settings.workers > 1))
-        self._grpc = aio_server.server(options=[*OPTIONS, share_port])
+        self._grpc = aio_server.create_server(options=[*OPTIONS, share_port])
         self._health_task: asyncio.Task[None] | None = None
         self._metrics: HTTPServer | None = None
 
     async def start(self) -> None:
-        """Listen. A database that is reachable and not migrated raises schema.StaleSchemaError.
+        """Start to serve. Raises schema.StaleSchemaError when the database lacks migrations.
 
-        One that cannot be reached does not: the health service says NOT_SERVING until it can.
+        An unreachable database raises nothing: the health service reports NOT_SERVING until the
+        database can be reached.
         """
         try:
-            self._register()
+            self._register_services()
             self._listen()
-            self._report()
-            if self._keys is not None:
-                await self._keys.open()
+            self._start_metrics()
+            if self._jwks_client is not None:
+                await self._jwks_client.open()
             await self._check_schema()
         except BaseException:
             await self._close()
             raise
         await self._db.open()
-        self._follow.start()
+        self._watch_hub.start()
         if self._certificates is not None:
-            self._certificates.watch()
+            self._certificates.start_reloading()
         await self._health.set_all(serving=False)
-        self._health_task = asyncio.create_task(self._watch_health())
+        self._health_task = asyncio.create_task(self._run_health_checks())
         await self._grpc.start()
 
     async def wait_for_termination(self) -> None:
-        """Return when it has been stopped; raise what has ended it otherwise."""
+        """Return after `stop`; raise the error if the server ends on its own."""
         await self._grpc.wait_for_termination()
 
     async def stop(self) -> None:
-        """Drain: tell health checks and followers first, let calls finish, then let go."""
+        """Drain and stop.
+
+        Health checks report NOT_SERVING first, then watches end, then calls in flight finish, and
+        last the connections are closed.
+        """
         if self._health_task is not None:
             self._health_task.cancel()
             await asyncio.gather(self._health_task, return_exceptions=True)
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(DRAIN_NOTICE_SECONDS)
-        self._follow.drain()
-        await self._middleware.hold(quiet=DRAIN_QUIET_SECONDS, most=DRAIN_HOLD_SECONDS)
+        self._watch_hub.drain()
+        await self._middleware.pause(
+            quiet_seconds=DRAIN_QUIET_SECONDS, max_seconds=DRAIN_HOLD_SECONDS
+        )
         stopping = asyncio.create_task(self._grpc.stop(self._settings.drain_seconds))
         await asyncio.sleep(GOAWAY_SECONDS)
-        self._middleware.release()
+        self._middleware.resume()
         await stopping
-        await self._middleware.finished(timeout=1)
-        await self._follow.stop()
+        await self._middleware.wait_for_handlers(timeout=1)
+        await self._watch_hub.stop()
         await self._close()
 
     async def _close(self) -> None:
@@ -170,50 +182,50 @@ class Server:
             self._metrics.server_close()
         if self._certificates is not None:
             await self._certificates.close()
-        if self._keys is not None:
-            await self._keys.close()
-        await self._probe.close()
+        if self._jwks_client is not None:
+            await self._jwks_client.close()
+        await self._schema_probe.close()
         await self._db.close()
 
     def _listen(self) -> None:
-        address = address_of(self._settings.host, self._settings.port)
+        address = format_address(self._settings.host, self._settings.port)
         try:
             if self._certificates is None:
                 self.port = self._grpc.add_insecure_port(address)
             else:
                 self.port = self._grpc.add_secure_port(address, self._certificates.credentials())
         except RuntimeError as error:
-            raise PortTakenError(address) from error
+            raise ListenError(address) from error
 
-    def _report(self) -> None:
-        self._db.report()
-        # Without self, which metrics would keep: gRPC's thread complains at the end of Python when
-        # there still is a server that was not started.
-        follow = self._follow
-        metrics.WATCHERS.set_function(lambda: follow.watchers)
+    def _start_metrics(self) -> None:
+        self._db.register_metrics()
+        # The callback must not keep `self` alive: gRPC's thread reports an error at interpreter
+        # exit when a server that was never started still exists.
+        watch_hub = self._watch_hub
+        metrics.WATCHERS.set_function(lambda: watch_hub.watcher_count)
         host, port = self._settings.host, self._settings.metrics_port
         if port is None:
             return
         try:
             self._metrics = metrics.serve(host, port)
         except OSError as error:
-            raise PortTakenError(address_of(host, port)) from error
-        log.info("metrics", host=host, port=self._metrics.server_port)
+            raise ListenError(format_address(host, port)) from error
+        log.info("serving metrics", host=host, port=self._metrics.server_port)
 
-    def _register(self) -> None:
-        db, follow, settings = self._db, self._follow, self._settings
+    def _register_services(self) -> None:
+        db, watch_hub, settings = self._db, self._watch_hub, self._settings
         server: Any = MethodRegistrar(self._grpc, self._middleware)
         chat_session_pb2_grpc.add_ChatSessionServiceServicer_to_server(
-            ChatSessionService(db, follow, settings), server
+            ChatSessionService(db, watch_hub, settings), server
         )
         chat_message_pb2_grpc.add_ChatMessageServiceServicer_to_server(
-            ChatMessageService(db, follow, self._urls, settings), server
+            ChatMessageService(db, watch_hub, self._url_checker, settings), server
         )
         chat_attachment_pb2_grpc.add_ChatAttachmentServiceServicer_to_server(
-            ChatAttachmentService(db, follow, self._urls, settings), server
+            ChatAttachmentService(db, watch_hub, self._url_checker, settings), server
         )
         chat_ticket_pb2_grpc.add_ChatTicketServiceServicer_to_server(
-            ChatTicketService(db, follow, settings), server
+            ChatTicketService(db, watch_hub, settings), server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if settings.reflection:
@@ -221,47 +233,47 @@ class Server:
             reflection_pb2_grpc.add_ServerReflectionServicer_to_server(  # type: ignore[no-untyped-call]
                 reflection.aio.ReflectionServicer(names), server
             )
-        method_permissions.require_known(server.names)
+        method_permissions.require_permission_rules(server.names)
 
     async def _check_schema(self) -> None:
         try:
-            missing = await self._probe.missing()
+            missing = await self._schema_probe.missing()
         except DomainError as error:
-            log.warning("the database cannot be reached yet", reason=error.reason)
+            log.warning("database is not reachable yet", reason=error.reason)
             return
         if missing:
             raise schema.StaleSchemaError(missing)
 
-    async def _watch_health(self) -> None:
-        """Keep the health service's answer at what the database allows."""
-        was = None
+    async def _run_health_checks(self) -> None:
+        """Report SERVING while the database is reachable and migrated, else NOT_SERVING."""
+        last_problem = None
         while True:
             try:
-                missing = await self._probe.missing()
-                now = f"the database lacks {', '.join(missing)}" if missing else ""
-                if was and not now:
-                    await self._db.check()  # the pool may take longer to come back
-            except Exception as error:  # whatever it is, it is no health
-                now = str(error) if isinstance(error, DomainError) else type(error).__qualname__
-            if now != was:
-                was = now
-                if now:
+                missing = await self._schema_probe.missing()
+                problem = f"the database lacks {', '.join(missing)}" if missing else ""
+                if last_problem and not problem:
+                    await self._db.check()  # the pool may take longer than the probe to recover
+            except Exception as error:  # any error: the server is not healthy
+                problem = str(error) if isinstance(error, DomainError) else type(error).__qualname__
+            if problem != last_problem:
+                last_problem = problem
+                if problem:
                     await self._health.set_all(serving=False)
-                    log.warning("not serving", because=now)
+                    log.warning("not serving", problem=problem)
                 else:
                     await self._health.set_all(serving=True)
                     log.info("serving")
             await asyncio.sleep(HEALTH_CHECK_SECONDS)
 
 
-def _authenticators(settings: Settings, keys: JwksClient | None) -> list[Authenticator]:
+def _authenticators(settings: Settings, jwks_client: JwksClient | None) -> list[Authenticator]:
     authenticators: list[Authenticator] = []
     if settings.mtls_policy is not None and "mtls" in settings.auth:
         authenticators.append(ClientCertificateAuthenticator(settings.mtls_policy))
-    if keys is not None:
+    if jwks_client is not None:
         authenticators.append(
             JwtAuthenticator(
-                keys,
+                jwks_client,
                 issuer=settings.jwt_issuer,
                 audience=settings.jwt_audience,
                 algorithms=settings.jwt_algorithms,
@@ -282,24 +294,25 @@ def _url_checker(settings: Settings) -> AttachmentUrlChecker | None:
         raise ConfigurationError(f"CHAT_TICKET_ATTACHMENT_URL_ALLOWED_HOSTS: {error}") from error
 
 
-async def run(settings: Settings, stop: asyncio.Event, listening: Callable[[int], None]) -> None:
-    """Serve until `stop` is set; `listening` is told the port."""
-    if settings.exposed:
-        log.warning(f"{settings.exposed}, as CHAT_TICKET_ALLOW_INSECURE wants it")
+async def run(settings: Settings, stop: asyncio.Event, on_listening: Callable[[int], None]) -> None:
+    """Serve until `stop` is set. `on_listening` is called with the port."""
+    if settings.exposure:
+        log.warning(f"{settings.exposure}; allowed by CHAT_TICKET_ALLOW_INSECURE")
     server = Server(settings)
     await server.start()
     log.info("listening", host=settings.host, port=server.port, auth=settings.auth)
-    listening(server.port)
-    # What a server consists of stays: looking through it for garbage would stop every call.
+    on_listening(server.port)
+    # The server's objects live as long as the process. Without this the garbage collector would
+    # scan them again and again, and every call would wait for it.
     gc.freeze()
-    stopping = asyncio.create_task(stop.wait())
-    ending = asyncio.create_task(server.wait_for_termination())
+    stop_requested = asyncio.create_task(stop.wait())
+    terminated = asyncio.create_task(server.wait_for_termination())
     try:
-        await asyncio.wait({stopping, ending}, return_when=asyncio.FIRST_COMPLETED)
-        if ending.done():  # nothing listens any more: whoever supervises us has to know
-            await ending
+        await asyncio.wait({stop_requested, terminated}, return_when=asyncio.FIRST_COMPLETED)
+        if terminated.done():  # nothing listens any more: raise, so that the supervisor restarts us
+            await terminated
     finally:
-        stopping.cancel()
+        stop_requested.cancel()
         log.info("draining")
         with contextlib.suppress(asyncio.CancelledError):
             await server.stop()

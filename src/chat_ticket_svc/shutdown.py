@@ -1,4 +1,4 @@
-"""What makes a process shut down in order: SIGTERM, SIGINT and, on a terminal, SIGHUP."""
+"""Orderly shutdown of a process on SIGTERM, SIGINT and, on a terminal, SIGHUP."""
 
 import asyncio
 import signal
@@ -10,17 +10,17 @@ from chat_ticket_svc.telemetry import logs
 
 
 class ShutdownSignals:
-    """Makes the first SIGTERM or SIGINT shut the process down, and ignores later ones.
+    """Shuts the process down on the first SIGTERM or SIGINT, and ignores later ones.
 
-    The event loop's own signal handlers begin and end with the loop. A signal that comes before or
-    after must also stop the embedded PostgreSQL, so these handlers belong to the process.
+    The event loop's own signal handlers exist only while the loop runs. A signal before or after
+    that must stop the embedded PostgreSQL too, so these handlers belong to the process.
 
     With `with_terminal`, SIGHUP does the same, unless nohup ignores it. Otherwise SIGHUP is
-    ignored: operators send it to have files read again, and the server does that by itself.
+    ignored: operators send it to reload files, and the server reloads them by itself.
     """
 
     def __init__(self, *, with_terminal: bool) -> None:
-        self.request: Callable[[], object] = sys.exit
+        self.request_shutdown: Callable[[], object] = sys.exit
         self.is_requested = False
         self._signals = [signal.SIGTERM, signal.SIGINT]
         if with_terminal and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
@@ -34,7 +34,7 @@ class ShutdownSignals:
         for number in self._signals:
             signal.signal(number, signal.SIG_IGN)
         self.is_requested = True
-        self.request()
+        self.request_shutdown()
 
 
 def run_until_shutdown(
@@ -42,14 +42,14 @@ def run_until_shutdown(
     shutdown: ShutdownSignals,
     new_event_loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> int:
-    """Run `work` in an event loop and return its exit status. A signal sets the event of `work`."""
+    """Run `work` in an event loop and return its exit status. A signal sets its event."""
 
     async def until_signalled() -> int:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
-        shutdown.request = lambda: loop.call_soon_threadsafe(stop.set)
-        # The SystemExit of an earlier signal is lost when it is raised in an import's cleanup,
-        # where Python ignores exceptions.
+        shutdown.request_shutdown = lambda: loop.call_soon_threadsafe(stop.set)
+        # A signal during an import may have raised SystemExit in a cleanup, where Python ignores
+        # exceptions.
         if shutdown.is_requested:
             stop.set()
         loop.set_exception_handler(logs.handle_loop_exception)

@@ -1,4 +1,4 @@
-"""Timeouts that cost less than asyncio's own, for what every call and every stream write needs."""
+"""Timeouts that cost less than asyncio's own, for every call and every stream write."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,45 +8,45 @@ K = TypeVar("K")
 
 
 class TimeoutQueue(Generic[K]):
-    """Calls `end` with each key that was started `seconds` ago and not stopped since.
+    """Calls `on_timeout` for each key `seconds` after its start, unless it was stopped before.
 
-    `end` may start it again.
+    All keys share one timeout and one timer. `on_timeout` may start its key again.
     """
 
-    def __init__(self, seconds: float, end: Callable[[K], object]):
+    def __init__(self, seconds: float, on_timeout: Callable[[K], object]):
         self.seconds = seconds
-        self._end = end
-        # In the order in which they were started, which is the one in which they end.
-        self._ends: dict[K, float] = {}
+        self._on_timeout = on_timeout
+        # All timeouts are equally long, so the keys expire in the order of their insertion.
+        self._deadlines: dict[K, float] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def __contains__(self, key: K) -> bool:
-        return key in self._ends
+        return key in self._deadlines
 
     def start(self, key: K) -> None:
         loop = asyncio.get_running_loop()
-        self._ends[key] = loop.time() + self.seconds
+        self._deadlines[key] = loop.time() + self.seconds
         if self._timer is None:
-            self._timer = loop.call_later(self.seconds, self._wake)
+            self._timer = loop.call_later(self.seconds, self._expire)
 
     def stop(self, key: K) -> None:
-        """Does nothing when it has ended."""
-        self._ends.pop(key, None)
+        """Does nothing if the key has expired or was never started."""
+        self._deadlines.pop(key, None)
 
-    def _wake(self) -> None:
+    def _expire(self) -> None:
         loop = asyncio.get_running_loop()
-        while self._ends:
-            key, at = next(iter(self._ends.items()))
-            if at > loop.time():
-                self._timer = loop.call_at(at, self._wake)
+        while self._deadlines:
+            key, deadline = next(iter(self._deadlines.items()))
+            if deadline > loop.time():
+                self._timer = loop.call_at(deadline, self._expire)
                 return
-            del self._ends[key]
-            self._end(key)
+            del self._deadlines[key]
+            self._on_timeout(key)
         self._timer = None
 
 
 class Timeout:
-    """Raises TimeoutError out of its block after some seconds. Not to be entered twice."""
+    """A block that raises TimeoutError after some seconds. Enter each instance only once."""
 
     __slots__ = ("_expired", "_seconds", "_task", "_timer")
 
@@ -60,14 +60,14 @@ class Timeout:
     def __enter__(self) -> Self:
         loop = asyncio.get_running_loop()
         task = asyncio.current_task(loop)
-        assert task is not None  # noqa: S101 - for the type checker: limits are for tasks
+        assert task is not None  # noqa: S101 - for the type checker: a timeout cancels a task
         self._task = task
         self._timer = loop.call_later(self._seconds, self._expire)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> None:
         self._timer.cancel()
-        # Cancelled by somebody else as well, it stays cancelled.
+        # If something else cancelled the task as well, the task stays cancelled.
         if self._expired and not self._task.uncancel() and kind is asyncio.CancelledError:
             raise TimeoutError from error  # type: ignore[misc]
 

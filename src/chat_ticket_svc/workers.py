@@ -1,7 +1,8 @@
-"""Several server processes on one port, and their parent, which replaces those that end.
+"""Several server processes on one port, and the supervisor that replaces those that exit.
 
-The kernel spreads the connections over the processes that listen on the port. Each is a server of
-its own, spawned and not forked, since gRPC does not survive a fork; the parent never loads it.
+The kernel distributes connections over the processes that listen on the port. Each worker is a
+complete server. Workers are spawned, not forked, because gRPC does not survive a fork. The
+supervisor never loads gRPC.
 """
 
 import asyncio
@@ -22,28 +23,28 @@ from chat_ticket_svc import embedded
 
 log = structlog.get_logger()
 
-# What a worker prints for its parent.
+# A worker prints this for the supervisor when it listens.
 LISTENING = b"listening\n"
 
-# An exit status tells of a signal in the way of a shell: by its number above this one.
-SIGNALLED = 128
+# As in a shell, the exit status of a process that a signal has killed is this plus the signal.
+SIGNAL_STATUS_BASE = 128
 
-# A worker that ends this soon is one that cannot run: the next one waits, longer each time.
-SETTLED_SECONDS = 10
-FIRST_DELAY_SECONDS = 0.5
-LONGEST_DELAY_SECONDS = 30
+# The restart of a worker that has run for less than this is delayed, longer each time.
+STABLE_AFTER_SECONDS = 10
+MIN_BACKOFF_SECONDS = 0.5
+MAX_BACKOFF_SECONDS = 30
 
 
-class PortTakenError(Exception):
-    """Nothing can listen on the address."""
+class ListenError(Exception):
+    """The server cannot listen on the address."""
 
     def __init__(self, address: str):
         super().__init__(
-            f"cannot listen on {address}: is the port taken, or the address of another machine?"
+            f"cannot listen on {address}: the port is in use, or this machine lacks the address"
         )
 
 
-def address_of(host: str, port: int) -> str:
+def format_address(host: str, port: int) -> str:
     if ":" in host and not host.startswith("["):
         host = f"[{host}]"
     return f"{host}:{port}"
@@ -58,50 +59,50 @@ class Supervisor:
         self._stop = stop
         self._processes: set[Process] = set()
 
-    async def run(self, listening: Callable[[], None]) -> int:
+    async def run(self, on_listening: Callable[[], None]) -> int:
         """Start, replace and drain the workers; returns the exit status.
 
-        One worker goes ahead, so that what keeps all of them from starting is said once. When it
-        ends before it listens there are no others, and its exit status is the result; otherwise
-        `listening` is called.
+        The first worker starts alone, so that an error that concerns all workers is reported once.
+        If it exits before it listens, no others are started and its exit status is returned.
+        Otherwise `on_listening` is called.
         """
         draining = asyncio.create_task(self._drain())
         try:
             first = await self._spawn(0)
-            if not await self._listens(first):
-                status = await self._ended(first)
+            if not await self._wait_until_listening(first):
+                status = await self._wait_for_exit(first)
                 if self._stop.is_set():
                     return 0
-                if status > SIGNALLED:  # otherwise it has said why
-                    log.error("a worker ended", worker=first.pid, status=status)
+                if status > SIGNAL_STATUS_BASE:  # otherwise the worker has reported its error
+                    log.error("worker exited", worker=first.pid, status=status)
                 return status
-            listening()
-            others = [self._keep(number, None) for number in range(1, self._count)]
-            await asyncio.gather(self._keep(0, first), *others)
+            on_listening()
+            others = [self._keep_running(number, None) for number in range(1, self._count)]
+            await asyncio.gather(self._keep_running(0, first), *others)
             return 0
         finally:
             draining.cancel()
 
-    async def _keep(self, number: int, process: Process | None) -> None:
-        """One worker after another; the first may run already."""
+    async def _keep_running(self, number: int, process: Process | None) -> None:
+        """Run worker `number`, and restart it when it exits. `process` is one already running."""
         delay = 0.0
         while process is not None or not self._stop.is_set():
-            began = time.monotonic()
-            end: dict[str, int | str]
+            started_at = time.monotonic()
+            result: dict[str, int | str]
             try:
                 if process is None:
                     process = await self._spawn(number)
-                    await self._listens(process)
-                end = {"worker": process.pid, "status": await self._ended(process)}
-            except OSError as error:  # too little of something, of which there may be more later
-                end = {"error": type(error).__qualname__}
+                    await self._wait_until_listening(process)
+                result = {"worker": process.pid, "status": await self._wait_for_exit(process)}
+            except OSError as error:  # out of some resource, which may be available again later
+                result = {"error": type(error).__qualname__}
             if self._stop.is_set():
                 return
-            if time.monotonic() - began > SETTLED_SECONDS:
+            if time.monotonic() - started_at > STABLE_AFTER_SECONDS:
                 delay = 0
             else:
-                delay = min(max(FIRST_DELAY_SECONDS, 2 * delay), LONGEST_DELAY_SECONDS)
-            log.error("a worker ended", **end, next_in_seconds=delay)
+                delay = min(max(MIN_BACKOFF_SECONDS, 2 * delay), MAX_BACKOFF_SECONDS)
+            log.error("worker exited", **result, restart_in_seconds=delay)
             process = None
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
@@ -109,32 +110,33 @@ class Supervisor:
 
     async def _spawn(self, number: int) -> Process:
         process = await asyncio.create_subprocess_exec(
-            # -P: whatever else lies in the working directory.
+            # With -P, Python imports nothing from the working directory.
             *(sys.executable, "-P", "-m", "chat_ticket_svc", "worker"),
             *(str(os.getpid()), str(number)),
             env=self._environment,
             stdin=DEVNULL,
             stdout=PIPE,
-            start_new_session=True,  # Ctrl-C is for the parent, which drains them
+            start_new_session=True,  # Ctrl-C reaches the supervisor alone, which drains the workers
         )
         self._processes.add(process)
         return process
 
-    async def _listens(self, process: Process) -> bool:
-        """Wait until a worker listens; False when it ends before."""
+    async def _wait_until_listening(self, process: Process) -> bool:
+        """Wait until a worker listens. Returns False when it exits before."""
         assert process.stdout is not None  # noqa: S101 - for the type checker: it is a pipe
-        listens = False
-        while not listens and (line := await process.stdout.readline()):
-            listens = line == LISTENING
+        is_listening = False
+        while not is_listening and (line := await process.stdout.readline()):
+            is_listening = line == LISTENING
         if self._stop.is_set():
-            # Again: one that was spawned when we ignored the signal already did so until now.
+            # Signalled again: a worker that was spawned while this process ignored SIGTERM has
+            # inherited that, and has ignored the first signal.
             _terminate(process)
-        return listens
+        return is_listening
 
-    async def _ended(self, process: Process) -> int:
+    async def _wait_for_exit(self, process: Process) -> int:
         status = await process.wait()
         self._processes.discard(process)
-        return status if status >= 0 else SIGNALLED - status
+        return status if status >= 0 else SIGNAL_STATUS_BASE - status
 
     async def _drain(self) -> None:
         await self._stop.wait()
@@ -147,24 +149,26 @@ def _terminate(process: Process) -> None:
         process.terminate()
 
 
-def die_with_supervisor(parent: int) -> None:
-    """Have this worker end when its parent does, however it does: a parent may be killed."""
-    embedded.die_with(parent, signal.SIGKILL)
+def die_with_supervisor(supervisor_pid: int) -> None:
+    """Have the kernel kill this worker when the supervisor exits, even by SIGKILL."""
+    embedded.set_parent_death_signal(supervisor_pid, signal.SIGKILL)
 
 
 def report_listening() -> None:
+    """Tell the supervisor that this worker listens."""
     os.write(sys.stdout.fileno(), LISTENING)
-    # The parent reads no more.
+    # The supervisor reads nothing more from the pipe.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
 def reserve_port(host: str, port: int) -> Iterator[int]:
-    """Keep a port, or a free one for 0, for processes that share it by SO_REUSEPORT.
+    """Reserve a port for the workers, which share it by SO_REUSEPORT. 0 reserves a free one.
 
-    It is refused when anybody has it, also another parent whose workers do not listen yet. Then
-    nobody gets it, also while no worker listens; only processes of the same user that ask to share
-    it cannot be kept out. The sockets do not listen, so they take no connections from the workers.
+    Raises ListenError when another process has the port, even a supervisor whose workers do not
+    listen yet. While it is reserved no other process gets the port, even when no worker listens,
+    except for processes of the same user that share it by SO_REUSEPORT as well. The reserving
+    sockets do not listen, so they receive none of the workers' connections.
     """
     reserved_port = 0
     with contextlib.ExitStack() as stack:
@@ -174,22 +178,22 @@ def reserve_port(host: str, port: int) -> Iterator[int]:
                     reservation = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
                     _bind(reservation, ip, reserved_port or port)
                 except OSError as error:
-                    # `localhost` often has an address of IPv6 also where there is no IPv6.
+                    # `localhost` often resolves to an IPv6 address on machines without IPv6.
                     if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                         raise
                 else:
                     reserved_port = reservation.getsockname()[1]
         except OSError as error:
-            raise PortTakenError(address_of(host, port)) from error
+            raise ListenError(format_address(host, port)) from error
         if not reserved_port:
-            raise PortTakenError(address_of(host, port))
+            raise ListenError(format_address(host, port))
         yield reserved_port
 
 
 def _addresses(host: str) -> Sequence[tuple[socket.AddressFamily, str]]:
-    """What gRPC makes of the host that it is to listen on."""
-    found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
-    addresses = list(dict.fromkeys((family, str(ip)) for family, _, _, _, (ip, *_) in found))
+    """The addresses that gRPC binds when it is told to listen on `host`."""
+    results = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
+    addresses = list(dict.fromkeys((family, str(ip)) for family, _, _, _, (ip, *_) in results))
     if any(ip_address(ip).is_unspecified for _, ip in addresses) and socket.has_dualstack_ipv6():
         return [(socket.AF_INET6, "::")]
     return addresses
@@ -197,16 +201,18 @@ def _addresses(host: str) -> Sequence[tuple[socket.AddressFamily, str]]:
 
 def _bind(reservation: socket.socket, ip: str, port: int) -> None:
     if reservation.family == socket.AF_INET6:
-        only = not ip_address(ip).is_unspecified
-        reservation.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+        is_v6_only = not ip_address(ip).is_unspecified
+        reservation.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, is_v6_only)
     try:
         reservation.bind((ip, port))
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
-        # Perhaps only by what is left of the connections of an earlier server.
+        # Connections of an earlier server in TIME_WAIT block the port too. SO_REUSEADDR allows
+        # binding beside those, but not beside a socket that listens.
         reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reservation.bind((ip, port))
         reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-    # Not before: as it is the port of one, and from now on that of the workers.
+    # Set after binding: the bind must fail when another process has the port. From here on the
+    # workers may share it.
     reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

@@ -1,4 +1,4 @@
-"""TLS: the server's own certificate, and callers that prove themselves by theirs."""
+"""TLS: the server's certificate, and authentication by client certificate."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from support.authority import Authority, Certificate, Key
 from support.client import Api, refused
 from test_jwt import listed
 from test_other_clients import needs_grpcurl
-from test_watch import following
+from test_watch import watching
 
 from chat_ticket_svc.access import server_certificates
 from chat_ticket_svc.config import ConfigurationError
@@ -69,7 +69,7 @@ async def start(
 
 class TestCallers:
     async def test_spiffe_id(self, start: NewServer, tenant: str) -> None:
-        """A listed caller may do what its entry says, and nothing else."""
+        """A listed caller may do what the policy grants, and nothing else."""
         connect = await start()
         api = await connect(CA.caller(uris=[ASSISTANT]), tenant)
         session = await api.session()
@@ -78,7 +78,7 @@ class TestCallers:
         assert refusal.info.metadata["permission"] == "ticket"
 
     async def test_dns_name(self, start: NewServer) -> None:
-        """In any case; and its only tenant need not be named."""
+        """Case does not matter. A single tenant is the default."""
         connect = await start()
         api = await connect(CA.caller(names=["something.else", "Billing.Internal"]))
         await listed(api)
@@ -107,17 +107,17 @@ class TestCallers:
             ((f"{ASSISTANT}\0/evil",), ()),
         ],
     )
-    async def test_certificate_of_nobody_listed(
+    async def test_certificate_without_a_listed_name(
         self, start: NewServer, uris: tuple[str, ...], names: tuple[str, ...]
     ) -> None:
-        """That the CA signed it is not enough; nor is a listed name of another kind."""
+        """A signature by the CA is not enough, nor is a listed name of another type."""
         connect = await start()
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"):
             await listed(await connect(CA.caller(uris=uris, names=names), "acme"))
 
     @pytest.mark.parametrize("caller", ["none", "of another CA", "expired"])
     async def test_connection_is_refused(self, start: NewServer, caller: str) -> None:
-        """A caller without a certificate of the authority does not come as far as a call."""
+        """Without a certificate of the CA the TLS handshake fails."""
         certificate = {
             "none": None,
             "of another CA": Authority().caller(uris=[ASSISTANT]),
@@ -130,14 +130,14 @@ class TestCallers:
     async def test_calls_end_when_the_certificate_expires(
         self, start: NewServer, tenant: str
     ) -> None:
-        """On a connection that was made before: streams at that moment, new calls from then on."""
+        """On an open connection too: streams end at once, and new calls are rejected."""
         api = await (await start())(CA.caller(uris=[ASSISTANT], seconds=3), tenant)
         session = await api.session()
-        async with following(api, session.id) as follower:
+        async with watching(api, session.id) as watcher:
             with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_EXPIRED"):
                 async with asyncio.timeout(10):
                     while True:
-                        await follower.next()
+                        await watcher.next()
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_EXPIRED"):
             await listed(api)
 
@@ -146,7 +146,7 @@ class TestBoth:
     async def test_a_call_needs_both_and_may_do_what_both_allow(
         self, start: NewServer, tmp_path: Path
     ) -> None:
-        """The certificate is for read and write of all tenants, the token for less."""
+        """The certificate allows reads and writes for all tenants, and the token less."""
         key = Key()
         connect = await start(auth="jwt,mtls", **key.trusted(tmp_path))
         assistant = CA.caller(uris=[ASSISTANT])
@@ -171,7 +171,7 @@ class TestBoth:
 
     @needs_grpcurl
     async def test_grpcurl_with_both(self, start: NewServer, tmp_path: Path) -> None:
-        """A client that is not ours, with the options that `make run` names."""
+        """A third-party client works with the options that `make run` prints."""
         key = Key()
         connect = await start(auth="jwt,mtls", **key.trusted(tmp_path))
         caller = CA.caller(uris=[ASSISTANT]).write(tmp_path / "caller")
@@ -189,7 +189,7 @@ class TestBoth:
 
 
 async def shown(address: str) -> bytes:
-    """The certificate that a server shows to a new connection, as DER."""
+    """The certificate that a server presents to a new connection, in DER."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -202,10 +202,10 @@ async def shown(address: str) -> bytes:
 
 
 class TestServer:
-    """Times are shortened; what they mean is not."""
+    """The intervals are shortened."""
 
     @pytest.fixture(autouse=True)
-    def _soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _short_intervals(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(server_certificates, "RELOAD_SECONDS", 0.1)
 
     async def until_shown(self, address: str, certificate: Certificate) -> None:
@@ -215,7 +215,7 @@ class TestServer:
                 await asyncio.sleep(0.05)
 
     async def test_tls_with_tokens(self, start: NewServer, tmp_path: Path, tenant: str) -> None:
-        """Callers need no certificate where none is asked for."""
+        """Without mTLS callers need no certificate."""
         key = Key()
         connect = await start(auth="jwt", **key.trusted(tmp_path))
         await (await connect(None, tenant, key.token())).session()
@@ -227,18 +227,18 @@ class TestServer:
         tenant: str,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        """A new one is shown to new connections; a broken one is logged, and the old one stays."""
+        """New connections get the new one. An unusable one is logged, and the old one stays."""
         first = CA.server()
         connect = await start(**first.write(tmp_path / "tls"))
         api = await connect(CA.caller(uris=[ASSISTANT]), tenant)
         session = await api.session()
         second = CA.server()
-        async with following(api, session.id) as follower:
+        async with watching(api, session.id) as watcher:
             second.write(tmp_path / "tls")
             await self.until_shown(api.address, second)
             await api.message(session.id)
-            while not follower.created:
-                await follower.next()
+            while not watcher.created:
+                await watcher.next()
         (tmp_path / "tls" / "key.pem").unlink()
         expired = CA.server(seconds=-60)
         for broken in (
@@ -252,7 +252,7 @@ class TestServer:
                 broken.write(tmp_path / "tls")
             capsys.readouterr()
             async with asyncio.timeout(10):
-                while "the old ones are kept" not in (captured := capsys.readouterr()).out:
+                while "keeping the old ones" not in (captured := capsys.readouterr()).out:
                     assert not captured.err
                     await asyncio.sleep(0.05)
             await self.until_shown(api.address, second)
@@ -261,10 +261,10 @@ class TestServer:
         await self.until_shown(api.address, third)
         await listed(await connect(CA.caller(uris=[ASSISTANT]), tenant))
 
-    async def test_renewed_authority_judges_new_connections(
+    async def test_renewed_client_ca_applies_to_new_connections(
         self, start: NewServer, tmp_path: Path, tenant: str
     ) -> None:
-        """Callers can move to another CA without a restart."""
+        """Callers can change to another CA without a restart."""
         connect = await start()
         other = Authority()
         (tmp_path / "authority.pem").write_bytes(other.certificate)
@@ -282,15 +282,15 @@ class TestServer:
         ("broken", "said"),
         [
             ("missing", "CHAT_TICKET_TLS_KEY: No such file"),
-            ("nonsense", "CHAT_TICKET_TLS_KEY: does not hold a key in PEM"),
-            ("other key", "CHAT_TICKET_TLS_KEY: is not the key of the certificate"),
+            ("nonsense", "CHAT_TICKET_TLS_KEY: must contain an unencrypted PEM key"),
+            ("other key", "CHAT_TICKET_TLS_KEY: does not match the certificate"),
             ("expired", "CHAT_TICKET_TLS_CERTIFICATE: has expired"),
         ],
     )
     async def test_broken_certificate_at_start(
         self, start: NewServer, tmp_path: Path, broken: str, said: str
     ) -> None:
-        """The server does not start, and says what is wrong with which file."""
+        """The server does not start, and names the setting and the problem."""
         settings = CA.server().write(tmp_path / "broken")
         if broken == "expired":
             CA.server(seconds=-60).write(tmp_path / "broken")
@@ -318,10 +318,10 @@ class TestServer:
             ('["spiffe://A/b"]\ntenants = ["x"]\npermissions = ["read"]', "spiffe"),
         ],
     )
-    async def test_malformed_list_of_callers(
+    async def test_malformed_policy_file(
         self, start: NewServer, tmp_path: Path, text: str, said: str
     ) -> None:
-        """A caller that is written wrongly is a mistake, and not one that is left out."""
+        """A malformed entry is a configuration error. It is not ignored."""
         path = tmp_path / "malformed.toml"
         path.write_text(text)
         with pytest.raises(ConfigurationError, match=f"CHAT_TICKET_MTLS_POLICY.*({said})"):

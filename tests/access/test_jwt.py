@@ -1,4 +1,4 @@
-"""Callers that prove themselves by a JSON Web Token."""
+"""Authentication by JSON Web Token, and the key set that verifies tokens."""
 
 import asyncio
 import base64
@@ -23,11 +23,11 @@ from jwt.algorithms import ECAlgorithm
 from support.authority import AUDIENCE, ISSUER, Key, KeyServer, key_set
 from support.client import Api, refused
 from test_list_messages import batches
-from test_watch import following
+from test_watch import watching
 
 from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest
 from chat_ticket.v1.chat_session_pb2 import ListChatSessionsRequest
-from chat_ticket_svc.access import jwt_authenticator
+from chat_ticket_svc.access import jwks, jwt_authenticator
 from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.rpc import middleware
 
@@ -40,7 +40,7 @@ NewApi = Callable[..., Api]
 
 
 class Server:
-    """A server that asks for tokens, and clients of it."""
+    """A server that requires tokens, and its clients."""
 
     def __init__(self, address: str, stack: contextlib.AsyncExitStack):
         self.address = address
@@ -52,7 +52,7 @@ class Server:
 
 @pytest_asyncio.fixture
 async def start(start_server: Any, database: str) -> AsyncIterator[Callable[..., Any]]:
-    """`await start(jwks=…)`: a server that asks for tokens."""
+    """`await start(jwks=…)`: a server that requires tokens."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(**settings: object) -> Server:
@@ -64,7 +64,7 @@ async def start(start_server: Any, database: str) -> AsyncIterator[Callable[...,
 
 @pytest_asyncio.fixture
 async def server(start: Any, tmp_path: Path) -> Server:
-    """A server that knows KEY from a file."""
+    """A server whose key set is a file with KEY."""
     (tmp_path / "keys.json").write_bytes(key_set(KEY))
     return await start(jwks=str(tmp_path / "keys.json"))  # type: ignore[no-any-return]
 
@@ -74,15 +74,15 @@ async def listed(api: Api) -> Any:
 
 
 class TestTenants:
-    async def test_the_only_tenant_need_not_be_named(self, server: Server, tenant: str) -> None:
-        """x-tenant-id may be left out when the credential has exactly one tenant."""
+    async def test_single_tenant_is_the_default(self, server: Server, tenant: str) -> None:
+        """x-tenant-id is optional if the credential has exactly one tenant."""
         api = await server.api(KEY.token(tenants=[tenant]))
         assert (await api.session()).tenant_id == tenant
         named = await server.api(KEY.token(tenants=[tenant]), tenant)
         assert len((await listed(named)).sessions) == 1
 
-    async def test_one_of_several_has_to_be_named(self, server: Server, tenant: str) -> None:
-        """Which tenant is meant is never guessed."""
+    async def test_one_of_several_tenants_must_be_named(self, server: Server, tenant: str) -> None:
+        """The server never guesses the tenant."""
         token = KEY.token(tenants=[tenant, f"{tenant} too"])
         with refused(StatusCode.UNAUTHENTICATED, "TENANT_REQUIRED"):
             await listed(await server.api(token))
@@ -90,20 +90,20 @@ class TestTenants:
             assert (await (await server.api(token, name)).session()).tenant_id == name
 
     async def test_all_tenants(self, server: Server, tenant: str) -> None:
-        """ "*" is every tenant, and names none."""
+        """ "*" allows every tenant, but x-tenant-id must name one."""
         token = KEY.token(tenants="*")
         assert (await (await server.api(token, tenant)).session()).tenant_id == tenant
         with refused(StatusCode.UNAUTHENTICATED, "TENANT_REQUIRED"):
             await listed(await server.api(token))
 
-    async def test_a_star_in_a_list_is_a_tenant_of_that_name(self, server: Server) -> None:
-        """Only "*" in place of the list opens all."""
+    async def test_star_in_a_list_is_the_name_of_a_tenant(self, server: Server) -> None:
+        """Only "*" instead of the list allows all tenants."""
         token = KEY.token(tenants=["*"])
         with refused(StatusCode.PERMISSION_DENIED, "TENANT_NOT_ALLOWED"):
             await listed(await server.api(token, "acme"))
 
     async def test_another_tenant_is_denied(self, server: Server, tenant: str) -> None:
-        """Whether that tenant exists, or has what is asked for, makes no difference."""
+        """The error does not reveal whether that tenant or its session exists."""
         other = await server.api(KEY.token(), f"other {tenant}")
         session = await other.session()
         api = await server.api(KEY.token(tenants=[tenant]), other.tenant)
@@ -120,14 +120,14 @@ class TestTenants:
         assert not first.messages
 
     async def test_malformed_tenant_is_invalid(self, server: Server) -> None:
-        """As it is without credentials."""
+        """The error is the same as without authentication."""
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await listed(await server.api(KEY.token(), "t" * 256))
         assert list(refusal.fields) == ["x-tenant-id"]
 
 
 def signed(header: dict[str, Any], claims: dict[str, Any], secret: bytes) -> str:
-    """A token that no library would sign: HMAC by whatever is at hand."""
+    """A token that no library would sign: an HMAC with any secret."""
 
     def encoded(value: bytes) -> str:
         return base64.urlsafe_b64encode(value).decode().rstrip("=")
@@ -137,7 +137,7 @@ def signed(header: dict[str, Any], claims: dict[str, Any], secret: bytes) -> str
 
 
 def by_other_key(**header: Any) -> str:
-    """Signed by a key of the forger's, with the name of ours."""
+    """Signed with the forger's key, under the key id of KEY."""
     return jwt.encode(Key.claims(), Key().private, "ES256", headers={"kid": KEY.key_id, **header})
 
 
@@ -186,8 +186,8 @@ FORGED = {
 
 
 class TestForged:
-    async def test_each_is_refused_alike(self, server: Server, tenant: str) -> None:
-        """Why a token is not valid is told to nobody who has no valid one."""
+    async def test_all_are_rejected_alike(self, server: Server, tenant: str) -> None:
+        """The error does not reveal why a token is not valid."""
         told = set()
         for name, token in FORGED.items():
             print(name)  # shown when it is not refused
@@ -212,7 +212,7 @@ class TestForged:
     async def test_algorithm_that_is_not_listed(
         self, start: Any, tmp_path: Path, key: Any, algorithm: str
     ) -> None:
-        """A good signature by a known key is refused when its algorithm is not allowed."""
+        """A valid signature by a known key is rejected if its algorithm is not allowed."""
         kind = jwt.algorithms.get_default_algorithms()[algorithm]
         public = {**kind.to_jwk(key.public_key(), as_dict=True), "kid": "two", "alg": algorithm}
         (tmp_path / "keys.json").write_text(json.dumps({"keys": [public]}))
@@ -225,7 +225,7 @@ class TestForged:
 
     @pytest.mark.filterwarnings("ignore::jwt.InsecureKeyLengthWarning")
     async def test_short_rsa_key(self, start: Any, tmp_path: Path) -> None:
-        """A key that can be factored proves nothing."""
+        """Keys that can be factored are not accepted."""
         key = rsa.generate_private_key(65537, 1024)
         algorithm = jwt.algorithms.get_default_algorithms()["RS256"]
         public = {**algorithm.to_jwk(key.public_key(), as_dict=True), "kid": "short"}
@@ -235,8 +235,8 @@ class TestForged:
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"):
             await listed(await server.api(token, "acme"))
 
-    async def test_odd_keys_beside_a_good_one(self, start: Any, tmp_path: Path) -> None:
-        """They are left out, private ones too; the good one does."""
+    async def test_unusable_keys_beside_a_usable_one(self, start: Any, tmp_path: Path) -> None:
+        """They are ignored, private keys too. The usable one works."""
         private = Key("private")
         secret = ECAlgorithm.to_jwk(private.private, as_dict=True)
         odd = [
@@ -252,10 +252,10 @@ class TestForged:
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"):
             await listed(await server.api(private.token(), "acme"))
 
-    async def test_no_request_is_parsed_before_its_caller_is_known(
+    async def test_request_is_not_parsed_before_authentication(
         self, start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Parsing takes memory and time: 4 KiB on the way can be two million messages."""
+        """Parsing takes memory and time: 4 KiB on the wire can become two million messages."""
         parsed = []
         tolerant = middleware._safe_deserializer
 
@@ -279,30 +279,30 @@ class TestForged:
         assert parsed == [b"", request.SerializeToString()]
 
     async def test_key_for_encryption(self, start: Any, tmp_path: Path) -> None:
-        """A key that is published for another use signs nothing."""
+        """A key published for another use is not accepted for signatures."""
         key = Key("two", use="enc")
         (tmp_path / "keys.json").write_bytes(key_set(KEY, key))
         server = await start(jwks=str(tmp_path / "keys.json"))
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"):
             await listed(await server.api(key.token(), "acme"))
 
-    async def test_expired_is_said(self, server: Server) -> None:
-        """A caller that owns a token knows that it needs a new one."""
+    async def test_expired_token_has_a_reason_of_its_own(self, server: Server) -> None:
+        """The caller learns that it needs a new token."""
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_EXPIRED"):
             await listed(await server.api(KEY.token(exp=int(time.time()) - 1), "acme"))
 
-    async def test_token_found_valid_expires(self, server: Server) -> None:
-        """To the second, whenever its signature was looked at."""
+    async def test_cached_token_expires(self, server: Server) -> None:
+        """On time, whenever its signature was verified."""
         api = await server.api(KEY.token(exp=int(time.time()) + 2), "acme")
         await listed(api)
         await asyncio.sleep(2.1)
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_EXPIRED"):
             await listed(api)
 
-    async def test_signature_is_looked_at_once(
+    async def test_verified_tokens_are_cached(
         self, server: Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Of a token that comes again and again; those that are remembered are bounded."""
+        """The signature is verified once, and the size of the cache is bounded."""
         checked = []
         decode = jwt.decode
         monkeypatch.setattr(
@@ -310,28 +310,28 @@ class TestForged:
             "decode",
             lambda *args, **kw: (checked.append(args[0]), decode(*args, **kw))[1],
         )
-        monkeypatch.setattr(jwt_authenticator, "MAX_TOKENS", 2)
+        monkeypatch.setattr(jwt_authenticator, "MAX_CACHED_TOKENS", 2)
         one, two, three = (KEY.token(n=n) for n in range(3))
         for token in (one, one, two, one, three, three, one):
             await listed(await server.api(token, "acme"))
         assert checked == [one, two, three, one]
 
-    async def test_expired_is_not_said_of_forged(self, server: Server) -> None:
-        """The signature is looked at first."""
+    async def test_forged_expired_token_is_invalid(self, server: Server) -> None:
+        """The signature is verified before the expiry."""
         token = Key().token(exp=int(time.time()) - 1)
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"):
             await listed(await server.api(token, "acme"))
 
     @pytest.mark.parametrize("exp", [10**12, 10**30, 4102444800.5])
-    async def test_far_expiry_is_valid(self, server: Server, tenant: str, exp: float) -> None:
-        """Streams too."""
+    async def test_distant_expiry_is_valid(self, server: Server, tenant: str, exp: float) -> None:
+        """For streams too."""
         api = await server.api(KEY.token(exp=exp), tenant)
         session = await api.session()
-        async with following(api, session.id) as follower:
-            await follower.next()
+        async with watching(api, session.id) as watcher:
+            await watcher.next()
 
     async def test_no_credential(self, server: Server) -> None:
-        """Default deny: a call without a token is refused, whatever tenant it names."""
+        """A call without a token is rejected, whatever tenant it names."""
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_REQUIRED"):
             await listed(await server.api("", "acme"))
 
@@ -339,7 +339,7 @@ class TestForged:
         "values", [[f"Basic {KEY.token()}"], [KEY.token()], [f"Bearer {KEY.token()}"] * 2]
     )
     async def test_not_one_bearer_token(self, server: Server, values: list[str]) -> None:
-        """Another scheme, none, or two tokens."""
+        """A different scheme, no scheme, or two tokens."""
         api = await server.api("", "acme")
         metadata = [("x-tenant-id", "acme"), *(("authorization", value) for value in values)]
         call = api.channel.unary_unary("/chat_ticket.v1.ChatSessionService/ListChatSessions")
@@ -347,14 +347,14 @@ class TestForged:
             await call(b"", metadata=metadata)
 
     async def test_scheme_in_any_case(self, server: Server) -> None:
-        """RFC 9110: the name of a scheme has no case."""
+        """RFC 9110: the scheme is case-insensitive."""
         api = await server.api("", "")
         metadata = [("x-tenant-id", "acme"), ("authorization", f"bearer  {KEY.token()}")]
         call = api.channel.unary_unary("/chat_ticket.v1.ChatSessionService/ListChatSessions")
         await call(b"", metadata=metadata)
 
     async def test_health_needs_no_credential(self, server: Server) -> None:
-        """Probes have none."""
+        """Health probes have no credential."""
         api = await server.api("")
         await api.health.Check(health_pb2.HealthCheckRequest())
 
@@ -363,25 +363,25 @@ class TestStreams:
     async def test_watch_ends_when_its_credential_expires(
         self, server: Server, tenant: str
     ) -> None:
-        """UNAUTHENTICATED, after what was there; a new token resumes where it ended."""
+        """With UNAUTHENTICATED, after the history. A call with a new token resumes from there."""
         api = await server.api(KEY.token(), tenant)
         session = await api.session()
         await api.message(session.id)
         short = await server.api(KEY.token(exp=time.time() + 1.5), tenant)
-        async with following(short, session.id) as follower:
-            while "caught_up" not in follower.kinds:
-                await follower.next()
+        async with watching(short, session.id) as watcher:
+            while "caught_up" not in watcher.kinds:
+                await watcher.next()
             with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_EXPIRED"):
                 async with asyncio.timeout(10):
-                    await follower.next()
+                    await watcher.next()
         await api.message(session.id)
-        async with following(api, session.id, follower.revision) as resumed:
+        async with watching(api, session.id, watcher.revision) as resumed:
             while "caught_up" not in resumed.kinds:
                 await resumed.next()
         assert resumed.created == [2]
 
     async def test_list_ends_when_its_credential_expires(self, server: Server, tenant: str) -> None:
-        """Also a stream that waits for its reader."""
+        """Even if the stream waits for its reader."""
         api = await server.api(KEY.token(), tenant)
         session = await api.session()
         for _ in range(4):
@@ -396,13 +396,13 @@ class TestStreams:
 
 
 class TestKeys:
-    """Where the keys come from. Times are shortened; what they mean is not."""
+    """The key set at a URL or in a file. The intervals are shortened."""
 
     @pytest.fixture(autouse=True)
-    def _soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(jwt_authenticator, "COOLDOWN_SECONDS", 0.1)
-        monkeypatch.setattr(jwt_authenticator, "REFRESH_SECONDS", 0.5)
-        monkeypatch.setattr(jwt_authenticator, "FETCH_TIMEOUT_SECONDS", 2)
+    def _short_intervals(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(jwks, "COOLDOWN_SECONDS", 0.1)
+        monkeypatch.setattr(jwks, "REFRESH_SECONDS", 0.5)
+        monkeypatch.setattr(jwks, "FETCH_TIMEOUT_SECONDS", 2)
 
     @pytest_asyncio.fixture
     async def keys(self) -> AsyncIterator[KeyServer]:
@@ -423,7 +423,7 @@ class TestKeys:
                 await asyncio.sleep(0.05)
 
     async def test_keys_rotate_at_a_url(self, start: Any, keys: KeyServer) -> None:
-        """A new key is known as soon as a token names it, and a withdrawn one forgotten."""
+        """A new key is fetched when a token names it. A withdrawn key expires."""
         server = await start(jwks=keys.url)
         assert await self.accepts(server, KEY)
         new = Key("new")
@@ -435,8 +435,8 @@ class TestKeys:
         await self.until(server, KEY, False)
         assert await self.accepts(server, new)
 
-    async def test_token_found_valid_is_not_for_ever(self, start: Any, keys: KeyServer) -> None:
-        """It is refused when its key is withdrawn, or replaced under the same id."""
+    async def test_cached_token_depends_on_its_key(self, start: Any, keys: KeyServer) -> None:
+        """It is rejected once its key is withdrawn, or replaced under the same id."""
         server = await start(jwks=keys.url)
         token = KEY.token()
         api = await server.api(token, "acme")
@@ -450,7 +450,7 @@ class TestKeys:
             await listed(api)
 
     async def test_keys_rotate_in_a_file(self, start: Any, tmp_path: Path) -> None:
-        """As at a URL."""
+        """In the same way as at a URL."""
         path = tmp_path / "keys.json"
         path.write_bytes(key_set(KEY))
         server = await start(jwks=str(path))
@@ -463,9 +463,9 @@ class TestKeys:
     async def test_unknown_key_ids_do_not_hammer_the_key_server(
         self, start: Any, keys: KeyServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """However many tokens name keys that do not exist, it is asked once."""
-        monkeypatch.setattr(jwt_authenticator, "COOLDOWN_SECONDS", 30)
-        monkeypatch.setattr(jwt_authenticator, "REFRESH_SECONDS", 30)
+        """Any number of tokens with unknown key ids cause a single fetch."""
+        monkeypatch.setattr(jwks, "COOLDOWN_SECONDS", 30)
+        monkeypatch.setattr(jwks, "REFRESH_SECONDS", 30)
         server = await start(jwks=keys.url)
         assert keys.requests == 1
         api = await server.api("", "acme")
@@ -478,7 +478,7 @@ class TestKeys:
 
         await asyncio.gather(*(forged(number) for number in range(200)))
         assert keys.requests == 1
-        monkeypatch.setattr(jwt_authenticator, "COOLDOWN_SECONDS", 0)
+        monkeypatch.setattr(jwks, "COOLDOWN_SECONDS", 0)
         keys.answering.clear()
         waiting = asyncio.gather(*(forged(number) for number in range(50)))
         async with asyncio.timeout(10):
@@ -486,15 +486,15 @@ class TestKeys:
                 await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)
         assert keys.requests == 2, "one for all who wait"
-        monkeypatch.setattr(jwt_authenticator, "COOLDOWN_SECONDS", 30)
+        monkeypatch.setattr(jwks, "COOLDOWN_SECONDS", 30)
         keys.answering.set()
         await waiting
         assert keys.requests == 2
 
-    async def test_no_proxy_stands_between(
+    async def test_proxy_is_not_used_over_http(
         self, start: Any, keys: KeyServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Who answers for a key server without TLS could answer with keys of its own."""
+        """Without TLS a proxy could replace the keys with its own."""
         forger = Key()
         async with KeyServer(forger).running() as proxy:
             for name in ("HTTP_PROXY", "ALL_PROXY"):  # gRPC's own clients read the lower case
@@ -506,10 +506,10 @@ class TestKeys:
             assert not await self.accepts(server, forger)
             assert not proxy.requests
 
-    async def test_slow_key_server_delays_nobody_with_a_known_key(
+    async def test_slow_key_server_does_not_delay_known_keys(
         self, start: Any, keys: KeyServer
     ) -> None:
-        """The keys are fetched beside the calls; who waits for them waits a bounded time."""
+        """Fetches run in the background. Calls that need one wait for a bounded time."""
         server = await start(jwks=keys.url)
         keys.answering.clear()
         await asyncio.sleep(0.3)
@@ -520,10 +520,10 @@ class TestKeys:
         async with asyncio.timeout(10):
             assert not await unknown
 
-    async def test_caller_that_leaves_does_not_take_the_keys_along(
+    async def test_cancelled_caller_does_not_cancel_the_fetch(
         self, start: Any, keys: KeyServer
     ) -> None:
-        """Those who wait for the same keys get them."""
+        """Other callers that wait for the same fetch get their key."""
         server = await start(jwks=keys.url)
         new = Key("new")
         keys.body = key_set(KEY, new)
@@ -542,13 +542,13 @@ class TestKeys:
         keys.answering.set()
         await stays
 
-    async def test_broken_key_server_leaves_the_keys_of_before(
+    async def test_last_keys_stay_when_a_fetch_fails(
         self, start: Any, keys: KeyServer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Whatever it answers; and it is asked again."""
+        """Whatever the server answers. The fetch is repeated."""
         server = await start(jwks=keys.url)
-        monkeypatch.setattr(jwt_authenticator, "REFRESH_SECONDS", 0.1)
-        monkeypatch.setattr(jwt_authenticator, "COOLDOWN_SECONDS", 0)
+        monkeypatch.setattr(jwks, "REFRESH_SECONDS", 0.1)
+        monkeypatch.setattr(jwks, "COOLDOWN_SECONDS", 0)
         good_head = keys.head
         other = key_set(Key("other"))
         broken = [
@@ -571,7 +571,7 @@ class TestKeys:
         await self.until(server, new, True)
 
     async def test_key_server_that_is_down_at_start(self, start: Any, keys: KeyServer) -> None:
-        """Calls are UNAVAILABLE, and go through as soon as there are keys."""
+        """Calls fail with UNAVAILABLE until the keys are fetched."""
         good_body, keys.body = keys.body, b"not yet"
         server = await start(jwks=keys.url)
         with refused(StatusCode.UNAVAILABLE, "KEYS_UNAVAILABLE") as refusal:
@@ -586,7 +586,7 @@ class TestKeys:
                 await asyncio.sleep(0.05)
 
     @pytest.mark.parametrize("content", [None, "", "{}", '{"keys": []}', '{"keys": [{}]}'])
-    async def test_file_without_keys_is_a_mistake(
+    async def test_file_without_keys_is_a_configuration_error(
         self, start: Any, tmp_path: Path, content: str | None
     ) -> None:
         """The server does not start."""

@@ -25,7 +25,7 @@ PERMISSIONS = ["read", "write", "delete", "ticket"]
 
 
 def rpcs() -> dict[str, bool]:
-    """Every method of our services, as calls name it, and whether it streams."""
+    """The full name of every method of the services, and whether it streams."""
     pool = descriptor_pool.Default()
     return {
         f"/{name}/{method.name}": method.server_streaming
@@ -35,7 +35,7 @@ def rpcs() -> dict[str, bool]:
 
 
 def needed(method: str) -> str:
-    """The rule that the README tells, by the names of the methods."""
+    """The permission that the README assigns to a method, by its name."""
     name = method.rpartition("/")[2]
     if name.startswith(("Get", "List", "Search", "Watch")):
         return "read"
@@ -46,10 +46,10 @@ def needed(method: str) -> str:
 
 class TestPermissions:
     @pytest.mark.parametrize("permission", [*PERMISSIONS, "none"])
-    async def test_each_method_takes_exactly_its_permission(
+    async def test_each_method_requires_exactly_its_permission(
         self, start_server: Any, database: str, tmp_path: Path, permission: str
     ) -> None:
-        """With one permission exactly its methods can be called, and the others say what lacks."""
+        """With one permission only its methods can be called. Errors name the missing one."""
         key = Key()
         address = (await start_server(database, auth="jwt", **key.trusted(tmp_path))).address
         scope = {"none": None}.get(permission, f"openid {permission}")
@@ -75,10 +75,10 @@ class TestPermissions:
     @pytest.mark.parametrize(
         "method", [*rpcs(), *sorted(method_permissions.UNAUTHENTICATED_METHODS)]
     )
-    async def test_server_refuses_to_start_when_one_is_missing(
+    async def test_server_does_not_start_without_a_rule_for_each_method(
         self, start_server: Any, database: str, monkeypatch: pytest.MonkeyPatch, method: str
     ) -> None:
-        """A method that nobody has thought about is served to nobody."""
+        """A method without a rule is not served."""
         permissions = {
             name: each
             for name, each in method_permissions.METHOD_PERMISSIONS.items()
@@ -93,15 +93,15 @@ class TestPermissions:
         with pytest.raises(ConfigurationError, match=re.escape(method)):
             await start_server(database)
 
-    def test_nothing_else_is_listed(self) -> None:
-        """A permission for a method that is gone would be forgotten there."""
+    def test_every_rule_has_a_method(self) -> None:
+        """The table has no rule for a method that no longer exists."""
         assert set(method_permissions.METHOD_PERMISSIONS) == set(rpcs())
         assert not method_permissions.UNAUTHENTICATED_METHODS & set(rpcs())
 
-    async def test_unlisted_method_is_refused_besides(
+    async def test_method_without_a_rule_is_denied(
         self, api: Api, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Default deny does not rest on the start alone."""
+        """Admission denies it too, not only the check at start."""
         method = "/chat_ticket.v1.ChatSessionService/GetChatSession"
         monkeypatch.delitem(method_permissions.METHOD_PERMISSIONS, method)  # type: ignore[arg-type]
         call = api.channel.unary_unary(method)
@@ -113,12 +113,12 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("settings", "said"),
         [
-            ({"host": "0.0.0.0"}, "anybody could act for any tenant"),
-            ({"host": "::"}, "anybody could act for any tenant"),
-            ({"host": "example.org"}, "anybody could act for any tenant"),
+            ({"host": "0.0.0.0"}, "anyone could act for any tenant"),
+            ({"host": "::"}, "anyone could act for any tenant"),
+            ({"host": "example.org"}, "anyone could act for any tenant"),
             (
                 {"host": "0.0.0.0", "auth": "jwt", "jwks": "k"},
-                "anybody on the way could read and take credentials",
+                "anyone on the network path could steal credentials",
             ),
             ({"auth": "jwt"}, "CHAT_TICKET_JWKS.*CHAT_TICKET_JWT_ISSUER.*JWT_AUDIENCE"),
             ({"auth": "mtls"}, "TLS_CERTIFICATE.*TLS_KEY.*TLS_CLIENT_CA.*MTLS_POLICY"),
@@ -133,45 +133,47 @@ class TestSettings:
             ({"jwks": "http://127.0.0.1.example/"}, "CHAT_TICKET_JWKS"),
         ],
     )
-    def test_unsafe_or_incomplete_is_refused(self, settings: dict[str, str], said: str) -> None:
-        """Nothing is opened by leaving something out."""
+    def test_unsafe_or_incomplete_settings_are_rejected(
+        self, settings: dict[str, str], said: str
+    ) -> None:
+        """A missing setting never makes the server less secure."""
         with pytest.raises(ConfigurationError, match=f"(?s){said}"):
             load(**{"jwt_issuer": "", "jwt_audience": "", **settings})
 
     @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"])
     def test_loopback_needs_nothing(self, host: str) -> None:
         """The development default."""
-        assert not load(host=host).exposed
+        assert not load(host=host).exposure
 
     @pytest.mark.parametrize("settings", [{}, {"auth": "jwt", "jwks": "a"}])
-    def test_insecure_can_be_wanted(self, settings: dict[str, str]) -> None:
-        """By a setting of its own."""
+    def test_insecure_listening_can_be_allowed(self, settings: dict[str, str]) -> None:
+        """With CHAT_TICKET_ALLOW_INSECURE."""
         wanted = {"host": "0.0.0.0", "allow_insecure": "true", **settings}
-        assert load(jwt_issuer="i", jwt_audience="a", **wanted).exposed
+        assert load(jwt_issuer="i", jwt_audience="a", **wanted).exposure
 
-    def test_wanted_insecurity_is_warned_of_at_start(self, database: str) -> None:
-        """So that it is not forgotten."""
+    def test_insecure_listening_logs_a_warning(self, database: str) -> None:
+        """At each start."""
         environment = {"CHAT_TICKET_HOST": "0.0.0.0", "CHAT_TICKET_ALLOW_INSECURE": "true"}
         with server_process(database, **environment) as server:
             server.wait_for("listening")
             [warning] = [line for line in server.log if line["level"] == "warning"]
-            assert "anybody could act for any tenant" in warning["event"]
+            assert "anyone could act for any tenant" in warning["event"]
 
-    def test_unknown_settings_are_warned_of(self, database: str) -> None:
-        """A misspelt one would leave open what it was to close. Others' variables are not ours."""
+    def test_unknown_settings_log_a_warning(self, database: str) -> None:
+        """A misspelt setting has no effect. Variables without the prefix are ignored."""
         environment = {"CHAT_TICKET_ATUH": "jwt", "CHAT_TICKETS": "x"}
         with server_process(database, **environment) as server:
             line = server.wait_for("unknown settings have no effect")
             assert line["variables"] == ["CHAT_TICKET_ATUH"]
 
-    def test_unknown_limits_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """They are in a group of ours, and can be nobody else's."""
+    def test_unknown_quotas_are_rejected(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A variable with the prefix of a group can only be a mistake."""
         monkeypatch.setenv("CHAT_TICKET_QUOTAS__STREAM", "3")
         with pytest.raises(ConfigurationError, match="CHAT_TICKET_QUOTAS__STREAM"):
             load()
 
-    def test_refusal_names_the_way_out(self, database: str) -> None:
-        """From the command line, in one line."""
+    def test_rejection_names_the_setting_that_allows_it(self, database: str) -> None:
+        """On the command line, without a traceback."""
         result = command("serve", DATABASE_URL=database, CHAT_TICKET_HOST="0.0.0.0")
         assert result.returncode != 0
         assert "CHAT_TICKET_ALLOW_INSECURE" in result.stderr
@@ -181,8 +183,8 @@ class TestSettings:
 class TestDevelopment:
     @needs_grpcurl
     @pytest.mark.parametrize("auth", ["none", "jwt"])
-    def test_run_prints_a_call_that_works(self, tmp_path: Path, auth: str) -> None:
-        """With what the server asks for; a token of the command is what it takes."""
+    def test_make_run_prints_a_call_that_works(self, tmp_path: Path, auth: str) -> None:
+        """The call has what the server requires. The server accepts tokens of the token command."""
         data = tmp_path / "a directory"
         with server_process(
             *("", "--embedded", str(data / "postgres")),
@@ -225,15 +227,15 @@ class TestDevelopment:
             assert "CREDENTIAL_EXPIRED" in listed("--tenant", "acme", "--seconds", "0")
 
     @pytest.mark.parametrize("mistake", [("--permission", "reed"), ("--tenant", " acme")])
-    def test_token_that_nobody_would_take(self, tmp_path: Path, mistake: tuple[str, str]) -> None:
-        """A misspelt permission or tenant is a mistake, and no token."""
+    def test_token_command_rejects_mistakes(self, tmp_path: Path, mistake: tuple[str, str]) -> None:
+        """A misspelt permission or tenant is an error."""
         result = command("token", "--directory", str(tmp_path), *mistake)
         assert result.returncode != 0
         assert mistake[0] in result.stderr
         assert not list(tmp_path.iterdir())
 
-    def test_make_run_takes_the_mode(self) -> None:
-        """`make run AUTH=jwt` is how the README asks for tokens."""
+    def test_make_run_passes_auth_on(self) -> None:
+        """`make run AUTH=jwt` starts a server that requires tokens."""
         result = subprocess.run(
             ["make", "--dry-run", "run", "AUTH=jwt"],
             cwd=ROOT,

@@ -1,7 +1,6 @@
-"""How much callers may use at once, and that what one tenant takes is not taken from another.
+"""Quotas: each limit is enforced, and one tenant cannot use up what another needs.
 
-Rates are low here, so that nothing is given back while a test looks; a call that must succeed is
-one whose turn cannot have been taken.
+The rates in these tests are low, so that no rate is regained while a test runs.
 """
 
 import asyncio
@@ -19,7 +18,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from support.client import Api, Refusal, an_id, refused
 from test_errors import locked
 from test_list_messages import filled, rest_of, sequences
-from test_watch import following
+from test_watch import watching
 
 from chat_ticket.v1 import chat_session_pb2_grpc
 from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest, SearchChatMessagesRequest
@@ -32,9 +31,9 @@ from chat_ticket.v1.chat_session_pb2 import (
 from chat_ticket_svc import config
 from chat_ticket_svc.access import quotas as quotas_module
 from chat_ticket_svc.access.quotas import (
+    PRUNE_THRESHOLD_TENANTS,
     REJECTION_DELAY_SECONDS,
-    TENANTS,
-    UNAUTHENTICATED_STREAMS,
+    UNAUTHENTICATED_STREAMS_PER_METHOD,
     Quotas,
 )
 from chat_ticket_svc.commands.token import development_settings, sign_token
@@ -45,8 +44,8 @@ SERVER = "server"
 
 
 @pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Servers that end without notice: nobody is left to hear of it."""
+def fast_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers that drain without notice, because no caller is left."""
     monkeypatch.setattr("chat_ticket_svc.server.DRAIN_NOTICE_SECONDS", 0)
 
 
@@ -73,13 +72,13 @@ async def call(api: Api) -> None:
 
 
 async def results(*calls: Awaitable[object]) -> list[BaseException]:
-    """Make the calls at once; returns the errors of those that failed."""
+    """Make the calls concurrently, and return the errors of those that fail."""
     done = await asyncio.gather(*calls, return_exceptions=True)
     return [result for result in done if isinstance(result, BaseException)]
 
 
-def aborted() -> list[grpc.aio.AbortError]:
-    """What has ended calls and is in memory still."""
+def live_abort_errors() -> list[grpc.aio.AbortError]:
+    """The errors that ended calls and are still in memory."""
     return [each for each in gc.get_objects() if isinstance(each, grpc.aio.AbortError)]
 
 
@@ -90,33 +89,33 @@ def read(error: BaseException) -> Refusal:
     return refusal
 
 
-def assert_about(refusal: Refusal, quota: str, limit: str, subject: str) -> float:
-    """The refusal has all that a program needs; returns after how many seconds to try again."""
+def assert_quota_error(refusal: Refusal, quota: str, limit: str, subject: str) -> float:
+    """The error has all details. Returns its retry delay in seconds."""
     assert refusal.code is StatusCode.RESOURCE_EXHAUSTED
     assert refusal.info.reason == "QUOTA_EXCEEDED"
     assert dict(refusal.info.metadata) == {"quota": quota, "limit": limit}
     [violation] = refusal.details["QuotaFailure"].violations
     assert violation.subject == subject
-    assert violation.description == refusal.text == f"the limit {quota} of {limit} is reached"
+    assert violation.description == refusal.text == f"quota {quota} exceeded, limit {limit}"
     delay = refusal.details["RetryInfo"].retry_delay.ToTimedelta().total_seconds()
     assert delay > 0
     return float(delay)
 
 
 @contextlib.contextmanager
-def beyond(quota: str, limit: float, subject: str | Api) -> Any:
-    """Expects the call inside to be refused by this quota."""
+def exceeds(quota: str, limit: float, subject: str | Api) -> Any:
+    """Expects this quota to reject the call inside."""
     with refused(StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED") as refusal:
         yield refusal
     of = subject if isinstance(subject, str) else f"tenant:{subject.tenant}"
-    assert_about(refusal, quota, f"{limit:g}", of)
+    assert_quota_error(refusal, quota, f"{limit:g}", of)
 
 
 @contextlib.asynccontextmanager
-async def held(
+async def blocked_calls(
     api: Api, database_url: str, session_id: str, count: int
 ) -> AsyncIterator[tuple[Refusal, list[asyncio.Task[Any]]]]:
-    """`count` calls hang, and one more has been refused: `refusal`. They succeed afterwards."""
+    """`count` calls wait for a lock, one more is rejected with `refusal`. The others succeed."""
     with locked(database_url, session_id):
         calls = [asyncio.create_task(api.message(session_id)) for _ in range(count + 1)]
         # Which of them came last is not known.
@@ -130,14 +129,14 @@ async def held(
 
 @contextlib.asynccontextmanager
 async def open_stream(api: Api, session_id: str) -> AsyncIterator[Any]:
-    """A stream of changes that has been let in."""
-    async with following(api, session_id) as follower:
-        await follower.next()
-        yield follower
+    """An admitted WatchChatSession stream."""
+    async with watching(api, session_id) as watcher:
+        await watcher.next()
+        yield watcher
 
 
 async def eventually(attempt: Callable[[], Awaitable[object]]) -> None:
-    """Try until it is not refused by a quota: the server hears a little later of a cancel."""
+    """Retry while a quota rejects it: a cancellation reaches the server a little later."""
     async with asyncio.timeout(10):
         while True:
             try:
@@ -150,16 +149,16 @@ async def eventually(attempt: Callable[[], Awaitable[object]]) -> None:
 
 
 class TestRate:
-    async def test_burst_then_refusal_until_the_delay_that_is_told(
+    async def test_rejection_after_the_burst_tells_the_retry_delay(
         self, start: Callable[..., Awaitable[Api]]
     ) -> None:
-        """A burst passes, the rest is told how long to wait; then one more passes, not two."""
+        """After the delay exactly one more call is admitted."""
         api = await start(tenant_calls_per_second=1.25, tenant_burst=3)
         errors = await results(*(call(api) for _ in range(5)))
         assert len(errors) == 2
         subject = f"tenant:{api.tenant}"
         told = [
-            assert_about(read(error), "tenant_calls_per_second", "1.25", subject)
+            assert_quota_error(read(error), "tenant_calls_per_second", "1.25", subject)
             for error in errors
         ]
         assert max(told) <= 0.8, "no longer than a turn takes"
@@ -167,20 +166,20 @@ class TestRate:
             assert not await results(*(call(other) for _ in range(3))), "has a rate of its own"
         await asyncio.sleep(max(told))
         await call(api)
-        with beyond("tenant_calls_per_second", 1.25, api):
+        with exceeds("tenant_calls_per_second", 1.25, api):
             await call(api)
 
-    async def test_rate_comes_back_no_further_than_the_burst(
+    async def test_idle_tenant_regains_no_more_than_the_burst(
         self, start: Callable[..., Awaitable[Api]]
     ) -> None:
-        """However long a tenant was quiet, what it may do at once is the burst."""
+        """However long a tenant is idle, it can make only a burst of calls at once."""
         api = await start(tenant_calls_per_second=4, tenant_burst=2)
         assert not await results(call(api), call(api))
         await asyncio.sleep(1)
         assert len(await results(*(call(api) for _ in range(6)))) == 4
 
-    async def test_refused_calls_cost_nothing(self, start: Callable[..., Awaitable[Api]]) -> None:
-        """Whoever keeps trying waits no longer than whoever waits."""
+    async def test_rejected_calls_do_not_count(self, start: Callable[..., Awaitable[Api]]) -> None:
+        """A caller that keeps retrying waits no longer than one that waits."""
         api = await start(tenant_calls_per_second=1.25, tenant_burst=1)
         await call(api)
         errors = await results(*(call(api) for _ in range(20)))
@@ -191,60 +190,60 @@ class TestRate:
         await call(api)
 
     @pytest.mark.parametrize("quota", ["tenant_calls_in_flight", "calls_in_flight"])
-    async def test_calls_refused_by_another_quota_cost_nothing(
+    async def test_calls_rejected_by_another_quota_do_not_count(
         self, start: Callable[..., Awaitable[Api]], database: str, quota: str
     ) -> None:
-        """What was not done was not taken from the rate either."""
+        """They do not use up the rate."""
         api = await start(tenant_calls_per_second=0.1, tenant_burst=4, **{quota: 1})
         session = await api.session()
-        async with held(api, database, session.id, 1):
+        async with blocked_calls(api, database, session.id, 1):
             assert len(await results(*(call(api) for _ in range(5)))) == 5
         await call(api)
         await call(api)
-        with beyond("tenant_calls_per_second", 0.1, api):
+        with exceeds("tenant_calls_per_second", 0.1, api):
             await call(api)
 
     @pytest.mark.parametrize("quota", ["tenant_streams", "session_streams", "streams"])
-    async def test_streams_refused_by_another_quota_cost_nothing(
+    async def test_streams_rejected_by_another_quota_do_not_count(
         self, start: Callable[..., Awaitable[Api]], quota: str
     ) -> None:
-        """As with calls."""
+        """They do not use up the rate."""
         api = await start(tenant_calls_per_second=0.1, tenant_burst=4, **{quota: 1})
         session = await api.session()
         async with open_stream(api, session.id):
             assert len(await results(*(sequences(api, session.id) for _ in range(5)))) == 5
             await call(api)
             await call(api)
-            with beyond("tenant_calls_per_second", 0.1, api):
+            with exceeds("tenant_calls_per_second", 0.1, api):
                 await call(api)
 
-    async def test_opening_a_stream_takes_a_turn(
+    async def test_opening_a_stream_counts_as_a_call(
         self, start: Callable[..., Awaitable[Api]]
     ) -> None:
-        """Streams and calls share the rate; an open stream takes nothing more."""
+        """Streams and calls share the rate. A stream counts only when it opens."""
         api = await start(tenant_calls_per_second=0.1, tenant_burst=4)
         session = await api.session()
         assert await sequences(api, session.id) == []
-        async with open_stream(api, session.id) as follower:
+        async with open_stream(api, session.id) as watcher:
             assert (await api.message(session.id)).sequence == 1
-            await follower.until_revision(1)
-            with beyond("tenant_calls_per_second", 0.1, api):
+            await watcher.until_revision(1)
+            with exceeds("tenant_calls_per_second", 0.1, api):
                 await call(api)
-            with beyond("tenant_calls_per_second", 0.1, api):
+            with exceeds("tenant_calls_per_second", 0.1, api):
                 await sequences(api, session.id)
 
 
-class TestHoldingBack:
-    async def test_refusals_are_answered_a_little_later(
+class TestDelayedRejections:
+    async def test_rejections_are_delayed(
         self, start: Callable[..., Awaitable[Api]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A flood is slowed, not for long; calls that are let in are not, nor is another tenant."""
+        """Briefly. Admitted calls and other tenants are not delayed."""
         api = await start(tenant_calls_per_second=0.1, tenant_burst=1)
         loop = asyncio.get_running_loop()
         await call(api)
         for attempt in (call(api), sequences(api, an_id())):
             began = loop.time()
-            with beyond("tenant_calls_per_second", 0.1, api):
+            with exceeds("tenant_calls_per_second", 0.1, api):
                 await attempt
             assert loop.time() - began >= REJECTION_DELAY_SECONDS / 2
         monkeypatch.setattr(quotas_module, "REJECTION_DELAY_SECONDS", 30)
@@ -252,11 +251,13 @@ class TestHoldingBack:
             async with asyncio.timeout(10):
                 await call(other)
 
-    @pytest.mark.parametrize("bound", ["TENANT_DELAYED_REJECTIONS", "DELAYED_REJECTIONS"])
-    async def test_only_so_many_refusals_are_held_back(
+    @pytest.mark.parametrize(
+        "bound", ["MAX_DELAYED_REJECTIONS_PER_TENANT", "MAX_DELAYED_REJECTIONS"]
+    )
+    async def test_number_of_delayed_rejections_is_limited(
         self, start: Callable[..., Awaitable[Api]], monkeypatch: pytest.MonkeyPatch, bound: str
     ) -> None:
-        """The others are answered at once, so that waiting for refusals takes no memory."""
+        """Further rejections are immediate, so that the memory they hold is bounded."""
         monkeypatch.setattr(quotas_module, "REJECTION_DELAY_SECONDS", 30)
         monkeypatch.setattr(quotas_module, bound, 2)
         api = await start(tenant_calls_per_second=0.1, tenant_burst=1)
@@ -273,25 +274,25 @@ class TestHoldingBack:
                 task.cancel()
             await asyncio.gather(*calls, return_exceptions=True)
 
-    async def test_refusal_comes_before_the_deadline(
+    async def test_rejection_comes_before_the_deadline(
         self, start: Callable[..., Awaitable[Api]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """It says more than DEADLINE_EXCEEDED."""
+        """It tells the caller more than DEADLINE_EXCEEDED would."""
         monkeypatch.setattr(quotas_module, "REJECTION_DELAY_SECONDS", 30)
         api = await start(tenant_calls_per_second=0.1, tenant_burst=1)
         await call(api)
         stub = chat_session_pb2_grpc.ChatSessionServiceStub(api.channel)
         metadata = [("x-tenant-id", api.tenant)]
-        with beyond("tenant_calls_per_second", 0.1, api):
+        with exceeds("tenant_calls_per_second", 0.1, api):
             await stub.ListChatSessions(ListChatSessionsRequest(), metadata=metadata, timeout=1)
 
 
 class TestConnections:
     @pytest.mark.parametrize("pool_size", [2, 5])
-    async def test_tenant_whose_calls_hang_leaves_connections_to_others(
+    async def test_blocked_tenant_leaves_connections_to_others(
         self, start_server: Any, database: str, pool_size: int
     ) -> None:
-        """However many of one tenant's calls wait for a lock, another tenant's are answered."""
+        """However many calls of one tenant wait for a lock, those of another are answered."""
         api = await start_server(database, pool_size=pool_size, lock_timeout_ms=9000)
         session = await api.session()
         async with another(api) as other:
@@ -304,10 +305,10 @@ class TestConnections:
                 assert not any(task.done() for task in calls)
             assert not await results(*calls)
 
-    async def test_tenants_in_a_crowd_share_the_places_to_wait_in(
+    async def test_tenants_share_the_pool_queue_fairly(
         self, start_server: Any, fresh_database: str
     ) -> None:
-        """When all are taken, who has its part gets no more, and who has less still gets one."""
+        """A full queue rejects a tenant that has its share, and admits one that has less."""
         api = await start_server(fresh_database, pool_size=2, lock_timeout_ms=9000)
         async with contextlib.AsyncExitStack() as stack:
             tenants = [await stack.enter_async_context(another(api)) for _ in range(5)]
@@ -332,11 +333,11 @@ class TestConnections:
             await asyncio.gather(*waiting, return_exceptions=True)
 
 
-class TestShares:
-    """What a call waits for within the process, another tenant's calls must not use up."""
+class TestFairShares:
+    """One tenant cannot use up the resources within the process that another waits for."""
 
     async def hang(self, monkeypatch: pytest.MonkeyPatch, module: Any, api: Api) -> None:
-        """Make the reads of this tenant by `module.page` last for ever."""
+        """Make this tenant's reads by `module.page` block for ever."""
         page = module.page
 
         async def hanging(db: Any, tenant_id: str, *arguments: Any, **named: Any) -> Any:
@@ -349,7 +350,7 @@ class TestShares:
     async def test_searches(
         self, start: Callable[..., Awaitable[Api]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """However many of one tenant's searches hang, another's are answered."""
+        """However many searches of one tenant block, those of another are answered."""
         api = await start()
         await self.hang(monkeypatch, search, api)
         request = SearchChatMessagesRequest(query="hello")
@@ -360,21 +361,21 @@ class TestShares:
         for each in hanging:
             each.cancel()
 
-    async def test_reads_of_followers(
+    async def test_reads_of_watchers(
         self, start: Callable[..., Awaitable[Api]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """However many of one tenant's followers hang, another's are told."""
+        """However many watchers of one tenant block, those of another receive events."""
         api = await start()
         await self.hang(monkeypatch, session_changes, api)
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(20):
-                follower = await stack.enter_async_context(following(api, an_id()))
-                task = asyncio.create_task(follower.next())
+                watcher = await stack.enter_async_context(watching(api, an_id()))
+                task = asyncio.create_task(watcher.next())
                 stack.callback(task.cancel)
             await call(api)
             async with another(api) as other, asyncio.timeout(5):
                 session = await other.session()
-                async with following(other, session.id) as told:
+                async with watching(other, session.id) as told:
                     await told.next()
 
 
@@ -382,12 +383,15 @@ class TestCalls:
     async def test_tenant_calls_in_flight(
         self, start: Callable[..., Awaitable[Api]], database: str
     ) -> None:
-        """A tenant whose calls hang is refused the next, and nobody else is; then it goes on."""
+        """A tenant whose calls block is rejected until they end. Other tenants are not affected."""
         api = await start(tenant_calls_in_flight=2)
         session = await api.session()
-        async with another(api) as other, held(api, database, session.id, 2) as (refusal, _):
-            assert_about(refusal, "tenant_calls_in_flight", "2", f"tenant:{api.tenant}")
-            with beyond("tenant_calls_in_flight", 2, api):
+        async with (
+            another(api) as other,
+            blocked_calls(api, database, session.id, 2) as (refusal, _),
+        ):
+            assert_quota_error(refusal, "tenant_calls_in_flight", "2", f"tenant:{api.tenant}")
+            with exceeds("tenant_calls_in_flight", 2, api):
                 await call(api)
             await call(other)
             assert await sequences(api, session.id) == [], "a stream is no call"
@@ -396,13 +400,16 @@ class TestCalls:
     async def test_calls_in_flight_of_all_tenants(
         self, start: Callable[..., Awaitable[Api]], database: str
     ) -> None:
-        """The whole server has an end, for everybody; its health is told all the same."""
+        """The limit of the server applies to all tenants, but not to health checks."""
         api = await start(calls_in_flight=2)
         session = await api.session()
-        async with another(api) as other, held(api, database, session.id, 2) as (refusal, _):
-            assert_about(refusal, "calls_in_flight", "2", SERVER)
+        async with (
+            another(api) as other,
+            blocked_calls(api, database, session.id, 2) as (refusal, _),
+        ):
+            assert_quota_error(refusal, "calls_in_flight", "2", SERVER)
             for each in (api, other):
-                with beyond("calls_in_flight", 2, SERVER):
+                with exceeds("calls_in_flight", 2, SERVER):
                     await call(each)
             health = await api.health.Check(health_pb2.HealthCheckRequest())
             assert health.status == health_pb2.HealthCheckResponse.SERVING
@@ -410,10 +417,10 @@ class TestCalls:
             assert not await results(call(api), call(other))
 
     @pytest.mark.parametrize("quota", ["tenant_calls_in_flight", "calls_in_flight"])
-    async def test_every_end_of_a_call_gives_its_place_back_once(
+    async def test_quota_is_released_once_however_a_call_ends(
         self, start: Callable[..., Awaitable[Api]], database: str, quota: str
     ) -> None:
-        """Success, an error, a deadline, a caller that leaves, bytes that are no request."""
+        """By success, an error, a deadline, a cancellation or malformed bytes."""
         api = await start(**{quota: 1})
         subject = SERVER if quota == "calls_in_flight" else api
         session = await api.session()
@@ -422,19 +429,19 @@ class TestCalls:
         delete = DeleteChatSessionRequest(session_id=session.id)
         method = "/chat_ticket.v1.ChatSessionService/GetChatSession"
 
-        async def one_place() -> None:
+        async def exactly_one_is_admitted() -> None:
             await eventually(lambda: call(api))
-            async with held(api, database, session.id, 1):
-                with beyond(quota, 1, subject):
+            async with blocked_calls(api, database, session.id, 1):
+                with exceeds(quota, 1, subject):
                     await call(api)
 
-        await one_place()
+        await exactly_one_is_admitted()
         with refused(StatusCode.NOT_FOUND):
             await api.sessions.GetChatSession(GetChatSessionRequest(session_id=an_id()))
-        await one_place()
+        await exactly_one_is_admitted()
         with refused(StatusCode.INVALID_ARGUMENT):
             await api.channel.unary_unary(method)(b"\xff\xff", metadata=metadata)
-        await one_place()
+        await exactly_one_is_admitted()
         with locked(database, session.id):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.DeleteChatSession(delete, metadata=metadata, timeout=0.2)
@@ -444,12 +451,12 @@ class TestCalls:
             await asyncio.sleep(0.1)
             leaving.cancel()
             await eventually(lambda: call(api))
-        await one_place()
+        await exactly_one_is_admitted()
 
 
 class TestStreams:
     async def test_tenant_streams(self, start: Callable[..., Awaitable[Api]]) -> None:
-        """Those of a tenant are counted together, of messages and of changes, on any session."""
+        """List and watch streams of all sessions of a tenant count together."""
         api = await start(tenant_streams=2)
         sessions = [await api.session() for _ in range(3)]
         async with (
@@ -457,7 +464,7 @@ class TestStreams:
             open_stream(api, sessions[1].id),
         ):
             for attempt in (api.sessions.WatchChatSession, api.messages.ListChatMessages):
-                with beyond("tenant_streams", 2, api):
+                with exceeds("tenant_streams", 2, api):
                     await rest_of(attempt(WatchChatSessionRequest(session_id=sessions[2].id)))
             await call(api)
             async with another(api) as other:
@@ -470,7 +477,7 @@ class TestStreams:
         await eventually(lambda: sequences(api, sessions[2].id))
 
     async def test_session_streams(self, start: Callable[..., Awaitable[Api]]) -> None:
-        """A session is the same however its id is spelled; one of another tenant is another."""
+        """The case of a session id does not matter. Another tenant's session is a different one."""
         api = await start(session_streams=2)
         session, second = await api.session(), await api.session()
         async with (
@@ -478,7 +485,7 @@ class TestStreams:
             open_stream(api, session.id.upper()),
         ):
             for spelled in (session.id, session.id.upper(), session.id.title()):
-                with beyond("session_streams", 2, api):
+                with exceeds("session_streams", 2, api):
                     await sequences(api, spelled)
             async with open_stream(api, second.id), another(api) as other:
                 await other.session(id=session.id)
@@ -486,27 +493,27 @@ class TestStreams:
                     open_stream(other, session.id),
                     open_stream(other, session.id),
                 ):
-                    with beyond("session_streams", 2, other):
+                    with exceeds("session_streams", 2, other):
                         await sequences(other, session.id)
 
     async def test_streams_of_all_tenants(self, start: Callable[..., Awaitable[Api]]) -> None:
-        """The whole server has an end, for everybody; calls go on."""
+        """The limit of the server applies to all tenants, but not to unary calls."""
         api = await start(streams=2)
         session = await api.session()
         async with another(api) as other, open_stream(api, session.id):
             theirs = await other.session()
             async with open_stream(other, theirs.id):
                 for each, session_id in ((api, session.id), (other, theirs.id)):
-                    with beyond("streams", 2, SERVER):
+                    with exceeds("streams", 2, SERVER):
                         await sequences(each, session_id)
                     await call(each)
             await eventually(lambda: sequences(api, session.id))
 
     @pytest.mark.parametrize("quota", ["tenant_streams", "session_streams", "streams"])
-    async def test_every_end_of_a_stream_gives_its_place_back_once(
+    async def test_quota_is_released_once_however_a_stream_ends(
         self, start: Callable[..., Awaitable[Api]], quota: str
     ) -> None:
-        """Its own end, the caller's, an error, its session's end, bytes that are no request."""
+        """By completion, a cancellation, an error, the end of its session or malformed bytes."""
         api = await start(**{quota: 1})
         subject = SERVER if quota == "streams" else api
         session_id = (await api.session()).id
@@ -515,41 +522,41 @@ class TestStreams:
         metadata = [("x-tenant-id", api.tenant)]
         method = "/chat_ticket.v1.ChatSessionService/WatchChatSession"
 
-        async def one_place(of: str = session_id) -> None:
+        async def exactly_one_is_admitted(of: str = session_id) -> None:
             async def opened() -> None:
                 async with open_stream(api, of):
-                    with beyond(quota, 1, subject):
+                    with exceeds(quota, 1, subject):
                         await sequences(api, of)
 
             await eventually(opened)
 
-        await one_place()  # which ends as its caller leaves
-        await one_place()
+        await exactly_one_is_admitted()  # which ends as its caller leaves
+        await exactly_one_is_admitted()
         await eventually(lambda: sequences(api, session_id, limit=1))
-        await one_place()
+        await exactly_one_is_admitted()
         await eventually(lambda: sequences(api, session_id, limit=1))
         for wrong in (an_id(), ""):
             with refused(StatusCode.NOT_FOUND if wrong else StatusCode.INVALID_ARGUMENT):
                 await sequences(api, wrong)
         with refused(StatusCode.INVALID_ARGUMENT):
             await api.channel.unary_stream(method)(b"\xff\xff", metadata=metadata).read()
-        await one_place()
+        await exactly_one_is_admitted()
         await eventually(lambda: sequences(api, session_id, limit=1))
-        async with open_stream(api, other_id) as follower:
+        async with open_stream(api, other_id) as watcher:
             await api.sessions.DeleteChatSession(DeleteChatSessionRequest(session_id=other_id))
-            await follower.end()
-        await one_place()
+            await watcher.end()
+        await exactly_one_is_admitted()
 
-    async def test_reader_that_is_too_slow_gives_its_places_back(
+    async def test_quotas_of_a_slow_reader_are_released(
         self, start_server: Any, database: str
     ) -> None:
-        """All of them, when the server gives up and not when the caller notices."""
+        """As soon as the server ends the stream, even if the caller has not noticed."""
         quotas = {"tenant_streams": 1, "session_streams": 1, "streams": 1}
         api = await start_server(database, quotas=quotas, stream_write_timeout_seconds=0.3)
         session_id = await filled(api, 5000, "x" * 2000)
         slow = api.messages.ListChatMessages(ListChatMessagesRequest(session_id=session_id))
         await slow.read()
-        with beyond("tenant_streams", 1, api):
+        with exceeds("tenant_streams", 1, api):
             await sequences(api, session_id)
         await eventually(lambda: sequences(api, session_id, limit=1))
         with refused(StatusCode.RESOURCE_EXHAUSTED, "SLOW_READER"):
@@ -557,11 +564,11 @@ class TestStreams:
         await eventually(lambda: sequences(api, session_id, limit=1))
 
 
-class TestOpenMethods:
-    async def test_open_methods_have_an_end_each_and_take_nothing_from_tenants(
+class TestUnauthenticatedMethods:
+    async def test_streams_are_limited_per_method_and_do_not_count_for_tenants(
         self, start: Callable[..., Awaitable[Api]]
     ) -> None:
-        """Whoever needs no credential can fill one method's streams, and nothing else."""
+        """An unauthenticated caller can use up the streams of one method, and nothing else."""
         api = await start(streams=1, calls_in_flight=1)
         session = await api.session()
         reflection = reflection_pb2_grpc.ServerReflectionStub(api.channel)  # type: ignore[no-untyped-call]
@@ -580,8 +587,8 @@ class TestOpenMethods:
             return stream
 
         for one_more, still in ((watch, reflect), (reflect, watch)):
-            streams = [await one_more() for _ in range(UNAUTHENTICATED_STREAMS)]
-            with beyond("open_streams", UNAUTHENTICATED_STREAMS, SERVER):
+            streams = [await one_more() for _ in range(UNAUTHENTICATED_STREAMS_PER_METHOD)]
+            with exceeds("open_streams", UNAUTHENTICATED_STREAMS_PER_METHOD, SERVER):
                 await one_more()
             (await still()).cancel()
             await api.health.Check(health_pb2.HealthCheckRequest())
@@ -597,11 +604,11 @@ class TestOpenMethods:
             await eventually(again)
 
 
-class TestStrangers:
-    async def test_callers_who_are_not_let_in_take_nothing(
+class TestUnauthorizedCallers:
+    async def test_calls_that_are_not_authorized_do_not_count(
         self, start_server: Any, database: str, tmp_path: Path
     ) -> None:
-        """Naming a tenant in vain costs it no turn and no place."""
+        """They do not use up the quotas of the tenant that they name."""
         api = await start_server(
             database,
             auth="jwt",
@@ -633,54 +640,54 @@ class TestStrangers:
         await stub.ListChatSessions(ListChatSessionsRequest(), metadata=metadata)
         with refused(StatusCode.NOT_FOUND):
             await stub.WatchChatSession(watched, metadata=metadata).read()
-        with beyond("tenant_calls_per_second", 0.1, api):
+        with exceeds("tenant_calls_per_second", 0.1, api):
             await stub.ListChatSessions(ListChatSessionsRequest(), metadata=metadata)
 
 
 class TestMemory:
-    """Of the counters alone: thousands of calls through a channel would take long."""
+    """Mostly of the counters alone, because thousands of calls through a channel would be slow."""
 
     def quotas(self, **limits: float) -> Quotas:
         return Quotas(config.Quotas.model_validate(limits))
 
-    def many(self, quotas: Quotas, count: int = 10 * TENANTS) -> None:
+    def many(self, quotas: Quotas, count: int = 10 * PRUNE_THRESHOLD_TENANTS) -> None:
         for n in range(count):
-            with quotas.call(f"{an_id()} {n}"):
+            with quotas.acquire_call(f"{an_id()} {n}"):
                 pass
 
-    async def test_tenants_that_called_once_are_forgotten(self) -> None:
-        """What is remembered does not grow with the number of tenants there have ever been."""
+    async def test_idle_tenants_are_pruned(self) -> None:
+        """Memory does not grow with the number of tenants that have ever called."""
         quotas = self.quotas(tenant_calls_per_second=1_000_000)
         self.many(quotas)
-        assert len(quotas._uses) <= 2 * TENANTS
+        assert len(quotas._usages) <= 2 * PRUNE_THRESHOLD_TENANTS
 
-    async def test_tenants_that_use_something_are_not_forgotten(self) -> None:
-        """A call or a stream that goes on stays counted, whoever else comes by."""
+    async def test_active_tenants_are_not_pruned(self) -> None:
+        """A call or stream in progress stays counted, whoever else calls."""
         quotas = self.quotas(
             tenant_calls_per_second=1_000_000, tenant_calls_in_flight=1, tenant_streams=1
         )
-        with quotas.call("calls"), quotas.stream("streams", an_id()):
+        with quotas.acquire_call("calls"), quotas.acquire_stream("streams", an_id()):
             self.many(quotas)
-            with pytest.raises(QuotaExceededError), quotas.call("calls"):
+            with pytest.raises(QuotaExceededError), quotas.acquire_call("calls"):
                 pass
-            with pytest.raises(QuotaExceededError), quotas.stream("streams", an_id()):
+            with pytest.raises(QuotaExceededError), quotas.acquire_stream("streams", an_id()):
                 pass
         self.many(quotas)
-        assert not {"calls", "streams"} & quotas._uses.keys()
+        assert not {"calls", "streams"} & quotas._usages.keys()
 
-    async def test_spent_rates_are_not_forgotten(self) -> None:
-        """Being forgotten is no way to a new burst."""
+    async def test_tenants_with_a_used_rate_are_not_pruned(self) -> None:
+        """Pruning does not grant a new burst."""
         quotas = self.quotas(tenant_calls_per_second=0.1, tenant_burst=1)
-        with quotas.call("spent"):
+        with quotas.acquire_call("spent"):
             pass
         self.many(quotas)
-        with pytest.raises(QuotaExceededError), quotas.call("spent"):
+        with pytest.raises(QuotaExceededError), quotas.acquire_call("spent"):
             pass
 
-    async def test_refused_calls_leave_nothing_to_the_garbage_collector(
+    async def test_rejected_calls_leave_no_reference_cycles(
         self, start: Callable[..., Awaitable[Api]]
     ) -> None:
-        """It stops everybody while it looks for what a flood has left."""
+        """The garbage collector would stop all calls after a flood."""
         api = await start(tenant_calls_per_second=0.1, tenant_burst=3)
         await call(api)
         gc.collect()
@@ -696,26 +703,26 @@ class TestMemory:
             assert len(await results(*(sequences(api, an_id()) for _ in range(10)))) == 10
 
             async with asyncio.timeout(10):  # the latest may be on their way still
-                while len(aborted()) >= 5:
+                while len(live_abort_errors()) >= 5:
                     await asyncio.sleep(0.1)
         finally:
             gc.enable()
 
-    async def test_last_call_of_a_method_is_not_kept(self, api: Api) -> None:
-        """However long the method is not called again."""
+    async def test_last_call_of_a_method_is_not_kept_in_memory(self, api: Api) -> None:
+        """Not even if the method is never called again."""
         for _ in range(2):
             with refused(StatusCode.NOT_FOUND):
                 await api.sessions.GetChatSession(GetChatSessionRequest(session_id=an_id()))
         async with asyncio.timeout(10):
-            while gc.collect() or aborted():
+            while gc.collect() or live_abort_errors():
                 await asyncio.sleep(0.1)
 
 
 class TestSizes:
-    """gRPC's own answers, before anything of ours is reached: they carry no details."""
+    """gRPC itself rejects these calls, so the errors carry no details."""
 
     async def test_message_over_4_mib(self, api: Api) -> None:
-        """Is refused unread; one that is just below is only too long for its field."""
+        """It is rejected unparsed. A slightly smaller one only violates the limit of its field."""
         session = await api.session()
         with refused(StatusCode.INVALID_ARGUMENT):
             await api.message(session.id, "x" * (4 * config.MIB - 1000))
@@ -726,7 +733,7 @@ class TestSizes:
 
     @pytest.mark.parametrize("size", [7000, 9000])
     async def test_metadata_over_8_kib(self, api: Api, size: int) -> None:
-        """Is refused, every time; what fits is not."""
+        """It is always rejected. Metadata within the limit never are."""
         stub = chat_session_pb2_grpc.ChatSessionServiceStub(api.channel)
         metadata = [("x-tenant-id", api.tenant), ("x-anything", "x" * size)]
         for _ in range(10):
@@ -740,10 +747,10 @@ class TestSizes:
 
 
 class TestFlood:
-    async def test_flooding_tenant_is_refused_and_another_goes_on(
+    async def test_flooding_tenant_is_limited_and_another_is_not(
         self, start: Callable[..., Awaitable[Api]]
     ) -> None:
-        """However fast 30 callers call, they get their rate; what was acknowledged is there."""
+        """30 fast callers get exactly their rate, and every acknowledged write is stored."""
         api = await start(tenant_calls_per_second=20, tenant_burst=50)
         loop = asyncio.get_running_loop()
         flooded, began = await api.session(), loop.time()

@@ -1,4 +1,4 @@
-"""Two tenants that chose the same ids for everything: nothing of one reaches the other."""
+"""Two tenants that use the same ids for everything stay isolated from each other."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from test_notifications import pair, shared  # noqa: F401 - fixtures
 from test_sessions import RESOLVED, set_status
 from test_tickets import delete as delete_ticket
 from test_tickets import delete_session, session_of, unlink, update
-from test_watch import following
+from test_watch import watching
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_attachment_pb2 import (
@@ -31,7 +31,7 @@ Ids = dict[str, str]
 
 
 async def world(api: Api, ids: Ids) -> None:
-    """A session with messages, a file and a ticket, all by these ids; repeating it is no change."""
+    """Create a session, messages, a file and a ticket with these ids. Repeating it is a no-op."""
     await api.session(id=ids["session"])
     file = a_file(id=ids["file"], file_name=api.tenant)
     await api.message(ids["session"], api.tenant, id=ids["message"], attachments=[file])
@@ -41,7 +41,7 @@ async def world(api: Api, ids: Ids) -> None:
 
 
 async def everything(api: Api, ids: Ids) -> list[Any]:
-    """What every read says about these ids, and what followers are told."""
+    """The results of every read of these ids, and the events that watchers receive."""
     files, links = api.attachments.ListChatAttachments, api.tickets.ListChatTickets
     found: list[Any] = [
         await session_of(api, ids["session"]),
@@ -61,15 +61,15 @@ async def everything(api: Api, ids: Ids) -> list[Any]:
         *[await batches(api, ids["session"], order=order) for order in (1, 2)],
     ]
     for after in (0, 3):
-        async with following(api, ids["session"], after) as follower:
-            while "caught_up" not in follower.kinds:
-                found.append(await follower.next())
+        async with watching(api, ids["session"], after) as watcher:
+            while "caught_up" not in watcher.kinds:
+                found.append(await watcher.next())
     return found
 
 
 @pytest.mark.parametrize("but", ["none", "session"])
 async def test_same_ids_in_two_tenants_stay_apart(api: Api, other: Api, but: str) -> None:
-    """Whatever one tenant does with its rows, the other's of the same ids are as they were."""
+    """Whatever one tenant does to its rows, the other's rows with the same ids do not change."""
     names = ("session", "message", "second", "file", "ticket", "link")
     their_ids = {name: an_id() for name in names}
     ids = {**their_ids, but: an_id()}

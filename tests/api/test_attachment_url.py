@@ -23,7 +23,7 @@ from ssrfguard import AddressTable, Block, Reach, Resolver
 from ssrfguard.resolvers import UdpResolver
 
 from chat_ticket_svc.errors import ResourceExhaustedError
-from chat_ticket_svc.services import attachment_url
+from chat_ticket_svc.services import attachment_url, attachment_url_policy
 from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
 
 pytestmark = pytest.mark.asyncio
@@ -177,8 +177,8 @@ def opened(*sites: Site, **settings: Any) -> AttachmentUrlChecker:
 def open_public(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes PUBLIC a public address."""
     public = Block(ip_network(PUBLIC), "Public", "", Reach.PERMITTED)
-    denied = AddressTable((*attachment_url._DENIED.blocks, public))
-    monkeypatch.setattr(attachment_url, "_DENIED", denied)
+    denied = AddressTable((*attachment_url_policy.DENIED_NETWORKS.blocks, public))
+    monkeypatch.setattr(attachment_url_policy, "DENIED_NETWORKS", denied)
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def internet(monkeypatch: pytest.MonkeyPatch) -> NewChecker:
     open_public(monkeypatch)
 
     def checker(site: Site, **settings: Any) -> AttachmentUrlChecker:
-        monkeypatch.setitem(attachment_url._PORTS, "http", site.port)
+        monkeypatch.setitem(attachment_url_policy.DEFAULT_PORTS, "http", site.port)
         return AttachmentUrlChecker(
             schemes=("http",), **{"resolver": dns({}), **PATIENT, **settings}
         )
@@ -220,17 +220,18 @@ async def test_status() -> None:
     async with serve(paths({f"/{code}": status(code) for code in good + bad})) as site:
         checker = opened(site)
         assert (
-            await checker.inaccessible(TENANT, [f"http://{site.at}/{code}" for code in good]) == []
+            await checker.find_inaccessible(TENANT, [f"http://{site.at}/{code}" for code in good])
+            == []
         )
         urls = [f"http://{site.at}/{code}" for code in bad]
-        assert await checker.inaccessible(TENANT, urls) == list(range(len(urls)))
+        assert await checker.find_inaccessible(TENANT, urls) == list(range(len(urls)))
 
 
 async def test_asks_for_one_byte() -> None:
     """One uncompressed byte is asked for, of exactly the path and query given."""
     async with serve() as site:
         assert (
-            await opened(site).inaccessible(TENANT, [f"http://{site.at}/a;v=1/b%20c;w?d=;e#f"])
+            await opened(site).find_inaccessible(TENANT, [f"http://{site.at}/a;v=1/b%20c;w?d=;e#f"])
             == []
         )
     head = site.requests[0].lower().split("\r\n")
@@ -242,7 +243,7 @@ async def test_ipv6() -> None:
     """An IPv6 address is asked by its proper name."""
     try:
         async with serve(host="::1") as site:
-            assert await opened(site).inaccessible(TENANT, [f"http://{site.at}/"]) == []
+            assert await opened(site).find_inaccessible(TENANT, [f"http://{site.at}/"]) == []
     except OSError:
         pytest.skip("needs IPv6")
     assert f"host: {site.at}" in site.requests[0].lower().split("\r\n")
@@ -253,9 +254,9 @@ async def test_positions() -> None:
     async with serve(paths({"/yes": OK, "/no": status(404)})) as site:
         yes, no = f"http://{site.at}/yes", f"http://{site.at}/no"
         urls = [no, yes, "http://[", yes, no, "http://10.0.0.1/"]
-        assert await opened(site).inaccessible(TENANT, urls) == [0, 2, 4, 5]
+        assert await opened(site).find_inaccessible(TENANT, urls) == [0, 2, 4, 5]
         assert await site.visits() == 2, "a repeated URL is asked once"
-        assert await opened(site).inaccessible(TENANT, []) == []
+        assert await opened(site).find_inaccessible(TENANT, []) == []
 
 
 async def test_concurrent() -> None:
@@ -268,7 +269,7 @@ async def test_concurrent() -> None:
 
     async with serve(answer) as site:
         urls = [f"http://{site.at}/{number}" for number in range(20)]
-        assert await opened(site).inaccessible(TENANT, urls) == []
+        assert await opened(site).find_inaccessible(TENANT, urls) == []
 
 
 @pytest.mark.parametrize(("tenants", "at_once"), [([TENANT], 2), ([TENANT, ANOTHER], 3)])
@@ -276,8 +277,8 @@ async def test_concurrency_is_bounded(
     tenants: list[str], at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many URLs there are, few are asked at a time, of a tenant fewer; yet all are."""
-    monkeypatch.setattr(attachment_url, "_AT_ONCE", 3)
-    monkeypatch.setattr(attachment_url, "_AT_ONCE_OF_A_TENANT", 2)
+    monkeypatch.setattr(attachment_url, "_MAX_CHECKS", 3)
+    monkeypatch.setattr(attachment_url, "_MAX_TENANT_CHECKS", 2)
     busy, most_busy = 0, 0
 
     async def answer(request: str, writer: asyncio.StreamWriter) -> None:
@@ -291,7 +292,7 @@ async def test_concurrency_is_bounded(
     async with serve(answer) as site:
         checker = opened(site)
         urls = [f"http://{site.at}/{number}" for number in range(10)]
-        calls = [checker.inaccessible(tenant, urls) for tenant in 2 * tenants]
+        calls = [checker.find_inaccessible(tenant, urls) for tenant in 2 * tenants]
         assert await asyncio.gather(*calls) == [[]] * len(calls)
         assert most_busy == at_once
 
@@ -318,10 +319,10 @@ async def test_tls(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         urls = [f"https://{host}/" for host in hosts]
         resolver = dns({"a.test": [PRIVATE], "b.test": [PRIVATE]})
         checker = AttachmentUrlChecker(allowed_hosts=hosts, resolver=resolver)
-        assert await checker.inaccessible(TENANT, urls) == [0, 1]
+        assert await checker.find_inaccessible(TENANT, urls) == [0, 1]
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         checker = AttachmentUrlChecker(allowed_hosts=hosts, resolver=resolver)
-        assert await checker.inaccessible(TENANT, urls) == [1]
+        assert await checker.find_inaccessible(TENANT, urls) == [1]
 
 
 # ---- What is never reached ----
@@ -331,7 +332,7 @@ async def test_https_only_by_default() -> None:
     """Without a setting http is refused, even to an allowed host."""
     async with serve() as site:
         checker = AttachmentUrlChecker(allowed_hosts=[site.at])
-        assert await checker.inaccessible(TENANT, [f"http://{site.at}/"]) == [0]
+        assert await checker.find_inaccessible(TENANT, [f"http://{site.at}/"]) == [0]
         assert await site.visits() == 0
 
 
@@ -360,7 +361,7 @@ async def test_refused_addresses(internet: NewChecker, attempts: list[str]) -> N
         # The platform's resolver understands notations that no URL should have.
         checker = internet(site, resolver=socket.getaddrinfo)
         urls = [f"http://{host}:{site.port}/" for host in REFUSED]
-        assert await checker.inaccessible(TENANT, urls) == list(range(len(urls)))
+        assert await checker.find_inaccessible(TENANT, urls) == list(range(len(urls)))
         assert attempts == []
         assert await site.visits() == 0
 
@@ -371,7 +372,7 @@ PUBLIC_ADDRESSES = ["8.8.8.8", "[2606:4700::1111]", "[64:ff9b::8.8.8.8]", "[::ff
 async def test_public_addresses(attempts: list[str]) -> None:
     """Public addresses are not refused, nor are those that an IPv6-only network puts for them."""
     urls = [f"https://{host}/" for host in PUBLIC_ADDRESSES]
-    await AttachmentUrlChecker().inaccessible(TENANT, urls)
+    await AttachmentUrlChecker().find_inaccessible(TENANT, urls)
     assert len(attempts) == len(urls)
 
 
@@ -384,7 +385,7 @@ async def test_refused_names(addresses: list[str], internet: NewChecker) -> None
     async with serve(host=PUBLIC) as public, serve(host=PRIVATE, port=public.port) as private:
         checker = internet(public, resolver=dns({"good.test": [PUBLIC], "bad.test": addresses}))
         urls = [f"http://{name}.test:{public.port}/" for name in ("good", "bad")]
-        assert await checker.inaccessible(TENANT, urls) == [1]
+        assert await checker.find_inaccessible(TENANT, urls) == [1]
         assert await private.visits() == 0
         assert await public.visits() == 1
 
@@ -402,9 +403,11 @@ async def test_rebinding(internet: NewChecker) -> None:
         serve(answer, host=PRIVATE, port=public.port) as private,
     ):
         checker = internet(public, resolver=resolve)
-        assert await checker.inaccessible(TENANT, [f"http://a.test:{public.port}/"]) == []
+        assert await checker.find_inaccessible(TENANT, [f"http://a.test:{public.port}/"]) == []
         answers.append(PUBLIC)
-        assert await checker.inaccessible(TENANT, [f"http://a.test:{public.port}/again"]) == [0]
+        assert await checker.find_inaccessible(TENANT, [f"http://a.test:{public.port}/again"]) == [
+            0
+        ]
         assert await public.visits() == 2
         assert await private.visits() == 0
 
@@ -414,7 +417,7 @@ async def test_ports(internet: NewChecker) -> None:
     async with serve(host=PUBLIC) as usual, serve(host=PUBLIC) as other:
         checker = internet(usual)
         urls = [f"http://{usual.at}/", f"http://{other.at}/", f"http://{PUBLIC}:0/"]
-        assert await checker.inaccessible(TENANT, urls) == [1, 2]
+        assert await checker.find_inaccessible(TENANT, urls) == [1, 2]
         assert await other.visits() == 0
 
 
@@ -422,7 +425,7 @@ async def test_ports(internet: NewChecker) -> None:
 async def test_user_info(user: str) -> None:
     """User info is refused, even empty."""
     async with serve() as site:
-        assert await opened(site).inaccessible(TENANT, [f"http://{user}{site.at}/"]) == [0]
+        assert await opened(site).find_inaccessible(TENANT, [f"http://{user}{site.at}/"]) == [0]
         assert await site.visits() == 0
 
 
@@ -438,7 +441,7 @@ NONSENSE = [
 async def test_nonsense() -> None:
     """What is no URL is inaccessible, and nothing worse."""
     checker = AttachmentUrlChecker(schemes=("http", "https"), resolver=dns({}))
-    assert await checker.inaccessible(TENANT, NONSENSE) == list(range(len(NONSENSE)))
+    assert await checker.find_inaccessible(TENANT, NONSENSE) == list(range(len(NONSENSE)))
 
 
 async def test_unexpected_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,7 +452,7 @@ async def test_unexpected_failure(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async with serve() as site:
         monkeypatch.setattr(httpcore.AsyncConnectionPool, "stream", broken)
-        assert await opened(site).inaccessible(TENANT, [f"http://{site.at}/"]) == [0]
+        assert await opened(site).find_inaccessible(TENANT, [f"http://{site.at}/"]) == [0]
 
 
 # ---- Redirects ----
@@ -460,7 +463,7 @@ async def test_redirects() -> None:
     chain = {f"/{left}": redirect(f"/{left - 1}") for left in range(1, 7)}
     async with serve(paths({"/0": OK, **chain})) as site:
         urls = [f"http://{site.at}/5", f"http://{site.at}/6"]
-        assert await opened(site).inaccessible(TENANT, urls) == [1]
+        assert await opened(site).find_inaccessible(TENANT, urls) == [1]
         assert await site.visits() == 6 + 6
 
 
@@ -471,7 +474,7 @@ async def test_redirect_to_refused(host: str, internet: NewChecker) -> None:
         answer = redirect(f"http://{host}:{private.port}/")
         async with serve(answer, host=PUBLIC, port=private.port) as public:
             checker = internet(public, resolver=socket.getaddrinfo)
-            assert await checker.inaccessible(TENANT, [f"http://{public.at}/"]) == [0]
+            assert await checker.find_inaccessible(TENANT, [f"http://{public.at}/"]) == [0]
             assert await public.visits() == 1
             assert await private.visits() == 0
 
@@ -488,7 +491,7 @@ async def test_redirect_to_other_scheme(internet: NewChecker) -> None:
         location = f"https://a.test:{site.port}/"
         async with serve(redirect(location), host=PUBLIC) as first:
             checker = internet(first, resolver=resolve)
-            assert await checker.inaccessible(TENANT, [f"http://{first.at}/"]) == [0]
+            assert await checker.find_inaccessible(TENANT, [f"http://{first.at}/"]) == [0]
             assert looked_up == [PUBLIC]
 
 
@@ -497,7 +500,7 @@ async def test_redirect_with_user_info() -> None:
     async with serve() as site:
         answers = {"/": redirect(f"http://user:secret@{site.at}/b"), "/b": OK}
     async with serve(paths(answers), port=site.port) as site:
-        assert await opened(site).inaccessible(TENANT, [f"http://{site.at}/"]) == [0]
+        assert await opened(site).find_inaccessible(TENANT, [f"http://{site.at}/"]) == [0]
         assert await site.visits() == 1
 
 
@@ -507,7 +510,7 @@ async def test_cookies() -> None:
     async with serve(paths(answers)) as site:
         checker = opened(site)
         for _ in range(2):
-            assert await checker.inaccessible(TENANT, [f"http://{site.at}/first"]) == []
+            assert await checker.find_inaccessible(TENANT, [f"http://{site.at}/first"]) == []
     assert len(site.requests) == 4
     assert not [request for request in site.requests if "cookie:" in request.lower()]
 
@@ -529,7 +532,7 @@ async def test_allowed_host_is_reached_by_its_name_only(internet: NewChecker) ->
             )
             urls = [f"http://{host}:{store.port}/" for host in hosts]
             urls.append(f"http://{public.at}/")
-            assert await checker.inaccessible(TENANT, urls) == list(range(2, len(urls)))
+            assert await checker.find_inaccessible(TENANT, urls) == list(range(2, len(urls)))
             assert await public.visits() == 1
             assert await store.visits() == 2
 
@@ -542,7 +545,7 @@ async def test_allowed_port(attempts: list[str]) -> None:
     )
     for host in ("a.test", "b.test"):
         for port in ("", ":80", ":443", ":8080"):
-            await checker.inaccessible(TENANT, [f"http://{host}{port}/"])
+            await checker.find_inaccessible(TENANT, [f"http://{host}{port}/"])
     assert attempts == ["10.0.0.1 8080", "10.0.0.2 80", "10.0.0.2 80", "10.0.0.2 443"]
 
 
@@ -552,7 +555,7 @@ async def test_allowed_host_redirects() -> None:
         answers = {"/out": redirect(f"http://{other.at}/"), "/in": redirect("/"), "/": OK}
         async with serve(paths(answers)) as site:
             urls = [f"http://{site.at}/out", f"http://{site.at}/in"]
-            assert await opened(site, other).inaccessible(TENANT, urls) == [0]
+            assert await opened(site, other).find_inaccessible(TENANT, urls) == [0]
             assert await other.visits() == 0
 
 
@@ -569,7 +572,7 @@ async def test_allowed_host_leads_nowhere_else(host: str, internet: NewChecker) 
         resolver = dns({"a.test": [PRIVATE], "localhost": [PRIVATE]})
         checker = internet(store, allowed_hosts=[f"a.test:{store.port}"], resolver=resolver)
         urls = [f"http://a.test:{store.port}/{path}" for path in ("in", "out")]
-        assert await checker.inaccessible(TENANT, urls) == [1]
+        assert await checker.find_inaccessible(TENANT, urls) == [1]
         assert await public.visits() == 0
         assert [request.split()[1] for request in store.requests].count("/") == 1
 
@@ -579,7 +582,7 @@ async def test_allowed_name_to_metadata(address: str, attempts: list[str]) -> No
     """An allowed name may lead to private addresses, not to link-local and stranger ones."""
     resolver = dns({"a.test": ["10.0.0.1"], "b.test": [address]})
     checker = AttachmentUrlChecker(allowed_hosts=["a.test", "b.test"], resolver=resolver)
-    assert await checker.inaccessible(TENANT, ["https://a.test/", "https://b.test/"]) == [0, 1]
+    assert await checker.find_inaccessible(TENANT, ["https://a.test/", "https://b.test/"]) == [0, 1]
     assert attempts == ["10.0.0.1 443"]
 
 
@@ -619,7 +622,7 @@ async def test_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
             monkeypatch.setenv(name, f"http://{proxy.at}")
         monkeypatch.delenv("NO_PROXY", raising=False)
         monkeypatch.setenv("NETRC", str(netrc))
-        assert await opened(site).inaccessible(TENANT, [f"http://{site.at}/"]) == []
+        assert await opened(site).find_inaccessible(TENANT, [f"http://{site.at}/"]) == []
         assert await proxy.visits() == 0
         assert "authorization" not in site.requests[0].lower()
 
@@ -630,7 +633,7 @@ async def test_logs(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     answers = {"/?canary=1": redirect("/?canary=2"), "/?canary=2": status(404)}
     async with serve(paths(answers)) as site:
-        assert await opened(site).inaccessible(TENANT, [f"http://{site.at}/?canary=1"]) == [0]
+        assert await opened(site).find_inaccessible(TENANT, [f"http://{site.at}/?canary=1"]) == [0]
         assert len(site.requests) == 2
     assert "canary" not in caplog.text
     assert PRIVATE not in caplog.text
@@ -650,7 +653,7 @@ async def test_bodies_are_not_downloaded() -> None:
     ):
         checker = opened(store, mover, timeout=60)
         urls = [f"http://{store.at}/", f"http://{mover.at}/"]
-        assert await checker.inaccessible(TENANT, urls) == [1]
+        assert await checker.find_inaccessible(TENANT, urls) == [1]
         await store.left.wait()
         await mover.left.wait()
         # What the kernel buffers on both sides was sent, whoever reads it.
@@ -669,7 +672,9 @@ async def test_bodies_are_not_downloaded() -> None:
 async def test_endless_headers(head: bytes, chunk: bytes) -> None:
     """An answer that is all headers is cut off by its size, long before the timeout."""
     async with serve(endless(head, chunk)) as site, asyncio.timeout(10):
-        assert await opened(site, timeout=60).inaccessible(TENANT, [f"http://{site.at}/"]) == [0]
+        assert await opened(site, timeout=60).find_inaccessible(TENANT, [f"http://{site.at}/"]) == [
+            0
+        ]
 
 
 @pytest.mark.parametrize(
@@ -689,7 +694,7 @@ async def test_slow(scheme: str, answer: Answer) -> None:
         )
         urls = [f"{scheme}://{slow.at}/{number}" for number in range(5)]
         urls.insert(2, f"http://{quick.at}/")
-        assert await checker.inaccessible(TENANT, urls) == [0, 1, 3, 4, 5]
+        assert await checker.find_inaccessible(TENANT, urls) == [0, 1, 3, 4, 5]
         await slow.left.wait()
 
 
@@ -709,7 +714,7 @@ async def test_dead_address(monkeypatch: pytest.MonkeyPatch) -> None:
         checker = AttachmentUrlChecker(
             schemes=("http",), allowed_hosts=[host], timeout=1.5, resolver=resolver
         )
-        assert await checker.inaccessible(TENANT, [f"http://{host}/"]) == []
+        assert await checker.find_inaccessible(TENANT, [f"http://{host}/"]) == []
 
 
 @pytest.mark.usefixtures("attempts")
@@ -719,7 +724,7 @@ async def test_many_addresses() -> None:
         host = f"a.test:{site.port}"
         resolver = dns({"a.test": [*(f"fc00::{number}" for number in range(8)), PRIVATE]})
         checker = AttachmentUrlChecker(schemes=("http",), allowed_hosts=[host], resolver=resolver)
-        assert await checker.inaccessible(TENANT, [f"http://{host}/"]) == []
+        assert await checker.find_inaccessible(TENANT, [f"http://{host}/"]) == []
 
 
 @pytest.mark.parametrize("host", [PRIVATE, PUBLIC], ids=["allowed", "public"])
@@ -727,8 +732,8 @@ async def test_hung_lookups(
     host: str, internet: NewChecker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lookups that hang hold up no other work; abandoned ones count as their tenant's checks."""
-    monkeypatch.setattr(attachment_url, "_AT_ONCE", 60)
-    monkeypatch.setattr(attachment_url, "_AT_ONCE_OF_A_TENANT", 50)
+    monkeypatch.setattr(attachment_url, "_MAX_CHECKS", 60)
+    monkeypatch.setattr(attachment_url, "_MAX_TENANT_CHECKS", 50)
     loop, hung, release = asyncio.get_running_loop(), asyncio.Queue[str](), threading.Event()
 
     def resolve(name: str, *rest: int) -> Iterable[Any]:
@@ -744,21 +749,21 @@ async def test_hung_lookups(
         urls = [f"http://{slow}/{number}" for number in range(45)]
         try:
             for hanging in (45, 5):
-                check = group.create_task(checker.inaccessible(TENANT, urls[:hanging]))
+                check = group.create_task(checker.find_inaccessible(TENANT, urls[:hanging]))
                 for _ in range(hanging):
                     await hung.get()
-                assert await checker.inaccessible(ANOTHER, [f"http://{quick}/"]) == []
+                assert await checker.find_inaccessible(ANOTHER, [f"http://{quick}/"]) == []
                 assert await asyncio.to_thread(int) == await anyio.to_thread.run_sync(int) == 0
                 check.cancel()
                 await asyncio.wait([check])
             with pytest.raises(ResourceExhaustedError):
-                await checker.inaccessible(TENANT, [f"http://{quick}/"])
+                await checker.find_inaccessible(TENANT, [f"http://{quick}/"])
             assert hung.empty()
         finally:
             release.set()
-        assert await checker.inaccessible(TENANT, [f"http://{quick}/"]) == []
+        assert await checker.find_inaccessible(TENANT, [f"http://{quick}/"]) == []
         del check  # its error holds the frames that it went through
-        while checker._shares:
+        while checker._tenant_slots:
             gc.collect()
             await asyncio.sleep(0.01)
 
@@ -816,7 +821,7 @@ async def name_server(
 async def test_silent_name_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lookup of a public name ends by itself when the time is up."""
     async with name_server(monkeypatch, lambda *_: None) as ended:
-        assert await AttachmentUrlChecker(timeout=0.3).inaccessible(
+        assert await AttachmentUrlChecker(timeout=0.3).find_inaccessible(
             TENANT, ["https://a.test/"]
         ) == [0]
         assert await asyncio.to_thread(ended.wait, 5)
@@ -837,7 +842,7 @@ async def test_name_server(
     async with serve(host=PUBLIC) as site, name_server(monkeypatch, find):
         checker = internet(site, resolver=None)
         url = f"http://a.test:{site.port}/"
-        assert await checker.inaccessible(TENANT, [url]) == ([0] if other else [])
+        assert await checker.find_inaccessible(TENANT, [url]) == ([0] if other else [])
         assert await site.visits() == (0 if other else 1)
 
 
@@ -845,7 +850,7 @@ async def test_families(attempts: list[str], monkeypatch: pytest.MonkeyPatch) ->
     """Both families of a public name are tried, IPv4 first."""
     records = {1: socket.inet_aton("8.8.8.8"), 28: socket.inet_pton(socket.AF_INET6, "2600::1")}
     async with name_server(monkeypatch, lambda _, kind: [records[kind]]):
-        assert await AttachmentUrlChecker().inaccessible(TENANT, ["https://a.test/"]) == [0]
+        assert await AttachmentUrlChecker().find_inaccessible(TENANT, ["https://a.test/"]) == [0]
         assert attempts == ["8.8.8.8 443", "2600::1 443"]
 
 
@@ -854,7 +859,7 @@ async def test_cancellation(scheme: str) -> None:
     """A caller who gives up is let go, and the connection is closed, even in a handshake."""
     async with serve(silence) as site, asyncio.timeout(10):
         checker = AttachmentUrlChecker(schemes=(scheme,), allowed_hosts=[site.at], timeout=60)
-        check = asyncio.create_task(checker.inaccessible(TENANT, [f"{scheme}://{site.at}/"]))
+        check = asyncio.create_task(checker.find_inaccessible(TENANT, [f"{scheme}://{site.at}/"]))
         await site.arrived.wait()
         await asyncio.sleep(0.05)
         check.cancel()
@@ -875,11 +880,11 @@ async def test_tenants_take_turns() -> None:
     """A tenant who floods us with slow URLs is told to wait; another's URL is looked at."""
     async with serve(silence) as slow, serve() as quick:
         checker = opened(slow, quick, timeout=1)
-        calls = [checker.inaccessible(TENANT, flood(slow.at)) for _ in range(5)]
+        calls = [checker.find_inaccessible(TENANT, flood(slow.at)) for _ in range(5)]
         flooding = asyncio.gather(*calls, return_exceptions=True)
         while len(slow.requests) < 25:
             await asyncio.sleep(0.01)
-        assert await checker.inaccessible(ANOTHER, [f"http://{quick.at}/"]) == []
+        assert await checker.find_inaccessible(ANOTHER, [f"http://{quick.at}/"]) == []
         assert not flooding.done()
         found, *busy = await flooding
         assert found == list(range(20))
@@ -890,7 +895,7 @@ async def test_tenants_take_turns() -> None:
 
 async def test_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Busy is the one answer when a URL found no turn, whatever it is and the others answer."""
-    monkeypatch.setattr(attachment_url, "_AT_ONCE_OF_A_TENANT", 2)
+    monkeypatch.setattr(attachment_url, "_MAX_TENANT_CHECKS", 2)
     async with serve(silence) as slow, serve(paths({"/": OK, "/gone": status(404)})) as site:
         checker = opened(slow, site, timeout=1)
         good, gone = f"http://{site.at}/", f"http://{site.at}/gone"
@@ -901,7 +906,7 @@ async def test_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
             *([url] for url in (good, gone, hanging[2], "http://127.0.0.1/", "ftp://a/", "[")),
         ]
         answers = await asyncio.gather(
-            *(checker.inaccessible(TENANT, urls) for urls in calls), return_exceptions=True
+            *(checker.find_inaccessible(TENANT, urls) for urls in calls), return_exceptions=True
         )
         assert answers[0] == [0], "two had their turn and took it up"
         assert await slow.visits() == 2
@@ -914,6 +919,6 @@ async def test_tenants_are_forgotten() -> None:
     async with serve() as site:
         checker = opened(site)
         for number in range(5):
-            assert await checker.inaccessible(f"tenant {number}", [f"http://{site.at}/"]) == []
+            assert await checker.find_inaccessible(f"tenant {number}", [f"http://{site.at}/"]) == []
         gc.collect()
-        assert not checker._shares
+        assert not checker._tenant_slots

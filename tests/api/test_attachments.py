@@ -201,7 +201,7 @@ class TestUrlCheck:
         with refused(StatusCode.FAILED_PRECONDITION, reason) as with_message:
             await api.message(message.session_id, attachments=[a_file(file_url=url)])
         assert alone.text == with_message.text
-        assert alone.text == "the file URL is not accessible (attachment 1 of the request)"
+        assert alone.text == "file_url not accessible: attachment 1 of the request"
         assert alone.details["PreconditionFailure"].violations[0].type == reason
         assert (await of_message(api, message.id)).revision == 1
 

@@ -312,7 +312,7 @@ async def test_page_uses_the_index(api: Api, database: str) -> None:
         "before": 2001,
         "roles": None,
         "limit": 100,
-        "whole": message_listing.WHOLE_BYTES,
+        "message_bytes": message_listing.FIRST_READ_MESSAGE_BYTES,
     }
     async with await psycopg.AsyncConnection.connect(database) as connection:
         await connection.execute("ANALYZE chat_messages")

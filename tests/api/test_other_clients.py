@@ -336,7 +336,7 @@ class TestCalls:
         assert {
             violation["field"]: violation["description"]
             for violation in refused.details["BadRequest"]["field_violations"]
-        } == {"session.id": "is not a UUID", "session.status": "has the unknown value 77"}
+        } == {"session.id": "not a UUID", "session.status": "unknown enum value 77"}
 
     def test_absent_entity_is_named(self, tool: Tool) -> None:
         """NOT_FOUND shows of what kind and which it is, also at the start of a stream."""

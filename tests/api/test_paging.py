@@ -14,7 +14,7 @@ from test_messages import batch, delete, get, said, set_metadata
 from test_notifications import pair, shared  # noqa: F401 - fixtures
 from test_sessions import RESOLVED, set_status
 from test_tickets import session_of
-from test_watch import following
+from test_watch import watching
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_attachment_pb2 import (
@@ -79,9 +79,9 @@ async def test_message_over_1_mib_comes_alone(start_server: Any, database: str) 
         await api.message(session.id, content)
     for order in (1, 2):
         assert len(await sequences(api, session.id, order=order)) == 3
-    async with following(api, session.id) as follower:
-        await follower.until("caught_up")
-        assert follower.created == [1, 2, 3]
+    async with watching(api, session.id) as watcher:
+        await watcher.until("caught_up")
+        assert watcher.created == [1, 2, 3]
 
 
 async def test_order_does_not_come_from_an_index_by_luck(
@@ -113,20 +113,20 @@ async def test_order_does_not_come_from_an_index_by_luck(
     there = [*range(1, 102), *range(241, 281)]
     assert await sequences(api, session.id) == there
     assert await sequences(api, session.id, order=CHAT_MESSAGE_ORDER_DESC) == there[::-1]
-    async with following(api, session.id) as follower:
-        await follower.until("caught_up")
-        assert follower.created == there
-    async with following(api, session.id, after=140) as follower:
-        follower.messages = {message_id: r.ChatMessage() for message_id in ids}
+    async with watching(api, session.id) as watcher:
+        await watcher.until("caught_up")
+        assert watcher.created == there
+    async with watching(api, session.id, after=140) as watcher:
+        watcher.messages = {message_id: r.ChatMessage() for message_id in ids}
         told: dict[str, list[int]] = {}
-        while "caught_up" not in follower.kinds:
-            revision = (await follower.next()).revision
-            told.setdefault(follower.kinds[-1], []).append(revision)
+        while "caught_up" not in watcher.kinds:
+            revision = (await watcher.next()).revision
+            told.setdefault(watcher.kinds[-1], []).append(revision)
         assert told["message_updated"] == list(range(141, 202))
         assert told["message_deleted"] == list(range(202, 241))
-        assert follower.created == list(range(241, 281))
-    async with following(api, session.id, after=201) as follower:
-        events = [await follower.next() for _ in range(40)]
+        assert watcher.created == list(range(241, 281))
+    async with watching(api, session.id, after=201) as watcher:
+        events = [await watcher.next() for _ in range(40)]
         assert [event.revision for event in events[1:]] == list(range(202, 241))
 
 
@@ -216,7 +216,7 @@ async def test_forged_token_is_refused(api: Api) -> None:
         (1, "x"),
         (1, 1),
     )
-    forged += [paging.token(api.tenant, request, *position) for position in positions]
+    forged += [paging.encode_token(api.tenant, request, *position) for position in positions]
     for token in forged:
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await api.sessions.ListChatSessions(ListChatSessionsRequest(page_token=token))

@@ -172,7 +172,7 @@ async def test_token_of_another_query_is_refused(api: Api) -> None:
 async def test_forged_token_is_refused(api: Api, score: object) -> None:
     """A token with the right digest and a position that no page ends at."""
     request = SearchChatMessagesRequest(query="x")
-    request.page_token = paging.token(api.tenant, request, score, 1, an_id())  # type: ignore[arg-type]
+    request.page_token = paging.encode_token(api.tenant, request, score, 1, an_id())  # type: ignore[arg-type]
     with refused(StatusCode.INVALID_ARGUMENT) as refusal:
         await api.messages.SearchChatMessages(request)
     assert list(refusal.fields) == ["page_token"]
@@ -224,7 +224,7 @@ async def every_page(
 @pytest.fixture
 def only_five(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each way to look for matches looks at five messages."""
-    monkeypatch.setattr(store, "MOST_MESSAGES", 5)
+    monkeypatch.setattr(store, "MAX_MESSAGES", 5)
 
 
 class TestIncomplete:
@@ -325,7 +325,7 @@ class TestIncomplete:
 
     async def test_much_text(self, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of long messages fewer are looked at, the newest ones; one of them at least."""
-        monkeypatch.setattr(store, "MOST_BYTES", 15_000)
+        monkeypatch.setattr(store, "MAX_BYTES", 15_000)
         session = await api.session()
         contents = ["durian " + "x" * length for length in (10_000, 10_000, 9_000, 100)]
         ids = [(await api.message(session.id, content)).id for content in contents]
@@ -362,9 +362,9 @@ class TestIncomplete:
         hits, incomplete = await every_page(api, "fig", **window)
         assert ([hit.message_id for hit in hits], incomplete) == ([last.id], False)
         for most, incomplete in ((3, True), (4, True), (5, False)):
-            monkeypatch.setattr(store, "MOST_SESSIONS", most)
+            monkeypatch.setattr(store, "MAX_SESSIONS", most)
             assert (await every_page(api, "fig", **window))[1] == incomplete
-        monkeypatch.setattr(store, "MOST_SESSIONS", 50)
+        monkeypatch.setattr(store, "MAX_SESSIONS", 50)
         for _ in range(5):
             await api.session()
         assert (await every_page(api, "fig", **window))[1]

@@ -91,8 +91,8 @@ class TestCreate:
         with refused(StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT") as refusal:
             await api.sessions.CreateChatSession(CreateChatSessionRequest(session=session))
         assert refusal.fields == {
-            "session.id": "is not a UUID",
-            "session.status": "has the unknown value 77",
+            "session.id": "not a UUID",
+            "session.status": "unknown enum value 77",
         }
 
 

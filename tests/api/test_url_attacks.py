@@ -43,11 +43,11 @@ from test_tickets import session_of
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket_svc import server
-from chat_ticket_svc.services import attachment_url
+from chat_ticket_svc.services import attachment_url_policy
 from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
 
 # The one answer to every attack that is a URL.
-REFUSAL = "the file URL is not accessible (attachment 1 of the request)"
+REFUSAL = "file_url not accessible: attachment 1 of the request"
 REASON = "ATTACHMENT_URL_NOT_ACCESSIBLE"
 
 # For cases that have to wait for it; `test_slow_urls_hold_no_connection` has the real one.
@@ -536,8 +536,8 @@ async def world(database: str) -> AsyncIterator[World]:
     async with contextlib.AsyncExitStack() as stack:
         patches = stack.enter_context(pytest.MonkeyPatch.context())
         open_public(patches)
-        patches.setitem(attachment_url._PORTS, "http", ports["port"])
-        patches.setitem(attachment_url._PORTS, "https", ports["tls"])
+        patches.setitem(attachment_url_policy.DEFAULT_PORTS, "http", ports["port"])
+        patches.setitem(attachment_url_policy.DEFAULT_PORTS, "https", ports["tls"])
         checker = functools.partial(AttachmentUrlChecker, timeout=TIMEOUT)
         patches.setattr(server, "AttachmentUrlChecker", checker)
         await stack.enter_async_context(name_server(patches, names.find))
@@ -724,7 +724,7 @@ async def test_flood_of_one_tenant(world: World) -> None:
     assert sorted(answers.values()) == [1, 4], "the four are byte for byte the same"
     (busy, _), (looked_at, _) = answers.most_common()
     assert looked_at[0] is StatusCode.FAILED_PRECONDITION
-    assert busy[:2] == (StatusCode.RESOURCE_EXHAUSTED, "too many file URLs are being checked")
+    assert busy[:2] == (StatusCode.RESOURCE_EXHAUSTED, "too many file_url checks in progress")
     assert b"URL_CHECKS_BUSY" in dict(busy[2])["grpc-status-details-bin"]
     assert await session_of(world.api, session.id) == session
     with_one = await world.api.message(session.id, attachments=[a_file(file_url=good)])

@@ -509,9 +509,9 @@ class TestFollow:
             session_id = await session_of(client)
             async for event in client.follow(session_id):
                 if kind(event) == "caught_up":
-                    assert server._follow.watchers == 1
+                    assert server._watch_hub.watcher_count == 1
                     break
-            await until(lambda: server._follow.watchers == 0)
+            await until(lambda: server._watch_hub.watcher_count == 0)
 
     @pytest.mark.parametrize("waiting", [True, False])
     async def test_cancelling_the_task_ends_the_stream(
@@ -531,12 +531,12 @@ class TestFollow:
             session_id = await session_of(client)
             task = asyncio.create_task(follow())
             await caught_up.wait()
-            assert server._follow.watchers == 1
+            assert server._watch_hub.watcher_count == 1
             await asyncio.sleep(0.05)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            await until(lambda: server._follow.watchers == 0)
+            await until(lambda: server._watch_hub.watcher_count == 0)
 
     async def test_timeout_of_the_caller_is_its_own(self, client: ChatTicketClient) -> None:
         """Not taken for silence."""

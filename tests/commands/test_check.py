@@ -1,4 +1,4 @@
-"""`chat-ticket-svc check`: one screen, by which an operator knows what is wrong."""
+"""`chat-ticket-svc check`: one screen, that tells an operator what is wrong."""
 
 import re
 import socket
@@ -17,33 +17,33 @@ CA = Authority()
 
 
 def environment(api: Api, database_url: str, **settings: str) -> dict[str, str]:
-    """That of the server which `api` calls."""
+    """The environment of the server that `api` calls."""
     port = api.address.rpartition(":")[2]
     own = {f"CHAT_TICKET_{name.upper()}": value for name, value in settings.items()}
     return {"DATABASE_URL": database_url, "CHAT_TICKET_PORT": port, **own}
 
 
 def line(done: Finished, about: str) -> tuple[str, str]:
-    """How what the line is about is, and what the line says."""
+    """The state and the text of the line about a subject."""
     found = re.findall(rf"^(\S+) +{about} +(.*)$", done.output, re.MULTILINE)
     assert len(found) == 1, done
     return found[0]
 
 
-async def test_all_is_well(start_server: Any, database: str) -> None:
+async def test_everything_is_ok(start_server: Any, database: str) -> None:
     """Every line says ok, and so does the exit status."""
     done = await command("check", **environment(await start_server(database), database))
     assert (done.status, done.errors) == (0, "")
     states, about = zip(*re.findall(r"^(\S+) +(\S+)", done.output, re.MULTILINE), strict=True)
     assert set(states) == {"ok"}
     assert about == ("settings", "database", "schema", "clock", "service", "call")
-    assert re.fullmatch(r"PostgreSQL \d+\.\d+, answers in \d+\.\d ms", line(done, "database")[1])
-    assert re.fullmatch(r"[+-]0\.\d{3} s from the database's", line(done, "clock")[1])
+    assert re.fullmatch(r"PostgreSQL \d+\.\d+, responds in \d+\.\d ms", line(done, "database")[1])
+    assert re.fullmatch(r"[+-]0\.\d{3} s compared to the database's clock", line(done, "clock")[1])
     assert re.fullmatch(r"ListChatSessions took \d+\.\d ms", line(done, "call")[1])
 
 
-async def test_nothing_is_there() -> None:
-    """Each look says why it failed, and none hides the others."""
+async def test_nothing_is_reachable() -> None:
+    """Each check says why it failed, and none hides the others."""
     done = await command(
         "check",
         DATABASE_URL="postgresql://user:pass@127.0.0.1:1/chats",
@@ -53,14 +53,14 @@ async def test_nothing_is_there() -> None:
     )
     assert done.status == 1
     assert line(done, "database") == ("FAILED", "cannot be reached: Connection refused")
-    assert line(done, "service") == ("FAILED", "127.0.0.1:1 does not answer: UNAVAILABLE")
-    assert "warning  settings     not known, so not in effect: CHAT_TICKET_POOLSIZE" in done.output
+    assert line(done, "service") == ("FAILED", "127.0.0.1:1 does not respond: UNAVAILABLE")
+    assert "warning  settings     unknown, without effect: CHAT_TICKET_POOLSIZE" in done.output
     assert "CHAT_TICKET_QUOTAS__TENANT_BURST=7\n" in done.output
     assert "DATABASE_URL=postgresql://***@127.0.0.1:1/chats\n" in done.output
 
 
 @pytest.mark.parametrize("absent", ["database", "role"])
-async def test_what_does_not_exist_is_told(database: str, absent: str) -> None:
+async def test_what_does_not_exist_is_named(database: str, absent: str) -> None:
     url = urlsplit(database)
     user = "nobody_at_all" if absent == "role" else "postgres"
     path = "/nothing_at_all" if absent == "database" else url.path
@@ -75,25 +75,25 @@ async def test_no_database_is_set() -> None:
     assert line(done, "database") == ("FAILED", "DATABASE_URL: is required")
 
 
-async def test_wrong_settings_are_all_told() -> None:
-    """As `serve` tells them."""
+async def test_wrong_settings_are_all_reported() -> None:
+    """As `serve` reports them."""
     done = await command("check", CHAT_TICKET_PORT="x", CHAT_TICKET_POOL_SIZE="0")
     assert done.status == 1
     assert "CHAT_TICKET_PORT" in done.errors
     assert "CHAT_TICKET_POOL_SIZE" in done.errors
 
 
-async def test_what_the_schema_lacks_is_named(fresh_database: str) -> None:
+async def test_missing_migrations_are_named(fresh_database: str) -> None:
     with psycopg.connect(fresh_database, autocommit=True) as connection:
         connection.execute("DELETE FROM schema_migrations WHERE version = '20261121000400'")
     done = await command("check", DATABASE_URL=fresh_database, CHAT_TICKET_PORT="1")
     assert line(done, "schema") == (
         "FAILED",
-        "lacks 20261121000400_chat_tickets.sql: run chat-ticket-svc migrate",
+        "lacks migrations 20261121000400_chat_tickets.sql: run chat-ticket-svc migrate",
     )
 
 
-async def test_a_database_that_cannot_be_written_to_is_no_good(fresh_database: str) -> None:
+async def test_a_read_only_database_fails(fresh_database: str) -> None:
     name = urlsplit(fresh_database).path[1:]
     with psycopg.connect(fresh_database, autocommit=True) as connection:
         connection.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
@@ -111,13 +111,13 @@ class TestTokens:
     async def test_the_keys_are_named_and_a_token_is_asked_for(
         self, start_server: Any, database: str, tmp_path: Path, key: Key
     ) -> None:
-        """That it is asked for is what is expected of the server."""
+        """A server with `jwt` is expected to require a token."""
         settings = {"auth": "jwt", **key.trusted(tmp_path)}
         api = await start_server(database, **settings)
         done = await command("check", **environment(api, database, **settings))
         assert done.status == 0
-        assert line(done, "keys") == ("ok", "of tokens: of-the-issuer")
-        assert line(done, "call")[1].startswith("asks for a token, as it should")
+        assert line(done, "jwks") == ("ok", "key ids: of-the-issuer")
+        assert line(done, "call")[1].startswith("the server requires a token, as it should")
         assert f"CHAT_TICKET_JWKS={settings['jwks']}\n" in done.output, "a file is shown"
 
     @pytest.mark.parametrize(("issuer", "state"), [("of-the-issuer", "ok"), ("other", "FAILED")])
@@ -130,7 +130,7 @@ class TestTokens:
         issuer: str,
         state: str,
     ) -> None:
-        """It has to be one that the server believes."""
+        """It has to be one that the server accepts."""
         settings = {"auth": "jwt", **key.trusted(tmp_path)}
         api = await start_server(database, **settings)
         signer = key if issuer == key.key_id else Key(issuer)
@@ -144,30 +144,30 @@ class TestTokens:
         assert line(done, "call")[0] == state
         assert done.status == (0 if state == "ok" else 1)
 
-    async def test_whoever_does_not_have_its_settings_can_call_it(
+    async def test_a_server_with_other_settings_can_be_called(
         self, start_server: Any, database: str, tmp_path: Path, key: Key
     ) -> None:
-        """With a token, whose tenant it is; without one it is told what to give."""
+        """With a token, which names the tenant. Without one the line names the option."""
         api = await start_server(database, auth="jwt", **key.trusted(tmp_path))
         here = environment(api, database)
         done = await command("check", **here)
         assert line(done, "call")[0] == "FAILED"
-        assert line(done, "call")[1].endswith(": --token-file makes it with one")
+        assert line(done, "call")[1].endswith("; pass --token-file to call it with a token")
         (tmp_path / "token").write_text(key.token(tenants=["acme"]))
         done = await command("check", "--token-file", str(tmp_path / "token"), **here)
         assert line(done, "call")[0] == "ok"
 
-    async def test_keys_that_cannot_be_read_are_no_keys(self, tmp_path: Path, key: Key) -> None:
+    async def test_unreadable_keys_fail(self, tmp_path: Path, key: Key) -> None:
         settings = {**key.trusted(tmp_path), "jwks": str(tmp_path / "nothing")}
         names = {f"CHAT_TICKET_{name.upper()}": value for name, value in settings.items()}
         done = await command("check", CHAT_TICKET_AUTH="jwt", CHAT_TICKET_PORT="1", **names)
-        assert line(done, "keys")[0] == "FAILED"
+        assert line(done, "jwks")[0] == "FAILED"
 
 
 async def test_a_server_with_tls_is_called_by_its_certificate(
     start_server: Any, database: str, tmp_path: Path
 ) -> None:
-    """Without being told of an authority: whoever answers has to have the certificate."""
+    """No CA is configured: the server has to present exactly that certificate."""
     settings = CA.server().write(tmp_path / "tls")
     # The client of the fixture speaks no TLS; it is asked for nothing but the address.
     api = await start_server(database, **settings)
@@ -183,7 +183,7 @@ async def test_a_server_with_tls_is_called_by_its_certificate(
 async def test_a_server_that_asks_for_certificates_is_not_called(
     tmp_path: Path, arguments: tuple[str, ...], state: str
 ) -> None:
-    """We have none; and a probe that always said ok would be none."""
+    """The command has none. A probe fails, because one that cannot fail is useless."""
     (tmp_path / "callers.toml").write_text('["a.internal"]\ntenants = "*"\npermissions = ["read"]')
     settings = {
         **CA.server().write(tmp_path / "tls"),
@@ -197,11 +197,11 @@ async def test_a_server_that_asks_for_certificates_is_not_called(
     assert done.status == 1
     assert line(done, "service")[0] == state
     if not arguments:
-        assert line(done, "callers") == ("ok", "1 are listed")
+        assert line(done, "policy") == ("ok", "client certificates listed: 1")
 
 
 async def test_no_secret_is_shown(tmp_path: Path) -> None:
-    """Wherever it was put, by mistake too."""
+    """Wherever it was put, even by mistake."""
     done = await command(
         "check",
         DATABASE_URL=f"postgresql://{secret('user')}:{secret('password')}@127.0.0.1:1/chats"
@@ -222,7 +222,7 @@ async def test_no_secret_is_shown(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("url", ["postgresql://u:12/{}@127.0.0.1:1/x", "postgresql:///u:{}@h/x"])
 async def test_no_secret_of_a_broken_url_is_shown(url: str) -> None:
-    """Nor of one that stands where none belongs."""
+    """Nor of a URL in a variable that takes none."""
     broken = url.format(secret("password"))
     done = await command(
         "check", DATABASE_URL=broken, CHAT_TICKET_PORT="1", CHAT_TICKET_JWT_ISSUER=broken
@@ -232,7 +232,7 @@ async def test_no_secret_of_a_broken_url_is_shown(url: str) -> None:
 
 
 async def test_silent_hosts_leave_the_other_lines() -> None:
-    """However many the database is said to have."""
+    """However many hosts the URL names."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         host = f"127.0.0.1:{silent.getsockname()[1]}"
         done = await command(

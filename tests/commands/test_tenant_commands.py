@@ -1,4 +1,4 @@
-"""`chat-ticket-svc export` and `erase`: all that a tenant has, written down or gone."""
+"""`chat-ticket-svc export` and `erase`: a tenant's data, written out or deleted."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from support.client import Api, an_id
 from support.process import Finished, command
 from test_errors import locked
 from test_locks import until_waiting
-from test_watch import following
+from test_watch import watching
 
 from chat_ticket.v1 import chat_message_pb2 as m
 from chat_ticket.v1 import chat_ticket_pb2 as t
@@ -138,7 +138,7 @@ async def opened(database: str) -> AsyncIterator[Database]:
 
 
 class TestExport:
-    async def test_everything_is_there_as_the_api_tells_it(
+    async def test_everything_is_exported_as_in_the_api(
         self, filled: Filled, database: str, tenant: str
     ) -> None:
         """Tickets, then each session with its messages in order, and its chat ticket."""
@@ -186,7 +186,7 @@ class TestExport:
         assert [line.id for line in lines] == [filled.second.id]
 
     @pytest.mark.usefixtures("filled")
-    async def test_a_file_is_there_when_it_is_whole(
+    async def test_a_file_appears_when_it_is_complete(
         self, database: str, tenant: str, tmp_path: Path
     ) -> None:
         """And not when there was an error."""
@@ -208,7 +208,7 @@ class TestExport:
     async def test_a_pipe_is_written_as_it_is(
         self, database: str, tenant: str, tmp_path: Path
     ) -> None:
-        """Nothing takes its place: as root that would be the end of /dev/null."""
+        """The pipe is not replaced: as root, that would replace /dev/null."""
         pipe = tmp_path / "pipe"
         os.mkfifo(pipe)
         reading = asyncio.create_task(asyncio.to_thread(pipe.read_text))
@@ -217,13 +217,13 @@ class TestExport:
         assert pipe.is_fifo()
 
     @pytest.mark.usefixtures("filled")
-    async def test_what_cannot_be_written_is_told_in_a_line(
+    async def test_a_write_error_is_one_line(
         self, database: str, tenant: str, tmp_path: Path
     ) -> None:
         """With the reason of the system."""
         of = {"DATABASE_URL": database, "T": tenant, "P": sys.executable, "D": str(tmp_path)}
         for where, reason in {
-            "> /dev/full": "the standard output: No space left on device",
+            "> /dev/full": "standard output: No space left on device",
             '--output "$D"': f"{tmp_path}: Is a directory",
             '--output "$D/no/file"': f"{tmp_path}/no/file: No such file or directory",
         }.items():
@@ -243,7 +243,7 @@ class TestExport:
         """It may be misspelt."""
         done = await export(database, tenant)
         assert (done.status, done.output) == (1, "")
-        assert f"the tenant {tenant} has nothing" in done.errors
+        assert f"tenant {tenant} has no data" in done.errors
         before = tmp_path / "export.jsonl"
         before.write_text("good")
         assert (await export(database, tenant, "--output", str(before))).status == 1
@@ -300,7 +300,7 @@ class TestErase:
         assert "2 sessions, 2 messages, 1 attachments" in done.output
         assert not any(counts(database, tenant).values())
         assert counts(database, other.tenant) == before
-        assert (await erase(database, tenant, "--yes")).output.endswith("has nothing\n")
+        assert (await erase(database, tenant, "--yes")).output.endswith("has no data\n")
 
     @pytest.mark.usefixtures("filled")
     async def test_a_dry_run_only_counts(self, database: str, tenant: str) -> None:
@@ -384,14 +384,14 @@ class TestErase:
         self, api: Api, database: str, tenant: str
     ) -> None:
         """However large a session is, or however many there are."""
-        for _ in range(tenants.SESSIONS + 5):
+        for _ in range(tenants.SESSIONS_PER_BATCH + 5):
             await api.session()
         session = await api.session()
-        many_messages(database, tenant, session.id, 3 * tenants.ROWS + 7)
+        many_messages(database, tenant, session.id, 3 * tenants.ROWS_PER_BATCH + 7)
         async with opened(database) as db:
             deleted = [n async for n in tenants.erase(db, tenant, active_tickets=False)]
-        assert sum(deleted) == tenants.SESSIONS + 6 + 3 * tenants.ROWS + 7
-        assert max(deleted) <= tenants.ROWS + tenants.SESSIONS
+        assert sum(deleted) == tenants.SESSIONS_PER_BATCH + 6 + 3 * tenants.ROWS_PER_BATCH + 7
+        assert max(deleted) <= tenants.ROWS_PER_BATCH + tenants.SESSIONS_PER_BATCH
 
     async def test_a_ticket_that_was_opened_meanwhile_stays(
         self, filled: Filled, database: str, tenant: str
@@ -408,14 +408,16 @@ class TestErase:
         left = counts(database, tenant)
         assert (left["chat_messages"], left["tickets"], left["chat_tickets"]) == (3, 1, 1)
 
-    async def test_followers_are_told(self, api: Api, database: str, tenant: str) -> None:
+    async def test_watchers_receive_the_deletion(
+        self, api: Api, database: str, tenant: str
+    ) -> None:
         """As of any other deletion of a session."""
         session = await api.session()
-        async with following(api, session.id) as follower:
-            await follower.until("caught_up")
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
             assert (await erase(database, tenant, "--yes")).status == 0
-            assert (await follower.next()).HasField("session_deleted")
-            await follower.end()
+            assert (await watcher.next()).HasField("session_deleted")
+            await watcher.end()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from chat_ticket_svc.store import group_commit, messages, session_changes, sessions
+from chat_ticket_svc.store import append, group_commit, messages, session_changes, sessions
 from chat_ticket_svc.watch import hub
 
 
@@ -25,7 +25,7 @@ class Mutant:
 def _no_row_lock() -> None:
     """The revision is read where no lock is held."""
     _replace(
-        group_commit,
+        append,
         "APPEND",
         "SET revision = revision + %(count)s::integer",
         "SET revision = %(count)s::integer + (SELECT seen.revision FROM chat_sessions seen"
@@ -36,7 +36,7 @@ def _no_row_lock() -> None:
 
 def _order_by_now() -> None:
     """Times are of when the transaction began, not of when it had the lock."""
-    _replace(group_commit, "APPEND", "next_change_time(updated_at)", "now()")
+    _replace(append, "APPEND", "next_change_time(updated_at)", "now()")
     _each_alone()
 
 
@@ -47,7 +47,7 @@ def _key_without_tenant() -> None:
 
 def _lost_wake_up() -> None:
     """With nothing that stands in for it."""
-    hub.WatchHub._wake = lambda *_: None  # type: ignore[method-assign]
+    hub.SessionHub.wake = lambda *_: None  # type: ignore[method-assign]
     os.environ["CHAT_TICKET_WATCH_POLL_INTERVAL_SECONDS"] = "3600"
 
 
@@ -66,16 +66,16 @@ def _acknowledged_before_commit() -> None:
 
 def _retry_with_new_id() -> None:
     """As a client would that has not thought of it."""
-    alone: Any = group_commit._append_directly
+    original: Any = append.append_messages
 
     async def anew(
         db: Any, tenant_id: str, session_id: str, new: Any, *, outcome_unknown: bool
     ) -> Any:
         if outcome_unknown:
             new = [message._replace(id=str(uuid.uuid4())) for message in new]
-        return await alone(db, tenant_id, session_id, new, outcome_unknown=outcome_unknown)
+        return await original(db, tenant_id, session_id, new, outcome_unknown=outcome_unknown)
 
-    group_commit._append_directly = anew
+    append.append_messages = anew
 
 
 def _replace(module: Any, name: str, old: str, new: str) -> None:
@@ -86,7 +86,7 @@ def _replace(module: Any, name: str, old: str, new: str) -> None:
 
 def _each_alone() -> None:
     """Nothing is gathered: appends wait for one another's locks."""
-    group_commit.SMALL_BYTES = -1
+    group_commit.MAX_BATCHED_MESSAGE_BYTES = -1
 
 
 MUTANTS = {

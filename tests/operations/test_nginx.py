@@ -9,7 +9,7 @@ import pytest_asyncio
 from grpc import StatusCode
 from support import balancer
 from support.client import Api, an_id, refused
-from test_watch import following
+from test_watch import watching
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import BatchCreateChatMessagesRequest
@@ -36,10 +36,10 @@ async def through(address: str, tenant: str) -> AsyncIterator[Api]:
 async def test_writes_reads_and_streams(through: Api) -> None:
     """Also a message of nearly as much as the service takes."""
     session = await through.session()
-    async with following(through, session.id) as follower:
+    async with watching(through, session.id) as watcher:
         message = await through.message(session.id, "x" * 200_000)
-        await follower.until_revision(message.sequence)
-        assert follower.messages[message.id] == message
+        await watcher.until_revision(message.sequence)
+        assert watcher.messages[message.id] == message
 
 
 async def test_largest_refusal(through: Api, api: Api) -> None:

@@ -1,4 +1,4 @@
-"""Traces as a collector receives them, from a server that really sends them."""
+"""Traces that a collector receives from a real server."""
 
 import asyncio
 import socket
@@ -51,7 +51,7 @@ class Collector:
             self.spans += [span for scope in each.scope_spans for span in scope.spans]
 
     async def call(self, tenant: str, method: str) -> Span:
-        """The span of the only call of a method in a trace that `tenant` names."""
+        """The span of the only call of a method in the trace of `tenant`."""
         async with asyncio.timeout(10):
             while True:
                 for span in self.spans:
@@ -59,17 +59,17 @@ class Collector:
                         return span
                 await asyncio.sleep(0.05)
 
-    def parts(self, call: Span) -> dict[str, Span]:
+    def children(self, call: Span) -> dict[str, Span]:
         return {span.name: span for span in self.spans if span.parent_span_id == call.span_id}
 
 
 def trace_of(tenant: str) -> bytes:
-    """A trace of its own for each test, named by its tenant's UUID."""
+    """The trace id of a test, from its tenant's UUID."""
     return bytes.fromhex(tenant[-36:].replace("-", ""))
 
 
 def traced(api: Api) -> list[tuple[str, str]]:
-    """The metadata of a call whose caller traces it."""
+    """The metadata of a call with a trace context."""
     parent = f"00-{trace_of(api.tenant).hex()}-{PARENT_ID}-01"
     return [("x-tenant-id", api.tenant), ("traceparent", parent)]
 
@@ -125,10 +125,10 @@ async def api(process: ServerProcess, tenant: str) -> Any:
         yield api
 
 
-async def test_a_call_is_a_span_in_the_trace_of_its_caller(
+async def test_call_has_a_span_in_the_trace_of_its_caller(
     process: ServerProcess, api: Api, collector: tuple[Collector, str], tenant: str
 ) -> None:
-    """With the service, the method and the status; the line of the log names the trace."""
+    """With the service, the method and the status. The log line has the trace id."""
     session = await api.session()
     request = GetChatSessionRequest(session_id=session.id)
     await api.sessions._stub.GetChatSession(request, metadata=traced(api))
@@ -144,27 +144,27 @@ async def test_a_call_is_a_span_in_the_trace_of_its_caller(
     }
     assert span.status.code == Status.STATUS_CODE_UNSET
     assert collector[0].services == {"chat-ticket-svc"}
-    await line(process, "call", trace_id=trace_of(tenant).hex())
+    await line(process, "finished call", trace_id=trace_of(tenant).hex())
 
 
-async def test_the_wait_for_a_connection_and_the_statement_are_its_parts(
+async def test_pool_wait_and_statement_are_child_spans(
     api: Api, collector: tuple[Collector, str], tenant: str
 ) -> None:
     await api.sessions._stub.ListChatSessions(ListChatSessionsRequest(), metadata=traced(api))
     span = await collector[0].call(tenant, "ListChatSessions")
-    parts = collector[0].parts(span)
-    assert parts.keys() == {"pool wait", "statement"}
-    statement = attributes(parts["statement"])
+    children = collector[0].children(span)
+    assert children.keys() == {"pool wait", "statement"}
+    statement = attributes(children["statement"])
     assert statement["db.system.name"] == "postgresql"
     assert "FROM chat_sessions" in statement["db.query.text"]
-    assert parts["pool wait"].end_time_unix_nano <= parts["statement"].start_time_unix_nano
+    assert children["pool wait"].end_time_unix_nano <= children["statement"].start_time_unix_nano
 
 
 @pytest.mark.parametrize("method", ["GetChatSession", "CreateChatMessage"])
-async def test_a_statement_that_calls_share_is_a_part_of_each(
+async def test_pipelined_and_batched_statements_are_child_spans(
     api: Api, collector: tuple[Collector, str], tenant: str, method: str
 ) -> None:
-    """Reads by id and small messages have no connection of their own."""
+    """Reads by id and small messages do not have a connection of their own."""
     session = await api.session()
     message = r.ChatMessage(role=r.CHAT_MESSAGE_ROLE_USER, content="hello")
     stub, request = {
@@ -176,13 +176,13 @@ async def test_a_statement_that_calls_share_is_a_part_of_each(
     }[method]
     await getattr(stub._stub, method)(request, metadata=traced(api))
     span = await collector[0].call(tenant, method)
-    assert "chat_sessions" in attributes(collector[0].parts(span)["statement"])["db.query.text"]
+    assert "chat_sessions" in attributes(collector[0].children(span)["statement"])["db.query.text"]
 
 
-async def test_what_the_caller_did_wrong_is_no_error(
+async def test_error_of_the_caller_is_not_an_error_of_the_span(
     api: Api, collector: tuple[Collector, str], tenant: str
 ) -> None:
-    """By OpenTelemetry's conventions for servers."""
+    """According to OpenTelemetry's conventions for servers."""
     with refused(StatusCode.NOT_FOUND):
         request = GetChatSessionRequest(session_id=an_id())
         await api.sessions._stub.GetChatSession(request, metadata=traced(api))
@@ -191,10 +191,10 @@ async def test_what_the_caller_did_wrong_is_no_error(
     assert span.status.code == Status.STATUS_CODE_UNSET
 
 
-async def test_a_deadline_is_an_error(
+async def test_deadline_is_an_error(
     process: ServerProcess, api: Api, collector: tuple[Collector, str], tenant: str, database: str
 ) -> None:
-    """Of the call, and of the statement that it cut off."""
+    """Of the call's span, and of the statement that it cancels."""
     session = await api.session()
     message = r.ChatMessage(role=r.CHAT_MESSAGE_ROLE_USER, content="x" * 10_000)
     request = CreateChatMessageRequest(session_id=session.id, message=message)
@@ -202,15 +202,15 @@ async def test_a_deadline_is_an_error(
         await api.messages._stub.CreateChatMessage(request, metadata=traced(api), timeout=0.3)
     span = await collector[0].call(tenant, "CreateChatMessage")
     assert span.status.code == Status.STATUS_CODE_ERROR
-    statement = collector[0].parts(span)["statement"]
+    statement = collector[0].children(span)["statement"]
     assert statement.status.code == Status.STATUS_CODE_ERROR
     assert attributes(statement)["error.type"] == "CancelledError"
 
 
-async def test_a_failing_statement_is_an_error_by_its_sqlstate(
+async def test_failed_statement_has_its_sqlstate(
     collector: tuple[Collector, str], tenant: str, fresh_database: str
 ) -> None:
-    """And nothing that callers entrust to us is in any span, nor in what the server writes."""
+    """No span and no log line holds the caller's data."""
     settings = {**TRACES, "OTEL_EXPORTER_OTLP_ENDPOINT": collector[1]}
     raise_on_insert(fresh_database, f"RAISE '{secret('raised')}' USING ERRCODE = 'XX000'")
     with server_process(fresh_database, **settings) as process:
@@ -232,15 +232,17 @@ async def test_a_failing_statement_is_an_error_by_its_sqlstate(
         await collector[0].call(tenant, "CreateChatMessage")
         assert process.stop() == 0
     assert span.status.code == Status.STATUS_CODE_ERROR
-    statement = collector[0].parts(span)["statement"]
+    statement = collector[0].children(span)["statement"]
     assert statement.status.code == Status.STATUS_CODE_ERROR
     assert attributes(statement)["db.response.status_code"] == "XX000"
     assert not leaks(b"".join(collector[0].bodies))
     assert not leaks(process.output)
 
 
-async def test_a_dead_collector_costs_a_second_at_the_end(database: str, tenant: str) -> None:
-    """Of what it takes to drain; no call notices. It would be ten, for each batch."""
+async def test_unresponsive_collector_delays_shutdown_by_a_second(
+    database: str, tenant: str
+) -> None:
+    """Calls are not affected. The exporter alone would wait ten seconds for each batch."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with server_process(database, **TRACES, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint) as process:
@@ -253,10 +255,10 @@ async def test_a_dead_collector_costs_a_second_at_the_end(database: str, tenant:
             assert time.monotonic() - began < 7
 
 
-def test_without_the_extra_it_says_so(database: str, tmp_path: Path) -> None:
+def test_missing_extra_is_reported(database: str, tmp_path: Path) -> None:
     (tmp_path / "opentelemetry.py").write_text("raise ImportError\n")
     with server_process(database, CHAT_TICKET_TRACES="true", PYTHONPATH=str(tmp_path)) as process:
         assert process.popen.wait(timeout=30) == 1
         assert process.stop() == 1
-    said = "chat-ticket-svc: CHAT_TICKET_TRACES: needs the wheel's extra, tracing\n"
+    said = "chat-ticket-svc: CHAT_TICKET_TRACES: requires the package's extra `tracing`\n"
     assert process.output == said

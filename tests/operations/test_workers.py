@@ -23,7 +23,7 @@ from grpc import StatusCode
 from support.client import Api, an_id, refused
 from support.process import ServerProcess, server_process
 from test_server import command, create_session, is_running, list_sessions
-from test_watch import following
+from test_watch import watching
 
 from chat_ticket_svc import workers
 from chat_ticket_svc.embedded import EmbeddedPostgres
@@ -96,7 +96,7 @@ async def client_of(process: ServerProcess, pid: int, tenant: str) -> Api:
 
 
 class TestTwo:
-    async def test_both_answer_and_follow_each_other(self, database: str, tenant: str) -> None:
+    async def test_both_deliver_each_others_writes(self, database: str, tenant: str) -> None:
         """What is written through one is delivered by the other at once, both ways.
 
         The log says which is which. Neither is the process that was started.
@@ -110,10 +110,10 @@ class TestTwo:
                 ]
                 for writer, reader in itertools.permutations(apis):
                     session = await writer.session()
-                    async with following(reader, session.id) as follower:
-                        await follower.until("caught_up")
+                    async with watching(reader, session.id) as watcher:
+                        await watcher.until("caught_up")
                         message = await writer.message(session.id)
-                        event = await follower.next(timeout=5)
+                        event = await watcher.next(timeout=5)
                         assert list(event.messages_created.messages) == [message]
 
     def test_parent_is_no_server(self, database: str) -> None:
@@ -149,7 +149,7 @@ class TestTwo:
         """One that is started by hand, or too late, does not serve."""
         result = command("worker", "1", "0", DATABASE_URL=database)
         assert result.returncode != 0
-        assert result.stderr == "the owner ended before it could be watched\n"
+        assert result.stderr == "the parent process has already ended\n"
 
 
 @contextlib.contextmanager
@@ -176,7 +176,7 @@ class TestDeath:
             ):
                 session = await lucky.session()
                 os.kill(killed, signal.SIGKILL)
-                ended = await asyncio.to_thread(process.wait_for, "a worker ended")
+                ended = await asyncio.to_thread(process.wait_for, "worker exited")
                 assert (ended["worker"], ended["status"]) == (killed, 128 + signal.SIGKILL)
                 replacing = asyncio.create_task(asyncio.to_thread(pids, process, 3))
                 while not replacing.done():
@@ -194,7 +194,7 @@ class TestDeath:
         """SIGTERM drains one alone: its successor has read what is read at start."""
         with serving(database) as (process, [ended, _]):
             os.kill(ended, signal.SIGTERM)
-            assert process.wait_for("a worker ended")["status"] == 0
+            assert process.wait_for("worker exited")["status"] == 0
             assert pids(process, 3)[2] != ended
 
     async def test_worker_that_cannot_start_is_tried_again_later_and_later(
@@ -209,9 +209,9 @@ class TestDeath:
             connection.execute("DELETE FROM schema_migrations WHERE version = %s", [version])
             os.kill(killed, signal.SIGKILL)
             async with await client_of(process, other, tenant) as api:
-                waited = asyncio.to_thread(process.wait_for_all, "a worker ended", 3)
+                waited = asyncio.to_thread(process.wait_for_all, "worker exited", 3)
                 ends = await waited
-                assert [line["next_in_seconds"] for line in ends] == [0.5, 1, 2]
+                assert [line["restart_in_seconds"] for line in ends] == [0.5, 1, 2]
                 assert [line["status"] for line in ends] == [128 + signal.SIGKILL, 1, 1]
                 await api.session()
             connection.execute("INSERT INTO schema_migrations VALUES (%s)", [version])
@@ -223,7 +223,7 @@ class TestDeath:
         with serving(database) as (process, [killed, other]):
             with unable_to_spawn(process):
                 os.kill(killed, signal.SIGKILL)
-                assert process.wait_for_all("a worker ended", 3)[2]["error"] == "OSError"
+                assert process.wait_for_all("worker exited", 3)[2]["error"] == "OSError"
             assert pids(process, 3)[2] not in (killed, other)
             assert lives(other)
 
@@ -247,7 +247,7 @@ class TestDeath:
 class TestDrain:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     async def test_signal_drains_both(self, database: str, tenant: str, number: int) -> None:
-        """Followers are told to resume, calls under way are answered, the exit status is 0."""
+        """Watches end with DRAINING, calls in flight are answered, the exit status is 0."""
         with serving(database) as (process, both):
             async with contextlib.AsyncExitStack() as stack:
                 apis = [
@@ -255,11 +255,11 @@ class TestDrain:
                     for pid in both
                 ]
                 session = await apis[0].session()
-                followers = [
-                    await stack.enter_async_context(following(api, session.id)) for api in apis
+                watchers = [
+                    await stack.enter_async_context(watching(api, session.id)) for api in apis
                 ]
-                for follower in followers:
-                    await follower.until("caught_up")
+                for watcher in watchers:
+                    await watcher.until("caught_up")
                 with psycopg.connect(database) as connection:
                     connection.execute(
                         "SELECT FROM chat_sessions WHERE id = %s FOR UPDATE", [session.id]
@@ -267,16 +267,16 @@ class TestDrain:
                     writing = [asyncio.create_task(api.message(session.id)) for api in apis]
                     await asyncio.sleep(0.2)
                     process.popen.send_signal(number)
-                    for follower in followers:
+                    for watcher in watchers:
                         with refused(StatusCode.UNAVAILABLE, "DRAINING"):
-                            await follower.next()
+                            await watcher.next()
                     assert process.popen.poll() is None, "the parent waits for its workers"
                 assert sorted([(await written).sequence for written in writing]) == [1, 2]
             assert await asyncio.to_thread(process.stop) == 0
             assert not any(map(lives, both))
 
     async def test_load_loses_nothing(self, database: str, tenant: str) -> None:
-        """Every call under load is answered or told to come again; what was answered is stored."""
+        """Each call is answered or rejected as retryable. What was answered is stored."""
         answered: list[str] = []
         with serving(database) as (process, both):
             async with contextlib.AsyncExitStack() as stack:
@@ -303,7 +303,7 @@ class TestDrain:
                 process.popen.send_signal(signal.SIGTERM)
                 assert set(await asyncio.gather(*writing)) == {StatusCode.UNAVAILABLE}
             assert await asyncio.to_thread(process.stop) == 0
-        assert not any(line["event"] == "a worker ended" for line in process.log)
+        assert not any(line["event"] == "worker exited" for line in process.log)
         with psycopg.connect(database) as connection:
             rows = connection.execute(
                 "SELECT id::text FROM chat_messages WHERE tenant_id = %s", [tenant]
@@ -323,16 +323,16 @@ class TestDrain:
             assert process.stop() == 0
             assert not any(map(lives, both))
             assert not is_running(postmaster, data)
-        events = [line["event"] for line in process.log if line["event"] != "call"]
+        events = [line["event"] for line in process.log if line["event"] != "finished call"]
         assert events[-2:] == ["draining", "draining"]
 
-    @pytest.mark.parametrize("event", ["", "listening", "a worker ended"])
+    @pytest.mark.parametrize("event", ["", "listening", "worker exited"])
     def test_signal_while_workers_start(self, tmp_path: Path, event: str) -> None:
         """Those that have only begun end too."""
         data = tmp_path / "data"
         with server_process("", "--workers", "2", "--embedded", str(data)) as process:
             wait_until(lambda: (data / "postmaster.pid").exists(), 30)
-            if event == "a worker ended":
+            if event == "worker exited":
                 os.kill(pids(process, 2)[0], signal.SIGKILL)
             children = Path(f"/proc/{process.popen.pid}/task/{process.popen.pid}/children")
             if event:
@@ -416,14 +416,14 @@ class TestRefusal:
         assert result.returncode == 1
         assert result.stderr.startswith("chat-ticket-svc: CHAT_TICKET_WORKERS: ")
 
-    def test_worker_killed_at_start_is_told(self, database: str) -> None:
+    def test_worker_killed_at_start_is_logged(self, database: str) -> None:
         """The one that goes ahead cannot say why it ended."""
         with server_process(database, "--workers", "2") as process:
             children = Path(f"/proc/{process.popen.pid}/task/{process.popen.pid}/children")
             wait_until(lambda: of(children))
             os.kill(of(children)[0], signal.SIGKILL)
             assert process.popen.wait(timeout=30) == 128 + signal.SIGKILL
-            assert process.wait_for("a worker ended")["status"] == 128 + signal.SIGKILL
+            assert process.wait_for("worker exited")["status"] == 128 + signal.SIGKILL
 
 
 def said(result: subprocess.CompletedProcess[str]) -> list[str]:
@@ -441,7 +441,7 @@ class TestPort:
         assert result.returncode == 1
         assert said(result) == [
             f"chat-ticket-svc: cannot listen on 127.0.0.1:{port}: "
-            "is the port taken, or the address of another machine?"
+            "the port is in use, or this machine lacks the address"
         ]
 
     def test_port_is_kept_while_no_worker_listens(self, database: str) -> None:
@@ -451,20 +451,20 @@ class TestPort:
             with unable_to_spawn(process):
                 for pid in both:
                     os.kill(pid, signal.SIGKILL)
-                process.wait_for_all("a worker ended", 2)
+                process.wait_for_all("worker exited", 2)
                 for number in "12":
                     result = command(
                         "serve", "--port", port, DATABASE_URL=database, CHAT_TICKET_WORKERS=number
                     )
                     assert result.returncode == 1
-                    assert "is the port taken" in result.stderr
+                    assert "the port is in use" in result.stderr
             assert len(set(pids(process, 4))) == 4
 
     @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "::"])
     def test_reservation_is_for_those_that_share(self, host: str) -> None:
         """It takes none of their connections, and keeps out all others."""
         with workers.reserve_port(host, 0) as port:
-            with pytest.raises(workers.PortTakenError), workers.reserve_port(host, port):
+            with pytest.raises(workers.ListenError), workers.reserve_port(host, port):
                 pass
             for reuse in (0, 1):
                 with socket.socket() as other:
@@ -498,7 +498,7 @@ class TestPort:
             other.bind(("127.0.0.1", port))
         with (
             workers.reserve_port(host, port),
-            pytest.raises(workers.PortTakenError),
+            pytest.raises(workers.ListenError),
             workers.reserve_port(host, port),
         ):
             pass
@@ -519,7 +519,7 @@ class TestPort:
             pids(other, 2)
             assert other.popen.poll() is None
             assert late.stop() == 1
-            assert "is the port taken" in late.output
+            assert "the port is in use" in late.output
 
 
 def listener(*options: int, port: int = 0) -> socket.socket:

@@ -23,10 +23,10 @@ SHOWN = [
     "1 USER: Where is my order?",
     "2 ASSISTANT: On its way.",
     "opened the ticket 'Where is my order?'",
-    "refused: INVALID_ARGUMENT: message.content: is required; "
-    "message.metadata_json: is not a JSON object",
-    "  message.content: is required",
-    "  message.metadata_json: is not a JSON object",
+    "refused: INVALID_ARGUMENT: message.content: required; "
+    "message.metadata_json: not a JSON object",
+    "  message.content: required",
+    "  message.metadata_json: not a JSON object",
     "refused: SESSION_HAS_ACTIVE_TICKET: the session's ticket is open or pending",
     "resolved",
 ]

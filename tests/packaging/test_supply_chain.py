@@ -97,7 +97,7 @@ class TestAudit:
             (
                 [{"name": "a", "version": "1", "vulns": []}, {"name": "b", "skip_reason": "?"}],
                 2,
-                "NOT AUDITED, as PyPI's database cannot be reached, or lacks them: b",
+                "NOT AUDITED, unreachable or missing in PyPI's database: b",
             ),
             (
                 [
@@ -109,12 +109,12 @@ class TestAudit:
                     },
                 ],
                 1,
-                "a 1: PYSEC-1 (mended in 2)",
+                "a 1: PYSEC-1 (fixed in 2)",
             ),
         ],
     )
     def test_findings(self, dependencies: list[dict[str, Any]], status: int, said: str) -> None:
         """A vulnerability, or a package that was not looked up, is never a success."""
-        text, found = audit().judged(dependencies)
+        text, found = audit().summarize(dependencies)
         assert found == status
         assert said in text

@@ -34,7 +34,7 @@ from chat_ticket.v1.chat_session_pb2 import (
 )
 from chat_ticket_svc.embedded import EmbeddedPostgres
 from chat_ticket_svc.errors import DomainError
-from chat_ticket_svc.rpc.status import STATUS_CODES, code_of
+from chat_ticket_svc.rpc.status import STATUS_CODES, status_code
 
 
 def execute(database_url: str, *statements: str) -> None:
@@ -457,7 +457,7 @@ class TestWire:
             call = api.channel.unary_unary(method)(b"\xff\xff", metadata=metadata)
         with refused(StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT") as refusal:
             await call
-        assert refusal.text == "the request is not the message of this method"
+        assert refusal.text == "malformed request: not the request message of this method"
 
     async def test_invalid_utf8_is_refused(self, api: Api) -> None:
         """A string that is no UTF-8 never becomes text."""
@@ -490,7 +490,7 @@ class TestTable:
                 yield from kinds(child)
 
         for kind in kinds(DomainError):
-            assert code_of(kind.__new__(kind)) in StatusCode
+            assert status_code(kind.__new__(kind)) in StatusCode
         listed = [kind for kind, _ in STATUS_CODES]
         for index, kind in enumerate(listed):
             assert not any(issubclass(kind, earlier) for earlier in listed[:index])

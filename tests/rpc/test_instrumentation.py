@@ -1,4 +1,4 @@
-"""The line that the log has of each call, and what leads a caller's report to it."""
+"""The access log: the lines of each call, and the request id that leads from an error to them."""
 
 import asyncio
 import contextlib
@@ -19,12 +19,12 @@ from grpc_health.v1 import health_pb2
 from support.client import REQUEST_ID, Api, an_id, refused
 from support.process import ServerProcess, server_process
 from test_errors import locked
-from test_watch import following
+from test_watch import watching
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest, ListChatMessagesRequest
 from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest, WatchChatSessionRequest
-from chat_ticket_svc.telemetry import logs
+from chat_ticket_svc.telemetry import log_writer
 
 GET = "chat_ticket.v1.ChatSessionService/GetChatSession"
 CREATE = "chat_ticket.v1.ChatMessageService/CreateChatMessage"
@@ -65,12 +65,12 @@ async def test_a_call_is_one_line(process: ServerProcess, api: Api, tenant: str)
     session = await api.session()
     request = GetChatSessionRequest(session_id=session.id)
     response = await api.sessions.GetChatSession(request)
-    told = await line(process, "call", method=GET, tenant=tenant)
-    assert told.pop("timestamp").endswith("Z")
-    assert 0 < told.pop("duration_ms") < 60_000
-    assert told == {
+    fields = await line(process, "finished call", method=GET, tenant=tenant)
+    assert fields.pop("timestamp").endswith("Z")
+    assert 0 < fields.pop("duration_ms") < 60_000
+    assert fields == {
         "request_id": REQUEST_ID,
-        "event": "call",
+        "event": "finished call",
         "level": "info",
         "method": GET,
         "tenant": tenant,
@@ -84,9 +84,9 @@ async def test_a_call_is_one_line(process: ServerProcess, api: Api, tenant: str)
 async def test_a_refused_call_has_its_reason(process: ServerProcess, api: Api, tenant: str) -> None:
     with refused(StatusCode.NOT_FOUND):
         await api.sessions.GetChatSession(GetChatSessionRequest(session_id=an_id()))
-    told = await line(process, "call", method=GET, tenant=tenant)
-    assert (told["code"], told["reason"]) == ("NOT_FOUND", "CHAT_SESSION_NOT_FOUND")
-    assert (told["responses"], told["response_bytes"]) == (0, 0)
+    fields = await line(process, "finished call", method=GET, tenant=tenant)
+    assert (fields["code"], fields["reason"]) == ("NOT_FOUND", "CHAT_SESSION_NOT_FOUND")
+    assert (fields["responses"], fields["response_bytes"]) == (0, 0)
 
 
 async def test_a_call_whose_deadline_passed_says_so(
@@ -99,18 +99,18 @@ async def test_a_call_whose_deadline_passed_says_so(
     stub, metadata = api.messages._stub, [("x-tenant-id", tenant)]
     with locked(database, session.id), pytest.raises(grpc.aio.AioRpcError):
         await stub.CreateChatMessage(request, metadata=metadata, timeout=0.3)
-    told = await line(process, "call", method=CREATE, tenant=tenant)
-    assert told["code"] == "DEADLINE_EXCEEDED"
+    fields = await line(process, "finished call", method=CREATE, tenant=tenant)
+    assert fields["code"] == "DEADLINE_EXCEEDED"
 
 
 async def test_a_call_without_a_tenant_has_none(process: ServerProcess) -> None:
     async with Api(process.address, "") as api:
         with refused(StatusCode.UNAUTHENTICATED, "TENANT_REQUIRED"):
             await api.sessions.GetChatSession(GetChatSessionRequest(session_id=an_id()))
-    assert "tenant" not in await line(process, "call", reason="TENANT_REQUIRED")
+    assert "tenant" not in await line(process, "finished call", reason="TENANT_REQUIRED")
 
 
-async def test_a_stream_is_a_line_when_it_opens_and_one_when_it_closes(
+async def test_a_stream_is_logged_when_it_starts_and_when_it_finishes(
     process: ServerProcess, api: Api, tenant: str
 ) -> None:
     """The second with what went through it."""
@@ -122,37 +122,36 @@ async def test_a_stream_is_a_line_when_it_opens_and_one_when_it_closes(
             ListChatMessagesRequest(session_id=session.id)
         )
     ]
-    opened = await line(process, "stream opened", method=LIST, tenant=tenant)
-    closed = await line(process, "stream closed", method=LIST, tenant=tenant)
-    assert opened["session_id"] == closed["session_id"] == session.id
-    assert opened["request_id"] == closed["request_id"]
-    assert "code" not in opened
-    assert closed["code"] == "OK"
-    assert closed["responses"] == len(sent) > 0
-    assert closed["response_bytes"] == sum(each.ByteSize() for each in sent)
+    started = await line(process, "started call", method=LIST, tenant=tenant)
+    finished = await line(process, "finished call", method=LIST, tenant=tenant)
+    assert started["session_id"] == finished["session_id"] == session.id
+    assert started["request_id"] == finished["request_id"]
+    assert "code" not in started
+    assert finished["code"] == "OK"
+    assert finished["responses"] == len(sent) > 0
+    assert finished["response_bytes"] == sum(each.ByteSize() for each in sent)
 
 
 async def test_a_stream_that_its_caller_left_is_cancelled(
     process: ServerProcess, api: Api, tenant: str
 ) -> None:
     session = await api.session()
-    async with following(api, session.id):
-        await line(process, "stream opened", method=WATCH, tenant=tenant)
-    closed = await line(process, "stream closed", method=WATCH, tenant=tenant)
-    assert closed["code"] == "CANCELLED"
+    async with watching(api, session.id):
+        await line(process, "started call", method=WATCH, tenant=tenant)
+    finished = await line(process, "finished call", method=WATCH, tenant=tenant)
+    assert finished["code"] == "CANCELLED"
 
 
-async def test_a_stream_that_was_not_let_in_never_opened(process: ServerProcess) -> None:
+async def test_a_stream_that_is_rejected_is_not_logged_as_started(process: ServerProcess) -> None:
     own = f"of-{an_id()}"
     async with Api(process.address, "") as api:
         request = WatchChatSessionRequest(session_id=an_id())
         call = api.sessions._stub.WatchChatSession(request, metadata=[("x-request-id", own)])
         with refused(StatusCode.UNAUTHENTICATED):
             await call.read()
-    assert (await line(process, "stream closed", request_id=own))["code"] == "UNAUTHENTICATED"
-    assert [each["event"] for each in process.log if each.get("request_id") == own] == [
-        "stream closed"
-    ]
+    assert (await line(process, "finished call", request_id=own))["code"] == "UNAUTHENTICATED"
+    events = [each["event"] for each in process.log if each.get("request_id") == own]
+    assert events == ["finished call"]
 
 
 class TestRequestId:
@@ -174,12 +173,12 @@ class TestRequestId:
     ) -> None:
         given = f"of-{tenant[-12:]}"
         assert await self.call(api, given) == given
-        await line(process, "call", request_id=given)
+        await line(process, "finished call", request_id=given)
 
     async def test_without_one_a_call_gets_one(self, process: ServerProcess, api: Api) -> None:
         first, second = await self.call(api), await self.call(api)
         assert first != second
-        await line(process, "call", request_id=first)
+        await line(process, "finished call", request_id=first)
 
     @pytest.mark.parametrize("given", ["", "two words", "x" * 129], ids=["", "space", "long"])
     async def test_what_is_no_id_is_replaced(self, api: Api, given: str) -> None:
@@ -192,15 +191,15 @@ async def test_what_is_no_session_id_is_in_no_line(process: ServerProcess, api: 
     hostile = f"content {an_id()}"
     with refused(StatusCode.INVALID_ARGUMENT):
         await api.sessions.WatchChatSession(WatchChatSessionRequest(session_id=hostile)).read()
-    await line(process, "stream closed", code="INVALID_ARGUMENT")
+    await line(process, "finished call", code="INVALID_ARGUMENT")
     assert hostile not in process.output
 
 
-async def test_health_checks_are_not_told(process: ServerProcess, api: Api, tenant: str) -> None:
+async def test_health_checks_are_not_logged(process: ServerProcess, api: Api, tenant: str) -> None:
     """They come every few seconds, for ever."""
     await api.health.Check(health_pb2.HealthCheckRequest())
     await api.session()
-    await line(process, "call", tenant=tenant)
+    await line(process, "finished call", tenant=tenant)
     assert "grpc.health" not in process.output
 
 
@@ -220,10 +219,11 @@ async def test_the_last_lines_are_written_before_the_end(database: str, tenant: 
         process.wait_for("serving")
         async with Api(process.address, tenant) as api:
             session = await api.session()
-            async with following(api, session.id):
-                await line(process, "stream opened")
+            async with watching(api, session.id):
+                await line(process, "started call")
                 assert process.stop() == 0
-        assert [each["code"] for each in process.log if each["event"] == "stream closed"]
+        finished = [each for each in process.log if each["event"] == "finished call"]
+        assert WATCH in [each["method"] for each in finished]
 
 
 def plain(output: str) -> str:
@@ -241,12 +241,12 @@ async def test_people_get_lines_for_people(database: str, tenant: str) -> None:
         async with Api(f"127.0.0.1:{port}", tenant) as api:
             await api.session()
         process.stop()
-        [told] = [
+        [printed] = [
             each for each in plain(process.output).splitlines() if "CreateChatSession" in each
         ]
-        assert "call" in told
-        assert "code=OK" in told
-        assert "{" not in told
+        assert "finished call" in printed
+        assert "code=OK" in printed
+        assert "{" not in printed
 
 
 @contextlib.contextmanager
@@ -297,25 +297,25 @@ class TestReader:
     ) -> None:
         """As a parent that shares its terminal or pipe may have set it."""
         with pipe() as (ours, theirs):
-            monkeypatch.setattr(logs, "STANDARD_ERROR", theirs.fileno())
+            monkeypatch.setattr(log_writer, "STANDARD_ERROR", theirs.fileno())
             os.set_blocking(theirs.fileno(), False)
-            output = logs._StderrWriter()
+            output = log_writer.StderrWriter()
             output.start()
             output.write(("x" * 999 + "\n") * 500)
             read = b""
             while read.count(b"\n") < 500:
                 assert select.select([ours], [], [], 10)[0], "no more comes"
                 read += ours.read(10_000)
-            output.finish()
+            output.drain()
 
     def test_it_is_told_how_many_lines_it_missed(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """When it reads again."""
         with pipe() as (ours, theirs):
-            monkeypatch.setattr(logs, "STANDARD_ERROR", theirs.fileno())
-            monkeypatch.setattr(logs, "MAX_BUFFERED_CHARACTERS", 100_000)
-            output = logs._StderrWriter()
+            monkeypatch.setattr(log_writer, "STANDARD_ERROR", theirs.fileno())
+            monkeypatch.setattr(log_writer, "MAX_BUFFERED_CHARACTERS", 100_000)
+            output = log_writer.StderrWriter()
             output.start()
             line = "x" * 999 + "\n"
             for _ in range(500):
@@ -323,11 +323,11 @@ class TestReader:
             os.set_blocking(ours.fileno(), False)
             read, is_written = b"", False
             while not is_written:
-                is_written = not output._waiting
+                is_written = not output._pending_characters
                 read += ours.read(1_000_000) or b""
             kept = read.count(b"\n")
             assert kept < 300, "it was full"
             deadline = time.monotonic() + 10
-            while "lines were left out" not in (out := capsys.readouterr().out):
+            while "log lines dropped" not in (out := capsys.readouterr().out):
                 assert time.monotonic() < deadline
             assert f"lines={500 - kept}" in re.sub(r"\x1b\[\d*m", "", out)

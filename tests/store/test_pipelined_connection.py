@@ -62,16 +62,16 @@ async def eventually(condition: Callable[[], object]) -> None:
 
 def broken_once(monkeypatch: pytest.MonkeyPatch, breaks: Callable[[Any], Awaitable[None]]) -> None:
     """Has the first connection that is taken break before those who waited have their turn."""
-    take, first = pipelined_connection.PipelinedConnection._take, True
+    start, first = pipelined_connection.PipelinedConnection._start_session, True
 
-    async def taken(self: Any) -> None:
+    async def start_session(self: Any) -> None:
         nonlocal first
-        await take(self)
+        await start(self)
         if first:
             first = False
-            await breaks(self._pipeline)
+            await breaks(self._session)
 
-    monkeypatch.setattr(pipelined_connection.PipelinedConnection, "_take", taken)
+    monkeypatch.setattr(pipelined_connection.PipelinedConnection, "_start_session", start_session)
 
 
 async def test_broken_before_its_first_statement(
@@ -82,9 +82,9 @@ async def test_broken_before_its_first_statement(
 ) -> None:
     """Those who waited take another one; the broken one is given back once."""
 
-    async def breaks(pipeline: Any) -> None:
-        await end(database, pipeline._connection)
-        await eventually(lambda: pipeline.ended)
+    async def breaks(session: Any) -> None:
+        await end(database, session._connection)
+        await eventually(lambda: session.is_ended)
 
     broken_once(monkeypatch, breaks)
     found = await asyncio.gather(*(shared.fetch(SQL, {"number": n}) for n in range(3)))
@@ -98,15 +98,15 @@ async def test_broken_one_leaves_others_alone(
 ) -> None:
     """Its socket's number may be another connection's at once, which is still listened to."""
     assert await shared.fetch(SQL, {"number": 1}) == [(1,)]
-    broken = shared._pipeline
+    broken = shared._session
     assert broken is not None
     await end(database, broken._connection)
-    await eventually(lambda: broken.ended)
+    await eventually(lambda: broken.is_ended)
     assert await shared.fetch(SQL, {"number": 2}) == [(2,)]
-    present = shared._pipeline
+    present = shared._session
     assert present is not None
     broken._socket = present._socket
-    broken._break(None)  # again, as when a statement is sent on it
+    broken._fail_all(None)  # again, as when a statement is sent on it
     broken.end()
     async with asyncio.timeout(5):
         assert await shared.fetch(SQL, {"number": 3}) == [(3,)]
@@ -133,12 +133,12 @@ async def test_error_that_comes_with_what_is_to_be_read(
 ) -> None:
     """The loop may tell of both at once, and then never again: the call ends all the same."""
     assert await shared.fetch(SQL, {"number": 1}) == [(1,)]
-    pipeline = shared._pipeline
-    assert pipeline is not None
+    session = shared._session
+    assert session is not None
     waiting = asyncio.create_task(shared.fetch("SELECT pg_sleep(%(number)s)::text", {"number": 60}))
-    await eventually(lambda: pipeline._sent)
-    asyncio.get_running_loop().remove_reader(pipeline._socket)
-    await end(database, pipeline._connection)
+    await eventually(lambda: session._in_flight)
+    asyncio.get_running_loop().remove_reader(session._socket)
+    await end(database, session._connection)
     async with asyncio.timeout(5):
         with pytest.raises(pg_errors.ConnectionFailure):
             await waiting

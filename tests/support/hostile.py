@@ -542,7 +542,7 @@ def _page_token(draw: Draw, request: Message, tenant: str, other: str) -> str:
         raw = draw(st.binary(max_size=30))
         return draw(st.sampled_from([base64.b64encode, base64.urlsafe_b64encode]))(raw).decode()
     whose = draw(st.sampled_from([tenant, tenant, tenant, other]))
-    genuine = json.loads(decoded(paging.token(whose, request)))[0]
+    genuine = json.loads(decoded(paging.encode_token(whose, request)))[0]
     first = json.dumps(genuine)
     if choice == 2:
         first = draw(st.one_of(POSITION, st.just(json.dumps(genuine.upper()))))
@@ -593,7 +593,7 @@ def corners(kind: type[Message], tenant: str) -> Iterator[Message]:
         for value in values:
             yield _with(good, path, value)
     if "page_token" in kind.DESCRIPTOR.fields_by_name:
-        digest = json.dumps(json.loads(decoded(paging.token(tenant, good)))[0])
+        digest = json.dumps(json.loads(decoded(paging.encode_token(tenant, good)))[0])
         first = {"ListChatAttachmentsRequest": ["0"], "SearchChatMessagesRequest": ["0.5"]}
         position = [*first.get(kind.DESCRIPTOR.name, []), "0", POSITIONS_OF_IDS[0]]
         for value in TOKEN_CORNERS:

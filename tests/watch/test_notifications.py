@@ -1,4 +1,4 @@
-"""Following across processes: two servers on one database, with and without NOTIFY."""
+"""Watching across processes: two servers on one database, with and without NOTIFY."""
 
 import asyncio
 import contextlib
@@ -10,18 +10,18 @@ import psycopg
 import pytest
 from support.client import Api
 from support.process import ServerProcess, server_process
-from test_watch import assert_same_state, following
+from test_watch import assert_same_state, watching
 
 from chat_ticket.v1.chat_session_pb2 import DeleteChatSessionRequest
-from chat_ticket_svc.watch import hub
+from chat_ticket_svc.watch import notifications
 
-# So long that only a notification can come sooner.
+# So long that only a notification can arrive sooner.
 NO_POLL = "3600"
 
 
 @pytest.fixture
 def shared(fresh_database: str) -> Iterator[list[ServerProcess]]:
-    """Two servers on one database, whose polls are out of the way."""
+    """Two servers on one database, which never poll."""
     poll = {"CHAT_TICKET_WATCH_POLL_INTERVAL_SECONDS": NO_POLL}
     with (
         server_process(fresh_database, **poll) as one,
@@ -48,51 +48,51 @@ def listeners(database_url: str, what: LiteralString = "pid") -> int:
 
 
 def terminate_listeners(database_url: str) -> int:
-    """End them; returns how many there were."""
+    """Terminate them, and return their number."""
     return listeners(database_url, "pg_terminate_backend(pid)")
 
 
 async def test_servers_see_each_others_writes(pair: tuple[Api, Api]) -> None:
-    """A write on one wakes the followers on the other by NOTIFY: no poll runs here."""
+    """A write on one wakes the watchers on the other by NOTIFY: no poll runs here."""
     one, two = pair
     session = await one.session()
-    async with following(one, session.id) as here, following(two, session.id) as there:
+    async with watching(one, session.id) as here, watching(two, session.id) as there:
         await here.until("caught_up")
         await there.until("caught_up")
         for writer in (one, two, one):
             message = await writer.message(session.id)
             await here.until_revision(message.sequence)
             await there.until_revision(message.sequence)
-        for follower in (here, there):
-            await assert_same_state(one, follower, session.id)
+        for watcher in (here, there):
+            await assert_same_state(one, watcher, session.id)
         await two.sessions.DeleteChatSession(DeleteChatSessionRequest(session_id=session.id))
         await here.until("session_deleted")
         await there.until("session_deleted")
 
 
 async def test_killed_listener_misses_nothing(pair: tuple[Api, Api], fresh_database: str) -> None:
-    """What is written while nobody listens is read when the listener is back, without a poll."""
+    """Changes made while nothing listens are read when the listener is back, without a poll."""
     one, two = pair
     session = await one.session()
-    async with following(one, session.id) as follower:
-        await follower.until("caught_up")
+    async with watching(one, session.id) as watcher:
+        await watcher.until("caught_up")
         async with asyncio.timeout(10):  # the servers listen soon after they serve
             while listeners(fresh_database) < 2:
                 await asyncio.sleep(0.05)
         assert terminate_listeners(fresh_database) == 2
         message = await two.message(session.id)
-        await follower.until_revision(message.sequence)
+        await watcher.until_revision(message.sequence)
         async with asyncio.timeout(10):
             while terminate_listeners(fresh_database) == 0:
                 await asyncio.sleep(0.05)
         await two.message(session.id)
         message = await two.message(session.id)
-        await follower.until_revision(message.sequence)
-        await assert_same_state(one, follower, session.id)
+        await watcher.until_revision(message.sequence)
+        await assert_same_state(one, watcher, session.id)
 
 
 async def test_poll_stands_in_for_notify(fresh_database: str, cluster: Any, tenant: str) -> None:
-    """With NOTIFY suppressed entirely, a follower still gets everything."""
+    """With NOTIFY suppressed entirely, a watcher still gets everything."""
     # Notifications do not cross databases, and each server has another one for them.
     elsewhere = [cluster.create(), cluster.create()]
     poll = {"CHAT_TICKET_WATCH_POLL_INTERVAL_SECONDS": "0.2"}
@@ -102,79 +102,77 @@ async def test_poll_stands_in_for_notify(fresh_database: str, cluster: Any, tena
     ):
         async with Api(first.address, tenant) as one, Api(second.address, tenant) as two:
             session = await one.session()
-            async with following(one, session.id) as follower:
-                await follower.until("caught_up")
+            async with watching(one, session.id) as watcher:
+                await watcher.until("caught_up")
                 for _ in range(3):
                     message = await two.message(session.id)
-                    await follower.until_revision(message.sequence)
-                await assert_same_state(one, follower, session.id)
+                    await watcher.until_revision(message.sequence)
+                await assert_same_state(one, watcher, session.id)
                 request = DeleteChatSessionRequest(session_id=session.id)
                 await two.sessions.DeleteChatSession(request)
-                await follower.until("session_deleted")
+                await watcher.until("session_deleted")
     for url in elsewhere:
         cluster.drop(url)
 
 
 async def test_writes_to_many_sessions_at_once(pair: tuple[Api, Api]) -> None:
-    """What gathers while a NOTIFY is in flight is told whole by the next."""
+    """Changes that arrive while a NOTIFY is in flight are all announced by the next."""
     one, two = pair
     sessions = [await one.session() for _ in range(20)]
     async with contextlib.AsyncExitStack() as stack:
-        followers = [
-            await stack.enter_async_context(following(two, session.id)) for session in sessions
+        watchers = [
+            await stack.enter_async_context(watching(two, session.id)) for session in sessions
         ]
-        await asyncio.gather(*(follower.until("caught_up") for follower in followers))
+        await asyncio.gather(*(watcher.until("caught_up") for watcher in watchers))
         await asyncio.gather(*(one.message(session.id) for session in sessions))
-        await asyncio.gather(*(follower.until_revision(1) for follower in followers))
+        await asyncio.gather(*(watcher.until_revision(1) for watcher in watchers))
 
 
-async def test_poll_survives_whatever_goes_wrong(
-    fresh_database: str, cluster: object, tenant: str
-) -> None:
-    """An error that nobody foresaw does not end the fallback for good."""
+async def test_poll_survives_any_error(fresh_database: str, cluster: object, tenant: str) -> None:
+    """An unexpected error does not end the polling."""
     elsewhere = urlsplit(fresh_database)._replace(path="/postgres").geturl()
     settings = {"DATABASE_LISTEN_URL": elsewhere, "CHAT_TICKET_WATCH_POLL_INTERVAL_SECONDS": "0.1"}
     with server_process(fresh_database, **settings) as process:
         async with Api(process.address, tenant) as api:
             session = await api.session()
-            async with following(api, session.id) as follower:
-                await follower.until("caught_up")
+            async with watching(api, session.id) as watcher:
+                await watcher.until("caught_up")
                 with psycopg.connect(fresh_database, autocommit=True) as connection:
                     connection.execute("ALTER TABLE chat_sessions RENAME TO away")
                     process.wait_for("could not poll the watched sessions")
                     connection.execute("ALTER TABLE away RENAME TO chat_sessions")
                     connection.execute("UPDATE chat_sessions SET status = 'resolved', revision = 1")
-                event = await follower.next()
+                event = await watcher.next()
                 assert (event.WhichOneof("event"), event.revision) == ("session", 1)
 
 
 async def test_unknown_notifications_are_harmless(
     pair: tuple[Api, Api], fresh_database: str
 ) -> None:
-    """Anybody may NOTIFY: what is no session of ours wakes nobody, and breaks nothing."""
+    """Anybody may NOTIFY: a payload that names no watched session has no effect."""
     one, two = pair
     session = await one.session()
-    async with following(one, session.id) as follower:
-        await follower.until("caught_up")
+    async with watching(one, session.id) as watcher:
+        await watcher.until("caught_up")
         with psycopg.connect(fresh_database, autocommit=True) as connection:
             for payload in ("", "x", "é" * 100, f"{session.id}another tenant"):
                 connection.execute("SELECT pg_notify('chat_ticket_session_changed', %s)", [payload])
         message = await two.message(session.id)
-        await follower.until_revision(message.sequence)
-        assert follower.kinds == ["session", "caught_up", "messages_created"]
+        await watcher.until_revision(message.sequence)
+        assert watcher.kinds == ["session", "caught_up", "messages_created"]
 
 
-async def test_many_writes_are_told_by_few_notifications(
+async def test_many_writes_are_announced_by_few_notifications(
     start_server: Any, fresh_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While writes are many, each NOTIFY tells of several sessions, and every session is told."""
-    monkeypatch.setattr(hub, "NOTIFY_SECONDS", 0.2)
+    """Under load each NOTIFY announces several sessions, and every session is announced."""
+    monkeypatch.setattr(notifications, "NOTIFY_INTERVAL_SECONDS", 0.2)
     address = (await start_server(fresh_database)).address
     execute, notified = psycopg.AsyncCursor.execute, 0
 
     async def counted(cursor: Any, sql: Any, *arguments: Any, **named: Any) -> Any:
         nonlocal notified
-        notified += sql == hub.NOTIFY
+        notified += sql == notifications.NOTIFY
         return await execute(cursor, sql, *arguments, **named)
 
     async with (
@@ -182,17 +180,21 @@ async def test_many_writes_are_told_by_few_notifications(
         await psycopg.AsyncConnection.connect(fresh_database, autocommit=True) as listener,
     ):
         sessions = [await api.session() for _ in range(60)]
-        await listener.execute(f"LISTEN {hub.CHANNEL}")
+        await listener.execute(f"LISTEN {notifications.CHANNEL}")
         monkeypatch.setattr(psycopg.AsyncCursor, "execute", counted)
         clock = asyncio.get_running_loop().time
         start = clock()
-        for some in (sessions[:30], sessions[30:]):  # below what a tenant may call at once
+        for some in (sessions[:30], sessions[30:]):  # below the quota of calls in flight
             await asyncio.gather(*(api.message(session.id) for session in some))
-        told = list[str]()
+        announced = list[str]()
         async for notification in listener.notifies(timeout=5):
-            told += notification.payload.split("\n")
-            if len(told) == len(sessions):
+            announced += notification.payload.split("\n")
+            if len(announced) == len(sessions):
                 break
-    # One for each time that passes, and one for every 27 sessions.
-    assert 3 <= notified <= 1 + len(sessions) // 27 + (clock() - start) / hub.NOTIFY_SECONDS
-    assert sorted(told) == sorted(f"{session.id}{api.tenant}" for session in sessions)
+    # At most one per interval, and one per 27 sessions.
+    assert (
+        3
+        <= notified
+        <= 1 + len(sessions) // 27 + (clock() - start) / notifications.NOTIFY_INTERVAL_SECONDS
+    )
+    assert sorted(announced) == sorted(f"{session.id}{api.tenant}" for session in sessions)

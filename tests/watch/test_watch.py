@@ -1,4 +1,4 @@
-"""WatchChatSession: what changed after a revision, then what happens."""
+"""WatchChatSession: the changes after a revision, then every change as it happens."""
 
 import asyncio
 import contextlib
@@ -30,8 +30,8 @@ from chat_ticket_svc.store import group_commit, message_listing, messages, sessi
 Event = WatchChatSessionResponse
 
 
-class Follower:
-    """A stream, and what a client that follows it knows."""
+class Watcher:
+    """A stream, and the state that a client builds from its events."""
 
     def __init__(self, call: Any):
         self._call = call
@@ -81,12 +81,12 @@ class Follower:
 
 
 @contextlib.asynccontextmanager
-async def following(api: Api, session_id: str, after: int = 0) -> AsyncIterator[Follower]:
+async def watching(api: Api, session_id: str, after: int = 0) -> AsyncIterator[Watcher]:
     call = api.sessions.WatchChatSession(
         WatchChatSessionRequest(session_id=session_id, after_revision=after)
     )
     try:
-        yield Follower(call)
+        yield Watcher(call)
     finally:
         call.cancel()
 
@@ -96,15 +96,15 @@ async def session_of(api: Api, session_id: str) -> r.ChatSession:
     return response.session
 
 
-async def assert_same_state(api: Api, follower: Follower, session_id: str) -> None:
-    """A follower at the session's revision holds the session's state."""
+async def assert_same_state(api: Api, watcher: Watcher, session_id: str) -> None:
+    """A watcher at the session's revision holds the session's state."""
     session = await session_of(api, session_id)
-    assert follower.revision == session.revision
-    assert follower.session is not None
-    assert follower.session.status == session.status
-    assert follower.session.has_ticket == session.has_ticket
-    assert follower.created == sorted(set(follower.created)), "once each, in order"
-    for message_id, message in follower.messages.items():
+    assert watcher.revision == session.revision
+    assert watcher.session is not None
+    assert watcher.session.status == session.status
+    assert watcher.session.has_ticket == session.has_ticket
+    assert watcher.created == sorted(set(watcher.created)), "once each, in order"
+    for message_id, message in watcher.messages.items():
         request = GetChatMessageRequest(message_id=message_id)
         assert (await api.messages.GetChatMessage(request)).message == message
 
@@ -115,47 +115,47 @@ class TestHistory:
         session = await api.session()
         first = await api.message(session.id, attachments=[a_file()])
         second = await api.message(session.id, metadata_json="{}")
-        async with following(api, session.id) as follower:
-            event = await follower.next()
+        async with watching(api, session.id) as watcher:
+            event = await watcher.next()
             assert (event.revision, event.session.revision) == (0, 2)
-            event = await follower.next()
+            event = await watcher.next()
             assert list(event.messages_created.messages) == [first, second]
             assert event.revision == 2
-            assert (await follower.next()).HasField("caught_up")
-            assert follower.revision == 2
+            assert (await watcher.next()).HasField("caught_up")
+            assert watcher.revision == 2
 
     async def test_empty_session(self, api: Api) -> None:
         """The session and caught_up, at revision 0."""
         session = await api.session()
-        async with following(api, session.id) as follower:
-            await follower.until("caught_up")
-            assert follower.kinds == ["session", "caught_up"]
-            assert follower.revision == 0
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
+            assert watcher.kinds == ["session", "caught_up"]
+            assert watcher.revision == 0
 
     async def test_long_history_comes_in_pages(self, api: Api) -> None:
         """The first page is small, none over 500, every message once and in order."""
         session = await api.session()
         for _ in range(3):
             await batch(api, session.id, [said("x")] * 500)
-        async with following(api, session.id) as follower:
-            await follower.next()
+        async with watching(api, session.id) as watcher:
+            await watcher.next()
             sizes = []
-            while (event := await follower.next()).HasField("messages_created"):
+            while (event := await watcher.next()).HasField("messages_created"):
                 sizes.append(len(event.messages_created.messages))
             assert sizes == [32, 64, 128, 256, 500, 500, 20]
-            assert follower.created == list(range(1, 1501))
+            assert watcher.created == list(range(1, 1501))
 
     async def test_large_messages_come_in_smaller_pages(self, api: Api) -> None:
         """A response stays under the 4 MiB that callers accept."""
         session = await api.session()
         for _ in range(12):
             await api.message(session.id, "x" * 256 * 1024)
-        async with following(api, session.id) as follower:
-            await follower.until("caught_up")
-            assert follower.created == list(range(1, 13))
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
+            assert watcher.created == list(range(1, 13))
 
     async def test_resume_at_any_revision(self, api: Api) -> None:
-        """Whatever the revision, a follower that resumes there misses and repeats nothing."""
+        """Whatever the revision, a watcher that resumes there misses and repeats nothing."""
         session = await api.session()
         messages = [await api.message(session.id, metadata_json='{"n": 0}') for _ in range(4)]
         await set_metadata(api, messages[0].id, '{"n": 1}')
@@ -167,31 +167,31 @@ class TestHistory:
         last = (await session_of(api, session.id)).revision
         assert last == 10
         for after in range(last + 1):
-            async with following(api, session.id, after) as follower:
+            async with watching(api, session.id, after) as watcher:
                 # What a client that stopped at this revision held.
-                follower.messages = {m.id: m for m in messages if m.sequence <= after}
-                first = await follower.next()
+                watcher.messages = {m.id: m for m in messages if m.sequence <= after}
+                first = await watcher.next()
                 assert first.revision == after
                 assert first.HasField("session")
-                await follower.until("caught_up")
-                assert all(sequence > after for sequence in follower.created)
+                await watcher.until("caught_up")
+                assert all(sequence > after for sequence in watcher.created)
                 if after >= 6:
-                    follower.messages.pop(messages[1].id, None)
+                    watcher.messages.pop(messages[1].id, None)
                 if after >= 7:
                     request = GetChatMessageRequest(message_id=messages[2].id)
-                    follower.messages[messages[2].id] = (
+                    watcher.messages[messages[2].id] = (
                         await api.messages.GetChatMessage(request)
                     ).message
                 if after >= 5:
                     request = GetChatMessageRequest(message_id=messages[0].id)
-                    follower.messages[messages[0].id] = (
+                    watcher.messages[messages[0].id] = (
                         await api.messages.GetChatMessage(request)
                     ).message
                 if after >= 10:
-                    follower.messages.pop(messages[3].id, None)
-                await assert_same_state(api, follower, session.id)
+                    watcher.messages.pop(messages[3].id, None)
+                await assert_same_state(api, watcher, session.id)
 
-    async def test_history_tells_of_changes_and_deletions_in_order(self, api: Api) -> None:
+    async def test_history_has_changes_and_deletions_in_order(self, api: Api) -> None:
         """After a revision: what was created, changed and deleted since, by revision."""
         session = await api.session()
         one, two, three = [await api.message(session.id) for _ in range(3)]
@@ -199,10 +199,10 @@ class TestHistory:
         await delete(api, one.id)  # 5
         four = await api.message(session.id)  # 6
         await set_metadata(api, three.id, "{}")  # 7
-        async with following(api, session.id, after=3) as follower:
-            follower.messages = {two.id: two, three.id: three}
-            await follower.next()
-            events = [await follower.next() for _ in range(4)]
+        async with watching(api, session.id, after=3) as watcher:
+            watcher.messages = {two.id: two, three.id: three}
+            await watcher.next()
+            events = [await watcher.next() for _ in range(4)]
         assert [event.revision for event in events] == [4, 5, 6, 7]
         assert events[0].message_updated.id == two.id
         assert events[1].message_deleted.message_id == one.id
@@ -213,88 +213,88 @@ class TestHistory:
 class TestLive:
     @pytest.fixture
     async def unpolled(self, start_server: Any, database: str) -> Api:
-        """A client of a server that does not poll: only what a write tells wakes a follower."""
+        """A client of a server that does not poll: only a write wakes a watcher."""
         return await start_server(database, watch_poll_interval_seconds=3600)  # type: ignore[no-any-return]
 
     async def test_every_kind_of_change_arrives(self, unpolled: Api) -> None:
         """Messages, batches, metadata, attachments, deletions, status, ticket: as they happen."""
         api = unpolled
         session = await api.session()
-        async with following(api, session.id) as follower:
-            await follower.until("caught_up")
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
 
             message = await api.message(session.id, "live")
-            event = await follower.next()
+            event = await watcher.next()
             assert list(event.messages_created.messages) == [message]
             assert event.revision == 1
 
             await batch(api, session.id, [said("a"), said("b")])
-            event = await follower.next()
+            event = await watcher.next()
             assert [m.content for m in event.messages_created.messages] == ["a", "b"]
             assert event.revision == 3
 
             changed = await set_metadata(api, message.id, '{"a": 1}')
-            assert (await follower.next()).message_updated == changed
+            assert (await watcher.next()).message_updated == changed
 
             attachment = await api.attachment(message.id)
-            event = await follower.next()
+            event = await watcher.next()
             assert list(event.message_updated.attachments) == [attachment]
 
             request = DeleteChatAttachmentRequest(attachment_id=attachment.id)
             await api.attachments.DeleteChatAttachment(request)
-            assert not (await follower.next()).message_updated.attachments
+            assert not (await watcher.next()).message_updated.attachments
 
             await delete(api, message.id)
-            assert (await follower.next()).message_deleted.message_id == message.id
+            assert (await watcher.next()).message_deleted.message_id == message.id
 
             assert (await set_status(api, session.id, ARCHIVED)).revision == 8
-            event = await follower.next()
+            event = await watcher.next()
             assert event.session.status == ARCHIVED
             await set_status(api, session.id, RESOLVED)
-            assert (await follower.next()).session.status == RESOLVED
+            assert (await watcher.next()).session.status == RESOLVED
 
             link = await api.escalate(session.id)
-            assert (await follower.next()).session.has_ticket
+            assert (await watcher.next()).session.has_ticket
             await unlink(api, link.id)
-            assert not (await follower.next()).session.has_ticket
-            assert follower.kinds.count("caught_up") == 1
+            assert not (await watcher.next()).session.has_ticket
+            assert watcher.kinds.count("caught_up") == 1
 
             await api.message(session.id)
-            await follower.next()
-            await assert_same_state(api, follower, session.id)
+            await watcher.next()
+            await assert_same_state(api, watcher, session.id)
 
     async def test_deletion_of_the_session_ends_the_stream(self, unpolled: Api) -> None:
         """The stream says so and ends OK."""
         api = unpolled
         session = await api.session()
         await api.message(session.id)
-        async with following(api, session.id) as follower:
-            await follower.until("caught_up")
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
             await api.sessions.DeleteChatSession(DeleteChatSessionRequest(session_id=session.id))
-            assert (await follower.next()).HasField("session_deleted")
-            await follower.end()
-            assert await follower._call.code() is StatusCode.OK
+            assert (await watcher.next()).HasField("session_deleted")
+            await watcher.end()
+            assert await watcher._call.code() is StatusCode.OK
 
     async def test_quiet_stream_carries_heartbeats(self, start_server: Any, database: str) -> None:
         """In band, at the position of the stream."""
         api = await start_server(database, watch_heartbeat_seconds=0.2)
         session = await api.session()
         await api.message(session.id)
-        async with following(api, session.id) as follower:
-            await follower.until("caught_up")
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
             for _ in range(2):
-                event = await follower.next()
+                event = await watcher.next()
                 assert event.HasField("heartbeat")
                 assert event.revision == 1
 
     async def test_no_op_updates_do_not_hold_back_heartbeats(
         self, start_server: Any, database: str
     ) -> None:
-        """Silence is what the client sees, not what the server does."""
+        """Heartbeats depend on what the client receives, not on what the server does."""
         api = await start_server(database, watch_heartbeat_seconds=0.3)
         session = await api.session()
-        async with following(api, session.id) as follower:
-            await follower.until("caught_up")
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
 
             async def write() -> None:
                 while True:
@@ -302,24 +302,24 @@ class TestLive:
                     await asyncio.sleep(0.05)
 
             writing = asyncio.create_task(write())
-            event = await follower.next(timeout=5)
+            event = await watcher.next(timeout=5)
             writing.cancel()
             assert event.HasField("heartbeat")
 
-    async def test_other_sessions_are_not_told(self, api: Api, other: Api) -> None:
+    async def test_other_sessions_are_not_delivered(self, api: Api, other: Api) -> None:
         """Not other sessions of the tenant, and not another tenant's session of the same id."""
         session = await api.session()
         elsewhere = await api.session()
         theirs = await other.session(id=session.id)
-        async with following(api, session.id) as follower:
-            await follower.until("caught_up")
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
             await api.message(elsewhere.id)
             await other.message(theirs.id)
             mine = await api.message(session.id)
-            event = await follower.next()
+            event = await watcher.next()
             assert [m.id for m in event.messages_created.messages] == [mine.id]
 
-    async def test_many_followers_under_concurrent_writers(self, api: Api) -> None:
+    async def test_many_watchers_under_concurrent_writers(self, api: Api) -> None:
         """Started at any time, each gets every message once, in order, and the same state."""
         session = await api.session()
         seed = random.Random(7)
@@ -335,48 +335,48 @@ class TestLive:
                     case 2:
                         await set_status(api, session.id, seed.choice([1, 2, 3]))
 
-        async def follow(delay: float) -> None:
+        async def watch(delay: float) -> None:
             await asyncio.sleep(delay)
-            async with following(api, session.id) as follower:
-                await follower.until("caught_up")
+            async with watching(api, session.id) as watcher:
+                await watcher.until("caught_up")
                 await finished.wait()
-                await follower.until_revision((await session_of(api, session.id)).revision)
-                await assert_same_state(api, follower, session.id)
+                await watcher.until_revision((await session_of(api, session.id)).revision)
+                await assert_same_state(api, watcher, session.id)
 
         finished = asyncio.Event()
-        followers = [asyncio.create_task(follow(n * 0.05)) for n in range(8)]
+        watchers = [asyncio.create_task(watch(n * 0.05)) for n in range(8)]
         await asyncio.gather(*(write(25) for _ in range(6)))
         finished.set()
-        await asyncio.gather(*followers)
+        await asyncio.gather(*watchers)
 
     async def test_position_moves_with_what_does_not_show(
         self, start_server: Any, database: str, tenant: str
     ) -> None:
-        """A follower reaches every revision: also one whose change is undone, without a wait."""
+        """A watcher reaches every revision: also one whose change is undone, without a wait."""
         api = await start_server(database, watch_poll_interval_seconds=0.1)
         session = await api.session()
-        async with following(api, session.id) as follower:
-            await follower.until("caught_up")
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
             changed = await set_status(api, session.id, RESOLVED)
-            assert (await follower.next()).revision == changed.revision
+            assert (await watcher.next()).revision == changed.revision
             with psycopg.connect(database) as connection:
                 connection.execute(
                     "UPDATE chat_sessions SET revision = revision + 2 WHERE tenant_id = %s",
                     [tenant],
                 )
-            event = await follower.next(timeout=5)
+            event = await watcher.next(timeout=5)
             assert (event.WhichOneof("event"), event.revision) == ("heartbeat", 3)
 
     async def test_history_that_went_back_ends_the_stream(
         self, start_server: Any, database: str, tenant: str
     ) -> None:
-        """A follower beyond the session's revision has another history: OUT_OF_RANGE."""
+        """A watcher beyond the session's revision has another history: OUT_OF_RANGE."""
         api = await start_server(database, watch_poll_interval_seconds=0.1)
         session = await api.session()
         for _ in range(3):
             await api.message(session.id)
-        async with following(api, session.id) as follower:
-            await follower.until("caught_up")
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
             with psycopg.connect(database) as connection:
                 for sql in (
                     "DELETE FROM chat_messages WHERE tenant_id = %s AND sequence > 1",
@@ -384,77 +384,77 @@ class TestLive:
                 ):
                     connection.execute(sql, [tenant])
             with refused(StatusCode.OUT_OF_RANGE, "REVISION_OUT_OF_RANGE"):
-                await follower.next(timeout=5)
+                await watcher.next(timeout=5)
 
     async def test_session_created_again_is_another_one(
         self, start_server: Any, database: str, tenant: str
     ) -> None:
-        """An id that should not have been used again does not carry a follower over."""
+        """An id that should not have been used again does not carry a watcher over."""
         api = await start_server(database, watch_poll_interval_seconds=0.1)
         session = await api.session()
         await api.message(session.id)
-        async with following(api, session.id) as follower:
-            await follower.until("caught_up")
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
             with psycopg.connect(database) as connection:
                 for sql in (
                     "DELETE FROM chat_sessions WHERE tenant_id = %(t)s",
                     "INSERT INTO chat_sessions (tenant_id, id, revision) VALUES (%(t)s, %(id)s, 9)",
                 ):
                     connection.execute(sql, {"t": tenant, "id": session.id})
-            assert (await follower.next(timeout=5)).HasField("session_deleted")
-            await follower.end()
+            assert (await watcher.next(timeout=5)).HasField("session_deleted")
+            await watcher.end()
 
 
 class TestRefusals:
     async def test_absent_and_foreign_are_not_found(self, api: Api, other: Api) -> None:
-        """Nobody follows another tenant's session."""
+        """A session of another tenant cannot be watched."""
         theirs = await other.session()
         for session_id in (theirs.id, an_id()):
             with refused(StatusCode.NOT_FOUND, "CHAT_SESSION_NOT_FOUND"):
-                async with following(api, session_id) as follower:
-                    await follower.next()
+                async with watching(api, session_id) as watcher:
+                    await watcher.next()
 
     async def test_revision_from_the_future(self, api: Api) -> None:
-        """OUT_OF_RANGE: the client follows another history than this one."""
+        """OUT_OF_RANGE: the client has seen a different history."""
         session = await api.session()
         await api.message(session.id)
-        async with following(api, session.id, after=1) as follower:
-            await follower.until("caught_up")
+        async with watching(api, session.id, after=1) as watcher:
+            await watcher.until("caught_up")
         with refused(StatusCode.OUT_OF_RANGE, "REVISION_OUT_OF_RANGE"):
-            async with following(api, session.id, after=2) as follower:
-                await follower.next()
+            async with watching(api, session.id, after=2) as watcher:
+                await watcher.next()
 
     async def test_bad_fields_are_refused_together(self, api: Api) -> None:
         """A malformed id and a negative revision."""
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
-            async with following(api, "x", after=-1) as follower:
-                await follower.next()
+            async with watching(api, "x", after=-1) as watcher:
+                await watcher.next()
         assert set(refusal.fields) == {"session_id", "after_revision"}
 
-    async def test_reader_that_stops_is_let_go(self, start_server: Any, database: str) -> None:
-        """RESOURCE_EXHAUSTED after the bound; the client resumes."""
+    async def test_slow_reader_is_disconnected(self, start_server: Any, database: str) -> None:
+        """RESOURCE_EXHAUSTED after the write timeout; the client resumes."""
         api = await start_server(database, stream_write_timeout_seconds=0.3)
         session = await api.session()
         for _ in range(10):
             await batch(api, session.id, [said("x" * 5000)] * 200)
-        async with following(api, session.id) as follower:
-            await follower.next()
+        async with watching(api, session.id) as watcher:
+            await watcher.next()
             await asyncio.sleep(2)
             with refused(StatusCode.RESOURCE_EXHAUSTED, "SLOW_READER"):
-                await follower.end()
+                await watcher.end()
 
-    async def test_shutdown_tells_followers_to_resume(self, database: str, tenant: str) -> None:
+    async def test_shutdown_tells_watchers_to_resume(self, database: str, tenant: str) -> None:
         """UNAVAILABLE at once, not at the end of the drain."""
         from conftest import serving
 
         async with serving(database, drain_seconds=30) as server:
             api = Api(f"127.0.0.1:{server.port}", tenant)
             session = await api.session()
-            async with api, following(api, session.id) as follower:
-                await follower.until("caught_up")
+            async with api, watching(api, session.id) as watcher:
+                await watcher.until("caught_up")
                 stopping = asyncio.create_task(server.stop())
                 with refused(StatusCode.UNAVAILABLE, "DRAINING") as refusal:
-                    await follower.next(timeout=5)
+                    await watcher.next(timeout=5)
                 assert "RetryInfo" in refusal.details
                 await stopping
 
@@ -465,8 +465,8 @@ class TestRefusals:
         api = await start_server(fresh_database, pool_size=1)
         session = await api.session()
         for _ in range(20):
-            async with following(api, session.id) as follower:
-                await follower.next()
+            async with watching(api, session.id) as watcher:
+                await watcher.next()
         assert (await api.message(session.id)).sequence == 1
         with psycopg.connect(fresh_database) as connection:
             [busy] = connection.execute(
@@ -525,10 +525,10 @@ async def test_deleted_while_history_is_read(api: Api, pages: int) -> None:
     session = await api.session()
     for _ in range(6):
         await batch(api, session.id, [said("x" * 20_000)] * 100)
-    async with following(api, session.id) as follower:
+    async with watching(api, session.id) as watcher:
         for _ in range(pages):
-            await follower.next()
+            await watcher.next()
         await api.sessions.DeleteChatSession(DeleteChatSessionRequest(session_id=session.id))
-        await follower.until("session_deleted")
-        await follower.end()
-        assert "caught_up" not in follower.kinds
+        await watcher.until("session_deleted")
+        await watcher.end()
+        assert "caught_up" not in watcher.kinds

@@ -1,4 +1,4 @@
-"""Many followers of one session: what one read tells all of them, and what none does to another."""
+"""Many watchers of one session: they share each read, and none affects another."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ from grpc import StatusCode
 from support.client import Api, refused
 from test_messages import batch, delete, said, set_metadata
 from test_sessions import ARCHIVED, RESOLVED, set_status
-from test_watch import Follower, assert_same_state, following
+from test_watch import Watcher, assert_same_state, watching
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest
@@ -27,7 +27,7 @@ from chat_ticket_svc.services import convert
 from chat_ticket_svc.store import session_changes
 from chat_ticket_svc.watch.hub import WatchHub
 
-# So small that a server which is not read from soon waits.
+# So small that the server soon waits for a client that does not read.
 SMALL_WINDOW = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
 LARGE = 100_000
 
@@ -40,7 +40,7 @@ async def unpolled(start_server: Any, database: str) -> Api:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """After which revision each read was that is done."""
+    """The revisions after which pages were read, in order."""
     read, done = session_changes.page, []
 
     async def page(*arguments: Any, after: int, **named: Any) -> Any:
@@ -53,20 +53,20 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @contextlib.asynccontextmanager
-async def caught_up(api: Api, session_id: str, count: int) -> AsyncIterator[list[Follower]]:
+async def caught_up(api: Api, session_id: str, count: int) -> AsyncIterator[list[Watcher]]:
     async with contextlib.AsyncExitStack() as stack:
-        followers = [
-            await stack.enter_async_context(following(api, session_id)) for _ in range(count)
+        watchers = [
+            await stack.enter_async_context(watching(api, session_id)) for _ in range(count)
         ]
-        await asyncio.gather(*(follower.until("caught_up") for follower in followers))
-        yield followers
+        await asyncio.gather(*(watcher.until("caught_up") for watcher in watchers))
+        yield watchers
 
 
 @contextlib.asynccontextmanager
-async def following_slowly(api: Api, session_id: str, after: int = 0) -> AsyncIterator[Follower]:
-    """A follower that can be told one large event, and then keeps the server waiting."""
+async def watching_slowly(api: Api, session_id: str, after: int = 0) -> AsyncIterator[Watcher]:
+    """A watcher that receives one large event and then keeps the server waiting."""
     async with grpc.aio.insecure_channel(api.address, options=SMALL_WINDOW) as channel:
-        yield Follower(
+        yield Watcher(
             ChatSessionServiceStub(channel).WatchChatSession(
                 WatchChatSessionRequest(session_id=session_id, after_revision=after),
                 metadata=[("x-tenant-id", api.tenant)],
@@ -78,7 +78,7 @@ class TestOnce:
     async def test_change_is_read_and_made_an_event_once(
         self, unpolled: Api, reads: list[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """However many follow, one write is one read, whose message is converted once."""
+        """However many watch, one write causes one read, and its message is converted once."""
         api = unpolled
         session = await api.session()
         convert_message, converted = convert.message, list[str]()
@@ -88,11 +88,11 @@ class TestOnce:
             return convert_message(row)
 
         monkeypatch.setattr(convert, "message", message)
-        async with caught_up(api, session.id, 100) as followers:
+        async with caught_up(api, session.id, 100) as watchers:
             for revision, content in enumerate(("one", "two"), 1):
                 reads.clear()
                 stored = await api.message(session.id, content)
-                for event in await asyncio.gather(*(each.next() for each in followers)):
+                for event in await asyncio.gather(*(each.next() for each in watchers)):
                     assert list(event.messages_created.messages) == [stored]
                 assert reads == [revision - 1]
         # Besides, each is in the answer to its writer.
@@ -103,7 +103,7 @@ class TestOnce:
         api = unpolled
         session = await api.session()
         message = await api.message(session.id)
-        async with caught_up(api, session.id, 10) as followers:
+        async with caught_up(api, session.id, 10) as watchers:
             reads.clear()
             for change in (
                 lambda: set_status(api, session.id, RESOLVED),
@@ -114,49 +114,49 @@ class TestOnce:
                 ),
             ):
                 await change()
-                events = await asyncio.gather(*(each.next() for each in followers))
+                events = await asyncio.gather(*(each.next() for each in watchers))
                 assert all(event == events[0] for event in events)
         assert reads == [1, 2, 3, 4]
         last = ["session", "message_updated", "message_deleted", "session_deleted"]
-        assert all(each.kinds[-4:] == last for each in followers)
+        assert all(each.kinds[-4:] == last for each in watchers)
 
-    async def test_nothing_new_is_told_to_nobody(self, unpolled: Api, reads: list[int]) -> None:
-        """A write that changes nothing is looked at once, and then not again and again."""
+    async def test_no_change_is_delivered_to_nobody(self, unpolled: Api, reads: list[int]) -> None:
+        """A write that changes nothing causes one read, and no more."""
         api = unpolled
         session = await api.session()
-        async with caught_up(api, session.id, 10) as followers:
+        async with caught_up(api, session.id, 10) as watchers:
             reads.clear()
             await set_status(api, session.id, r.CHAT_SESSION_STATUS_ACTIVE)
             while not reads:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.3)  # in which it is read, and not the message with it
             await api.message(session.id)
-            await asyncio.gather(*(each.next() for each in followers))
+            await asyncio.gather(*(each.next() for each in watchers))
             assert reads == [0, 0]
-            assert {each.kinds[-1] for each in followers} == {"messages_created"}
+            assert {each.kinds[-1] for each in watchers} == {"messages_created"}
 
     async def test_more_than_a_page_at_once(
         self, unpolled: Api, reads: list[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """What one read cannot hold is told in order by those that follow it."""
+        """A change larger than a page is delivered in order, by several reads."""
         api = unpolled
         session = await api.session()
-        async with caught_up(api, session.id, 10) as followers:
+        async with caught_up(api, session.id, 10) as watchers:
             with monkeypatch.context() as patched:
-                # As if another process had written, and its notifications came late.
-                patched.setattr(WatchHub, "changed", lambda *_: None)
+                # As if another process had written, and its notifications arrived late.
+                patched.setattr(WatchHub, "notify_changed", lambda *_: None)
                 for _ in range(3):
                     await batch(api, session.id, [said("x")] * 400)
             reads.clear()
             await api.message(session.id)
-            await asyncio.gather(*(each.until_revision(1201) for each in followers))
+            await asyncio.gather(*(each.until_revision(1201) for each in watchers))
             assert [after for after, _ in itertools.groupby(reads)] == [0, 500, 1000]
-        assert all(each.created == list(range(1, 1202)) for each in followers)
+        assert all(each.created == list(range(1, 1202)) for each in watchers)
 
-    async def test_read_acts_for_the_tenant(
+    async def test_read_uses_the_tenants_share(
         self, start_server: Any, database: str, tenant: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Whatever has woken it, a read takes of its own tenant's share of the database."""
+        """Whatever has caused it, a read uses its own tenant's share of the connections."""
         api = await start_server(database, watch_poll_interval_seconds=0.1)
         read, tenants = session_changes.page, list[str | None]()
 
@@ -166,11 +166,11 @@ class TestOnce:
 
         monkeypatch.setattr(session_changes, "page", page)
         session = await api.session()
-        async with caught_up(api, session.id, 2) as followers:
+        async with caught_up(api, session.id, 2) as watchers:
             with psycopg.connect(database) as connection:
                 sql = "UPDATE chat_sessions SET revision = 1 WHERE tenant_id = %s"
                 connection.execute(sql, [tenant])
-            await asyncio.gather(*(each.next() for each in followers))
+            await asyncio.gather(*(each.next() for each in watchers))
         assert len(tenants) >= 3  # two that catch up, and what the poll has woken
         assert set(tenants) == {tenant}
 
@@ -179,7 +179,7 @@ class TestTogether:
     async def test_one_that_leaves_takes_nothing_from_the_others(
         self, unpolled: Api, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Not even what is being read when it goes, whichever was the first to wait for it."""
+        """Not even the read in progress when it leaves, even if it was the first to wait for it."""
         api = unpolled
         session = await api.session()
         read, reading, go_on = session_changes.page, asyncio.Event(), asyncio.Event()
@@ -189,23 +189,23 @@ class TestTogether:
             await go_on.wait()
             return await read(*arguments, **named)
 
-        async with caught_up(api, session.id, 5) as followers:
+        async with caught_up(api, session.id, 5) as watchers:
             monkeypatch.setattr(session_changes, "page", page)
             await api.message(session.id)
             await reading.wait()
-            for leaver in (followers.pop(0), followers.pop()):
+            for leaver in (watchers.pop(0), watchers.pop()):
                 leaver._call.cancel()
             await asyncio.sleep(0.1)
             go_on.set()
-            await asyncio.gather(*(each.until_revision(1) for each in followers))
+            await asyncio.gather(*(each.until_revision(1) for each in watchers))
 
     async def test_read_that_fails_ends_those_who_wait_for_it(
         self, unpolled: Api, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Each with the error's status; they resume, and are told what they have missed."""
+        """Each with the error's status. They resume, and receive what they have missed."""
         api = unpolled
         session = await api.session()
-        async with caught_up(api, session.id, 5) as followers:
+        async with caught_up(api, session.id, 5) as watchers:
 
             async def page(*_: Any, **__: Any) -> Any:
                 raise errors.UnavailableError("gone", reason="DATABASE_UNAVAILABLE")
@@ -213,14 +213,14 @@ class TestTogether:
             with monkeypatch.context() as patched:
                 patched.setattr(session_changes, "page", page)
                 await api.message(session.id)
-                for each in followers:
+                for each in watchers:
                     with refused(StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE"):
                         await each.next()
-        async with following(api, session.id, after=0) as follower:
-            await follower.until_revision(1)
+        async with watching(api, session.id, after=0) as watcher:
+            await watcher.until_revision(1)
 
-    async def test_silence_is_told_to_all(self, start_server: Any, database: str) -> None:
-        """Whenever they came: nobody hears nothing for longer, and each of them goes on to."""
+    async def test_heartbeats_reach_all(self, start_server: Any, database: str) -> None:
+        """Whenever they joined, and repeatedly: nobody waits longer than the interval."""
         api = await start_server(
             database, watch_poll_interval_seconds=3600, watch_heartbeat_seconds=0.5
         )
@@ -236,7 +236,7 @@ class TestTogether:
     async def test_slow_one_delays_nobody_and_loses_nothing(
         self, database: str, tenant: str, reads: list[int]
     ) -> None:
-        """What it has not taken is not kept for it: it reads on from its place when it comes."""
+        """Pages are not kept for it: it reads on from its position."""
         count = 30
         async with serving(
             database, stream_write_timeout_seconds=60, watch_poll_interval_seconds=3600
@@ -245,29 +245,32 @@ class TestTogether:
             session = await api.session()
             async with (
                 api,
-                following_slowly(api, session.id) as slow,
-                caught_up(api, session.id, 3) as followers,
+                watching_slowly(api, session.id) as slow,
+                caught_up(api, session.id, 3) as watchers,
             ):
                 await slow.until("caught_up")
                 reads.clear()
                 for revision in range(1, count + 1):
                     await api.message(session.id, "x" * LARGE)
                     async with asyncio.timeout(2):
-                        await asyncio.gather(*(each.until_revision(revision) for each in followers))
-                    [feed] = server._follow._feeds.values()
-                    assert sum(place.page is not None for place in feed.places.values()) <= 1
+                        await asyncio.gather(*(each.until_revision(revision) for each in watchers))
+                    [session_hub] = server._watch_hub._session_hubs.values()
+                    assert (
+                        sum(group.next_page is not None for group in session_hub.groups.values())
+                        <= 1
+                    )
                 assert reads == list(range(count))
                 await slow.until_revision(count)
                 assert slow.created == list(range(1, count + 1))
                 await assert_same_state(api, slow, session.id)
-                # Of what is large, each page is asked for twice: as few, and as much as there is.
+                # Large pages are read twice: first with the small limit, then with the large one.
                 assert count < len(reads) < count + 10
-                # Nothing is kept of what all have been told.
-                [place] = feed.places.values()
-                assert place.page is None
+                # No page is kept that all watchers have received.
+                [group] = session_hub.groups.values()
+                assert group.next_page is None
 
-    async def test_history_that_went_back_is_not_told(self, database: str, tenant: str) -> None:
-        """What still waits for a slow one is nothing to who has come since, and knows better."""
+    async def test_discarded_history_is_not_delivered(self, database: str, tenant: str) -> None:
+        """A page kept for a slow watcher is not delivered to one that joined after a restore."""
         async with serving(
             database, stream_write_timeout_seconds=60, watch_poll_interval_seconds=3600
         ) as server:
@@ -275,16 +278,20 @@ class TestTogether:
             session = await api.session()
             async with (
                 api,
-                following_slowly(api, session.id) as slow,
-                following(api, session.id) as quick,
+                watching_slowly(api, session.id) as slow,
+                watching(api, session.id) as quick,
             ):
                 await slow.until("caught_up")
                 await quick.until("caught_up")
                 for revision in range(1, 11):
                     await api.message(session.id, "x" * LARGE)
                     await quick.until_revision(revision)
-                [feed] = server._follow._feeds.values()
-                [at] = [place.position for place in feed.places.values() if place.page is not None]
+                [session_hub] = server._watch_hub._session_hubs.values()
+                [at] = [
+                    group.position
+                    for group in session_hub.groups.values()
+                    if group.next_page is not None
+                ]
                 assert 0 < at.revision < 10
                 with psycopg.connect(database) as connection:
                     for sql in (
@@ -292,16 +299,16 @@ class TestTogether:
                         "UPDATE chat_sessions SET revision = %(r)s WHERE tenant_id = %(t)s",
                     ):
                         connection.execute(sql, {"t": tenant, "r": at.revision})
-                async with following(api, session.id, at.revision) as follower:
-                    await follower.until("caught_up")
+                async with watching(api, session.id, at.revision) as watcher:
+                    await watcher.until("caught_up")
                     message = await api.message(session.id)
-                    event = await follower.next()
+                    event = await watcher.next()
                     assert list(event.messages_created.messages) == [message]
 
-    async def test_any_way_of_following_ends_in_the_same_state(
+    async def test_every_kind_of_watcher_reaches_the_same_state(
         self, start_server: Any, database: str
     ) -> None:
-        """Quick or slow, resumed at any revision, at any time: nothing is lost or repeated."""
+        """Fast or slow, resumed at any revision at any time: nothing is lost or repeated."""
         api = await start_server(
             database, watch_poll_interval_seconds=3600, watch_heartbeat_seconds=0.3
         )
@@ -327,29 +334,29 @@ class TestTogether:
                         ids.append(message.id)
                 await asyncio.sleep(chance.random() / 50)
 
-        async def follow(number: int) -> None:
-            kind = following_slowly if number % 3 == 0 else following
-            follower = Follower(None)
+        async def watch(number: int) -> None:
+            kind = watching_slowly if number % 3 == 0 else watching
+            watcher = Watcher(None)
             while not done.is_set():
-                async with kind(api, session.id, max(0, follower.revision)) as stream:
-                    follower._call = stream._call
+                async with kind(api, session.id, max(0, watcher.revision)) as stream:
+                    watcher._call = stream._call
                     for _ in range(chance.randrange(2, 40)):
                         if done.is_set():
                             break
-                        await follower.next()
-                        if kind is following_slowly:
+                        await watcher.next()
+                        if kind is watching_slowly:
                             await asyncio.sleep(chance.random() / 20)
-            async with following(api, session.id, follower.revision) as stream:
-                follower._call = stream._call
-                await follower.until("caught_up")
-            await assert_same_state(api, follower, session.id)
-            assert sorted(follower.messages) == await message_ids(api, session.id)
+            async with watching(api, session.id, watcher.revision) as stream:
+                watcher._call = stream._call
+                await watcher.until("caught_up")
+            await assert_same_state(api, watcher, session.id)
+            assert sorted(watcher.messages) == await message_ids(api, session.id)
 
         done = asyncio.Event()
-        followers = [asyncio.create_task(follow(number)) for number in range(9)]
+        watchers = [asyncio.create_task(watch(number)) for number in range(9)]
         await asyncio.gather(*(write(40) for _ in range(3)))
         done.set()
-        await asyncio.gather(*followers)
+        await asyncio.gather(*watchers)
 
 
 async def message_ids(api: Api, session_id: str) -> list[str]:

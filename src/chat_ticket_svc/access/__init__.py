@@ -1,1 +1,1 @@
-"""Who may call, for which tenants, to do what, and how much."""
+"""Authentication, authorization and quotas: who may call what, for which tenants, how often."""

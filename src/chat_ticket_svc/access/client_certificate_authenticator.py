@@ -1,7 +1,7 @@
-"""Callers that prove themselves by a client certificate, as a file lists them.
+"""Authentication by client certificate (mutual TLS), with a policy file that lists the callers.
 
-The file is TOML, with one table for each caller, named by the SPIFFE id or by a DNS name of its
-certificate:
+The file is TOML. Each table grants one caller its tenants and permissions. The table's name is
+the SPIFFE id or a DNS name of the caller's certificate:
 
     ["spiffe://example.org/assistant"]
     tenants = "*"
@@ -16,19 +16,24 @@ import functools
 import time
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import grpc.aio
 from cryptography import x509
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from chat_ticket_svc import config
-from chat_ticket_svc.access.credential import Credential, Metadata, Permission, expired, tenants_of
+from chat_ticket_svc.access.authenticator import Context
+from chat_ticket_svc.access.credential import (
+    Credential,
+    Metadata,
+    Permission,
+    credential_expired,
+    parse_tenants,
+)
 from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.errors import UnauthenticatedError
 
-Context = grpc.aio.ServicerContext[Any, Any]
-
+# A subject alternative name: its type and its value.
 Name = tuple[type[x509.GeneralName], str]
 URI, DNS = x509.UniformResourceIdentifier, x509.DNSName
 
@@ -36,78 +41,83 @@ SPIFFE_ID = r"spiffe://[a-z0-9._-]+(/[A-Za-z0-9._-]+)*"
 DNS_NAME = r"[a-z0-9_-]+(\.[a-z0-9_-]+)*"
 
 
-class _Caller(BaseModel):
+class _Grant(BaseModel):
+    """What the policy file grants one caller."""
+
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
-    tenants: Annotated[frozenset[str] | None, BeforeValidator(tenants_of)]
+    tenants: Annotated[frozenset[str] | None, BeforeValidator(parse_tenants)]
     permissions: frozenset[Permission] = Field(min_length=1)
 
 
-_Name = Annotated[str, Field(pattern=f"^({SPIFFE_ID}|{DNS_NAME})$")]
-_FILE = TypeAdapter(dict[_Name, _Caller])
+_CallerName = Annotated[str, Field(pattern=f"^({SPIFFE_ID}|{DNS_NAME})$")]
+_POLICY = TypeAdapter(dict[_CallerName, _Grant])
 
 
 class ClientCertificateAuthenticator:
     """Turns the client certificate of a call's connection into a credential.
 
-    gRPC has verified it against the authority of callers before the first call.
+    gRPC has verified the certificate against the client CA during the TLS handshake.
     """
 
     def __init__(self, path: Path):
         try:
             text = config.read_file("CHAT_TICKET_MTLS_POLICY", path).decode()
-            listed = _FILE.validate_python(tomllib.loads(text))
+            policy = _POLICY.validate_python(tomllib.loads(text))
         except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigurationError(f"CHAT_TICKET_MTLS_POLICY: {error}") from error
         except ValidationError as error:
             raise ConfigurationError(
                 "\n".join(
-                    f"CHAT_TICKET_MTLS_POLICY: {'.'.join(map(str, each['loc']))}: {each['msg']}"
-                    for each in error.errors(include_input=False, include_url=False)
+                    f"CHAT_TICKET_MTLS_POLICY: {'.'.join(map(str, problem['loc']))}:"
+                    f" {problem['msg'].removeprefix('Value error, ')}"
+                    for problem in error.errors(include_input=False, include_url=False)
                 )
             ) from error
-        self._callers = {
-            # By the kind of name: one that signs any DNS name could write a SPIFFE id into it.
-            (URI if "://" in name else DNS, name): caller
-            for name, caller in listed.items()
+        self._grants = {
+            # The key includes the type of the name: a CA that signs any DNS name could otherwise
+            # put a SPIFFE id into a DNS name.
+            (URI if "://" in name else DNS, name): grant
+            for name, grant in policy.items()
         }
 
     def __len__(self) -> int:
-        """How many callers are listed."""
-        return len(self._callers)
+        """The number of callers in the policy file."""
+        return len(self._grants)
 
     async def authenticate(self, context: Context, _: Metadata) -> Credential:
         pem = next(iter(context.auth_context().get("x509_pem_cert", ())), b"")
         names, expires_at = _identity(pem)
-        caller = next((self._callers[name] for name in names if name in self._callers), None)
-        if caller is None:
+        grant = next((self._grants[name] for name in names if name in self._grants), None)
+        if grant is None:
             raise UnauthenticatedError(
-                "the client certificate is of no listed caller", reason="CREDENTIAL_INVALID"
+                "client certificate has no name that the policy lists",
+                reason="CREDENTIAL_INVALID",
             )
-        # Verified when the connection was made, which can be long ago.
+        # The handshake checked this too, but the connection may be old.
         if expires_at <= time.time():
-            raise expired()
+            raise credential_expired()
         return Credential(
-            tenants=caller.tenants, permissions=caller.permissions, expires_at=expires_at
+            tenants=grant.tenants, permissions=grant.permissions, expires_at=expires_at
         )
 
 
 @functools.lru_cache(maxsize=1024)
 def _identity(pem: bytes) -> tuple[list[Name], float]:
-    """The names of a certificate by their kind, its SPIFFE id first, and when it expires.
+    """The names in a certificate, its SPIFFE id first, and when it expires.
 
-    Read from the certificate: what gRPC tells of it is cut off at a NUL, where another name can
-    begin. Nothing, when there is none.
+    The names are read from the certificate itself, because gRPC's auth context truncates a name
+    at a NUL character: a longer name could pass for one that the policy lists.
     """
     if not pem:
         return [], 0
     certificate = x509.load_pem_x509_certificate(pem)
     try:
-        named = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
     except x509.ExtensionNotFound:
         return [], 0
-    uris = named.get_values_for_type(URI)
-    # The SPIFFE X.509-SVID standard: exactly one URI.
+    uris = extension.value.get_values_for_type(URI)
+    # The SPIFFE X.509-SVID standard requires exactly one URI.
     names: list[Name] = [(URI, uri) for uri in uris if len(uris) == 1]
-    names += [(DNS, name.lower()) for name in named.get_values_for_type(DNS)]
+    names += [(DNS, name.lower()) for name in extension.value.get_values_for_type(DNS)]
     return names, certificate.not_valid_after_utc.timestamp()

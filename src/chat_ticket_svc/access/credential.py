@@ -1,4 +1,4 @@
-"""What a caller has proved, whichever way it did."""
+"""Credentials: the tenants and permissions that authentication grants a caller."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from chat_ticket_svc.errors import (
 )
 
 TENANT_KEY = "x-tenant-id"
-# Printable ASCII, without spaces around it: it travels in metadata.
+# Printable ASCII without leading or trailing spaces, because tenant ids travel in metadata.
 TENANT_ID = re.compile(r"[!-~]([ -~]{0,253}[!-~])?")
 
 ALL_TENANTS = "*"
 
-# Of a call, as it came: to ask gRPC for it costs a tenth of a call, so it is asked for once.
+# A call's metadata as received. Reading it from gRPC costs a tenth of a call, so the
+# instrumentation reads it once and passes it on.
 Metadata = Sequence[tuple[str, str | bytes]]
 
 
-def values(metadata: Metadata, key: str) -> list[str | bytes]:
-    return [value for each, value in metadata if each == key]
+def metadata_values(metadata: Metadata, key: str) -> list[str | bytes]:
+    return [value for name, value in metadata if name == key]
 
 
 class Permission(StrEnum):
-    """What a call does; methods.py says which of them it takes."""
+    """What a method may do. method_permissions.py assigns one to each method."""
 
     READ = "read"
     WRITE = "write"
@@ -40,7 +41,7 @@ class Permission(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Credential:
-    """The tenants that a caller may act for (None: any), what it may do, and until when.
+    """The tenants that a caller may act for (None means any), its permissions, and its expiry.
 
     `expires_at` is in seconds since the epoch.
     """
@@ -50,7 +51,7 @@ class Credential:
     expires_at: float = math.inf
 
     def __and__(self, other: Credential) -> Credential:
-        """What both allow."""
+        """A credential that allows only what both allow."""
         tenants = self.tenants
         if tenants is None:
             tenants = other.tenants
@@ -62,48 +63,60 @@ class Credential:
             expires_at=min(self.expires_at, other.expires_at),
         )
 
-    def require(self, permission: Permission) -> None:
+    def require_permission(self, permission: Permission) -> None:
+        """Raises PermissionDeniedError if the credential lacks `permission`."""
         if permission not in self.permissions:
             raise PermissionDeniedError(
-                f"the credential has no permission to {permission}",
+                f"credential lacks the permission {permission}",
                 reason="PERMISSION_REQUIRED",
                 metadata={"permission": permission},
             )
 
-    def tenant(self, given: Collection[str | bytes]) -> str:
-        """The tenant that a call acts for, which names `given` in its metadata."""
-        if not given:
+    def select_tenant(self, requested: Collection[str | bytes]) -> str:
+        """The tenant that a call acts for. `requested` holds the values of its TENANT_KEY.
+
+        Raises UnauthenticatedError if the call must name a tenant and does not,
+        InvalidArgumentError for a malformed tenant id, and PermissionDeniedError for a tenant that
+        the credential does not allow.
+        """
+        if not requested:
             if self.tenants is not None and len(self.tenants) == 1:
                 return next(iter(self.tenants))
             raise UnauthenticatedError(
-                f"the metadata key {TENANT_KEY} is missing", reason="TENANT_REQUIRED"
+                f"metadata key {TENANT_KEY} is missing", reason="TENANT_REQUIRED"
             )
-        tenant = next(iter(given))
-        if len(given) > 1 or not isinstance(tenant, str) or not TENANT_ID.fullmatch(tenant):
+        tenant = next(iter(requested))
+        if len(requested) > 1 or not isinstance(tenant, str) or not TENANT_ID.fullmatch(tenant):
             raise InvalidArgumentError(
-                [Violation(TENANT_KEY, "is not one text of 1 to 255 printable ASCII characters")]
+                [
+                    Violation(
+                        TENANT_KEY,
+                        "must occur once, with 1 to 255 printable ASCII characters"
+                        " and no leading or trailing spaces",
+                    )
+                ]
             )
         if self.tenants is not None and tenant not in self.tenants:
             raise PermissionDeniedError(
-                "the credential is not for this tenant", reason="TENANT_NOT_ALLOWED"
+                "credential is not valid for this tenant", reason="TENANT_NOT_ALLOWED"
             )
         return tenant
 
 
-def expired() -> UnauthenticatedError:
-    return UnauthenticatedError("the credential has expired", reason="CREDENTIAL_EXPIRED")
+def credential_expired() -> UnauthenticatedError:
+    return UnauthenticatedError("credential has expired", reason="CREDENTIAL_EXPIRED")
 
 
-# What every caller may who needs to prove nothing.
-EVERYTHING = Credential(tenants=None, permissions=frozenset(Permission))
+# For every caller of a server without authenticators.
+FULL_ACCESS = Credential(tenants=None, permissions=frozenset(Permission))
 
 
-def tenants_of(value: object) -> frozenset[str] | None:
-    """The tenants that `value` lists; "*" is all of them. Raises ValueError."""
+def parse_tenants(value: object) -> frozenset[str] | None:
+    """The tenants that `value` lists, or None for "*", which means all. Raises ValueError."""
     if value == ALL_TENANTS:
         return None
     if not isinstance(value, list) or not value:
-        raise ValueError('is neither a list of tenant ids nor "*"')
-    if not all(isinstance(each, str) and TENANT_ID.fullmatch(each) for each in value):
-        raise ValueError("holds something that is no tenant id")
+        raise ValueError('must be a non-empty list of tenant ids, or "*"')
+    if not all(isinstance(tenant, str) and TENANT_ID.fullmatch(tenant) for tenant in value):
+        raise ValueError("must contain only valid tenant ids")
     return frozenset(value)

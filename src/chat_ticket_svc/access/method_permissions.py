@@ -1,4 +1,4 @@
-"""Which permission each method takes. A method that is not here is served to nobody."""
+"""The permission that each method requires. The server does not serve a method without a rule."""
 
 from collections.abc import Iterable, Mapping
 
@@ -33,13 +33,13 @@ METHOD_PERMISSIONS: Mapping[str, Permission] = {
     f"{TICKETS}/GetTicket": Permission.READ,
     f"{TICKETS}/ListTickets": Permission.READ,
     f"{TICKETS}/CreateChatTicket": Permission.TICKET,
-    # Unlinks: it undoes an escalation, and no conversation is lost.
+    # Not DELETE: it undoes an escalation, and no part of the conversation is lost.
     f"{TICKETS}/DeleteChatTicket": Permission.TICKET,
     f"{TICKETS}/UpdateTicket": Permission.TICKET,
     f"{TICKETS}/DeleteTicket": Permission.DELETE,
 }
 
-# Whoever reaches the port may call these; they know nothing of any tenant.
+# Anyone who can reach the port may call these methods. They expose no tenant data.
 UNAUTHENTICATED_METHODS = frozenset(
     {
         "/grpc.health.v1.Health/Check",
@@ -49,15 +49,14 @@ UNAUTHENTICATED_METHODS = frozenset(
     }
 )
 
-
-# Safe to call again, whatever became of the first time.
+# These methods change nothing, so a call is always safe to retry.
 READ_METHODS = frozenset(
     method for method, permission in METHOD_PERMISSIONS.items() if permission is Permission.READ
 )
 
 
-def require_known(methods: Iterable[str]) -> None:
-    """Raise ConfigurationError naming those of `methods` that no rule covers."""
-    unknown = sorted(set(methods) - METHOD_PERMISSIONS.keys() - UNAUTHENTICATED_METHODS)
-    if unknown:
-        raise ConfigurationError(f"no permission is set for {', '.join(unknown)}")
+def require_permission_rules(methods: Iterable[str]) -> None:
+    """Raises ConfigurationError naming those of `methods` that have no rule."""
+    missing = sorted(set(methods) - METHOD_PERMISSIONS.keys() - UNAUTHENTICATED_METHODS)
+    if missing:
+        raise ConfigurationError(f"no permission rule for {', '.join(missing)}")

@@ -1,6 +1,6 @@
-"""How much callers may use at once, of one server process.
+"""Quotas of one server process: rate, calls in flight and open streams, per tenant and in total.
 
-What one tenant may take is less than what there is, so that it cannot take it from the others.
+The limits of one tenant are below those of the server, so that one tenant cannot use it all up.
 """
 
 from __future__ import annotations
@@ -15,147 +15,168 @@ from typing import Any
 from chat_ticket_svc import config
 from chat_ticket_svc.errors import QuotaExceededError
 
-# For each of the methods that ask for no credential.
-UNAUTHENTICATED_STREAMS = 100
+# For each method that requires no credential.
+UNAUTHENTICATED_STREAMS_PER_METHOD = 100
 
-# How many tenants are remembered before those that do nothing are forgotten.
-TENANTS = 1024
+# The number of tenants from which on idle ones are pruned.
+PRUNE_THRESHOLD_TENANTS = 1024
 
-# How long a refusal is held back at most, and how many are, before more are answered at once.
 REJECTION_DELAY_SECONDS = 0.1
-# Each holds its request.
-TENANT_DELAYED_REJECTIONS = 64
-DELAYED_REJECTIONS = 256
+# A delayed rejection keeps its request in memory. Beyond these numbers rejections are immediate.
+MAX_DELAYED_REJECTIONS_PER_TENANT = 64
+MAX_DELAYED_REJECTIONS = 256
 
 
-class _Use:
-    """What a tenant uses now."""
+class _TenantUsage:
+    """What a tenant currently uses."""
 
     def __init__(self) -> None:
         self.calls = 0
         self.streams = 0
-        self.held = 0
-        self.sessions: Counter[str] = Counter()
-        # When, in the loop's time, all that was taken of the rate will have been given back.
-        self.even_at = 0.0
+        self.delayed_rejections = 0
+        self.session_streams: Counter[str] = Counter()
+        # Of the rate limit, in the event loop's time. See Quotas._consume_rate.
+        self.theoretical_arrival_time = 0.0
 
 
-class _Taken(contextlib.AbstractContextManager[None]):
-    """What was taken, until it is given back by `end`."""
+class _Lease(contextlib.AbstractContextManager[None]):
+    """A share of the quotas that `release` returns when the block ends."""
 
-    # Not a generator: it is entered and left by every call, and costs a third.
-    def __init__(self, end: Callable[..., None], *use: Any):
-        self._end = end
-        self._use = use
+    # A class instead of a generator, because every call enters one: it costs a third.
+    def __init__(self, release: Callable[..., None], *arguments: Any):
+        self._release = release
+        self._arguments = arguments
 
     def __exit__(self, *_: object) -> None:
-        self._end(*self._use)
+        self._release(*self._arguments)
 
 
 class Quotas:
-    """Counts calls and streams, and refuses those beyond the limits with QuotaExceededError."""
+    """Counts calls and streams, and raises QuotaExceededError for those beyond the limits."""
 
     def __init__(self, limits: config.Quotas):
         self._limits = limits
-        self._uses: dict[str, _Use] = {}
-        self._forget_at = TENANTS
+        self._usages: dict[str, _TenantUsage] = {}
+        self._prune_threshold = PRUNE_THRESHOLD_TENANTS
         self._calls = 0
         self._streams = 0
-        self._held = 0
-        self._open: Counter[str] = Counter()
+        self._delayed_rejections = 0
+        self._unauthenticated_streams: Counter[str] = Counter()
 
-    def call(self, tenant_id: str) -> contextlib.AbstractContextManager[None]:
-        """Take what a unary call uses; leaving what is returned gives it back.
+    def acquire_call(self, tenant_id: str) -> contextlib.AbstractContextManager[None]:
+        """Acquire the quotas of a unary call. Leaving the returned lease releases them.
 
-        Its turn is taken last: what is refused costs none.
+        The rate limit comes last, so that a rejected call does not count towards it.
         """
-        limits, use = self._limits, self._use(tenant_id)
-        _below("tenant_calls_in_flight", limits.tenant_calls_in_flight, use.calls, tenant_id)
-        _below("calls_in_flight", limits.calls_in_flight, self._calls)
-        self._take_turn(tenant_id, use)
-        use.calls += 1
+        limits, usage = self._limits, self._usage(tenant_id)
+        _require_below(
+            "tenant_calls_in_flight", limits.tenant_calls_in_flight, usage.calls, tenant_id
+        )
+        _require_below("calls_in_flight", limits.calls_in_flight, self._calls)
+        self._consume_rate(tenant_id, usage)
+        usage.calls += 1
         self._calls += 1
-        return _Taken(self._end_call, use)
+        return _Lease(self._release_call, usage)
 
-    def _end_call(self, use: _Use) -> None:
-        use.calls -= 1
+    def _release_call(self, usage: _TenantUsage) -> None:
+        usage.calls -= 1
         self._calls -= 1
 
-    def stream(self, tenant_id: str, session_id: str) -> contextlib.AbstractContextManager[None]:
-        """Take what a stream of a session's messages or changes uses, as `call` does."""
-        limits, use = self._limits, self._use(tenant_id)
-        _below("tenant_streams", limits.tenant_streams, use.streams, tenant_id)
-        _below("session_streams", limits.session_streams, use.sessions[session_id], tenant_id)
-        _below("streams", limits.streams, self._streams)
-        self._take_turn(tenant_id, use)
-        use.streams += 1
-        use.sessions[session_id] += 1
+    def acquire_stream(
+        self, tenant_id: str, session_id: str
+    ) -> contextlib.AbstractContextManager[None]:
+        """Acquire the quotas of a stream of one session. See `acquire_call`."""
+        limits, usage = self._limits, self._usage(tenant_id)
+        _require_below("tenant_streams", limits.tenant_streams, usage.streams, tenant_id)
+        _require_below(
+            "session_streams", limits.session_streams, usage.session_streams[session_id], tenant_id
+        )
+        _require_below("streams", limits.streams, self._streams)
+        self._consume_rate(tenant_id, usage)
+        usage.streams += 1
+        usage.session_streams[session_id] += 1
         self._streams += 1
-        return _Taken(self._end_stream, use, session_id)
+        return _Lease(self._release_stream, usage, session_id)
 
-    def _end_stream(self, use: _Use, session_id: str) -> None:
-        use.streams -= 1
-        use.sessions[session_id] -= 1
-        if not use.sessions[session_id]:
-            del use.sessions[session_id]
+    def _release_stream(self, usage: _TenantUsage, session_id: str) -> None:
+        usage.streams -= 1
+        usage.session_streams[session_id] -= 1
+        if not usage.session_streams[session_id]:
+            del usage.session_streams[session_id]
         self._streams -= 1
 
-    async def delay_rejection(self, tenant_id: str, remaining: float | None) -> None:
-        """Let a refused caller wait a little for the refusal: it costs us the less often.
+    async def delay_rejection(self, tenant_id: str, remaining_seconds: float | None) -> None:
+        """Wait a moment before a rejection is sent, but not until the caller's deadline.
 
-        `remaining` is until its deadline. Without this, callers that call again at once keep the
-        event loop busy with nothing but refusals, and everybody waits behind them.
+        Callers that retry at once would otherwise keep the event loop busy with rejections, and
+        all other calls would wait behind them.
         """
-        use = self._use(tenant_id)
-        if use.held >= TENANT_DELAYED_REJECTIONS or self._held >= DELAYED_REJECTIONS:
+        usage = self._usage(tenant_id)
+        if (
+            usage.delayed_rejections >= MAX_DELAYED_REJECTIONS_PER_TENANT
+            or self._delayed_rejections >= MAX_DELAYED_REJECTIONS
+        ):
             return
-        # Those that are refused together do not come back together.
+        # The jitter keeps callers that are rejected together from retrying together.
         seconds = random.uniform(REJECTION_DELAY_SECONDS / 2, REJECTION_DELAY_SECONDS)  # noqa: S311 - jitter
-        use.held += 1
-        self._held += 1
+        usage.delayed_rejections += 1
+        self._delayed_rejections += 1
         try:
-            await asyncio.sleep(seconds if remaining is None else min(seconds, remaining / 2))
+            await asyncio.sleep(
+                seconds if remaining_seconds is None else min(seconds, remaining_seconds / 2)
+            )
         finally:
-            use.held -= 1
-            self._held -= 1
+            usage.delayed_rejections -= 1
+            self._delayed_rejections -= 1
 
     @contextlib.contextmanager
-    def unauthenticated_stream(self, method: str) -> Iterator[None]:
-        """A stream of a method that is open to everybody."""
-        _below("open_streams", UNAUTHENTICATED_STREAMS, self._open[method])
-        self._open[method] += 1
+    def acquire_unauthenticated_stream(self, method: str) -> Iterator[None]:
+        """Hold a stream of a method that requires no credential for the duration of the block."""
+        streams = self._unauthenticated_streams
+        _require_below("open_streams", UNAUTHENTICATED_STREAMS_PER_METHOD, streams[method])
+        streams[method] += 1
         try:
             yield
         finally:
-            self._open[method] -= 1
+            streams[method] -= 1
 
-    def _take_turn(self, tenant_id: str, use: _Use) -> None:
-        """The generic cell rate algorithm of ITU-T I.371: a token bucket in one number."""
+    def _consume_rate(self, tenant_id: str, usage: _TenantUsage) -> None:
+        """Count a call towards the tenant's rate: a token bucket that needs a single number.
+
+        This is the generic cell rate algorithm (GCRA) of ITU-T I.371.
+        """
         rate, burst = self._limits.tenant_calls_per_second, self._limits.tenant_burst
         now = asyncio.get_running_loop().time()
-        even_at = max(now, use.even_at) + 1 / rate
-        too_early = even_at - now - burst / rate
-        if too_early > 1e-6:
+        arrival_time = max(now, usage.theoretical_arrival_time) + 1 / rate
+        excess_seconds = arrival_time - now - burst / rate
+        if excess_seconds > 1e-6:
             raise QuotaExceededError(
-                "tenant_calls_per_second", rate, tenant_id, retry_seconds=too_early
+                "tenant_calls_per_second", rate, tenant_id, retry_seconds=excess_seconds
             )
-        use.even_at = even_at
+        usage.theoretical_arrival_time = arrival_time
 
-    def _use(self, tenant_id: str) -> _Use:
-        if (known := self._uses.get(tenant_id)) is not None:
-            return known
-        if len(self._uses) >= self._forget_at:
-            now = asyncio.get_running_loop().time()
-            self._uses = {
-                tenant: use
-                for tenant, use in self._uses.items()
-                if use.calls or use.streams or use.held or use.even_at > now
-            }
-            self._forget_at = max(TENANTS, 2 * len(self._uses))
-        new = self._uses[tenant_id] = _Use()
-        return new
+    def _usage(self, tenant_id: str) -> _TenantUsage:
+        if (usage := self._usages.get(tenant_id)) is not None:
+            return usage
+        if len(self._usages) >= self._prune_threshold:
+            self._prune_idle_tenants()
+        usage = self._usages[tenant_id] = _TenantUsage()
+        return usage
+
+    def _prune_idle_tenants(self) -> None:
+        """Forget the tenants whose counters are all what they would be for a new tenant."""
+        now = asyncio.get_running_loop().time()
+        self._usages = {
+            tenant_id: usage
+            for tenant_id, usage in self._usages.items()
+            if usage.calls
+            or usage.streams
+            or usage.delayed_rejections
+            or usage.theoretical_arrival_time > now
+        }
+        self._prune_threshold = max(PRUNE_THRESHOLD_TENANTS, 2 * len(self._usages))
 
 
-def _below(quota: str, limit: int, used: int, tenant_id: str | None = None) -> None:
+def _require_below(quota: str, limit: int, used: int, tenant_id: str | None = None) -> None:
     if used >= limit:
         raise QuotaExceededError(quota, limit, tenant_id, retry_seconds=1)

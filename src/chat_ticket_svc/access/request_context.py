@@ -1,4 +1,4 @@
-"""Which tenant the call at hand acts for, as the door has found."""
+"""The tenant of the current call, as a context variable. Admission sets it."""
 
 from contextvars import ContextVar
 
@@ -6,15 +6,15 @@ _TENANT_ID: ContextVar[str] = ContextVar("tenant_id")
 
 
 def set_tenant(tenant_id: str) -> None:
-    """For the rest of a call, which has a context of its own: its task's."""
+    """Set the tenant for the rest of the call. Each call is a task with its own context."""
     _TENANT_ID.set(tenant_id)
 
 
 def tenant_id() -> str:
-    """The tenant of the call. LookupError outside of one."""
+    """The tenant of the current call. Raises LookupError outside a call."""
     return _TENANT_ID.get()
 
 
 def tenant_id_or_none() -> str | None:
-    """The tenant of the call; None outside of one."""
+    """The tenant of the current call, or None before admission and outside a call."""
     return _TENANT_ID.get(None)

@@ -1,4 +1,4 @@
-"""The server's own certificate, which may be renewed while it serves."""
+"""The server's TLS certificate, its key and the CA of client certificates, reloaded on change."""
 
 from __future__ import annotations
 
@@ -24,106 +24,107 @@ RELOAD_SECONDS = 2
 
 
 class ServerCertificates:
-    """What the server shows to callers, and what it judges theirs by, from PEM files.
+    """The PEM files that the settings name, as gRPC server credentials.
 
-    Files that change are used for the connections made from then on; what cannot be used is
-    logged, and what was read before stays.
+    New connections use the files as they are then. If changed files are not usable, the problem
+    is logged and the last usable ones stay in effect.
     """
 
     @classmethod
-    def of(cls, settings: Settings) -> Self | None:
-        """Those of the settings, if any. ConfigurationError when they cannot be served."""
+    def from_settings(cls, settings: Settings) -> Self | None:
+        """None without TLS. Raises ConfigurationError if the files are not usable."""
         if settings.tls_certificate is None or settings.tls_key is None:
             return None
         return cls(
             certificate=settings.tls_certificate,
             key=settings.tls_key,
-            client_authority=settings.tls_client_ca if "mtls" in settings.auth else None,
+            client_ca=settings.tls_client_ca if "mtls" in settings.auth else None,
         )
 
-    def __init__(self, *, certificate: Path, key: Path, client_authority: Path | None):
+    def __init__(self, *, certificate: Path, key: Path, client_ca: Path | None):
         self._paths = {"CHAT_TICKET_TLS_CERTIFICATE": certificate, "CHAT_TICKET_TLS_KEY": key}
-        if client_authority is not None:
-            self._paths["CHAT_TICKET_TLS_CLIENT_CA"] = client_authority
-        self._read = self._contents()
-        self._current = self._given = _configuration(*self._read)
-        self._watching: asyncio.Task[None] | None = None
+        if client_ca is not None:
+            self._paths["CHAT_TICKET_TLS_CLIENT_CA"] = client_ca
+        self._contents = self._read_files()
+        self._current = self._in_use = _configuration(*self._contents)
+        self._reload_task: asyncio.Task[None] | None = None
 
     @property
-    def own(self) -> x509.Certificate:
-        """What callers are shown."""
-        return x509.load_pem_x509_certificates(self._read[0])[0]
+    def certificate(self) -> x509.Certificate:
+        """The certificate that the server presents."""
+        return x509.load_pem_x509_certificates(self._contents[0])[0]
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Callers must show a certificate exactly when there is an authority to judge it by."""
+        """Clients must present a certificate exactly if there is a CA to verify it."""
         return grpc.dynamic_ssl_server_credentials(
             self._current,
-            self._renewed,  # type: ignore[arg-type] # gRPC's own documentation allows None
+            self._fetch_changed,  # type: ignore[arg-type] # gRPC's own documentation allows None
             require_client_authentication=len(self._paths) == 3,
         )
 
-    def watch(self) -> None:
-        self._watching = asyncio.create_task(self._watch())
+    def start_reloading(self) -> None:
+        self._reload_task = asyncio.create_task(self._reload())
 
     async def close(self) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
+        if self._reload_task is not None:
+            self._reload_task.cancel()
+            await asyncio.gather(self._reload_task, return_exceptions=True)
 
-    def _renewed(self) -> grpc.ServerCertificateConfiguration | None:
-        """Asked by gRPC, on a thread of its own, before each handshake; None is no change."""
+    def _fetch_changed(self) -> grpc.ServerCertificateConfiguration | None:
+        """The configuration if it has changed, else None.
+
+        gRPC calls this before each handshake, on a thread of its own.
+        """
         current = self._current
-        if current is self._given:
+        if current is self._in_use:
             return None
-        self._given = current
+        self._in_use = current
         return current
 
-    async def _watch(self) -> None:
-        trouble = ""
+    async def _reload(self) -> None:
+        problem = ""
         while True:
             await asyncio.sleep(RELOAD_SECONDS)
-            before = trouble
+            previous_problem = problem
             try:
-                contents = await asyncio.to_thread(self._contents)
-                if contents != self._read:
+                contents = await asyncio.to_thread(self._read_files)
+                if contents != self._contents:
                     self._current = _configuration(*contents)
-                    self._read = contents
-                    log.info("the certificate files are renewed")
-                trouble = ""
+                    self._contents = contents
+                    log.info("certificate files reloaded")
+                problem = ""
             except ConfigurationError as error:
-                trouble = str(error)
-            except Exception as error:  # whatever it is, the certificate of before still serves
-                trouble = type(error).__qualname__
-            if trouble and trouble != before:
-                log.error(
-                    "the certificate files cannot be used: the old ones are kept", because=trouble
-                )
+                problem = str(error)
+            except Exception as error:  # no error may end the reloading
+                problem = type(error).__qualname__
+            if problem and problem != previous_problem:
+                log.error("certificate files not usable, keeping the old ones", problem=problem)
 
-    def _contents(self) -> list[bytes]:
-        return [config.read_file(*each) for each in self._paths.items()]
+    def _read_files(self) -> list[bytes]:
+        return [config.read_file(variable, path) for variable, path in self._paths.items()]
 
 
 @contextlib.contextmanager
-def _must_be(variable: str, what: str) -> Iterator[None]:
+def _must_contain(variable: str, what: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise ConfigurationError(f"{variable}: does not hold {what}") from error
+        raise ConfigurationError(f"{variable}: must contain {what}") from error
 
 
 def _configuration(
-    certificate: bytes, key: bytes, client_authority: bytes | None = None
+    certificate: bytes, key: bytes, client_ca: bytes | None = None
 ) -> grpc.ServerCertificateConfiguration:
-    """Raises ConfigurationError for what gRPC would fail to serve, handshake by handshake."""
-    with _must_be("CHAT_TICKET_TLS_CERTIFICATE", "certificates in PEM"):
+    """Raises ConfigurationError for files with which every TLS handshake would fail."""
+    with _must_contain("CHAT_TICKET_TLS_CERTIFICATE", "PEM certificates"):
         own = x509.load_pem_x509_certificates(certificate)[0]
-    with _must_be("CHAT_TICKET_TLS_KEY", "a key in PEM without a password"):
-        public = serialization.load_pem_private_key(key, None).public_key()
-    if own.public_key() != public:
-        raise ConfigurationError("CHAT_TICKET_TLS_KEY: is not the key of the certificate")
+    with _must_contain("CHAT_TICKET_TLS_KEY", "an unencrypted PEM key"):
+        public_key = serialization.load_pem_private_key(key, None).public_key()
+    if own.public_key() != public_key:
+        raise ConfigurationError("CHAT_TICKET_TLS_KEY: does not match the certificate")
     if own.not_valid_after_utc <= datetime.now(UTC):
         raise ConfigurationError("CHAT_TICKET_TLS_CERTIFICATE: has expired")
-    if client_authority is not None:
-        with _must_be("CHAT_TICKET_TLS_CLIENT_CA", "certificates in PEM"):
-            x509.load_pem_x509_certificates(client_authority)
-    return grpc.ssl_server_certificate_configuration([(key, certificate)], client_authority)
+    if client_ca is not None:
+        with _must_contain("CHAT_TICKET_TLS_CLIENT_CA", "PEM certificates"):
+            x509.load_pem_x509_certificates(client_ca)
+    return grpc.ssl_server_certificate_configuration([(key, certificate)], client_ca)

@@ -1,1 +1,1 @@
-"""The commands of chat-ticket-svc: one module each, with its arguments and what it does."""
+"""The commands of chat-ticket-svc: each module declares its arguments and runs the command."""

@@ -1,4 +1,4 @@
-"""`chat-ticket-svc erase`: delete a whole tenant."""
+"""`chat-ticket-svc erase`: deletes a tenant and all its data."""
 
 import argparse
 import sys
@@ -11,17 +11,23 @@ from chat_ticket_svc.store import tenants
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.tenants import Count
 
-# Of the active tickets that a refusal names.
-NAMED = 10
+# The error names at most this many active tickets.
+MAX_NAMED_TICKETS = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tenant", type=arguments.tenant_id, required=True, metavar="ID")
+    parser.add_argument(
+        "--tenant",
+        type=arguments.tenant_id,
+        required=True,
+        metavar="ID",
+        help="the tenant to delete",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only count what would be deleted")
     parser.add_argument(
         "--active-tickets",
         action="store_true",
-        help="also erase open and pending tickets; without this they make it refuse",
+        help="also delete open and pending tickets; without this they block the deletion",
     )
     parser.add_argument("--yes", action="store_true", help="do not ask for confirmation")
 
@@ -33,76 +39,77 @@ def run(options: argparse.Namespace) -> int:
             options.tenant,
             dry_run=options.dry_run,
             active_tickets=options.active_tickets,
-            confirmed=options.yes,
+            is_confirmed=options.yes,
         )
     )
 
 
 async def erase(
-    db: Database, tenant_id: str, *, dry_run: bool, active_tickets: bool, confirmed: bool
+    db: Database, tenant_id: str, *, dry_run: bool, active_tickets: bool, is_confirmed: bool
 ) -> int:
-    """Count, refuse or ask, and delete in batches; returns the exit status.
+    """Count the tenant's rows, ask for confirmation, and delete in batches.
 
-    Cut off in the middle it goes on when it is called again. Followers of a session hear that it is
-    gone as they would of any other deletion.
+    Returns the exit status. After an interruption, run it again to delete the rest. Watchers of a
+    session receive its deletion like any other.
     """
-    counted = await tenants.count(db, tenant_id)
-    if not any(counted):
-        print(f"the tenant {tenant_id} has nothing")
+    counts = await tenants.count(db, tenant_id)
+    if not any(counts):
+        print(f"tenant {tenant_id} has no data")
         return 0
-    print(f"the tenant {tenant_id} has {_describe(counted)}")
-    if counted.active_tickets and not active_tickets:
-        await _refuse(db, tenant_id, counted.active_tickets)
+    print(f"tenant {tenant_id} has {_describe(counts)}")
+    if counts.active_tickets and not active_tickets:
+        await _print_active_tickets(db, tenant_id, counts.active_tickets)
         return 1
     if dry_run:
-        print("nothing was erased: this was a dry run")
+        print("nothing was deleted: dry run")
         return 0
-    if not confirmed and not _confirms(tenant_id):
-        print("chat-ticket-svc: nothing was erased: not confirmed (see --yes)", file=sys.stderr)
+    if not is_confirmed and not _ask_for_confirmation(tenant_id):
+        print("chat-ticket-svc: nothing was deleted: not confirmed (see --yes)", file=sys.stderr)
         return 1
-    total = counted.sessions + counted.messages + counted.tombstones
-    total += counted.chat_tickets + counted.tickets
+    total = counts.sessions + counts.messages + counts.tombstones
+    total += counts.chat_tickets + counts.tickets
     with tqdm(total=total, unit=" rows", unit_scale=True, disable=None, leave=False) as bar:
         async for deleted in tenants.erase(db, tenant_id, active_tickets=active_tickets):
             bar.update(deleted)
     left = await tenants.count(db, tenant_id)
     if any(left):
         print(
-            f"chat-ticket-svc: the tenant has {_describe(left)} again; stop its callers and repeat",
+            f"chat-ticket-svc: tenant {tenant_id} still has {_describe(left)}:"
+            " stop its callers and run this again",
             file=sys.stderr,
         )
         return 1
-    print(f"erased: the tenant {tenant_id} has nothing any more")
+    print(f"tenant {tenant_id} is erased")
     return 0
 
 
-def _describe(counted: Count) -> str:
+def _describe(counts: Count) -> str:
     names = {
-        "sessions": counted.sessions,
-        "messages": counted.messages,
-        "attachments": counted.attachments,
-        "tombstones": counted.tombstones,
-        "chat tickets": counted.chat_tickets,
-        f"tickets ({counted.active_tickets} of them active)": counted.tickets,
+        "sessions": counts.sessions,
+        "messages": counts.messages,
+        "attachments": counts.attachments,
+        "tombstones": counts.tombstones,
+        "chat tickets": counts.chat_tickets,
+        f"tickets ({counts.active_tickets} of them active)": counts.tickets,
     }
     return ", ".join(f"{number:,} {name}" for name, number in names.items())
 
 
-async def _refuse(db: Database, tenant_id: str, active: int) -> None:
-    named = (await tenants.oldest_tickets(db, tenant_id, active=True))[:NAMED]
-    lines = [f"  {ticket.id} ({ticket.status})" for ticket in named]
-    if active > len(named):
-        lines.append(f"  and {active - len(named):,} more")
+async def _print_active_tickets(db: Database, tenant_id: str, active: int) -> None:
+    oldest = (await tenants.oldest_tickets(db, tenant_id, active=True))[:MAX_NAMED_TICKETS]
+    lines = [f"  {ticket.id} ({ticket.status})" for ticket in oldest]
+    if active > len(oldest):
+        lines.append(f"  and {active - len(oldest):,} more")
     print(
-        "chat-ticket-svc: nothing was erased, as tickets are open or pending:",
+        "chat-ticket-svc: nothing was deleted: the tenant has open or pending tickets:",
         *lines,
-        "solve or close them, or say --active-tickets to erase them as well",
+        "solve or close them, or pass --active-tickets to delete them too",
         sep="\n",
         file=sys.stderr,
     )
 
 
-def _confirms(tenant_id: str) -> bool:
+def _ask_for_confirmation(tenant_id: str) -> bool:
     if not sys.stdin.isatty():
         return False
-    return input("type the id of the tenant to erase all of this: ") == tenant_id
+    return input("type the tenant's id to delete all of this: ") == tenant_id

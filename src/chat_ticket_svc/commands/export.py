@@ -1,10 +1,12 @@
-"""`chat-ticket-svc export`: a tenant, or one of its sessions, as JSON Lines.
+"""`chat-ticket-svc export`: writes a tenant, or one of its sessions, as JSON Lines.
 
-Each line is an object with one field, which says what it is: `ticket`, `chatSession`, `chatMessage`
-or `chatTicket`, the messages of chat_ticket.v1 in the JSON mapping of protobuf, so that every
-protobuf library reads them back. Tickets come first, as others refer to them; then the sessions,
-from the oldest on, each followed by its messages in their order, with their attachments, and by its
-chat ticket. A session has the messages that it had when its turn came.
+Each line is an object with one field, which names the type of its value: `ticket`, `chatSession`,
+`chatMessage` or `chatTicket`. The values are messages of chat_ticket.v1 in protobuf's JSON
+mapping, which every protobuf library can parse.
+
+Tickets come first, because chat tickets refer to them. Then come the sessions, oldest first. Each
+is followed by its messages, in order and with their attachments, and by its chat ticket. The
+export is not one snapshot: each session is read separately.
 """
 
 import argparse
@@ -31,11 +33,17 @@ from chat_ticket_svc.store import message_listing, sessions, tenants, tickets
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.sessions import Session
 
-PAGE = 500
+PAGE_SIZE = 500
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tenant", type=arguments.tenant_id, required=True, metavar="ID")
+    parser.add_argument(
+        "--tenant",
+        type=arguments.tenant_id,
+        required=True,
+        metavar="ID",
+        help="the tenant to export",
+    )
     parser.add_argument(
         "--session", type=arguments.uuid, metavar="ID", help="export only this session"
     )
@@ -43,43 +51,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="appears under this name when it is complete (default: standard output)",
+        help="the output file, created only when the export is complete (default: standard output)",
     )
 
 
 def run(options: argparse.Namespace) -> int:
     return run_on_database(
-        lambda db: _export_to(db, options.tenant, options.session, options.output)
+        lambda db: _export_to_file(db, options.tenant, options.session, options.output)
     )
 
 
-async def _export_to(
+async def _export_to_file(
     db: Database, tenant_id: str, session_id: str | None, output: Path | None
 ) -> int:
-    opened = contextlib.nullcontext(sys.stdout) if output is None else atomic_write(output)
+    target = contextlib.nullcontext(sys.stdout) if output is None else atomic_write(output)
     try:
-        with opened as file:
+        with target as file:
             if not await export(db, tenant_id, session_id, file):
-                raise ConfigurationError(f"the tenant {tenant_id} has nothing")
+                raise ConfigurationError(f"tenant {tenant_id} has no data")
     except OSError as error:
-        if output is None:  # or Python reports at exit that it cannot flush
+        if output is None:  # otherwise Python fails to flush at exit, and prints a traceback
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # the reader, such as head, has closed the pipe
+        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has closed the pipe
             return 128 + signal.SIGPIPE
-        place = output or "the standard output"
-        print(f"chat-ticket-svc: cannot write {place}: {error.strerror}", file=sys.stderr)
+        name = output or "standard output"
+        print(f"chat-ticket-svc: cannot write {name}: {error.strerror}", file=sys.stderr)
         return 1
     return 0
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[TextIO]:
-    """A file that takes its name when it is complete. A device or pipe is written directly."""
+    """A file that appears under `path` only when it is complete. Devices and pipes are written to
+    directly.
+    """
     if path.exists() and not path.is_file():
         with path.open("w", encoding="utf-8") as file:
             yield file
         return
-    path = path.resolve()  # a link stays one
+    path = path.resolve()  # a symbolic link is kept
     part = path.with_name(f"{path.name}.part")
     try:
         with part.open("w", encoding="utf-8") as file:
@@ -91,19 +101,18 @@ def atomic_write(path: Path) -> Iterator[TextIO]:
 
 
 async def export(db: Database, tenant_id: str, session_id: str | None, output: TextIO) -> int:
-    """Write the lines, and return how many there are; NotFoundError for a session not there."""
+    """Write the lines and return their number. Raises NotFoundError if the session is absent."""
     lines = 0
     if session_id is None:
-        counted = await tenants.count(db, tenant_id)
-        total = counted.tickets + counted.sessions + counted.messages + counted.chat_tickets
-        items = _tenant(db, tenant_id)
+        counts = await tenants.count(db, tenant_id)
+        total = counts.tickets + counts.sessions + counts.messages + counts.chat_tickets
+        items = _tenant_messages(db, tenant_id)
     else:
         session = await sessions.get(db, tenant_id, session_id)
-        total = None  # a revision is no number of messages
-        items = _session(db, session)
+        total = None  # unknown: a revision does not count messages
+        items = _session_messages(db, session)
     with tqdm(total=total, unit=" lines", unit_scale=True, disable=None, leave=False) as bar:
         async for name, message in items:
-            # As the mapping has it, and on one line, however long.
             line = {name: MessageToDict(message)}
             output.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
             bar.update()
@@ -112,25 +121,25 @@ async def export(db: Database, tenant_id: str, session_id: str | None, output: T
     return lines
 
 
-async def _tenant(db: Database, tenant_id: str) -> AsyncIterator[tuple[str, Message]]:
+async def _tenant_messages(db: Database, tenant_id: str) -> AsyncIterator[tuple[str, Message]]:
     last_ticket = None
     while page := await tenants.oldest_tickets(db, tenant_id, last_ticket):
         for ticket in page:
             yield "ticket", convert.ticket(ticket)
         last_ticket = page[-1]
-    last = None
-    while found := await tenants.oldest_sessions(db, tenant_id, last):
-        for session in found:
-            with contextlib.suppress(NotFoundError):  # it was deleted since
-                async for item in _session(db, session):
+    last_session = None
+    while batch := await tenants.oldest_sessions(db, tenant_id, last_session):
+        for session in batch:
+            with contextlib.suppress(NotFoundError):  # deleted meanwhile
+                async for item in _session_messages(db, session):
                     yield item
-        last = found[-1]
+        last_session = batch[-1]
 
 
-async def _session(db: Database, session: Session) -> AsyncIterator[tuple[str, Message]]:
+async def _session_messages(db: Database, session: Session) -> AsyncIterator[tuple[str, Message]]:
     yield "chatSession", convert.session(session)
-    after, more = 0, True
-    while more:
+    after, has_more = 0, True
+    while has_more:
         page = await message_listing.page(
             db,
             session.tenant_id,
@@ -140,13 +149,13 @@ async def _session(db: Database, session: Session) -> AsyncIterator[tuple[str, M
             before=session.revision + 1,
             descending=False,
             roles=None,
-            limit=PAGE,
+            limit=PAGE_SIZE,
         )
         response = ListChatMessagesResponse.FromString(convert.messages(session.id, page.rows))
         for message in response.messages:
             yield "chatMessage", message
             after = message.sequence
-        more = page.more
+        has_more = page.more
     link = await tickets.link_of_session(db, session.tenant_id, session.id)
     if link is not None:
         yield "chatTicket", convert.chat_ticket(link)

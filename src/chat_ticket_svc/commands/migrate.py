@@ -1,6 +1,6 @@
-"""`chat-ticket-svc migrate`: bring the database to the newest schema, by dbmate.
+"""`chat-ticket-svc migrate`: applies the pending migrations, with dbmate.
 
-Concurrent runs wait for one another, by an advisory lock.
+Concurrent runs wait for one another: dbmate takes an advisory lock.
 """
 
 import argparse
@@ -27,21 +27,21 @@ def run(_: argparse.Namespace) -> int:
 
 
 def database_url() -> str:
-    """The URL to migrate. Raises ConfigurationError without one, or for one of several hosts."""
+    """The URL to migrate. Raises ConfigurationError if it is missing or names several hosts."""
     settings = config.load()
     if not settings.migrate_url:
         raise ConfigurationError("DATABASE_URL: is required")
     if config.has_several_hosts(settings.migrate_url):
         raise ConfigurationError(
-            "MIGRATE_DATABASE_URL: is required when DATABASE_URL names several hosts;"
-            " it names the primary"
+            "MIGRATE_DATABASE_URL: is required when DATABASE_URL names several hosts:"
+            " set it to the primary's URL"
         )
     return settings.migrate_url
 
 
 def up(url: str, *, quiet: bool = False) -> int:
-    """Bring a database to the newest schema, creating it first when there is none."""
-    # Of several runs that create the database at once, all but one fail at that, and may go on.
+    """Create the database if it does not exist, and apply the pending migrations."""
+    # The result is ignored: of several concurrent runs, only one succeeds in creating the database.
     _run(url, "create", capture_output=True)
     return dbmate(url, "migrate", quiet=quiet)
 
@@ -49,26 +49,26 @@ def up(url: str, *, quiet: bool = False) -> int:
 def dbmate(url: str, command: str, *, quiet: bool = False) -> int:
     """Run a dbmate command on the database of `url`; returns its exit status."""
     streams = {"stdout": subprocess.DEVNULL if quiet else None, "stderr": subprocess.PIPE}
-    done = _run(url, command, **streams)
-    if done.returncode != 0:
-        reason = _reason(done.stderr.decode(errors="replace"))
+    process = _run(url, command, **streams)
+    if process.returncode != 0:
+        reason = _error_reason(process.stderr.decode(errors="replace"))
         print(f"chat-ticket-svc: {command} failed: {reason}", file=sys.stderr)
-    return done.returncode
+    return process.returncode
 
 
-def _reason(text: str) -> str:
-    """The parts of dbmate's output that hold no secret: the rest may quote the URL or a row."""
+def _error_reason(output: str) -> str:
+    """The parts of dbmate's output that contain no secret. The rest may quote the URL or a row."""
     patterns = {
         "": r"\bline: \d+, column: \d+",  # in the migration
         "network: ": r"(?<=: )(?:no such host|i/o timeout|connect: [a-z ]+)$",
         "SQLSTATE ": r"(?<=\()[0-9A-Z]{5}(?=\)$)",
     }
-    found = [
+    reasons = [
         kind + match[0]
         for kind, pattern in patterns.items()
-        if (match := re.search(pattern, text, re.MULTILINE))
+        if (match := re.search(pattern, output, re.MULTILINE))
     ]
-    return ", ".join(found) or "run dbmate itself for the reason; its output may show the URL"
+    return ", ".join(reasons) or "run dbmate directly for the reason; its output may show the URL"
 
 
 def _run(url: str, command: str, **streams: Any) -> subprocess.CompletedProcess[bytes]:
@@ -81,7 +81,7 @@ def _run(url: str, command: str, **streams: Any) -> subprocess.CompletedProcess[
             "--no-dump-schema",
             command,
         ],
-        # In the environment: every user can read the arguments, and the URL holds a password.
+        # In the environment, because every user can read arguments, and the URL holds a password.
         env={**os.environ, "DATABASE_URL": _with_libpq_tls_default(url)},
         check=False,
         **streams,
@@ -89,7 +89,7 @@ def _run(url: str, command: str, **streams: Any) -> subprocess.CompletedProcess[
 
 
 def _with_libpq_tls_default(url: str) -> str:
-    """dbmate insists on TLS where libpq only prefers it."""
+    """The URL with libpq's default for TLS, `prefer`. dbmate's default requires TLS."""
     parts = urlsplit(url)
     if "sslmode=" in parts.query or "PGSSLMODE" in os.environ:
         return url

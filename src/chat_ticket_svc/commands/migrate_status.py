@@ -1,4 +1,4 @@
-"""`chat-ticket-svc migrate-status`: list the applied and the pending migrations."""
+"""`chat-ticket-svc migrate-status`: lists the applied and the pending migrations."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""A database connection for commands that read or write all of a tenant."""
+"""A database connection for commands that read or delete a whole tenant."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -9,15 +9,16 @@ from chat_ticket_svc.store import schema
 from chat_ticket_svc.store.connection import require_valid_url
 from chat_ticket_svc.store.database import Database
 
-# Counting a large tenant takes minutes. An erase that was killed may hold its locks until
-# PostgreSQL has finished its statement.
+# Counting the rows of a large tenant takes minutes. An erase that was killed holds its locks until
+# PostgreSQL has finished its last statement.
 STATEMENT_TIMEOUT_MS = LOCK_TIMEOUT_MS = 600_000
 
 
 def run_on_database(work: Callable[[Database], Awaitable[int]]) -> int:
     """Run `work` on the database of DATABASE_URL, and return its exit status.
 
-    Raises ConfigurationError without a valid URL, and StaleSchemaError when migrations are missing.
+    Raises ConfigurationError if the URL is missing or invalid, and StaleSchemaError if migrations
+    are pending.
     """
     settings = config.load()
     if not settings.database_url:

@@ -1,4 +1,4 @@
-"""`chat-ticket-svc serve`: run the server, or several server processes on one port."""
+"""`chat-ticket-svc serve`: runs the server, or several server processes on one port."""
 
 import argparse
 import asyncio
@@ -23,27 +23,34 @@ log = structlog.get_logger()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--port", type=int, help="overrides CHAT_TICKET_PORT")
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="server processes; overrides CHAT_TICKET_WORKERS"
+        "--port", type=int, help="the port to listen on; overrides CHAT_TICKET_PORT"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="the number of server processes; overrides CHAT_TICKET_WORKERS",
     )
     parser.add_argument(
         "--embedded",
         type=Path,
         metavar="DIRECTORY",
-        help="run and migrate a private PostgreSQL on this data directory, for development",
+        help="for development: run and migrate a PostgreSQL of its own in this data directory",
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    given = {"port": options.port, "workers": options.workers}
-    overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    arguments = {"port": options.port, "workers": options.workers}
+    overrides: dict[str, Any] = {
+        name: value for name, value in arguments.items() if value is not None
+    }
     shutdown = ShutdownSignals(with_terminal=options.embedded is not None)
     with _embedded_settings(options.embedded) as embedded:
         overrides |= embedded
         settings = config.load(**overrides)
         if not settings.database_url:
-            raise ConfigurationError("DATABASE_URL: is required (or serve --embedded DIRECTORY)")
+            raise ConfigurationError("DATABASE_URL: is required without --embedded")
         logs.configure(settings)
         if unknown := config.unknown_variables(os.environ):
             log.warning("unknown settings have no effect", variables=unknown)
@@ -51,10 +58,10 @@ def run(options: argparse.Namespace) -> int:
         def on_listening(port: int) -> None:
             if options.embedded is not None:
                 example = _example_call(settings, port, options.embedded.parent)
-                # Other commands need the URL while this one runs.
+                # For other commands, to be run while this server runs.
                 url = f"export DATABASE_URL={shlex.quote(settings.database_url)}"
-                # With PYTHONUNBUFFERED, print() writes the newline separately, and a log line from
-                # the logging thread could come between.
+                # Not print(): with PYTHONUNBUFFERED it writes the newline separately, and the
+                # logging thread could write a line in between.
                 sys.stdout.write(f"{example}\n{url}\n")
                 sys.stdout.flush()
 
@@ -67,13 +74,13 @@ def run_server(
     settings: Settings, shutdown: ShutdownSignals, on_listening: Callable[[int], None]
 ) -> int:
     """Serve in this process until a signal; returns the exit status."""
-    # gRPC's threads wake one another many times in a call. Under SCHED_BATCH they do not preempt
-    # one another, which saves a seventh of the CPU. Threads that start later inherit the policy.
+    # gRPC's threads wake one another many times per call. Under SCHED_BATCH they do not preempt one
+    # another, which saves a seventh of the CPU time. Threads that start later inherit the policy.
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    # By default gRPC prints a line of its own for each failed handshake.
+    # By default gRPC prints a line to stderr for each failed handshake.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    # Imported late: gRPC takes half a second that other commands need not wait for.
+    # Imported here, because gRPC takes half a second to load, and the supervisor must not load it.
     import uvloop
 
     from chat_ticket_svc import server
@@ -111,14 +118,14 @@ def _run_workers(
 
 @contextlib.contextmanager
 def _embedded_settings(directory: Path | None) -> Iterator[dict[str, str]]:
-    """Run an embedded PostgreSQL, and yield the settings that point to it."""
+    """Run an embedded PostgreSQL, and yield the settings of a server that uses it."""
     if directory is None:
         yield {}
         return
     with EmbeddedPostgres(directory) as postgres:
         url = postgres.url("chat_ticket")
         if migrate.up(url, quiet=True) != 0:
-            raise EmbeddedPostgresError(f"the database in {directory} could not be migrated")
+            raise EmbeddedPostgresError(f"{directory}: cannot migrate the database")
         overrides = dict.fromkeys(("DATABASE_URL", "DATABASE_LISTEN_URL"), url)
         if "jwt" in os.environ.get("CHAT_TICKET_AUTH", "") and not os.environ.get(
             "CHAT_TICKET_JWKS"
@@ -130,7 +137,7 @@ def _embedded_settings(directory: Path | None) -> Iterator[dict[str, str]]:
 
 
 def _example_call(settings: Settings, port: int, directory: Path) -> str:
-    """A grpcurl command that calls this server, to be pasted into a shell."""
+    """A grpcurl command that calls this server, ready to paste into a shell."""
     python = os.path.relpath(sys.executable)
     words = [str(Path(python).with_name("grpcurl"))]
     if settings.tls_certificate is None:

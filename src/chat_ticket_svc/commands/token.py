@@ -1,4 +1,4 @@
-"""`chat-ticket-svc token`: sign a token with a development key pair."""
+"""`chat-ticket-svc token`: signs a token with a development key pair."""
 
 import argparse
 import json
@@ -31,24 +31,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=tenant_id,
         metavar="ID",
-        help="a tenant that the token is for; may be repeated (default: all tenants)",
+        help="a tenant that the token is for; repeatable (default: all tenants)",
     )
     parser.add_argument(
         "--permission",
         action="append",
         default=[],
         choices=[permission.value for permission in Permission],
-        help="may be repeated (default: all permissions)",
+        help="a permission of the token; repeatable (default: all permissions)",
     )
     parser.add_argument(
-        "--seconds", type=int, default=3600, help="how long it is valid (default: %(default)s)"
+        "--seconds", type=int, default=3600, help="the lifetime (default: %(default)s)"
     )
     parser.add_argument(
         "--directory",
         type=Path,
         default=Path(".data"),
-        help="where `serve --embedded DIRECTORY/...` keeps its key; made when there is none"
-        " (default: %(default)s)",
+        help="the directory of the development key, which is created if it does not exist;"
+        " the parent of the directory of `serve --embedded` (default: %(default)s)",
     )
 
 
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def development_settings(directory: Path) -> dict[str, str]:
-    """The settings that make a server accept tokens signed with the key in `directory`."""
+    """The settings of a server that accepts tokens signed with the key in `directory`."""
     public = ECAlgorithm.to_jwk(_key(directory).public_key(), as_dict=True)
     keys = {"keys": [{**public, "kid": KEY_ID, "alg": ALGORITHM, "use": "sig"}]}
     path = directory / "development-keys.json"
@@ -80,12 +80,12 @@ def development_settings(directory: Path) -> dict[str, str]:
 def sign_token(
     directory: Path, *, tenants: Sequence[str], permissions: Sequence[str], seconds: int
 ) -> str:
-    """A token signed with the key in `directory`. The key is made when there is none.
+    """A token signed with the key in `directory`, which is created if it does not exist.
 
-    Without `tenants` it is for all tenants; without `permissions` it grants all of them.
+    Without `tenants` the token is for all tenants. Without `permissions` it grants all of them.
     """
     if not (directory / KEY_FILE).exists():
-        print(f"made a new key in {directory}; no server trusts it yet", file=sys.stderr)
+        print(f"created a key in {directory}; no running server trusts it", file=sys.stderr)
     now = int(time.time())
     claims = {
         "iss": ISSUER,
@@ -103,13 +103,13 @@ def _key(directory: Path) -> ec.EllipticCurvePrivateKey:
     path = directory / KEY_FILE
     try:
         if not path.exists():
-            _make_key(path)
+            _create_key(path)
         return serialization.load_pem_private_key(path.read_bytes(), None)  # type: ignore[return-value]
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"{path}: cannot read or make a key there") from error
+        raise ConfigurationError(f"{path}: cannot read or create the key") from error
 
 
-def _make_key(path: Path) -> None:
+def _create_key(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pem = ec.generate_private_key(ec.SECP256R1()).private_bytes(
         serialization.Encoding.PEM,

@@ -14,11 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Serve with the settings that the supervisor has validated."""
+    """Serve with the settings of the supervisor, which has validated them."""
     workers.die_with_supervisor(options.supervisor_pid)
     shutdown = ShutdownSignals(with_terminal=False)
     settings = config.load()
-    if settings.metrics_port:  # worker N serves metrics on the first worker's port plus N
+    if settings.metrics_port:  # worker N serves its metrics on the setting's port plus N
         settings = config.load(metrics_port=settings.metrics_port + options.number)
     logs.configure(settings)
     return serve.run_server(settings, shutdown, lambda _: workers.report_listening())

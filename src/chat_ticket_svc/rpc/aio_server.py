@@ -1,14 +1,14 @@
-"""gRPC's own asyncio server, but for the loop in which it takes in calls.
+"""A grpc.aio server that accepts calls in its own loop.
 
-That loop (grpcio 1.85.1, AioServer._server_main_loop) waits for the next call of every registered
-method at once, and after each call begins to wait for all of them again: a quarter of what an
-empty call costs, with our number of methods. Here each method has tasks of its own that take in
-its calls, so that gRPC's loop waits once, for all of these tasks to end.
+grpcio's loop (AioServer._server_main_loop in 1.85.1) waits for the next call of every registered
+method at once, and after each call it starts all of these waits again. With our number of methods
+that is a quarter of the cost of an empty call. Here each method has acceptor tasks of its own.
+gRPC's loop waits only once, until one of these tasks fails.
 
-And it reads the path of a method that does not exist as UTF-8: a path that is none ends the loop,
-so that after one request from anybody who reaches the port nothing listens any more while the
-process lives on. Methods that exist are registered with gRPC's core and do not come that way; so
-what does is refused without a look at its path, which is all that was ever going to happen to it.
+grpcio's loop also decodes the path of an unknown method as UTF-8. A path that is not UTF-8 ends the
+loop: after one such request, from anybody who can reach the port, the server accepts no more calls
+while its process lives on. gRPC's core routes the calls of registered methods itself, so only calls
+of unknown methods arrive that way. They are rejected without a look at their path.
 """
 
 import asyncio
@@ -19,15 +19,18 @@ from typing import Any
 import grpc.aio
 from grpc._cython import cygrpc  # type: ignore[attr-defined] # has no stubs
 
-# Of each method, that wait for calls at once. A task takes in one call in each turn of the event
-# loop. When more of them come, the others wait where nobody sees them: with one task a crowd of ten
-# times as many callers as could be served was refused after a second, and what was accepted had
-# waited for as long.
+# The tasks of a method that wait for calls. Each accepts one call per turn of the event loop, and
+# calls beyond that queue inside gRPC, where no quota sees them. With one acceptor, a burst of ten
+# times as many callers as the server can serve was rejected only after a second, and the calls that
+# were accepted had waited as long.
 ACCEPTORS_PER_METHOD = 16
 
 
-def server(**arguments: Any) -> grpc.aio.Server:
-    """As grpc.aio.server, without interceptors and limits; serves registered methods only."""
+def create_server(**arguments: Any) -> grpc.aio.Server:
+    """Create a grpc.aio.Server with the arguments of grpc.aio.server.
+
+    It serves registered methods only, without interceptors and `maximum_concurrent_rpcs`.
+    """
     original = cygrpc.AioServer
     cygrpc.AioServer = _AioServer
     try:
@@ -40,7 +43,7 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
         self._handlers: dict[str, Any] = {}
-        # The event loop itself holds its tasks weakly.
+        # The event loop holds only weak references to its tasks.
         self._tasks: set[asyncio.Task[None]] = set()
 
     def add_registered_method_handlers(self, handlers: Mapping[str, Any]) -> None:
@@ -48,38 +51,44 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
         self._handlers.update(handlers)
 
     def _make_request_call_future(self, method: bytes | None) -> asyncio.Future[Any]:
-        """What gRPC's loop waits for: the calls of a registered method; for None, of any other."""
-        loop = asyncio.get_running_loop()
-        # Not the task: when gRPC's loop ends by an error it cancels what it waits for, and gRPC's
-        # core still writes to what a task holds that waits for a call.
-        ended = loop.create_future()
+        """Start the acceptors of a method, or of all unknown methods for None.
 
-        def end(task: asyncio.Task[None]) -> None:
-            if not task.cancelled() and (error := task.exception()) and not ended.done():
-                ended.set_exception(error)
+        gRPC's loop waits for the returned future, which fails as soon as an acceptor fails.
+        """
+        loop = asyncio.get_running_loop()
+        # A plain future, not a task: when gRPC's loop fails, it cancels what it waits for. A
+        # cancelled acceptor would free memory that gRPC's core still writes to.
+        failure = loop.create_future()
+
+        def propagate_error(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) and not failure.done():
+                failure.set_exception(error)
 
         for _ in range(ACCEPTORS_PER_METHOD):
-            calls = self._refuse_unknown_methods() if method is None else self._accept_calls(method)
-            self._keep(calls).add_done_callback(end)
-        return ended
+            acceptor = (
+                self._reject_unknown_methods() if method is None else self._accept_calls(method)
+            )
+            self._spawn(acceptor).add_done_callback(propagate_error)
+        return failure
 
     async def _accept_calls(self, method: bytes) -> None:
-        """Never returns; raises what gRPC expects of it, when the server stops."""
+        """Never return; raise the errors that gRPC's loop expects when the server stops."""
         loop, name = asyncio.get_running_loop(), method.decode()
         handler = self._handlers[name]
         handle = _HANDLE[handler.request_streaming, handler.response_streaming]
         while True:
             call = await self._request_registered_call(method)
             handling = handle(handler, call, loop)
-            self._keep(cygrpc._schedule_rpc_coro(handling, call, loop, name))
-            del call, handling  # they have all of a call, and the next one may be long in coming
+            self._spawn(cygrpc._schedule_rpc_coro(handling, call, loop, name))
+            # They would keep this call in memory until the next one arrives.
+            del call, handling
 
-    async def _refuse_unknown_methods(self) -> None:
-        """Never returns, as _accept_calls."""
+    async def _reject_unknown_methods(self) -> None:
+        """Never return; raise as _accept_calls does."""
         while True:
-            self._keep(_refuse(await self._request_call()))
+            self._spawn(_abort_unimplemented(await self._request_call()))
 
-    def _keep(self, work: Any) -> asyncio.Task[None]:
+    def _spawn(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -95,8 +104,8 @@ _HANDLE = {
 }
 
 
-async def _refuse(call: Any) -> None:
+async def _abort_unimplemented(call: Any) -> None:
     context = cygrpc._ServicerContext(call, None, None, asyncio.get_running_loop())
-    # It says that it was aborted, or that the caller has left before.
+    # `abort` always raises: AbortError, or another error when the caller has left already.
     with contextlib.suppress(grpc.aio.BaseError):
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")

@@ -7,7 +7,7 @@ from grpc_health.v1 import health, health_pb2
 
 
 class HealthServicer(health.aio.HealthServicer):
-    """Adds List, the newest method, which the library lacks; and sets all services at once."""
+    """The library's servicer with the method List, and a setter for all services at once."""
 
     def __init__(self, services: Sequence[str]):
         super().__init__()
@@ -15,9 +15,9 @@ class HealthServicer(health.aio.HealthServicer):
         self._names = ("", *services)
 
     async def set_all(self, *, serving: bool) -> None:
-        answer = health_pb2.HealthCheckResponse
+        response = health_pb2.HealthCheckResponse
         for name in self._names:
-            await self.set(name, answer.SERVING if serving else answer.NOT_SERVING)
+            await self.set(name, response.SERVING if serving else response.NOT_SERVING)
 
     async def List(self, _: Any, context: Any) -> Any:
         statuses = {

@@ -1,4 +1,4 @@
-"""Each call as operators see it: counted and timed, told in a line of the log, and traced."""
+"""Metrics, the access log and the trace span of every call."""
 
 import asyncio
 import functools
@@ -14,24 +14,26 @@ import structlog
 from prometheus_client import Counter, Histogram
 
 from chat_ticket_svc.access import request_context
-from chat_ticket_svc.access.credential import Metadata, values
+from chat_ticket_svc.access.credential import Metadata, metadata_values
 from chat_ticket_svc.access.method_permissions import UNAUTHENTICATED_METHODS
-from chat_ticket_svc.telemetry import logs, metrics, tracing
+from chat_ticket_svc.telemetry import metrics, tracing
+from chat_ticket_svc.telemetry.log_writer import log_deferred
 
 log = structlog.get_logger()
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 REQUEST_ID_KEY = "x-request-id"
-# What fits into a line and looks like an id; another is made for what does not.
+# Short enough for a log line, and printable. Any other request id is replaced.
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
-# A deadline is sent as what is left of it, so that ours ends later than the caller's, who cancels
-# the call then: by as long as the call was on its way.
+# gRPC sends a deadline as the time that is left, so the server's expires later than the caller's by
+# the time that the call has spent on the network. The caller cancels the call at its own deadline.
+# A cancellation this close to the server's deadline therefore counts as DEADLINE_EXCEEDED.
 DEADLINE_SKEW_SECONDS = 0.05
 
-# By OpenTelemetry's conventions: those that are not the caller's own doing.
-FAILURES = {
+# The codes that OpenTelemetry's conventions call errors of the server.
+SERVER_ERROR_CODES = {
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.UNIMPLEMENTED,
@@ -41,12 +43,12 @@ FAILURES = {
 }
 
 
-class Call:
-    """What a call has to tell of itself. Sizes are those of the messages, in bytes."""
+class CallRecord:
+    """What the access log says about one call. Sizes are those of the messages, in bytes."""
 
     __slots__ = (
-        "_known",
-        "_tell",
+        "_fields",
+        "_write",
         "metadata",
         "reason",
         "request_bytes",
@@ -54,79 +56,82 @@ class Call:
         "responses",
     )
 
-    def __init__(self, metadata: Metadata, tell: Callable[..., None] | None, known: dict[str, str]):
+    def __init__(
+        self, metadata: Metadata, write: Callable[..., None] | None, fields: dict[str, str]
+    ):
         self.metadata = metadata
-        self._tell = tell
-        self._known = known
-        self.request_bytes: int | None = None  # those of a stream of requests are not counted
+        self._write = write
+        self._fields = fields
+        self.request_bytes: int | None = None  # None for a stream of requests
         self.response_bytes = self.responses = 0
-        self.reason: str | None = None  # of an error of ours
+        self.reason: str | None = None  # of a domain error
 
     @property
     def request_id(self) -> str:
-        return self._known["request_id"]
+        return self._fields["request_id"]
 
-    def opened(self, session_id: str | None) -> None:
-        """A stream was let in; `session_id` is a UUID."""
+    def log_started(self, session_id: str | None) -> None:
+        """Log that a stream was admitted; `session_id` is a UUID."""
         if session_id is not None:
-            self._known["session_id"] = session_id
-        if self._tell is not None:
-            logs.log_deferred(self._tell, "stream opened", self._known | _tenant())
+            self._fields["session_id"] = session_id
+        if self._write is not None:
+            log_deferred(self._write, "started call", self._fields | _tenant_field())
 
-    def ended(self, event: str, code: grpc.StatusCode, seconds: float) -> None:
-        if self._tell is None:
+    def log_finished(self, code: grpc.StatusCode, seconds: float) -> None:
+        if self._write is None:
             return
-        line: dict[str, Any] = self._known | _tenant()
-        line["code"] = code.name
+        fields: dict[str, Any] = self._fields | _tenant_field()
+        fields["code"] = code.name
         if self.reason is not None:
-            line["reason"] = self.reason
-        line["duration_ms"] = round(1000 * seconds, 3)
+            fields["reason"] = self.reason
+        fields["duration_ms"] = round(1000 * seconds, 3)
         if self.request_bytes is not None:
-            line["request_bytes"] = self.request_bytes
-        line["responses"] = self.responses
-        line["response_bytes"] = self.response_bytes
-        logs.log_deferred(self._tell, event, line)
+            fields["request_bytes"] = self.request_bytes
+        fields["responses"] = self.responses
+        fields["response_bytes"] = self.response_bytes
+        log_deferred(self._write, "finished call", fields)
 
 
-def _tenant() -> dict[str, str]:
-    """Once the door has found it."""
+def _tenant_field() -> dict[str, str]:
+    """Empty until the call is admitted."""
     tenant_id = request_context.tenant_id_or_none()
     return {} if tenant_id is None else {"tenant": tenant_id}
 
 
-Behavior = Callable[[Any, Context, Call], Awaitable[Any]]
+Behavior = Callable[[Any, Context, CallRecord], Awaitable[Any]]
 
 
-def told(
-    method: str, kind: str, behavior: Behavior, *, logged: bool
+def instrumented(
+    method: str, grpc_type: str, behavior: Behavior, *, access_log: bool
 ) -> Callable[[Any, Context], Awaitable[Any]]:
-    """`behavior`, told of, and without what keeps an aborted call in memory.
+    """Return `behavior` with metrics, the access log and a span around it.
 
-    gRPC's state of the call has the error that ended it, whose traceback has our frames, which
-    have the call: only the garbage collector undoes that, and it stops everybody's calls for a
-    tenth of a second when a flood of refused calls has left enough of it.
+    The result also breaks the reference cycle of an aborted call. gRPC's state of a call holds the
+    error that ended it, the error's traceback holds our frames, and these hold the call. Only the
+    garbage collector frees such a cycle. After a flood of rejected calls it stops every call for
+    0.1 s to do so.
     """
     _, service, name = method.split("/")
-    metrics_of = functools.cache(functools.partial(_metrics_of, kind, service, name))
-    is_stream = kind != "unary"
-    streams = metrics.STREAMS.labels(service, name) if is_stream else None
-    event = "stream closed" if is_stream else "call"
-    # Health checks come every few seconds, for ever.
-    tell = (log.debug if method in UNAUTHENTICATED_METHODS else log.info) if logged else None
+    metrics_for = functools.cache(functools.partial(_metrics_for, grpc_type, service, name))
+    open_streams = metrics.STREAMS.labels(service, name) if grpc_type != "unary" else None
+    write = None
+    if access_log:
+        # Health checks come every few seconds, for as long as the server runs.
+        write = log.debug if method in UNAUTHENTICATED_METHODS else log.info
 
-    async def outermost(request: Any, context: Context) -> Any:
-        began = time.perf_counter()
+    async def handle(request: Any, context: Context) -> Any:
+        started_at = time.perf_counter()
         metadata: Metadata = context.invocation_metadata() or ()  # type: ignore[assignment]
-        known = {"method": method[1:], "request_id": _request_id(metadata)}
-        call = Call(metadata, tell, known)
+        fields = {"method": method[1:], "request_id": _request_id(metadata)}
+        record = CallRecord(metadata, write, fields)
         code = grpc.StatusCode.CANCELLED
-        if streams is not None:
-            streams.inc()
+        if open_streams is not None:
+            open_streams.inc()
         with tracing.call(method, metadata) as span:
             if span is not None:
-                known["trace_id"] = tracing.trace_id(span)
+                fields["trace_id"] = tracing.trace_id(span)
             try:
-                response = await behavior(request, context, call)
+                response = await behavior(request, context, record)
                 code = grpc.StatusCode.OK
                 return response
             except grpc.aio.AbortError as error:
@@ -134,37 +139,37 @@ def told(
                 error.__traceback__ = error.__context__ = None
                 raise
             except asyncio.CancelledError:
-                left = context.time_remaining()
-                # gRPC cancels what its caller waits for no more.
-                if left is not None and left <= DEADLINE_SKEW_SECONDS:
+                # gRPC also cancels the handler when the deadline has passed.
+                remaining = context.time_remaining()
+                if remaining is not None and remaining <= DEADLINE_SKEW_SECONDS:
                     code = grpc.StatusCode.DEADLINE_EXCEEDED
                 raise
             finally:
-                seconds = time.perf_counter() - began
-                handled, histogram = metrics_of(code)
+                seconds = time.perf_counter() - started_at
+                handled, histogram = metrics_for(code)
                 handled.inc()
-                if streams is None:
+                if open_streams is None:
                     histogram.observe(seconds)
                 else:
-                    streams.dec()
+                    open_streams.dec()
                 if span is not None:
-                    tracing.ended(span, code.value[0], failed=code in FAILURES)
-                call.ended(event, code, seconds)
+                    tracing.record_status(span, code.value[0], is_error=code in SERVER_ERROR_CODES)
+                record.log_finished(code, seconds)
 
-    return outermost
+    return handle
 
 
 def _request_id(metadata: Metadata) -> str:
-    """The caller's, by which it finds the line again, or one of ours."""
-    for given in values(metadata, REQUEST_ID_KEY):
-        if isinstance(given, str) and REQUEST_ID.fullmatch(given):
-            return given
-    # Not of the system's randomness, which is asked for without the interpreter's lock: no secret.
+    """Return the request id that the caller has sent, or a random one."""
+    for value in metadata_values(metadata, REQUEST_ID_KEY):
+        if isinstance(value, str) and REQUEST_ID.fullmatch(value):
+            return value
+    # The id is not a secret. The system's random numbers would cost a release of the GIL.
     return f"{random.getrandbits(64):016x}"
 
 
-def _metrics_of(
-    kind: str, service: str, name: str, code: grpc.StatusCode
+def _metrics_for(
+    grpc_type: str, service: str, name: str, code: grpc.StatusCode
 ) -> tuple[Counter, Histogram]:
-    labels = (kind, service, name, code.name)
+    labels = (grpc_type, service, name, code.name)
     return metrics.HANDLED.labels(*labels), metrics.HANDLING_SECONDS.labels(*labels)

@@ -1,6 +1,6 @@
-"""What stands around every handler: admission, deadlines, write timeouts, statuses, the drain.
+"""The middleware around every method: admission, deadlines, write timeouts, statuses, the drain.
 
-Services raise domain errors, and nothing but this middleware aborts a call.
+Services raise domain errors. Only this middleware aborts calls.
 """
 
 import asyncio
@@ -12,121 +12,122 @@ from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
-import structlog
 from google.protobuf.message import DecodeError
 
 from chat_ticket_svc import errors
 from chat_ticket_svc.access.admission import AdmissionController
 from chat_ticket_svc.access.method_permissions import READ_METHODS, UNAUTHENTICATED_METHODS
-from chat_ticket_svc.rpc import instrumentation
-from chat_ticket_svc.rpc.instrumentation import Behavior, Call
+from chat_ticket_svc.rpc.instrumentation import Behavior, CallRecord, instrumented
 from chat_ticket_svc.rpc.status import abort_with_domain_error, abort_with_internal_error
 from chat_ticket_svc.services.validate import is_uuid
 from chat_ticket_svc.timeouts import Timeout, TimeoutQueue
 
-log = structlog.get_logger()
-
-# With less than this left of its deadline a write is not begun: the caller would not hear of it.
-WRITE_SECONDS = 0.05
+# A write with less time left than this is not started: its caller would not learn the outcome.
+MIN_WRITE_SECONDS = 0.05
 
 
 class _MalformedRequest:
-    """Stands for a request whose bytes are not the message they should be."""
+    """A request that cannot be parsed."""
 
 
 def _safe_deserializer(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """`deserialize`, which gRPC is not left to call: it would send a failure's text to the caller.
+    """Return `deserialize` without its errors.
 
-    And it would call it before the door: 4 KiB on the way can be two million messages in memory.
+    gRPC does not get to call it, for two reasons. It would send the text of an error to the caller.
+    And it would parse before admission, when 4 KiB of request can become two million messages.
     """
 
-    def tolerant(data: bytes) -> Any:
+    def deserialize_safely(data: bytes) -> Any:
         try:
             return deserialize(data)
         except (DecodeError, ValueError):
             return _MalformedRequest()
 
-    return tolerant
+    return deserialize_safely
 
 
 def _passthrough_serializer(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
-    """`serialize`, but for responses that are bytes already: what many streams are sent is
-    serialised once, and what a page holds is encoded as it comes from the database.
+    """Return `serialize`, except that a response that is already bytes passes unchanged.
+
+    An event for many streams is serialised once, and pages are encoded straight from the rows.
     """
 
-    def serialized(response: Any) -> bytes:
+    def serialize_unless_bytes(response: Any) -> bytes:
         return response if type(response) is bytes else serialize(response)
 
-    return serialized
+    return serialize_unless_bytes
 
 
-def _require_message(request: Any) -> None:
+def _raise_if_malformed(request: Any) -> None:
     if isinstance(request, _MalformedRequest):
         raise errors.InvalidArgumentError(
-            [errors.Violation("", "the request is not the message of this method")]
+            [errors.Violation("", "malformed request: not the request message of this method")]
         )
 
 
-async def _each(
+async def _parse_stream(
     parse: Callable[[bytes], Any], requests: AsyncIterable[bytes]
 ) -> AsyncIterator[Any]:
-    """The messages of a stream of requests."""
     async for data in requests:
         request = parse(data)
-        _require_message(request)
-        # Reflection repeats a request in its answer, one level deeper than callers may parse.
+        _raise_if_malformed(request)
+        # Reflection copies a request into its response, one level deeper than callers may parse.
         request.DiscardUnknownFields()
         yield request
 
 
 class RpcMiddleware:
-    """Lets calls in by the door, maps what they raise, gives deadlines, bounds writes.
+    """Admits calls, maps their errors to statuses, and bounds calls and stream writes in time.
 
-    Not one of gRPC's interceptors, which wrap the method anew for every call.
+    Not a gRPC interceptor: those wrap the method again for every call.
     """
 
     def __init__(
         self,
-        door: AdmissionController,
+        admission: AdmissionController,
         *,
         unary_timeout_seconds: float,
         stream_write_timeout_seconds: float,
         access_log: bool,
     ):
-        self._door = door
-        self._told = functools.partial(instrumentation.told, logged=access_log)
-        self._unary_timeout = unary_timeout_seconds
-        # Those who write now, and those of them whose write was not read for too long.
-        self._writing = TimeoutQueue[asyncio.Task[Any]](stream_write_timeout_seconds, self._cut_off)
-        self._stuck: set[asyncio.Task[Any]] = set()
+        self._admission = admission
+        self._instrumented = functools.partial(instrumented, access_log=access_log)
+        self._unary_timeout_seconds = unary_timeout_seconds
+        # The tasks whose write is in progress, and those whose write took too long.
+        self._write_timeouts = TimeoutQueue[asyncio.Task[Any]](
+            stream_write_timeout_seconds, self._on_write_timeout
+        )
+        self._write_timed_out: set[asyncio.Task[Any]] = set()
         self._in_flight: set[asyncio.Task[Any]] = set()
-        self._open = asyncio.Event()
-        self._open.set()
-        self._came = 0.0  # when the last of those came who wait for it
+        self._resumed = asyncio.Event()
+        self._resumed.set()
+        self._last_arrival = 0.0  # of a call that waits for `resume`, in the loop's time
 
-    async def hold(self, *, quiet: float, most: float) -> None:
-        """Let every new call wait; returns when none has come for `quiet` seconds, or after `most`.
+    async def pause(self, *, quiet_seconds: float, max_seconds: float) -> None:
+        """Make new calls wait. Return when none has arrived for a while, or after `max_seconds`.
 
-        Callers who call again when they were answered all wait then.
+        Callers that send their next call as soon as they have a response are all waiting then.
         """
-        self._open.clear()
+        self._resumed.clear()
         clock = asyncio.get_running_loop().time
-        self._came = clock()
-        end = self._came + most
-        while (left := min(self._came + quiet, end) - clock()) > 0:  # noqa: ASYNC110 - it moves
-            await asyncio.sleep(left)
+        self._last_arrival = clock()
+        end = self._last_arrival + max_seconds
+        while (  # noqa: ASYNC110 - each call that arrives moves the time
+            remaining := min(self._last_arrival + quiet_seconds, end) - clock()
+        ) > 0:
+            await asyncio.sleep(remaining)
 
-    async def _until_open(self) -> None:
-        if not self._open.is_set():
-            self._came = asyncio.get_running_loop().time()
-            await self._open.wait()
+    async def _wait_until_resumed(self) -> None:
+        if not self._resumed.is_set():
+            self._last_arrival = asyncio.get_running_loop().time()
+            await self._resumed.wait()
 
-    def release(self) -> None:
-        """Let those that wait go on."""
-        self._open.set()
+    def resume(self) -> None:
+        """Let the calls that wait, and all new ones, go on."""
+        self._resumed.set()
 
-    async def finished(self, timeout: float) -> None:
-        """Wait for the handlers that still run, and end those that go on."""
+    async def wait_for_handlers(self, timeout: float) -> None:
+        """Wait for the handlers in flight, and cancel those that take longer than `timeout`."""
         if self._in_flight:
             _, running = await asyncio.wait(set(self._in_flight), timeout=timeout)
             for task in running:
@@ -135,21 +136,21 @@ class RpcMiddleware:
                 await asyncio.wait(running, timeout=timeout)
 
     def wrap(self, method: str, handler: Any) -> Any:
-        """The handler of a method, to be registered instead of it."""
+        """Return the handler to register for a method instead of `handler`."""
         parse = _safe_deserializer(handler.request_deserializer)
         serialize = _passthrough_serializer(handler.response_serializer)
         if handler.stream_stream:
-            parse = functools.partial(_each, parse)
+            parse = functools.partial(_parse_stream, parse)
             behavior = self._stream(method, handler.stream_stream, parse, serialize)
-            told = self._told(method, "bidi_stream", behavior)
-            return grpc.stream_stream_rpc_method_handler(told, None, serialize)
+            handle = self._instrumented(method, "bidi_stream", behavior)
+            return grpc.stream_stream_rpc_method_handler(handle, None, serialize)
         if handler.unary_stream:
             behavior = self._stream(method, handler.unary_stream, parse, serialize)
-            told = self._told(method, "server_stream", behavior)
-            return grpc.unary_stream_rpc_method_handler(told, None, serialize)
+            handle = self._instrumented(method, "server_stream", behavior)
+            return grpc.unary_stream_rpc_method_handler(handle, None, serialize)
         behavior = self._unary(method, handler.unary_unary, parse, serialize)
-        told = self._told(method, "unary", behavior)
-        return grpc.unary_unary_rpc_method_handler(told, None, None)
+        handle = self._instrumented(method, "unary", behavior)
+        return grpc.unary_unary_rpc_method_handler(handle, None, None)
 
     def _unary(
         self,
@@ -158,30 +159,34 @@ class RpcMiddleware:
         parse: Callable[[bytes], Any],
         serialize: Callable[[Any], bytes],
     ) -> Behavior:
-        least = 0 if method in UNAUTHENTICATED_METHODS or method in READ_METHODS else WRITE_SECONDS
+        is_write = method not in UNAUTHENTICATED_METHODS and method not in READ_METHODS
+        min_seconds = MIN_WRITE_SECONDS if is_write else 0
 
         async def unary(
-            data: bytes, context: grpc.aio.ServicerContext[Any, Any], call: Call
+            data: bytes, context: grpc.aio.ServicerContext[Any, Any], record: CallRecord
         ) -> bytes:
-            task = self._begin()
-            call.request_bytes = len(data)
+            task = self._track_handler()
+            record.request_bytes = len(data)
             try:
-                await self._until_open()
+                await self._wait_until_resumed()
                 remaining = context.time_remaining()
-                timeout = self._unary_timeout if remaining is None else remaining
-                if timeout < least:
+                timeout = self._unary_timeout_seconds if remaining is None else remaining
+                if timeout < min_seconds:
                     raise errors.DeadlineExceededError
                 try:
-                    with Timeout(timeout), await self._door.call(method, context, call.metadata):
+                    with (
+                        Timeout(timeout),
+                        await self._admission.admit_unary(method, context, record.metadata),
+                    ):
                         request = parse(data)
-                        _require_message(request)
+                        _raise_if_malformed(request)
                         response = serialize(await behavior(request, context))
                 except TimeoutError as error:
                     raise errors.DeadlineExceededError from error
-                call.responses, call.response_bytes = 1, len(response)
+                record.responses, record.response_bytes = 1, len(response)
                 return response
             except BaseException as error:
-                await self._refuse(method, context, call, task, error)
+                await self._abort(method, context, record, task, error)
             finally:
                 self._in_flight.discard(task)
 
@@ -194,27 +199,29 @@ class RpcMiddleware:
         parse: Callable[[Any], Any],
         serialize: Callable[[Any], bytes],
     ) -> Behavior:
-        """Around a method that streams its responses, and perhaps its requests."""
+        """Wrap a method that streams responses. It may stream requests too."""
 
         async def stream(
-            data: Any, context: grpc.aio.ServicerContext[Any, Any], call: Call
+            data: Any, context: grpc.aio.ServicerContext[Any, Any], record: CallRecord
         ) -> None:
-            # Parsed within the door, which asks for the session of a caller that it knows.
+            # Parsed during admission at the earliest, once the caller is authenticated.
             parsed = functools.cache(lambda: parse(data))
-            task = self._begin()
+            task = self._track_handler()
             if isinstance(data, bytes):
-                call.request_bytes = len(data)
+                record.request_bytes = len(data)
             try:
-                await self._until_open()
+                await self._wait_until_resumed()
 
                 def session_id() -> str:
                     return getattr(parsed(), "session_id", "")
 
-                async with self._door.stream(method, context, call.metadata, session_id):
+                async with self._admission.admit_stream(
+                    method, context, record.metadata, session_id
+                ):
                     request = parsed()
-                    _require_message(request)
-                    of = session_id()
-                    call.opened(of if is_uuid(of) else None)
+                    _raise_if_malformed(request)
+                    requested_id = session_id()
+                    record.log_started(requested_id if is_uuid(requested_id) else None)
                     responses = behavior(request, context)
                     if inspect.isawaitable(responses):  # the health service's Watch writes itself
                         await responses
@@ -222,64 +229,64 @@ class RpcMiddleware:
                     async with contextlib.aclosing(responses):
                         async for response in responses:
                             message = serialize(response)
-                            self._writing.start(task)
+                            self._write_timeouts.start(task)
                             await context.write(message)
-                            self._writing.stop(task)
-                            call.responses += 1
-                            call.response_bytes += len(message)
+                            self._write_timeouts.stop(task)
+                            record.responses += 1
+                            record.response_bytes += len(message)
             except BaseException as error:
-                await self._refuse(method, context, call, task, error)
+                await self._abort(method, context, record, task, error)
             finally:
                 self._in_flight.discard(task)
-                self._writing.stop(task)
-                self._stuck.discard(task)
+                self._write_timeouts.stop(task)
+                self._write_timed_out.discard(task)
 
         return stream
 
-    def _cut_off(self, task: asyncio.Task[Any]) -> None:
-        self._stuck.add(task)
+    def _on_write_timeout(self, task: asyncio.Task[Any]) -> None:
+        self._write_timed_out.add(task)
         task.cancel()
 
-    def _begin(self) -> asyncio.Task[Any]:
+    def _track_handler(self) -> asyncio.Task[Any]:
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - for the type checker: a handler is a task
         self._in_flight.add(task)
         return task
 
-    async def _refuse(
+    async def _abort(
         self,
         method: str,
         context: grpc.aio.ServicerContext[Any, Any],
-        call: Call,
+        record: CallRecord,
         task: asyncio.Task[Any],
         error: BaseException,
     ) -> NoReturn:
-        """End a call by what it has raised; always raises."""
+        """End a call by the error that its handler has raised. Always raises."""
         match error:
-            case grpc.aio.AbortError():  # the health service ends its calls by itself
+            case grpc.aio.AbortError():  # the health service aborts its calls by itself
                 raise error
             case errors.DomainError():
-                await abort_with_domain_error(context, call, error)
-            case grpc.aio.BaseError():  # the caller has left while it was written to
+                await abort_with_domain_error(context, record, error)
+            case grpc.aio.BaseError():  # the caller has left during a write
                 raise asyncio.CancelledError from error
-            case asyncio.CancelledError() if task in self._stuck and not task.uncancel():
-                slow = errors.ResourceExhaustedError(
-                    f"nothing was read for {self._writing.seconds:g} seconds: resume",
+            case asyncio.CancelledError() if task in self._write_timed_out and not task.uncancel():
+                slow_reader = errors.ResourceExhaustedError(
+                    f"stream not read for {self._write_timeouts.seconds:g} seconds: resume it",
                     reason="SLOW_READER",
                 )
-                await abort_with_domain_error(context, call, slow)
-            case asyncio.CancelledError() if task.cancelling():  # by the caller, or our end
+                await abort_with_domain_error(context, record, slow_reader)
+            case asyncio.CancelledError() if task.cancelling():  # by the caller, or by the drain
                 raise error
             case asyncio.CancelledError() | Exception():
-                await abort_with_internal_error(context, call, method, error)
+                await abort_with_internal_error(context, record, method, error)
             case _:
                 raise error
 
 
 class MethodRegistrar:
-    """Registers a server's methods with the middleware around them, and collects their names.
+    """Registers methods with the middleware around them, and collects their names.
 
-    Stands for the server in the generated `add_…Servicer_to_server` functions.
+    Pass it as the server to the generated functions `add_…Servicer_to_server`.
     """
 
     def __init__(self, server: grpc.aio.Server, middleware: RpcMiddleware):
@@ -288,7 +295,7 @@ class MethodRegistrar:
         self._middleware = middleware
 
     def add_generic_rpc_handlers(self, _: Any) -> None:
-        """Does nothing: the generated functions register each method below as well."""
+        """Ignored: the generated functions also call add_registered_method_handlers."""
 
     def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
         wrapped = {}

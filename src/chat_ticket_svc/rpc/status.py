@@ -1,7 +1,7 @@
-"""The second of two hops: domain error → gRPC status, in one table (see store/driver_errors).
+"""The gRPC status of every error: the table of codes, and the google.rpc details in the trailers.
 
-A status carries google.rpc details in its trailers. An unexpected error becomes INTERNAL: it is
-logged in full, and the caller is told nothing but an id.
+store/driver_errors.py maps errors of the driver to domain errors; this module maps domain errors to
+statuses. Any other error becomes INTERNAL: the log has all of it, the caller only gets an id.
 """
 
 import asyncio
@@ -19,14 +19,14 @@ from google.rpc import error_details_pb2 as details_pb2
 from google.rpc import status_pb2
 
 from chat_ticket_svc import errors
-from chat_ticket_svc.rpc.instrumentation import Call
-from chat_ticket_svc.telemetry import logs, metrics
+from chat_ticket_svc.rpc.instrumentation import CallRecord
+from chat_ticket_svc.telemetry import metrics, redaction
 
 log = structlog.get_logger()
 
 DOMAIN = "chat-ticket-svc"
 
-# Subclasses stand before their base.
+# The first match counts, so a subclass stands before its base class.
 STATUS_CODES: tuple[tuple[type[errors.DomainError], grpc.StatusCode], ...] = (
     (errors.InvalidArgumentError, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
@@ -42,12 +42,12 @@ STATUS_CODES: tuple[tuple[type[errors.DomainError], grpc.StatusCode], ...] = (
     (errors.UnsupportedError, grpc.StatusCode.UNIMPLEMENTED),
 )
 
-# Trailers have to fit into the 8 KiB of metadata that callers accept, details in base64.
-TEXT_BYTES = 300
-VIOLATION_BYTES = 3500
+# Callers accept 8 KiB of trailers, in which the details are encoded as base64.
+MAX_MESSAGE_BYTES = 300
+MAX_BAD_REQUEST_BYTES = 3500
 
 
-def code_of(error: errors.DomainError) -> grpc.StatusCode:
+def status_code(error: errors.DomainError) -> grpc.StatusCode:
     return next(code for kind, code in STATUS_CODES if isinstance(error, kind))
 
 
@@ -82,29 +82,31 @@ def _bad_request(error: errors.InvalidArgumentError) -> details_pb2.BadRequest:
     details = details_pb2.BadRequest()
     for index, violation in enumerate(error.violations):
         details.field_violations.add(field=violation.field, description=violation.description)
-        if details.ByteSize() > VIOLATION_BYTES:
+        if details.ByteSize() > MAX_BAD_REQUEST_BYTES:
             del details.field_violations[-1]
-            rest = len(error.violations) - index + error.unlisted
-            details.field_violations.add(field="", description=f"and {rest} more violations")
+            omitted = len(error.violations) - index + error.unlisted
+            details.field_violations.add(field="", description=f"and {omitted} more violations")
             return details
     if error.unlisted:
         details.field_violations.add(field="", description=f"and {error.unlisted} more violations")
     return details
 
 
-def _truncated(text: str) -> str:
-    """In bytes, which may travel percent-encoded, as three characters each."""
+def _truncate(text: str) -> str:
+    """Limit a status message by its bytes, each of which may be percent-encoded in three."""
     data = text.encode()
-    return text if len(data) <= TEXT_BYTES else data[:TEXT_BYTES].decode(errors="ignore") + "..."
+    if len(data) <= MAX_MESSAGE_BYTES:
+        return text
+    return data[:MAX_MESSAGE_BYTES].decode(errors="ignore") + "..."
 
 
 async def _abort(
     context: grpc.aio.ServicerContext[Any, Any],
-    call: Call,
+    record: CallRecord,
     status: status_pb2.Status,
     *details: Message,
 ) -> NoReturn:
-    for detail in (*details, details_pb2.RequestInfo(request_id=call.request_id)):
+    for detail in (*details, details_pb2.RequestInfo(request_id=record.request_id)):
         status.details.add().Pack(detail)
     code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
     trailer = ("grpc-status-details-bin", status.SerializeToString())
@@ -112,31 +114,34 @@ async def _abort(
         await context.abort(code, status.message, trailing_metadata=(trailer,))
     except grpc.aio.AbortError:
         raise
-    except grpc.aio.BaseError as error:  # the caller has left without waiting for the status
+    except grpc.aio.BaseError as error:  # the caller has left before the status
         raise asyncio.CancelledError from error
 
 
 async def abort_with_domain_error(
-    context: grpc.aio.ServicerContext[Any, Any], call: Call, error: errors.DomainError
+    context: grpc.aio.ServicerContext[Any, Any], record: CallRecord, error: errors.DomainError
 ) -> NoReturn:
-    call.reason = error.reason
+    record.reason = error.reason
     if isinstance(error, errors.ResourceExhaustedError):
         metrics.REJECTED.labels(error.metadata.get("quota", error.reason)).inc()
-    status = status_pb2.Status(code=code_of(error).value[0], message=_truncated(str(error)))
-    await _abort(context, call, status, *_details(error))
+    status = status_pb2.Status(code=status_code(error).value[0], message=_truncate(str(error)))
+    await _abort(context, record, status, *_details(error))
 
 
 async def abort_with_internal_error(
-    context: grpc.aio.ServicerContext[Any, Any], call: Call, method: str, error: BaseException
+    context: grpc.aio.ServicerContext[Any, Any],
+    record: CallRecord,
+    method: str,
+    error: BaseException,
 ) -> NoReturn:
-    """Log what an unexpected error is and where it came from; tell the caller nothing but an id."""
+    """Log the error and its origin, and abort the call with nothing but a correlation id."""
     correlation_id = uuid.uuid4().hex
     log.error(
         "internal error",
         correlation_id=correlation_id,
-        request_id=call.request_id,
+        request_id=record.request_id,
         method=method,
-        errors=logs.exception_chain(error),
+        errors=redaction.exception_chain(error),
     )
     status = status_pb2.Status(
         code=grpc.StatusCode.INTERNAL.value[0], message=f"internal error {correlation_id}"
@@ -144,5 +149,5 @@ async def abort_with_internal_error(
     info = details_pb2.ErrorInfo(
         reason="INTERNAL", domain=DOMAIN, metadata={"correlation_id": correlation_id}
     )
-    call.reason = info.reason
-    await _abort(context, call, status, info)
+    record.reason = info.reason
+    await _abort(context, record, status, info)

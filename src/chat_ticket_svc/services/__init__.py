@@ -1,1 +1,4 @@
-"""Servicers: a request in, store calls, a response out. No SQL, no try/except."""
+"""The servicers: each validates a request, calls the store, and converts the result.
+
+They contain no SQL, and let errors pass to rpc/middleware.py.
+"""

@@ -1,4 +1,4 @@
-"""Rule 3 for new attachments: their URLs are accessible, unless the call is a repeat."""
+"""The rule that the file URLs of new attachments are accessible."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
@@ -9,32 +9,32 @@ from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
 T = TypeVar("T")
 
 
-async def repeat_or_check(
+async def find_stored_or_check_urls(
     checker: AttachmentUrlChecker | None,
     tenant_id: str,
     urls: Sequence[str],
-    repeated: Callable[[], Awaitable[T | None]],
+    find_stored: Callable[[], Awaitable[T | None]],
 ) -> T | None:
-    """What `repeated` finds stored already, or None when the URLs may be stored.
+    """Return what an earlier attempt of this call has stored, or None when `urls` are accessible.
 
-    A repeat is answered whatever has become of the URLs, also when it and the first call have
-    crossed: so it is looked up before the check, and again when the check refuses. The check runs
-    before the transaction, and holds no connection.
+    A retry succeeds even when its URLs are no longer accessible. So `find_stored` runs before the
+    check. It runs again when the check fails, because the earlier attempt may have been in flight
+    at first. The check runs before the transaction, and holds no connection to the database.
     """
     if checker is None or not urls:
         return None
-    stored = await repeated()
+    stored = await find_stored()
     if stored is not None:
         return stored
-    refused = await checker.inaccessible(tenant_id, urls)
-    if not refused:
+    inaccessible = await checker.find_inaccessible(tenant_id, urls)
+    if not inaccessible:
         return None
-    stored = await repeated()
+    stored = await find_stored()
     if stored is not None:
         return stored
-    positions = ", ".join(str(position + 1) for position in refused)
+    positions = ", ".join(str(position + 1) for position in inaccessible)
     raise errors.FailedPreconditionError(
-        f"the file URL is not accessible (attachment {positions} of the request)",
+        f"file_url not accessible: attachment {positions} of the request",
         reason="ATTACHMENT_URL_NOT_ACCESSIBLE",
         subject="file_url",
     )

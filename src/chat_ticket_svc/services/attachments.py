@@ -10,7 +10,7 @@ from chat_ticket_svc.access import request_context
 from chat_ticket_svc.config import Settings
 from chat_ticket_svc.services import attachment_access, convert, paging
 from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
-from chat_ticket_svc.services.validate import NO_ID, Check
+from chat_ticket_svc.services.validate import NIL_UUID, Validator
 from chat_ticket_svc.store import attachments, messages, sessions
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.watch.hub import WatchHub
@@ -19,14 +19,18 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServicer):
-    """See chat_attachment.proto."""
+    """Implements chat_attachment.proto, which documents each method."""
 
     def __init__(
-        self, db: Database, follow: WatchHub, urls: AttachmentUrlChecker | None, settings: Settings
+        self,
+        db: Database,
+        watch_hub: WatchHub,
+        url_checker: AttachmentUrlChecker | None,
+        settings: Settings,
     ):
         self._db = db
-        self._follow = follow
-        self._urls = urls
+        self._watch_hub = watch_hub
+        self._url_checker = url_checker
         self._limits = settings.limits
         self._url_schemes = settings.attachment_url_schemes
 
@@ -34,30 +38,30 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
         self, request: pb.CreateChatAttachmentRequest, context: Context
     ) -> pb.CreateChatAttachmentResponse:
         tenant_id = request_context.tenant_id()
-        check = Check(self._limits, self._url_schemes)
-        message_id = check.id("message_id", request.message_id)
-        new = check.new_attachment("attachment", request.attachment)
-        check.done()
-        attachment = await attachment_access.repeat_or_check(
-            self._urls,
+        validator = Validator(self._limits, self._url_schemes)
+        message_id = validator.id("message_id", request.message_id)
+        new = validator.new_attachment("attachment", request.attachment)
+        validator.raise_if_invalid()
+        attachment = await attachment_access.find_stored_or_check_urls(
+            self._url_checker,
             tenant_id,
             [new.file_url],
-            lambda: attachments.repeated(self._db, tenant_id, message_id, new),
+            lambda: attachments.find_repeat(self._db, tenant_id, message_id, new),
         )
         if attachment is None:
             attachment, session_id = await attachments.create(
                 self._db, tenant_id, message_id, new, limit=self._limits.attachments
             )
-            self._follow.changed(tenant_id, session_id)
+            self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.CreateChatAttachmentResponse(attachment=convert.attachment(attachment))
 
     async def GetChatAttachment(
         self, request: pb.GetChatAttachmentRequest, context: Context
     ) -> pb.GetChatAttachmentResponse:
         tenant_id = request_context.tenant_id()
-        check = Check(self._limits)
-        attachment_id = check.id("attachment_id", request.attachment_id)
-        check.done()
+        validator = Validator(self._limits)
+        attachment_id = validator.id("attachment_id", request.attachment_id)
+        validator.raise_if_invalid()
         attachment = await attachments.get(self._db, tenant_id, attachment_id)
         return pb.GetChatAttachmentResponse(attachment=convert.attachment(attachment))
 
@@ -65,20 +69,20 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
         self, request: pb.ListChatAttachmentsRequest, context: Context
     ) -> pb.ListChatAttachmentsResponse:
         tenant_id = request_context.tenant_id()
-        check = Check(self._limits)
-        parent, parent_id = check.parent(request)
+        validator = Validator(self._limits)
+        parent, parent_id = validator.parent(request)
         of_session = parent == "session_id"
-        page_size = check.page_size(request.page_size)
-        after_sequence, after_time, after_id = paging.position(
-            check,
+        page_size = validator.page_size(request.page_size)
+        after_sequence, after_time, after_id = paging.decode_token(
+            validator,
             tenant_id,
             request,
-            (0, convert.EPOCH, NO_ID),
-            paging.integer_of,
-            paging.time_of,
-            paging.id_of,
+            (0, convert.EPOCH, NIL_UUID),
+            paging.parse_integer,
+            paging.parse_time,
+            paging.parse_id,
         )
-        check.done()
+        validator.raise_if_invalid()
         rows = await attachments.page(
             self._db,
             tenant_id,
@@ -89,29 +93,30 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
             after_id=after_id,
             limit=page_size + 1,
         )
+        # An empty list is an answer only when its parent exists.
         if not rows and of_session:
             await sessions.get(self._db, tenant_id, parent_id)
         elif not rows:
             await messages.get(self._db, tenant_id, parent_id)
 
-        def token(last: attachments.Placed) -> str:
+        def token(last: attachments.SequencedAttachment) -> str:
             attachment = last.attachment
-            return paging.token(
+            return paging.encode_token(
                 tenant_id, request, last.sequence, attachment.created_at, attachment.id
             )
 
-        found, next_page_token = paging.fill(
+        page, next_page_token = paging.fill_page(
             rows, page_size, lambda placed: convert.attachment(placed.attachment), token
         )
-        return pb.ListChatAttachmentsResponse(attachments=found, next_page_token=next_page_token)
+        return pb.ListChatAttachmentsResponse(attachments=page, next_page_token=next_page_token)
 
     async def DeleteChatAttachment(
         self, request: pb.DeleteChatAttachmentRequest, context: Context
     ) -> pb.DeleteChatAttachmentResponse:
         tenant_id = request_context.tenant_id()
-        check = Check(self._limits)
-        attachment_id = check.id("attachment_id", request.attachment_id)
-        check.done()
+        validator = Validator(self._limits)
+        attachment_id = validator.id("attachment_id", request.attachment_id)
+        validator.raise_if_invalid()
         session_id = await attachments.delete(self._db, tenant_id, attachment_id)
-        self._follow.changed(tenant_id, session_id)
+        self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.DeleteChatAttachmentResponse()

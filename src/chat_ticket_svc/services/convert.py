@@ -1,4 +1,4 @@
-"""Rows ↔ protobuf."""
+"""Conversions from rows of the database to protobuf."""
 
 import json
 from collections.abc import Iterable
@@ -14,8 +14,9 @@ from chat_ticket_svc.store.sessions import Session
 from chat_ticket_svc.store.tickets import ChatTicket, Ticket
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-EPOCH_OF_POSTGRESQL = 946_684_800_000_000
+POSTGRESQL_EPOCH_MICROSECONDS = 946_684_800_000_000  # 2000-01-01, since 1970-01-01
 
+# The names of enum values in the database, and their numbers in protobuf.
 SESSION_STATUS = {
     "active": pb.CHAT_SESSION_STATUS_ACTIVE,
     "resolved": pb.CHAT_SESSION_STATUS_RESOLVED,
@@ -66,73 +67,74 @@ def message(row: Message) -> pb.ChatMessage:
         content=row.content,
         metadata_json=row.metadata or "",
         create_time=timestamp(row.created_at),
-        attachments=[attachment(each) for each in row.attachments],
+        attachments=[attachment(attached) for attached in row.attachments],
     )
 
 
-# Numbers of 14 bits as varints: the last of a number, and what stands before others.
-LAST = [bytes([n]) if n < 0x80 else bytes([n & 0x7F | 0x80, n >> 7]) for n in range(1 << 14)]
-BEFORE = [bytes([n & 0x7F | 0x80, n >> 7 | 0x80]) for n in range(1 << 14)]
+# The varints of all 14-bit numbers. FINAL ends a number, CONTINUED is followed by more bytes.
+FINAL = [bytes([n]) if n < 0x80 else bytes([n & 0x7F | 0x80, n >> 7]) for n in range(1 << 14)]
+CONTINUED = [bytes([n & 0x7F | 0x80, n >> 7 | 0x80]) for n in range(1 << 14)]
 
-ROLE_AND_CONTENT = {
+ROLE_AND_CONTENT_TAG = {
     name.encode(): b"(%b2" % bytes([number]) for name, number in MESSAGE_ROLE.items()
 }
 
 
 def _varint(number: int) -> bytes:
     if number < 0x4000:
-        return LAST[number]
-    return BEFORE[number & 0x3FFF] + _varint(number >> 14)
+        return FINAL[number]
+    return CONTINUED[number & 0x3FFF] + _varint(number >> 14)
 
 
 def messages(session_id: str, rows: Iterable[Row]) -> bytes:
-    """The field `messages` of a response, from the rows of a session's messages.
+    """Encode the field `messages` of a response from the rows of a session's messages.
 
-    Written by hand in the wire format (https://protobuf.dev/programming-guides/encoding), and
-    with the usual lengths of numbers in line: building the messages takes three times as long,
-    and is most of what a list costs.
+    It writes the wire format itself (https://protobuf.dev/programming-guides/encoding), with the
+    common sizes of numbers in line. To build protobuf messages instead takes three times as long,
+    and would be most of the cost of a list.
     """
     parts: list[bytes] = []
-    between = b"\x12$" + session_id.encode() + b"\x18"
-    time, at = b"", -1
-    before, last = BEFORE, LAST  # found faster here
-    for id_, sequence, revision, role, content, metadata, created_at, files, _ in rows:
+    session_id_and_sequence_tag = b"\x12$" + session_id.encode() + b"\x18"
+    time, time_seconds = b"", -1
+    continued, final = CONTINUED, FINAL  # local names are faster
+    for id_, sequence, revision, role, content, metadata, created_at, attachments, _ in rows:
         if 0x4000 <= sequence < 0x10000000:
-            number = before[sequence & 0x3FFF] + last[sequence >> 14]
+            number = continued[sequence & 0x3FFF] + final[sequence >> 14]
         else:
             number = _varint(sequence)
-        seconds, microseconds = divmod(created_at + EPOCH_OF_POSTGRESQL, 1_000_000)
-        if seconds != at:
-            time, at = b"\x08" + _varint(seconds), seconds
-            before_nanos = b"B%b%b\x10" % (last[len(time) + 6], time)
+        seconds, microseconds = divmod(created_at + POSTGRESQL_EPOCH_MICROSECONDS, 1_000_000)
+        if seconds != time_seconds:
+            time, time_seconds = b"\x08" + _varint(seconds), seconds
+            before_nanos = b"B%b%b\x10" % (final[len(time) + 6], time)
         if (nanos := 1000 * microseconds) >= 0x10000000:
-            rest = before[nanos >> 14 & 0x3FFF] + last[nanos >> 28]
-            created = before_nanos + before[nanos & 0x3FFF] + rest
+            rest = continued[nanos >> 14 & 0x3FFF] + final[nanos >> 28]
+            create_time = before_nanos + continued[nanos & 0x3FFF] + rest
         else:
-            created = b"%b\x10%b" % (time, _varint(nanos)) if nanos else time
-            created = b"B%b%b" % (last[len(created)], created)
+            create_time = b"%b\x10%b" % (time, _varint(nanos)) if nanos else time
+            create_time = b"B%b%b" % (final[len(create_time)], create_time)
         size = len(content)
         message = b"\n$%b%b%b %b%b%b%b%b%b" % (
             id_,
-            between,
+            session_id_and_sequence_tag,
             number,
             number if revision == sequence else _varint(revision),
-            ROLE_AND_CONTENT[role],
-            last[size] if size < 0x4000 else _varint(size),
+            ROLE_AND_CONTENT_TAG[role],
+            final[size] if size < 0x4000 else _varint(size),
             content,
             b"" if metadata is None else b":%b%b" % (_varint(len(metadata)), metadata),
-            created,
+            create_time,
         )
-        if files is not None:
-            message += _attachments(files)
+        if attachments is not None:
+            message += _attachments(attachments)
         size = len(message)
-        parts += (b"\x12", last[size] if size < 0x4000 else _varint(size), message)
+        parts += (b"\x12", final[size] if size < 0x4000 else _varint(size), message)
     return b"".join(parts)
 
 
-def _attachments(files: bytes) -> bytes:
-    found = pb.ChatMessage(attachments=[attachment(Attachment(*row)) for row in json.loads(files)])
-    return found.SerializeToString()
+def _attachments(rows: bytes) -> bytes:
+    """Encode the field `attachments` of a message from the JSON array of their rows."""
+    message = pb.ChatMessage(attachments=[attachment(Attachment(*row)) for row in json.loads(rows)])
+    return message.SerializeToString()
 
 
 def attachment(row: Attachment) -> pb.ChatAttachment:

@@ -17,43 +17,47 @@ from chat_ticket_svc.access import request_context
 from chat_ticket_svc.config import Settings
 from chat_ticket_svc.services import attachment_access, convert, paging
 from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
-from chat_ticket_svc.services.validate import LAST_ID, Check
-from chat_ticket_svc.store import group_commit, message_listing, messages, search, sessions
+from chat_ticket_svc.services.validate import MAX_UUID, Validator
+from chat_ticket_svc.store import append, group_commit, message_listing, messages, search, sessions
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.watch.hub import WatchHub
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-AFTER_THE_LAST = 2**63 - 1
+MAX_SEQUENCE = 2**63 - 1
 
 
 class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
-    """See chat_message.proto."""
+    """Implements chat_message.proto, which documents each method."""
 
     def __init__(
-        self, db: Database, follow: WatchHub, urls: AttachmentUrlChecker | None, settings: Settings
+        self,
+        db: Database,
+        watch_hub: WatchHub,
+        url_checker: AttachmentUrlChecker | None,
+        settings: Settings,
     ):
         self._db = db
-        self._appends = group_commit.GroupCommitWriter(db)
-        self._follow = follow
-        self._urls = urls
+        self._group_commit = group_commit.GroupCommitWriter(db)
+        self._watch_hub = watch_hub
+        self._url_checker = url_checker
         self._limits = settings.limits
         self._url_schemes = settings.attachment_url_schemes
-        # A search can take a connection for a second: most are left to everybody else, and of these
-        # few one to the other tenants. Weak: who does not search is forgotten.
-        self._searches = max(1, settings.pool_size // 3)
-        self._searching = asyncio.Semaphore(self._searches)
-        self._shares = WeakValueDictionary[str, asyncio.Semaphore]()
+        # A search may hold a connection for a second. So searches get a third of the pool, and one
+        # tenant all but one of these connections. Weak: only tenants that search have an entry.
+        self._max_searches = max(1, settings.pool_size // 3)
+        self._searches = asyncio.Semaphore(self._max_searches)
+        self._tenant_searches = WeakValueDictionary[str, asyncio.Semaphore]()
 
     async def CreateChatMessage(
         self, request: pb.CreateChatMessageRequest, context: Context
     ) -> pb.CreateChatMessageResponse:
         tenant_id = request_context.tenant_id()
-        check = Check(self._limits, self._url_schemes)
-        session_id = check.id("session_id", request.session_id)
-        new = [check.new_message("message", request.message)]
-        check.together("message", new)
-        check.done()
+        validator = Validator(self._limits, self._url_schemes)
+        session_id = validator.id("session_id", request.session_id)
+        new = [validator.new_message("message", request.message)]
+        validator.batch("message", new)
+        validator.raise_if_invalid()
         [message] = await self._append(tenant_id, session_id, new)
         return pb.CreateChatMessageResponse(message=convert.message(message))
 
@@ -61,11 +65,11 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         self, request: pb.BatchCreateChatMessagesRequest, context: Context
     ) -> pb.BatchCreateChatMessagesResponse:
         tenant_id = request_context.tenant_id()
-        check = Check(self._limits, self._url_schemes)
-        session_id = check.id("session_id", request.session_id)
-        new = check.new_messages("messages", request.messages)
-        check.together("messages", new)
-        check.done()
+        validator = Validator(self._limits, self._url_schemes)
+        session_id = validator.id("session_id", request.session_id)
+        new = validator.new_messages("messages", request.messages)
+        validator.batch("messages", new)
+        validator.raise_if_invalid()
         created = await self._append(tenant_id, session_id, new)
         return pb.BatchCreateChatMessagesResponse(
             messages=[
@@ -81,49 +85,49 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     async def _append(
         self, tenant_id: str, session_id: str, new: list[messages.NewMessage]
     ) -> list[messages.Message]:
-        stored = await attachment_access.repeat_or_check(
-            self._urls,
+        stored = await attachment_access.find_stored_or_check_urls(
+            self._url_checker,
             tenant_id,
-            [each.file_url for message in new for each in message.attachments],
-            lambda: group_commit.repeated(self._db, tenant_id, session_id, new),
+            [attachment.file_url for message in new for attachment in message.attachments],
+            lambda: append.find_repeat(self._db, tenant_id, session_id, new),
         )
         if stored is None:
-            stored = await self._appends.append(tenant_id, session_id, new)
-            self._follow.changed(tenant_id, session_id)
+            stored = await self._group_commit.append(tenant_id, session_id, new)
+            self._watch_hub.notify_changed(tenant_id, session_id)
         return stored
 
     async def GetChatMessage(
         self, request: pb.GetChatMessageRequest, context: Context
     ) -> pb.GetChatMessageResponse:
         tenant_id = request_context.tenant_id()
-        check = Check(self._limits)
-        message_id = check.id("message_id", request.message_id)
-        check.done()
+        validator = Validator(self._limits)
+        message_id = validator.id("message_id", request.message_id)
+        validator.raise_if_invalid()
         message = await messages.get(self._db, tenant_id, message_id)
         return pb.GetChatMessageResponse(message=convert.message(message))
 
-    async def ListChatMessages(  # type: ignore[override] # bytes, which pass as they are
+    async def ListChatMessages(  # type: ignore[override] # bytes, which the middleware passes on
         self, request: pb.ListChatMessagesRequest, context: Context
     ) -> AsyncIterator[bytes]:
         tenant_id = request_context.tenant_id()
-        check = Check(self._limits)
-        session_id = check.id("session_id", request.session_id)
-        after = check.not_negative("after_sequence", request.after_sequence)
-        before = check.not_negative("before_sequence", request.before_sequence)
-        limit = check.not_negative("limit", request.limit)
-        roles = check.choices("roles", request.roles, convert.MESSAGE_ROLE)
+        validator = Validator(self._limits)
+        session_id = validator.id("session_id", request.session_id)
+        after = validator.non_negative("after_sequence", request.after_sequence)
+        before = validator.non_negative("before_sequence", request.before_sequence)
+        limit = validator.non_negative("limit", request.limit)
+        roles = validator.enum_filter("roles", request.roles, convert.MESSAGE_ROLE)
         if request.order not in pb.ChatMessageOrder.values():
-            check.add("order", f"has the unknown value {request.order}")
-        check.done()
+            validator.add_violation("order", f"unknown enum value {request.order}")
+        validator.raise_if_invalid()
 
-        pages = self._pages(
+        pages = self._read_pages(
             tenant_id,
             session_id,
             after=after,
-            before=before or AFTER_THE_LAST,
+            before=before or MAX_SEQUENCE,
             descending=request.order == pb.CHAT_MESSAGE_ORDER_DESC,
             roles=roles,
-            limit=limit or AFTER_THE_LAST,
+            limit=limit or MAX_SEQUENCE,
         )
         async with contextlib.aclosing(pages):
             async for session, rows in pages:
@@ -132,7 +136,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                 )
                 yield response.SerializeToString() + convert.messages(session_id, rows)
 
-    async def _pages(
+    async def _read_pages(
         self,
         tenant_id: str,
         session_id: str,
@@ -143,9 +147,10 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         roles: list[str] | None,
         limit: int,
     ) -> AsyncGenerator[tuple[sessions.Session | None, list[message_listing.Row]]]:
-        """Pages that double in size, each but the second read while the one before is taken.
+        """Yield pages that double in size. Only the first one has the session.
 
-        The first has the session, and all end with what it held then.
+        From the third on, a page is read while the caller takes the one before. The pages end at
+        the revision that the session has in the first.
         """
 
         def read(page_size: int, *, first: bool = False) -> asyncio.Task[message_listing.Page]:
@@ -163,31 +168,31 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                 )
             )
 
-        page_size = paging.FIRST_PAGE
+        page_size = paging.MIN_STREAM_PAGE
         reading = read(page_size, first=True)
         try:
             while True:
-                session, found, more = await reading
+                session, rows, more = await reading
                 if session is not None:
                     before = min(before, session.revision + 1)
-                limit -= len(found)
+                limit -= len(rows)
                 if more and limit:
                     if descending:
-                        before = message_listing.sequence(found[-1])
+                        before = message_listing.sequence(rows[-1])
                     else:
-                        after = message_listing.sequence(found[-1])
-                    page_size = min(2 * page_size, paging.LARGEST_PAGE)
+                        after = message_listing.sequence(rows[-1])
+                    page_size = min(2 * page_size, paging.MAX_STREAM_PAGE)
                     if session is None:
                         reading = read(page_size)
-                        await asyncio.sleep(0)  # the statement is sent before this page is encoded
-                if found or session is not None:
-                    yield session, found
+                        await asyncio.sleep(0)  # sends the statement before this page is encoded
+                if rows or session is not None:
+                    yield session, rows
                 if not more or not limit:
                     return
-                if session is not None:  # the first page had all there is to itself
+                if session is not None:  # the first page goes out before the next is read
                     reading = read(page_size)
         finally:
-            # The caller has left in the middle: the page on its way is of no use to anybody.
+            # When the caller has left, nobody needs the page that is being read.
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
 
@@ -195,57 +200,59 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         self, request: pb.UpdateChatMessageRequest, context: Context
     ) -> pb.UpdateChatMessageResponse:
         tenant_id = request_context.tenant_id()
-        check = Check(self._limits)
-        message_id = check.id("message.id", request.message.id)
+        validator = Validator(self._limits)
+        message_id = validator.id("message.id", request.message.id)
         metadata = None
-        if "metadata_json" in check.mask(request.update_mask, ["metadata_json"]):
-            metadata = check.metadata("message.metadata_json", request.message.metadata_json)
-        check.done()
+        if "metadata_json" in validator.update_mask(request.update_mask, ["metadata_json"]):
+            metadata = validator.metadata("message.metadata_json", request.message.metadata_json)
+        validator.raise_if_invalid()
         message = await messages.set_metadata(self._db, tenant_id, message_id, metadata)
-        self._follow.changed(tenant_id, message.session_id)
+        self._watch_hub.notify_changed(tenant_id, message.session_id)
         return pb.UpdateChatMessageResponse(message=convert.message(message))
 
     async def DeleteChatMessage(
         self, request: pb.DeleteChatMessageRequest, context: Context
     ) -> pb.DeleteChatMessageResponse:
         tenant_id = request_context.tenant_id()
-        check = Check(self._limits)
-        message_id = check.id("message_id", request.message_id)
-        check.done()
+        validator = Validator(self._limits)
+        message_id = validator.id("message_id", request.message_id)
+        validator.raise_if_invalid()
         session_id = await messages.delete(self._db, tenant_id, message_id)
-        self._follow.changed(tenant_id, session_id)
+        self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.DeleteChatMessageResponse()
 
     async def SearchChatMessages(
         self, request: pb.SearchChatMessagesRequest, context: Context
     ) -> pb.SearchChatMessagesResponse:
         tenant_id = request_context.tenant_id()
-        check = Check(self._limits)
-        query = check.text("query", request.query, self._limits.query)
-        session_id = check.optional_id("session_id", request.session_id)
-        roles = check.choices("roles", request.roles, convert.MESSAGE_ROLE)
-        created_from = check.time(
+        validator = Validator(self._limits)
+        query = validator.text("query", request.query, self._limits.query)
+        session_id = validator.optional_id("session_id", request.session_id)
+        roles = validator.enum_filter("roles", request.roles, convert.MESSAGE_ROLE)
+        created_from = validator.time(
             "start_create_time", request.HasField("start_create_time"), request.start_create_time
         )
-        created_to = check.time(
+        created_to = validator.time(
             "end_create_time", request.HasField("end_create_time"), request.end_create_time
         )
-        page_size = check.page_size(request.page_size)
-        after_score, after_time, after_id = paging.position(
-            check,
+        page_size = validator.page_size(request.page_size)
+        after_score, after_time, after_id = paging.decode_token(
+            validator,
             tenant_id,
             request,
-            (math.inf, paging.END_OF_TIME, LAST_ID),
-            paging.number_of,
-            paging.time_of,
-            paging.id_of,
+            (math.inf, paging.END_OF_TIME, MAX_UUID),
+            paging.parse_real,
+            paging.parse_time,
+            paging.parse_id,
         )
-        check.done()
-        # Nobody who wrote a message could know these, so nothing in it can look like a hit.
+        validator.raise_if_invalid()
+        # Random, so that no message can contain them and fake a hit.
         start_marker, stop_marker = secrets.token_hex(16), secrets.token_hex(16)
-        share = self._shares.setdefault(tenant_id, asyncio.Semaphore(max(1, self._searches - 1)))
-        async with share, self._searching:
-            found = await search.page(
+        tenant_searches = self._tenant_searches.setdefault(
+            tenant_id, asyncio.Semaphore(max(1, self._max_searches - 1))
+        )
+        async with tenant_searches, self._searches:
+            page = await search.page(
                 self._db,
                 tenant_id,
                 query,
@@ -273,18 +280,20 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             )
 
         def token(last: search.Hit) -> str:
-            return paging.token(tenant_id, request, last.score, last.created_at, last.message_id)
+            return paging.encode_token(
+                tenant_id, request, last.score, last.created_at, last.message_id
+            )
 
-        hits, next_page_token = paging.fill(found.hits, page_size, convert_hit, token)
+        hits, next_page_token = paging.fill_page(page.hits, page_size, convert_hit, token)
         return pb.SearchChatMessagesResponse(
-            hits=hits, next_page_token=next_page_token, incomplete_results=found.incomplete
+            hits=hits, next_page_token=next_page_token, incomplete_results=page.incomplete
         )
 
 
 def _snippet(
     headline: str, start_marker: str, stop_marker: str
 ) -> list[pb.SearchChatMessagesResponse.SnippetPart]:
-    if len(headline) == search.HEADLINE_CHARACTERS:  # cut off, perhaps within a marker
+    if len(headline) == search.HEADLINE_CHARACTERS:  # truncated, perhaps within a marker
         headline = re.sub(f"{start_marker[0]}[0-9a-f]*$|{stop_marker[0]}[0-9a-f]*$", "", headline)
     parts = []
     hit = False

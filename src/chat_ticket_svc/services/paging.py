@@ -1,8 +1,8 @@
 """Page tokens, and pages that fit into a response.
 
-A token is opaque to callers: the position of the last entity of a page, and a digest of the call
-it belongs to. It is no secret and no credential: whoever forges one only moves within what the
-call could read anyway.
+A page token is opaque to callers. It encodes the position of the last entity of a page and a digest
+of the request. It is neither a secret nor a credential: a forged token can only move within what
+the request may read anyway.
 """
 
 import base64
@@ -15,24 +15,24 @@ from typing import Any, TypeVar
 from google.protobuf.message import Message
 
 from chat_ticket_svc.services import convert
-from chat_ticket_svc.services.validate import Check, is_uuid
+from chat_ticket_svc.services.validate import Validator, is_uuid
 
-T = TypeVar("T")
-M = TypeVar("M", bound=Message)
+RowT = TypeVar("RowT")
+MessageT = TypeVar("MessageT", bound=Message)
 
-# Where a list that goes back in time starts.
+# Where a list in descending order of time starts.
 END_OF_TIME = convert.to_datetime(253_402_300_799_999_999)  # the last microsecond of 9999
 
-# A stream's pages double from the first of these to the last: the first one comes soon.
-FIRST_PAGE = 32
-LARGEST_PAGE = 500
+# The pages of a stream double in size, so that the first one arrives early.
+MIN_STREAM_PAGE = 32
+MAX_STREAM_PAGE = 500
 
-# Callers refuse responses over 4 MiB by default.
-RESPONSE_BYTES = 3 * 1024 * 1024
+# gRPC's clients reject responses over 4 MiB by default.
+MAX_RESPONSE_BYTES = 3 * 1024 * 1024
 
 
 def _digest(tenant_id: str, request: Message) -> str:
-    """What a token is bound to: the call and its filters, but not how far it goes."""
+    """Identify the tenant, the method and the filters, but neither the page nor its size."""
     filters = type(request)()
     filters.CopyFrom(request)
     filters.ClearField("page_size")
@@ -42,41 +42,23 @@ def _digest(tenant_id: str, request: Message) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def token(tenant_id: str, request: Message, *position: str | int | float) -> str:
-    """The token for the page of `request` that starts behind `position`."""
+def encode_token(tenant_id: str, request: Message, *position: str | int | float) -> str:
+    """Return the token for the page of `request` that starts after `position`."""
     content = json.dumps([_digest(tenant_id, request), *position], separators=(",", ":"))
     return base64.urlsafe_b64encode(content.encode()).decode().rstrip("=")
 
 
-def time_of(value: Any) -> datetime:
-    return convert.to_datetime(integer_of(value))
-
-
-def integer_of(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError
-    return value
-
-
-def number_of(value: Any) -> float:
-    """A PostgreSQL real."""
-    if type(value) is not float or not (value == 0 or 1e-37 < abs(value) < 3e38):
-        raise ValueError
-    return value
-
-
-def id_of(value: Any) -> str:
-    if not is_uuid(value):
-        raise ValueError
-    return str(value)
-
-
-def position(
-    check: Check, tenant_id: str, request: Any, start: Sequence[Any], *kinds: Callable[[Any], Any]
+def decode_token(
+    validator: Validator,
+    tenant_id: str,
+    request: Any,
+    start: Sequence[Any],
+    *parsers: Callable[[Any], Any],
 ) -> Sequence[Any]:
-    """The position in `request.page_token`, read by one of `kinds` each; `start` without a token.
+    """Return the position in `request.page_token`, or `start` when there is no token.
 
-    A token that is damaged, or another call's or tenant's, is a violation.
+    Each of `parsers` reads one value of the position. A damaged token is a violation, and so is the
+    token of another tenant, method or filter.
     """
     if not request.page_token:
         return start
@@ -85,29 +67,52 @@ def position(
         digest, *values = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
         if digest != _digest(tenant_id, request):
             raise ValueError
-        return [kind(value) for kind, value in zip(kinds, values, strict=True)]
+        return [parse(value) for parse, value in zip(parsers, values, strict=True)]
     except (ValueError, TypeError, OverflowError, RecursionError):
-        check.add("page_token", "is not a page token of a call with these filters")
+        validator.add_violation("page_token", "not a page token of this method with these filters")
         return start
 
 
-def fill(
-    rows: Sequence[T],
-    page_size: int,
-    to_message: Callable[[T], M],
-    to_token: Callable[[T], str],
-) -> tuple[list[M], str]:
-    """As many of `rows` as a page and a response take, and the token for what follows.
+def parse_time(value: Any) -> datetime:
+    return convert.to_datetime(parse_integer(value))
 
-    `rows` holds one row more than the page when there is one.
+
+def parse_integer(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError
+    return value
+
+
+def parse_real(value: Any) -> float:
+    """Accept what PostgreSQL's `real` can hold."""
+    if type(value) is not float or not (value == 0 or 1e-37 < abs(value) < 3e38):
+        raise ValueError
+    return value
+
+
+def parse_id(value: Any) -> str:
+    if not is_uuid(value):
+        raise ValueError
+    return str(value)
+
+
+def fill_page(
+    rows: Sequence[RowT],
+    page_size: int,
+    to_message: Callable[[RowT], MessageT],
+    to_token: Callable[[RowT], str],
+) -> tuple[list[MessageT], str]:
+    """Return as many of `rows` as fit into a page and a response, and the next page's token.
+
+    `rows` holds one row more than `page_size` when there is a next page.
     """
-    taken: list[M] = []
-    room = RESPONSE_BYTES
+    page: list[MessageT] = []
+    remaining_bytes = MAX_RESPONSE_BYTES
     for message in map(to_message, rows[:page_size]):
-        room -= message.ByteSize() + 8
-        if taken and room < 0:
+        remaining_bytes -= message.ByteSize() + 8
+        if page and remaining_bytes < 0:
             break
-        taken.append(message)
-    if len(taken) == len(rows):
-        return taken, ""
-    return taken, to_token(rows[len(taken) - 1])
+        page.append(message)
+    if len(page) == len(rows):
+        return page, ""
+    return page, to_token(rows[len(page) - 1])

@@ -12,7 +12,7 @@ from chat_ticket_svc import errors
 from chat_ticket_svc.access import request_context
 from chat_ticket_svc.config import Settings
 from chat_ticket_svc.services import convert, paging
-from chat_ticket_svc.services.validate import LAST_ID, Check
+from chat_ticket_svc.services.validate import MAX_UUID, Validator
 from chat_ticket_svc.store import session_changes, sessions
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.watch.hub import Position, WatchHub
@@ -22,23 +22,25 @@ Event = pb.WatchChatSessionResponse
 
 
 class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
-    """See chat_session.proto."""
+    """Implements chat_session.proto, which documents each method."""
 
-    def __init__(self, db: Database, follow: WatchHub, settings: Settings):
+    def __init__(self, db: Database, watch_hub: WatchHub, settings: Settings):
         self._db = db
-        self._follow = follow
+        self._watch_hub = watch_hub
         self._limits = settings.limits
 
     async def CreateChatSession(
         self, request: pb.CreateChatSessionRequest, context: Context
     ) -> pb.CreateChatSessionResponse:
         tenant_id = request_context.tenant_id()
-        check = Check(self._limits)
-        session_id = check.new_id("session.id", request.session.id)
+        validator = Validator(self._limits)
+        session_id = validator.new_id("session.id", request.session.id)
         status = "active"
         if request.session.status:
-            status = check.choice("session.status", request.session.status, convert.SESSION_STATUS)
-        check.done()
+            status = validator.enum(
+                "session.status", request.session.status, convert.SESSION_STATUS
+            )
+        validator.raise_if_invalid()
         session = await sessions.create(self._db, tenant_id, session_id, status)
         return pb.CreateChatSessionResponse(session=convert.session(session))
 
@@ -46,9 +48,9 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         self, request: pb.GetChatSessionRequest, context: Context
     ) -> pb.GetChatSessionResponse:
         tenant_id = request_context.tenant_id()
-        check = Check(self._limits)
-        session_id = check.id("session_id", request.session_id)
-        check.done()
+        validator = Validator(self._limits)
+        session_id = validator.id("session_id", request.session_id)
+        validator.raise_if_invalid()
         session = await sessions.get(self._db, tenant_id, session_id)
         return pb.GetChatSessionResponse(session=convert.session(session))
 
@@ -56,13 +58,13 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         self, request: pb.ListChatSessionsRequest, context: Context
     ) -> pb.ListChatSessionsResponse:
         tenant_id = request_context.tenant_id()
-        check = Check(self._limits)
+        validator = Validator(self._limits)
 
         def time(field: str) -> Any:
-            return check.time(field, request.HasField(field), getattr(request, field))  # type: ignore[arg-type]
+            return validator.time(field, request.HasField(field), getattr(request, field))  # type: ignore[arg-type]
 
-        chosen = sessions.Filter(
-            statuses=check.choices("statuses", request.statuses, convert.SESSION_STATUS),
+        filters = sessions.Filter(
+            statuses=validator.enum_filter("statuses", request.statuses, convert.SESSION_STATUS),
             has_ticket=request.has_ticket if request.HasField("has_ticket") else None,
             created_from=time("start_create_time"),
             created_to=time("end_create_time"),
@@ -70,17 +72,22 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
             updated_to=time("end_update_time"),
         )
         if request.order_by not in pb.ChatSessionOrder.values():
-            check.add("order_by", f"has the unknown value {request.order_by}")
+            validator.add_violation("order_by", f"unknown enum value {request.order_by}")
         by_update_time = request.order_by == pb.CHAT_SESSION_ORDER_UPDATE_TIME
-        page_size = check.page_size(request.page_size)
-        after_time, after_id = paging.position(
-            check, tenant_id, request, (paging.END_OF_TIME, LAST_ID), paging.time_of, paging.id_of
+        page_size = validator.page_size(request.page_size)
+        after_time, after_id = paging.decode_token(
+            validator,
+            tenant_id,
+            request,
+            (paging.END_OF_TIME, MAX_UUID),
+            paging.parse_time,
+            paging.parse_id,
         )
-        check.done()
+        validator.raise_if_invalid()
         rows = await sessions.page(
             self._db,
             tenant_id,
-            chosen,
+            filters,
             by_update_time=by_update_time,
             after_time=after_time,
             after_id=after_id,
@@ -89,136 +96,142 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
 
         def token(last: sessions.Session) -> str:
             time = last.updated_at if by_update_time else last.created_at
-            return paging.token(tenant_id, request, time, last.id)
+            return paging.encode_token(tenant_id, request, time, last.id)
 
-        found, next_page_token = paging.fill(rows, page_size, convert.session, token)
-        return pb.ListChatSessionsResponse(sessions=found, next_page_token=next_page_token)
+        page, next_page_token = paging.fill_page(rows, page_size, convert.session, token)
+        return pb.ListChatSessionsResponse(sessions=page, next_page_token=next_page_token)
 
     async def UpdateChatSession(
         self, request: pb.UpdateChatSessionRequest, context: Context
     ) -> pb.UpdateChatSessionResponse:
         tenant_id = request_context.tenant_id()
-        check = Check(self._limits)
-        session_id = check.id("session.id", request.session.id)
-        etag = check.etag("session.etag", request.session.etag)
+        validator = Validator(self._limits)
+        session_id = validator.id("session.id", request.session.id)
+        etag = validator.etag("session.etag", request.session.etag)
         status = ""
-        if "status" in check.mask(request.update_mask, ["status"]):
-            status = check.choice("session.status", request.session.status, convert.SESSION_STATUS)
-        check.done()
+        if "status" in validator.update_mask(request.update_mask, ["status"]):
+            status = validator.enum(
+                "session.status", request.session.status, convert.SESSION_STATUS
+            )
+        validator.raise_if_invalid()
         session = await sessions.set_status(self._db, tenant_id, session_id, status, etag)
-        self._follow.changed(tenant_id, session_id)
+        self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.UpdateChatSessionResponse(session=convert.session(session))
 
     async def DeleteChatSession(
         self, request: pb.DeleteChatSessionRequest, context: Context
     ) -> pb.DeleteChatSessionResponse:
         tenant_id = request_context.tenant_id()
-        check = Check(self._limits)
-        session_id = check.id("session_id", request.session_id)
-        etag = check.etag("etag", request.etag)
-        check.done()
+        validator = Validator(self._limits)
+        session_id = validator.id("session_id", request.session_id)
+        etag = validator.etag("etag", request.etag)
+        validator.raise_if_invalid()
         await sessions.delete(self._db, tenant_id, session_id, etag)
-        self._follow.changed(tenant_id, session_id)
+        self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.DeleteChatSessionResponse()
 
     def WatchChatSession(
         self, request: pb.WatchChatSessionRequest, context: Context
-    ) -> AsyncIterator[Any]:  # bytes, but the stubs do not know
+    ) -> AsyncIterator[Any]:  # of bytes, which the types of the stubs do not allow
         tenant_id = request_context.tenant_id()
-        check = Check(self._limits)
-        session_id = check.id("session_id", request.session_id)
-        after = check.not_negative("after_revision", request.after_revision)
-        check.done()
+        validator = Validator(self._limits)
+        session_id = validator.id("session_id", request.session_id)
+        after = validator.non_negative("after_revision", request.after_revision)
+        validator.raise_if_invalid()
         return self._watch(tenant_id, session_id, after)
 
     async def _watch(self, tenant_id: str, session_id: str, after: int) -> AsyncIterator[bytes]:
-        page_size = paging.FIRST_PAGE
-        stream = _Stream(session_id, after)
-        with self._follow.watch(tenant_id, session_id, self._page) as watcher:
-            while not stream.ended:
-                if stream.caught_up:
-                    page = await watcher.next()
+        page_size = paging.MIN_STREAM_PAGE
+        stream = _WatchStream(session_id, after)
+        with self._watch_hub.watch(tenant_id, session_id, self._read_page) as watcher:
+            while not stream.is_finished:
+                if stream.is_caught_up:
+                    page = await watcher.next_page()
                 else:
-                    page = await watcher.read(stream.position, page_size)
-                    page_size = min(2 * page_size, paging.LARGEST_PAGE)
-                for event in stream.tell(page):
+                    page = await watcher.read_page(stream.revision, page_size)
+                    page_size = min(2 * page_size, paging.MAX_STREAM_PAGE)
+                for event in stream.advance(page):
                     yield event
-                del page, event  # many streams wait for long, and hold what their variables do
+                # Many streams wait for a long time, and their local variables would keep memory.
+                del page, event
 
-    async def _page(
+    async def _read_page(
         self, tenant_id: str, session_id: str, after: int, limit: int | None = None
     ) -> "_Page":
-        """What follows a revision; without a limit, as much as there is likely to be."""
+        """Read the changes after a revision: `limit` of them, or as many as a page may hold.
+
+        Without a limit it reads a small page first, because there are rarely more changes.
+        """
         read = functools.partial(session_changes.page, self._db, tenant_id, session_id, after=after)
-        found = await read(limit=limit or paging.FIRST_PAGE)
-        if limit is None and found is not None and found.more:
-            found = await read(limit=paging.LARGEST_PAGE)
-        return _Page(after, found)
+        page = await read(limit=limit or paging.MIN_STREAM_PAGE)
+        if limit is None and page is not None and page.more:
+            page = await read(limit=paging.MAX_STREAM_PAGE)
+        return _Page(after, page)
 
 
 class _Page:
-    """What follows a position, serialised once for all the streams that tell it."""
+    """The changes after a revision, serialised once for all streams that send them."""
 
-    position: Position | None = None  # the session is gone, and there is nothing else
-    more = False
+    position: Position | None = None  # None when the session does not exist; nothing else is set
+    has_more = False
 
-    def __init__(self, after: int, found: session_changes.Page | None):
-        if found is None:
+    def __init__(self, after: int, page: session_changes.Page | None):
+        if page is None:
             return
-        self.position = Position(found.session.created_at, found.revision)
-        self.more = found.more
+        self.position = Position(page.session.created_at, page.revision)
+        self.has_more = page.more
         self.after = after
-        self.session = found.session
-        self.state = (found.session.status, found.session.has_ticket)
-        self.changes = [event.SerializeToString() for event in _events(found)]
+        self.session = page.session
+        self.session_state = (page.session.status, page.session.has_ticket)
+        self.changes = [event.SerializeToString() for event in _events(page)]
 
     @functools.cached_property
-    def changed_session(self) -> bytes:
-        """Before the changes of messages: it is not known where among them it belongs."""
-        at = self.after if self.changes else self.session.revision
-        return _event(at, session=convert.session(self.session))
+    def session_event(self) -> bytes:
+        """The event of a changed session, sent first: its place among the changes is unknown."""
+        revision = self.after if self.changes else self.session.revision
+        return _event(revision, session=convert.session(self.session))
 
 
-class _Stream:
-    """What a stream has told of its session, and what it tells next."""
+class _WatchStream:
+    """The position of a stream in its session, and the state of the session that it has sent."""
 
     def __init__(self, session_id: str, after: int):
         self._session_id = session_id
         self._created_at: int | None = None
-        self._shown: tuple[str, bool] | None = None
-        self.position = after
-        self.caught_up = False
-        self.ended = False
+        self._session_state: tuple[str, bool] | None = None
+        self.revision = after
+        self.is_caught_up = False
+        self.is_finished = False
 
-    def tell(self, page: _Page | None) -> list[bytes]:
-        """The events for the page after the position, or for silence."""
+    def advance(self, page: _Page | None) -> list[bytes]:
+        """Move to the end of a page, and return its events. None stands for a heartbeat."""
         if page is None:
-            return [_event(self.position, heartbeat=Event.Heartbeat())]
+            return [_event(self.revision, heartbeat=Event.Heartbeat())]
         if page.position is None or self._created_at not in (None, page.position.created_at):
             if self._created_at is None:
                 raise sessions.not_found(self._session_id)
-            # Another session of the same id, which must not be, is not the one followed.
-            self.ended = True
-            return [_event(self.position, session_deleted=Event.ChatSessionDeleted())]
+            # Ids are not reused. If one is, the session that was watched is gone all the same.
+            self.is_finished = True
+            return [_event(self.revision, session_deleted=Event.ChatSessionDeleted())]
         end = page.session.revision
-        if self.position > end:
+        if self.revision > end:
             raise errors.OutOfRangeError(
-                f"the session is at revision {end}, before {self.position}",
+                f"revision {self.revision} does not exist: the session is at revision {end}",
                 reason="REVISION_OUT_OF_RANGE",
             )
         events = page.changes
-        if self._shown is None:
-            events = [_event(self.position, session=convert.session(page.session)), *events]
-        elif self._shown != page.state:
-            events = [page.changed_session, *events]
-        if not page.more and not self.caught_up:
+        if self._session_state is None:
+            events = [_event(self.revision, session=convert.session(page.session)), *events]
+        elif self._session_state != page.session_state:
+            events = [page.session_event, *events]
+        if not page.has_more and not self.is_caught_up:
             events = [*events, _event(end, caught_up=Event.CaughtUp())]
-            self.caught_up = True
+            self.is_caught_up = True
         elif not events:
-            # What happened has cancelled itself out: nothing to show but the place.
+            # The changes have cancelled each other out. A heartbeat carries the new revision.
             events = [_event(end, heartbeat=Event.Heartbeat())]
-        self._created_at, self.position = page.position
-        self._shown = page.state
+        self._created_at, self.revision = page.position
+        self._session_state = page.session_state
         return events
 
 
@@ -227,9 +240,9 @@ def _event(revision: int, **event: Any) -> bytes:
 
 
 def _events(page: session_changes.Page) -> Iterator[Event]:
-    """The changes of a page, runs of new messages together.
+    """Convert the changes of a page. Consecutive new messages share an event.
 
-    The last one stands for all there is in the session when no more follows.
+    The last event has the revision of the page, which may be beyond its last change.
     """
     response = None
     for change in page.changes:

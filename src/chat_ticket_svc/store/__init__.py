@@ -1,1 +1,1 @@
-"""The SQL, beside the functions that run it."""
+"""PostgreSQL: the SQL statements, beside the functions that run them, and the connections."""

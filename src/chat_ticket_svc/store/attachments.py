@@ -1,62 +1,60 @@
-"""Attachments of chat messages. Each change to one is a change to its message."""
+"""Attachments of chat messages. A change to an attachment is a change to its message."""
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from chat_ticket_svc import errors
 from chat_ticket_svc.store import sessions
+from chat_ticket_svc.store.columns import column_list, microseconds
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.driver_errors import ConstraintViolation
 from chat_ticket_svc.store.transaction import Transaction
 
 
 class Attachment(NamedTuple):
-    """A row of chat_attachments."""
+    """A row of chat_attachments; the time is in microseconds since the Unix epoch."""
 
-    id: str
-    message_id: str
-    file_url: str
-    file_name: str
-    file_type: str
-    created_at: int
+    id: Annotated[str, "a.id::text"]
+    message_id: Annotated[str, "a.message_id::text"]
+    file_url: Annotated[str, "a.file_url"]
+    file_name: Annotated[str, "a.file_name"]
+    file_type: Annotated[str, "a.file_type"]
+    created_at: Annotated[int, microseconds("a.created_at")]
 
 
 class NewAttachment(NamedTuple):
-    """An attachment to create; the id is the client's or ours."""
+    """An attachment to create. The client may assign the id; otherwise the service does."""
 
     id: str
-    id_is_chosen: bool
+    has_client_id: bool
     file_url: str
     file_name: str
     file_type: str
 
-    def repeats(self, stored: Attachment) -> bool:
-        """Whether creating this again has nothing to do."""
+    def is_repeat_of(self, stored: Attachment) -> bool:
+        """Whether `stored` is the result of an earlier request to create this attachment."""
         return (
             (self.file_url, self.file_name, self.file_type)
             == (stored.file_url, stored.file_name, stored.file_type)
-        ) and (not self.id_is_chosen or self.id == stored.id)
+        ) and (not self.has_client_id or self.id == stored.id)
 
 
-class Placed(NamedTuple):
-    """An attachment with the sequence of its message, which orders those of a session."""
+class SequencedAttachment(NamedTuple):
+    """An attachment and the sequence of its message. Attachments of a session sort by sequence."""
 
     sequence: int
     attachment: Attachment
 
 
-COLUMNS = """
-    a.id::text, a.message_id::text, a.file_url, a.file_name, a.file_type,
-    (extract(epoch FROM a.created_at) * 1000000)::bigint
-"""
+COLUMNS = column_list(Attachment)
 
 GET = f"""
 SELECT {COLUMNS} FROM chat_attachments a
  WHERE a.tenant_id = %(tenant_id)s AND a.id = %(id)s::uuid
 """
 
-FIRST_TAKEN = """
+FIND_TAKEN_ID = """
 SELECT id::text FROM chat_attachments
  WHERE tenant_id = %(tenant_id)s AND id = ANY (%(ids)s::uuid[])
  LIMIT 1
@@ -126,8 +124,8 @@ SELECT m.sequence, {COLUMNS}
  LIMIT %(limit)s
 """
 
-# The messages in their order, each asked for its attachments, until the page is full: never by
-# reading all attachments of the tenant, which is what else the planner may think of.
+# LATERAL reads the attachments message by message, in order, until the page is full. A plain join
+# lets the planner choose to read all attachments of the tenant.
 LIST_OF_SESSION = f"""
 SELECT m.sequence, {COLUMNS}
   FROM chat_messages m
@@ -149,42 +147,46 @@ def not_found(attachment_id: str) -> errors.NotFoundError:
     return errors.NotFoundError("chat_attachment", attachment_id)
 
 
-def _repeat(new: NewAttachment, message_id: str, stored: Attachment | None) -> Attachment | None:
-    if stored is not None and not (stored.message_id == message_id and new.repeats(stored)):
+def _checked_repeat(
+    new: NewAttachment, message_id: str, stored: Attachment | None
+) -> Attachment | None:
+    if stored is not None and not (stored.message_id == message_id and new.is_repeat_of(stored)):
         raise errors.AlreadyExistsError.id_taken("chat_attachment", new.id)
     return stored
 
 
-async def repeated(
+async def find_repeat(
     db: Database, tenant_id: str, message_id: str, new: NewAttachment
 ) -> Attachment | None:
-    """The stored attachment that `new` repeats, or None when its id does not exist.
+    """The stored attachment that an earlier request for `new` created, or None.
 
-    Raises AlreadyExistsError when the id belongs to another attachment.
+    Raises AlreadyExistsError if the id belongs to a different attachment.
     """
     stored = await db.fetch_one(GET, {"tenant_id": tenant_id, "id": new.id}, Attachment)
-    return _repeat(new, message_id, stored)
+    return _checked_repeat(new, message_id, stored)
 
 
 async def create(
     db: Database, tenant_id: str, message_id: str, new: NewAttachment, *, limit: int
 ) -> tuple[Attachment, str]:
-    """Add an attachment to a message that has fewer than `limit`; also returns its session's id.
+    """Add an attachment to a message; also return the id of the session.
 
-    A repeat with the same id and equal content returns what is stored.
+    A repeated request with the same id and content returns the stored attachment. Raises
+    FailedPreconditionError if the message already has `limit` attachments.
     """
 
     async def body(transaction: Transaction) -> tuple[Attachment, str]:
         session_id = await sessions.lock_of_message(transaction, tenant_id, message_id)
         params = {"tenant_id": tenant_id, "id": new.id}
-        stored = _repeat(new, message_id, await transaction.fetch_one(GET, params, Attachment))
+        existing = await transaction.fetch_one(GET, params, Attachment)
+        stored = _checked_repeat(new, message_id, existing)
         if stored is not None:
             return stored, session_id
         params |= {"session_id": session_id, "message_id": message_id}
         [count] = await transaction.fetch_all(COUNT, params, int)
         if count >= limit:
             raise errors.FailedPreconditionError(
-                f"the message has {count} attachments, the most it can have",
+                f"the message has {count} attachments, at most {limit} are allowed",
                 reason="TOO_MANY_ATTACHMENTS",
                 subject=f"chat_messages/{message_id}",
             )
@@ -194,7 +196,7 @@ async def create(
             "file_type": new.file_type,
         }
         created = await transaction.fetch_one(CREATE, params, Attachment)
-        if created is None:  # the message was deleted while we waited for the lock
+        if created is None:  # the message was deleted during the wait for the lock
             raise errors.NotFoundError("chat_message", message_id)
         return created, session_id
 
@@ -206,13 +208,14 @@ async def create(
         raise errors.AlreadyExistsError.id_taken("chat_attachment", new.id) from violation
 
 
-async def id_taken(
+async def id_taken_error(
     db: Database, tenant_id: str, new: Sequence[NewAttachment]
 ) -> errors.AlreadyExistsError:
-    """What to raise when one of `new` has the id of another attachment: names it."""
+    """The error to raise when the id of one of `new` belongs to another attachment. It names it."""
     params = {"tenant_id": tenant_id, "ids": [attachment.id for attachment in new]}
-    taken = await db.fetch_all(FIRST_TAKEN, params, str)
-    return errors.AlreadyExistsError.id_taken("chat_attachment", taken[0] if taken else new[0].id)
+    taken_ids = await db.fetch_all(FIND_TAKEN_ID, params, str)
+    taken_id = taken_ids[0] if taken_ids else new[0].id
+    return errors.AlreadyExistsError.id_taken("chat_attachment", taken_id)
 
 
 async def get(db: Database, tenant_id: str, attachment_id: str) -> Attachment:
@@ -232,8 +235,8 @@ async def page(
     after_time: datetime,
     after_id: str,
     limit: int,
-) -> list[Placed]:
-    """The attachments of a message or a session after (sequence, time, id)."""
+) -> list[SequencedAttachment]:
+    """A page of the attachments of a message or a session, after (sequence, time, id)."""
     params = {
         "tenant_id": tenant_id,
         "parent_id": parent_id,
@@ -245,12 +248,12 @@ async def page(
     return await db.fetch_all(
         LIST_OF_SESSION if of_session else LIST_OF_MESSAGE,
         params,
-        lambda sequence, *columns: Placed(sequence, Attachment(*columns)),
+        lambda sequence, *columns: SequencedAttachment(sequence, Attachment(*columns)),
     )
 
 
 async def delete(db: Database, tenant_id: str, attachment_id: str) -> str:
-    """Remove an attachment from its message; returns the id of its session."""
+    """Delete an attachment; return the id of its session."""
 
     async def body(transaction: Transaction) -> str:
         params = {"tenant_id": tenant_id, "id": attachment_id}

@@ -1,4 +1,4 @@
-"""How this service connects to PostgreSQL: the connection string, and what a connection tells."""
+"""Connection strings for PostgreSQL, and the state of a connection."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ from psycopg import conninfo
 
 from chat_ticket_svc.config import ConfigurationError
 
-# Bounded waits, so that a dead peer is noticed within seconds (reliability notes 10 and 15).
+# Bounded waits, so that a dead peer is noticed within seconds. In seconds, but for
+# tcp_user_timeout, which is in milliseconds.
 CONNECTION_OPTIONS = {
     "connect_timeout": "3",
     "keepalives_idle": "10",
@@ -19,7 +20,10 @@ CONNECTION_OPTIONS = {
 
 
 def require_valid_url(variable: str, url: str) -> None:
-    """ConfigurationError unless libpq can read the URL of a variable; its own error quotes it."""
+    """Raise ConfigurationError if libpq cannot parse the URL of a variable.
+
+    libpq's own error is hidden, as it quotes the URL, which may hold a password.
+    """
     try:
         connection_string(url)
     except psycopg.Error:
@@ -27,25 +31,26 @@ def require_valid_url(variable: str, url: str) -> None:
 
 
 def connection_string(url: str, **session_settings: str | int) -> str:
-    """`url` with our timeouts added, and PostgreSQL settings for the session as options."""
-    given = conninfo.conninfo_to_dict(url)
-    options = [str(given["options"])] if "options" in given else []
+    """`url` with CONNECTION_OPTIONS as defaults, and PostgreSQL settings for the session added."""
+    url_options = conninfo.conninfo_to_dict(url)
+    options = [str(url_options["options"])] if "options" in url_options else []
     options += [f"-c {name}={value}" for name, value in session_settings.items()]
     defaults = dict(CONNECTION_OPTIONS)
-    if "," in f"{given.get('host')}{given.get('hostaddr')}":
-        # Of several hosts the primary is meant: all that we do needs it, LISTEN too.
+    if "," in f"{url_options.get('host')}{url_options.get('hostaddr')}":
+        # With several hosts, connect to the primary. Writes and LISTEN need it.
         defaults["target_session_attrs"] = "read-write"
     return conninfo.make_conninfo(
-        **{**defaults, **given, "options": " ".join(options)}  # type: ignore[arg-type]
+        **{**defaults, **url_options, "options": " ".join(options)}  # type: ignore[arg-type]
     )
 
 
 def is_read_only(connection: psycopg.AsyncConnection[Any]) -> bool:
-    """Whether the server has told so by now: it does with the answer to any statement."""
-    told = connection.info.parameter_status
-    return "on" in (told("in_hot_standby"), told("default_transaction_read_only"))
+    """Whether the server has reported that it is read-only. It does so with any response."""
+    parameter = connection.info.parameter_status
+    return "on" in (parameter("in_hot_standby"), parameter("default_transaction_read_only"))
 
 
 def is_lost(error: psycopg.Error, connection: psycopg.AsyncConnection[Any]) -> bool:
+    """Whether the connection is unusable after this error."""
     state = error.sqlstate or ""
     return connection.closed or state.startswith("08") or state in ("57P01", "57P02", "57P03")

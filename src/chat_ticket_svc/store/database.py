@@ -1,9 +1,11 @@
-"""The connection pool, transactions, and the first of two hops: driver error → domain error.
+"""Statements and transactions on PostgreSQL, with retries, on a pool of connections.
 
-Every statement runs in autocommit, prepared, with its results in binary, or inside `transaction`.
-What is quick shares a connection (see lane.py), everything else takes one of its own.
-What is retried here: serialization failures and deadlocks, and once, after the pool has been
-checked, what a lost connection cut off and is safe to repeat.
+A statement runs in autocommit mode, prepared, with binary results, or in a `transaction`. Short
+statements share a connection (see pipelined_connection.py). All others lease one (see
+connection_queue.py). Driver errors become domain errors here (see driver_errors.py).
+
+Serialization failures and deadlocks are retried. If a connection is lost, the pool is checked, and
+idempotent work is retried once.
 """
 
 from __future__ import annotations
@@ -12,8 +14,7 @@ import asyncio
 import contextlib
 import math
 import random
-import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, LiteralString, TypeVar
 
 import psycopg
@@ -23,43 +24,40 @@ from psycopg import errors as pg_errors
 from chat_ticket_svc import errors
 from chat_ticket_svc.access import request_context
 from chat_ticket_svc.store.connection import connection_string, is_lost
+from chat_ticket_svc.store.connection_queue import (
+    LEASE_TIMEOUT_SECONDS,
+    ConnectionQueue,
+    NoConnection,
+    QueueFull,
+)
 from chat_ticket_svc.store.driver_errors import ConnectionLost, translate
 from chat_ticket_svc.store.pipelined_connection import PipelinedConnection
 from chat_ticket_svc.store.transaction import Params, Transaction
 from chat_ticket_svc.telemetry import metrics, tracing
-from chat_ticket_svc.timeouts import Timeout
 
 T = TypeVar("T")
 
 CONTENTION_RETRIES = 3
 
-# Reliability notes 10 and 15: bounded waits everywhere, and a dead peer noticed within seconds.
-POOL_TIMEOUT_SECONDS = 2
 POOL_MAX_LIFETIME_SECONDS = 1800
-QUEUE_PLACES_PER_CONNECTION = 4
+# The pool gives up connecting after this time, and tries again when a connection is requested,
+# instead of backing off for minutes. Also the least time between two replacements of all
+# connections.
+RECONNECT_SECONDS = 2
+
 MAX_PIPELINED_CALLS = 1000
-# Of what is read on a shared connection, so that nobody waits long behind it.
+# Limits for a read on a pipelined connection, so that no call waits long behind another.
 PIPELINED_MAX_ROWS = 32
 PIPELINED_MAX_BYTES = 64 * 1024
-# The connections that are shared come on top of the pool's size.
+# One for reads and one for writes, in addition to the pool size.
 PIPELINED_CONNECTIONS = 2
-# After which the pool tries again when it is asked, instead of backing off for minutes.
-RECONNECT_SECONDS = 2
 
 
 class _Attempt:
-    """Whether what was sent so far may have been committed."""
+    """Whether the statements sent so far may have been committed."""
 
     def __init__(self, *, outcome_unknown: bool = False):
         self.outcome_unknown = outcome_unknown
-
-
-class _Share:
-    """What the calls of one tenant have of the pool."""
-
-    def __init__(self, connections: int):
-        self.turns = asyncio.Semaphore(connections)
-        self.busy = 0
 
 
 class Database:
@@ -85,10 +83,11 @@ class Database:
             min_size=min(pool_size, 2),
             max_size=pool_size + PIPELINED_CONNECTIONS,
             reconnect_timeout=RECONNECT_SECONDS,
-            timeout=POOL_TIMEOUT_SECONDS,
+            timeout=LEASE_TIMEOUT_SECONDS,
             max_lifetime=POOL_MAX_LIFETIME_SECONDS,
             open=False,
         )
+        self._queue = ConnectionQueue(self._pool, pool_size=pool_size)
         self._reads, self._writes = (
             PipelinedConnection(
                 self._pool,
@@ -97,60 +96,50 @@ class Database:
             )
             for _ in range(PIPELINED_CONNECTIONS)
         )
-        self._checking: asyncio.Task[None] | None = None
-        self._renewing: asyncio.Task[None] | None = None
-        self._renewed_at = -math.inf
-        # Counted here and not by the pool's max_waiting, which counts callers who have left.
-        self._busy = 0
-        self._leased_now = 0
-        self._most_busy = pool_size * (1 + QUEUE_PLACES_PER_CONNECTION)
-        # Half of the connections, so that a tenant whose calls hang, or come all at once, is waited
-        # for by itself alone. Weak: who has nothing to do is forgotten.
-        self._share = (pool_size + 1) // 2
-        self._shares: weakref.WeakValueDictionary[str | None, _Share] = (
-            weakref.WeakValueDictionary()
-        )
+        self._pool_check: asyncio.Task[None] | None = None
+        self._replacement: asyncio.Task[None] | None = None
+        self._replaced_at = -math.inf
 
     async def open(self) -> None:
-        """Start connecting. Does not wait: a database that is down must not stop the server."""
+        """Start to connect, without waiting. The server starts even if the database is down."""
         await self._pool.open(wait=False)
 
     async def close(self) -> None:
-        if self._renewing is not None:
-            await asyncio.gather(self._renewing, return_exceptions=True)
+        if self._replacement is not None:
+            await asyncio.gather(self._replacement, return_exceptions=True)
         await self._reads.close()
         await self._writes.close()
         await self._pool.close()
 
-    def report(self) -> None:
-        """Have the metrics of the pool tell of this one."""
+    def register_metrics(self) -> None:
+        """Make the pool metrics report this pool."""
         stats = self._pool.get_stats
         metrics.POOL_CONNECTIONS.set_function(lambda: stats()["pool_size"])
         metrics.POOL_IDLE.set_function(lambda: stats()["pool_available"])
-        metrics.POOL_WAITING.set_function(lambda: self._busy - self._leased_now)
+        metrics.POOL_WAITING.set_function(lambda: self._queue.waiting)
 
     async def check(self) -> None:
-        """Raises UnavailableError unless the pool has a connection that works."""
+        """Raise UnavailableError unless the pool has a working connection."""
         await self.fetch_all("SELECT 1", {}, int)
 
     async def fetch_all(
         self,
         sql: LiteralString,
         params: Params,
-        make: Callable[..., T],
+        make_row: Callable[..., T],
         *,
         prepare: bool | None = None,
     ) -> list[T]:
-        """Read rows in one statement, `make(*columns)` each.
+        """Read rows in one statement, and return `make_row(*columns)` for each.
 
-        `prepare=False` has it planned each time, for the very parameters: PostgreSQL may settle on
-        one plan for what it has prepared, as for a tenant of average size.
+        With `prepare=False`, PostgreSQL plans the statement for its parameters each time. For a
+        prepared statement it may use one generic plan, which fits a tenant of average size.
         """
 
         async def work(transaction: Transaction, _: _Attempt) -> list[T]:
-            return await transaction.fetch_all(sql, params, make, prepare=prepare)
+            return await transaction.fetch_all(sql, params, make_row, prepare=prepare)
 
-        return await self._run(self._leased(work), idempotent=True)
+        return await self._run_with_retries(self._with_lease(work), idempotent=True)
 
     async def fetch_typed(
         self,
@@ -158,72 +147,73 @@ class Database:
         params: Params,
         types: Sequence[int],
     ) -> list[tuple[Any, ...]]:
-        """As `rows`, but the columns are read as `types`."""
+        """As `fetch_all`, but return tuples, with the columns decoded as `types`."""
 
         async def work(transaction: Transaction, _: _Attempt) -> list[tuple[Any, ...]]:
             return await transaction.fetch_typed(sql, params, types)
 
-        return await self._run(self._leased(work), idempotent=True)
+        return await self._run_with_retries(self._with_lease(work), idempotent=True)
 
     async def fetch_one(
-        self, sql: LiteralString, params: Params, make: Callable[..., T]
+        self, sql: LiteralString, params: Params, make_row: Callable[..., T]
     ) -> T | None:
-        """Read one row, or None, by its key: it shares a connection with other such statements."""
-        found = await self.fetch_pipelined(sql, params)
-        return make(*found[0]) if found else None
+        """Read one row by its key, or None, on the pipelined connection."""
+        rows = await self.fetch_pipelined(sql, params)
+        return make_row(*rows[0]) if rows else None
 
     async def fetch_pipelined(
         self, sql: LiteralString, params: Params, types: Sequence[int] | None = None
     ) -> list[tuple[Any, ...]]:
-        """As `rows` or `fetch_typed`, when the statement is nearly as quick as that of `row`.
+        """As `fetch_all` or `fetch_typed`, on the pipelined connection.
 
-        For reads of at most PIPELINED_MAX_ROWS rows and PIPELINED_MAX_BYTES that an index finds.
+        Only for reads that use an index and return at most PIPELINED_MAX_ROWS rows and
+        PIPELINED_MAX_BYTES, as the calls behind them wait.
         """
 
         async def work(attempt: _Attempt) -> list[tuple[Any, ...]]:
-            return await self._shared(self._reads, sql, params, attempt, types)
+            return await self._run_pipelined(self._reads, sql, params, attempt, types)
 
-        return await self._run(work, idempotent=True)
+        return await self._run_with_retries(work, idempotent=True)
 
     async def write(
         self,
         sql: LiteralString,
         params: Params,
-        make: Callable[..., T],
+        make_row: Callable[..., T],
         *,
         idempotent: bool,
         outcome_unknown: bool = False,
     ) -> list[T]:
-        """Write in one statement that is its own transaction, and return its rows.
+        """Write in one statement, which is a transaction of its own, and return its rows.
 
-        `idempotent` says that running it again does no harm. `outcome_unknown` says that an earlier
-        attempt may have committed it.
+        `idempotent` says that the statement can be repeated safely. `outcome_unknown` says that an
+        earlier attempt may have committed it.
         """
 
         async def work(transaction: Transaction, attempt: _Attempt) -> list[T]:
             attempt.outcome_unknown = True
-            return await transaction.fetch_all(sql, params, make)
+            return await transaction.fetch_all(sql, params, make_row)
 
-        return await self._run(
-            self._leased(work), idempotent=idempotent, outcome_unknown=outcome_unknown
+        return await self._run_with_retries(
+            self._with_lease(work), idempotent=idempotent, outcome_unknown=outcome_unknown
         )
 
     async def write_pipelined(self, sql: LiteralString, params: Params) -> list[tuple[Any, ...]]:
-        """Write in one statement that waits for no lock, on a connection for such statements.
+        """Write in one statement that waits for no lock, on the pipelined connection for writes.
 
-        Nothing is repeated here: ConnectionLost says that it may have happened.
+        It is not retried. After ConnectionLost it may have been committed.
         """
         try:
-            return await self._shared(self._writes, sql, params, _Attempt())
+            return await self._run_pipelined(self._writes, sql, params, _Attempt())
         except psycopg.Error as error:
             raise self._translated(error) from error
 
     async def transaction(
         self, body: Callable[[Transaction], Awaitable[T]], *, idempotent: bool
     ) -> T:
-        """Run `body` in a READ COMMITTED transaction; it may be run again after a conflict.
+        """Run `body` in a READ COMMITTED transaction, again after a conflict.
 
-        `idempotent` says that running it again after it was committed does no harm.
+        `idempotent` says that `body` can be repeated safely after it was committed.
         """
 
         async def work(transaction: Transaction, attempt: _Attempt) -> T:
@@ -238,43 +228,48 @@ class Database:
             await transaction.execute("COMMIT", {})
             return result
 
-        return await self._run(self._leased(work), idempotent=idempotent)
+        return await self._run_with_retries(self._with_lease(work), idempotent=idempotent)
 
-    def _leased(
+    def _with_lease(
         self, work: Callable[[Transaction, _Attempt], Awaitable[T]]
     ) -> Callable[[_Attempt], Awaitable[T]]:
-        """`work` on a connection of its own."""
+        """`work`, run on a leased connection."""
 
         async def leased(attempt: _Attempt) -> T:
-            async with self._connection(attempt) as connection:
-                try:
-                    return await work(Transaction(connection), attempt)
-                except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-                    if is_lost(error, connection):
-                        raise ConnectionLost from error
-                    raise
+            try:
+                async with self._queue.lease(request_context.tenant_id_or_none()) as connection:
+                    try:
+                        return await work(Transaction(connection), attempt)
+                    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+                        if is_lost(error, connection):
+                            raise ConnectionLost from error
+                        raise
+            except QueueFull:
+                raise self._queue_full(attempt) from None
+            except NoConnection as error:
+                raise self._unavailable(attempt) from error
 
         return leased
 
-    async def _shared(
+    async def _run_pipelined(
         self,
-        lane: PipelinedConnection,
+        connection: PipelinedConnection,
         sql: LiteralString,
         params: Params,
         attempt: _Attempt,
         types: Sequence[int] | None = None,
     ) -> list[tuple[Any, ...]]:
-        if lane.busy >= MAX_PIPELINED_CALLS:
+        if connection.pending >= MAX_PIPELINED_CALLS:
             raise self._queue_full(attempt)
         try:
             with tracing.statement(sql):
-                return await lane.fetch(sql, params, types)
+                return await connection.fetch(sql, params, types)
         except pg_errors.ConnectionFailure as error:
             raise ConnectionLost from error
         except psycopg_pool.PoolTimeout as error:
-            raise self._lost(attempt) from error
+            raise self._unavailable(attempt) from error
 
-    async def _run(
+    async def _run_with_retries(
         self,
         work: Callable[[_Attempt], Awaitable[T]],
         *,
@@ -284,23 +279,23 @@ class Database:
         attempt = _Attempt(outcome_unknown=outcome_unknown)
         conflicts = 0
         retried = False
-        outcome_was_unknown = (
-            outcome_unknown  # a conflict undoes its own attempt, not one whose commit was lost
-        )
+        # A conflict rolls back its own attempt only, not one that lost its connection before.
+        earlier_outcome_unknown = outcome_unknown
         while True:
             try:
                 return await work(attempt)
             except (pg_errors.SerializationFailure, pg_errors.DeadlockDetected) as error:
-                attempt.outcome_unknown = outcome_was_unknown
+                attempt.outcome_unknown = earlier_outcome_unknown
                 conflicts += 1
                 if conflicts > CONTENTION_RETRIES:
-                    lost = self._lost(attempt) if outcome_was_unknown else errors.ContentionError()
-                    raise lost from error
+                    if earlier_outcome_unknown:
+                        raise self._unavailable(attempt) from error
+                    raise errors.ContentionError from error
             except ConnectionLost as error:
                 if retried or (attempt.outcome_unknown and not idempotent):
-                    raise self._lost(attempt) from error
+                    raise self._unavailable(attempt) from error
                 retried = True
-                outcome_was_unknown = attempt.outcome_unknown
+                earlier_outcome_unknown = attempt.outcome_unknown
             except psycopg.Error as error:
                 raise self._translated(error) from error
             if retried:
@@ -308,99 +303,45 @@ class Database:
             else:
                 await asyncio.sleep(random.uniform(0, 0.01 * 2**conflicts))  # noqa: S311 - jitter
 
-    @contextlib.asynccontextmanager
-    async def _connection(self, attempt: _Attempt) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
-        """One of the tenant's share."""
-        share = self._shares.setdefault(request_context.tenant_id_or_none(), _Share(self._share))
-        with self._place(share, attempt):
-            with tracing.pool_wait():
-                connection = await self._take(share, attempt)
-            self._leased_now += 1
-            try:
-                yield connection
-            finally:
-                self._leased_now -= 1
-                try:
-                    await self._pool.putconn(connection)
-                finally:
-                    share.turns.release()
-
-    async def _take(self, share: _Share, attempt: _Attempt) -> psycopg.AsyncConnection[Any]:
-        """A turn of the tenant's and a connection, within POOL_TIMEOUT_SECONDS for both."""
-        clock = asyncio.get_running_loop().time
-        began = clock()
-        try:
-            with Timeout(POOL_TIMEOUT_SECONDS):
-                await share.turns.acquire()
-        except TimeoutError as error:
-            raise self._lost(attempt) from error
-        try:
-            left = began + POOL_TIMEOUT_SECONDS - clock()
-            connection = await self._pool.getconn(max(left, 0.001))
-        except BaseException as error:
-            share.turns.release()
-            if isinstance(error, psycopg.Error):
-                raise self._lost(attempt) from error
-            raise
-        metrics.POOL_WAIT_SECONDS.observe(clock() - began)
-        return connection
-
-    @contextlib.contextmanager
-    def _place(self, share: _Share, attempt: _Attempt) -> Iterator[None]:
-        """One of those who have or wait for a connection, however many tenants they are of.
-
-        When all places are taken, a tenant that has fewer than its part of them gets one more: so
-        that those who come in crowds wait for one another, and not everybody for all of them.
-        """
-        part = max(1, self._most_busy // len(self._shares))
-        if share.busy >= self._most_busy or (self._busy >= self._most_busy and share.busy >= part):
-            raise self._queue_full(attempt)
-        self._busy += 1
-        share.busy += 1
-        try:
-            yield
-        finally:
-            self._busy -= 1
-            share.busy -= 1
-
     def _queue_full(self, attempt: _Attempt) -> errors.DomainError:
         if attempt.outcome_unknown:
-            return self._lost(attempt)
+            return self._unavailable(attempt)
         return errors.ResourceExhaustedError(
             "too many calls wait for a database connection", reason="POOL_QUEUE_FULL"
         )
 
-    def _lost(self, attempt: _Attempt) -> errors.UnavailableError:
+    def _unavailable(self, attempt: _Attempt) -> errors.UnavailableError:
         if attempt.outcome_unknown:
             return errors.OutcomeUnknownError()
         return errors.UnavailableError(
-            "the database cannot be reached, or not in time", reason="DATABASE_UNAVAILABLE"
+            "the database is unreachable, or no connection became free in time",
+            reason="DATABASE_UNAVAILABLE",
         )
 
     def _translated(self, error: psycopg.Error) -> Exception:
         if isinstance(error, pg_errors.ReadOnlySqlTransaction):
-            self._renew()
+            self._replace_connections()
         return translate(error)
 
-    def _renew(self) -> None:
-        """Replace all connections: after a failover their server may be a primary no more.
+    def _replace_connections(self) -> None:
+        """Replace all connections, as after a failover their server may be a standby.
 
-        Until then writes would go on to fail, and reads to tell of the past. Where that server
-        is all there is, and read-only for long, this comes once in RECONNECT_SECONDS.
+        On a standby, writes keep failing, and reads return old data. If the only server stays
+        read-only, this happens every RECONNECT_SECONDS at most.
         """
         now = asyncio.get_running_loop().time()
-        if now < self._renewed_at + RECONNECT_SECONDS:
+        if now < self._replaced_at + RECONNECT_SECONDS:
             return
-        self._renewed_at = now
-        self._renewing = asyncio.create_task(self._pool.drain())
-        self._reads.let_go()
-        self._writes.let_go()
+        self._replaced_at = now
+        self._replacement = asyncio.create_task(self._pool.drain())
+        self._reads.release_connection()
+        self._writes.release_connection()
 
     async def _check_pool(self, attempt: _Attempt) -> None:
-        """Drop the dead connections, once for everybody who met one."""
-        if self._checking is None or self._checking.done():
-            self._checking = asyncio.create_task(self._pool.check())
+        """Drop broken connections; concurrent calls share one check."""
+        if self._pool_check is None or self._pool_check.done():
+            self._pool_check = asyncio.create_task(self._pool.check())
         try:
-            await asyncio.shield(self._checking)
+            await asyncio.shield(self._pool_check)
         except psycopg.Error as error:
-            raise self._lost(attempt) from error
+            raise self._unavailable(attempt) from error

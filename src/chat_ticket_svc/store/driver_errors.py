@@ -1,4 +1,4 @@
-"""The first of two hops: driver error → domain error. The second is rpc/status.py."""
+"""Maps the errors of psycopg to domain errors. rpc/status.py maps these to gRPC statuses."""
 
 import psycopg
 
@@ -6,7 +6,7 @@ from chat_ticket_svc import errors
 
 
 class ConstraintViolation(Exception):  # noqa: N818 - a signal to the store, never to a caller
-    """A named constraint refused a write; the store function knows what that means."""
+    """A write violates a named constraint. The store function raises the domain error for it."""
 
     def __init__(self, constraint: str):
         super().__init__(constraint)
@@ -14,17 +14,17 @@ class ConstraintViolation(Exception):  # noqa: N818 - a signal to the store, nev
 
 
 class ConnectionLost(Exception):  # noqa: N818 - as above
-    """The connection broke under a statement."""
+    """The connection broke while a statement was in flight."""
 
 
 def translate(error: psycopg.Error) -> Exception:
-    """The domain error, or the constraint, behind a driver error; unknown ones come back as is."""
+    """The domain error or ConstraintViolation for a driver error; unknown errors are unchanged."""
     match error.sqlstate or "":
         case state if state.startswith("23"):
             return ConstraintViolation(error.diag.constraint_name or "")
         case "55P03":  # lock_not_available
             return errors.ContentionError()
-        case "57014":  # query_canceled: by the statement timeout; ours cancel the task as well
+        case "57014":  # query_canceled, by statement_timeout; our own deadlines cancel the task
             return errors.DeadlineExceededError()
         case "53100":  # disk_full
             return errors.ResourceExhaustedError("the database's disk is full", reason="DISK_FULL")
@@ -34,10 +34,10 @@ def translate(error: psycopg.Error) -> Exception:
             )
         case "0A000":  # feature_not_supported
             return errors.UnsupportedError(
-                "the database server lacks a feature that this call needs",
+                "the database server does not support a feature that this call needs",
                 reason="UNSUPPORTED_BY_DATABASE",
             )
-        case "25006":  # read_only_sql_transaction: a standby, or a failover under way
+        case "25006":  # read_only_sql_transaction: a standby, or during a failover
             return errors.UnavailableError("the database is read-only", reason="DATABASE_READ_ONLY")
         case state if state.startswith(("22", "54")):  # data_exception, program_limit_exceeded
             return errors.InvalidArgumentError(

@@ -1,8 +1,7 @@
-"""The messages of a session in pages, as the bytes that the database sends.
+"""Pages of a session's messages, in the bytes that PostgreSQL sends.
 
-What a list costs is what is done to each row, so nothing is that need not be: text stays as it is
-stored, in UTF-8, and a time the integer that it is. convert.py turns such rows into the bytes of
-the response.
+The cost of a list is what is done for each row, so rows are not decoded. Text stays UTF-8 bytes, as
+stored, and a time stays an integer. convert.py encodes these rows as the response.
 """
 
 import itertools
@@ -10,24 +9,25 @@ from operator import itemgetter
 from typing import LiteralString, NamedTuple
 
 from chat_ticket_svc.store import messages, sessions
+from chat_ticket_svc.store.columns import BYTES, INTEGER, type_ids
 from chat_ticket_svc.store.database import PIPELINED_MAX_ROWS, Database
 from chat_ticket_svc.store.sessions import Session
-from chat_ticket_svc.store.transaction import BOOL, BYTES, INTEGER, TEXT
 
-# id, sequence, revision, role, content, metadata, created_at, files, size: of a message that is too
-# large for its page, all but the content, metadata and files. `created_at` is in microseconds since
-# PostgreSQL's epoch, 2000-01-01; `files` is a JSON array of the columns of the attachments.
+# id, sequence, revision, role, content, metadata, created_at, attachments, size. `created_at` is in
+# microseconds since PostgreSQL's epoch, 2000-01-01. `attachments` is a JSON array of the columns of
+# the attachments. A message that exceeds the size limit of the read has no content, metadata or
+# attachments.
 Row = tuple[bytes, int, int, bytes, bytes, bytes | None, int, bytes | None, int]
-ROW = (BYTES, INTEGER, INTEGER, BYTES, BYTES, BYTES, INTEGER, BYTES, INTEGER)
+ROW_TYPES = (BYTES, INTEGER, INTEGER, BYTES, BYTES, BYTES, INTEGER, BYTES, INTEGER)
 sequence, content, size = itemgetter(1), itemgetter(4), itemgetter(8)
 
-SESSION = (TEXT, TEXT, TEXT, BOOL, INTEGER, INTEGER, INTEGER)
+SESSION_TYPES = type_ids(Session)
 
 
 class Page(NamedTuple):
-    """Some messages in order, and whether there may be more behind them.
+    """Messages in order, and whether more may follow.
 
-    `session` is there with the first page, which was read in the same snapshot.
+    The first page also has the session, read in the same snapshot.
     """
 
     session: Session | None
@@ -35,18 +35,20 @@ class Page(NamedTuple):
     more: bool
 
 
-# A page of the most rows, each of this size at most, has PAGE_BYTES. Larger messages are looked at
-# again, as many as come to as much.
-WHOLE_BYTES = 2048
-ANY_BYTES = 2**31 - 1
+# The first read of a page omits the contents of messages over this size. So the largest page has at
+# most PAGE_BYTES, and ends before the first large message. A page that begins with one is read
+# again without this limit, up to PAGE_BYTES.
+FIRST_READ_MESSAGE_BYTES = 2048
+UNLIMITED_BYTES = 2**31 - 1
 
 
-def _list(columns: LiteralString, order: LiteralString) -> LiteralString:
-    """No row at all says that the session is gone; one without a message, that none is left.
+def _statement(columns: LiteralString, order: LiteralString) -> LiteralString:
+    """A page of messages. No row means no session; one row without a message means no message left.
 
-    Attachments are looked up for each message: a join may become a look at all of the tenant's, or
-    of the page's for each message. To ask first is faster than to find nothing to aggregate, and
-    OFFSET 0 keeps the question from becoming a hash of all that there are.
+    Attachments are looked up per message. With a join, the planner may read all attachments of the
+    tenant, or compare all attachments of the page with each message. EXISTS is faster than an
+    aggregate over no rows. OFFSET 0 keeps the planner from turning EXISTS into a hash of all
+    attachments.
     """
     return f"""
 WITH page AS MATERIALIZED (
@@ -55,7 +57,7 @@ WITH page AS MATERIALIZED (
            CASE WHEN EXISTS (
                SELECT FROM chat_attachments a
                 WHERE a.tenant_id = m.tenant_id AND a.message_id = m.id OFFSET 0)
-           THEN {messages.ATTACHMENTS}::text END AS files
+           THEN {messages.ATTACHMENTS}::text END AS attachments
       FROM chat_messages m
      WHERE m.tenant_id = %(tenant_id)s AND m.session_id = %(session_id)s::uuid
        AND m.sequence > %(after)s AND m.sequence < %(before)s
@@ -64,14 +66,14 @@ WITH page AS MATERIALIZED (
 ), sized AS (
     SELECT page.*,
            (256 + octet_length(content) + coalesce(octet_length(metadata), 0)
-                + coalesce(octet_length(files), 0))::bigint AS size
+                + coalesce(octet_length(attachments), 0))::bigint AS size
       FROM page
 )
 SELECT {columns} m.id::text, m.sequence, m.revision, m.role,
-       CASE WHEN m.size <= %(whole)s THEN m.content END,
-       CASE WHEN m.size <= %(whole)s THEN m.metadata END,
+       CASE WHEN m.size <= %(message_bytes)s THEN m.content END,
+       CASE WHEN m.size <= %(message_bytes)s THEN m.metadata END,
        m.created_at,
-       CASE WHEN m.size <= %(whole)s THEN m.files END,
+       CASE WHEN m.size <= %(message_bytes)s THEN m.attachments END,
        m.size
   FROM chat_sessions
   LEFT JOIN sized m ON true
@@ -80,10 +82,10 @@ SELECT {columns} m.id::text, m.sequence, m.revision, m.role,
 """
 
 
-FIRST_ASC = _list(f"{sessions.COLUMNS},", "ASC")
-FIRST_DESC = _list(f"{sessions.COLUMNS},", "DESC")
-LIST_ASC = _list("", "ASC")
-LIST_DESC = _list("", "DESC")
+FIRST_ASC = _statement(f"{sessions.COLUMNS},", "ASC")
+FIRST_DESC = _statement(f"{sessions.COLUMNS},", "DESC")
+LIST_ASC = _statement("", "ASC")
+LIST_DESC = _statement("", "DESC")
 
 
 async def page(
@@ -107,33 +109,38 @@ async def page(
         "roles": roles,
     }
 
-    async def read(*, limit: int, whole: int) -> tuple[Session | None, list[Row]]:
-        bounds = {**params, "limit": limit, "whole": whole}
+    async def read(*, limit: int, message_bytes: int) -> tuple[Session | None, list[Row]]:
+        bounds = {**params, "limit": limit, "message_bytes": message_bytes}
         session = None
         if first:
-            # Those of some roles may be far apart.
-            are_few = limit <= PIPELINED_MAX_ROWS and whole <= WHOLE_BYTES and roles is None
-            found = await (db.fetch_pipelined if are_few else db.fetch_typed)(
-                FIRST_DESC if descending else FIRST_ASC, bounds, SESSION + ROW
+            # A filter on roles may skip many messages. That is too slow for a shared connection.
+            is_pipelined = (
+                limit <= PIPELINED_MAX_ROWS
+                and message_bytes <= FIRST_READ_MESSAGE_BYTES
+                and roles is None
             )
-            rows = [row[len(SESSION) :] for row in found]
-            session = Session._make(found[0][: len(SESSION)]) if found else None
+            session_rows = await (db.fetch_pipelined if is_pipelined else db.fetch_typed)(
+                FIRST_DESC if descending else FIRST_ASC, bounds, SESSION_TYPES + ROW_TYPES
+            )
+            width = len(SESSION_TYPES)
+            rows = [row[width:] for row in session_rows]
+            session = Session._make(session_rows[0][:width]) if session_rows else None
         else:
-            rows = await db.fetch_typed(LIST_DESC if descending else LIST_ASC, bounds, ROW)
+            rows = await db.fetch_typed(LIST_DESC if descending else LIST_ASC, bounds, ROW_TYPES)
         if not rows:
             raise sessions.not_found(session_id)
         return session, rows if size(rows[0]) else []
 
-    session, rows = await read(limit=limit, whole=WHOLE_BYTES)
+    session, rows = await read(limit=limit, message_bytes=FIRST_READ_MESSAGE_BYTES)
     if rows and content(rows[0]) is None:
-        session, rows = await read(limit=_fitting(rows), whole=ANY_BYTES)
+        session, rows = await read(limit=_count_that_fits(rows), message_bytes=UNLIMITED_BYTES)
         return Page(session, rows, more=bool(rows))
     contents = list(map(content, rows))
-    cut = contents.index(None) if None in contents else len(rows)
-    return Page(session, rows[:cut], more=cut < len(rows) or len(rows) == limit)
+    end = contents.index(None) if None in contents else len(rows)
+    return Page(session, rows[:end], more=end < len(rows) or len(rows) == limit)
 
 
-def _fitting(rows: list[Row]) -> int:
-    """How many of them a page holds."""
+def _count_that_fits(rows: list[Row]) -> int:
+    """How many of these messages fit into a page; at least one."""
     totals = itertools.accumulate(map(size, rows))
     return max(1, [total <= messages.PAGE_BYTES for total in totals].count(True))

@@ -1,30 +1,46 @@
-"""Chat messages, read by sequence and changed under the session's lock; appends.py adds them."""
+"""Chat messages: reading, changing and deleting one. The session's lock orders the changes.
 
-from typing import Any, NamedTuple
+append.py and group_commit.py add messages; message_listing.py lists them.
+"""
+
+from typing import Annotated, Any, NamedTuple
 
 from chat_ticket_svc import errors
-from chat_ticket_svc.store import sessions
+from chat_ticket_svc.store import attachments, sessions
 from chat_ticket_svc.store.attachments import Attachment, NewAttachment
+from chat_ticket_svc.store.columns import column_list, microseconds
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.transaction import Transaction
 
+# A page of messages ends at the message that reaches this size, so that responses stay small.
+PAGE_BYTES = 1024 * 1024
+
+ATTACHMENTS = f"""
+    (SELECT json_agg(json_build_array({attachments.COLUMNS}) ORDER BY a.created_at, a.id)
+       FROM chat_attachments a
+      WHERE a.tenant_id = m.tenant_id AND a.message_id = m.id)
+"""
+
 
 class Message(NamedTuple):
-    """A row of chat_messages with its attachments; `metadata` is JSON text."""
+    """A row of chat_messages with its attachments.
 
-    id: str
-    session_id: str
-    sequence: int
-    revision: int
-    role: str
-    content: str
-    metadata: str | None
-    created_at: int
-    attachments: tuple[Attachment, ...]
+    `metadata` is JSON text, and the time is in microseconds since the Unix epoch.
+    """
+
+    id: Annotated[str, "m.id::text"]
+    session_id: Annotated[str, "m.session_id::text"]
+    sequence: Annotated[int, "m.sequence"]
+    revision: Annotated[int, "m.revision"]
+    role: Annotated[str, "m.role"]
+    content: Annotated[str, "m.content"]
+    metadata: Annotated[str | None, "m.metadata::text AS metadata"]
+    created_at: Annotated[int, microseconds("m.created_at")]
+    attachments: Annotated[tuple[Attachment, ...], f"{ATTACHMENTS} AS attachments"]
 
 
 class NewMessage(NamedTuple):
-    """A message to append; the id is the client's or ours."""
+    """A message to append. The client may assign the id; otherwise the service does."""
 
     id: str
     role: str
@@ -33,27 +49,9 @@ class NewMessage(NamedTuple):
     attachments: tuple[NewAttachment, ...]
 
 
-# Rows are cut off where they reach this many bytes, so that a page of large ones stays small.
-PAGE_BYTES = 1024 * 1024
+COLUMNS = column_list(Message)
 
-ATTACHMENTS = """
-    (SELECT json_agg(
-                json_build_array(
-                    a.id, a.message_id, a.file_url, a.file_name, a.file_type,
-                    (extract(epoch FROM a.created_at) * 1000000)::bigint)
-                ORDER BY a.created_at, a.id)
-       FROM chat_attachments a
-      WHERE a.tenant_id = m.tenant_id AND a.message_id = m.id)
-"""
-
-COLUMNS = f"""
-    m.id::text AS id, m.session_id::text AS session_id, m.sequence, m.revision, m.role, m.content,
-    m.metadata::text AS metadata,
-    (extract(epoch FROM m.created_at) * 1000000)::bigint AS created_at,
-    {ATTACHMENTS} AS attachments
-"""
-
-# What a row weighs in a response: its long fields, and something for the short ones.
+# The approximate size of a message in a response: its long fields, and 256 bytes for all others.
 SIZE = """
     256 + octet_length(content) + coalesce(octet_length(metadata), 0)
         + coalesce(octet_length(attachments::text), 0)
@@ -103,17 +101,18 @@ def not_found(message_id: str) -> errors.NotFoundError:
     return errors.NotFoundError("chat_message", message_id)
 
 
-def make(*row: Any) -> Message:
-    """A Message from COLUMNS."""
-    return Message._make((*row[:-1], attachments_of(row[-1])))
+def from_row(*row: Any) -> Message:
+    """A Message from the values of COLUMNS."""
+    return Message._make((*row[:-1], attachments_from_json(row[-1])))
 
 
-def attachments_of(found: list[list[Any]] | None) -> tuple[Attachment, ...]:
-    return tuple(Attachment(*columns) for columns in found) if found else ()
+def attachments_from_json(rows: list[list[Any]] | None) -> tuple[Attachment, ...]:
+    """The attachments from the value of ATTACHMENTS."""
+    return tuple(Attachment(*row) for row in rows) if rows else ()
 
 
 async def get(db: Database, tenant_id: str, message_id: str) -> Message:
-    message = await db.fetch_one(GET, {"tenant_id": tenant_id, "id": message_id}, make)
+    message = await db.fetch_one(GET, {"tenant_id": tenant_id, "id": message_id}, from_row)
     if message is None:
         raise not_found(message_id)
     return message
@@ -122,7 +121,7 @@ async def get(db: Database, tenant_id: str, message_id: str) -> Message:
 async def set_metadata(
     db: Database, tenant_id: str, message_id: str, metadata: str | None
 ) -> Message:
-    """Replace the metadata; what it is already counts as no change."""
+    """Replace the metadata. Equal metadata changes nothing, not even the revision."""
 
     async def body(transaction: Transaction) -> Message:
         session_id = await sessions.lock_of_message(transaction, tenant_id, message_id)
@@ -130,8 +129,8 @@ async def set_metadata(
         await transaction.execute(
             SET_METADATA, {**params, "session_id": session_id, "metadata": metadata}
         )
-        message = await transaction.fetch_one(GET, params, make)
-        if message is None:  # deleted while we waited for the lock
+        message = await transaction.fetch_one(GET, params, from_row)
+        if message is None:  # deleted during the wait for the lock
             raise not_found(message_id)
         return message
 
@@ -139,7 +138,7 @@ async def set_metadata(
 
 
 async def delete(db: Database, tenant_id: str, message_id: str) -> str:
-    """Delete a message and its attachments, leaving a tombstone; returns its session's id."""
+    """Delete a message and its attachments, and leave a tombstone; return the session's id."""
 
     async def body(transaction: Transaction) -> str:
         await sessions.lock_of_message(transaction, tenant_id, message_id)

@@ -1,14 +1,16 @@
-"""Statements of many callers on one connection, sent without waiting for one another's results.
+"""A connection that many callers share, in the pipeline mode of libpq.
 
-A connection of the pool serves one statement at a time, and what it costs to come by it, to wait
-for it and to give it back is several times what PostgreSQL takes to look a row up by its key. Here
-such statements share a connection in libpq's pipeline mode. Each has a sync point of its own, so
-that it is its own transaction: it fails alone, and is committed when its result is here.
+A connection of the pool runs one statement at a time. To wait for it, take it and return it costs
+several times what PostgreSQL needs to look up a row by its key. In pipeline mode, statements are
+sent without waiting for the results of those before. Each statement has a sync point of its own, so
+it is a transaction of its own: it fails alone, and is committed when its result arrives.
 
-PostgreSQL runs them in turn, so only what is quick and waits for no lock belongs here.
+PostgreSQL runs the statements one after the other. So only fast statements that wait for no lock
+may be sent here.
 
-When the connection breaks, all that were sent fail with ConnectionFailure, and the next statement
-takes another one. A caller that leaves is not waited for: what was sent is run all the same.
+If the connection breaks, all statements sent on it fail with ConnectionFailure, and the next
+statement takes another connection. If a caller is cancelled, its statement runs all the same once
+it was sent.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import functools
 import itertools
 import re
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import psycopg
@@ -30,26 +32,26 @@ from psycopg.adapt import Transformer
 Row = tuple[Any, ...]
 Connection = psycopg.AsyncConnection[Any]
 
-# More than a connection can be kept busy with. What waits behind these has not been sent, and is
-# not, when its caller leaves.
-WINDOW = 16
+# Enough to keep the connection busy. Statements beyond these are sent later, so they can still be
+# dropped if their callers are cancelled.
+MAX_IN_FLIGHT = 16
 
-# libuv tells of an error on a socket once, together with what is to be read before it, and never
-# again: who has read that looks whether there is more, as psycopg does.
-LOOK_SECONDS = 0.1
+# libuv reports a socket error once, together with the data before it, and not again. So while
+# statements are in flight, the socket is also read at this interval, as psycopg does.
+RECHECK_SECONDS = 0.1
 
 _PLACEHOLDER = re.compile(r"%\((\w+)\)s")
 
 
 class _Statement(NamedTuple):
-    """What PostgreSQL is sent: the parameters by number."""
+    """A statement with numbered parameters, as PostgreSQL expects, and their names in order."""
 
     sql: bytes
-    parameters: tuple[str, ...]
+    parameter_names: tuple[str, ...]
 
 
 @functools.cache
-def _statement(sql: str) -> _Statement:
+def _parse(sql: str) -> _Statement:
     numbers: dict[str, int] = {}
     numbered = _PLACEHOLDER.sub(
         lambda match: f"${numbers.setdefault(match[1], len(numbers) + 1)}", sql
@@ -57,8 +59,8 @@ def _statement(sql: str) -> _Statement:
     return _Statement(numbered.encode(), tuple(numbers))
 
 
-def _dumped(value: Any) -> bytes | None:
-    """In text, of a type that PostgreSQL infers."""
+def _encode(value: Any) -> bytes | None:
+    """A parameter in text format. PostgreSQL infers its type."""
     match value:
         case None:
             return None
@@ -69,29 +71,31 @@ def _dumped(value: Any) -> bytes | None:
     raise TypeError(type(value))
 
 
-class _Call:
-    """A statement on its way."""
+class _PendingStatement:
+    """A statement that waits to be sent, or for its result."""
 
-    __slots__ = ("future", "preparing", "result", "statement", "types", "values")
+    __slots__ = ("is_preparing", "parameters", "result", "rows", "statement", "types")
 
     def __init__(
         self,
         statement: _Statement,
-        values: Sequence[bytes | None],
+        parameters: Sequence[bytes | None],
         types: Sequence[int] | None,
     ):
         self.statement = statement
-        self.values = values
+        self.parameters = parameters
         self.types = types
-        self.future: asyncio.Future[list[Row]] = asyncio.get_running_loop().create_future()
-        self.preparing = False
+        self.rows: asyncio.Future[list[Row]] = asyncio.get_running_loop().create_future()
+        # Whether the next result is that of preparing it.
+        self.is_preparing = False
         self.result: pq.abc.PGresult | None = None
 
 
 class PipelinedConnection:
-    """One connection of a pool, taken when it is first needed and again when it broke.
+    """A connection of a pool for statements of many callers.
 
-    It is given back when the pool would let go of it, for its age or at the end.
+    It is taken from the pool for the first statement, and again after it broke. It is returned to
+    the pool when it reaches its lifetime, when it breaks, and at the end.
     """
 
     def __init__(
@@ -102,163 +106,167 @@ class PipelinedConnection:
         lifetime_seconds: float,
     ):
         self._pool = pool
-        self._prepares = prepare_statements
+        self._prepare_statements = prepare_statements
         self._lifetime = lifetime_seconds
-        self._pipeline: _Pipeline | None = None
+        self._session: _PipelineSession | None = None
         self._opening: asyncio.Task[None] | None = None
-        self._closing: set[asyncio.Task[None]] = set()
-        self._waiting = 0
+        self._returning: set[asyncio.Task[None]] = set()
+        self._pending = 0
 
     @property
-    def busy(self) -> int:
-        """How many statements are on their way."""
-        return self._waiting
+    def pending(self) -> int:
+        """How many statements wait to be sent, or for their results."""
+        return self._pending
 
     async def fetch(
         self, sql: str, params: Mapping[str, Any], types: Sequence[int] | None = None
     ) -> list[Row]:
-        """The rows of a statement, its columns read as `types` where these are given.
+        """The rows of a statement. With `types`, its columns are decoded as these.
 
         Also raises PoolTimeout and ConnectionFailure.
         """
-        statement = _statement(sql)
-        call = _Call(statement, [_dumped(params[name]) for name in statement.parameters], types)
-        self._waiting += 1
+        statement = _parse(sql)
+        pending = _PendingStatement(
+            statement, [_encode(params[name]) for name in statement.parameter_names], types
+        )
+        self._pending += 1
         try:
-            # It may have broken again before those who waited for it have their turn.
-            while (pipeline := self._pipeline) is None or pipeline.ended:
+            # A new session may break before the callers that wait for it resume, hence the loop.
+            while (session := self._session) is None or session.is_ended:
                 await self._open()
-            pipeline.send(call)
-            return await call.future
+            session.send(pending)
+            return await pending.rows
         finally:
-            self._waiting -= 1
+            self._pending -= 1
 
-    def let_go(self) -> None:
-        """Of the connection, when what was sent on it is answered; what comes takes another."""
-        if self._pipeline is not None:
-            self._pipeline.end()
+    def release_connection(self) -> None:
+        """Return the connection when its statements have results. Later ones take another."""
+        if self._session is not None:
+            self._session.end()
 
     async def close(self) -> None:
         if self._opening is not None:
             self._opening.cancel()
             await asyncio.gather(self._opening, return_exceptions=True)
-        self.let_go()
-        await asyncio.gather(*self._closing, return_exceptions=True)
+        self.release_connection()
+        await asyncio.gather(*self._returning, return_exceptions=True)
 
     async def _open(self) -> None:
-        """Take the connection that all who need one at this time will share."""
+        """Take a connection from the pool, once for all callers that wait for one."""
         if self._opening is None:
-            self._opening = asyncio.create_task(self._take())
+            self._opening = asyncio.create_task(self._start_session())
         await asyncio.shield(self._opening)
 
-    async def _take(self) -> None:
+    async def _start_session(self) -> None:
         try:
             connection = await self._pool.getconn()
             try:
-                self._pipeline = _Pipeline(
-                    connection, self._give_back, self._prepares, self._lifetime
+                self._session = _PipelineSession(
+                    connection, self._return, self._prepare_statements, self._lifetime
                 )
-            except psycopg.OperationalError as error:  # it was lost while it was idle
-                self._give_back(connection)
+            except psycopg.OperationalError as error:  # the connection was lost while it was idle
+                self._return(connection)
                 raise pg_errors.ConnectionFailure("the connection was lost") from error
         finally:
             self._opening = None
 
-    def _give_back(self, connection: Connection) -> None:
+    def _return(self, connection: Connection) -> None:
         task = asyncio.create_task(self._pool.putconn(connection))
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+        self._returning.add(task)
+        task.add_done_callback(self._returning.discard)
 
 
-class _Pipeline:
-    """The time of one connection in pipeline mode."""
+class _PipelineSession:
+    """The use of one connection in pipeline mode, from the pool and back."""
 
     def __init__(
         self,
         connection: Connection,
-        give_back: Any,
-        prepares: bool,
+        return_connection: Callable[[Connection], None],
+        prepare_statements: bool,
         lifetime: float,
     ):
         self._connection = connection
         self._libpq = connection.pgconn
-        self._give_back = give_back
-        self._prepares = prepares
-        # The name that each has. What could not be prepared gets another the next time: PgBouncer
-        # takes a name for used, and ends the connection of who uses it again.
-        self._prepared: dict[bytes, bytes] = {}
-        self._names = itertools.count()
+        self._return_connection = return_connection
+        self._prepare_statements = prepare_statements
+        # The names of the prepared statements. If preparing fails, the next attempt uses another
+        # name: PgBouncer regards the first one as used, and closes a connection that reuses it.
+        self._prepared_names: dict[bytes, bytes] = {}
+        self._name_numbers = itertools.count()
         self._transformer = Transformer(connection)
-        self._unsent: deque[_Call] = deque()
-        self._sent: deque[_Call] = deque()
+        self._unsent: deque[_PendingStatement] = deque()
+        self._in_flight: deque[_PendingStatement] = deque()
         self._loop = asyncio.get_running_loop()
-        # For those who come later; who is here is served.
-        self.ended = False
-        self._let_go_of = False
+        # No new statements are accepted. Those already accepted are completed.
+        self.is_ended = False
+        self._is_returned = False
         self._socket = self._libpq.socket
         self._libpq.enter_pipeline_mode()
         self._loop.add_reader(self._socket, self._receive)
         self._expiry = self._loop.call_later(lifetime, self.end)
-        self._looking: asyncio.TimerHandle | None = None
+        self._recheck_timer: asyncio.TimerHandle | None = None
 
-    def send(self, call: _Call) -> None:
-        self._unsent.append(call)
-        self._send_waiting()
-        if self._looking is None:
-            self._looking = self._loop.call_later(LOOK_SECONDS, self._look)
+    def send(self, pending: _PendingStatement) -> None:
+        self._unsent.append(pending)
+        self._send_unsent()
+        if self._recheck_timer is None:
+            self._recheck_timer = self._loop.call_later(RECHECK_SECONDS, self._recheck)
 
-    def _look(self) -> None:
-        self._looking = None
-        if self._sent:
+    def _recheck(self) -> None:
+        self._recheck_timer = None
+        if self._in_flight:
             self._receive()
-        if self._sent:
-            self._looking = self._loop.call_later(LOOK_SECONDS, self._look)
+        if self._in_flight:
+            self._recheck_timer = self._loop.call_later(RECHECK_SECONDS, self._recheck)
 
     def end(self) -> None:
-        """Take no more statements, and let go of the connection when those here are answered."""
-        self.ended = True
+        """Accept no more statements, and return the connection when the pending ones are done."""
+        self.is_ended = True
         self._expiry.cancel()
-        if not self._sent and not self._unsent:
-            self._let_go()
+        if not self._in_flight and not self._unsent:
+            self._return()
 
-    def _let_go(self) -> None:
-        if self._let_go_of:  # since when the socket's number may be another connection's
+    def _return(self) -> None:
+        if self._is_returned:  # another connection may have the socket's number now
             return
-        self._let_go_of = True
-        if self._looking is not None:
-            self._looking.cancel()
+        self._is_returned = True
+        if self._recheck_timer is not None:
+            self._recheck_timer.cancel()
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
         if self._libpq.status != pq.ConnStatus.BAD:
             self._libpq.exit_pipeline_mode()
-        self._give_back(self._connection)
+        self._return_connection(self._connection)
 
-    def _send_waiting(self) -> None:
+    def _send_unsent(self) -> None:
         try:
-            while self._unsent and len(self._sent) < WINDOW:
-                call = self._unsent.popleft()
-                if not call.future.done():  # or its caller has left
-                    self._sent.append(call)
-                    self._send(call)
+            while self._unsent and len(self._in_flight) < MAX_IN_FLIGHT:
+                pending = self._unsent.popleft()
+                if not pending.rows.done():  # its caller was not cancelled
+                    self._in_flight.append(pending)
+                    self._send(pending)
             self._flush()
         except psycopg.OperationalError as error:
-            self._break(error)
+            self._fail_all(error)
 
-    def _send(self, call: _Call) -> None:
-        sql = call.statement.sql
-        if not self._prepares:
-            self._libpq.send_query_params(sql, call.values, result_format=pq.Format.BINARY)
+    def _send(self, pending: _PendingStatement) -> None:
+        sql = pending.statement.sql
+        if not self._prepare_statements:
+            self._libpq.send_query_params(sql, pending.parameters, result_format=pq.Format.BINARY)
         else:
-            name = self._prepared.get(sql)
+            name = self._prepared_names.get(sql)
             if name is None:
-                call.preparing = True
-                name = self._prepared[sql] = b"lane_%d" % next(self._names)
+                pending.is_preparing = True
+                name = self._prepared_names[sql] = b"pipelined_%d" % next(self._name_numbers)
                 self._libpq.send_prepare(name, sql)
-            self._libpq.send_query_prepared(name, call.values, result_format=pq.Format.BINARY)
+            self._libpq.send_query_prepared(
+                name, pending.parameters, result_format=pq.Format.BINARY
+            )
         self._libpq.pipeline_sync()
 
     def _flush(self) -> None:
-        if self._libpq.flush():  # the socket takes no more for now
+        if self._libpq.flush():  # the socket's buffer is full
             self._loop.add_writer(self._socket, self._flush_more)
 
     def _flush_more(self) -> None:
@@ -266,46 +274,47 @@ class _Pipeline:
             self._loop.remove_writer(self._socket)
             self._flush()
         except psycopg.OperationalError as error:
-            self._break(error)
+            self._fail_all(error)
 
     def _receive(self) -> None:
         try:
             self._libpq.consume_input()
-            # Within a statement NULL stands behind each result; at the end of them it stays.
-            after_null = False
-            while self._sent and not self._libpq.is_busy():
+            # libpq returns NULL after each result of a statement, and twice when there are no more.
+            is_after_null = False
+            while self._in_flight and not self._libpq.is_busy():
                 result = self._libpq.get_result()
                 if result is not None:
-                    self._take(result)
-                elif after_null:
+                    self._process(result)
+                elif is_after_null:
                     break
-                after_null = result is None
+                is_after_null = result is None
         except psycopg.OperationalError as error:
-            self._break(error)
+            self._fail_all(error)
             return
         if self._libpq.status == pq.ConnStatus.BAD:
-            self._break(None)
+            self._fail_all(None)
             return
-        self._send_waiting()
-        if self.ended and not self._sent and not self._unsent:
-            self._let_go()
+        self._send_unsent()
+        if self.is_ended and not self._in_flight and not self._unsent:
+            self._return()
 
-    def _take(self, result: pq.abc.PGresult) -> None:
-        call = self._sent[0]
+    def _process(self, result: pq.abc.PGresult) -> None:
+        """Process the next result of the oldest statement in flight."""
+        pending = self._in_flight[0]
         if result.status == pq.ExecStatus.PIPELINE_SYNC:
-            self._sent.popleft()
-            self._answer(call)
-        elif call.preparing:
-            call.preparing = False
+            self._in_flight.popleft()
+            self._complete(pending)
+        elif pending.is_preparing:
+            pending.is_preparing = False
             if result.status != pq.ExecStatus.COMMAND_OK:
-                self._prepared.pop(call.statement.sql, None)
-                call.result = result
-        elif call.result is None:
-            call.result = result
+                self._prepared_names.pop(pending.statement.sql, None)
+                pending.result = result
+        elif pending.result is None:
+            pending.result = result
 
-    def _answer(self, call: _Call) -> None:
-        result = call.result
-        if call.future.done():  # its caller has left
+    def _complete(self, pending: _PendingStatement) -> None:
+        result = pending.result
+        if pending.rows.done():  # its caller was cancelled
             return
         if result is None or result.status not in (
             pq.ExecStatus.TUPLES_OK,
@@ -313,39 +322,42 @@ class _Pipeline:
         ):
             error = _error(result)
             if isinstance(error, pg_errors.InvalidSqlStatementName):
-                self._send_again(call)
+                self._send_again(pending)
             else:
-                call.future.set_exception(error)
+                pending.rows.set_exception(error)
             return
         self._transformer.set_pgresult(
-            result, set_loaders=call.types is None, format=pq.Format.BINARY
+            result, set_loaders=pending.types is None, format=pq.Format.BINARY
         )
-        if call.types is not None:
-            self._transformer.set_loader_types(call.types, pq.Format.BINARY)
-        call.future.set_result(self._transformer.load_rows(0, result.ntuples, tuple))
+        if pending.types is not None:
+            self._transformer.set_loader_types(pending.types, pq.Format.BINARY)
+        pending.rows.set_result(self._transformer.load_rows(0, result.ntuples, tuple))
 
-    def _send_again(self, call: _Call) -> None:
-        """What was to be prepared by a call before it, which failed at that."""
-        if not any(sent.preparing for sent in self._sent if sent.statement is call.statement):
-            self._prepared.pop(call.statement.sql, None)
-        call.result = None
-        self._unsent.appendleft(call)
+    def _send_again(self, pending: _PendingStatement) -> None:
+        """Send a statement again that relied on an earlier one to prepare it, which failed."""
+        is_being_prepared = any(
+            other.is_preparing for other in self._in_flight if other.statement is pending.statement
+        )
+        if not is_being_prepared:
+            self._prepared_names.pop(pending.statement.sql, None)
+        pending.result = None
+        self._unsent.appendleft(pending)
 
-    def _break(self, error: psycopg.Error | None) -> None:
-        """The connection is lost, and with it what becomes of the statements sent."""
-        self.ended = True
+    def _fail_all(self, error: psycopg.Error | None) -> None:
+        """The connection is lost. The outcome of the statements in flight is unknown."""
+        self.is_ended = True
         self._expiry.cancel()
-        for call in (*self._sent, *self._unsent):
-            if not call.future.done():
+        for pending in (*self._in_flight, *self._unsent):
+            if not pending.rows.done():
                 failure = pg_errors.ConnectionFailure("the connection was lost")
                 failure.__cause__ = error
-                call.future.set_exception(failure)
-        self._sent.clear()
+                pending.rows.set_exception(failure)
+        self._in_flight.clear()
         self._unsent.clear()
-        self._let_go()
+        self._return()
 
 
 def _error(result: pq.abc.PGresult | None) -> psycopg.Error:
     if result is None:
-        return psycopg.InternalError("a statement ended without a result")
+        return psycopg.InternalError("the statement has no result")
     return pg_errors.error_from_result(result)

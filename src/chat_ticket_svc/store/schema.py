@@ -1,4 +1,4 @@
-"""Which migrations a database has, compared with those that this version of the service needs."""
+"""Compares the migrations of a database with those that this version of the service needs."""
 
 import contextlib
 import re
@@ -13,18 +13,18 @@ from chat_ticket_svc import errors
 from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.store.connection import connection_string, is_read_only
 
-# In the package where it is installed, and beside its sources in a checkout.
-PLACES = [Path(__file__).parents[up] / "migrations" for up in (1, 3)]
-MIGRATIONS = next(place for place in PLACES if place.is_dir())
+# In an installed package they are in the package. In a checkout they are at its root.
+DIRECTORIES = [Path(__file__).parents[level] / "migrations" for level in (1, 3)]
+MIGRATIONS = next(directory for directory in DIRECTORIES if directory.is_dir())
 
 APPLIED = "SELECT version FROM schema_migrations"
 PROBE_TIMEOUT_MS = 2000
 
 
-# What libpq can be quoted with: the rest of its words may hold what stands in the URL.
+# The parts of libpq's errors that are shown. The rest may quote the URL.
 REASONS = re.compile(
     "password authentication failed|no password supplied|no pg_hba.conf entry"
-    '|(?P<no>database|role) "[^"]*" does not exist'
+    '|(?P<absent>database|role) "[^"]*" does not exist'
     "|could not translate host name|Connection refused|No such file or directory"
     "|timeout expired|starting up|shutting down|too many clients|certificate verify failed"
 )
@@ -38,7 +38,7 @@ SELECT current_setting('server_version'), current_setting('server_version_num'):
 
 
 class StaleSchemaError(ConfigurationError):
-    """The database lacks migrations that this version needs; carries their names."""
+    """The database lacks migrations that this version of the service needs. The text names them."""
 
     def __init__(self, missing: list[str]):
         super().__init__(
@@ -47,9 +47,11 @@ class StaleSchemaError(ConfigurationError):
 
 
 class Facts(NamedTuple):
-    """What is to be known of a database. `clock_ahead` is by how much ours is ahead of its clock.
+    """The state of a database and its server.
 
-    `missing` are the migrations that it lacks, `newer` how many it has that we do not know.
+    `clock_ahead` is by how many seconds the local clock is ahead of the server's. `missing` names
+    the migrations that the database lacks. `newer` counts those that this version does not know.
+    `seconds` is the round trip of a statement.
     """
 
     version: str
@@ -62,37 +64,37 @@ class Facts(NamedTuple):
 
 
 async def facts(url: str) -> Facts:
-    """Raises UnavailableError, which says why as far as that can be told."""
+    """The facts about a database. Raises UnavailableError, with the cause if it holds no secret."""
     try:
         connection = await psycopg.AsyncConnection.connect(
             connection_string(url, statement_timeout=PROBE_TIMEOUT_MS), autocommit=True
         )
         async with connection:
-            began = time.time()
+            started = time.time()
             cursor = await connection.execute(FACTS)
             [(version, number, is_read_only, clock, has_migrations)] = await cursor.fetchall()
-            ended = time.time()
+            finished = time.time()
             applied: set[str] = set()
             if has_migrations:
                 cursor = await connection.execute(APPLIED)
                 applied = {version for (version,) in await cursor.fetchall()}
     except psycopg.Error as error:
-        found = REASONS.search(str(error))
-        why = found[0] if found else type(error).__qualname__
-        if found and found["no"]:
-            why = f"the {found['no']} does not exist"
+        match = REASONS.search(str(error))
+        cause = match[0] if match else type(error).__qualname__
+        if match and match["absent"]:
+            cause = f"the {match['absent']} does not exist"
         raise errors.UnavailableError(
-            f"cannot be reached: {why}", reason="DATABASE_UNAVAILABLE"
+            f"cannot be reached: {cause}", reason="DATABASE_UNAVAILABLE"
         ) from error
     missing = _missing(applied)
     return Facts(
         version=version.partition(" ")[0],
         version_number=number,
         is_read_only=is_read_only,
-        clock_ahead=(began + ended) / 2 - clock,
+        clock_ahead=(started + finished) / 2 - clock,
         missing=missing,
         newer=len(applied) - (len(_files()) - len(missing)),
-        seconds=ended - began,
+        seconds=finished - started,
     )
 
 
@@ -105,9 +107,9 @@ def _missing(applied: Container[str]) -> list[str]:
 
 
 class Probe:
-    """Asks a database for its schema, on a connection beside the pool.
+    """Reads the applied migrations, for health checks, on a connection of its own.
 
-    A pool that is busy must not look like a database that is down.
+    It does not use the pool, as a busy pool must not look like a database that is down.
     """
 
     def __init__(self, url: str):
@@ -117,12 +119,12 @@ class Probe:
     async def missing(self) -> list[str]:
         """The file names of the migrations that the database lacks, oldest first.
 
-        A database with newer ones is accepted: it is migrated before the service is replaced.
-        Raises UnavailableError when it cannot be asked.
+        Newer migrations are accepted, as a database is migrated before the service is upgraded.
+        Raises UnavailableError if the database cannot be reached.
         """
         try:
             if self._connection is not None and is_read_only(self._connection):
-                await self.close()  # perhaps the primary is elsewhere by now
+                await self.close()  # after a failover, the primary is elsewhere
             if self._connection is None:
                 self._connection = await psycopg.AsyncConnection.connect(
                     self._conninfo, autocommit=True

@@ -1,9 +1,9 @@
-"""Full-text search over the messages of a tenant, bounded however many there are and match.
+"""Full-text search over the messages of a tenant, with a bounded cost.
 
-There are two ways to look, each of which reads so many rows and ranks so much text at the most,
-and says when that was not all. By the index: what matches, but of too much of it an arbitrary
-part. By session: the messages of the newest sessions one by one, which meets plenty of what is
-common and hardly anything of what is rare. When neither is enough, a page is the best of both.
+There are two strategies. Each reads and ranks a bounded amount, and reports whether it was
+incomplete. By index: read the messages that match. If too many match, an arbitrary part of them is
+ranked. By session: read the messages of the newest sessions. That finds many matches of a common
+word and few of a rare one. If both are incomplete, the page has the best matches of both.
 """
 
 from datetime import datetime
@@ -17,7 +17,7 @@ from chat_ticket_svc.store.transaction import Params, Transaction
 
 
 class Hit(NamedTuple):
-    """A message that a search found; `headline` has the hits between the caller's markers."""
+    """A message that matches. In `headline`, the caller's markers enclose the matching words."""
 
     message_id: str
     session_id: str
@@ -29,33 +29,34 @@ class Hit(NamedTuple):
 
 
 class Page(NamedTuple):
-    """The best matches in order, of how many, and whether there may be more than those."""
+    """The best matches in order, the number of all matches, and whether there may be more."""
 
     hits: list[Hit]
     matches: int
     incomplete: bool
 
 
-# A search result shows a part of a message; one endless word must not make it a whole one.
+# A search result shows a part of a message. One endless word must not return the whole message.
 HEADLINE_CHARACTERS = 8000
 
-# What each way looks at. Making words of it takes 6 microseconds for a message of a chat, and
-# 0.1 s for a MiB of long ones.
-MOST_MESSAGES = 5000
-MOST_BYTES = 2 * 1024 * 1024
-# Sessions passed over because they have not changed since the time asked for.
-MOST_SESSIONS = 50_000
+# Limits of each strategy. Parsing text into words takes 6 microseconds for a chat message, and
+# 0.1 s per MiB of long messages.
+MAX_MESSAGES = 5000
+MAX_BYTES = 2 * 1024 * 1024
+# Includes sessions that are skipped because they have not changed since `created_from`.
+MAX_SESSIONS = 50_000
 
-# Reading what the index has on a word takes the longer the more it is, for nothing when there is
-# too much to look at. So when the planner expects that, the other way may do with these.
-TOO_MANY_MATCHES = 2 * MOST_MESSAGES
+# The time to read the index entries of a word grows with their number, and is wasted if they exceed
+# the limits. So if the planner expects too many matches, the strategy by session is tried first.
+# If it finds enough, the index is not read.
+TOO_MANY_MATCHES = 2 * MAX_MESSAGES
 ENOUGH_MATCHES = 100
-# The planner may be wrong.
+# The planner's estimate may be wrong.
 INDEX_TIMEOUT_MS = 1000
 
-# Each tenant and query needs a plan of its own: they differ by orders of magnitude. Parallel
-# workers would meet the rows in no order. A bitmap of what matches that has no room forgets which
-# rows of a page those are, and then all of them are made into words.
+# The best plans differ by orders of magnitude between tenants and queries, so no generic plan is
+# used. Parallel workers would return rows in no order. A bitmap that exceeds work_mem keeps only
+# the pages of the matches, and then all rows of these pages are parsed into words.
 SETTINGS = """
 SELECT set_config('plan_cache_mode', 'force_custom_plan', true),
        set_config('max_parallel_workers_per_gather', '0', true),
@@ -71,20 +72,21 @@ MATCHES = """
        AND to_tsvector('english', content) @@ websearch_to_tsquery('english', %(query)s)
 """
 
-EXPECT = f"EXPLAIN (FORMAT JSON) SELECT {MATCHES}"
+ESTIMATE = f"EXPLAIN (FORMAT JSON) SELECT {MATCHES}"
 
-FOUND_BY_INDEX = f"""
-    SELECT id, session_id, sequence, role, content, created_at, 0 AS place
+CANDIDATES_BY_INDEX = f"""
+    SELECT id, session_id, sequence, role, content, created_at, 0 AS position
     {MATCHES}
      LIMIT %(messages)s + 1
 """
 
 # A message is not older than its session, nor newer than the session's last change. A session
-# without messages is a row as well, so it counts; so is the first one that is too many.
-FOUND_BY_SESSION = """
-    SELECT m.*, s.place
+# without messages is also a row, so that it counts towards the limit. The first session beyond the
+# limit is a row too, which reports that the search is incomplete.
+CANDIDATES_BY_SESSION = """
+    SELECT m.*, s.position
       FROM (SELECT id, created_at, updated_at,
-                   row_number() OVER (ORDER BY created_at DESC, id DESC) AS place
+                   row_number() OVER (ORDER BY created_at DESC, id DESC) AS position
               FROM chat_sessions
              WHERE tenant_id = %(tenant_id)s
                AND (%(session_id)s::uuid IS NULL OR id = %(session_id)s::uuid)
@@ -100,18 +102,18 @@ FOUND_BY_SESSION = """
             LIMIT %(messages)s + 1) AS m ON true
      WHERE %(created_from)s::timestamptz IS NULL
         OR s.updated_at >= %(created_from)s::timestamptz
-        OR s.place > %(sessions)s
+        OR s.position > %(sessions)s
      ORDER BY s.created_at DESC, s.id DESC, m.sequence DESC
      LIMIT %(messages)s + 1
 """
 
-# The newest come first also where there is more text than can be ranked.
+# If there is more text than MAX_BYTES, the newest messages are ranked.
 RANKED = """
 ), allowed AS (
     SELECT *, coalesce(sum(octet_length(content)) OVER (
                            ORDER BY created_at DESC, id DESC
                            ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS bytes_before
-      FROM found
+      FROM candidates
      WHERE (%(session_id)s::uuid IS NULL OR session_id = %(session_id)s::uuid)
        AND (%(roles)s::text[] IS NULL OR role = ANY (%(roles)s::text[]))
        AND (%(created_from)s::timestamptz IS NULL OR created_at >= %(created_from)s::timestamptz)
@@ -119,7 +121,7 @@ RANKED = """
 ), matching AS (
     SELECT allowed.*, ts_rank(words, websearch_to_tsquery('english', %(query)s)) AS score
       FROM allowed
-     CROSS JOIN LATERAL (SELECT to_tsvector('english', content) AS words OFFSET 0) AS made
+     CROSS JOIN LATERAL (SELECT to_tsvector('english', content) AS words OFFSET 0) AS parsed
      WHERE bytes_before < %(bytes)s AND words @@ websearch_to_tsquery('english', %(query)s)
 ), page AS (
     SELECT * FROM matching
@@ -128,21 +130,22 @@ RANKED = """
      ORDER BY score DESC, created_at DESC, id DESC
      LIMIT %(limit)s
 )
-SELECT coalesce((SELECT count(*) > %(messages)s OR max(place) > %(sessions)s FROM found), false)
+SELECT coalesce((SELECT count(*) > %(messages)s OR max(position) > %(sessions)s
+                   FROM candidates), false)
            OR EXISTS (SELECT FROM allowed WHERE bytes_before >= %(bytes)s),
        (SELECT count(*) FROM matching),
        page.id::text, page.session_id::text, page.sequence, page.role,
        (extract(epoch FROM page.created_at) * 1000000)::bigint, page.score,
        left(ts_headline('english', page.content, websearch_to_tsquery('english', %(query)s),
                         %(headline)s), %(characters)s)
-  FROM (SELECT) AS looked_at LEFT JOIN page ON true
+  FROM (SELECT) AS one_row LEFT JOIN page ON true
  ORDER BY page.score DESC, page.created_at DESC, page.id DESC
 """
 
-SEARCH_BY_INDEX = f"WITH found AS MATERIALIZED ({FOUND_BY_INDEX} {RANKED}"
-SEARCH_BY_SESSION = f"WITH found AS MATERIALIZED ({FOUND_BY_SESSION} {RANKED}"
+SEARCH_BY_INDEX = f"WITH candidates AS MATERIALIZED ({CANDIDATES_BY_INDEX} {RANKED}"
+SEARCH_BY_SESSION = f"WITH candidates AS MATERIALIZED ({CANDIDATES_BY_SESSION} {RANKED}"
 
-# What PostgreSQL makes of a query, which it may fail to.
+# Parses a query, to find out whether it is at fault.
 PARSE = "SELECT websearch_to_tsquery('english', %(query)s)::text"
 
 
@@ -162,9 +165,9 @@ async def page(
     stop_marker: str,
     limit: int,
 ) -> Page:
-    """The best matches after (score, time, id), with the words that match between the markers.
+    """A page of matches, best first, after (score, time, id), with the markers around the words.
 
-    InvalidArgumentError for a query that PostgreSQL cannot parse.
+    Raises InvalidArgumentError if PostgreSQL cannot parse the query.
     """
     params = {
         "tenant_id": tenant_id,
@@ -173,9 +176,9 @@ async def page(
         "roles": roles,
         "created_from": created_from,
         "created_to": created_to,
-        "messages": MOST_MESSAGES,
-        "bytes": MOST_BYTES,
-        "sessions": MOST_SESSIONS,
+        "messages": MAX_MESSAGES,
+        "bytes": MAX_BYTES,
+        "sessions": MAX_SESSIONS,
         "after_score": after_score,
         "after_time": after_time,
         "after_id": after_id,
@@ -185,33 +188,34 @@ async def page(
     }
     pages: list[Page] = []
     try:
-        [expected] = await db.fetch_all(EXPECT, params, lambda plan: plan[0]["Plan"]["Plan Rows"])
-        too_many = expected > TOO_MANY_MATCHES
-        # Most sessions are short enough to be looked through.
-        by_session_first = too_many or session_id is not None
+        [expected] = await db.fetch_all(ESTIMATE, params, lambda plan: plan[0]["Plan"]["Plan Rows"])
+        is_common = expected > TOO_MANY_MATCHES
+        # Most sessions are short enough to be read completely.
+        by_session_first = is_common or session_id is not None
         for by_index in (not by_session_first, by_session_first):
-            found = await _look(db, params, by_index=by_index)
-            enough = too_many and not by_index and found.matches >= ENOUGH_MATCHES
-            if enough or not found.incomplete:
-                return found
-            pages.append(found)
-    except psycopg.errors.InternalError_:  # more than 32 operators in one another, or a fault
+            result = await _search(db, params, by_index=by_index)
+            is_enough = is_common and not by_index and result.matches >= ENOUGH_MATCHES
+            if is_enough or not result.incomplete:
+                return result
+            pages.append(result)
+    except psycopg.errors.InternalError_:  # more than 32 nested operators, or an internal error
         try:
             await db.fetch_all(PARSE, params, str)
         except psycopg.errors.InternalError_ as error:
             violation = errors.Violation("query", "has too many operators, such as -, in a row")
             raise errors.InvalidArgumentError([violation]) from error
         raise
-    hits = {hit.message_id: hit for found in pages for hit in found.hits}
-    best = sorted(hits.values(), key=_rank, reverse=True)
-    return Page(best[:limit], sum(found.matches for found in pages), incomplete=True)
+    hits = {hit.message_id: hit for result in pages for hit in result.hits}
+    best_hits = sorted(hits.values(), key=_rank, reverse=True)
+    matches = sum(result.matches for result in pages)
+    return Page(best_hits[:limit], matches, incomplete=True)
 
 
 def _rank(hit: Hit) -> tuple[float, int, str]:
     return hit.score, hit.created_at, hit.message_id
 
 
-async def _look(db: Database, params: Params, *, by_index: bool) -> Page:
+async def _search(db: Database, params: Params, *, by_index: bool) -> Page:
     async def body(transaction: Transaction) -> Page:
         await transaction.execute(
             SETTINGS, {"timeout": str(INDEX_TIMEOUT_MS) if by_index else None}

@@ -1,20 +1,22 @@
-"""What changed in a session after a revision: one page in one statement, so in one snapshot."""
+"""The changes to a session after a revision. One statement reads a page, so it is one snapshot."""
 
 from typing import Literal, NamedTuple
 
-from chat_ticket_svc.store import messages
+from chat_ticket_svc.store import messages, sessions
 from chat_ticket_svc.store.database import PIPELINED_MAX_BYTES, PIPELINED_MAX_ROWS, Database
 from chat_ticket_svc.store.messages import Message
 from chat_ticket_svc.store.sessions import Session
 
-# A change takes a revision of its own, so `revision` orders the three kinds and cuts between any
-# two. Everything in the snapshot is at or below the session's revision in it. The condition
-# `revision > sequence` follows from the other two, and is there for the partial index.
+# The row of a deleted message has its id, content for messages.SIZE, and NULL in all other columns.
+_TOMBSTONE = {"id": "t.message_id::text", "content": "''"}
+TOMBSTONE_COLUMNS = ", ".join(_TOMBSTONE.get(name, "NULL") for name in Message._fields)
+
+# Every change has a revision of its own, so `revision` orders the three kinds of changes, and a
+# page can end after any of them. No revision in the snapshot exceeds the session's. The condition
+# `revision > sequence` is implied by the other two. It lets the partial index be used.
 PAGE = f"""
 WITH session AS (
-    SELECT id::text, tenant_id, status, has_ticket, revision,
-           (extract(epoch FROM created_at) * 1000000)::bigint AS created_at,
-           (extract(epoch FROM updated_at) * 1000000)::bigint AS updated_at
+    SELECT {sessions.COLUMNS}
       FROM chat_sessions
      WHERE tenant_id = %(tenant_id)s AND id = %(session_id)s::uuid
 ), change AS (
@@ -34,14 +36,13 @@ WITH session AS (
               AND m.revision > m.sequence
             ORDER BY m.revision LIMIT %(limit)s)
           UNION ALL
-          (SELECT 'deleted', t.revision, t.message_id::text, NULL, NULL, NULL, NULL, '', NULL,
-                  NULL, NULL
+          (SELECT 'deleted', t.revision, {TOMBSTONE_COLUMNS}
              FROM chat_message_tombstones t
             WHERE t.tenant_id = %(tenant_id)s AND t.session_id = %(session_id)s::uuid
               AND t.revision > %(after)s
             ORDER BY t.revision LIMIT %(limit)s)
           ORDER BY at LIMIT %(limit)s
-      ) AS found
+      ) AS changes
 )
 SELECT session.*, change.*
   FROM session
@@ -51,7 +52,7 @@ SELECT session.*, change.*
 
 
 class Change(NamedTuple):
-    """One change to a message; `message` is None when it was deleted."""
+    """A change to a message. `message` is None if the message was deleted."""
 
     kind: Literal["created", "updated", "deleted"]
     revision: int
@@ -60,7 +61,7 @@ class Change(NamedTuple):
 
 
 class Page(NamedTuple):
-    """The next changes in order, the session in the same snapshot, and whether more follow."""
+    """Changes in order, the session in the same snapshot, and whether more changes follow."""
 
     session: Session
     changes: list[Change]
@@ -68,23 +69,23 @@ class Page(NamedTuple):
 
     @property
     def revision(self) -> int:
-        """Everything up to here is in this page, or in those before."""
+        """The position of the page: it and the pages before it have all changes up to here."""
         return self.changes[-1].revision if self.more else self.session.revision
 
 
 async def page(
     db: Database, tenant_id: str, session_id: str, *, after: int, limit: int
 ) -> Page | None:
-    """The first changes after a revision, or None when there is no such session."""
-    are_few = limit <= PIPELINED_MAX_ROWS
+    """The first changes after a revision, or None if the session does not exist."""
+    is_pipelined = limit <= PIPELINED_MAX_ROWS
     params = {
         "tenant_id": tenant_id,
         "session_id": session_id,
         "after": after,
         "limit": limit,
-        "bytes": PIPELINED_MAX_BYTES if are_few else messages.PAGE_BYTES,
+        "bytes": PIPELINED_MAX_BYTES if is_pipelined else messages.PAGE_BYTES,
     }
-    if are_few:
+    if is_pipelined:
         rows = await db.fetch_pipelined(PAGE, params)
     else:
         rows = await db.fetch_all(PAGE, params, lambda *row: row)
@@ -98,6 +99,6 @@ async def page(
     changes = []
     for row in rows:
         kind, revision, *columns, _, _, _ = row[width:]
-        message = None if kind == "deleted" else messages.make(*columns)
+        message = None if kind == "deleted" else messages.from_row(*columns)
         changes.append(Change(kind, revision, columns[0], message))
     return Page(session, changes, more=len(rows) < fetched or fetched == limit)

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from chat_ticket_svc import errors
+from chat_ticket_svc.store.columns import column_list, microseconds
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.driver_errors import ConstraintViolation
 from chat_ticket_svc.store.transaction import Transaction
@@ -13,17 +14,17 @@ from chat_ticket_svc.store.transaction import Transaction
 class Session(NamedTuple):
     """A row of chat_sessions; times are microseconds since the Unix epoch."""
 
-    id: str
-    tenant_id: str
-    status: str
-    has_ticket: bool
-    revision: int
-    created_at: int
-    updated_at: int
+    id: Annotated[str, "chat_sessions.id::text"]
+    tenant_id: Annotated[str, "chat_sessions.tenant_id"]
+    status: Annotated[str, "chat_sessions.status"]
+    has_ticket: Annotated[bool, "chat_sessions.has_ticket"]
+    revision: Annotated[int, "chat_sessions.revision"]
+    created_at: Annotated[int, microseconds("chat_sessions.created_at")]
+    updated_at: Annotated[int, microseconds("chat_sessions.updated_at")]
 
 
 class Filter(NamedTuple):
-    """Which sessions to list; None filters nothing. Ranges include their start, not their end."""
+    """Which sessions to list. None does not filter. Ranges include the start, not the end."""
 
     statuses: list[str] | None
     has_ticket: bool | None
@@ -33,12 +34,7 @@ class Filter(NamedTuple):
     updated_to: datetime | None
 
 
-COLUMNS = """
-    chat_sessions.id::text, chat_sessions.tenant_id, chat_sessions.status,
-    chat_sessions.has_ticket, chat_sessions.revision,
-    (extract(epoch FROM chat_sessions.created_at) * 1000000)::bigint,
-    (extract(epoch FROM chat_sessions.updated_at) * 1000000)::bigint
-"""
+COLUMNS = column_list(Session)
 
 CREATE = f"""
 INSERT INTO chat_sessions (tenant_id, id, status)
@@ -79,7 +75,7 @@ DELETE = """
 DELETE FROM chat_sessions WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
 """
 
-# The conditions on the hour follow from those beside them, and are there for its index.
+# The conditions on updated_hour are implied by those on updated_at. They let its index be used.
 FILTER = """
    AND (%(statuses)s::text[] IS NULL OR status = ANY (%(statuses)s::text[]))
    AND (%(has_ticket)s::boolean IS NULL OR has_ticket = %(has_ticket)s::boolean)
@@ -97,7 +93,7 @@ LIST_BY_CREATE_TIME = f"""
 SELECT {COLUMNS} FROM chat_sessions
  WHERE tenant_id = %(tenant_id)s {FILTER}
    AND (created_at, id) < (%(after_time)s::timestamptz, %(after_id)s::uuid)
- ORDER BY created_at DESC, chat_sessions.id DESC
+ ORDER BY chat_sessions.created_at DESC, chat_sessions.id DESC
  LIMIT %(limit)s
 """
 
@@ -106,11 +102,11 @@ SELECT {COLUMNS} FROM chat_sessions
  WHERE tenant_id = %(tenant_id)s {FILTER}
    AND (updated_at, id) < (%(after_time)s::timestamptz, %(after_id)s::uuid)
    AND updated_hour <= %(after_time)s::timestamptz
- ORDER BY updated_hour DESC, updated_at DESC, chat_sessions.id DESC
+ ORDER BY updated_hour DESC, chat_sessions.updated_at DESC, chat_sessions.id DESC
  LIMIT %(limit)s
 """
 
-# For ten thousand psycopg takes far longer to write arrays than PostgreSQL to split texts.
+# For 10,000 sessions, psycopg takes far longer to encode arrays than PostgreSQL to split strings.
 REVISIONS = """
 SELECT watched.tenant_id, watched.id::text, s.revision
   FROM unnest(string_to_array(%(tenant_ids)s::text, chr(10)),
@@ -127,13 +123,13 @@ def not_found(session_id: str) -> errors.NotFoundError:
 
 
 async def create(db: Database, tenant_id: str, session_id: str, status: str) -> Session:
-    """Create a session, or return the one that has the id already."""
+    """Create a session. If the id exists, return the session that has it."""
     params = {"tenant_id": tenant_id, "id": session_id, "status": status}
     created = await db.write(CREATE, params, Session, idempotent=True)
     if created:
         return created[0]
     existing = await db.fetch_one(GET, params, Session)
-    if existing is None:  # deleted in between: its id is not for another session
+    if existing is None:  # deleted between the two statements
         raise errors.AlreadyExistsError.id_taken("chat_session", session_id)
     return existing
 
@@ -148,18 +144,18 @@ async def get(db: Database, tenant_id: str, session_id: str) -> Session:
 async def page(
     db: Database,
     tenant_id: str,
-    chosen: Filter,
+    session_filter: Filter,
     *,
     by_update_time: bool,
     after_time: datetime,
     after_id: str,
     limit: int,
 ) -> list[Session]:
-    """The newest sessions before (after_time, after_id), newest first."""
+    """A page of sessions, newest first, that starts after (after_time, after_id) in this order."""
     params = {"after_time": after_time, "after_id": after_id, "limit": limit}
     return await db.fetch_all(
         LIST_BY_UPDATE_TIME if by_update_time else LIST_BY_CREATE_TIME,
-        {"tenant_id": tenant_id, **params, **chosen._asdict()},
+        {"tenant_id": tenant_id, **params, **session_filter._asdict()},
         Session,
         prepare=False,
     )
@@ -168,7 +164,12 @@ async def page(
 async def lock(
     transaction: Transaction, tenant_id: str, session_id: str, etag: int | None = None
 ) -> Session:
-    """Lock a session against every other change to it; the first statement of such a change."""
+    """Lock a session until the transaction ends.
+
+    Every transaction that changes a session or its messages starts with this statement. That orders
+    the changes and prevents deadlocks between them. Raises AbortedError if `etag` is given and
+    differs from the current revision.
+    """
     session = await transaction.fetch_one(LOCK, {"tenant_id": tenant_id, "id": session_id}, Session)
     if session is None:
         raise not_found(session_id)
@@ -180,9 +181,9 @@ async def lock(
 
 
 async def lock_of_message(transaction: Transaction, tenant_id: str, message_id: str) -> str:
-    """Lock the session of a message, like `lock`; returns its id.
+    """Lock the session of a message, like `lock`, and return the session's id.
 
-    The message may be gone when the lock is had: the statement that follows finds out.
+    The message may be deleted while this waits for the lock. The next statement must check that.
     """
     params = {"tenant_id": tenant_id, "message_id": message_id}
     session_id = await transaction.fetch_one(LOCK_OF_MESSAGE, params, str)
@@ -194,7 +195,7 @@ async def lock_of_message(transaction: Transaction, tenant_id: str, message_id: 
 async def set_status(
     db: Database, tenant_id: str, session_id: str, status: str, etag: int | None
 ) -> Session:
-    """Change the status; what it is already counts as no change."""
+    """Set the status. Setting the current status changes nothing, not even the revision."""
 
     async def body(transaction: Transaction) -> Session:
         session = await lock(transaction, tenant_id, session_id, etag)
@@ -208,7 +209,7 @@ async def set_status(
 
 
 async def delete(db: Database, tenant_id: str, session_id: str, etag: int | None) -> None:
-    """Delete a session with all it holds, unless its ticket is active."""
+    """Delete a session and its contents, unless its ticket is open or pending."""
 
     async def body(transaction: Transaction) -> None:
         await lock(transaction, tenant_id, session_id, etag)
@@ -227,15 +228,15 @@ async def delete(db: Database, tenant_id: str, session_id: str, etag: int | None
 
 
 async def revisions(
-    db: Database, known: Sequence[tuple[str, str, int]]
+    db: Database, cursors: Sequence[tuple[str, str, int]]
 ) -> list[tuple[str, str, int | None]]:
-    """Of (tenant, session, revision), those whose revision is another now, with that one.
+    """The (tenant, session, current revision) of the cursors whose revision is out of date.
 
-    None where the session is gone.
+    A cursor is (tenant, session, revision). The current revision of a deleted session is None.
     """
     params = {
-        "tenant_ids": "\n".join(tenant_id for tenant_id, _, _ in known),
-        "ids": "\n".join(session_id for _, session_id, _ in known),
-        "revisions": "\n".join(str(revision) for _, _, revision in known),
+        "tenant_ids": "\n".join(tenant_id for tenant_id, _, _ in cursors),
+        "ids": "\n".join(session_id for _, session_id, _ in cursors),
+        "revisions": "\n".join(str(revision) for _, _, revision in cursors),
     }
     return await db.fetch_all(REVISIONS, params, lambda *row: row)

@@ -1,4 +1,4 @@
-"""All that a tenant has: counted, read from the oldest on, and deleted in batches."""
+"""All data of a tenant: counting it, reading it from the oldest on, and deleting it in batches."""
 
 from collections.abc import AsyncIterator
 from typing import NamedTuple
@@ -11,9 +11,9 @@ from chat_ticket_svc.store.sessions import Session
 from chat_ticket_svc.store.tickets import Ticket
 from chat_ticket_svc.store.transaction import Transaction
 
-# Of one page, and of one transaction that deletes: sessions, and everything else.
-SESSIONS = 20
-ROWS = 500
+# Limits of one page, and of one transaction that deletes: for sessions, and for all other rows.
+SESSIONS_PER_BATCH = 20
+ROWS_PER_BATCH = 500
 
 COUNT = """
 SELECT (SELECT count(*) FROM chat_sessions WHERE tenant_id = %(tenant_id)s),
@@ -53,7 +53,7 @@ SELECT id::text FROM chat_sessions
    FOR UPDATE
 """
 
-# Those that were linked or opened again since: locked, so that they stay as they are judged.
+# A ticket may have been linked or reopened since the links were deleted. The lock keeps its status.
 STATUSES_OF_LINKED_TICKETS = """
 SELECT t.status
   FROM chat_tickets ct
@@ -91,7 +91,7 @@ DELETE FROM chat_sessions
  WHERE tenant_id = %(tenant_id)s AND id = ANY (%(session_ids)s::uuid[])
 """
 
-# The ticket is locked, as it could be reopened right now.
+# The lock keeps the ticket from being reopened by a concurrent call.
 DELETE_LINKS = """
 WITH deleted AS (
     DELETE FROM chat_tickets
@@ -128,81 +128,86 @@ SELECT count(*) FROM deleted
 
 
 class Count(NamedTuple):
-    """How much of everything a tenant has; `active_tickets` are open or pending."""
+    """How many rows a tenant has in each table. `active_tickets` are open or pending."""
 
     sessions: int
     messages: int
     attachments: int
-    tombstones: int  # of deleted messages
+    tombstones: int
     chat_tickets: int
     tickets: int
     active_tickets: int
 
 
 async def count(db: Database, tenant_id: str) -> Count:
-    [counted] = await db.fetch_all(COUNT, {"tenant_id": tenant_id}, Count)
-    return counted
+    [counts] = await db.fetch_all(COUNT, {"tenant_id": tenant_id}, Count)
+    return counts
 
 
 async def oldest_sessions(
     db: Database, tenant_id: str, after: Session | None = None
 ) -> list[Session]:
-    """A page of them, behind the one that is given."""
-    params = {"tenant_id": tenant_id, **_behind(after), "limit": SESSIONS}
+    """A page of sessions, oldest first, after the given one."""
+    params = {"tenant_id": tenant_id, **_cursor_params(after), "limit": SESSIONS_PER_BATCH}
     return await db.fetch_all(OLDEST_SESSIONS, params, Session)
 
 
 async def oldest_tickets(
     db: Database, tenant_id: str, after: Ticket | None = None, *, active: bool = False
 ) -> list[Ticket]:
-    """As oldest_sessions; `active` leaves out those that are solved or closed."""
-    params = {"tenant_id": tenant_id, **_behind(after), "active": active, "limit": ROWS}
+    """A page of tickets, oldest first, after the given one. With `active`, only open or pending."""
+    params = {
+        "tenant_id": tenant_id,
+        **_cursor_params(after),
+        "active": active,
+        "limit": ROWS_PER_BATCH,
+    }
     return await db.fetch_all(OLDEST_TICKETS, params, Ticket)
 
 
-def _behind(after: Session | Ticket | None) -> dict[str, int | str]:
+def _cursor_params(after: Session | Ticket | None) -> dict[str, int | str]:
     if after is None:
         return {"after_time": 0, "after_id": str(UUID(int=0))}
     return {"after_time": after.created_at, "after_id": after.id}
 
 
 async def erase(db: Database, tenant_id: str, *, active_tickets: bool) -> AsyncIterator[int]:
-    """Delete all that a tenant has, and say after each transaction how many rows that were.
+    """Delete all data of a tenant, in batches, and yield the number of deleted rows after each.
 
-    Attachments go with their messages and are not counted. Unless `active_tickets` says that they
-    go too, they and their sessions stay, and FailedPreconditionError is raised. Whatever ends it,
-    it goes on where it was when it is called again.
+    Attachments are deleted with their messages and not counted. Without `active_tickets`, open and
+    pending tickets and their sessions are kept, and FailedPreconditionError is raised at the first
+    of them. Each batch is a transaction, so after an interruption, another call continues.
     """
-    which = {"tenant_id": tenant_id, "active": active_tickets, "limit": ROWS}
-    while deleted := sum(await db.write(DELETE_LINKS, which, int, idempotent=True)):
+    params = {"tenant_id": tenant_id, "active": active_tickets, "limit": ROWS_PER_BATCH}
+    while deleted := sum(await db.write(DELETE_LINKS, params, int, idempotent=True)):
         yield deleted
-    while deleted := sum(await db.write(DELETE_TICKETS, which, int, idempotent=True)):
+    while deleted := sum(await db.write(DELETE_TICKETS, params, int, idempotent=True)):
         yield deleted
     while deleted := await _erase_oldest_sessions(db, tenant_id):
         yield deleted
 
 
 async def _erase_oldest_sessions(db: Database, tenant_id: str) -> int:
-    """Delete ROWS of what they hold, or else the sessions themselves."""
+    """Delete up to ROWS_PER_BATCH messages and tombstones; if there are fewer, the sessions too."""
 
     async def body(transaction: Transaction) -> int:
-        params = {"tenant_id": tenant_id, "limit": SESSIONS}
-        ids = await transaction.fetch_all(LOCK_OLDEST_SESSIONS, params, str)
-        which = {"tenant_id": tenant_id, "session_ids": ids, "limit": ROWS}
-        statuses = await transaction.fetch_all(STATUSES_OF_LINKED_TICKETS, which, str)
+        page = {"tenant_id": tenant_id, "limit": SESSIONS_PER_BATCH}
+        ids = await transaction.fetch_all(LOCK_OLDEST_SESSIONS, page, str)
+        params = {"tenant_id": tenant_id, "session_ids": ids, "limit": ROWS_PER_BATCH}
+        statuses = await transaction.fetch_all(STATUSES_OF_LINKED_TICKETS, params, str)
         if not {"open", "pending"}.isdisjoint(statuses):
             raise errors.FailedPreconditionError(
-                "a ticket was opened meanwhile",
+                "a ticket was linked or reopened during the deletion",
                 reason="SESSION_HAS_ACTIVE_TICKET",
                 subject="chat_sessions",
             )
-        deleted = sum(await transaction.fetch_all(DELETE_MESSAGES, which, int))
-        if deleted == ROWS:
+        deleted = sum(await transaction.fetch_all(DELETE_MESSAGES, params, int))
+        if deleted == ROWS_PER_BATCH:
             return deleted
-        tombstones = sum(await transaction.fetch_all(DELETE_TOMBSTONES, which, int))
-        if tombstones == ROWS:
+        tombstones = sum(await transaction.fetch_all(DELETE_TOMBSTONES, params, int))
+        if tombstones == ROWS_PER_BATCH:
             return deleted + tombstones
-        await transaction.execute(DELETE_SESSIONS, which)
+        await transaction.execute(DELETE_SESSIONS, params)
         return deleted + tombstones + len(ids)
 
     return await db.transaction(body, idempotent=True)

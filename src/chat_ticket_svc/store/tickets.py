@@ -1,56 +1,50 @@
-"""Tickets, and the links (chat tickets) from sessions to them."""
+"""Tickets, and chat tickets. A chat ticket links a session to a ticket."""
 
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from chat_ticket_svc import errors
 from chat_ticket_svc.store import sessions
+from chat_ticket_svc.store.columns import column_list, microseconds
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.driver_errors import ConstraintViolation
 from chat_ticket_svc.store.transaction import Transaction
 
 
 class Ticket(NamedTuple):
-    """A row of tickets."""
+    """A row of tickets; times are in microseconds since the Unix epoch."""
 
-    id: str
-    tenant_id: str
-    title: str
-    status: str
-    created_at: int
-    updated_at: int
+    id: Annotated[str, "t.id::text"]
+    tenant_id: Annotated[str, "t.tenant_id"]
+    title: Annotated[str, "t.title"]
+    status: Annotated[str, "t.status"]
+    created_at: Annotated[int, microseconds("t.created_at")]
+    updated_at: Annotated[int, microseconds("t.updated_at")]
+
+
+TICKET_COLUMNS = column_list(Ticket)
 
 
 class ChatTicket(NamedTuple):
     """A row of chat_tickets with its ticket."""
 
-    id: str
-    session_id: str
-    ticket_id: str
-    created_at: int
-    ticket: Ticket
+    id: Annotated[str, "ct.id::text"]
+    session_id: Annotated[str, "ct.session_id::text"]
+    ticket_id: Annotated[str, "ct.ticket_id::text"]
+    created_at: Annotated[int, microseconds("ct.created_at")]
+    ticket: Annotated[Ticket, TICKET_COLUMNS]  # the last field, as it takes several columns
 
 
 class NewTicket(NamedTuple):
-    """A ticket to open; the id is the client's or ours."""
+    """A ticket to open. The client may assign the id; otherwise the service does."""
 
     id: str
-    id_is_chosen: bool
+    has_client_id: bool
     title: str
     status: str
 
 
-TICKET_COLUMNS = """
-    t.id::text, t.tenant_id, t.title, t.status,
-    (extract(epoch FROM t.created_at) * 1000000)::bigint,
-    (extract(epoch FROM t.updated_at) * 1000000)::bigint
-"""
-
-LINK_COLUMNS = f"""
-    ct.id::text, ct.session_id::text, ct.ticket_id::text,
-    (extract(epoch FROM ct.created_at) * 1000000)::bigint,
-    {TICKET_COLUMNS}
-"""
+LINK_COLUMNS = column_list(ChatTicket)
 
 GET_LINK = f"""
 SELECT {LINK_COLUMNS}
@@ -120,7 +114,8 @@ SELECT {TICKET_COLUMNS} FROM tickets t
  LIMIT %(limit)s
 """
 
-# An update that waited for another judges the row that one left: what is equal by then is left.
+# An update that waits for a concurrent one compares with the values that that one committed. Equal
+# values leave the row as it is.
 UPDATE_TICKET = """
 UPDATE tickets
    SET title = coalesce(%(title)s, title),
@@ -146,46 +141,52 @@ def link_not_found(chat_ticket_id: str) -> errors.NotFoundError:
     return errors.NotFoundError("chat_ticket", chat_ticket_id)
 
 
-def _link(*row: Any) -> ChatTicket:
-    return ChatTicket._make((*row[:4], Ticket(*row[4:])))
+_TICKET_START = ChatTicket._fields.index("ticket")
 
 
-def _repeats(link: ChatTicket, session_id: str, target: str | NewTicket) -> bool:
-    """Whether linking `session_id` to `target` has been done by `link`."""
+def _link_from_row(*row: Any) -> ChatTicket:
+    return ChatTicket._make((*row[:_TICKET_START], Ticket(*row[_TICKET_START:])))
+
+
+def _is_repeat(link: ChatTicket, session_id: str, target: str | NewTicket) -> bool:
+    """Whether `link` is the result of an earlier request to link the session to `target`."""
     if link.session_id != session_id:
         return False
     if isinstance(target, str):
         return link.ticket_id == target
-    unchanged = link.ticket.created_at == link.ticket.updated_at
-    return (not target.id_is_chosen or target.id == link.ticket_id) and (
-        not unchanged or (target.title, target.status) == (link.ticket.title, link.ticket.status)
+    is_unchanged = link.ticket.created_at == link.ticket.updated_at
+    return (not target.has_client_id or target.id == link.ticket_id) and (
+        not is_unchanged or (target.title, target.status) == (link.ticket.title, link.ticket.status)
     )
 
 
 async def link(
     db: Database, tenant_id: str, session_id: str, link_id: str, target: str | NewTicket
 ) -> ChatTicket:
-    """Link a session to the ticket of an id, or to a new one, opened in the same transaction."""
+    """Link a session to an existing ticket, given by id, or to a new one.
+
+    A new ticket is opened in the same transaction.
+    """
     params = {"tenant_id": tenant_id, "id": link_id, "session_id": session_id}
 
     async def body(transaction: Transaction) -> ChatTicket:
         await sessions.lock(transaction, tenant_id, session_id)
-        existing = await transaction.fetch_one(GET_LINK, params, _link)
+        existing = await transaction.fetch_one(GET_LINK, params, _link_from_row)
         if existing is not None:
-            if _repeats(existing, session_id, target):
+            if _is_repeat(existing, session_id, target):
                 return existing
             raise errors.AlreadyExistsError.id_taken("chat_ticket", link_id)
         if isinstance(target, str):
             ticket_id = target
         else:
             ticket_id = target.id
-            present = await transaction.fetch_one(GET_LINK_OF_SESSION, params, _link)
+            current = await transaction.fetch_one(GET_LINK_OF_SESSION, params, _link_from_row)
             if (
-                present is not None
-                and present.ticket_id == target.id
-                and _repeats(present, session_id, target)
+                current is not None
+                and current.ticket_id == target.id
+                and _is_repeat(current, session_id, target)
             ):
-                return present
+                return current
             await transaction.execute(
                 CREATE_TICKET,
                 {
@@ -196,23 +197,23 @@ async def link(
                 },
             )
         await transaction.execute(CREATE_LINK, {**params, "ticket_id": ticket_id})
-        [created] = await transaction.fetch_all(GET_LINK, params, _link)
+        [created] = await transaction.fetch_all(GET_LINK, params, _link_from_row)
         return created
 
     try:
         return await db.transaction(body, idempotent=True)
     except ConstraintViolation as violation:
-        raise _refused(violation, session_id, link_id, target) from violation
+        raise _translated(violation, session_id, link_id, target) from violation
 
 
-def _refused(
+def _translated(
     violation: ConstraintViolation, session_id: str, link_id: str, target: str | NewTicket
 ) -> Exception:
     ticket_id = target if isinstance(target, str) else target.id
     match violation.constraint:
         case "idx_chat_tickets_session":
             return errors.AlreadyExistsError(
-                "the session has a ticket already",
+                "the session already has a ticket",
                 reason="SESSION_HAS_TICKET",
                 resource="chat_session",
                 resource_id=session_id,
@@ -233,15 +234,16 @@ def _refused(
 
 
 async def get_link(db: Database, tenant_id: str, chat_ticket_id: str) -> ChatTicket:
-    found = await db.fetch_one(GET_LINK, {"tenant_id": tenant_id, "id": chat_ticket_id}, _link)
-    if found is None:
+    params = {"tenant_id": tenant_id, "id": chat_ticket_id}
+    chat_ticket = await db.fetch_one(GET_LINK, params, _link_from_row)
+    if chat_ticket is None:
         raise link_not_found(chat_ticket_id)
-    return found
+    return chat_ticket
 
 
 async def link_of_session(db: Database, tenant_id: str, session_id: str) -> ChatTicket | None:
     params = {"tenant_id": tenant_id, "session_id": session_id}
-    return await db.fetch_one(GET_LINK_OF_SESSION, params, _link)
+    return await db.fetch_one(GET_LINK_OF_SESSION, params, _link_from_row)
 
 
 async def link_page(
@@ -254,7 +256,7 @@ async def link_page(
     after_id: str,
     limit: int,
 ) -> list[ChatTicket]:
-    """The links of a session or a ticket after (time, id), oldest first."""
+    """A page of the links of a session or a ticket, oldest first, after (time, id)."""
     params = {
         "tenant_id": tenant_id,
         "parent_id": parent_id,
@@ -263,12 +265,12 @@ async def link_page(
         "limit": limit,
     }
     return await db.fetch_all(
-        LIST_LINKS_OF_SESSION if of_session else LIST_LINKS_OF_TICKET, params, _link
+        LIST_LINKS_OF_SESSION if of_session else LIST_LINKS_OF_TICKET, params, _link_from_row
     )
 
 
 async def unlink(db: Database, tenant_id: str, chat_ticket_id: str) -> str:
-    """Unlink a session from its ticket; returns the session's id."""
+    """Unlink a session from its ticket; return the session's id."""
 
     async def body(transaction: Transaction) -> str:
         params = {"tenant_id": tenant_id, "id": chat_ticket_id}
@@ -298,7 +300,7 @@ async def page(
     after_id: str,
     limit: int,
 ) -> list[Ticket]:
-    """The newest tickets before (time, id), newest first."""
+    """A page of tickets, newest first, that starts after (time, id) in this order."""
     params = {
         "tenant_id": tenant_id,
         "statuses": statuses,
@@ -312,14 +314,14 @@ async def page(
 async def update(
     db: Database, tenant_id: str, ticket_id: str, *, title: str | None, status: str | None
 ) -> Ticket:
-    """Change the title, the status or both; what they are already counts as no change."""
+    """Set the title, the status, or both. Setting the current values changes nothing."""
     params = {"tenant_id": tenant_id, "id": ticket_id, "title": title, "status": status}
     await db.write(UPDATE_TICKET, params, str, idempotent=True)
     return await get(db, tenant_id, ticket_id)
 
 
 async def delete(db: Database, tenant_id: str, ticket_id: str) -> None:
-    """Delete a ticket that no session is linked to."""
+    """Delete a ticket. FailedPreconditionError if a session is linked to it."""
     params = {"tenant_id": tenant_id, "id": ticket_id}
     try:
         deleted = await db.write(DELETE_TICKET, params, str, idempotent=False)

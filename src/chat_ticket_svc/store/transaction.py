@@ -1,4 +1,4 @@
-"""The statements of one connection, and how their rows are read."""
+"""A transaction on one connection: it runs statements and decodes their rows."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, LiteralString, TypeVar
@@ -12,13 +12,9 @@ from chat_ticket_svc.telemetry import tracing
 T = TypeVar("T")
 Params = Mapping[str, Any]
 
-# What columns are read as, whatever they are: in binary, all of PostgreSQL's times are integers,
-# and its texts their bytes.
-BOOL, BYTES, INTEGER, TEXT = 16, 17, 20, 25
-
 
 class Transaction:
-    """The statements of one transaction."""
+    """Runs the statements of one transaction, each in a span of its own."""
 
     def __init__(self, connection: psycopg.AsyncConnection[Any]):
         self._connection = connection
@@ -27,20 +23,20 @@ class Transaction:
         self,
         sql: LiteralString,
         params: Params,
-        make: Callable[..., T],
+        make_row: Callable[..., T],
         *,
         prepare: bool | None = None,
     ) -> list[T]:
         with tracing.statement(sql):
             async with self._connection.cursor(binary=True) as cursor:
                 await cursor.execute(sql, params, prepare=prepare)
-                return [make(*row) for row in await cursor.fetchall()]
+                return [make_row(*row) for row in await cursor.fetchall()]
 
     async def fetch_one(
-        self, sql: LiteralString, params: Params, make: Callable[..., T]
+        self, sql: LiteralString, params: Params, make_row: Callable[..., T]
     ) -> T | None:
-        found = await self.fetch_all(sql, params, make)
-        return found[0] if found else None
+        rows = await self.fetch_all(sql, params, make_row)
+        return rows[0] if rows else None
 
     async def fetch_typed(
         self,
@@ -48,6 +44,7 @@ class Transaction:
         params: Params,
         types: Sequence[int],
     ) -> list[tuple[Any, ...]]:
+        """The rows, with each column decoded as the type of this id, whatever its own type is."""
         async with self._connection.cursor(binary=True) as cursor:
             with tracing.statement(sql):
                 await cursor.execute(sql, params)

@@ -1,0 +1,1 @@
+"""What operators see of a server process: logs, metrics and traces."""

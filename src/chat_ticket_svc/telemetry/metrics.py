@@ -1,7 +1,8 @@
-"""What a server process measures of itself, for Prometheus: every metric is declared here.
+"""All Prometheus metrics of a server process, and the HTTP server that exposes them.
 
-Calls have the names and labels of the other gRPC implementations (grpc_server_handled_total), so
-that their dashboards fit. No label has an id, so that there are always as many series.
+The metrics of calls have the names and labels of other gRPC implementations
+(grpc_server_handled_total), so that existing dashboards work. No label holds an id, so the number
+of time series is bounded.
 """
 
 import importlib.metadata
@@ -91,6 +92,6 @@ BUILD.info(
 
 
 def serve(host: str, port: int) -> HTTPServer:
-    """Answer GET /metrics, in a thread, until `shutdown`; raises OSError when the port is taken."""
+    """Serve GET /metrics on a thread until `shutdown`. Raises OSError if the port is in use."""
     server, _ = start_http_server(port, host.strip("[]"), REGISTRY)
     return server

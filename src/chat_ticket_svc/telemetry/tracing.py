@@ -1,9 +1,9 @@
-"""Traces for OpenTelemetry: a span of each call, of its wait for a connection, of its statements.
+"""OpenTelemetry traces: a span for each call, its wait for a connection, and its statements.
 
-Without `configure`, and without the extra `tracing`, a span is nothing and costs next to it. Where
-they go and how many are kept is said by OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_ENDPOINT,
-OTEL_TRACES_SAMPLER, OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES). Like the log, spans hold no
-values and no texts of exceptions; statements are the constants of the code.
+Before `configure` is called, or without the extra `tracing`, spans are no-ops and cost next to
+nothing. OpenTelemetry's own variables set the endpoint and the sampling (OTEL_SERVICE_NAME,
+OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_TRACES_SAMPLER, OTEL_RESOURCE_ATTRIBUTES). Like log lines, spans
+hold no values and no exception texts. SQL statements are constants of the source.
 """
 
 import contextlib
@@ -15,17 +15,17 @@ from typing import Any
 
 from chat_ticket_svc.config import ConfigurationError
 
-# The collector may be dead.
+# The collector may not answer.
 SHUTDOWN_SECONDS = 1.0
 
-_NOTHING = contextlib.nullcontext()
+_NO_SPAN = contextlib.nullcontext()
 
 _provider: Any = None
 _tracer: Any = None
 
 
 def configure() -> None:
-    """Trace from now on. ConfigurationError when the extra is not installed."""
+    """Start to trace. Raises ConfigurationError if the extra is not installed."""
     global _provider, _tracer
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -33,7 +33,9 @@ def configure() -> None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise ConfigurationError("CHAT_TICKET_TRACES: needs the wheel's extra, tracing") from error
+        raise ConfigurationError(
+            "CHAT_TICKET_TRACES: requires the package's extra `tracing`"
+        ) from error
     os.environ.setdefault("OTEL_SERVICE_NAME", "chat-ticket-svc")
     name = {SERVICE_NAME: os.environ["OTEL_SERVICE_NAME"]}
     _provider = TracerProvider(resource=Resource.create(name), shutdown_on_exit=False)
@@ -42,20 +44,20 @@ def configure() -> None:
 
 
 def shutdown() -> None:
-    """Send what is left, for SHUTDOWN_SECONDS at most."""
+    """Export the remaining spans, for at most SHUTDOWN_SECONDS."""
     if _provider is not None:
-        sending = threading.Thread(target=_provider.shutdown, daemon=True)
-        sending.start()
-        sending.join(SHUTDOWN_SECONDS)
+        export = threading.Thread(target=_provider.shutdown, daemon=True)
+        export.start()
+        export.join(SHUTDOWN_SECONDS)
 
 
 def call(method: str, metadata: Iterable[tuple[str, Any]]) -> AbstractContextManager[Any]:
-    """Around a call: its span, in the trace that the caller's metadata name; or None."""
-    return _NOTHING if _tracer is None else _call(method, metadata)
+    """The span of a call, in the trace that its metadata name. Yields None without tracing."""
+    return _NO_SPAN if _tracer is None else _server_span(method, metadata)
 
 
 @contextlib.contextmanager
-def _call(method: str, metadata: Iterable[tuple[str, Any]]) -> Iterator[Any]:
+def _server_span(method: str, metadata: Iterable[tuple[str, Any]]) -> Iterator[Any]:
     from opentelemetry.trace import SpanKind
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -71,35 +73,39 @@ def _call(method: str, metadata: Iterable[tuple[str, Any]]) -> Iterator[Any]:
         yield span
 
 
-def ended(span: Any, code: int, *, failed: bool) -> None:
-    """Say of a call's span how the call ended."""
+def record_status(span: Any, code: int, *, is_error: bool) -> None:
+    """Record the status code of a call in its span."""
     from opentelemetry.trace import StatusCode
 
     span.set_attribute("rpc.grpc.status_code", code)
-    if failed:
+    if is_error:
         span.set_status(StatusCode.ERROR)
 
 
 def trace_id(span: Any) -> str:
-    """As the collector shows it."""
+    """The trace id in hexadecimal, as collectors display it."""
     return f"{span.get_span_context().trace_id:032x}"
 
 
 def pool_wait() -> AbstractContextManager[Any]:
-    """Around a call's wait for a connection."""
-    return _NOTHING if _tracer is None else _part("pool wait", {})
+    """The span of a call's wait for a database connection."""
+    return _NO_SPAN if _tracer is None else _client_span("pool wait", {})
 
 
 def statement(sql: str) -> AbstractContextManager[Any]:
-    """Around a statement of a call."""
+    """The span of a statement that a call executes."""
     if _tracer is None:
-        return _NOTHING
-    return _part("statement", {"db.system.name": "postgresql", "db.query.text": sql.strip()})
+        return _NO_SPAN
+    return _client_span("statement", {"db.system.name": "postgresql", "db.query.text": sql.strip()})
 
 
 @contextlib.contextmanager
-def _part(name: str, attributes: dict[str, str]) -> Iterator[None]:
-    """Of a call that is traced; what runs for nobody, or for many, is no part of one."""
+def _client_span(name: str, attributes: dict[str, str]) -> Iterator[None]:
+    """A child of the current call's span.
+
+    Does nothing outside a traced call: background work and work shared by several calls belong to
+    no single call.
+    """
     from opentelemetry.trace import SpanKind, StatusCode, get_current_span
 
     if not get_current_span().is_recording():

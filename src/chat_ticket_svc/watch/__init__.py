@@ -1,0 +1,1 @@
+"""Watching sessions: the watchers of this process, and the notifications between processes."""

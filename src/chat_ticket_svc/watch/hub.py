@@ -1,60 +1,36 @@
-"""How a write wakes those who follow its session, here and in other processes.
+"""The watchers of this process, and the reads that they share.
 
-After a commit, `changed` wakes the watchers of this process and hands the session to the
-notifier, which tells the other processes with NOTIFY, outside of any write's transaction: NOTIFY
-takes a global lock at commit. The listener hears what other processes tell. Both are only hints:
-what watchers are told is always read by revision, and as a fallback the revisions of all watched
-sessions are read in one statement every `watch_poll_interval_seconds`, and at once when the
-listener has reconnected.
+All watchers at the same position of a session need the same next page. It is read once for all of
+them, when the session has changed and one of them waits. The page is kept until the last watcher
+of that position has taken it and moved on.
 
-What follows a position in a session is the same for everybody who stands there, so it is read
-once for all of them: when something has changed and the first one waits for it. The page stays
-until the last of them has taken it and moved on. Whoever is slow delays nobody: it finds the page
-that leads on from its own place, one at most, or reads it when it comes.
+A slow watcher delays no other: when it takes its next page, it finds the one kept at its own
+position, or reads it.
+
+A change wakes the watchers of its session: `notify_changed` for writes of this process,
+`notifications` for those of others. A wake is only a hint. What watchers receive is always read
+from the database, by revision.
 """
 
 import asyncio
 import contextlib
-import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 from weakref import WeakValueDictionary
 
-import psycopg
-import structlog
-
 from chat_ticket_svc import errors
 from chat_ticket_svc.access import request_context
-from chat_ticket_svc.store import sessions
-from chat_ticket_svc.store.connection import connection_string
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.telemetry import metrics
-from chat_ticket_svc.timeouts import Timeout, TimeoutQueue
-
-log = structlog.get_logger()
-
-Key = tuple[str, str]  # (tenant id, session id)
-
-CHANNEL = "chat_ticket_session_changed"
-NOTIFY = "SELECT pg_notify(%s, %s)"
-UUID_LENGTH = 36
-RECONNECT_SECONDS = 1
-# Whether the listener's connection is there still: its end may come without a word (see lane.py).
-LOOK_SECONDS = 1
-
-# A NOTIFY costs half of what a write does: while writes are many, one tells of several, in a line
-# for each session. It may not have 8,000 bytes.
-NOTIFY_SECONDS = 0.01
-LINES = 27
-
-# What has not been told when this many sessions wait is left to the others' polls.
-MAX_PENDING = 10_000
+from chat_ticket_svc.timeouts import TimeoutQueue
+from chat_ticket_svc.watch.notifications import Notifications, SessionKey
 
 
 class Position(NamedTuple):
-    """Up to where a watcher has been told of a session.
+    """How much of a session a watcher has received.
 
-    Another session of the same id, which must not be, has other positions.
+    Includes the creation time. If an id were used again, against the rules, the positions of the
+    two sessions would still differ.
     """
 
     created_at: int
@@ -62,23 +38,23 @@ class Position(NamedTuple):
 
 
 class Page(Protocol):
-    """What follows a position."""
+    """The changes after a position."""
 
     @property
     def position(self) -> Position | None:
-        """Where it leads; None when the session is gone."""
+        """The position after this page. None when the session is deleted."""
 
     @property
-    def more(self) -> bool:
-        """Whether there was more behind it already."""
+    def has_more(self) -> bool:
+        """Whether the session already had further changes when the page was read."""
 
 
 P = TypeVar("P", bound=Page)
 P_co = TypeVar("P_co", bound=Page, covariant=True)
 
 
-class Read(Protocol[P_co]):
-    """Reads what follows a revision of a session: as much as `limit` says, or as is usual."""
+class PageReader(Protocol[P_co]):
+    """Reads the page after a revision of a session; without `limit`, one of the usual size."""
 
     def __call__(
         self, tenant_id: str, session_id: str, after: int, limit: int | None = ...
@@ -86,169 +62,175 @@ class Read(Protocol[P_co]):
 
 
 class CursorGroup(Generic[P]):
-    """A position, and those who stand there or are on their way."""
+    """The watchers at one position of a session, and the page that they need next."""
 
     def __init__(self, position: Position):
         self.position = position
-        self.watchers = 0
-        self.waiting: set[asyncio.Future[P | None]] = set()
-        self.page: P | None = None
-        self.reading: asyncio.Task[None] | None = None
-        # How many changes had been told when the last read, from here or up to here, began.
-        self.seen = -1
+        self.watcher_count = 0
+        self.waiters: set[asyncio.Future[P | None]] = set()
+        self.next_page: P | None = None
+        self.read_task: asyncio.Task[None] | None = None
+        # The session's `change_count` when the last read, from this position or up to it, began.
+        # No read is due while they are equal.
+        self.covered_changes = -1
 
-    def tell(self, page: P | None) -> None:
-        """What those who wait have waited for; None is silence."""
-        for waiting in self.undecided():
-            waiting.set_result(page)
+    def deliver(self, page: P | None) -> None:
+        """Resume the waiting watchers with a page, or with None for a heartbeat."""
+        for waiter in self._pending_waiters():
+            waiter.set_result(page)
 
     def fail(self, error: Exception) -> None:
-        """End those who wait."""
-        for waiting in self.undecided():
-            waiting.set_exception(error)
+        """End the streams of the waiting watchers with an error."""
+        for waiter in self._pending_waiters():
+            waiter.set_exception(error)
 
-    def undecided(self) -> list[asyncio.Future[P | None]]:
-        return [waiting for waiting in self.waiting if not waiting.done()]
+    def _pending_waiters(self) -> list[asyncio.Future[P | None]]:
+        return [waiter for waiter in self.waiters if not waiter.done()]
 
 
 class SessionHub(Generic[P]):
-    """What the watchers of a session share."""
+    """The watchers of one session, grouped by position."""
 
-    def __init__(self, follow: "WatchHub", key: Key, read: Read[P]):
-        self._follow = follow
+    def __init__(self, watch_hub: "WatchHub", key: SessionKey, read: PageReader[P]):
+        self._watch_hub = watch_hub
         self._read = read
         self.key = key
-        self.watchers = 0
-        self.changes = 0
-        self.changed_at = 0.0  # in the loop's time, by the last of them
-        self.places: dict[Position, CursorGroup[P]] = {}
+        self.watcher_count = 0
+        self.change_count = 0
+        self.last_change_time = 0.0  # of the event loop's clock
+        self.groups: dict[Position, CursorGroup[P]] = {}
 
     @property
     def revision(self) -> int:
-        """Where its watchers stand, or none that a session has."""
-        return next(iter(self.places)).revision if len(self.places) == 1 else -1
+        """The revision of all watchers, or -1 when they are at several."""
+        return next(iter(self.groups)).revision if len(self.groups) == 1 else -1
 
-    async def read(self, *arguments: int) -> P:
-        """The page after a revision, when it is its turn."""
+    async def read_page(self, *arguments: int) -> P:
+        """Read the page after a revision, within the limits on concurrent reads."""
         tenant_id, session_id = self.key
-        async with self._follow.turn(tenant_id):
+        async with self._watch_hub.read_slot(tenant_id):
             return await self._read(tenant_id, session_id, *arguments)
 
     def wake(self) -> None:
-        """Something has changed, or may have."""
-        self.changes += 1
-        self.changed_at = asyncio.get_running_loop().time()
-        for place in self.places.values():
-            if place.waiting:
-                self.read_on(place)
+        """Read the next page for the waiting watchers: the session has changed, or may have."""
+        self.change_count += 1
+        self.last_change_time = asyncio.get_running_loop().time()
+        for group in self.groups.values():
+            if group.waiters:
+                self.start_read(group)
 
-    def read_on(self, place: CursorGroup[P]) -> None:
-        """Read what follows a place, unless nothing has changed since the last time."""
-        if place.reading is None and place.seen != self.changes:
-            place.reading = asyncio.create_task(self._read_on(place))
+    def start_read(self, group: CursorGroup[P]) -> None:
+        """Read the page after a position, unless nothing has changed since the last read."""
+        if group.read_task is None and group.covered_changes != self.change_count:
+            group.read_task = asyncio.create_task(self._read_next_page(group))
 
-    async def _read_on(self, place: CursorGroup[P]) -> None:
+    async def _read_next_page(self, group: CursorGroup[P]) -> None:
         try:
-            while place.page is None and place.seen != self.changes:
-                changes, changed_at = self.changes, self.changed_at
-                page = await self.read(place.position.revision)
-                place.seen = changes
-                if page.position != place.position:
-                    place.page = page
-                    place.tell(page)
-                    if changed_at:
+            while group.next_page is None and group.covered_changes != self.change_count:
+                change_count, change_time = self.change_count, self.last_change_time
+                page = await self.read_page(group.position.revision)
+                group.covered_changes = change_count
+                if page.position != group.position:
+                    group.next_page = page
+                    group.deliver(page)
+                    if change_time:
                         metrics.WATCH_DELIVERY_SECONDS.observe(
-                            asyncio.get_running_loop().time() - changed_at
+                            asyncio.get_running_loop().time() - change_time
                         )
         except Exception as error:
-            place.fail(error)
+            group.fail(error)
         finally:
-            place.reading = None
+            group.read_task = None
 
     def drain(self) -> None:
-        for place in self.places.values():
-            place.fail(_draining())
+        for group in self.groups.values():
+            group.fail(_draining())
 
 
 def _draining() -> errors.UnavailableError:
-    return errors.UnavailableError("the server shuts down: resume", reason="DRAINING")
+    return errors.UnavailableError("the server is shutting down: resume", reason="DRAINING")
 
 
 class Watcher(Generic[P]):
-    """One stream's way through its session; to be entered before it is read from."""
+    """One stream's cursor in its session. Enter it before reading."""
 
-    def __init__(self, follow: "WatchHub", feed: SessionHub[P]):
-        self._follow = follow
-        self._feed = feed
-        self._place: CursorGroup[P] | None = None
+    def __init__(self, watch_hub: "WatchHub", session_hub: SessionHub[P]):
+        self._watch_hub = watch_hub
+        self._session_hub = session_hub
+        self._group: CursorGroup[P] | None = None
 
     def __enter__(self) -> Self:
-        self._feed.watchers += 1
+        self._session_hub.watcher_count += 1
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._leave()
-        self._feed.watchers -= 1
-        if not self._feed.watchers:
-            self._follow.forget(self._feed)
+        self._leave_group()
+        self._session_hub.watcher_count -= 1
+        if not self._session_hub.watcher_count:
+            self._watch_hub.remove(self._session_hub)
 
-    async def read(self, after: int, limit: int) -> P:
-        """Read the page after a revision for this watcher alone.
+    async def read_page(self, after: int, limit: int) -> P:
+        """Read the page after a revision, for this watcher alone.
 
-        When there is no more behind it, the watcher stands where it leads, and `next` goes on.
+        When nothing is left to read after it, the watcher moves to the page's position, and
+        `next_page` continues from there.
         """
-        self._follow.raise_if_draining()
-        changes = self._feed.changes
-        page = await self._feed.read(after, limit)
-        if not page.more:
-            self._stand(page.position, changes)
+        self._watch_hub.raise_if_draining()
+        change_count = self._session_hub.change_count
+        page = await self._session_hub.read_page(after, limit)
+        if not page.has_more:
+            self._move_to(page.position, change_count)
         return page
 
-    async def next(self) -> P | None:
-        """Move on by a page that is read for all who stand here; None after some silence."""
-        self._follow.raise_if_draining()
-        assert self._place is not None  # noqa: S101 - for the type checker
-        place, page = self._place, self._place.page
+    async def next_page(self) -> P | None:
+        """Wait for the next page, which all watchers at this position share, and move past it.
+
+        Returns None when nothing has changed for a heartbeat interval.
+        """
+        self._watch_hub.raise_if_draining()
+        assert self._group is not None  # noqa: S101 - for the type checker
+        group, page = self._group, self._group.next_page
         if page is None:
-            self._feed.read_on(place)
-            waiting: asyncio.Future[P | None] = asyncio.get_running_loop().create_future()
-            place.waiting.add(waiting)
+            self._session_hub.start_read(group)
+            waiter: asyncio.Future[P | None] = asyncio.get_running_loop().create_future()
+            group.waiters.add(waiter)
             try:
-                page = await waiting
+                page = await waiter
             finally:
-                place.waiting.discard(waiting)
+                group.waiters.discard(waiter)
         if page is not None:
-            self._stand(page.position, -1 if page.more else place.seen)
+            self._move_to(page.position, -1 if page.has_more else group.covered_changes)
         return page
 
-    def _stand(self, position: Position | None, seen: int) -> None:
-        self._leave()
+    def _move_to(self, position: Position | None, covered_changes: int) -> None:
+        self._leave_group()
         if position is None:
             return
-        place = self._feed.places.get(position)
-        if place is None:
-            place = self._feed.places[position] = CursorGroup(position)
-            self._follow.silences.start(place)
-        place.watchers += 1
-        if place.seen < seen:
-            # A page that was read before this is known may be of a history that is no more.
-            place.seen, place.page = seen, None
-        self._place = place
+        group = self._session_hub.groups.get(position)
+        if group is None:
+            group = self._session_hub.groups[position] = CursorGroup(position)
+            self._watch_hub.heartbeats.start(group)
+        group.watcher_count += 1
+        if group.covered_changes < covered_changes:
+            # The group's page was read before this one. After a restore it may belong to a
+            # history that no longer exists.
+            group.covered_changes, group.next_page = covered_changes, None
+        self._group = group
 
-    def _leave(self) -> None:
-        place, self._place = self._place, None
-        if place is None:
+    def _leave_group(self) -> None:
+        group, self._group = self._group, None
+        if group is None:
             return
-        place.watchers -= 1
-        if not place.watchers:
-            del self._feed.places[place.position]
-            self._follow.silences.stop(place)
-            if place.reading is not None:
-                place.reading.cancel()
+        group.watcher_count -= 1
+        if not group.watcher_count:
+            del self._session_hub.groups[group.position]
+            self._watch_hub.heartbeats.stop(group)
+            if group.read_task is not None:
+                group.read_task.cancel()
 
 
 class WatchHub:
-    """The watchers of this process, and what wakes them."""
+    """All watchers of this process."""
 
     def __init__(
         self,
@@ -257,153 +239,87 @@ class WatchHub:
         *,
         watch_poll_interval_seconds: float,
         watch_heartbeat_seconds: float,
-        readers: int,
+        max_concurrent_reads: int,
     ):
-        self._db = db
-        self._conninfo = connection_string(listen_url)
-        self._poll_interval_seconds = watch_poll_interval_seconds
-        self._feeds: dict[Key, SessionHub[Any]] = {}
-        self.silences = TimeoutQueue[CursorGroup[Any]](watch_heartbeat_seconds, self._silent)
-        # A thousand watchers that wake together must not fill the queue for connections, nor one
-        # tenant's keep out another's. Weak: who reads nothing is forgotten.
-        self._readers = readers
-        self._reading = asyncio.Semaphore(readers)
-        self._shares = WeakValueDictionary[str, asyncio.Semaphore]()
-        self._pending: set[Key] = set()
-        self._has_pending = asyncio.Event()
-        self._poll_now = asyncio.Event()
-        self._notifier_pid = 0
-        self._tasks: list[asyncio.Task[None]] = []
-        self._draining = False
+        self._session_hubs: dict[SessionKey, SessionHub[Any]] = {}
+        self._notifications = Notifications(
+            db, listen_url, self, poll_interval_seconds=watch_poll_interval_seconds
+        )
+        self.heartbeats = TimeoutQueue[CursorGroup[Any]](
+            watch_heartbeat_seconds, self._send_heartbeat
+        )
+        # A thousand watchers that wake together must not fill the pool's queue, and the watchers
+        # of one tenant must not keep out another's. The semaphore of a tenant lives as long as one
+        # of its reads.
+        self._read_slots = asyncio.Semaphore(max_concurrent_reads)
+        self._max_tenant_reads = max(1, max_concurrent_reads - 1)
+        self._tenant_read_slots = WeakValueDictionary[str, asyncio.Semaphore]()
+        self._is_draining = False
 
     def start(self) -> None:
-        self._tasks = [
-            asyncio.create_task(self._connected("notifier", self._notify)),
-            asyncio.create_task(self._connected("listener", self._listen)),
-            asyncio.create_task(self._poll()),
-        ]
+        self._notifications.start()
 
     def drain(self) -> None:
-        """End every watch, now and from now on, with UNAVAILABLE: the clients resume elsewhere."""
-        self._draining = True
-        for feed in self._feeds.values():
-            feed.drain()
+        """End all watches, present and future, with UNAVAILABLE: the clients resume elsewhere."""
+        self._is_draining = True
+        for session_hub in self._session_hubs.values():
+            session_hub.drain()
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._notifications.stop()
 
-    def changed(self, tenant_id: str, session_id: str) -> None:
-        """Tell everybody who follows the session; to be called after the commit."""
+    def notify_changed(self, tenant_id: str, session_id: str) -> None:
+        """Wake the watchers of a session, here and in other processes. Call after the commit."""
         key = (tenant_id, session_id)
-        self._wake(key)
-        if len(self._pending) < MAX_PENDING:
-            self._pending.add(key)
-            self._has_pending.set()
+        if session_hub := self._session_hubs.get(key):
+            session_hub.wake()
+        self._notifications.announce(key)
 
-    def watch(self, tenant_id: str, session_id: str, read: Read[P]) -> Watcher[P]:
-        """A watcher of a session; `read` is the same for all of them."""
+    def watch(self, tenant_id: str, session_id: str, read: PageReader[P]) -> Watcher[P]:
+        """A watcher of a session. All watchers of a session must pass an equivalent `read`."""
         key = (tenant_id, session_id)
-        feed = self._feeds.get(key)
-        if feed is None:
-            feed = self._feeds[key] = SessionHub(self, key, read)
-        return Watcher(self, feed)
+        session_hub = self._session_hubs.get(key)
+        if session_hub is None:
+            session_hub = self._session_hubs[key] = SessionHub(self, key, read)
+        return Watcher(self, session_hub)
 
     @property
-    def watchers(self) -> int:
-        return sum(feed.watchers for feed in list(self._feeds.values()))
+    def watcher_count(self) -> int:
+        # Copied: the metrics thread calls this while the event loop may change the dictionary.
+        return sum(hub.watcher_count for hub in list(self._session_hubs.values()))
 
-    def forget(self, feed: SessionHub[Any]) -> None:
-        """Nobody follows the session any more."""
-        del self._feeds[feed.key]
+    def remove(self, session_hub: SessionHub[Any]) -> None:
+        """Forget a session whose last watcher has left."""
+        del self._session_hubs[session_hub.key]
 
     def raise_if_draining(self) -> None:
-        if self._draining:
+        if self._is_draining:
             raise _draining()
 
     @contextlib.asynccontextmanager
-    async def turn(self, tenant_id: str) -> AsyncIterator[None]:
-        """Around a read."""
-        share = self._shares.setdefault(tenant_id, asyncio.Semaphore(max(1, self._readers - 1)))
-        async with share, self._reading:
+    async def read_slot(self, tenant_id: str) -> AsyncIterator[None]:
+        """Wait until a read for this tenant may run; held while it runs."""
+        tenant_slots = self._tenant_read_slots.setdefault(
+            tenant_id, asyncio.Semaphore(self._max_tenant_reads)
+        )
+        async with tenant_slots, self._read_slots:
             request_context.set_tenant(tenant_id)
             yield
 
-    def _silent(self, place: CursorGroup[Any]) -> None:
-        place.tell(None)
-        self.silences.start(place)
+    # What the notifications call.
 
-    def _wake(self, key: Key) -> None:
-        if feed := self._feeds.get(key):
-            feed.wake()
+    def wake(self, key: SessionKey) -> None:
+        if session_hub := self._session_hubs.get(key):
+            session_hub.wake()
 
-    async def _connected(
-        self, name: str, run: Callable[[psycopg.AsyncConnection[Any]], Awaitable[None]]
-    ) -> None:
-        """Keep `run` going on a connection of its own."""
-        while True:
-            try:
-                async with await psycopg.AsyncConnection.connect(
-                    self._conninfo, autocommit=True
-                ) as connection:
-                    await run(connection)
-            except Exception as error:  # whatever it is, the next connection may do
-                log.warning(f"{name} lost its connection", error=type(error).__qualname__)
-            await asyncio.sleep(RECONNECT_SECONDS)
+    def wake_if_moved(self, key: SessionKey, revision: int | None) -> None:
+        session_hub = self._session_hubs.get(key)
+        if session_hub and any(at.revision != revision for at in session_hub.groups):
+            session_hub.wake()
 
-    async def _notify(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        """One NOTIFY at a time; what gathers meanwhile, and a little longer, is the next."""
-        self._notifier_pid = connection.info.backend_pid
-        async with connection.cursor() as cursor:
-            while True:
-                await self._has_pending.wait()
-                keys = set(itertools.islice(self._pending, LINES))
-                self._pending -= keys
-                metrics.NOTIFY_BATCH_SESSIONS.observe(len(keys))
-                if not self._pending:
-                    self._has_pending.clear()
-                payload = "\n".join(f"{session_id}{tenant_id}" for tenant_id, session_id in keys)
-                await cursor.execute(NOTIFY, (CHANNEL, payload))
-                if len(self._pending) < LINES:
-                    await asyncio.sleep(NOTIFY_SECONDS)
+    def revisions(self) -> list[tuple[str, str, int]]:
+        return [(*key, hub.revision) for key, hub in self._session_hubs.items()]
 
-    async def _listen(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        """Without psycopg's `notifies`, which takes several times as long for each."""
-        await connection.execute(f"LISTEN {CHANNEL}")
-        self._poll_now.set()
-        loop, readable = asyncio.get_running_loop(), asyncio.Event()
-        libpq = connection.pgconn
-        socket = libpq.socket  # its number is not to be had from a connection that is lost
-        loop.add_reader(socket, readable.set)
-        try:
-            while True:
-                with contextlib.suppress(TimeoutError), Timeout(LOOK_SECONDS):
-                    await readable.wait()
-                readable.clear()
-                libpq.consume_input()
-                while notification := libpq.notifies():
-                    if notification.be_pid != self._notifier_pid:
-                        for line in notification.extra.decode(errors="replace").split("\n"):
-                            self._wake((line[UUID_LENGTH:], line[:UUID_LENGTH]))
-        finally:
-            loop.remove_reader(socket)
-
-    async def _poll(self) -> None:
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._poll_interval_seconds):
-                    await self._poll_now.wait()
-            self._poll_now.clear()
-            if not self._feeds:
-                continue
-            try:
-                known = [(*key, feed.revision) for key, feed in self._feeds.items()]
-                moved = await sessions.revisions(self._db, known)
-            except Exception as error:  # whatever it is: without the poll a watcher could be stuck
-                log.warning("could not poll the watched sessions", error=type(error).__qualname__)
-                continue
-            for tenant_id, session_id, revision in moved:
-                feed = self._feeds.get((tenant_id, session_id))
-                if feed and any(at.revision != revision for at in feed.places):
-                    feed.wake()
+    def _send_heartbeat(self, group: CursorGroup[Any]) -> None:
+        group.deliver(None)
+        self.heartbeats.start(group)

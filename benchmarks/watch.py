@@ -1,7 +1,7 @@
-"""Following: how long after a create its events come, and what it costs those who write.
+"""Watching: the time from a create to its events, and what watchers cost writers.
 
-Both moments are taken in one client process, by one clock: before the create goes to its socket,
-and after the event was read from its own. What the client does with an event comes after that.
+One client process takes both times, by one clock: before it writes the create to a socket, and
+after it has read the event from another. It decodes the event only afterwards.
 """
 
 import statistics
@@ -14,33 +14,33 @@ import psycopg
 from benchmarks import load, service, variants, watchers
 from benchmarks.figures import Figure
 from benchmarks.service import Bench, Server
-from benchmarks.watchers import TENANT, Outcome, Scene
+from benchmarks.watchers import TENANT, Outcome, Scenario
 
-NAME = "follow"
+NAME = "watch"
 SECONDS = 130
 
 WATCHERS = 1_000
 IDLE = 10_000
 
-MANY, ONE, BARE, IDLES = (
+MANY, ONE, BARE, IDLE_MANY = (
     f"{WATCHERS:,} watchers of {WATCHERS:,} sessions",
     f"{WATCHERS:,} watchers of one session",
-    f"{WATCHERS:,} watchers of one session, by gRPC alone",
+    f"{WATCHERS:,} watchers of one session, gRPC alone",
     f"{IDLE:,} watchers of {IDLE:,} sessions",
 )
-WRITES_PER_SECOND = {MANY: 150, ONE: 5, BARE: 5, IDLES: 50}
-PHASE_SECONDS = {MANY: 4, ONE: 4, BARE: 4, IDLES: 4}
-MUST = {MANY: {"p50": 4, "p99": 20}, ONE: {"p50": 20, "p99": 60}}
+WRITES_PER_SECOND = {MANY: 150, ONE: 5, BARE: 5, IDLE_MANY: 50}
+PHASE_SECONDS = {MANY: 4, ONE: 4, BARE: 4, IDLE_MANY: 4}
+TARGETS = {MANY: {"p50": 4, "p99": 20}, ONE: {"p50": 20, "p99": 60}}
 
 CALLERS = 16
 CALLERS_SECONDS = 2
-OFF, ON, WATCHED = "following off", "following on", f"{WATCHERS:,} watchers of what is written"
+OFF, ON, WATCHED = "watch off", "watch on", f"{WATCHERS:,} watchers of the written sessions"
 
 CREATE_SESSIONS = "INSERT INTO chat_sessions (tenant_id, id) SELECT %s, unnest(%s::uuid[])"
 
 
 def measure(bench: Bench) -> list[Figure]:
-    found: dict[str, list[Outcome]] = defaultdict(list)
+    outcomes: dict[str, list[Outcome]] = defaultdict(list)
     with (
         bench.postgres.database() as url,
         psycopg.connect(url, autocommit=True) as db,
@@ -52,12 +52,14 @@ def measure(bench: Bench) -> list[Figure]:
             db.execute(CREATE_SESSIONS, (TENANT, ids))
             return ids
 
-        def play(what: str, scene: Scene) -> None:
-            bench.progress(f"round {len(found[what]) + 1}, {what}")
-            found[what].append(client.submit(watchers.play, scene).result())
+        def run(what: str, scenario: Scenario) -> None:
+            bench.progress(f"round {len(outcomes[what]) + 1}, {what}")
+            outcomes[what].append(client.submit(watchers.run, scenario).result())
 
-        def follow(what: str, server: Server, ids: Sequence[str], watched: Sequence[str]) -> None:
-            scene = Scene(
+        def measure_latency(
+            what: str, server: Server, ids: Sequence[str], watched: Sequence[str]
+        ) -> None:
+            scenario = Scenario(
                 address=server.address,
                 server=server.pid,
                 postgres=bench.postgres.pid,
@@ -67,11 +69,11 @@ def measure(bench: Bench) -> list[Figure]:
                 writes_per_second=WRITES_PER_SECOND[what],
                 seconds=PHASE_SECONDS[what],
             )
-            play(what, scene)
+            run(what, scenario)
 
-        def write(what: str, server: Server, watched: int) -> None:
+        def measure_writes(what: str, server: Server, watched: int) -> None:
             ids = sessions(WATCHERS)
-            scene = Scene(
+            scenario = Scenario(
                 address=server.address,
                 server=server.pid,
                 postgres=bench.postgres.pid,
@@ -80,16 +82,16 @@ def measure(bench: Bench) -> list[Figure]:
                 callers=CALLERS,
                 seconds=CALLERS_SECONDS,
             )
-            play(what, scene)
+            run(what, scenario)
 
         with (
             service.server(url, log=bench.directory / "server.log") as server,
             service.server(
                 url,
-                variants.UNFOLLOWED,
-                log=bench.directory / "unfollowed.log",
+                variants.WITHOUT_WATCH,
+                log=bench.directory / "unwatched.log",
                 module="benchmarks.variants",
-            ) as unfollowed,
+            ) as unwatched,
             service.server(
                 url,
                 variants.BARE,
@@ -99,40 +101,40 @@ def measure(bench: Bench) -> list[Figure]:
         ):
             for _ in range(bench.rounds):
                 ids = sessions(WATCHERS)
-                follow(MANY, server, ids, ids)
+                measure_latency(MANY, server, ids, ids)
                 ids = sessions(1)
-                follow(ONE, server, ids, ids * WATCHERS)
-                follow(BARE, bare, ids, ids * WATCHERS)
-                write(OFF, unfollowed, 0)
-                write(ON, server, 0)
-                write(WATCHED, server, WATCHERS)
+                measure_latency(ONE, server, ids, ids * WATCHERS)
+                measure_latency(BARE, bare, ids, ids * WATCHERS)
+                measure_writes(OFF, unwatched, 0)
+                measure_writes(ON, server, 0)
+                measure_writes(WATCHED, server, WATCHERS)
         with service.server(url, log=bench.directory / "idle.log") as server:
             ids = sessions(IDLE)
-            follow(IDLES, server, ids, ids)
-    return _figures(found)
+            measure_latency(IDLE_MANY, server, ids, ids)
+    return _figures(outcomes)
 
 
-def _figures(found: dict[str, list[Outcome]]) -> list[Figure]:
+def _figures(outcomes: dict[str, list[Outcome]]) -> list[Figure]:
     figures = [
         Figure(
             part=NAME,
             name=f"{what}, {WRITES_PER_SECOND[what]} writes/s, {percentile}",
             unit="ms",
-            measured=[outcome.latency_ms[percentile] for outcome in found[what]],
-            must=MUST.get(what, {}).get(percentile),
+            measured=[outcome.latency_ms[percentile] for outcome in outcomes[what]],
+            must=TARGETS.get(what, {}).get(percentile),
             at_most=True,
-            note=_note(found[what]),
-            details={"rounds": found[what]},
+            note=_describe(outcomes[what]),
+            details={"rounds": outcomes[what]},
         )
-        for what in (MANY, ONE, BARE, IDLES)
+        for what in (MANY, ONE, BARE, IDLE_MANY)
         for percentile in ("p50", "p99")
     ]
     figures.append(
         Figure(
             part=NAME,
-            name=f"memory of a watcher, {IDLES}",
+            name=f"memory of a watcher, {IDLE_MANY}",
             unit="KiB",
-            measured=[outcome.watcher_bytes / 1024 for outcome in found[IDLES]],
+            measured=[outcome.watcher_bytes / 1024 for outcome in outcomes[IDLE_MANY]],
         )
     )
     for what, must in ((ON, 0.9), (WATCHED, None)):
@@ -141,17 +143,17 @@ def _figures(found: dict[str, list[Outcome]]) -> list[Figure]:
                 part=NAME,
                 name=f"CreateChatMessage, {CALLERS} callers, {what}",
                 unit="calls/s",
-                measured=[outcome.writes_per_second for outcome in found[what]],
-                limit=[outcome.writes_per_second for outcome in found[OFF]],
+                measured=[outcome.writes_per_second for outcome in outcomes[what]],
+                limit=[outcome.writes_per_second for outcome in outcomes[OFF]],
                 against=OFF,
                 must=must,
-                note=_note(found[what]),
-                details={"off": found[OFF], "rounds": found[what]},
+                note=_describe(outcomes[what]),
+                details={"off": outcomes[OFF], "rounds": outcomes[what]},
             )
         )
     return figures
 
 
-def _note(outcomes: Sequence[Outcome]) -> str:
-    rate = statistics.median(outcome.writes_per_second for outcome in outcomes)
-    return f"{rate:.0f} writes/s; {load.cpu_note([each.cpu_us for each in outcomes])}"
+def _describe(rounds: Sequence[Outcome]) -> str:
+    rate = statistics.median(outcome.writes_per_second for outcome in rounds)
+    return f"{rate:.0f} writes/s; {load.cpu_note([outcome.cpu_us for outcome in rounds])}"

@@ -1,0 +1,247 @@
+import { Client, Metadata, type ChannelCredentials, type ServiceError } from '@grpc/grpc-js'
+import type { BinaryWriter } from '@bufbuild/protobuf/wire'
+
+import { fromServiceError } from './errors.js'
+import { channelOptions, type ClientOptions } from './options.js'
+
+interface MessageType<Message> {
+  encode(message: Message): BinaryWriter
+  decode(bytes: Uint8Array): Message
+  fromPartial(partial: any): Message
+}
+
+interface Method {
+  readonly name: string
+  readonly requestType: MessageType<any>
+  readonly responseType: MessageType<any>
+  readonly responseStream: boolean
+}
+
+/** A service as ts-proto describes it (`outputServices=generic-definitions`). */
+export interface ServiceDefinition {
+  readonly fullName: string
+  readonly methods: Readonly<Record<string, Method>>
+}
+
+type RequestOf<M extends Method> = Parameters<M['requestType']['fromPartial']>[0]
+type ResponseOf<M extends Method> = ReturnType<M['responseType']['decode']>
+
+/** Options of one call. */
+export interface CallOptions {
+  /** Ends the call. It then rejects with the reason of the signal. */
+  signal?: AbortSignal | undefined
+  /**
+   * The deadline, in milliseconds from now. By default that of the client for a call with one
+   * response, and none for a stream.
+   */
+  timeoutMs?: number | undefined
+  /** More metadata to send. */
+  metadata?: Metadata | undefined
+}
+
+export type UnaryCall<Request, Response> = (request: Request, options?: CallOptions) => Promise<Response>
+export type StreamCall<Request, Response> = (request: Request, options?: CallOptions) => AsyncGenerator<Response, void, void>
+
+/** The methods of a service. Fields that a request leaves out have their default value. */
+export type Calls<Service extends ServiceDefinition> = {
+  readonly [Name in keyof Service['methods']]: Service['methods'][Name]['responseStream'] extends true
+    ? StreamCall<RequestOf<Service['methods'][Name]>, ResponseOf<Service['methods'][Name]>>
+    : UnaryCall<RequestOf<Service['methods'][Name]>, ResponseOf<Service['methods'][Name]>>
+}
+
+interface Cancellable {
+  cancel(): void
+}
+
+/** A channel, with the identity of its caller. */
+export class Connection {
+  readonly #client: Client
+  readonly #token: ClientOptions['token']
+  readonly #tenant: string | undefined
+  readonly #timeoutMs: number
+  readonly #running = new Set<Cancellable>()
+  readonly #closing = new AbortController()
+
+  constructor(target: string, credentials: ChannelCredentials, options: ClientOptions) {
+    this.#tenant = options.tenant === undefined ? undefined : sendable('tenant', options.tenant)
+    this.#token = typeof options.token === 'string' ? sendable('token', options.token) : options.token
+    this.#timeoutMs = options.timeoutMs ?? 10_000
+    this.#client = new Client(target, credentials, channelOptions(target, options.options))
+  }
+
+  /** Whether an expired token can be replaced by a new one. */
+  get renewsToken(): boolean {
+    return typeof this.#token === 'function'
+  }
+
+  /** Aborted by `close`. */
+  get closing(): AbortSignal {
+    return this.#closing.signal
+  }
+
+  /** Ends all calls and closes the connections. */
+  close(): void {
+    this.#closing.abort(new Error('the client is closed'))
+    for (const call of this.#running) call.cancel()
+    this.#client.close()
+  }
+
+  calls<Service extends ServiceDefinition>(service: Service): Calls<Service> {
+    const calls: Record<string, unknown> = {}
+    for (const [name, method] of Object.entries(service.methods)) {
+      const path = `/${service.fullName}/${method.name}`
+      calls[name] = method.responseStream
+        ? (request: unknown, options?: CallOptions) => this.#stream(path, method, request, options)
+        : (request: unknown, options?: CallOptions) => this.#unary(path, method, request, options)
+    }
+    return calls as Calls<Service>
+  }
+
+  async #unary(path: string, method: Method, request: unknown, options: CallOptions = {}): Promise<unknown> {
+    const { signal, timeoutMs = this.#timeoutMs } = options
+    const metadata = await this.#metadata(options)
+    return await new Promise((resolve, reject) => {
+      const call = this.#client.makeUnaryRequest(
+        path,
+        serializer(method),
+        deserializer(method),
+        method.requestType.fromPartial(request),
+        metadata,
+        { deadline: Date.now() + timeoutMs },
+        (error, response) => {
+          release()
+          if (error) reject(this.#failure(error, signal))
+          else resolve(response)
+        },
+      )
+      const release = this.#track(call, signal)
+    })
+  }
+
+  #stream(
+    path: string,
+    method: Method,
+    request: unknown,
+    options: CallOptions = {},
+  ): AsyncGenerator<unknown, void, void> {
+    return leavable((signal) => this.#responses(path, method, request, { ...options, signal }), options.signal)
+  }
+
+  async *#responses(
+    path: string,
+    method: Method,
+    request: unknown,
+    options: CallOptions,
+  ): AsyncGenerator<unknown, void, void> {
+    const { signal, timeoutMs } = options
+    const metadata = await this.#metadata(options)
+    const call = this.#client.makeServerStreamRequest(
+      path,
+      serializer(method),
+      deserializer(method),
+      method.requestType.fromPartial(request),
+      metadata,
+      timeoutMs === undefined ? {} : { deadline: Date.now() + timeoutMs },
+    )
+    call.on('error', () => {}) // The loop below throws it, unless it has ended already.
+    const release = this.#track(call, signal)
+    try {
+      for await (const response of call) yield response
+    } catch (error) {
+      throw this.#failure(error as ServiceError, signal)
+    } finally {
+      release()
+      call.cancel()
+    }
+  }
+
+  async #metadata({ signal, metadata: given }: CallOptions): Promise<Metadata> {
+    signal?.throwIfAborted()
+    const metadata = given?.clone() ?? new Metadata()
+    if (this.#tenant !== undefined) metadata.set('x-tenant-id', this.#tenant)
+    if (this.#token !== undefined) {
+      const token =
+        typeof this.#token === 'string' ? this.#token : sendable('token', await abortable(this.#token(), signal))
+      metadata.set('authorization', `Bearer ${token}`)
+    }
+    this.closing.throwIfAborted()
+    return metadata
+  }
+
+  #track(call: Cancellable, signal: AbortSignal | undefined): () => void {
+    const cancel = () => call.cancel()
+    this.#running.add(call)
+    signal?.addEventListener('abort', cancel)
+    return () => {
+      this.#running.delete(call)
+      signal?.removeEventListener('abort', cancel)
+    }
+  }
+
+  #failure(error: ServiceError, signal: AbortSignal | undefined): unknown {
+    if (signal?.aborted) return signal.reason
+    if (this.closing.aborted) return this.closing.reason
+    return fromServiceError(error)
+  }
+}
+
+/**
+ * An async generator that `return()` ends even while `next()` waits.
+ *
+ * A generator function alone would end only when what it awaits has settled.
+ */
+export function leavable<Item>(
+  generate: (signal: AbortSignal) => AsyncGenerator<Item, void, void>,
+  signal?: AbortSignal,
+): AsyncGenerator<Item, void, void> {
+  const left = new AbortController()
+  const inner = generate(signal ? AbortSignal.any([signal, left.signal]) : left.signal)
+  const generator = {
+    next: async () => {
+      try {
+        return await inner.next()
+      } catch (error) {
+        if (error === left.signal.reason && left.signal.aborted) return { done: true as const, value: undefined }
+        throw error
+      }
+    },
+    return: async () => {
+      left.abort()
+      await inner.return()
+      return { done: true as const, value: undefined }
+    },
+    throw: (error: unknown) => {
+      left.abort()
+      return inner.throw(error)
+    },
+    [Symbol.asyncIterator]: () => generator,
+  } as AsyncGenerator<Item, void, void>
+  return generator
+}
+
+const serializer = (method: Method) => (request: unknown) => Buffer.from(method.requestType.encode(request).finish())
+
+const deserializer = (method: Method) => (bytes: Buffer) => method.responseType.decode(bytes) as unknown
+
+/** What a promise settles with, or the reason of a signal that is aborted before. */
+async function abortable<Value>(promise: Value | Promise<Value>, signal: AbortSignal | undefined): Promise<Value> {
+  if (signal === undefined) return await promise
+  let abort = () => {}
+  const aborted = new Promise<never>((_, reject) => {
+    abort = () => reject(signal.reason)
+    signal.addEventListener('abort', abort)
+  })
+  try {
+    return await Promise.race([promise, aborted])
+  } finally {
+    signal.removeEventListener('abort', abort)
+  }
+}
+
+/** Fails for text that gRPC would refuse without saying which value it is. */
+function sendable(name: string, text: string): string {
+  if (!/^[\x20-\x7e]*$/.test(text)) {
+    throw new TypeError(`${name}: not printable ASCII; does it end in a line break?`)
+  }
+  return text
+}

@@ -1,0 +1,122 @@
+import { setTimeout as sleep } from 'node:timers/promises'
+
+import { credentials } from '@grpc/grpc-js'
+
+import { isRetryable, pauseMs } from './backoff.js'
+import { Connection, leavable, type Calls, type CallOptions } from './calls.js'
+import { ChatAttachmentServiceDefinition } from './generated/chat_ticket/v1/chat_attachment.js'
+import { ChatMessageServiceDefinition } from './generated/chat_ticket/v1/chat_message.js'
+import { ChatSessionServiceDefinition } from './generated/chat_ticket/v1/chat_session.js'
+import { ChatTicketServiceDefinition } from './generated/chat_ticket/v1/chat_ticket.js'
+import type { ClientOptions } from './options.js'
+import { isLoopbackTarget } from './target.js'
+import { watchSession, type WatchEvent, type WatchOptions } from './watch.js'
+
+export interface RetryOptions {
+  /** How long to try. 60,000 by default. */
+  timeoutMs?: number | undefined
+  /** Ends the call and the retries. It then rejects with the reason of the signal. */
+  signal?: AbortSignal | undefined
+}
+
+/**
+ * The service, for one tenant. Close it when it is no longer used.
+ *
+ *     const client = new ChatTicketClient('localhost:50051', { tenant: 'acme' })
+ *     const { session } = await client.sessions.createChatSession({})
+ *     for await (const { event } of client.watch(session.id)) ...
+ *
+ * Calls with one response return a promise. `messages.listChatMessages` and
+ * `sessions.watchChatSession` return an async generator. A call that fails throws a
+ * `ChatTicketError`. gRPC itself retries reads that fail with UNAVAILABLE, until their deadline.
+ * Writes are not retried: use `retry`.
+ *
+ * The constructor throws a TypeError for a token that would be sent in plain text to another
+ * machine, and for a tenant or token that is not printable ASCII.
+ */
+export class ChatTicketClient {
+  readonly sessions: Calls<typeof ChatSessionServiceDefinition>
+  readonly messages: Calls<typeof ChatMessageServiceDefinition>
+  readonly attachments: Calls<typeof ChatAttachmentServiceDefinition>
+  readonly tickets: Calls<typeof ChatTicketServiceDefinition>
+
+  readonly #connection: Connection
+
+  constructor(target: string, options: ClientOptions = {}) {
+    const channel = options.credentials ?? credentials.createInsecure()
+    if (options.token !== undefined && !channel._isSecure() && !isLoopbackTarget(target)) {
+      throw new TypeError(`token: not sent in plain text to ${target}; set credentials`)
+    }
+    this.#connection = new Connection(target, channel, options)
+    this.sessions = this.#connection.calls(ChatSessionServiceDefinition)
+    this.messages = this.#connection.calls(ChatMessageServiceDefinition)
+    this.attachments = this.#connection.calls(ChatAttachmentServiceDefinition)
+    this.tickets = this.#connection.calls(ChatTicketServiceDefinition)
+  }
+
+  /** Ends all calls and watches, and closes the connections. */
+  close(): void {
+    this.#connection.close()
+  }
+
+  /**
+   * Makes a call until its outcome is known, for up to `timeoutMs`; then throws the last error.
+   *
+   *     await client.retry(client.messages.createChatMessage, request)
+   *
+   * Use it for what is safe to repeat: reads, creates whose request has the ids of all that is new,
+   * and updates without an etag. (A delete that has happened is NOT_FOUND the second time.) The
+   * call is made again, after a pause, when it fails with UNAVAILABLE, DEADLINE_EXCEEDED or
+   * CANCELLED, or with an error that has `retrySeconds`.
+   */
+  async retry<Request, Response>(
+    method: (request: Request, options?: CallOptions) => Promise<Response>,
+    request: NoInfer<Request>,
+    { timeoutMs = 60_000, signal }: RetryOptions = {},
+  ): Promise<Response> {
+    const end = performance.now() + timeoutMs
+    const ending = anyOf(signal, this.#connection.closing)
+    for (let failures = 0; ; failures += 1) {
+      try {
+        return await method(request, { signal })
+      } catch (error) {
+        if (!isRetryable(error)) throw error
+        const pause = pauseMs(failures, error)
+        if (performance.now() + pause > end) throw error
+        await sleep(pause, undefined, { signal: ending }).catch(() => ending.throwIfAborted())
+      }
+    }
+  }
+
+  /**
+   * Watches a session: what changed after a revision, then every change as it happens.
+   *
+   * This is one stream of WatchChatSession that never breaks. When the server stops or is out of
+   * reach, when the token expires and is a function, or when nothing is heard for `silenceMs`, the
+   * watch resumes after the last event, for as long as that takes. `onInterruption` hears of it.
+   *
+   * Each event comes once, and none is left out. The session comes first, as it is then, and again
+   * after an interruption when its status or `hasTicket` has changed. It may therefore be ahead of
+   * the events that led there, which follow, up to its `revision`. To resume in another process,
+   * keep the `revision` of an event after all of the event has been handled, and give it as
+   * `afterRevision`: an event that was handled in part comes again whole.
+   *
+   * The watch ends after `sessionDeleted`, also when the session was deleted during an
+   * interruption. Leaving the loop, calling `return()` on the generator or aborting `signal` ends
+   * the stream at the server.
+   *
+   * Throws the errors that do not pass: NOT_FOUND when there is no such session, OUT_OF_RANGE for a
+   * revision that it has not reached, INVALID_ARGUMENT, PERMISSION_DENIED, UNAUTHENTICATED,
+   * UNIMPLEMENTED, and INTERNAL with a reason.
+   */
+  watch(sessionId: string, options: WatchOptions = {}): AsyncGenerator<WatchEvent, void, void> {
+    const { renewsToken, closing } = this.#connection
+    return leavable(
+      (signal) => watchSession(this.sessions.watchChatSession, sessionId, renewsToken, signal, options),
+      anyOf(options.signal, closing),
+    )
+  }
+}
+
+const anyOf = (signal: AbortSignal | undefined, other: AbortSignal) =>
+  signal ? AbortSignal.any([signal, other]) : other

@@ -1,0 +1,211 @@
+// The rules of watch(), stream by stream.
+import assert from 'node:assert/strict'
+import { mock, suite, test } from 'node:test'
+import { setTimeout as sleep } from 'node:timers/promises'
+
+import { status } from 'chat-ticket-client'
+
+import { brief, cancelled, collect, deleted, event, refusal, scripted, serve, session } from './fake.mjs'
+
+const random = mock.method(Math, 'random', () => 0)
+
+const unavailable = refusal(status.UNAVAILABLE, 'DRAINING')
+const expired = refusal(status.UNAUTHENTICATED, 'CREDENTIAL_EXPIRED')
+
+suite('watch', () => {
+  test('resumes after the last event, whatever ends the stream', async (t) => {
+    const script = scripted(
+      [session(0), deleted(1), event('caughtUp', 1), deleted(2), unavailable],
+      [session(2), event('caughtUp', 2), deleted(3), 'end'],
+      [session(3), event('caughtUp', 3), refusal(status.INTERNAL, '')],
+      [session(3), deleted(4), refusal(status.RESOURCE_EXHAUSTED, 'SLOW_READER', { retrySeconds: 0 })],
+      [session(4), deleted(5), event('caughtUp', 5), event('sessionDeleted', 6)],
+    )
+    const client = await serve(t, script)
+    const interruptions = []
+    const found = await collect(client.watch('an id', { onInterruption: (each) => interruptions.push(each) }))
+    assert.deepEqual(found, [
+      'session 0',
+      'messageDeleted 1',
+      'caughtUp 1',
+      'messageDeleted 2',
+      'messageDeleted 3',
+      'messageDeleted 4',
+      'messageDeleted 5',
+      'sessionDeleted 6',
+    ])
+    assert.deepEqual(script.requests.map(({ afterRevision }) => afterRevision), [0n, 2n, 3n, 3n, 4n])
+    assert.deepEqual(
+      interruptions.map(({ revision, failures, message }) => [revision, failures, message]),
+      [
+        [2n, 0, 'DRAINING: no'],
+        [3n, 0, 'the stream ended'],
+        [3n, 1, 'INTERNAL: no'],
+        [4n, 0, 'SLOW_READER: no'],
+      ],
+    )
+  })
+
+  test('starts where it is told to', async (t) => {
+    const large = 2n ** 60n + 1n
+    const script = scripted([session(0), 'hold'])
+    const client = await serve(t, script)
+    await collect(client.watch('an id', { afterRevision: large }), 1)
+    assert.equal(script.requests[0].afterRevision, large)
+  })
+
+  test('shows the session again only when its status or ticket has changed', async (t) => {
+    const resolved = { status: 'CHAT_SESSION_STATUS_RESOLVED' }
+    const script = scripted(
+      [session(0), unavailable],
+      [session(1, { etag: 'another', updateTime: new Date() }), unavailable],
+      [session(2, resolved), unavailable],
+      [session(2, { ...resolved, hasTicket: true }), unavailable],
+      [session(2, { ...resolved, hasTicket: true }), event('sessionDeleted', 2)],
+    )
+    const client = await serve(t, script)
+    assert.deepEqual(await collect(client.watch('an id')), ['session 0', 'session 2', 'session 2', 'sessionDeleted 2'])
+    assert.deepEqual(script.requests.map(({ afterRevision }) => afterRevision), [0n, 0n, 1n, 2n, 2n])
+  })
+
+  test('says caughtUp once, and later as a heartbeat when the position has moved', async (t) => {
+    const script = scripted(
+      [session(0), event('caughtUp', 0), unavailable],
+      [session(0), event('caughtUp', 0), unavailable],
+      [session(0), event('caughtUp', 2), event('sessionDeleted', 2)],
+    )
+    const client = await serve(t, script)
+    assert.deepEqual(await collect(client.watch('an id')), [
+      'session 0',
+      'caughtUp 0',
+      'heartbeat 2',
+      'sessionDeleted 2',
+    ])
+  })
+
+  test('says that the session was deleted meanwhile, or replaced', async (t) => {
+    const gone = refusal(status.NOT_FOUND, 'CHAT_SESSION_NOT_FOUND')
+    for (const second of [gone, session(0, { createTime: new Date() })]) {
+      const client = await serve(t, scripted([session(0), deleted(3), unavailable], [second, 'hold']))
+      assert.deepEqual(await collect(client.watch('an id')), ['session 0', 'messageDeleted 3', 'sessionDeleted 3'])
+    }
+    const never = await serve(t, scripted([gone]))
+    await assert.rejects(never.watch('an id').next(), { reason: 'CHAT_SESSION_NOT_FOUND' })
+  })
+
+  test('throws what does not pass', async (t) => {
+    for (const [code, reason] of [
+      [status.OUT_OF_RANGE, 'REVISION_OUT_OF_RANGE'],
+      [status.PERMISSION_DENIED, 'PERMISSION_DENIED'],
+      [status.INTERNAL, 'INTERNAL'],
+      [status.UNAUTHENTICATED, 'CREDENTIAL_EXPIRED'], // there is no function to ask for another
+    ]) {
+      const script = scripted([session(0), refusal(code, reason)])
+      const client = await serve(t, script, { token: 'fixed' })
+      await assert.rejects(collect(client.watch('an id')), { name: 'ChatTicketError', code, reason })
+      assert.equal(script.requests.length, 1)
+    }
+  })
+
+  test('asks for another token when one has expired, three times in a row', async (t) => {
+    let asked = 0
+    const token = () => `token ${++asked}`
+    const script = scripted(
+      [session(0), expired],
+      [expired],
+      [expired],
+      [session(0), deleted(1), expired],
+      [expired],
+      [expired],
+      [expired],
+    )
+    const client = await serve(t, script, { token })
+    const found = []
+    await assert.rejects(async () => {
+      for await (const each of client.watch('an id')) found.push(brief(each))
+    }, { reason: 'CREDENTIAL_EXPIRED' })
+    assert.deepEqual(found, ['session 0', 'messageDeleted 1'])
+    assert.equal(asked, 7)
+  })
+
+  test('resumes when nothing is heard, and does not count the time of its caller', async (t) => {
+    const script = scripted([session(0), deleted(1), 'hold'], [session(1), event('sessionDeleted', 2)])
+    const client = await serve(t, script)
+    const interruptions = []
+    const found = []
+    const options = { silenceMs: 100, onInterruption: (each) => interruptions.push(each) }
+    for await (const each of client.watch('an id', options)) {
+      found.push(brief(each))
+      await sleep(200)
+      assert.equal(interruptions.length, found.length > 2 ? 1 : 0)
+    }
+    assert.deepEqual(found, ['session 0', 'messageDeleted 1', 'sessionDeleted 2'])
+    assert.equal(interruptions[0].message, 'nothing was heard for 100 ms')
+    assert.equal(interruptions[0].error, undefined)
+    await cancelled(script.streams[0])
+  })
+
+  test('waits longer after each failure, and as long as the server asks for', async (t) => {
+    random.mock.mockImplementation(() => 1)
+    t.after(() => random.mock.mockImplementation(() => 0))
+    const asking = refusal(status.UNAVAILABLE, 'DRAINING', { retrySeconds: 0.1 })
+    const client = await serve(t, scripted([asking], ['end'], ['end'], [session(0), event('sessionDeleted', 0)]), {
+      options: { 'grpc.enable_retries': 0 },
+    })
+    const pauses = []
+    await collect(client.watch('an id', { onInterruption: ({ pauseMs }) => pauses.push(pauseMs) }))
+    assert.deepEqual(pauses, [300, 400, 800])
+  })
+
+  test('ends at the server when it is left, returned or aborted', async (t) => {
+    const script = scripted([session(0), 'hold'], [session(0), 'hold'], [session(0), 'hold'], [unavailable])
+    const client = await serve(t, script)
+    for await (const _ of client.watch('an id')) break
+    await cancelled(script.streams[0])
+
+    const held = client.watch('an id')
+    await held.next()
+    const waiting = held.next()
+    await held.return()
+    assert.deepEqual(await waiting, { done: true, value: undefined })
+    assert.deepEqual(await held.next(), { done: true, value: undefined })
+    await cancelled(script.streams[1])
+
+    const abort = new AbortController()
+    const reason = new Error('no longer wanted')
+    const aborted = client.watch('an id', { signal: abort.signal })
+    await aborted.next()
+    setTimeout(() => abort.abort(reason), 20)
+    await assert.rejects(aborted.next(), reason)
+    await cancelled(script.streams[2])
+  })
+
+  test('can be ended while it waits to resume', async (t) => {
+    const asking = refusal(status.UNAVAILABLE, 'DRAINING', { retrySeconds: 60 })
+    const client = await serve(t, scripted([asking], [asking], [asking]), { options: { 'grpc.enable_retries': 0 } })
+    const resuming = () => {
+      let onInterruption
+      const interrupted = new Promise((resolve) => (onInterruption = resolve))
+      return [interrupted, { onInterruption }]
+    }
+    const [first, options] = resuming()
+    const held = client.watch('an id', options)
+    const waiting = held.next()
+    await first
+    await held.return()
+    assert.deepEqual(await waiting, { done: true, value: undefined })
+
+    const [second, more] = resuming()
+    const abort = new AbortController()
+    const aborted = client.watch('an id', { ...more, signal: abort.signal }).next()
+    await second
+    abort.abort()
+    await assert.rejects(aborted, { name: 'AbortError' })
+
+    const [third, others] = resuming()
+    const closed = client.watch('an id', others).next()
+    await third
+    client.close()
+    await assert.rejects(closed, /client is closed/)
+  })
+})

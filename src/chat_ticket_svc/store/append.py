@@ -1,0 +1,218 @@
+"""Appending messages to a session in one statement, and finding the messages of a repeated request.
+
+Messages have ids, so appending is idempotent. An append whose ids exist returns the stored messages
+if they equal the new ones, and fails otherwise.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from chat_ticket_svc import errors
+from chat_ticket_svc.store import attachments, messages, sessions
+from chat_ticket_svc.store.attachments import Attachment, NewAttachment
+from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store.driver_errors import ConstraintViolation
+from chat_ticket_svc.store.messages import Message, NewMessage
+
+# One statement is one transaction. The UPDATE locks the session. Each message gets a revision of
+# its own, and each row a microsecond of its own. If one of the ids exists, nothing is written.
+APPEND = """
+WITH session AS (
+    UPDATE chat_sessions
+       SET revision = revision + %(count)s::integer,
+           updated_at = next_change_time(updated_at)
+               + (%(ticks)s::integer - 1) * interval '1 microsecond'
+     WHERE tenant_id = %(tenant_id)s AND id = %(session_id)s::uuid
+       AND NOT EXISTS (
+           SELECT FROM chat_messages
+            WHERE tenant_id = %(tenant_id)s AND id = ANY (%(ids)s::uuid[]))
+    RETURNING revision - %(count)s::integer AS revision,
+              updated_at - (%(ticks)s::integer - 1) * interval '1 microsecond' AS time
+), message AS (
+    INSERT INTO chat_messages
+           (tenant_id, id, session_id, sequence, revision, role, content, metadata, created_at)
+    SELECT %(tenant_id)s, new.id, %(session_id)s::uuid,
+           session.revision + new.ordinal, session.revision + new.ordinal,
+           new.role, new.content, new.metadata::jsonb,
+           session.time + new.tick * interval '1 microsecond'
+      FROM session,
+           unnest(%(ids)s::uuid[], %(roles)s::text[], %(contents)s::text[],
+                  %(metadatas)s::text[], %(message_ticks)s::integer[])
+               WITH ORDINALITY AS new (id, role, content, metadata, tick, ordinal)
+    RETURNING sequence, metadata::text AS metadata,
+              (extract(epoch FROM created_at) * 1000000)::bigint AS created_at
+), attachment AS (
+    INSERT INTO chat_attachments
+           (tenant_id, id, message_id, file_url, file_name, file_type, created_at)
+    SELECT %(tenant_id)s, new.id, new.message_id, new.file_url, new.file_name, new.file_type,
+           session.time + new.tick * interval '1 microsecond'
+      FROM session,
+           unnest(%(attachment_ids)s::uuid[], %(attachment_message_ids)s::uuid[],
+                  %(file_urls)s::text[], %(file_names)s::text[], %(file_types)s::text[],
+                  %(attachment_ticks)s::integer[])
+               AS new (id, message_id, file_url, file_name, file_type, tick)
+)
+SELECT sequence, metadata, created_at FROM message ORDER BY sequence
+"""
+
+# The constraints that an id violates if a concurrent call inserted it first.
+ID_CONSTRAINTS = {"chat_messages_pkey", "chat_message_tombstones_pkey", "chat_attachments_pkey"}
+
+# Metadata is compared as jsonb text, as 1.0 and 1 are equal as jsonb, but different values to the
+# caller. A message that was changed since may have other metadata.
+FIND_REPEATS = f"""
+SELECT m.id IS NOT NULL, t.message_id IS NOT NULL,
+       m.session_id = %(session_id)s::uuid AND m.role = new.role AND m.content = new.content
+           AND (m.revision > m.sequence
+                OR m.metadata::text IS NOT DISTINCT FROM new.metadata::jsonb::text),
+       m.sequence, m.revision, m.metadata::text,
+       (extract(epoch FROM m.created_at) * 1000000)::bigint, {messages.ATTACHMENTS}
+  FROM unnest(%(ids)s::uuid[], %(roles)s::text[], %(contents)s::text[], %(metadatas)s::text[])
+           WITH ORDINALITY AS new (id, role, content, metadata, ordinal)
+  LEFT JOIN chat_messages m ON m.tenant_id = %(tenant_id)s AND m.id = new.id
+  LEFT JOIN chat_message_tombstones t ON t.tenant_id = %(tenant_id)s AND t.message_id = new.id
+ ORDER BY new.ordinal
+"""
+
+
+def array_literal(values: Iterable[str | int | None]) -> str:
+    """An array in PostgreSQL's text format. psycopg takes ten times as long to encode one."""
+    return f"{{{','.join(map(_array_element, values))}}}"
+
+
+def _array_element(value: str | int | None) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, int):
+        return str(value)
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _message_params(tenant_id: str, session_id: str, new: Sequence[NewMessage]) -> dict[str, Any]:
+    return {
+        "tenant_id": tenant_id,
+        "session_id": session_id,
+        "ids": array_literal(message.id for message in new),
+        "roles": array_literal(message.role for message in new),
+        "contents": array_literal(message.content for message in new),
+        "metadatas": array_literal(message.metadata for message in new),
+    }
+
+
+def stored_message(
+    session_id: str, new: NewMessage, sequence: int, metadata: str | None, created_at: int
+) -> Message:
+    """The stored form of a new message, from the values that its INSERT returned."""
+    stored_attachments = tuple(
+        Attachment(a.id, new.id, a.file_url, a.file_name, a.file_type, created_at + tick)
+        for tick, a in enumerate(new.attachments, start=1)
+    )
+    return Message(
+        new.id, session_id, sequence, sequence, new.role, new.content, metadata, created_at,
+        stored_attachments,
+    )  # fmt: skip
+
+
+async def append_messages(
+    db: Database,
+    tenant_id: str,
+    session_id: str,
+    new: Sequence[NewMessage],
+    *,
+    outcome_unknown: bool,
+) -> list[Message]:
+    """Append messages to a session, in order, all or none, and return them as stored.
+
+    A repeated request with the same ids and content returns the stored messages. `outcome_unknown`
+    says that an earlier attempt lost its connection and may have stored them.
+    """
+    params = _message_params(tenant_id, session_id, new)
+    ticks = 0
+    message_ticks: list[int] = []
+    new_attachments: list[tuple[NewAttachment, str, int]] = []
+    for message in new:
+        message_ticks.append(ticks)
+        for attachment in message.attachments:
+            ticks += 1
+            new_attachments.append((attachment, message.id, ticks))
+        ticks += 1
+    params |= {
+        "count": len(new),
+        "ticks": ticks,
+        "message_ticks": array_literal(message_ticks),
+        "attachment_ids": array_literal(attachment.id for attachment, _, _ in new_attachments),
+        "attachment_message_ids": array_literal(message_id for _, message_id, _ in new_attachments),
+        "file_urls": array_literal(attachment.file_url for attachment, _, _ in new_attachments),
+        "file_names": array_literal(attachment.file_name for attachment, _, _ in new_attachments),
+        "file_types": array_literal(attachment.file_type for attachment, _, _ in new_attachments),
+        "attachment_ticks": array_literal(tick for _, _, tick in new_attachments),
+    }
+    id_violation = None
+    try:
+        rows = await db.write(
+            APPEND, params, lambda *row: row, idempotent=True, outcome_unknown=outcome_unknown
+        )
+        if rows:
+            return [
+                stored_message(session_id, message, *row)
+                for message, row in zip(new, rows, strict=True)
+            ]
+    except ConstraintViolation as violation:
+        if violation.constraint not in ID_CONSTRAINTS:
+            raise
+        id_violation = violation
+    stored = await find_repeat(db, tenant_id, session_id, new)
+    if stored is not None:
+        return stored
+    if id_violation is not None and id_violation.constraint == "chat_attachments_pkey":
+        raise await attachments.id_taken_error(
+            db, tenant_id, [attachment for attachment, _, _ in new_attachments]
+        ) from id_violation
+    await sessions.get(db, tenant_id, session_id)
+    # The statement found one of the ids, which is gone now: its session was deleted in between.
+    raise errors.ContentionError from id_violation
+
+
+async def find_repeat(
+    db: Database, tenant_id: str, session_id: str, new: Sequence[NewMessage]
+) -> list[Message] | None:
+    """The stored messages that an earlier request for `new` created, or None if no id exists.
+
+    Raises AlreadyExistsError, with the index, if an id exists and this is not a repeated request.
+    """
+    params = _message_params(tenant_id, session_id, new)
+    rows = await db.fetch_all(FIND_REPEATS, params, lambda *row: row)
+    stored: list[Message] = []
+    taken_index: int | None = None
+    for index, (message, row) in enumerate(zip(new, rows, strict=True)):
+        exists, is_deleted, is_equal, sequence, revision, metadata, created_at, files = row
+        stored_attachments = messages.attachments_from_json(files)
+        if is_deleted or (exists and not is_equal):
+            taken_index = index
+            break
+        if exists:
+            is_unchanged = revision == sequence
+            if is_unchanged and not _is_repeat(message.attachments, stored_attachments):
+                taken_index = index
+                break
+            stored.append(
+                Message(
+                    message.id, session_id, sequence, revision, message.role, message.content,
+                    metadata, created_at, stored_attachments,
+                )
+            )  # fmt: skip
+    if taken_index is None and stored and len(stored) < len(new):
+        ids = [message.id for message in new]
+        taken_index = ids.index(stored[0].id)
+    if taken_index is not None:
+        raise errors.AlreadyExistsError.id_taken(
+            "chat_message", new[taken_index].id, {"index": str(taken_index)}
+        )
+    return stored or None
+
+
+def _is_repeat(new: Sequence[NewAttachment], stored: Sequence[Attachment]) -> bool:
+    return len(new) == len(stored) and all(
+        attachment.is_repeat_of(existing) for attachment, existing in zip(new, stored, strict=True)
+    )
