@@ -47,7 +47,7 @@ from support.client import Api, Refusal, a_file
 CANARY = "zqxcanaryxqz"
 OTHER = f"{CANARY} tenant"
 
-# What a request can be told. The rest of the README's table is about the service's own state: a
+# What a request can be told. The rest of docs/reference/errors.md is about the service's own state: a
 # request that makes a healthy service slow, full or unavailable is a finding as well.
 EXPECTED = {
     StatusCode.OK,
