@@ -20,8 +20,8 @@ run: venv ## serve on PORT= or 50051, with an embedded PostgreSQL in .data; AUTH
 demo: venv ## load real conversations through the API and show what the service does; ALL=1 loads every one
 	@$(BIN)/python scripts/demo.py $(if $(ALL),--all)
 
-docs: venv-docs ## build the documentation as a site in build/docs; it opens from disk: build/docs/index.html
-	@NO_MKDOCS_2_WARNING=true .venv-docs/bin/mkdocs build --quiet
+docs: venv-docs ## build the site of the documentation in build/docs, or SITE=; open its index.html from disk
+	@log=$$(.venv-docs/bin/mkdocs build $(if $(SITE),--site-dir $(SITE)) 2>&1) || { echo "$$log"; exit 1; }
 
 node-client: ## build the npm package of clients/node, as build/chat-ticket-client-*.tgz
 	@mkdir -p build

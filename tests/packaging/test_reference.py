@@ -2,6 +2,7 @@
 
 import html
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,14 +14,18 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSe
 from grpc_tools import protoc
 
 ROOT = Path(__file__).parents[2]
-BUILT = ROOT / "build" / "docs"
 
 
 @pytest.fixture(scope="module")
-def site() -> dict[str, str]:
-    """The pages of a fresh build, by their path. The build fails on links that lead nowhere."""
-    subprocess.run(["make", "docs"], cwd=ROOT, check=True, capture_output=True, timeout=110)
-    return {str(path.relative_to(BUILT)): path.read_text() for path in BUILT.rglob("*.html")}
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh build. It fails on a link that leads nowhere."""
+    directory = tmp_path_factory.mktemp("site")
+    command = ["make", "docs", f"SITE={directory}"]
+    done = subprocess.run(
+        command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=110
+    )
+    assert done.returncode == 0, done.stdout
+    return directory
 
 
 def test_reference_is_what_the_code_says() -> None:
@@ -30,11 +35,11 @@ def test_reference_is_what_the_code_says() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_api_reference_has_all_that_the_protos_say(site: dict[str, str], tmp_path: Path) -> None:
+def test_api_reference_has_all_that_the_protos_say(site: Path, tmp_path: Path) -> None:
     """Everything that can be called or sent, and every comment on it."""
     files = [file for file in descriptors(tmp_path).file if file.package == "chat_ticket.v1"]
     assert len(files) == 5
-    pages = [page for path, page in site.items() if path.startswith("reference/api/")]
+    pages = [path.read_text() for path in site.glob("reference/api/*.html")]
     assert len(pages) == 5
     text = words(" ".join(pages))
     for file in files:
@@ -46,16 +51,34 @@ def test_api_reference_has_all_that_the_protos_say(site: dict[str, str], tmp_pat
         assert comment in text, comment
 
 
-def test_site_needs_no_network(site: dict[str, str]) -> None:
+def test_site_needs_no_network(site: Path) -> None:
     """Every script, style and picture is a file of the site."""
-    for path, page in site.items():
-        if path == "404.html":  # served from anywhere, so its links begin at the root
+    for path in site.rglob("*.html"):
+        if path.name == "404.html":  # served at any path, so its links begin at the root
             continue
-        loaded = re.findall(r"""<(?:script|link|img)[^>]*?(?:src|href)=["']?([^"' >]+)""", page)
+        loaded = re.findall(
+            r"""<(?:script|link|img)[^>]*?(?:src|href)=["']?([^"' >]+)""", path.read_text()
+        )
         assert loaded, path
         for each in loaded:
-            place = (BUILT / path).parent / each.partition("#")[0].partition("?")[0]
-            assert place.exists(), f"{path} loads {each}"
+            assert (path.parent / each.partition("?")[0]).exists(), f"{path} loads {each}"
+
+
+@pytest.mark.parametrize("link", ["nothing.md", "security.md#nothing", "/security.md"])
+def test_build_fails_on_a_broken_link(tmp_path: Path, link: str) -> None:
+    """A page, a heading, or an absolute path that is not there."""
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    shutil.copy(ROOT / "CONTRIBUTING.md", tmp_path)
+    with (tmp_path / "docs" / "index.md").open("a") as page:
+        page.write(f"\n[broken]({link})\n")
+    mkdocs = ROOT / ".venv-docs" / "bin" / "mkdocs"
+    subprocess.run(["make", "venv-docs"], cwd=ROOT, check=True, capture_output=True)
+    done = subprocess.run(
+        [mkdocs, "build"], cwd=tmp_path, check=False, capture_output=True, text=True, timeout=110
+    )
+    assert done.returncode != 0
+    assert f"'{link}'" in done.stderr
 
 
 def descriptors(directory: Path) -> FileDescriptorSet:
