@@ -71,11 +71,13 @@ format: venv ## format Python and protos
 	@$(BIN)/ruff format $(SOURCES)
 	@$(BIN)/buf format --write protos
 
-proto: venv ## generate the stubs in src/chat_ticket/v1 from protos
+proto: venv ## generate the stubs from protos, and the synchronous client from the asyncio one
 	@$(BIN)/python scripts/generate_stubs.py
+	@$(BIN)/python scripts/generate_sync_client.py
 
-check-proto: venv ## fail unless the committed stubs match the protos
+check-proto: venv ## fail unless the committed stubs and synchronous client match their sources
 	@$(BIN)/python scripts/generate_stubs.py --check
+	@$(BIN)/python scripts/generate_sync_client.py --check
 
 reference: venv ## generate docs/reference from the settings, errors, metrics, commands and protos
 	@$(BIN)/python scripts/generate_reference.py
@@ -97,12 +99,13 @@ new-migration: venv ## create an empty migration: NAME=add_something
 		> "$$file.new" && mv "$$file.new" "$$file"
 
 COMPILE := $(BIN)/uv pip compile --quiet --universal --generate-hashes \
-	--python-version 3.11 --custom-compile-command "make lock"
+	--python-version 3.11 --custom-compile-command "make lock" --no-emit-package chat-ticket-client
 
 lock: venv ## resolve the lock files again from pyproject.toml
 	@$(COMPILE) --upgrade --all-extras --group dev --output-file requirements.lock pyproject.toml
 	@$(COMPILE) --constraint requirements.lock --extra tracing --output-file requirements-service.lock pyproject.toml
 	@$(COMPILE) --constraint requirements.lock --group build --output-file requirements-build.lock
+	@$(COMPILE) --constraint requirements.lock --output-file clients/python/requirements.lock clients/python/pyproject.toml
 	@$(COMPILE) --upgrade --output-file docs/requirements.lock docs/requirements.in
 	@$(COMPILE) --upgrade --output-file benchmarks/requirements.lock benchmarks/requirements.in
 

@@ -13,6 +13,7 @@ import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROJECT = ".venv"  # the environment that the project itself is installed in
+PACKAGES = [os.path.join(ROOT, "clients", "python"), ROOT]
 NAME = sys.argv[1] if len(sys.argv) > 1 else PROJECT
 LOCKS = {
     PROJECT: "requirements.lock",
@@ -31,9 +32,11 @@ def fingerprint():
 
     with open(LOCK, "rb") as file:
         lock = file.read()
-    with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
-        project = tomllib.load(file)["project"] if NAME == PROJECT else None
-    return hashlib.sha256(lock + repr((project, sys.version_info[:2], ROOT)).encode()).hexdigest()
+    projects = []
+    for package in PACKAGES if NAME == PROJECT else []:
+        with open(os.path.join(package, "pyproject.toml"), "rb") as file:
+            projects.append(tomllib.load(file)["project"])
+    return hashlib.sha256(lock + repr((projects, sys.version_info[:2], ROOT)).encode()).hexdigest()
 
 
 def newer_python():
@@ -82,9 +85,9 @@ def install():
             LOCK,
         ]
     )
-    if NAME == PROJECT:
+    for package in PACKAGES if NAME == PROJECT else []:
         subprocess.check_call(
-            pip + ["install", "--no-deps", "--no-build-isolation", "--editable", ROOT]
+            pip + ["install", "--no-deps", "--no-build-isolation", "--editable", package]
         )
 
 

@@ -1,4 +1,8 @@
-"""Generates the stubs of protos/ in src/. With --check, only compares them with those in src/."""
+"""Generates in src/chat_ticket what comes from .proto files. With --check, only compares it.
+
+These are the stubs of protos/, and the descriptors of google.rpc's error details. The client loads
+the descriptors itself, so its users need no package for them.
+"""
 
 import argparse
 import os
@@ -8,10 +12,13 @@ import tempfile
 from pathlib import Path
 
 import grpc_tools
+from google.protobuf import any_pb2, descriptor_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
 from grpc_tools import protoc
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path("chat_ticket/v1")
+GOOGLE_RPC = Path("chat_ticket/google_rpc.binpb")
 
 
 def generate(out: Path) -> None:
@@ -31,10 +38,22 @@ def generate(out: Path) -> None:
     )
     if status != 0:
         sys.exit(status)
+    (out / GOOGLE_RPC).write_bytes(google_rpc())
 
 
-def contents(root: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in (root / PACKAGE).glob("*_pb2*")}
+def google_rpc() -> bytes:
+    """The descriptors of google.rpc.Status and of its details, each file after its imports."""
+    modules = (any_pb2, duration_pb2, status_pb2, error_details_pb2)
+    files = [descriptor_pb2.FileDescriptorProto() for _ in modules]
+    for file, module in zip(files, modules, strict=True):
+        module.DESCRIPTOR.CopyToProto(file)
+    descriptors = descriptor_pb2.FileDescriptorSet(file=files)
+    return descriptors.SerializeToString(deterministic=True)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    stubs = (root / PACKAGE).glob("*_pb2*")
+    return {path.name: path.read_bytes() for path in (*stubs, root / GOOGLE_RPC) if path.exists()}
 
 
 def main() -> None:

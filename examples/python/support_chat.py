@@ -4,8 +4,8 @@ Start the service by `make run`, and then, in another terminal:
 
     .venv/bin/python examples/python/support_chat.py [ADDRESS]
 
-ADDRESS is localhost:50051 by default. A program of your own needs the wheel of chat-ticket-svc
-for `chat_ticket`, and for type checking also types-grpcio and types-protobuf.
+ADDRESS is localhost:50051 by default. A program of your own needs the wheel that
+`pip wheel --no-deps clients/python` builds, and for type checking types-grpcio and types-protobuf.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import json
 import sys
 import uuid
 
-from chat_ticket.client import ChatTicketClient
+from chat_ticket.client import AsyncChatTicketClient
 from chat_ticket.errors import FailedPreconditionError, InvalidArgumentError
 from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest, ListChatMessagesRequest
 from chat_ticket.v1.chat_session_pb2 import (
@@ -37,55 +37,55 @@ from chat_ticket.v1.resources_pb2 import (
 
 
 def new_id() -> str:
-    """Of something that is to be created: who chooses it can safely ask for the same again."""
+    """The id of a new resource. A create that sets its id can safely be retried."""
     return str(uuid.uuid4())
 
 
-async def create_session(client: ChatTicketClient) -> str:
+async def create_session(client: AsyncChatTicketClient) -> str:
     session = ChatSession(id=new_id())
     request = CreateChatSessionRequest(session=session)
-    await client.repeat(client.sessions.CreateChatSession, request)
+    await client.retry(client.sessions.CreateChatSession, request)
     print("created a session")
     return session.id
 
 
 async def say(
-    client: ChatTicketClient,
+    client: AsyncChatTicketClient,
     session_id: str,
     role: "ChatMessageRole.ValueType",
     content: str,
     metadata: object = None,
 ) -> None:
-    # The id is chosen once, outside of the repetition: whatever breaks, it stays one message.
+    # The id is chosen once, before the first attempt. Retries create no second message.
     message = ChatMessage(id=new_id(), role=role, content=content)
     if metadata is not None:
         message.metadata_json = json.dumps(metadata)
     request = CreateChatMessageRequest(session_id=session_id, message=message)
-    await client.repeat(client.messages.CreateChatMessage, request)
+    await client.retry(client.messages.CreateChatMessage, request)
 
 
-async def history(client: ChatTicketClient, session_id: str) -> list[ChatMessage]:
+async def history(client: AsyncChatTicketClient, session_id: str) -> list[ChatMessage]:
     async def read(request: ListChatMessagesRequest) -> list[ChatMessage]:
         batches = client.messages.ListChatMessages(request)
         return [message async for batch in batches for message in batch.messages]
 
-    return await client.repeat(read, ListChatMessagesRequest(session_id=session_id))
+    return await client.retry(read, ListChatMessagesRequest(session_id=session_id))
 
 
-async def watch(client: ChatTicketClient, session_id: str) -> None:
-    """Tell what happens until the session is resolved.
+async def watch(client: AsyncChatTicketClient, session_id: str) -> None:
+    """Print what happens until the session is resolved.
 
-    The stream goes on by itself when the server is restarted. To go on after a restart of this
-    program, keep event.revision when an event has been handled, and give it to follow().
+    The stream resumes by itself when the server restarts. To resume after a restart of this
+    program, store event.revision after each handled event, and pass it to client.watch().
     """
     end: int | None = None
-    async for event in client.follow(session_id):
+    async for event in client.watch(session_id):
         match event.WhichOneof("event"):
             case "session":
                 status = ChatSessionStatus.Name(event.session.status)
                 print(f"  [follow] {status}, has ticket: {event.session.has_ticket}")
                 if event.session.status == CHAT_SESSION_STATUS_RESOLVED:
-                    # It is shown as it is now, which may be ahead of the events before.
+                    # The session may be ahead of the events that lead to it.
                     end = event.session.revision
             case "messages_created":
                 for message in event.messages_created.messages:
@@ -102,18 +102,18 @@ async def watch(client: ChatTicketClient, session_id: str) -> None:
             return
 
 
-async def escalate(client: ChatTicketClient, session_id: str) -> ChatTicket:
+async def escalate(client: AsyncChatTicketClient, session_id: str) -> ChatTicket:
     request = CreateChatTicketRequest(
         session_id=session_id,
         chat_ticket_id=new_id(),
         ticket=Ticket(id=new_id(), title="Where is my order?"),
     )
-    chat_ticket = (await client.repeat(client.tickets.CreateChatTicket, request)).chat_ticket
+    chat_ticket = (await client.retry(client.tickets.CreateChatTicket, request)).chat_ticket
     print(f"opened the ticket {chat_ticket.ticket.title!r}")
     return chat_ticket
 
 
-async def be_refused(client: ChatTicketClient, session_id: str) -> None:
+async def be_refused(client: AsyncChatTicketClient, session_id: str) -> None:
     try:
         await say(client, session_id, CHAT_MESSAGE_ROLE_USER, "", metadata=["not", "an", "object"])
     except InvalidArgumentError as error:
@@ -122,24 +122,24 @@ async def be_refused(client: ChatTicketClient, session_id: str) -> None:
             print(f"  {violation.field}: {violation.description}")
     try:
         request = DeleteChatSessionRequest(session_id=session_id)
-        await client.repeat(client.sessions.DeleteChatSession, request)
+        await client.retry(client.sessions.DeleteChatSession, request)
     except FailedPreconditionError as error:
         print(f"refused: {error}")
 
 
-async def resolve(client: ChatTicketClient, session_id: str, ticket_id: str) -> None:
+async def resolve(client: AsyncChatTicketClient, session_id: str, ticket_id: str) -> None:
     solved = UpdateTicketRequest(ticket=Ticket(id=ticket_id, status=TICKET_STATUS_SOLVED))
     solved.update_mask.paths.append("status")
-    await client.repeat(client.tickets.UpdateTicket, solved)
+    await client.retry(client.tickets.UpdateTicket, solved)
     session = ChatSession(id=session_id, status=CHAT_SESSION_STATUS_RESOLVED)
     resolved = UpdateChatSessionRequest(session=session)
     resolved.update_mask.paths.append("status")
-    await client.repeat(client.sessions.UpdateChatSession, resolved)
+    await client.retry(client.sessions.UpdateChatSession, resolved)
 
 
 async def main(address: str) -> None:
-    # Elsewhere also: token=..., credentials=grpc.ssl_channel_credentials()
-    async with ChatTicketClient(address, tenant="acme") as client:
+    # For a remote server add token=... and credentials=grpc.ssl_channel_credentials().
+    async with AsyncChatTicketClient(address, tenant="acme") as client:
         session_id = await create_session(client)
         await say(client, session_id, CHAT_MESSAGE_ROLE_USER, "Where is my order?", {"via": "web"})
         await say(client, session_id, CHAT_MESSAGE_ROLE_ASSISTANT, "On its way.")

@@ -1,1 +1,1 @@
-"""Code generated from protos/chat_ticket (make proto)."""
+"""The clients of chat-ticket-svc, and the stubs that they use (make proto)."""

@@ -1,48 +1,85 @@
-"""What a refused call raises: one exception for each gRPC status that callers tell apart.
+"""The exceptions of failed calls: one class for each gRPC status that callers tell apart.
 
-The README's table says which reason comes with which status.
+The documentation's table of errors lists the reasons that come with each status.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import grpc
-from google.protobuf.any_pb2 import Any
 from google.protobuf.message import DecodeError, Message
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
+
+from chat_ticket import _google_rpc
 
 
 class Violation(NamedTuple):
-    """What is wrong with one field of a request, such as `message.metadata_json`."""
+    """What is wrong with one field of a request."""
 
     field: str
+    """Its path in the request, such as `message.metadata_json`."""
+    description: str
+
+
+class Resource(NamedTuple):
+    """The resource that a NotFoundError or AlreadyExistsError is about."""
+
+    type: str
+    """Such as `chat_session`."""
+    name: str
+    """Its id."""
+
+
+class Precondition(NamedTuple):
+    """A rule that refuses a call in the present state."""
+
+    type: str
+    """The reason, such as `SESSION_HAS_ACTIVE_TICKET`."""
+    subject: str
+    """What the rule is about."""
+    description: str
+
+
+class Quota(NamedTuple):
+    """A quota that is used up."""
+
+    subject: str
+    """Whose quota it is."""
     description: str
 
 
 class ChatTicketError(Exception):
-    """A call that did not succeed. Its `__cause__` is gRPC's own error.
+    """A failed call. Its `__cause__` is gRPC's own error.
 
-    A write that ended with UnavailableError, DeadlineExceededError or CallCancelledError, or by
-    anything without a reason, may have happened: repeat it with the same ids, for instance by
-    `ChatTicketClient.repeat`.
+    A write may have succeeded when it raises UnavailableError, DeadlineExceededError,
+    CallCancelledError, or any error without a reason. Make it again with the same ids, for example
+    by the `retry` method of the client.
+
+    Errors can be pickled, with their details.
     """
 
     code: grpc.StatusCode
     message: str
-    """For people."""
+    """For people. It may change; do not parse it."""
     reason: str
-    """For programs, such as SESSION_ARCHIVED. Empty when the service did not say it, but gRPC or
-    something on the way."""
+    """For programs, such as SESSION_ARCHIVED. Empty when the error is not from the service, but
+    from gRPC or from something between."""
     metadata: dict[str, str]
-    """What the reason is about, such as the `quota` that is used up."""
+    """Facts about the reason, such as the `quota` that is used up."""
     violations: tuple[Violation, ...]
-    """Every field of the request that is wrong, of an InvalidArgumentError."""
+    """All wrong fields of the request, for an InvalidArgumentError."""
+    resource: Resource | None
+    """What a NotFoundError or AlreadyExistsError is about."""
+    preconditions: tuple[Precondition, ...]
+    """The rules that refuse the call, for a FailedPreconditionError."""
+    quotas: tuple[Quota, ...]
+    """The quotas that are used up, for a ResourceExhaustedError with the reason QUOTA_EXCEEDED."""
     retry_seconds: float | None
-    """After how long the same call may succeed; None when the service does not know."""
+    """When to retry. None when the service does not say that a retry may succeed."""
     details: tuple[Message, ...]
-    """All that the service said, as messages of google.rpc: ErrorInfo, BadRequest,
-    PreconditionFailure, ResourceInfo, QuotaFailure, RetryInfo, …"""
+    """All details as messages of google.rpc: ErrorInfo, BadRequest, PreconditionFailure,
+    ResourceInfo, QuotaFailure, RetryInfo and others. Tell them apart by
+    `detail.DESCRIPTOR.full_name`: their classes are not those of googleapis-common-protos. A
+    detail of another package is a google.protobuf.Any."""
 
     def __init__(self, code: grpc.StatusCode, message: str, details: Sequence[Message] = ()):
         super().__init__(code, message, tuple(details))
@@ -52,83 +89,114 @@ class ChatTicketError(Exception):
         self.reason = ""
         self.metadata = {}
         self.violations = ()
+        self.resource = None
+        self.preconditions = ()
+        self.quotas = ()
         self.retry_seconds = None
         for detail in details:
-            match detail:
-                case error_details_pb2.ErrorInfo():
-                    self.reason, self.metadata = detail.reason, dict(detail.metadata)
-                case error_details_pb2.BadRequest():
-                    self.violations = tuple(
-                        Violation(each.field, each.description) for each in detail.field_violations
-                    )
-                case error_details_pb2.RetryInfo():
-                    self.retry_seconds = detail.retry_delay.ToTimedelta().total_seconds()
+            self._read(detail)
+
+    def _read(self, detail: Any) -> None:
+        match detail.DESCRIPTOR.full_name:
+            case "google.rpc.ErrorInfo":
+                self.reason, self.metadata = detail.reason, dict(detail.metadata)
+            case "google.rpc.BadRequest":
+                self.violations = tuple(
+                    Violation(each.field, each.description) for each in detail.field_violations
+                )
+            case "google.rpc.ResourceInfo":
+                self.resource = Resource(detail.resource_type, detail.resource_name)
+            case "google.rpc.PreconditionFailure":
+                self.preconditions = tuple(
+                    Precondition(each.type, each.subject, each.description)
+                    for each in detail.violations
+                )
+            case "google.rpc.QuotaFailure":
+                self.quotas = tuple(
+                    Quota(each.subject, each.description) for each in detail.violations
+                )
+            case "google.rpc.RetryInfo":
+                self.retry_seconds = detail.retry_delay.ToTimedelta().total_seconds()
 
     def __str__(self) -> str:
         return f"{self.reason or self.code.name}: {self.message}"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # pickle cannot import the classes of the details.
+        details = _google_rpc.serialize_details(self.details)
+        return type(self)._restored, (self.code, self.message, details)
+
+    @classmethod
+    def _restored(cls, code: grpc.StatusCode, message: str, details: bytes) -> Self:
+        return cls(code, message, _google_rpc.parse_status(details)[2])
+
 
 class InvalidArgumentError(ChatTicketError):
-    """The request is wrong, whatever is stored: `violations` says where."""
+    """The request is invalid, whatever is stored. `violations` names the fields."""
 
 
 class UnauthenticatedError(ChatTicketError):
-    """The call does not say, or cannot prove, who makes it and for which tenant."""
+    """The call has no valid credential, or does not name its tenant."""
 
 
 class PermissionDeniedError(ChatTicketError):
-    """The credential is not for this tenant, or not for this method."""
+    """The credential is not valid for this tenant, or not for this method."""
 
 
 class NotFoundError(ChatTicketError):
-    """There is no such thing, or it is another tenant's. A ResourceInfo names it."""
+    """The resource does not exist, or belongs to another tenant. `resource` names it."""
 
 
 class AlreadyExistsError(ChatTicketError):
-    """The id is taken by something else, or the session has a ticket. A ResourceInfo names it."""
+    """Another resource has this id, or the session already has a ticket. `resource` names it."""
 
 
 class FailedPreconditionError(ChatTicketError):
-    """A rule refuses it in the present state. A PreconditionFailure says what it is about."""
+    """A rule refuses the call in the present state. `preconditions` says what it is about."""
 
 
 class AbortedError(ChatTicketError):
-    """Changed since the etag was read (no `retry_seconds`), or in conflict with other calls."""
+    """The resource changed since its etag was read, or other calls conflict with this one.
+
+    The second has `retry_seconds`; the first has not.
+    """
 
 
 class OutOfRangeError(ChatTicketError):
-    """A revision that the session has not reached."""
+    """The session has not reached this revision."""
 
 
 class ResourceExhaustedError(ChatTicketError):
-    """A quota is used up, or the service is full; or a message is larger than gRPC takes."""
+    """A quota is used up, the service is full, or a message exceeds gRPC's size limit."""
 
 
 class UnavailableError(ChatTicketError):
-    """The service, or its database, is out of reach. A write may have happened all the same."""
+    """The service or its database cannot be reached. A write may have succeeded."""
 
 
 class DeadlineExceededError(ChatTicketError):
-    """The deadline has passed. A write may have happened, or may happen still."""
+    """The deadline has passed. A write may have succeeded, or may succeed later."""
 
 
 class CallCancelledError(ChatTicketError):
-    """The other side ended the call. A write may have happened.
+    """The other side cancelled the call, or the client was closed. A write may have succeeded.
 
-    Not what a call raises when its own task is cancelled: that is asyncio.CancelledError.
+    A call whose own asyncio task is cancelled raises asyncio.CancelledError instead.
     """
 
 
 class UnimplementedError(ChatTicketError):
-    """The server, or its database, does not know this."""
+    """The server or its database does not support this."""
 
 
 class InternalError(ChatTicketError):
-    """A bug of the service, whose log has the `correlation_id` of `metadata`; or, without a
-    reason, something on the way that broke."""
+    """A bug in the service: its log has the `correlation_id` of `metadata`.
+
+    Without a reason it is a failure of something between, such as a proxy.
+    """
 
 
-_KINDS: dict[grpc.StatusCode, type[ChatTicketError]] = {
+_CLASSES: dict[grpc.StatusCode, type[ChatTicketError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
     grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
     grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
@@ -146,25 +214,20 @@ _KINDS: dict[grpc.StatusCode, type[ChatTicketError]] = {
 }
 
 
-def typed(error: grpc.RpcError) -> ChatTicketError:
-    """The typed exception for an error of the plain stubs, synchronous or not."""
-    try:
-        status = rpc_status.from_call(error)
-    except (ValueError, DecodeError):  # not what this service sends
-        status = None
-    details = [] if status is None else [_unpacked(packed) for packed in status.details]
-    code = error.code()
-    return _KINDS.get(code, ChatTicketError)(code, error.details() or "", details)
+def from_rpc_error(error: grpc.RpcError) -> ChatTicketError:
+    """The exception for an error of gRPC's own stubs, synchronous or asyncio."""
+    code, message = error.code(), error.details() or ""
+    return _CLASSES.get(code, ChatTicketError)(code, message, _details(error, code, message))
 
 
-def _unpacked(packed: Any) -> Message:
-    """What an Any holds, or itself when that is none of google.rpc's details."""
-    package, _, name = packed.TypeName().rpartition(".")
-    if package != "google.rpc" or name not in error_details_pb2.DESCRIPTOR.message_types_by_name:
-        return packed
-    message: Message = getattr(error_details_pb2, name)()
-    try:
-        packed.Unpack(message)
-    except DecodeError:
-        return packed
-    return message
+def _details(error: grpc.RpcError, code: grpc.StatusCode, message: str) -> tuple[Message, ...]:
+    """The details in the trailing metadata; none when they belong to another status."""
+    trailers: Any = error.trailing_metadata() or ()
+    for key, value in trailers:
+        if key == "grpc-status-details-bin":
+            try:
+                status, text, details = _google_rpc.parse_status(value)
+            except DecodeError:
+                return ()
+            return details if (status, text) == (code.value[0], message) else ()
+    return ()

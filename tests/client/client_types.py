@@ -3,11 +3,11 @@
 A mistake that is not found makes its `type: ignore` an unused one, which is an error.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Generator
 from typing import assert_type
 
-from chat_ticket.client import ChatTicketClient
-from chat_ticket.errors import ChatTicketError, Violation
+from chat_ticket.client import AsyncChatTicketClient, ChatTicketClient
+from chat_ticket.errors import ChatTicketError, Resource, Violation
 from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest, ListChatMessagesResponse
 from chat_ticket.v1.chat_session_pb2 import (
     CreateChatSessionRequest,
@@ -22,33 +22,55 @@ async def token() -> str:
     return ""
 
 
-async def right(client: ChatTicketClient, error: ChatTicketError) -> None:
-    ChatTicketClient("localhost:50051", token=token)
+async def right(client: AsyncChatTicketClient, error: ChatTicketError) -> None:
+    AsyncChatTicketClient("localhost:50051", token=token)
     got = await client.sessions.GetChatSession(GetChatSessionRequest())
     assert_type(got, GetChatSessionResponse)
     request = CreateChatSessionRequest()
-    created = await client.repeat(client.sessions.CreateChatSession, request)
+    created = await client.retry(client.sessions.CreateChatSession, request)
     assert_type(created, CreateChatSessionResponse)
     async for batch in client.messages.ListChatMessages(ListChatMessagesRequest()):
         assert_type(batch, ListChatMessagesResponse)
-    events = client.follow("id", 7)
+    events = client.watch("id", 7)
     assert_type(events, AsyncGenerator[WatchChatSessionResponse, None])
     async for event in events:
         assert event.WhichOneof("event") != "messages_created"
     assert_type(error.violations, tuple[Violation, ...])
+    assert_type(error.resource, Resource | None)
     assert_type(error.retry_seconds, float | None)
 
 
-async def wrong(client: ChatTicketClient, error: ChatTicketError) -> None:
-    ChatTicketClient("localhost:50051", token=7)  # type: ignore[arg-type]
-    ChatTicketClient("localhost:50051", tennant="acme")  # type: ignore[call-arg]
+async def wrong(client: AsyncChatTicketClient, error: ChatTicketError) -> None:
+    AsyncChatTicketClient("localhost:50051", token=7)  # type: ignore[arg-type]
+    AsyncChatTicketClient("localhost:50051", tennant="acme")  # type: ignore[call-arg]
     await client.sessions.GetChatSession(CreateChatSessionRequest())  # type: ignore[arg-type]
     _ = (await client.sessions.GetChatSession(GetChatSessionRequest())).sesion  # type: ignore[attr-defined]
     _ = client.sessions.GetChatSesion  # type: ignore[attr-defined]
     _ = client.sessions.GetChatSession(GetChatSessionRequest()).session  # type: ignore[attr-defined]
     request = GetChatSessionRequest()
-    await client.repeat(client.sessions.CreateChatSession, request)  # type: ignore[arg-type]
-    await client.follow("id")  # type: ignore[misc]
-    async for event in client.follow("id", "7"):  # type: ignore[arg-type]
+    await client.retry(client.sessions.CreateChatSession, request)  # type: ignore[arg-type]
+    await client.watch("id")  # type: ignore[misc]
+    async for event in client.watch("id", "7"):  # type: ignore[arg-type]
         assert event.WhichOneof("event") != "mesages_created"  # type: ignore[comparison-overlap]
     _ = error.reasons  # type: ignore[attr-defined]
+
+
+def right_without_asyncio(client: ChatTicketClient) -> None:
+    ChatTicketClient("localhost:50051", token=lambda: "")
+    got = client.sessions.GetChatSession(GetChatSessionRequest())
+    assert_type(got, GetChatSessionResponse)
+    created = client.retry(client.sessions.CreateChatSession, CreateChatSessionRequest())
+    assert_type(created, CreateChatSessionResponse)
+    for batch in client.messages.ListChatMessages(ListChatMessagesRequest()):
+        assert_type(batch, ListChatMessagesResponse)
+    events = client.watch("id", 7)
+    assert_type(events, Generator[WatchChatSessionResponse, None, None])
+
+
+def wrong_without_asyncio(client: ChatTicketClient) -> None:
+    ChatTicketClient("localhost:50051", token=token)  # type: ignore[arg-type]
+    client.sessions.GetChatSession(CreateChatSessionRequest())  # type: ignore[arg-type]
+    _ = client.sessions.GetChatSession(GetChatSessionRequest()).sesion  # type: ignore[attr-defined]
+    request = GetChatSessionRequest()
+    client.retry(client.sessions.CreateChatSession, request)  # type: ignore[arg-type]
+    client.watch("id", "7")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""chat_ticket.client: the typed client that the wheel ships."""
+"""chat_ticket.client: the same tests for the asyncio client and for the synchronous one."""
 
 import ast
 import asyncio
@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,17 @@ import grpc
 import pytest
 import pytest_asyncio
 from conftest import serving
-from google.rpc import error_details_pb2
+from google.protobuf import any_pb2
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc import error_details_pb2, status_pb2
 from support.authority import Authority, Key
 from support.client import an_id
+from support.threaded import ThreadedClient
 from test_client_resume import OPTIONS, free_port
 
 import chat_ticket
 from chat_ticket import errors
-from chat_ticket.client import ChatTicketClient, channel_options
+from chat_ticket.client import AsyncChatTicketClient, channel_options
 from chat_ticket.v1 import chat_session_pb2_grpc
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import (
@@ -47,17 +49,30 @@ from chat_ticket_svc.server import Server
 ROOT = Path(__file__).parents[2]
 KEY = Key()
 
-NewClient = Callable[..., ChatTicketClient]
+NewClient = Callable[..., AsyncChatTicketClient]
+
+# A test of what only tasks can do, such as to be cancelled.
+only_asyncio = pytest.mark.parametrize("client_class", [AsyncChatTicketClient], indirect=True)
+
+
+@pytest.fixture(
+    params=[AsyncChatTicketClient, ThreadedClient], ids=lambda client_class: client_class.__name__
+)
+def client_class(request: pytest.FixtureRequest) -> type[AsyncChatTicketClient]:
+    """The asyncio client, or the synchronous one in threads, which looks the same."""
+    return request.param  # type: ignore[no-any-return]
 
 
 @pytest_asyncio.fixture
-async def connect(tenant: str) -> AsyncIterator[NewClient]:
+async def connect(
+    client_class: type[AsyncChatTicketClient], tenant: str
+) -> AsyncIterator[NewClient]:
     """`connect(port, …)`: a client of a server on this machine, for the test's tenant."""
     async with contextlib.AsyncExitStack() as stack:
 
-        def connect(port: int, **arguments: Any) -> ChatTicketClient:
+        def connect(port: int, **arguments: Any) -> AsyncChatTicketClient:
             arguments = {"tenant": tenant, "options": OPTIONS, **arguments}
-            client = ChatTicketClient(f"localhost:{port}", **arguments)
+            client = client_class(f"localhost:{port}", **arguments)
             stack.push_async_callback(client.close)
             return client
 
@@ -65,24 +80,24 @@ async def connect(tenant: str) -> AsyncIterator[NewClient]:
 
 
 @pytest_asyncio.fixture
-async def client(server: Server, connect: NewClient) -> ChatTicketClient:
+async def client(server: Server, connect: NewClient) -> AsyncChatTicketClient:
     """A client of the worker's server."""
     return connect(server.port)
 
 
-async def session_of(client: ChatTicketClient, **fields: Any) -> str:
+async def session_of(client: AsyncChatTicketClient, **fields: Any) -> str:
     request = CreateChatSessionRequest(session=r.ChatSession(**fields))
     return (await client.sessions.CreateChatSession(request)).session.id
 
 
-async def say(client: ChatTicketClient, session_id: str, content: str = "hello") -> None:
+async def say(client: AsyncChatTicketClient, session_id: str, content: str = "hello") -> None:
     message = r.ChatMessage(role=r.CHAT_MESSAGE_ROLE_USER, content=content)
     request = CreateChatMessageRequest(session_id=session_id, message=message)
     await client.messages.CreateChatMessage(request)
 
 
-async def followed(client: ChatTicketClient, session_id: str) -> None:
-    async for _ in client.follow(session_id):
+async def watch_all(client: AsyncChatTicketClient, session_id: str) -> None:
+    async for _ in client.watch(session_id):
         pass
 
 
@@ -102,12 +117,13 @@ async def until(condition: Callable[[], bool]) -> None:
 
 class TestPackage:
     def test_needs_nothing_of_the_service(self) -> None:
-        """Callers install grpc, protobuf and google.rpc, and import no more than that."""
+        """Callers install grpcio and protobuf, and import no more than that."""
         program = """
-import sys, grpc.aio, grpc_status.rpc_status
+import sys, grpc.aio
 before = set(sys.modules)
 import chat_ticket.client
-print(*{name.split(".")[0] for name in sys.modules.keys() - before})
+added = sys.modules.keys() - before
+print(*{name.split(".")[0] for name in added}, *{name for name in added if "google.rpc" in name})
 """
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, check=True, text=True, timeout=60
@@ -115,6 +131,7 @@ print(*{name.split(".")[0] for name in sys.modules.keys() - before})
         names = set(done.stdout.split()) - sys.stdlib_module_names
         assert "chat_ticket" in names
         assert names <= {"chat_ticket", "google", "grpc"}
+        assert "google.rpc" not in done.stdout
 
     def test_imports_nothing_of_the_service_later(self) -> None:
         """Nor within a function."""
@@ -122,25 +139,6 @@ print(*{name.split(".")[0] for name in sys.modules.keys() - before})
             for node in ast.walk(ast.parse(path.read_text())):
                 assert not (isinstance(node, ast.Import) and "svc" in node.names[0].name)
                 assert not (isinstance(node, ast.ImportFrom) and "svc" in (node.module or ""))
-
-    def test_is_in_the_wheel_with_its_service_config(self, tmp_path: Path) -> None:
-        """As a file of its own: in the sources it is a link to the one of the protos."""
-        name = "chat_ticket/v1/chat_ticket_grpc_service_config.json"
-        subprocess.run(
-            [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path],
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-            timeout=60,
-        )
-        [path] = tmp_path.glob("*.whl")
-        with zipfile.ZipFile(path) as wheel:
-            assert {
-                "chat_ticket/client.py",
-                "chat_ticket/errors.py",
-                "chat_ticket/py.typed",
-            } <= set(wheel.namelist())
-            assert wheel.read(name) == (ROOT / "protos" / name).read_bytes()
 
     def test_channel_has_the_service_config(self) -> None:
         """The reads of two servers of which one is killed are in test_client_resume.py."""
@@ -150,11 +148,11 @@ print(*{name.split(".")[0] for name in sys.modules.keys() - before})
     async def test_has_to_be_made_in_an_event_loop(self) -> None:
         """Said at once: gRPC would take another loop, in which no call ends."""
         with pytest.raises(RuntimeError, match="no running event loop"):
-            await asyncio.to_thread(ChatTicketClient, "localhost:1")
+            await asyncio.to_thread(AsyncChatTicketClient, "localhost:1")
 
 
 class TestErrors:
-    async def test_violations_are_all_there(self, client: ChatTicketClient) -> None:
+    async def test_violations_are_all_there(self, client: AsyncChatTicketClient) -> None:
         """Each with its field."""
         request = CreateChatSessionRequest(session=r.ChatSession(id="x", status=77))  # type: ignore[arg-type]
         with pytest.raises(errors.InvalidArgumentError) as caught:
@@ -165,9 +163,9 @@ class TestErrors:
         assert {each.field for each in error.violations} == {"session.id", "session.status"}
         assert error.message in str(error)
         assert error.retry_seconds is None
-        assert isinstance(error.__cause__, grpc.aio.AioRpcError)
+        assert isinstance(error.__cause__, grpc.RpcError)
 
-    async def test_every_status_has_its_exception(self, client: ChatTicketClient) -> None:
+    async def test_every_status_has_its_exception(self, client: AsyncChatTicketClient) -> None:
         """With the reason of the README's table."""
         session_id, sessions, tickets = await session_of(client), client.sessions, client.tickets
         escalate = CreateChatTicketRequest(session_id=session_id, ticket=r.Ticket(title="help"))
@@ -193,36 +191,91 @@ class TestErrors:
             ),
             (sessions.UpdateChatSession(changed), errors.AbortedError, "ETAG_MISMATCH"),
             (
-                anext(client.follow(session_id, 77)),
+                anext(client.watch(session_id, 77)),
                 errors.OutOfRangeError,
                 "REVISION_OUT_OF_RANGE",
             ),
-            (anext(client.follow(an_id())), errors.NotFoundError, "CHAT_SESSION_NOT_FOUND"),
+            (anext(client.watch(an_id())), errors.NotFoundError, "CHAT_SESSION_NOT_FOUND"),
         ]
         for call, expected, reason in cases:
             with pytest.raises(expected) as caught:
                 await call
             assert caught.value.reason == reason
 
-    async def test_what_grpc_says_itself_has_no_reason(self) -> None:
+    async def test_what_grpc_says_itself_has_no_reason(
+        self, client_class: type[AsyncChatTicketClient]
+    ) -> None:
         """As of a server that takes the connection and does not answer."""
         with socket.create_server(("127.0.0.1", 0)) as silent:
             port = silent.getsockname()[1]
-            async with ChatTicketClient(f"127.0.0.1:{port}", tenant="a", timeout=0.5) as client:
+            async with client_class(f"127.0.0.1:{port}", tenant="a", timeout=0.5) as client:
                 with pytest.raises(errors.DeadlineExceededError) as late:
                     await client.sessions.GetChatSession(GetChatSessionRequest())
         assert late.value.reason == ""
 
-    async def test_details_are_messages(self, client: ChatTicketClient) -> None:
-        """Of google.rpc, each as what it is."""
+    async def test_details_are_messages(self, client: AsyncChatTicketClient) -> None:
+        """Of google.rpc, by their full names, and equal to those of googleapis-common-protos."""
         absent = an_id()
         with pytest.raises(errors.NotFoundError) as caught:
             await client.sessions.GetChatSession(GetChatSessionRequest(session_id=absent))
-        kinds = {type(detail): detail for detail in caught.value.details}
-        assert kinds[error_details_pb2.ResourceInfo].resource_name == absent  # type: ignore[attr-defined]
-        assert error_details_pb2.ErrorInfo in kinds
+        kinds = {detail.DESCRIPTOR.full_name: detail for detail in caught.value.details}
+        data = kinds["google.rpc.ResourceInfo"].SerializeToString()
+        assert error_details_pb2.ResourceInfo.FromString(data).resource_name == absent
+        assert "google.rpc.ErrorInfo" in kinds
+        assert caught.value.resource == errors.Resource("chat_session", absent)
 
-    async def test_streams_raise_them_too(self, client: ChatTicketClient) -> None:
+    async def test_preconditions_and_quotas_are_typed(
+        self, database: str, connect: NewClient
+    ) -> None:
+        """Each with its subject."""
+        quotas = {"tenant_calls_per_second": 1, "tenant_burst": 3}
+        async with serving(database, quotas=quotas) as server:
+            client = connect(server.port)
+            session_id = await session_of(client)
+            ticket = CreateChatTicketRequest(session_id=session_id, ticket=r.Ticket(title="help"))
+            await client.tickets.CreateChatTicket(ticket)
+            request = DeleteChatSessionRequest(session_id=session_id)
+            with pytest.raises(errors.FailedPreconditionError) as refused:
+                await client.sessions.DeleteChatSession(request)
+            [precondition] = refused.value.preconditions
+            assert precondition.type == "SESSION_HAS_ACTIVE_TICKET"
+            assert precondition.subject
+            assert precondition.description in refused.value.message
+            calls = [client.sessions.ListChatSessions(ListChatSessionsRequest()) for _ in range(5)]
+            with pytest.raises(errors.ResourceExhaustedError, match="QUOTA_EXCEEDED") as exhausted:
+                await asyncio.gather(*calls)
+            [quota] = exhausted.value.quotas
+            assert quota.subject
+            assert exhausted.value.retry_seconds
+
+    def test_details_of_others_are_kept(self) -> None:
+        """As the Any that they came in. What does not parse, or is of another status, is none."""
+        timestamp = any_pb2.Any()
+        timestamp.Pack(Timestamp(seconds=7))
+        broken = any_pb2.Any(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff")
+        status = status_pb2.Status(code=5, message="gone", details=[timestamp, broken])
+        for data, kept in [
+            (status.SerializeToString(), (timestamp, broken)),
+            (b"\xff", ()),
+            (
+                status_pb2.Status(code=6, message="gone", details=[timestamp]).SerializeToString(),
+                (),
+            ),
+            (
+                status_pb2.Status(code=5, message="lost", details=[timestamp]).SerializeToString(),
+                (),
+            ),
+        ]:
+            trailers = grpc.aio.Metadata(("grpc-status-details-bin", data))
+            error = grpc.aio.AioRpcError(
+                grpc.StatusCode.NOT_FOUND, grpc.aio.Metadata(), trailers, details="gone"
+            )
+            found = errors.from_rpc_error(error)
+            assert found.details == kept
+            copy = pickle.loads(pickle.dumps(found))
+            assert (type(copy), copy.details) == (errors.NotFoundError, kept)
+
+    async def test_streams_raise_them_too(self, client: AsyncChatTicketClient) -> None:
         """When they are read."""
         with pytest.raises(errors.NotFoundError):
             async for _ in client.messages.ListChatMessages(
@@ -251,7 +304,7 @@ class TestErrors:
             await client.sessions.ListChatSessions(request)
         await client.sessions.ListChatSessions(request, timeout=10)
 
-    async def test_survive_a_process(self, client: ChatTicketClient) -> None:
+    async def test_survive_a_process(self, client: AsyncChatTicketClient) -> None:
         """As a worker pool, or a queue, sends them on."""
         with pytest.raises(errors.InvalidArgumentError) as caught:
             await session_of(client, id="x")
@@ -259,9 +312,10 @@ class TestErrors:
         assert type(copy) is errors.InvalidArgumentError
         assert str(copy) == str(caught.value)
         assert copy.violations == caught.value.violations
+        assert copy.details == caught.value.details
 
     async def test_synchronous_stubs_have_them_too(self, server: Server) -> None:
-        """By errors.typed, on a channel with the same options."""
+        """By errors.from_rpc_error, on a channel with the same options."""
 
         def call() -> None:
             with grpc.insecure_channel(
@@ -272,19 +326,21 @@ class TestErrors:
                 try:
                     stub.GetChatSession(request, metadata=[("x-tenant-id", "acme")])
                 except grpc.RpcError as error:
-                    raise errors.typed(error) from error
+                    raise errors.from_rpc_error(error) from error
 
         with pytest.raises(errors.NotFoundError, match="CHAT_SESSION_NOT_FOUND"):
             await asyncio.to_thread(call)
 
-    async def test_call_keeps_what_grpc_says_of_it(self, client: ChatTicketClient) -> None:
+    @only_asyncio
+    async def test_call_keeps_what_grpc_says_of_it(self, client: AsyncChatTicketClient) -> None:
         """The stubs are gRPC's: a call has its status and metadata, and takes more metadata."""
         request = ListChatSessionsRequest()
         call = client.sessions.ListChatSessions(request, metadata=[("x-other", "1")])  # type: ignore[arg-type]
         assert not (await call).sessions
         assert await call.code() is grpc.StatusCode.OK
 
-    async def test_cancelled_task_ends_its_call(self, client: ChatTicketClient) -> None:
+    @only_asyncio
+    async def test_cancelled_task_ends_its_call(self, client: AsyncChatTicketClient) -> None:
         """By asyncio.CancelledError, which is no error of a call."""
         session_id = await session_of(client)
         for _ in range(20):
@@ -301,7 +357,7 @@ class TestErrors:
             await task
 
 
-class TestRepeat:
+class TestRetry:
     async def test_goes_on_until_the_server_is_there(
         self, database: str, connect: NewClient
     ) -> None:
@@ -309,22 +365,22 @@ class TestRepeat:
         port, session_id = free_port(), an_id()
         client = connect(port)
         request = CreateChatSessionRequest(session=r.ChatSession(id=session_id))
-        creating = asyncio.create_task(client.repeat(client.sessions.CreateChatSession, request))
+        creating = asyncio.create_task(client.retry(client.sessions.CreateChatSession, request))
         await asyncio.sleep(0.3)
         async with serving(database, port=port):
             assert (await creating).session.id == session_id
-            again = await client.repeat(client.sessions.CreateChatSession, request)
+            again = await client.retry(client.sessions.CreateChatSession, request)
             assert again.session.revision == 0
 
     async def test_gives_up_in_time_and_says_why(self, connect: NewClient) -> None:
         """By the last error."""
         client = connect(free_port())
         with pytest.raises(errors.UnavailableError):
-            await client.repeat(
-                client.sessions.CreateChatSession, CreateChatSessionRequest(), seconds=0.5
+            await client.retry(
+                client.sessions.CreateChatSession, CreateChatSessionRequest(), timeout=0.5
             )
 
-    async def test_is_not_for_what_will_not_pass(self, client: ChatTicketClient) -> None:
+    async def test_is_not_for_what_will_not_pass(self, client: AsyncChatTicketClient) -> None:
         """A refusal is told at once."""
         calls = 0
 
@@ -334,7 +390,7 @@ class TestRepeat:
             return client.sessions.GetChatSession(request)
 
         with pytest.raises(errors.NotFoundError):
-            await client.repeat(counted, GetChatSessionRequest(session_id=an_id()))
+            await client.retry(counted, GetChatSessionRequest(session_id=an_id()))
         assert calls == 1
 
     async def test_quota_is_waited_for(self, database: str, connect: NewClient) -> None:
@@ -344,7 +400,7 @@ class TestRepeat:
             client = connect(server.port)
             request = ListChatSessionsRequest()
             await asyncio.gather(
-                *(client.repeat(client.sessions.ListChatSessions, request) for _ in range(10))
+                *(client.retry(client.sessions.ListChatSessions, request) for _ in range(10))
             )
 
 
@@ -358,9 +414,13 @@ async def guarded(database: str, tmp_path: Path) -> AsyncIterator[Server]:
 
 class TestToken:
     async def test_is_a_text_or_is_asked_for_each_call(
-        self, guarded: Server, connect: NewClient, tenant: str
+        self,
+        guarded: Server,
+        connect: NewClient,
+        client_class: type[AsyncChatTicketClient],
+        tenant: str,
     ) -> None:
-        """Of a function, or of a coroutine function."""
+        """Of a function, or of a coroutine function where there is an event loop."""
         asked = 0
 
         def fresh() -> str:
@@ -372,10 +432,13 @@ class TestToken:
             await asyncio.sleep(0)
             return fresh()
 
-        for token in (KEY.token(tenants=[tenant]), fresh, waited):
+        tokens: list[Any] = [KEY.token(tenants=[tenant]), fresh]
+        if client_class is AsyncChatTicketClient:
+            tokens.append(waited)
+        for token in tokens:
             client = connect(guarded.port, token=token, tenant=None)
             await say(client, await session_of(client))
-        assert asked == 4
+        assert asked == 2 * (len(tokens) - 1)
 
     async def test_goes_with_the_credentials_of_the_channel(
         self, database: str, tmp_path: Path, connect: NewClient, tenant: str
@@ -403,7 +466,9 @@ class TestToken:
         with pytest.raises(LookupError):
             await session_of(connect(guarded.port, token=broken))
 
-    async def test_is_not_sent_in_plain_text_to_other_machines(self) -> None:
+    async def test_is_not_sent_in_plain_text_to_other_machines(
+        self, client_class: type[AsyncChatTicketClient]
+    ) -> None:
         """Not by any spelling of a target, of which one address elsewhere is enough."""
         for target in (
             "chat.example:443",
@@ -416,7 +481,7 @@ class TestToken:
             "xds:///localhost",
         ):
             with pytest.raises(ValueError, match="plain text"):
-                ChatTicketClient(target, token="secret")
+                client_class(target, token="secret")
         for target in (
             "localhost:50051",
             "dns:///localhost:50051",
@@ -426,26 +491,28 @@ class TestToken:
             "ipv6:[::1]:50051",
             "unix:/run/chat.sock",
         ):
-            await ChatTicketClient(target, token="secret").close()
+            await client_class(target, token="secret").close()
         secure = grpc.ssl_channel_credentials()
-        await ChatTicketClient("chat.example:443", token="secret", credentials=secure).close()
+        await client_class("chat.example:443", token="secret", credentials=secure).close()
 
-    async def test_must_be_one_that_grpc_sends(self) -> None:
-        """As the tenant: told at once, or by the call, and never shown; follow does not repeat it.
+    async def test_must_be_one_that_grpc_sends(
+        self, client_class: type[AsyncChatTicketClient]
+    ) -> None:
+        """As the tenant: told at once, or by the call, and never shown; watch does not retry it.
 
         A file often has a line break at its end.
         """
         for bad in ({"token": "secret\n"}, {"tenant": "secret\n"}, {"tenant": "café"}):
             with pytest.raises(ValueError, match="not printable ASCII") as caught:
-                ChatTicketClient("localhost:1", **bad)  # type: ignore[arg-type]
+                client_class("localhost:1", **bad)  # type: ignore[arg-type]
             assert "secret" not in str(caught.value)
-        async with ChatTicketClient("localhost:1", token=lambda: "secret\n") as client:
-            with pytest.raises(ValueError, match="token is not printable ASCII"):
+        async with client_class("localhost:1", token=lambda: "secret\n") as client:
+            with pytest.raises(ValueError, match="token: not printable ASCII"):
                 await client.sessions.GetChatSession(GetChatSessionRequest())
-            with pytest.raises(ValueError, match="token is not printable ASCII"):
-                await anext(client.follow(an_id()))
+            with pytest.raises(ValueError, match="token: not printable ASCII"):
+                await anext(client.watch(an_id()))
 
-    async def test_that_expires_is_asked_for_again_by_follow(
+    async def test_that_expires_is_asked_for_again_by_watch(
         self, guarded: Server, connect: NewClient, tenant: str
     ) -> None:
         """And the stream goes on as if nothing had happened."""
@@ -459,7 +526,7 @@ class TestToken:
         session_id = await session_of(client)
         before, told = len(given), []
         async with asyncio.timeout(20):
-            async for event in client.follow(session_id):
+            async for event in client.watch(session_id):
                 told.append(event)
                 if kind(event) == "caught_up":
                     await say(client, session_id, "one")
@@ -477,7 +544,7 @@ class TestToken:
         ]
         assert said(told) == ["one", "two"]
 
-    async def test_that_expires_and_is_a_text_ends_follow(
+    async def test_that_expires_and_is_a_text_ends_watch(
         self, guarded: Server, connect: NewClient, tenant: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         """At once: there is nobody to ask."""
@@ -486,20 +553,20 @@ class TestToken:
         client = connect(guarded.port, token=token)
         session_id = await session_of(client)
         with pytest.raises(errors.UnauthenticatedError, match="CREDENTIAL_EXPIRED"):
-            await asyncio.wait_for(followed(client, session_id), 20)
+            await asyncio.wait_for(watch_all(client, session_id), 20)
         assert "again" not in caplog.text
 
-    async def test_that_is_always_expired_ends_follow(
+    async def test_that_is_always_expired_ends_watch(
         self, guarded: Server, connect: NewClient
     ) -> None:
         """After a few times."""
         client = connect(guarded.port, token=lambda: KEY.token(exp=int(time.time()) - 5))
         with pytest.raises(errors.UnauthenticatedError):
             async with asyncio.timeout(30):
-                await anext(client.follow(an_id()))
+                await anext(client.watch(an_id()))
 
 
-class TestFollow:
+class TestWatch:
     async def test_leaving_the_loop_ends_the_stream(
         self, database: str, connect: NewClient
     ) -> None:
@@ -507,20 +574,21 @@ class TestFollow:
         async with serving(database) as server:
             client = connect(server.port)
             session_id = await session_of(client)
-            async for event in client.follow(session_id):
+            async for event in client.watch(session_id):
                 if kind(event) == "caught_up":
                     assert server._watch_hub.watcher_count == 1
                     break
             await until(lambda: server._watch_hub.watcher_count == 0)
 
+    @only_asyncio
     @pytest.mark.parametrize("waiting", [True, False])
     async def test_cancelling_the_task_ends_the_stream(
         self, database: str, connect: NewClient, waiting: bool
     ) -> None:
         """Whether it waits for an event or handles one."""
 
-        async def follow() -> None:
-            async for event in client.follow(session_id):
+        async def watch() -> None:
+            async for event in client.watch(session_id):
                 if kind(event) == "caught_up":
                     caught_up.set()
                     if not waiting:
@@ -529,7 +597,7 @@ class TestFollow:
         async with serving(database) as server:
             client, caught_up = connect(server.port), asyncio.Event()
             session_id = await session_of(client)
-            task = asyncio.create_task(follow())
+            task = asyncio.create_task(watch())
             await caught_up.wait()
             assert server._watch_hub.watcher_count == 1
             await asyncio.sleep(0.05)
@@ -538,16 +606,17 @@ class TestFollow:
                 await task
             await until(lambda: server._watch_hub.watcher_count == 0)
 
-    async def test_timeout_of_the_caller_is_its_own(self, client: ChatTicketClient) -> None:
+    @only_asyncio
+    async def test_timeout_of_the_caller_is_its_own(self, client: AsyncChatTicketClient) -> None:
         """Not taken for silence."""
         session_id = await session_of(client)
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(followed(client, session_id), 0.3)
+            await asyncio.wait_for(watch_all(client, session_id), 0.3)
 
     async def test_slow_consumer_loses_nothing(
         self, database: str, connect: NewClient, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """The server ends a stream that nobody reads; it is followed again."""
+        """The server ends a stream that nobody reads; the watch resumes."""
         caplog.set_level("INFO", "chat_ticket.client")
         async with serving(database, stream_write_timeout_seconds=0.3) as server:
             client = connect(server.port)
@@ -562,7 +631,7 @@ class TestFollow:
             sequences: list[int] = []
             kinds: list[str] = []
             async with asyncio.timeout(30):
-                async for event in client.follow(session_id):
+                async for event in client.watch(session_id):
                     kinds.append(kind(event))
                     sequences += [m.sequence for m in event.messages_created.messages]
                     if len(kinds) == 1:
@@ -580,9 +649,9 @@ class TestFollow:
         async with serving(database, quotas={"session_streams": 1}) as server:
             client = connect(server.port)
             session_id = await session_of(client)
-            first = client.follow(session_id)
+            first = client.watch(session_id)
             await anext(first)
-            second = asyncio.ensure_future(anext(client.follow(session_id)))
+            second = asyncio.ensure_future(anext(client.watch(session_id)))
             await asyncio.sleep(0.5)
             assert not second.done()
             await first.aclose()
@@ -601,7 +670,7 @@ class TestFollow:
         async with serving(database) as other:
             client, elsewhere = connect(port), connect(other.port)
             session_id = await session_of(elsewhere)
-            events = client.follow(session_id)
+            events = client.watch(session_id)
 
             async def hear(last: str) -> None:
                 async with asyncio.timeout(20):
@@ -645,7 +714,7 @@ class TestFollow:
         async with serving(database) as other:
             client, elsewhere = connect(port), connect(other.port)
             session_id = await session_of(elsewhere)
-            events = client.follow(session_id)
+            events = client.watch(session_id)
             async with serving(database, port=port):
                 told += [await anext(events), await anext(events)]
             for status in (r.CHAT_SESSION_STATUS_RESOLVED, r.CHAT_SESSION_STATUS_ACTIVE):
@@ -662,12 +731,12 @@ class TestFollow:
     async def test_session_created_again_is_another_one(
         self, database: str, connect: NewClient
     ) -> None:
-        """Which must not be; but when it is, the one that was followed is gone."""
+        """Which must not be; but when it is, the one that was watched is gone."""
         port, session_id = free_port(), an_id()
         async with serving(database) as other:
             client, elsewhere = connect(port), connect(other.port)
             await session_of(elsewhere, id=session_id)
-            events = client.follow(session_id)
+            events = client.watch(session_id)
             async with serving(database, port=port):
                 assert kind(await anext(events)) == "session"
                 assert kind(await anext(events)) == "caught_up"
@@ -682,12 +751,12 @@ class TestFollow:
         async with serving(database) as server:
             client = connect(server.port)
             session_id = await session_of(client)
-            events = client.follow(session_id)
+            events = client.watch(session_id)
             await anext(events)
             await anext(events)
             waiting = asyncio.ensure_future(anext(events))
             await asyncio.sleep(0.1)
             await client.close()
             async with asyncio.timeout(10):
-                with pytest.raises((asyncio.CancelledError, grpc.aio.UsageError)):
+                with pytest.raises((asyncio.CancelledError, grpc.aio.UsageError, ValueError)):
                     await waiting

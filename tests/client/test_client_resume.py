@@ -1,4 +1,4 @@
-"""The client's follow() while the servers under it are killed, drained and stopped."""
+"""The client's watch() while its servers are killed, drained and stopped."""
 
 import asyncio
 import contextlib
@@ -19,9 +19,10 @@ import psycopg
 import pytest
 from support.client import a_file, an_id
 from support.process import ServerProcess, server_process
+from support.threaded import ThreadedClient
 
 from chat_ticket import errors
-from chat_ticket.client import ChatTicketClient
+from chat_ticket.client import AsyncChatTicketClient
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_attachment_pb2 import CreateChatAttachmentRequest
 from chat_ticket.v1.chat_message_pb2 import (
@@ -113,7 +114,7 @@ class Servers:
 class Writer:
     """Writes all that a session can be told of, each write until its outcome is known."""
 
-    def __init__(self, client: ChatTicketClient, session_id: str, seed: int):
+    def __init__(self, client: AsyncChatTicketClient, session_id: str, seed: int):
         self._client = client
         self._session_id = session_id
         self._random = random.Random(seed)
@@ -139,13 +140,13 @@ class Writer:
     async def _create(self) -> None:
         message = self._message()
         request = CreateChatMessageRequest(session_id=self._session_id, message=message)
-        await self._client.repeat(self._client.messages.CreateChatMessage, request)
+        await self._client.retry(self._client.messages.CreateChatMessage, request)
         self._mine.append(message.id)
 
     async def _batch(self) -> None:
         batch = [self._message() for _ in range(self._random.randint(2, 40))]
         request = BatchCreateChatMessagesRequest(session_id=self._session_id, messages=batch)
-        await self._client.repeat(self._client.messages.BatchCreateChatMessages, request)
+        await self._client.retry(self._client.messages.BatchCreateChatMessages, request)
         self._mine += [message.id for message in batch]
 
     async def _update(self) -> None:
@@ -153,46 +154,46 @@ class Writer:
         message = r.ChatMessage(id=self._random.choice(self._mine), metadata_json=metadata)
         request = UpdateChatMessageRequest(message=message)
         request.update_mask.paths.append("metadata_json")
-        await self._client.repeat(self._client.messages.UpdateChatMessage, request)
+        await self._client.retry(self._client.messages.UpdateChatMessage, request)
 
     async def _attach(self) -> None:
         request = CreateChatAttachmentRequest(
             message_id=self._random.choice(self._mine), attachment=a_file(id=an_id())
         )
         with contextlib.suppress(errors.FailedPreconditionError):  # it has many already
-            await self._client.repeat(self._client.attachments.CreateChatAttachment, request)
+            await self._client.retry(self._client.attachments.CreateChatAttachment, request)
 
     async def _delete(self) -> None:
         message_id = self._mine.pop(self._random.randrange(len(self._mine)))
         request = DeleteChatMessageRequest(message_id=message_id)
         with contextlib.suppress(errors.NotFoundError):  # it had happened
-            await self._client.repeat(self._client.messages.DeleteChatMessage, request)
+            await self._client.retry(self._client.messages.DeleteChatMessage, request)
 
     async def _turn(self) -> None:
         status = self._random.choice([r.CHAT_SESSION_STATUS_ACTIVE, r.CHAT_SESSION_STATUS_RESOLVED])
         session = r.ChatSession(id=self._session_id, status=status)
         request = UpdateChatSessionRequest(session=session)
         request.update_mask.paths.append("status")
-        await self._client.repeat(self._client.sessions.UpdateChatSession, request)
+        await self._client.retry(self._client.sessions.UpdateChatSession, request)
 
 
 @dataclass
-class Follower:
-    """One who follows from a revision, and what it was told."""
+class Watcher:
+    """Watches from a revision, and keeps what is delivered."""
 
     start: int
     pause: float = 0  # after each event
     leaves: float = 0  # how likely after each event, to come back by the revision it has kept
-    told: list[WatchChatSessionResponse] = field(default_factory=list)
+    events: list[WatchChatSessionResponse] = field(default_factory=list)
     revision: int = 0
     turns: int = 1
 
-    async def follow(self, client: ChatTicketClient, session_id: str) -> None:
+    async def watch(self, client: AsyncChatTicketClient, session_id: str) -> None:
         self.revision = self.start
         chance = random.Random(self.start)
         while True:
-            async for event in client.follow(session_id, self.revision, silence_seconds=SILENCE):
-                self.told.append(event)
+            async for event in client.watch(session_id, self.revision, silence_seconds=SILENCE):
+                self.events.append(event)
                 self.revision = event.revision
                 await asyncio.sleep(self.pause)
                 if chance.random() < self.leaves:
@@ -225,7 +226,7 @@ def truth(database_url: str, session_id: str) -> Truth:
     return Truth({id_: tuple(rest) for id_, *rest in messages}, dict(tombstones), status)
 
 
-def compare(follower: Follower, truth: Truth) -> None:
+def compare(watcher: Watcher, truth: Truth) -> None:
     """That each thing was told once, in order, and all of it."""
     created: list[tuple[int, str]] = []
     updated: list[tuple[str, int]] = []
@@ -233,8 +234,8 @@ def compare(follower: Follower, truth: Truth) -> None:
     states: list[tuple[int, bool]] = []
     caught_up = 0
     held: dict[str, r.ChatMessage] = {}
-    position = follower.start
-    for event in follower.told:
+    position = watcher.start
+    for event in watcher.events:
         assert event.revision >= position, "never backwards"
         match event.WhichOneof("event"):
             case "messages_created":
@@ -259,24 +260,24 @@ def compare(follower: Follower, truth: Truth) -> None:
     assert created == sorted(set(created)), "each once, in the order of the sequence"
     assert max(Counter(updated).values(), default=1) == 1
     ids = {id_ for _, id_ in created}
-    survivors = {id_ for id_, (at, _, _) in truth.messages.items() if at > follower.start}
+    survivors = {id_ for id_, (at, _, _) in truth.messages.items() if at > watcher.start}
     assert survivors <= ids, "none is left out"
     assert ids - survivors <= truth.tombstones.keys()
-    gone = [id_ for id_, at in truth.tombstones.items() if at > follower.start]
+    gone = [id_ for id_, at in truth.tombstones.items() if at > watcher.start]
     assert sorted(deleted) == sorted(gone), "each deletion once"
     changed = {
         id_: (at, revision, content)
         for id_, (at, revision, content) in truth.messages.items()
-        if revision > follower.start
+        if revision > watcher.start
     }
     assert {m.id: (m.sequence, m.revision, m.content) for m in held.values()} == changed
     assert states[-1][0] == r.ChatSessionStatus.Value(f"CHAT_SESSION_STATUS_{truth.status.upper()}")
-    if follower.turns == 1:
+    if watcher.turns == 1:
         assert caught_up == 1
         assert all(one != other for one, other in itertools.pairwise(states))
 
 
-async def read(client: ChatTicketClient, session_id: str) -> int:
+async def read(client: AsyncChatTicketClient, session_id: str) -> int:
     """Reads until it is cancelled, and never fails."""
     count = 0
     try:
@@ -289,17 +290,20 @@ async def read(client: ChatTicketClient, session_id: str) -> int:
 
 
 @contextlib.asynccontextmanager
-async def clients(target: str, tenant: str) -> AsyncIterator[list[ChatTicketClient]]:
-    """Of the writers and of the followers, who have connections of their own."""
+async def clients(
+    client_class: type[AsyncChatTicketClient], target: str, tenant: str
+) -> AsyncIterator[list[AsyncChatTicketClient]]:
+    """One for the writers and one for the watchers: each has its own connections."""
     async with (
-        ChatTicketClient(target, tenant=tenant, timeout=2, options=OPTIONS) as one,
-        ChatTicketClient(target, tenant=tenant, timeout=10, options=OPTIONS) as other,
+        client_class(target, tenant=tenant, timeout=2, options=OPTIONS) as one,
+        client_class(target, tenant=tenant, timeout=10, options=OPTIONS) as other,
     ):
         yield [one, other]
 
 
-async def test_follow_tells_everything_once_whatever_becomes_of_the_servers(
-    fresh_database: str, tenant: str, caplog: Any
+@pytest.mark.parametrize("client_class", [AsyncChatTicketClient, ThreadedClient])
+async def test_watch_delivers_everything_once_whatever_happens_to_the_servers(
+    fresh_database: str, tenant: str, client_class: Any, caplog: Any
 ) -> None:
     """Killed, drained, stopped, and all gone at once, while writers write.
 
@@ -309,29 +313,29 @@ async def test_follow_tells_everything_once_whatever_becomes_of_the_servers(
     with contextlib.ExitStack() as stack:
         servers = await asyncio.to_thread(Servers, fresh_database, stack)
         await servers.serving()
-        async with clients(servers.target, tenant) as (writing, following):
+        async with clients(client_class, servers.target, tenant) as (writing, watching):
             session_id = an_id()
             request = CreateChatSessionRequest(session=r.ChatSession(id=session_id))
-            await writing.repeat(writing.sessions.CreateChatSession, request)
+            await writing.retry(writing.sessions.CreateChatSession, request)
             writers = [Writer(writing, session_id, seed) for seed in range(WRITERS)]
             writes = [asyncio.create_task(writer.write()) for writer in writers]
-            followers = [
-                Follower(start=0),
-                Follower(start=0),
-                Follower(start=0, pause=0.01),
-                Follower(start=0, leaves=0.05),
+            watchers = [
+                Watcher(start=0),
+                Watcher(start=0),
+                Watcher(start=0, pause=0.01),
+                Watcher(start=0, leaves=0.05),
             ]
-            follows = [asyncio.create_task(f.follow(following, session_id)) for f in followers]
-            reads = [asyncio.create_task(read(following, session_id)) for _ in range(4)]
+            watches = [asyncio.create_task(w.watch(watching, session_id)) for w in watchers]
+            reads = [asyncio.create_task(read(watching, session_id)) for _ in range(4)]
 
             await asyncio.sleep(0.3)
             await servers.restart(signal.SIGKILL, 0)
             for task in reads:
                 task.cancel()
             assert all(count > 10 for count in await asyncio.gather(*reads))
-            late = Follower(start=followers[0].revision // 2)
-            followers.append(late)
-            follows.append(asyncio.create_task(late.follow(following, session_id)))
+            late = Watcher(start=watchers[0].revision // 2)
+            watchers.append(late)
+            watches.append(asyncio.create_task(late.watch(watching, session_id)))
             await servers.restart(signal.SIGTERM, 1)
             await servers.freeze(0, 2 * SILENCE)
             await servers.restart(signal.SIGKILL, 0, 1)
@@ -342,23 +346,23 @@ async def test_follow_tells_everything_once_whatever_becomes_of_the_servers(
                 await asyncio.gather(*writes)
 
             request = GetChatSessionRequest(session_id=session_id)
-            end = (await following.repeat(following.sessions.GetChatSession, request)).session
+            end = (await watching.retry(watching.sessions.GetChatSession, request)).session
             async with asyncio.timeout(45):
-                while any(follower.revision < end.revision for follower in followers):
-                    assert not any(task.done() for task in follows), follows
+                while any(watcher.revision < end.revision for watcher in watchers):
+                    assert not any(task.done() for task in watches), watches
                     await asyncio.sleep(0.05)
-            for task in follows:
+            for task in watches:
                 task.cancel()
-            await asyncio.gather(*follows, return_exceptions=True)
+            await asyncio.gather(*watches, return_exceptions=True)
 
     found = truth(fresh_database, session_id)
     assert len(found.messages) > 100
-    for follower in followers:
-        compare(follower, found)
+    for watcher in watchers:
+        compare(watcher, found)
     resumed = [entry.getMessage() for entry in caplog.records]
-    assert any("nothing was heard" in text for text in resumed), resumed
+    assert any("no response for" in text for text in resumed), resumed
     assert any("DRAINING" in text for text in resumed), resumed
-    assert len(resumed) >= len(followers), resumed
+    assert len(resumed) >= len(watchers), resumed
 
 
 @pytest.fixture
@@ -380,7 +384,7 @@ def nginx(tmp_path: Path) -> Iterator[Callable[[int], int]]:
         yield start
 
 
-async def test_follow_goes_on_behind_a_proxy(
+async def test_watch_resumes_behind_a_proxy(
     database: str, tenant: str, nginx: Callable[[int], int], caplog: Any
 ) -> None:
     """Which says INTERNAL, or UNKNOWN, when it has lost the server in the middle of a stream."""
@@ -388,16 +392,16 @@ async def test_follow_goes_on_behind_a_proxy(
     port = free_port()
     target, contents = f"127.0.0.1:{nginx(port)}", []
     settings = {**SETTINGS, "CHAT_TICKET_PORT": str(port)}
-    async with ChatTicketClient(target, tenant=tenant, options=OPTIONS) as client:
+    async with AsyncChatTicketClient(target, tenant=tenant, options=OPTIONS) as client:
         session_id = an_id()
         request = CreateChatSessionRequest(session=r.ChatSession(id=session_id))
-        events = client.follow(session_id)
+        events = client.watch(session_id)
         for content in ("one", "two"):
             with server_process(database, **settings) as server:
                 await asyncio.to_thread(server.wait_for, "serving")
-                await client.repeat(client.sessions.CreateChatSession, request)
+                await client.retry(client.sessions.CreateChatSession, request)
                 message = r.ChatMessage(id=an_id(), role=r.CHAT_MESSAGE_ROLE_USER, content=content)
-                await client.repeat(
+                await client.retry(
                     client.messages.CreateChatMessage,
                     CreateChatMessageRequest(session_id=session_id, message=message),
                 )

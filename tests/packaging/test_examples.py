@@ -70,7 +70,7 @@ async def run(*command: str) -> str:
     assert process.returncode == 0, (output + errors).decode()
     # The client warns of connections that break again and again.
     lines = errors.decode().splitlines()
-    assert all(line.startswith("following session") for line in lines), lines
+    assert all(line.startswith("watch of session") for line in lines), lines
     return output.decode()
 
 

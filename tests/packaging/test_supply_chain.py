@@ -33,6 +33,7 @@ class TestLock:
             (BENCHMARK_LOCK, 50),
             (ROOT / "requirements-service.lock", 40),
             (ROOT / "requirements-build.lock", 5),
+            (ROOT / "clients" / "python" / "requirements.lock", 2),
             (ROOT / "docs" / "requirements.lock", 5),
         ],
         ids=lambda value: str(value.relative_to(ROOT)) if isinstance(value, Path) else "",
@@ -40,7 +41,7 @@ class TestLock:
     def test_every_requirement_is_pinned_and_hashed(self, lock: Path, fewest: int) -> None:
         """One version each, and no host, path or version range."""
         text = lock.read_text()
-        entries = re.split(r"\n(?=\S)", re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE))
+        entries = re.split(r"\n(?=\S)", re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE).strip())
         assert len(entries) > fewest
         for entry in entries:
             assert re.match(r"[a-z0-9._-]+==[^ ]+ ( ?; [^\\]+)?\\\n", entry), entry
@@ -56,7 +57,7 @@ class TestLock:
         """The set-up of the environment fails, and says why."""
         for name in ("Makefile", "README.md", "pyproject.toml"):
             shutil.copy(ROOT / name, tmp_path)
-        for name in ("scripts", "src"):
+        for name in ("scripts", "src", "clients/python"):
             shutil.copytree(ROOT / name, tmp_path / name)
         wheel = re.escape("annotated-types==") + r"\S+ \\\n(    --hash=sha256:[0-9a-f]{64} ?\\?\n)+"
         [entry] = re.finditer(wheel, lock.read_text())

@@ -276,7 +276,7 @@ class TestMetadata:
         """Never a tenant."""
         answer = send(address, headers(but={b"x-tenant-id": value}))
         assert str(answer) == INVALID_ARGUMENT
-        assert b"x-tenant-id: is not one text" in answer.headers[b"grpc-message"]
+        assert b"x-tenant-id: must occur once" in answer.headers[b"grpc-message"]
 
     @pytest.mark.parametrize(
         ("key", "value"),

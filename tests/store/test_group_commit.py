@@ -1,4 +1,4 @@
-"""What callers share: messages of many that commit together, and reads on one connection."""
+"""Group commit of the messages of many callers, and reads on the pipelined connection."""
 
 import asyncio
 import bisect
@@ -80,7 +80,7 @@ class TestTogether:
         assert found.session.revision == 20
 
     async def test_text_is_stored_as_sent(self, api: Api, together: list[int]) -> None:
-        """Also what has a meaning where the texts of many are put into one parameter."""
+        """Also characters with a meaning in PostgreSQL's array format."""
         session = await api.session()
         texts = ['"', "\\", '\\"', "{a,b}", "NULL", "null", ",", " ", "\n", "\x01", "\u202e😀", "'"]
         created = await asyncio.gather(*(api.message(session.id, text) for text in texts))
@@ -102,12 +102,12 @@ class TestTogether:
 
 
 class TestAlone:
-    """What goes wrong with one message is nothing to the others of its statement."""
+    """A message that fails does not affect the others of its statement."""
 
     async def test_refused_message(
         self, start_server: Any, fresh_database: str, together: list[int]
     ) -> None:
-        """A row that the database refuses fails by itself."""
+        """Only the message with the invalid row fails."""
         api = await start_server(fresh_database)
         session = await api.session()
         raise_on_insert(
@@ -158,7 +158,7 @@ class TestAlone:
         assert await sequences(api, session.id) == [1, 2]
 
     async def test_locked_session(self, start_server: Any, fresh_database: str) -> None:
-        """Nobody waits for the lock of another's session."""
+        """A locked session does not delay appends to other sessions."""
         api = await start_server(fresh_database, lock_timeout_ms=9000)
         held, free = await api.session(), await api.session()
         with locked(fresh_database, held.id):
@@ -172,7 +172,7 @@ class TestAlone:
     async def test_lost_connection(
         self, start_server: Any, fresh_database: str, together: list[int]
     ) -> None:
-        """Nobody knows which were stored; all are, once, when their calls succeed."""
+        """The outcome of all is unknown; each is stored once when its call succeeds."""
         api = await start_server(fresh_database)
         session = await api.session()
         execute(fresh_database, "CREATE SEQUENCE attempts")
@@ -190,7 +190,7 @@ class TestAlone:
     async def test_unknown_outcome(
         self, start_server: Any, fresh_database: str, cluster: Any
     ) -> None:
-        """Said when the connection broke and there is no other to find out by."""
+        """OUTCOME_UNKNOWN if the connection broke and no other one is available."""
         api = await start_server(fresh_database)
         session = await api.session()
         name = fresh_database.partition("?")[0].rpartition("/")[2]
@@ -206,7 +206,7 @@ class TestAlone:
             await api.message(session.id)
 
     async def test_caller_who_leaves(self, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Before its message is sent: it is not. Later: that ends nobody else's wait."""
+        """A message whose caller leaves before it is sent is dropped; others are stored."""
         session = await api.session()
         go = asyncio.Event()
         write = group_commit.GroupCommitWriter._write_batch
@@ -233,7 +233,7 @@ class TestReads:
     async def test_reads_go_on_after_a_lost_connection(
         self, start_server: Any, fresh_database: str
     ) -> None:
-        """Those on their way are repeated, on another connection."""
+        """Reads in flight are retried on another connection."""
         api = await start_server(fresh_database)
         session = await api.session()
         request = GetChatSessionRequest(session_id=session.id)
@@ -280,7 +280,7 @@ class TestReads:
     async def test_callers_who_leave_are_not_waited_for(
         self, start_server: Any, fresh_database: str
     ) -> None:
-        """However many have left while the database did not answer: most were not sent yet."""
+        """Statements of cancelled callers are dropped if they were not sent yet."""
         api = await start_server(
             fresh_database, lock_timeout_ms=100, quotas={"tenant_calls_in_flight": 200}
         )

@@ -1,4 +1,4 @@
-"""Calls that wait: for a lock, for a commit that was lost, for longer than they were given."""
+"""Calls that wait for a lock, lose a commit, or exceed their deadline."""
 
 import asyncio
 from typing import Any
@@ -38,7 +38,7 @@ async def until_waiting(database: str, count: int) -> None:
 async def test_session_is_locked_before_anything_else(
     start_server: Any, fresh_database: str, change: str
 ) -> None:
-    """Who waits for a session holds nothing another change to it could need: no deadlocks."""
+    """A change that waits for the session's lock holds no other lock, so it cannot deadlock."""
     api = await start_server(fresh_database)
     session, other = await api.session(), await api.session()
     file = a_file(id=an_id())
@@ -106,7 +106,7 @@ async def test_message_deleted_while_its_change_waited(
 async def test_lost_commit_is_repeated_only_if_that_is_safe(
     start_server: Any, fresh_database: str, change: str, table: str, event: str, safe: bool
 ) -> None:
-    """Where a second time does no harm the caller notices nothing; else it is told to look."""
+    """An idempotent call is retried and succeeds; any other fails with OUTCOME_UNKNOWN."""
     api = await start_server(fresh_database, pool_size=2)
     session, empty = await api.session(), await api.session()
     message = await api.message(session.id, attachments=[a_file()])
@@ -147,7 +147,7 @@ async def test_lost_commit_is_repeated_only_if_that_is_safe(
 async def test_etag_is_judged_behind_the_change_it_waited_for(
     start_server: Any, fresh_database: str
 ) -> None:
-    """Of two calls with one etag, only the first to have the lock does anything."""
+    """Of two calls with the same etag, only the first to get the lock changes anything."""
     api = await start_server(fresh_database)
     session = await api.session()
     with psycopg.connect(fresh_database) as connection:
@@ -164,7 +164,7 @@ async def test_etag_is_judged_behind_the_change_it_waited_for(
 async def test_id_taken_while_the_insert_waited(
     start_server: Any, fresh_database: str, tenant: str, table: str
 ) -> None:
-    """An id that is taken after it was looked up is ALREADY_EXISTS all the same."""
+    """An id that a concurrent call inserts after the lookup is ALREADY_EXISTS."""
     api = await start_server(fresh_database)
     session, elsewhere = await api.session(), await api.session()
     message, other_message = await api.message(session.id), await api.message(elsewhere.id)
@@ -192,7 +192,7 @@ async def test_id_taken_while_the_insert_waited(
 async def test_callers_own_deadline_goes_before_ours(
     start_server: Any, fresh_database: str
 ) -> None:
-    """Who gives a call more time than it would have without a deadline gets it."""
+    """A caller's deadline replaces the server's default, even if it is longer."""
     api = await start_server(fresh_database, unary_timeout_seconds=0.2)
     session = await api.session()
     with locked(fresh_database, session.id):
@@ -205,7 +205,7 @@ async def test_callers_own_deadline_goes_before_ours(
 async def test_connection_lost_every_time_is_not_tried_for_ever(
     start_server: Any, fresh_database: str
 ) -> None:
-    """What is safe to repeat is repeated once."""
+    """An idempotent call is retried once."""
     api = await start_server(fresh_database, pool_size=2)
     raise_on_insert(fresh_database, "PERFORM pg_terminate_backend(pg_backend_pid())")
     with refused(StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN"):

@@ -1,4 +1,4 @@
-"""The connection that quick statements share, when it breaks at an inconvenient moment."""
+"""The pipelined connection, when it breaks at an inconvenient moment."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -37,7 +37,7 @@ async def shared(pool: Pool) -> AsyncIterator[pipelined_connection.PipelinedConn
 
 @pytest.fixture
 def returned(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Which connections were given back to the pool so far."""
+    """The ids of the connections returned to the pool so far."""
     put, returned = pool.putconn, list[int]()
 
     async def putconn(connection: Any) -> None:
@@ -49,7 +49,7 @@ def returned(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 async def end(database: str, connection: psycopg.AsyncConnection[Any]) -> None:
-    """As an administrator ends it."""
+    """Terminate it as an administrator would."""
     async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
         await admin.execute("SELECT pg_terminate_backend(%s, 5000)", [connection.info.backend_pid])
 
@@ -61,7 +61,7 @@ async def eventually(condition: Callable[[], object]) -> None:
 
 
 def broken_once(monkeypatch: pytest.MonkeyPatch, breaks: Callable[[Any], Awaitable[None]]) -> None:
-    """Has the first connection that is taken break before those who waited have their turn."""
+    """Break the first connection before the callers that wait for it resume."""
     start, first = pipelined_connection.PipelinedConnection._start_session, True
 
     async def start_session(self: Any) -> None:
@@ -80,7 +80,7 @@ async def test_broken_before_its_first_statement(
     returned: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Those who waited take another one; the broken one is given back once."""
+    """The waiting callers take another one; the broken one is returned once."""
 
     async def breaks(session: Any) -> None:
         await end(database, session._connection)
@@ -115,7 +115,7 @@ async def test_broken_one_leaves_others_alone(
 async def test_connection_that_was_lost_in_the_pool(
     pool: Pool, shared: pipelined_connection.PipelinedConnection, returned: list[int]
 ) -> None:
-    """Is given back, and the call may be made again."""
+    """It is returned to the pool, and a retry succeeds."""
     lost = [await pool.getconn() for _ in range(2)]
     for connection in lost:
         await pool.putconn(connection)
@@ -131,7 +131,7 @@ async def test_connection_that_was_lost_in_the_pool(
 async def test_error_that_comes_with_what_is_to_be_read(
     database: str, shared: pipelined_connection.PipelinedConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loop may tell of both at once, and then never again: the call ends all the same."""
+    """The event loop reports both once, and never again; the call still ends."""
     assert await shared.fetch(SQL, {"number": 1}) == [(1,)]
     session = shared._session
     assert session is not None

@@ -84,7 +84,7 @@ async def callers(server: Any, tenant: str) -> AsyncIterator[list[Api]]:
 
 
 async def race(*operations: Callable[[], Awaitable[Any]]) -> list[StatusCode]:
-    """Start all at once; returns what each was told. Only losing is allowed, not failing."""
+    """Start all at once and return their outcomes. A call may lose a race, but not fail."""
     barrier = asyncio.Barrier(len(operations))
 
     async def run(operation: Callable[[], Awaitable[Any]]) -> StatusCode:

@@ -17,69 +17,81 @@ import {
 } from "@grpc/grpc-js";
 import { ChatAttachment } from "./resources.js";
 
-/** Attachments of chat messages. The errors that every RPC shares are named in chat_session.proto. */
+/**
+ * Attachments of chat messages. The package comment in resources.proto has the rules that all RPCs
+ * share.
+ */
 
-/** See CreateChatAttachment. */
+/** Request message for ChatAttachmentService.CreateChatAttachment. */
 export interface CreateChatAttachmentRequest {
-  /** The message to add to. Required. */
+  /** The id of the message to add the attachment to. Required. */
   messageId: string;
-  /** The attachment: its id (optional), URL, name and type are read. */
+  /**
+   * The attachment to create. Required. The server reads `id` (optional), `file_url`, `file_name`
+   * and `file_type`.
+   */
   attachment: ChatAttachment | undefined;
 }
 
-/** See CreateChatAttachment. */
+/** Response message for ChatAttachmentService.CreateChatAttachment. */
 export interface CreateChatAttachmentResponse {
   /** The attachment as stored. */
   attachment: ChatAttachment | undefined;
 }
 
-/** See GetChatAttachment. */
+/** Request message for ChatAttachmentService.GetChatAttachment. */
 export interface GetChatAttachmentRequest {
-  /** The attachment. Required. */
+  /** The id of the attachment. Required. */
   attachmentId: string;
 }
 
-/** See GetChatAttachment. */
+/** Response message for ChatAttachmentService.GetChatAttachment. */
 export interface GetChatAttachmentResponse {
   /** The attachment. */
   attachment: ChatAttachment | undefined;
 }
 
-/** See ListChatAttachments. One of `message_id` and `session_id` is required. */
+/**
+ * Request message for ChatAttachmentService.ListChatAttachments. One of `message_id` and
+ * `session_id` is required.
+ */
 export interface ListChatAttachmentsRequest {
-  /** Whose attachments. Required. */
+  /** The message or the session whose attachments are listed. Required. */
   parent:
     | //
-    /** Those of a message. */
+    /** The id of a message: lists its attachments. */
     { $case: "messageId"; value: string }
     | //
-    /** Those of all messages of a session. */
+    /** The id of a session: lists the attachments of all its messages. */
     { $case: "sessionId"; value: string }
     | undefined;
   /**
-   * How many attachments at the most; 0 means 50, more than 1,000 means 1,000. A page may be
-   * shorter though more follow: only an empty `next_page_token` is the end.
+   * The maximum number of attachments in the page. Optional; 0 means 50, and values over 1,000 mean
+   * 1,000. A page can have fewer attachments although more follow.
    */
   pageSize: number;
-  /** The `next_page_token` of the page before; bound to the parent of that call. */
+  /**
+   * The `next_page_token` of the previous page. Optional; empty means the first page. Valid only
+   * for the same parent.
+   */
   pageToken: string;
 }
 
-/** See ListChatAttachments. */
+/** Response message for ChatAttachmentService.ListChatAttachments. */
 export interface ListChatAttachmentsResponse {
-  /** The page. */
+  /** The attachments of the page. */
   attachments: ChatAttachment[];
-  /** Asks for the next page; empty on the last. */
+  /** The `page_token` of the next page. Empty on the last page. */
   nextPageToken: string;
 }
 
-/** See DeleteChatAttachment. */
+/** Request message for ChatAttachmentService.DeleteChatAttachment. */
 export interface DeleteChatAttachmentRequest {
-  /** The attachment. Required. */
+  /** The id of the attachment. Required. */
   attachmentId: string;
 }
 
-/** See DeleteChatAttachment. */
+/** Response message for ChatAttachmentService.DeleteChatAttachment. */
 export interface DeleteChatAttachmentResponse {
 }
 
@@ -746,21 +758,35 @@ export const DeleteChatAttachmentResponse: MessageFns<DeleteChatAttachmentRespon
   },
 };
 
-/** Holds where the files of messages are. */
+/**
+ * Manages the attachments of messages.
+ *
+ * Every RPC can also return the common errors that the package comment in resources.proto lists.
+ */
 export type ChatAttachmentServiceDefinition = typeof ChatAttachmentServiceDefinition;
 export const ChatAttachmentServiceDefinition = {
   name: "ChatAttachmentService",
   fullName: "chat_ticket.v1.ChatAttachmentService",
   methods: {
     /**
-     * Adds an attachment to a message. The message's revision moves: followers get it again.
+     * Adds an attachment to a message.
      *
-     * Safe to repeat when `attachment.id` is set: a repeat with the same content returns the stored
-     * attachment. The id of a deleted attachment must not be used again.
+     * The revision of the message and of its session increases. Watchers of the session receive the
+     * message again. The server first checks that the URL of the file is accessible; see
+     * `ChatAttachment.file_url`. A message has at most 20 attachments.
      *
-     * NOT_FOUND (CHAT_MESSAGE_NOT_FOUND); ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS) when the id
-     * belongs to another attachment; FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE) or
-     * (TOO_MANY_ATTACHMENTS) when the message has 20.
+     * Errors:
+     *
+     * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+     * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): `attachment.id` belongs to an attachment of
+     *   another message, or with another URL, name or type.
+     * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
+     *   does not say why.
+     * - FAILED_PRECONDITION (TOO_MANY_ATTACHMENTS): the message already has 20 attachments.
+     * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+     *
+     * Retry: safe when `attachment.id` is set. A retry with the same content returns the stored
+     * attachment without checking the URL. Without an id, a retry can add a second attachment.
      */
     createChatAttachment: {
       name: "CreateChatAttachment",
@@ -770,7 +796,15 @@ export const ChatAttachmentServiceDefinition = {
       responseStream: false,
       options: {},
     },
-    /** Returns an attachment. NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND). */
+    /**
+     * Returns an attachment.
+     *
+     * Errors:
+     *
+     * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+     *
+     * Retry: safe.
+     */
     getChatAttachment: {
       name: "GetChatAttachment",
       requestType: GetChatAttachmentRequest as typeof GetChatAttachmentRequest,
@@ -780,8 +814,17 @@ export const ChatAttachmentServiceDefinition = {
       options: {},
     },
     /**
-     * Lists the attachments of a message or of a whole session, in the order of the messages and
-     * then as they were added, in pages. NOT_FOUND when the message or session does not exist.
+     * Lists the attachments of a message or of a session, in pages.
+     *
+     * The order is that of the messages, and within a message that in which the attachments were
+     * added.
+     *
+     * Errors:
+     *
+     * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+     * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+     *
+     * Retry: safe.
      */
     listChatAttachments: {
       name: "ListChatAttachments",
@@ -792,9 +835,16 @@ export const ChatAttachmentServiceDefinition = {
       options: {},
     },
     /**
-     * Removes an attachment from its message. The message's revision moves: followers get it again.
+     * Deletes an attachment from its message.
      *
-     * NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND), also for a repeat.
+     * The revision of the message and of its session increases. Watchers of the session receive the
+     * message again. The file itself is not touched.
+     *
+     * Errors:
+     *
+     * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+     *
+     * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
      */
     deleteChatAttachment: {
       name: "DeleteChatAttachment",
@@ -807,18 +857,32 @@ export const ChatAttachmentServiceDefinition = {
   },
 } as const;
 
-/** Holds where the files of messages are. */
+/**
+ * Manages the attachments of messages.
+ *
+ * Every RPC can also return the common errors that the package comment in resources.proto lists.
+ */
 export type ChatAttachmentServiceService = typeof ChatAttachmentServiceService;
 export const ChatAttachmentServiceService = {
   /**
-   * Adds an attachment to a message. The message's revision moves: followers get it again.
+   * Adds an attachment to a message.
    *
-   * Safe to repeat when `attachment.id` is set: a repeat with the same content returns the stored
-   * attachment. The id of a deleted attachment must not be used again.
+   * The revision of the message and of its session increases. Watchers of the session receive the
+   * message again. The server first checks that the URL of the file is accessible; see
+   * `ChatAttachment.file_url`. A message has at most 20 attachments.
    *
-   * NOT_FOUND (CHAT_MESSAGE_NOT_FOUND); ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS) when the id
-   * belongs to another attachment; FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE) or
-   * (TOO_MANY_ATTACHMENTS) when the message has 20.
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): `attachment.id` belongs to an attachment of
+   *   another message, or with another URL, name or type.
+   * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
+   *   does not say why.
+   * - FAILED_PRECONDITION (TOO_MANY_ATTACHMENTS): the message already has 20 attachments.
+   * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+   *
+   * Retry: safe when `attachment.id` is set. A retry with the same content returns the stored
+   * attachment without checking the URL. Without an id, a retry can add a second attachment.
    */
   createChatAttachment: {
     path: "/chat_ticket.v1.ChatAttachmentService/CreateChatAttachment" as const,
@@ -831,7 +895,15 @@ export const ChatAttachmentServiceService = {
       Buffer.from(CreateChatAttachmentResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): CreateChatAttachmentResponse => CreateChatAttachmentResponse.decode(value),
   },
-  /** Returns an attachment. NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND). */
+  /**
+   * Returns an attachment.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+   *
+   * Retry: safe.
+   */
   getChatAttachment: {
     path: "/chat_ticket.v1.ChatAttachmentService/GetChatAttachment" as const,
     requestStream: false as const,
@@ -844,8 +916,17 @@ export const ChatAttachmentServiceService = {
     responseDeserialize: (value: Buffer): GetChatAttachmentResponse => GetChatAttachmentResponse.decode(value),
   },
   /**
-   * Lists the attachments of a message or of a whole session, in the order of the messages and
-   * then as they were added, in pages. NOT_FOUND when the message or session does not exist.
+   * Lists the attachments of a message or of a session, in pages.
+   *
+   * The order is that of the messages, and within a message that in which the attachments were
+   * added.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   *
+   * Retry: safe.
    */
   listChatAttachments: {
     path: "/chat_ticket.v1.ChatAttachmentService/ListChatAttachments" as const,
@@ -859,9 +940,16 @@ export const ChatAttachmentServiceService = {
     responseDeserialize: (value: Buffer): ListChatAttachmentsResponse => ListChatAttachmentsResponse.decode(value),
   },
   /**
-   * Removes an attachment from its message. The message's revision moves: followers get it again.
+   * Deletes an attachment from its message.
    *
-   * NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND), also for a repeat.
+   * The revision of the message and of its session increases. Watchers of the session receive the
+   * message again. The file itself is not touched.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
    */
   deleteChatAttachment: {
     path: "/chat_ticket.v1.ChatAttachmentService/DeleteChatAttachment" as const,
@@ -878,41 +966,85 @@ export const ChatAttachmentServiceService = {
 
 export interface ChatAttachmentServiceServer extends UntypedServiceImplementation {
   /**
-   * Adds an attachment to a message. The message's revision moves: followers get it again.
+   * Adds an attachment to a message.
    *
-   * Safe to repeat when `attachment.id` is set: a repeat with the same content returns the stored
-   * attachment. The id of a deleted attachment must not be used again.
+   * The revision of the message and of its session increases. Watchers of the session receive the
+   * message again. The server first checks that the URL of the file is accessible; see
+   * `ChatAttachment.file_url`. A message has at most 20 attachments.
    *
-   * NOT_FOUND (CHAT_MESSAGE_NOT_FOUND); ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS) when the id
-   * belongs to another attachment; FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE) or
-   * (TOO_MANY_ATTACHMENTS) when the message has 20.
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): `attachment.id` belongs to an attachment of
+   *   another message, or with another URL, name or type.
+   * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
+   *   does not say why.
+   * - FAILED_PRECONDITION (TOO_MANY_ATTACHMENTS): the message already has 20 attachments.
+   * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+   *
+   * Retry: safe when `attachment.id` is set. A retry with the same content returns the stored
+   * attachment without checking the URL. Without an id, a retry can add a second attachment.
    */
   createChatAttachment: handleUnaryCall<CreateChatAttachmentRequest, CreateChatAttachmentResponse>;
-  /** Returns an attachment. NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND). */
+  /**
+   * Returns an attachment.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+   *
+   * Retry: safe.
+   */
   getChatAttachment: handleUnaryCall<GetChatAttachmentRequest, GetChatAttachmentResponse>;
   /**
-   * Lists the attachments of a message or of a whole session, in the order of the messages and
-   * then as they were added, in pages. NOT_FOUND when the message or session does not exist.
+   * Lists the attachments of a message or of a session, in pages.
+   *
+   * The order is that of the messages, and within a message that in which the attachments were
+   * added.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   *
+   * Retry: safe.
    */
   listChatAttachments: handleUnaryCall<ListChatAttachmentsRequest, ListChatAttachmentsResponse>;
   /**
-   * Removes an attachment from its message. The message's revision moves: followers get it again.
+   * Deletes an attachment from its message.
    *
-   * NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND), also for a repeat.
+   * The revision of the message and of its session increases. Watchers of the session receive the
+   * message again. The file itself is not touched.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
    */
   deleteChatAttachment: handleUnaryCall<DeleteChatAttachmentRequest, DeleteChatAttachmentResponse>;
 }
 
 export interface ChatAttachmentServiceClient extends Client {
   /**
-   * Adds an attachment to a message. The message's revision moves: followers get it again.
+   * Adds an attachment to a message.
    *
-   * Safe to repeat when `attachment.id` is set: a repeat with the same content returns the stored
-   * attachment. The id of a deleted attachment must not be used again.
+   * The revision of the message and of its session increases. Watchers of the session receive the
+   * message again. The server first checks that the URL of the file is accessible; see
+   * `ChatAttachment.file_url`. A message has at most 20 attachments.
    *
-   * NOT_FOUND (CHAT_MESSAGE_NOT_FOUND); ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS) when the id
-   * belongs to another attachment; FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE) or
-   * (TOO_MANY_ATTACHMENTS) when the message has 20.
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): `attachment.id` belongs to an attachment of
+   *   another message, or with another URL, name or type.
+   * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
+   *   does not say why.
+   * - FAILED_PRECONDITION (TOO_MANY_ATTACHMENTS): the message already has 20 attachments.
+   * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+   *
+   * Retry: safe when `attachment.id` is set. A retry with the same content returns the stored
+   * attachment without checking the URL. Without an id, a retry can add a second attachment.
    */
   createChatAttachment(
     request: CreateChatAttachmentRequest,
@@ -929,7 +1061,15 @@ export interface ChatAttachmentServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: CreateChatAttachmentResponse) => void,
   ): ClientUnaryCall;
-  /** Returns an attachment. NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND). */
+  /**
+   * Returns an attachment.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+   *
+   * Retry: safe.
+   */
   getChatAttachment(
     request: GetChatAttachmentRequest,
     callback: (error: ServiceError | null, response: GetChatAttachmentResponse) => void,
@@ -946,8 +1086,17 @@ export interface ChatAttachmentServiceClient extends Client {
     callback: (error: ServiceError | null, response: GetChatAttachmentResponse) => void,
   ): ClientUnaryCall;
   /**
-   * Lists the attachments of a message or of a whole session, in the order of the messages and
-   * then as they were added, in pages. NOT_FOUND when the message or session does not exist.
+   * Lists the attachments of a message or of a session, in pages.
+   *
+   * The order is that of the messages, and within a message that in which the attachments were
+   * added.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   *
+   * Retry: safe.
    */
   listChatAttachments(
     request: ListChatAttachmentsRequest,
@@ -965,9 +1114,16 @@ export interface ChatAttachmentServiceClient extends Client {
     callback: (error: ServiceError | null, response: ListChatAttachmentsResponse) => void,
   ): ClientUnaryCall;
   /**
-   * Removes an attachment from its message. The message's revision moves: followers get it again.
+   * Deletes an attachment from its message.
    *
-   * NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND), also for a repeat.
+   * The revision of the message and of its session increases. Watchers of the session receive the
+   * message again. The file itself is not touched.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
    */
   deleteChatAttachment(
     request: DeleteChatAttachmentRequest,

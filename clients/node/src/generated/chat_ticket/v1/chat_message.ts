@@ -29,17 +29,17 @@ import {
 } from "./resources.js";
 
 /**
- * Chat messages: append, read, search, change, delete. The errors that every RPC shares are named
- * in chat_session.proto.
+ * Chat messages: create, read, search, update and delete. The package comment in resources.proto
+ * has the rules that all RPCs share.
  */
 
 /** The order of ListChatMessages. */
 export const ChatMessageOrder = {
-  /** CHAT_MESSAGE_ORDER_UNSPECIFIED - ASC. */
+  /** CHAT_MESSAGE_ORDER_UNSPECIFIED - The default: ASC. */
   CHAT_MESSAGE_ORDER_UNSPECIFIED: "CHAT_MESSAGE_ORDER_UNSPECIFIED",
-  /** CHAT_MESSAGE_ORDER_ASC - By sequence, oldest first. */
+  /** CHAT_MESSAGE_ORDER_ASC - By `sequence`, oldest first. */
   CHAT_MESSAGE_ORDER_ASC: "CHAT_MESSAGE_ORDER_ASC",
-  /** CHAT_MESSAGE_ORDER_DESC - By sequence, newest first. */
+  /** CHAT_MESSAGE_ORDER_DESC - By `sequence`, newest first. */
   CHAT_MESSAGE_ORDER_DESC: "CHAT_MESSAGE_ORDER_DESC",
   UNRECOGNIZED: "UNRECOGNIZED",
 } as const;
@@ -99,178 +99,221 @@ export function chatMessageOrderToNumber(object: ChatMessageOrder): number {
   }
 }
 
-/** See CreateChatMessage. */
+/** Request message for ChatMessageService.CreateChatMessage. */
 export interface CreateChatMessageRequest {
-  /** The session to append to. Required. */
+  /** The id of the session to append to. Required. */
   sessionId: string;
-  /** The message: its id (optional), role, content, metadata and attachments are read. */
+  /**
+   * The message to create. Required. The server reads `id` (optional), `role`, `content`,
+   * `metadata_json` and `attachments`.
+   */
   message: ChatMessage | undefined;
 }
 
-/** See CreateChatMessage. */
+/** Response message for ChatMessageService.CreateChatMessage. */
 export interface CreateChatMessageResponse {
   /** The message as stored. */
   message: ChatMessage | undefined;
 }
 
-/** See BatchCreateChatMessages. */
+/** Request message for ChatMessageService.BatchCreateChatMessages. */
 export interface BatchCreateChatMessagesRequest {
-  /** The session to append to. Required. */
+  /** The id of the session to append to. Required. */
   sessionId: string;
-  /** The messages, in their order: 1 to 500, with at most 20 attachments in all. */
+  /**
+   * The messages to create, in their order. Required; 1 to 500, with at most 20 attachments in
+   * total. The server reads the same fields as in CreateChatMessage.
+   */
   messages: ChatMessage[];
 }
 
-/** See BatchCreateChatMessages. */
+/** Response message for ChatMessageService.BatchCreateChatMessages. */
 export interface BatchCreateChatMessagesResponse {
-  /** What was stored, in the order of the request. */
+  /** The stored messages, in the order of the request. */
   messages: BatchCreateChatMessagesResponse_CreatedChatMessage[];
 }
 
-/** A message as stored, without what the caller has already. */
+/** The fields of a stored message that the request does not have. */
 export interface BatchCreateChatMessagesResponse_CreatedChatMessage {
-  /** Its id. */
+  /** The id of the message. */
   id: string;
-  /** Its place in the session. */
+  /** The position of the message in its session; see `ChatMessage.sequence`. */
   sequence: bigint;
-  /** When it was created. */
+  /** The time of creation. */
   createTime: Date | undefined;
 }
 
-/** See GetChatMessage. */
+/** Request message for ChatMessageService.GetChatMessage. */
 export interface GetChatMessageRequest {
-  /** The message. Required. */
+  /** The id of the message. Required. */
   messageId: string;
 }
 
-/** See GetChatMessage. */
+/** Response message for ChatMessageService.GetChatMessage. */
 export interface GetChatMessageResponse {
-  /** The message, with its attachments. */
+  /** The message with its attachments. */
   message: ChatMessage | undefined;
 }
 
-/** See ListChatMessages. */
+/**
+ * Request message for ChatMessageService.ListChatMessages. A message must match all filters that
+ * are set.
+ */
 export interface ListChatMessagesRequest {
-  /** The session. Required. */
+  /** The id of the session. Required. */
   sessionId: string;
-  /** Only messages after this sequence; 0 means from the first. */
+  /**
+   * Returns only messages with a sequence above this one. Optional; 0 means from the first message.
+   * Not negative.
+   */
   afterSequence: bigint;
-  /** Only messages before this sequence; 0 means to the last. */
+  /**
+   * Returns only messages with a sequence below this one. Optional; 0 means to the last message.
+   * Not negative.
+   */
   beforeSequence: bigint;
-  /** The order. */
+  /** The order of the messages. Optional; the default is ASC. */
   order: ChatMessageOrder;
-  /** How many messages at the most; 0 means all. */
+  /** The maximum number of messages in the whole stream. Optional; 0 means all. Not negative. */
   limit: bigint;
-  /** Only messages of these roles; empty means any. */
+  /**
+   * Returns only messages with one of these roles. Optional; empty means any role. At most 20
+   * values; UNSPECIFIED is rejected.
+   */
   roles: ChatMessageRole[];
 }
 
-/** One batch of ListChatMessages. */
+/** Response message for ChatMessageService.ListChatMessages: one batch. */
 export interface ListChatMessagesResponse {
-  /** The session when the call began; in the first response only. */
+  /** The session at the beginning of the call. Set in the first response only. */
   session:
     | ChatSession
     | undefined;
-  /** The next messages, at most 500 and about 1 MiB of them. */
+  /** The next messages, at most 500 and about 1 MiB. */
   messages: ChatMessage[];
 }
 
-/** See UpdateChatMessage. */
+/** Request message for ChatMessageService.UpdateChatMessage. */
 export interface UpdateChatMessageRequest {
-  /** The message: `id` names it, the fields of the mask are set. */
+  /** The message to update. `id` is required and names it. The fields that the mask names are set. */
   message:
     | ChatMessage
     | undefined;
-  /** The fields to change: `metadata_json`. Required. Empty metadata removes it. */
+  /**
+   * The fields to update. Required. The only field is `metadata_json`; an empty value removes the
+   * metadata.
+   */
   updateMask: string[] | undefined;
 }
 
-/** See UpdateChatMessage. */
+/** Response message for ChatMessageService.UpdateChatMessage. */
 export interface UpdateChatMessageResponse {
-  /** The message as it is now. */
+  /** The message after the update, with its attachments. */
   message: ChatMessage | undefined;
 }
 
-/** See DeleteChatMessage. */
+/** Request message for ChatMessageService.DeleteChatMessage. */
 export interface DeleteChatMessageRequest {
-  /** The message. Required. */
+  /** The id of the message. Required. */
   messageId: string;
 }
 
-/** See DeleteChatMessage. */
+/** Response message for ChatMessageService.DeleteChatMessage. */
 export interface DeleteChatMessageResponse {
 }
 
-/** See SearchChatMessages. The filters are combined with AND. */
+/**
+ * Request message for ChatMessageService.SearchChatMessages. A message must match all filters that
+ * are set.
+ */
 export interface SearchChatMessagesRequest {
-  /** What to look for, 1 to 1,000 characters. Required. */
+  /** The query. Required; at most 1,000 characters; no NUL. */
   query: string;
-  /** Only messages of this session; empty means all of the tenant's. */
+  /** Finds only messages of this session. Optional; empty means all sessions of the tenant. */
   sessionId: string;
-  /** Only messages of these roles; empty means any. */
+  /**
+   * Finds only messages with one of these roles. Optional; empty means any role. At most 20 values;
+   * UNSPECIFIED is rejected.
+   */
   roles: ChatMessageRole[];
-  /** Only messages created at this time or later. */
+  /** Finds only messages created at or after this time. Optional. */
   startCreateTime:
     | Date
     | undefined;
-  /** Only messages created before this time. */
+  /** Finds only messages created before this time. Optional. */
   endCreateTime:
     | Date
     | undefined;
   /**
-   * How many hits at the most; 0 means 50, more than 1,000 means 1,000. A page may be shorter
-   * though more follow: only an empty `next_page_token` is the end.
+   * The maximum number of hits in the page. Optional; 0 means 50, and values over 1,000 mean 1,000.
+   * A page can have fewer hits although more follow.
    */
   pageSize: number;
-  /** The `next_page_token` of the page before; bound to the query and filters of that call. */
+  /**
+   * The `next_page_token` of the previous page. Optional; empty means the first page. Valid only
+   * for the same query and filters.
+   */
   pageToken: string;
 }
 
-/** See SearchChatMessages. */
+/** Response message for ChatMessageService.SearchChatMessages. */
 export interface SearchChatMessagesResponse {
-  /** The page, best match first, of equal ones the newest first. */
+  /**
+   * The hits of the page, best match first. Hits with the same score are ordered by `create_time`,
+   * newest first, and then by id, highest first.
+   */
   hits: SearchChatMessagesResponse_Hit[];
-  /** Asks for the next page; empty on the last. */
+  /** The `page_token` of the next page. Empty on the last page. */
   nextPageToken: string;
   /**
-   * Whether there may be matches that are on no page, because only a part of what matches was
-   * looked at. What is always looked at are the newest 5,000 messages of the newest sessions that
-   * the filters by session and time leave, as far as 2 MiB of text go: narrower filters make the
-   * results complete again. They also are complete, whatever the filters, when not more than some
-   * thousand messages of the tenant match the query. Pages of incomplete results are in the same
-   * order, and repeat nothing.
+   * Whether matching messages can be missing from all pages, because only some of the messages were
+   * examined.
+   *
+   * An incomplete search has examined at least this part: the sessions that the session and time
+   * filters leave, newest first, and the messages of each, newest first, up to 5,000 messages, 2
+   * MiB of text or 50,000 sessions. A narrower session or time filter makes the results complete
+   * when it leaves less than that. A role filter does not. Whatever the filters, the results are
+   * also complete when at most a few thousand messages of the tenant match the query.
+   *
+   * The pages of incomplete results have the same order, and no hit is repeated.
    */
   incompleteResults: boolean;
 }
 
-/** A message that matches. */
+/** A message that matches the query. */
 export interface SearchChatMessagesResponse_Hit {
-  /** The message. */
+  /** The id of the message. */
   messageId: string;
-  /** Its session. */
+  /** The id of its session. */
   sessionId: string;
-  /** Its place in the session: list around it with after_sequence and before_sequence. */
+  /**
+   * Its position in the session. To read the messages around it, use `after_sequence` and
+   * `before_sequence` of ListChatMessages.
+   */
   sequence: bigint;
-  /** Who wrote it. */
+  /** Its author. */
   role: ChatMessageRole;
-  /** When it was created. */
+  /** Its time of creation. */
   createTime:
     | Date
     | undefined;
-  /** How well it matches: higher is better, comparable within one query (PostgreSQL's ts_rank). */
+  /**
+   * How well it matches, as PostgreSQL's ts_rank: higher is better. Scores are comparable only
+   * within one query.
+   */
   score: number;
   /**
-   * The part of the content where the query matches best, cut into the words that match and
-   * what stands between them. What looks like an XML tag is left out.
+   * The part of the content that matches best, at most 8,000 characters, split into matching
+   * words and the text between them. Text that looks like an XML tag is omitted.
    */
   snippet: SearchChatMessagesResponse_SnippetPart[];
 }
 
-/** A run of text in a snippet. */
+/** A part of a snippet. */
 export interface SearchChatMessagesResponse_SnippetPart {
-  /** The text: nothing in it is escaped or marked. */
+  /** The text, without escaping or markup. */
   text: string;
-  /** Whether it is a word that matched. */
+  /** Whether the text is a matching word. */
   hit: boolean;
 }
 
@@ -2022,23 +2065,39 @@ export const SearchChatMessagesResponse_SnippetPart: MessageFns<SearchChatMessag
   },
 };
 
-/** Holds the messages of chat sessions. */
+/**
+ * Manages the messages of chat sessions.
+ *
+ * Every RPC can also return the common errors that the package comment in resources.proto lists.
+ */
 export type ChatMessageServiceDefinition = typeof ChatMessageServiceDefinition;
 export const ChatMessageServiceDefinition = {
   name: "ChatMessageService",
   fullName: "chat_ticket.v1.ChatMessageService",
   methods: {
     /**
-     * Appends a message to a session, with its attachments and metadata, atomically. It is stored
-     * when the call returns.
+     * Appends a message to a session, with its metadata and attachments, in one transaction.
      *
-     * Safe to repeat when `message.id` is set: a repeat with the same content returns the message as
-     * it is now. Metadata and attachments are compared only while the message is unchanged.
+     * The transaction is committed when the call returns. Sessions of every status accept messages.
+     * The server first checks that the URLs of the attachments are accessible; see
+     * `ChatAttachment.file_url`. A message has at most 20 attachments.
      *
-     * NOT_FOUND (CHAT_SESSION_NOT_FOUND); ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS) when the id
-     * belongs to a message with another content or to a deleted one, or
-     * (CHAT_ATTACHMENT_ALREADY_EXISTS) when an attachment's id is taken; FAILED_PRECONDITION
-     * (ATTACHMENT_URL_NOT_ACCESSIBLE).
+     * Errors:
+     *
+     * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+     * - ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS): `message.id` belongs to a message of another
+     *   session or with other content, or to a deleted message.
+     * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
+     *   attachment.
+     * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
+     *   accessible. The error message names its position among the attachments of the request,
+     *   counted from 1. It does not say why the URL is not accessible.
+     * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+     *
+     * Retry: safe when `message.id` is set. A retry with the same content returns the stored message
+     * as it is now, without checking URLs. The session, role and content are always compared.
+     * Metadata and attachments are compared only until the message changes. Without an id, a retry
+     * can append a second message.
      */
     createChatMessage: {
       name: "CreateChatMessage",
@@ -2049,12 +2108,19 @@ export const ChatMessageServiceDefinition = {
       options: {},
     },
     /**
-     * Appends up to 500 messages to one session, all or none, in their order: each gets a sequence
-     * of its own, and nothing of another call comes between them. The request is limited to 4 MiB.
+     * Appends up to 500 messages to one session, in one transaction.
      *
-     * Safe to repeat when every `id` is set: a repeat whose ids all exist with equal content returns
-     * the stored messages. Any other id that exists is ALREADY_EXISTS, naming its index in the
-     * ErrorInfo metadata (`index`), and nothing is written. Other errors as CreateChatMessage.
+     * Either all messages are appended or none. They get consecutive sequences in the order of the
+     * request, so no message of another call comes between them. The messages have at most 20
+     * attachments in total. Message ids must be distinct, as must attachment ids. The request has at
+     * most 4 MiB.
+     *
+     * Errors: those of CreateChatMessage. For CHAT_MESSAGE_ALREADY_EXISTS, the ErrorInfo metadata has
+     * the zero-based `index` of the message in the request. This error is also returned when only
+     * some of the messages are already stored.
+     *
+     * Retry: safe when the `id` of every message is set. A retry whose messages are all stored with
+     * the same content returns the stored messages.
      */
     batchCreateChatMessages: {
       name: "BatchCreateChatMessages",
@@ -2064,7 +2130,15 @@ export const ChatMessageServiceDefinition = {
       responseStream: false,
       options: {},
     },
-    /** Returns a message with its attachments. NOT_FOUND (CHAT_MESSAGE_NOT_FOUND). */
+    /**
+     * Returns a message with its attachments.
+     *
+     * Errors:
+     *
+     * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+     *
+     * Retry: safe.
+     */
     getChatMessage: {
       name: "GetChatMessage",
       requestType: GetChatMessageRequest as typeof GetChatMessageRequest,
@@ -2074,14 +2148,28 @@ export const ChatMessageServiceDefinition = {
       options: {},
     },
     /**
-     * Streams the messages of a session, with their attachments, in batches, and ends.
+     * Streams the messages of a session with their attachments, in batches, and ends.
      *
-     * The end is fixed when the call begins: messages created later are not in it. The first
-     * response carries the session, also when there is no message. To go on after a break, call
-     * again after the last sequence received.
+     * The end is fixed when the call begins: messages that are created later are not returned. The
+     * batches are not one snapshot. A message is returned as it is when its batch is read, and a
+     * message that is deleted before that is not returned. The first response has the session, even
+     * when there are no messages.
      *
-     * NOT_FOUND (CHAT_SESSION_NOT_FOUND), also in the middle when the session is deleted during the
-     * call; RESOURCE_EXHAUSTED (SLOW_READER) when the caller has read nothing for 30 seconds.
+     * To continue after a break, call again. In ascending order, set `after_sequence` to the last
+     * sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
+     * number of messages received.
+     *
+     * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
+     * ListChatMessages together, and at most 100 of them for one session.
+     *
+     * Errors:
+     *
+     * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with
+     *   this error when the session is deleted during the call.
+     * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+     *   could not send. Continue.
+     *
+     * Retry: safe.
      */
     listChatMessages: {
       name: "ListChatMessages",
@@ -2092,10 +2180,17 @@ export const ChatMessageServiceDefinition = {
       options: {},
     },
     /**
-     * Changes a message's metadata. Setting what it has already changes nothing. Its content, role
-     * and place never change.
+     * Updates the metadata of a message.
      *
-     * NOT_FOUND (CHAT_MESSAGE_NOT_FOUND). Safe to repeat.
+     * The metadata is replaced as a whole. The revision of the message and of its session increases,
+     * and watchers of the session receive the message again. Setting equal metadata is not a change.
+     * The content, the role and the sequence of a message never change.
+     *
+     * Errors:
+     *
+     * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+     *
+     * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
      */
     updateChatMessage: {
       name: "UpdateChatMessage",
@@ -2106,9 +2201,16 @@ export const ChatMessageServiceDefinition = {
       options: {},
     },
     /**
-     * Deletes a message and its attachments. Followers are told; its id is not used again.
+     * Deletes a message and its attachments.
      *
-     * NOT_FOUND (CHAT_MESSAGE_NOT_FOUND), also for a repeat.
+     * The revision of the session increases, and watchers of the session receive `message_deleted`.
+     * The id of the message is rejected in creates until the session is deleted.
+     *
+     * Errors:
+     *
+     * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+     *
+     * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
      */
     deleteChatMessage: {
       name: "DeleteChatMessage",
@@ -2121,11 +2223,20 @@ export const ChatMessageServiceDefinition = {
     /**
      * Searches the content of the tenant's messages as English text, best match first, in pages.
      *
-     * The query has the syntax of web searches: `words all of which occur`, `"a phrase"`, `or`,
-     * `-not`. Words are compared by their stem; a query of nothing but stop words finds nothing.
+     * The query has the syntax of PostgreSQL's websearch_to_tsquery: `some words` finds messages with
+     * all of them, `"a phrase"` finds the words in this order, `or` finds either side, and `-word`
+     * excludes a word. Words are compared by their stem. A query of stop words alone finds nothing.
      *
-     * Takes a bounded time, however many messages there are: where more match than can be looked at,
-     * the page is the best of a part of them, and `incomplete_results` says so.
+     * The work of a search is bounded, however many messages the tenant has. When more messages match
+     * than can be examined, the page has the best of those that were, and `incomplete_results` is
+     * true.
+     *
+     * A `session_id` that does not exist is not an error: nothing is found.
+     *
+     * Errors: the common errors only. A query that nests more than 32 operators, for example a run of
+     * `-`, fails with INVALID_ARGUMENT.
+     *
+     * Retry: safe.
      */
     searchChatMessages: {
       name: "SearchChatMessages",
@@ -2138,20 +2249,36 @@ export const ChatMessageServiceDefinition = {
   },
 } as const;
 
-/** Holds the messages of chat sessions. */
+/**
+ * Manages the messages of chat sessions.
+ *
+ * Every RPC can also return the common errors that the package comment in resources.proto lists.
+ */
 export type ChatMessageServiceService = typeof ChatMessageServiceService;
 export const ChatMessageServiceService = {
   /**
-   * Appends a message to a session, with its attachments and metadata, atomically. It is stored
-   * when the call returns.
+   * Appends a message to a session, with its metadata and attachments, in one transaction.
    *
-   * Safe to repeat when `message.id` is set: a repeat with the same content returns the message as
-   * it is now. Metadata and attachments are compared only while the message is unchanged.
+   * The transaction is committed when the call returns. Sessions of every status accept messages.
+   * The server first checks that the URLs of the attachments are accessible; see
+   * `ChatAttachment.file_url`. A message has at most 20 attachments.
    *
-   * NOT_FOUND (CHAT_SESSION_NOT_FOUND); ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS) when the id
-   * belongs to a message with another content or to a deleted one, or
-   * (CHAT_ATTACHMENT_ALREADY_EXISTS) when an attachment's id is taken; FAILED_PRECONDITION
-   * (ATTACHMENT_URL_NOT_ACCESSIBLE).
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS): `message.id` belongs to a message of another
+   *   session or with other content, or to a deleted message.
+   * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
+   *   attachment.
+   * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
+   *   accessible. The error message names its position among the attachments of the request,
+   *   counted from 1. It does not say why the URL is not accessible.
+   * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+   *
+   * Retry: safe when `message.id` is set. A retry with the same content returns the stored message
+   * as it is now, without checking URLs. The session, role and content are always compared.
+   * Metadata and attachments are compared only until the message changes. Without an id, a retry
+   * can append a second message.
    */
   createChatMessage: {
     path: "/chat_ticket.v1.ChatMessageService/CreateChatMessage" as const,
@@ -2165,12 +2292,19 @@ export const ChatMessageServiceService = {
     responseDeserialize: (value: Buffer): CreateChatMessageResponse => CreateChatMessageResponse.decode(value),
   },
   /**
-   * Appends up to 500 messages to one session, all or none, in their order: each gets a sequence
-   * of its own, and nothing of another call comes between them. The request is limited to 4 MiB.
+   * Appends up to 500 messages to one session, in one transaction.
    *
-   * Safe to repeat when every `id` is set: a repeat whose ids all exist with equal content returns
-   * the stored messages. Any other id that exists is ALREADY_EXISTS, naming its index in the
-   * ErrorInfo metadata (`index`), and nothing is written. Other errors as CreateChatMessage.
+   * Either all messages are appended or none. They get consecutive sequences in the order of the
+   * request, so no message of another call comes between them. The messages have at most 20
+   * attachments in total. Message ids must be distinct, as must attachment ids. The request has at
+   * most 4 MiB.
+   *
+   * Errors: those of CreateChatMessage. For CHAT_MESSAGE_ALREADY_EXISTS, the ErrorInfo metadata has
+   * the zero-based `index` of the message in the request. This error is also returned when only
+   * some of the messages are already stored.
+   *
+   * Retry: safe when the `id` of every message is set. A retry whose messages are all stored with
+   * the same content returns the stored messages.
    */
   batchCreateChatMessages: {
     path: "/chat_ticket.v1.ChatMessageService/BatchCreateChatMessages" as const,
@@ -2184,7 +2318,15 @@ export const ChatMessageServiceService = {
     responseDeserialize: (value: Buffer): BatchCreateChatMessagesResponse =>
       BatchCreateChatMessagesResponse.decode(value),
   },
-  /** Returns a message with its attachments. NOT_FOUND (CHAT_MESSAGE_NOT_FOUND). */
+  /**
+   * Returns a message with its attachments.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   *
+   * Retry: safe.
+   */
   getChatMessage: {
     path: "/chat_ticket.v1.ChatMessageService/GetChatMessage" as const,
     requestStream: false as const,
@@ -2197,14 +2339,28 @@ export const ChatMessageServiceService = {
     responseDeserialize: (value: Buffer): GetChatMessageResponse => GetChatMessageResponse.decode(value),
   },
   /**
-   * Streams the messages of a session, with their attachments, in batches, and ends.
+   * Streams the messages of a session with their attachments, in batches, and ends.
    *
-   * The end is fixed when the call begins: messages created later are not in it. The first
-   * response carries the session, also when there is no message. To go on after a break, call
-   * again after the last sequence received.
+   * The end is fixed when the call begins: messages that are created later are not returned. The
+   * batches are not one snapshot. A message is returned as it is when its batch is read, and a
+   * message that is deleted before that is not returned. The first response has the session, even
+   * when there are no messages.
    *
-   * NOT_FOUND (CHAT_SESSION_NOT_FOUND), also in the middle when the session is deleted during the
-   * call; RESOURCE_EXHAUSTED (SLOW_READER) when the caller has read nothing for 30 seconds.
+   * To continue after a break, call again. In ascending order, set `after_sequence` to the last
+   * sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
+   * number of messages received.
+   *
+   * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
+   * ListChatMessages together, and at most 100 of them for one session.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with
+   *   this error when the session is deleted during the call.
+   * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+   *   could not send. Continue.
+   *
+   * Retry: safe.
    */
   listChatMessages: {
     path: "/chat_ticket.v1.ChatMessageService/ListChatMessages" as const,
@@ -2218,10 +2374,17 @@ export const ChatMessageServiceService = {
     responseDeserialize: (value: Buffer): ListChatMessagesResponse => ListChatMessagesResponse.decode(value),
   },
   /**
-   * Changes a message's metadata. Setting what it has already changes nothing. Its content, role
-   * and place never change.
+   * Updates the metadata of a message.
    *
-   * NOT_FOUND (CHAT_MESSAGE_NOT_FOUND). Safe to repeat.
+   * The metadata is replaced as a whole. The revision of the message and of its session increases,
+   * and watchers of the session receive the message again. Setting equal metadata is not a change.
+   * The content, the role and the sequence of a message never change.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   *
+   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
    */
   updateChatMessage: {
     path: "/chat_ticket.v1.ChatMessageService/UpdateChatMessage" as const,
@@ -2235,9 +2398,16 @@ export const ChatMessageServiceService = {
     responseDeserialize: (value: Buffer): UpdateChatMessageResponse => UpdateChatMessageResponse.decode(value),
   },
   /**
-   * Deletes a message and its attachments. Followers are told; its id is not used again.
+   * Deletes a message and its attachments.
    *
-   * NOT_FOUND (CHAT_MESSAGE_NOT_FOUND), also for a repeat.
+   * The revision of the session increases, and watchers of the session receive `message_deleted`.
+   * The id of the message is rejected in creates until the session is deleted.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
    */
   deleteChatMessage: {
     path: "/chat_ticket.v1.ChatMessageService/DeleteChatMessage" as const,
@@ -2253,11 +2423,20 @@ export const ChatMessageServiceService = {
   /**
    * Searches the content of the tenant's messages as English text, best match first, in pages.
    *
-   * The query has the syntax of web searches: `words all of which occur`, `"a phrase"`, `or`,
-   * `-not`. Words are compared by their stem; a query of nothing but stop words finds nothing.
+   * The query has the syntax of PostgreSQL's websearch_to_tsquery: `some words` finds messages with
+   * all of them, `"a phrase"` finds the words in this order, `or` finds either side, and `-word`
+   * excludes a word. Words are compared by their stem. A query of stop words alone finds nothing.
    *
-   * Takes a bounded time, however many messages there are: where more match than can be looked at,
-   * the page is the best of a part of them, and `incomplete_results` says so.
+   * The work of a search is bounded, however many messages the tenant has. When more messages match
+   * than can be examined, the page has the best of those that were, and `incomplete_results` is
+   * true.
+   *
+   * A `session_id` that does not exist is not an error: nothing is found.
+   *
+   * Errors: the common errors only. A query that nests more than 32 operators, for example a run of
+   * `-`, fails with INVALID_ARGUMENT.
+   *
+   * Retry: safe.
    */
   searchChatMessages: {
     path: "/chat_ticket.v1.ChatMessageService/SearchChatMessages" as const,
@@ -2274,77 +2453,153 @@ export const ChatMessageServiceService = {
 
 export interface ChatMessageServiceServer extends UntypedServiceImplementation {
   /**
-   * Appends a message to a session, with its attachments and metadata, atomically. It is stored
-   * when the call returns.
+   * Appends a message to a session, with its metadata and attachments, in one transaction.
    *
-   * Safe to repeat when `message.id` is set: a repeat with the same content returns the message as
-   * it is now. Metadata and attachments are compared only while the message is unchanged.
+   * The transaction is committed when the call returns. Sessions of every status accept messages.
+   * The server first checks that the URLs of the attachments are accessible; see
+   * `ChatAttachment.file_url`. A message has at most 20 attachments.
    *
-   * NOT_FOUND (CHAT_SESSION_NOT_FOUND); ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS) when the id
-   * belongs to a message with another content or to a deleted one, or
-   * (CHAT_ATTACHMENT_ALREADY_EXISTS) when an attachment's id is taken; FAILED_PRECONDITION
-   * (ATTACHMENT_URL_NOT_ACCESSIBLE).
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS): `message.id` belongs to a message of another
+   *   session or with other content, or to a deleted message.
+   * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
+   *   attachment.
+   * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
+   *   accessible. The error message names its position among the attachments of the request,
+   *   counted from 1. It does not say why the URL is not accessible.
+   * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+   *
+   * Retry: safe when `message.id` is set. A retry with the same content returns the stored message
+   * as it is now, without checking URLs. The session, role and content are always compared.
+   * Metadata and attachments are compared only until the message changes. Without an id, a retry
+   * can append a second message.
    */
   createChatMessage: handleUnaryCall<CreateChatMessageRequest, CreateChatMessageResponse>;
   /**
-   * Appends up to 500 messages to one session, all or none, in their order: each gets a sequence
-   * of its own, and nothing of another call comes between them. The request is limited to 4 MiB.
+   * Appends up to 500 messages to one session, in one transaction.
    *
-   * Safe to repeat when every `id` is set: a repeat whose ids all exist with equal content returns
-   * the stored messages. Any other id that exists is ALREADY_EXISTS, naming its index in the
-   * ErrorInfo metadata (`index`), and nothing is written. Other errors as CreateChatMessage.
+   * Either all messages are appended or none. They get consecutive sequences in the order of the
+   * request, so no message of another call comes between them. The messages have at most 20
+   * attachments in total. Message ids must be distinct, as must attachment ids. The request has at
+   * most 4 MiB.
+   *
+   * Errors: those of CreateChatMessage. For CHAT_MESSAGE_ALREADY_EXISTS, the ErrorInfo metadata has
+   * the zero-based `index` of the message in the request. This error is also returned when only
+   * some of the messages are already stored.
+   *
+   * Retry: safe when the `id` of every message is set. A retry whose messages are all stored with
+   * the same content returns the stored messages.
    */
   batchCreateChatMessages: handleUnaryCall<BatchCreateChatMessagesRequest, BatchCreateChatMessagesResponse>;
-  /** Returns a message with its attachments. NOT_FOUND (CHAT_MESSAGE_NOT_FOUND). */
+  /**
+   * Returns a message with its attachments.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   *
+   * Retry: safe.
+   */
   getChatMessage: handleUnaryCall<GetChatMessageRequest, GetChatMessageResponse>;
   /**
-   * Streams the messages of a session, with their attachments, in batches, and ends.
+   * Streams the messages of a session with their attachments, in batches, and ends.
    *
-   * The end is fixed when the call begins: messages created later are not in it. The first
-   * response carries the session, also when there is no message. To go on after a break, call
-   * again after the last sequence received.
+   * The end is fixed when the call begins: messages that are created later are not returned. The
+   * batches are not one snapshot. A message is returned as it is when its batch is read, and a
+   * message that is deleted before that is not returned. The first response has the session, even
+   * when there are no messages.
    *
-   * NOT_FOUND (CHAT_SESSION_NOT_FOUND), also in the middle when the session is deleted during the
-   * call; RESOURCE_EXHAUSTED (SLOW_READER) when the caller has read nothing for 30 seconds.
+   * To continue after a break, call again. In ascending order, set `after_sequence` to the last
+   * sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
+   * number of messages received.
+   *
+   * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
+   * ListChatMessages together, and at most 100 of them for one session.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with
+   *   this error when the session is deleted during the call.
+   * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+   *   could not send. Continue.
+   *
+   * Retry: safe.
    */
   listChatMessages: handleServerStreamingCall<ListChatMessagesRequest, ListChatMessagesResponse>;
   /**
-   * Changes a message's metadata. Setting what it has already changes nothing. Its content, role
-   * and place never change.
+   * Updates the metadata of a message.
    *
-   * NOT_FOUND (CHAT_MESSAGE_NOT_FOUND). Safe to repeat.
+   * The metadata is replaced as a whole. The revision of the message and of its session increases,
+   * and watchers of the session receive the message again. Setting equal metadata is not a change.
+   * The content, the role and the sequence of a message never change.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   *
+   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
    */
   updateChatMessage: handleUnaryCall<UpdateChatMessageRequest, UpdateChatMessageResponse>;
   /**
-   * Deletes a message and its attachments. Followers are told; its id is not used again.
+   * Deletes a message and its attachments.
    *
-   * NOT_FOUND (CHAT_MESSAGE_NOT_FOUND), also for a repeat.
+   * The revision of the session increases, and watchers of the session receive `message_deleted`.
+   * The id of the message is rejected in creates until the session is deleted.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
    */
   deleteChatMessage: handleUnaryCall<DeleteChatMessageRequest, DeleteChatMessageResponse>;
   /**
    * Searches the content of the tenant's messages as English text, best match first, in pages.
    *
-   * The query has the syntax of web searches: `words all of which occur`, `"a phrase"`, `or`,
-   * `-not`. Words are compared by their stem; a query of nothing but stop words finds nothing.
+   * The query has the syntax of PostgreSQL's websearch_to_tsquery: `some words` finds messages with
+   * all of them, `"a phrase"` finds the words in this order, `or` finds either side, and `-word`
+   * excludes a word. Words are compared by their stem. A query of stop words alone finds nothing.
    *
-   * Takes a bounded time, however many messages there are: where more match than can be looked at,
-   * the page is the best of a part of them, and `incomplete_results` says so.
+   * The work of a search is bounded, however many messages the tenant has. When more messages match
+   * than can be examined, the page has the best of those that were, and `incomplete_results` is
+   * true.
+   *
+   * A `session_id` that does not exist is not an error: nothing is found.
+   *
+   * Errors: the common errors only. A query that nests more than 32 operators, for example a run of
+   * `-`, fails with INVALID_ARGUMENT.
+   *
+   * Retry: safe.
    */
   searchChatMessages: handleUnaryCall<SearchChatMessagesRequest, SearchChatMessagesResponse>;
 }
 
 export interface ChatMessageServiceClient extends Client {
   /**
-   * Appends a message to a session, with its attachments and metadata, atomically. It is stored
-   * when the call returns.
+   * Appends a message to a session, with its metadata and attachments, in one transaction.
    *
-   * Safe to repeat when `message.id` is set: a repeat with the same content returns the message as
-   * it is now. Metadata and attachments are compared only while the message is unchanged.
+   * The transaction is committed when the call returns. Sessions of every status accept messages.
+   * The server first checks that the URLs of the attachments are accessible; see
+   * `ChatAttachment.file_url`. A message has at most 20 attachments.
    *
-   * NOT_FOUND (CHAT_SESSION_NOT_FOUND); ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS) when the id
-   * belongs to a message with another content or to a deleted one, or
-   * (CHAT_ATTACHMENT_ALREADY_EXISTS) when an attachment's id is taken; FAILED_PRECONDITION
-   * (ATTACHMENT_URL_NOT_ACCESSIBLE).
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS): `message.id` belongs to a message of another
+   *   session or with other content, or to a deleted message.
+   * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
+   *   attachment.
+   * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
+   *   accessible. The error message names its position among the attachments of the request,
+   *   counted from 1. It does not say why the URL is not accessible.
+   * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+   *
+   * Retry: safe when `message.id` is set. A retry with the same content returns the stored message
+   * as it is now, without checking URLs. The session, role and content are always compared.
+   * Metadata and attachments are compared only until the message changes. Without an id, a retry
+   * can append a second message.
    */
   createChatMessage(
     request: CreateChatMessageRequest,
@@ -2362,12 +2617,19 @@ export interface ChatMessageServiceClient extends Client {
     callback: (error: ServiceError | null, response: CreateChatMessageResponse) => void,
   ): ClientUnaryCall;
   /**
-   * Appends up to 500 messages to one session, all or none, in their order: each gets a sequence
-   * of its own, and nothing of another call comes between them. The request is limited to 4 MiB.
+   * Appends up to 500 messages to one session, in one transaction.
    *
-   * Safe to repeat when every `id` is set: a repeat whose ids all exist with equal content returns
-   * the stored messages. Any other id that exists is ALREADY_EXISTS, naming its index in the
-   * ErrorInfo metadata (`index`), and nothing is written. Other errors as CreateChatMessage.
+   * Either all messages are appended or none. They get consecutive sequences in the order of the
+   * request, so no message of another call comes between them. The messages have at most 20
+   * attachments in total. Message ids must be distinct, as must attachment ids. The request has at
+   * most 4 MiB.
+   *
+   * Errors: those of CreateChatMessage. For CHAT_MESSAGE_ALREADY_EXISTS, the ErrorInfo metadata has
+   * the zero-based `index` of the message in the request. This error is also returned when only
+   * some of the messages are already stored.
+   *
+   * Retry: safe when the `id` of every message is set. A retry whose messages are all stored with
+   * the same content returns the stored messages.
    */
   batchCreateChatMessages(
     request: BatchCreateChatMessagesRequest,
@@ -2384,7 +2646,15 @@ export interface ChatMessageServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: BatchCreateChatMessagesResponse) => void,
   ): ClientUnaryCall;
-  /** Returns a message with its attachments. NOT_FOUND (CHAT_MESSAGE_NOT_FOUND). */
+  /**
+   * Returns a message with its attachments.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   *
+   * Retry: safe.
+   */
   getChatMessage(
     request: GetChatMessageRequest,
     callback: (error: ServiceError | null, response: GetChatMessageResponse) => void,
@@ -2401,14 +2671,28 @@ export interface ChatMessageServiceClient extends Client {
     callback: (error: ServiceError | null, response: GetChatMessageResponse) => void,
   ): ClientUnaryCall;
   /**
-   * Streams the messages of a session, with their attachments, in batches, and ends.
+   * Streams the messages of a session with their attachments, in batches, and ends.
    *
-   * The end is fixed when the call begins: messages created later are not in it. The first
-   * response carries the session, also when there is no message. To go on after a break, call
-   * again after the last sequence received.
+   * The end is fixed when the call begins: messages that are created later are not returned. The
+   * batches are not one snapshot. A message is returned as it is when its batch is read, and a
+   * message that is deleted before that is not returned. The first response has the session, even
+   * when there are no messages.
    *
-   * NOT_FOUND (CHAT_SESSION_NOT_FOUND), also in the middle when the session is deleted during the
-   * call; RESOURCE_EXHAUSTED (SLOW_READER) when the caller has read nothing for 30 seconds.
+   * To continue after a break, call again. In ascending order, set `after_sequence` to the last
+   * sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
+   * number of messages received.
+   *
+   * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
+   * ListChatMessages together, and at most 100 of them for one session.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with
+   *   this error when the session is deleted during the call.
+   * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+   *   could not send. Continue.
+   *
+   * Retry: safe.
    */
   listChatMessages(
     request: ListChatMessagesRequest,
@@ -2420,10 +2704,17 @@ export interface ChatMessageServiceClient extends Client {
     options?: Partial<CallOptions>,
   ): ClientReadableStream<ListChatMessagesResponse>;
   /**
-   * Changes a message's metadata. Setting what it has already changes nothing. Its content, role
-   * and place never change.
+   * Updates the metadata of a message.
    *
-   * NOT_FOUND (CHAT_MESSAGE_NOT_FOUND). Safe to repeat.
+   * The metadata is replaced as a whole. The revision of the message and of its session increases,
+   * and watchers of the session receive the message again. Setting equal metadata is not a change.
+   * The content, the role and the sequence of a message never change.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   *
+   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
    */
   updateChatMessage(
     request: UpdateChatMessageRequest,
@@ -2441,9 +2732,16 @@ export interface ChatMessageServiceClient extends Client {
     callback: (error: ServiceError | null, response: UpdateChatMessageResponse) => void,
   ): ClientUnaryCall;
   /**
-   * Deletes a message and its attachments. Followers are told; its id is not used again.
+   * Deletes a message and its attachments.
    *
-   * NOT_FOUND (CHAT_MESSAGE_NOT_FOUND), also for a repeat.
+   * The revision of the session increases, and watchers of the session receive `message_deleted`.
+   * The id of the message is rejected in creates until the session is deleted.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
    */
   deleteChatMessage(
     request: DeleteChatMessageRequest,
@@ -2463,11 +2761,20 @@ export interface ChatMessageServiceClient extends Client {
   /**
    * Searches the content of the tenant's messages as English text, best match first, in pages.
    *
-   * The query has the syntax of web searches: `words all of which occur`, `"a phrase"`, `or`,
-   * `-not`. Words are compared by their stem; a query of nothing but stop words finds nothing.
+   * The query has the syntax of PostgreSQL's websearch_to_tsquery: `some words` finds messages with
+   * all of them, `"a phrase"` finds the words in this order, `or` finds either side, and `-word`
+   * excludes a word. Words are compared by their stem. A query of stop words alone finds nothing.
    *
-   * Takes a bounded time, however many messages there are: where more match than can be looked at,
-   * the page is the best of a part of them, and `incomplete_results` says so.
+   * The work of a search is bounded, however many messages the tenant has. When more messages match
+   * than can be examined, the page has the best of those that were, and `incomplete_results` is
+   * true.
+   *
+   * A `session_id` that does not exist is not an error: nothing is found.
+   *
+   * Errors: the common errors only. A query that nests more than 32 operators, for example a run of
+   * `-`, fails with INVALID_ARGUMENT.
+   *
+   * Retry: safe.
    */
   searchChatMessages(
     request: SearchChatMessagesRequest,

@@ -29,29 +29,17 @@ import {
 } from "./resources.js";
 
 /**
- * Chat sessions: create, read, change, delete, and follow live.
- *
- * A call's credential (see the README: a token, a client certificate, or none) needs the permission
- * `read` for Get, List, Search and Watch, `delete` for Delete, `ticket` to link, unlink and change
- * tickets, and `write` for all else.
- *
- * Errors common to every RPC of chat_ticket.v1: INVALID_ARGUMENT with every field violation at
- * once; UNAUTHENTICATED without a valid credential, or without `x-tenant-id` where the credential
- * does not settle it, and in the middle of a stream when the credential expires; PERMISSION_DENIED
- * when the credential is not for this tenant or method; RESOURCE_EXHAUSTED and UNAVAILABLE (with
- * RetryInfo) when a quota is used up (QUOTA_EXCEEDED with QuotaFailure), the service is full or its
- * database out of reach; DEADLINE_EXCEEDED. Every error carries
- * google.rpc.ErrorInfo with the domain `chat-ticket-svc` and a reason. UNAVAILABLE with the reason
- * OUTCOME_UNKNOWN means that a write may have happened: repeat it with the same id.
+ * Chat sessions: create, read, update, delete and watch. The package comment in resources.proto has
+ * the rules that all RPCs share.
  */
 
-/** The order of ListChatSessions. Ties are broken by id. */
+/** The order of ListChatSessions. Sessions with the same time are ordered by id, highest first. */
 export const ChatSessionOrder = {
-  /** CHAT_SESSION_ORDER_UNSPECIFIED - CREATE_TIME. */
+  /** CHAT_SESSION_ORDER_UNSPECIFIED - The default: CREATE_TIME. */
   CHAT_SESSION_ORDER_UNSPECIFIED: "CHAT_SESSION_ORDER_UNSPECIFIED",
-  /** CHAT_SESSION_ORDER_CREATE_TIME - By creation, newest first. */
+  /** CHAT_SESSION_ORDER_CREATE_TIME - By `create_time`, newest first. */
   CHAT_SESSION_ORDER_CREATE_TIME: "CHAT_SESSION_ORDER_CREATE_TIME",
-  /** CHAT_SESSION_ORDER_UPDATE_TIME - By last change, newest first. */
+  /** CHAT_SESSION_ORDER_UPDATE_TIME - By `update_time`, newest first. */
   CHAT_SESSION_ORDER_UPDATE_TIME: "CHAT_SESSION_ORDER_UPDATE_TIME",
   UNRECOGNIZED: "UNRECOGNIZED",
 } as const;
@@ -111,140 +99,163 @@ export function chatSessionOrderToNumber(object: ChatSessionOrder): number {
   }
 }
 
-/** See CreateChatSession. */
+/** Request message for ChatSessionService.CreateChatSession. */
 export interface CreateChatSessionRequest {
-  /** The session: `id` and `status` are read, both optional. */
+  /** The session to create. Optional. The server reads `id` and `status`, both optional. */
   session: ChatSession | undefined;
 }
 
-/** See CreateChatSession. */
+/** Response message for ChatSessionService.CreateChatSession. */
 export interface CreateChatSessionResponse {
   /** The session as stored. */
   session: ChatSession | undefined;
 }
 
-/** See GetChatSession. */
+/** Request message for ChatSessionService.GetChatSession. */
 export interface GetChatSessionRequest {
-  /** The session. Required. */
+  /** The id of the session. Required. */
   sessionId: string;
 }
 
-/** See GetChatSession. */
+/** Response message for ChatSessionService.GetChatSession. */
 export interface GetChatSessionResponse {
   /** The session. */
   session: ChatSession | undefined;
 }
 
-/** See ListChatSessions. The filters are combined with AND. */
+/**
+ * Request message for ChatSessionService.ListChatSessions. A session must match all filters that
+ * are set.
+ */
 export interface ListChatSessionsRequest {
-  /** Only sessions in one of these statuses; empty means any. */
+  /**
+   * Returns only sessions with one of these statuses. Optional; empty means any status. At most 20
+   * values; UNSPECIFIED is rejected.
+   */
   statuses: ChatSessionStatus[];
-  /** Only sessions with (true) or without (false) a ticket; absent means both. */
+  /** Returns only sessions with a ticket (true) or without one (false). Optional; unset means both. */
   hasTicket?:
     | boolean
     | undefined;
-  /** Only sessions created at this time or later. */
+  /** Returns only sessions created at or after this time. Optional. */
   startCreateTime:
     | Date
     | undefined;
-  /** Only sessions created before this time. */
+  /** Returns only sessions created before this time. Optional. */
   endCreateTime:
     | Date
     | undefined;
-  /** Only sessions that last changed at this time or later. */
+  /** Returns only sessions last changed at or after this time. Optional. */
   startUpdateTime:
     | Date
     | undefined;
-  /** Only sessions that last changed before this time. */
+  /** Returns only sessions last changed before this time. Optional. */
   endUpdateTime:
     | Date
     | undefined;
-  /** The order. */
+  /** The order of the sessions. Optional; the default is CREATE_TIME. */
   orderBy: ChatSessionOrder;
   /**
-   * How many sessions at the most; 0 means 50, more than 1,000 means 1,000. A page may be shorter
-   * though more follow: only an empty `next_page_token` is the end.
+   * The maximum number of sessions in the page. Optional; 0 means 50, and values over 1,000 mean
+   * 1,000. A page can have fewer sessions although more follow.
    */
   pageSize: number;
-  /** The `next_page_token` of the page before; bound to the filters and the order of that call. */
+  /**
+   * The `next_page_token` of the previous page. Optional; empty means the first page. Valid only
+   * for the same filters and order.
+   */
   pageToken: string;
 }
 
-/** See ListChatSessions. */
+/** Response message for ChatSessionService.ListChatSessions. */
 export interface ListChatSessionsResponse {
-  /** The page. */
+  /** The sessions of the page. */
   sessions: ChatSession[];
-  /** Asks for the next page; empty on the last. */
+  /** The `page_token` of the next page. Empty on the last page. */
   nextPageToken: string;
 }
 
-/** See UpdateChatSession. */
+/** Request message for ChatSessionService.UpdateChatSession. */
 export interface UpdateChatSessionRequest {
-  /** The session: `id` names it, `etag` is optional, the fields of the mask are set. */
+  /**
+   * The session to update. `id` is required and names it. `etag` is optional. The fields that the
+   * mask names are set.
+   */
   session:
     | ChatSession
     | undefined;
-  /** The fields to change: `status`. Required. */
+  /** The fields to update. Required. The only field is `status`. */
   updateMask: string[] | undefined;
 }
 
-/** See UpdateChatSession. */
+/** Response message for ChatSessionService.UpdateChatSession. */
 export interface UpdateChatSessionResponse {
-  /** The session as it is now. */
+  /** The session after the update. */
   session: ChatSession | undefined;
 }
 
-/** See DeleteChatSession. */
+/** Request message for ChatSessionService.DeleteChatSession. */
 export interface DeleteChatSessionRequest {
-  /** The session. Required. */
+  /** The id of the session. Required. */
   sessionId: string;
-  /** Optional: refuses the delete when the session has changed since. */
+  /** The `etag` that the session must still have. Optional; empty means that it is not checked. */
   etag: string;
 }
 
-/** See DeleteChatSession. */
+/** Response message for ChatSessionService.DeleteChatSession. */
 export interface DeleteChatSessionResponse {
 }
 
-/** See WatchChatSession. */
+/** Request message for ChatSessionService.WatchChatSession. */
 export interface WatchChatSessionRequest {
-  /** The session. Required. */
+  /** The id of the session. Required. */
   sessionId: string;
-  /** Everything after this revision is delivered: 0 is the whole history, then the changes. */
+  /**
+   * The revision after which changes are delivered. Optional; 0 means the whole history. Not
+   * negative, and not above the current revision of the session.
+   */
   afterRevision: bigint;
 }
 
-/** One event of a followed session. */
+/** Response message for ChatSessionService.WatchChatSession: one event. */
 export interface WatchChatSessionResponse {
-  /** Everything up to this revision has been delivered. */
+  /**
+   * The position of the stream. Everything up to this revision has been delivered. The next
+   * `after_revision` to resume from.
+   */
   revision: bigint;
-  /** What happened. */
+  /** The event. */
   event:
     | //
     /**
-     * The session: first of all, carrying `after_revision` as its position, and again whenever its
-     * status or has_ticket changed.
+     * The session in its current state. Sent as the first response, with `after_revision` as the
+     * position of the stream. Sent again when `status` or `has_ticket` changes. When messages
+     * changed at about the same time, the session comes before them, and the position of the stream
+     * stays where it was.
      */
     { $case: "session"; value: ChatSession }
     | //
-    /** New messages, in the order of their sequence. */
+    /** New messages. */
     { $case: "messagesCreated"; value: WatchChatSessionResponse_ChatMessagesCreated }
     | //
-    /** A message whose metadata or attachments changed, whole. */
+    /** A message whose metadata or attachments changed, as a whole. */
     { $case: "messageUpdated"; value: ChatMessage }
     | //
     /** A message was deleted. */
     { $case: "messageDeleted"; value: WatchChatSessionResponse_ChatMessageDeleted }
     | //
-    /** The session was deleted; the stream ends. */
+    /** The session was deleted. The last response of the stream. */
     { $case: "sessionDeleted"; value: WatchChatSessionResponse_ChatSessionDeleted }
     | //
-    /** The history is done; what follows happens now. Once per stream. */
+    /**
+     * The history has been delivered. Later responses are about changes as they happen. Sent once
+     * per stream.
+     */
     { $case: "caughtUp"; value: WatchChatSessionResponse_CaughtUp }
     | //
     /**
-     * Nothing happened for a while, or nothing that shows: the connection is in use, and the
-     * position may have moved.
+     * There is nothing to deliver. Shows that the connection works. The position can still have
+     * increased, because changes can cancel each other out.
      */
     { $case: "heartbeat"; value: WatchChatSessionResponse_Heartbeat }
     | undefined;
@@ -252,25 +263,25 @@ export interface WatchChatSessionResponse {
 
 /** New messages of the session. */
 export interface WatchChatSessionResponse_ChatMessagesCreated {
-  /** In the order of their sequence. */
+  /** The messages in the order of their `sequence`, at most 500. */
   messages: ChatMessage[];
 }
 
-/** A message was deleted, its attachments with it. */
+/** The deletion of a message and its attachments. */
 export interface WatchChatSessionResponse_ChatMessageDeleted {
-  /** The message; it may be one that this stream never showed. */
+  /** The id of the message. The stream may never have delivered that message. */
   messageId: string;
 }
 
-/** The session was deleted with all it held. */
+/** The deletion of the session and everything in it. */
 export interface WatchChatSessionResponse_ChatSessionDeleted {
 }
 
-/** The history is done. */
+/** The end of the history. */
 export interface WatchChatSessionResponse_CaughtUp {
 }
 
-/** Nothing happened for a while. */
+/** A sign that the stream is alive. */
 export interface WatchChatSessionResponse_Heartbeat {
 }
 
@@ -1896,7 +1907,11 @@ export const WatchChatSessionResponse_Heartbeat: MessageFns<WatchChatSessionResp
   },
 };
 
-/** Holds the chat sessions of a tenant. */
+/**
+ * Manages the chat sessions of a tenant.
+ *
+ * Every RPC can also return the common errors that the package comment in resources.proto lists.
+ */
 export type ChatSessionServiceDefinition = typeof ChatSessionServiceDefinition;
 export const ChatSessionServiceDefinition = {
   name: "ChatSessionService",
@@ -1905,8 +1920,16 @@ export const ChatSessionServiceDefinition = {
     /**
      * Creates a session.
      *
-     * Safe to repeat when `session.id` is set: a repeat returns the session as it is now. The id of
-     * a deleted session must not be used again.
+     * A session can be created with any status.
+     *
+     * Errors:
+     *
+     * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): a session with this id existed when the call
+     *   began, and was deleted during the call.
+     *
+     * Retry: safe when `session.id` is set. A call with the id of an existing session returns that
+     * session as it is now, whatever its status. Without an id, a retry can create a second session.
+     * The id of a deleted session must not be used again; the server does not reject it.
      */
     createChatSession: {
       name: "CreateChatSession",
@@ -1916,7 +1939,15 @@ export const ChatSessionServiceDefinition = {
       responseStream: false,
       options: {},
     },
-    /** Returns a session. NOT_FOUND (CHAT_SESSION_NOT_FOUND) when there is none. */
+    /**
+     * Returns a session.
+     *
+     * Errors:
+     *
+     * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+     *
+     * Retry: safe.
+     */
     getChatSession: {
       name: "GetChatSession",
       requestType: GetChatSessionRequest as typeof GetChatSessionRequest,
@@ -1926,10 +1957,15 @@ export const ChatSessionServiceDefinition = {
       options: {},
     },
     /**
-     * Lists the tenant's sessions, newest first, in pages.
+     * Lists the sessions of the tenant, newest first, in pages.
      *
-     * By update time, a session that changes during the walk moves to the front, and may be met on
-     * neither page; by create time every session that exists throughout is met exactly once.
+     * With the order CREATE_TIME, every session that exists and matches the filters during the whole
+     * listing is returned exactly once. With the order UPDATE_TIME, a session that changes during the
+     * listing moves to the front and can be missing from all pages.
+     *
+     * Errors: the common errors only.
+     *
+     * Retry: safe.
      */
     listChatSessions: {
       name: "ListChatSessions",
@@ -1940,11 +1976,20 @@ export const ChatSessionServiceDefinition = {
       options: {},
     },
     /**
-     * Changes a session's status. Any change between statuses is allowed; setting the status it has
-     * already changes nothing, not even the revision.
+     * Updates the status of a session.
      *
-     * NOT_FOUND (CHAT_SESSION_NOT_FOUND); ABORTED (ETAG_MISMATCH) when `session.etag` is set and the
-     * session has changed since. Safe to repeat without an etag.
+     * Every transition between statuses is allowed. Setting the current status is not a change: the
+     * revision and the update time stay the same.
+     *
+     * Errors:
+     *
+     * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+     * - ABORTED (ETAG_MISMATCH): `session.etag` is set and is not the current revision, even if the
+     *   status would stay the same. Read the session again before another attempt.
+     *
+     * Retry: safe without `session.etag`, although a retry can overwrite an update that another
+     * caller made meanwhile. With an etag, a retry after a successful attempt fails with
+     * ETAG_MISMATCH.
      */
     updateChatSession: {
       name: "UpdateChatSession",
@@ -1955,11 +2000,19 @@ export const ChatSessionServiceDefinition = {
       options: {},
     },
     /**
-     * Deletes a session with its messages, their attachments and its chat ticket. The ticket itself
-     * stays.
+     * Deletes a session with its messages, their attachments and its ticket link.
      *
-     * NOT_FOUND (CHAT_SESSION_NOT_FOUND), also for a repeat; FAILED_PRECONDITION
-     * (SESSION_HAS_ACTIVE_TICKET) while its ticket is open or pending; ABORTED (ETAG_MISMATCH).
+     * The ticket itself is kept. Watchers of the session receive `session_deleted`, and their streams
+     * end.
+     *
+     * Errors:
+     *
+     * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+     * - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision.
+     * - FAILED_PRECONDITION (SESSION_HAS_ACTIVE_TICKET): the ticket of the session is OPEN or
+     *   PENDING.
+     *
+     * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
      */
     deleteChatSession: {
       name: "DeleteChatSession",
@@ -1970,22 +2023,50 @@ export const ChatSessionServiceDefinition = {
       options: {},
     },
     /**
-     * Follows a session: what changed after a revision, then every change as it happens, until the
-     * caller leaves.
+     * Watches a session: streams what changed after a revision, and then every change as it happens.
      *
-     * The first response is the session. Every message that survives is delivered as created exactly
-     * once per stream, in the order of `sequence`; a message that was delivered and then changed is
-     * delivered again, whole, as updated; one that was deleted is named. Intermediate states may
-     * coalesce, and a message delivered already changed may come again as updated. What a session
-     * held when it was deleted and had not been read is gone.
+     * Use it to follow a session live. The stream ends when the caller cancels it, when the session
+     * is deleted, or with an error.
      *
-     * The `revision` of a response means: everything up to here has been delivered. Resume after
-     * any break with `after_revision` set to the last one received. When the session is deleted the
-     * stream says so and ends OK. A quiet stream carries a heartbeat every 15 seconds.
+     * The first response is the session. Then come the changes after `after_revision`, in the order
+     * of their revisions:
      *
-     * NOT_FOUND (CHAT_SESSION_NOT_FOUND); OUT_OF_RANGE (REVISION_OUT_OF_RANGE) for a revision that
-     * the session has not reached; UNAVAILABLE when the server shuts down or loses its database, and
-     * RESOURCE_EXHAUSTED (SLOW_READER) when the caller has read nothing for 30 seconds: resume.
+     * - Every message that still exists is delivered as created exactly once per stream, in the order
+     *   of `sequence`.
+     * - A message that changes after its delivery is delivered again as updated, as a whole. This
+     *   includes messages up to `after_revision`, which an earlier stream delivered. Several changes
+     *   can be combined into one update. A message that had changed before its delivery can be
+     *   delivered again as updated.
+     * - A deleted message is named by its id.
+     * - A change of `status` or `has_ticket` is delivered as the session.
+     *
+     * The `revision` of a response is the position of the stream: everything up to this revision has
+     * been delivered. To resume after any break, call again with `after_revision` set to the last
+     * `revision` received.
+     *
+     * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
+     * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
+     * delivered by then are lost. Changes to the title or status of a ticket are not streamed.
+     *
+     * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
+     * ListChatMessages together, and at most 100 of them for one session. A response has at most 500
+     * messages and about 1 MiB.
+     *
+     * Errors:
+     *
+     * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+     * - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): the session has not reached `after_revision`. The
+     *   stream also ends with this error when the database loses changes that were delivered, for
+     *   example in a failover. Watch again from 0.
+     * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+     *   could not send. Resume.
+     * - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
+     *   server.
+     * - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
+     *   Resume.
+     *
+     * Retry: safe. Resume after the last `revision` received, or from the same `after_revision` when
+     * nothing was received.
      */
     watchChatSession: {
       name: "WatchChatSession",
@@ -1998,14 +2079,26 @@ export const ChatSessionServiceDefinition = {
   },
 } as const;
 
-/** Holds the chat sessions of a tenant. */
+/**
+ * Manages the chat sessions of a tenant.
+ *
+ * Every RPC can also return the common errors that the package comment in resources.proto lists.
+ */
 export type ChatSessionServiceService = typeof ChatSessionServiceService;
 export const ChatSessionServiceService = {
   /**
    * Creates a session.
    *
-   * Safe to repeat when `session.id` is set: a repeat returns the session as it is now. The id of
-   * a deleted session must not be used again.
+   * A session can be created with any status.
+   *
+   * Errors:
+   *
+   * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): a session with this id existed when the call
+   *   began, and was deleted during the call.
+   *
+   * Retry: safe when `session.id` is set. A call with the id of an existing session returns that
+   * session as it is now, whatever its status. Without an id, a retry can create a second session.
+   * The id of a deleted session must not be used again; the server does not reject it.
    */
   createChatSession: {
     path: "/chat_ticket.v1.ChatSessionService/CreateChatSession" as const,
@@ -2018,7 +2111,15 @@ export const ChatSessionServiceService = {
       Buffer.from(CreateChatSessionResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): CreateChatSessionResponse => CreateChatSessionResponse.decode(value),
   },
-  /** Returns a session. NOT_FOUND (CHAT_SESSION_NOT_FOUND) when there is none. */
+  /**
+   * Returns a session.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   *
+   * Retry: safe.
+   */
   getChatSession: {
     path: "/chat_ticket.v1.ChatSessionService/GetChatSession" as const,
     requestStream: false as const,
@@ -2031,10 +2132,15 @@ export const ChatSessionServiceService = {
     responseDeserialize: (value: Buffer): GetChatSessionResponse => GetChatSessionResponse.decode(value),
   },
   /**
-   * Lists the tenant's sessions, newest first, in pages.
+   * Lists the sessions of the tenant, newest first, in pages.
    *
-   * By update time, a session that changes during the walk moves to the front, and may be met on
-   * neither page; by create time every session that exists throughout is met exactly once.
+   * With the order CREATE_TIME, every session that exists and matches the filters during the whole
+   * listing is returned exactly once. With the order UPDATE_TIME, a session that changes during the
+   * listing moves to the front and can be missing from all pages.
+   *
+   * Errors: the common errors only.
+   *
+   * Retry: safe.
    */
   listChatSessions: {
     path: "/chat_ticket.v1.ChatSessionService/ListChatSessions" as const,
@@ -2048,11 +2154,20 @@ export const ChatSessionServiceService = {
     responseDeserialize: (value: Buffer): ListChatSessionsResponse => ListChatSessionsResponse.decode(value),
   },
   /**
-   * Changes a session's status. Any change between statuses is allowed; setting the status it has
-   * already changes nothing, not even the revision.
+   * Updates the status of a session.
    *
-   * NOT_FOUND (CHAT_SESSION_NOT_FOUND); ABORTED (ETAG_MISMATCH) when `session.etag` is set and the
-   * session has changed since. Safe to repeat without an etag.
+   * Every transition between statuses is allowed. Setting the current status is not a change: the
+   * revision and the update time stay the same.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - ABORTED (ETAG_MISMATCH): `session.etag` is set and is not the current revision, even if the
+   *   status would stay the same. Read the session again before another attempt.
+   *
+   * Retry: safe without `session.etag`, although a retry can overwrite an update that another
+   * caller made meanwhile. With an etag, a retry after a successful attempt fails with
+   * ETAG_MISMATCH.
    */
   updateChatSession: {
     path: "/chat_ticket.v1.ChatSessionService/UpdateChatSession" as const,
@@ -2066,11 +2181,19 @@ export const ChatSessionServiceService = {
     responseDeserialize: (value: Buffer): UpdateChatSessionResponse => UpdateChatSessionResponse.decode(value),
   },
   /**
-   * Deletes a session with its messages, their attachments and its chat ticket. The ticket itself
-   * stays.
+   * Deletes a session with its messages, their attachments and its ticket link.
    *
-   * NOT_FOUND (CHAT_SESSION_NOT_FOUND), also for a repeat; FAILED_PRECONDITION
-   * (SESSION_HAS_ACTIVE_TICKET) while its ticket is open or pending; ABORTED (ETAG_MISMATCH).
+   * The ticket itself is kept. Watchers of the session receive `session_deleted`, and their streams
+   * end.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision.
+   * - FAILED_PRECONDITION (SESSION_HAS_ACTIVE_TICKET): the ticket of the session is OPEN or
+   *   PENDING.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
    */
   deleteChatSession: {
     path: "/chat_ticket.v1.ChatSessionService/DeleteChatSession" as const,
@@ -2084,22 +2207,50 @@ export const ChatSessionServiceService = {
     responseDeserialize: (value: Buffer): DeleteChatSessionResponse => DeleteChatSessionResponse.decode(value),
   },
   /**
-   * Follows a session: what changed after a revision, then every change as it happens, until the
-   * caller leaves.
+   * Watches a session: streams what changed after a revision, and then every change as it happens.
    *
-   * The first response is the session. Every message that survives is delivered as created exactly
-   * once per stream, in the order of `sequence`; a message that was delivered and then changed is
-   * delivered again, whole, as updated; one that was deleted is named. Intermediate states may
-   * coalesce, and a message delivered already changed may come again as updated. What a session
-   * held when it was deleted and had not been read is gone.
+   * Use it to follow a session live. The stream ends when the caller cancels it, when the session
+   * is deleted, or with an error.
    *
-   * The `revision` of a response means: everything up to here has been delivered. Resume after
-   * any break with `after_revision` set to the last one received. When the session is deleted the
-   * stream says so and ends OK. A quiet stream carries a heartbeat every 15 seconds.
+   * The first response is the session. Then come the changes after `after_revision`, in the order
+   * of their revisions:
    *
-   * NOT_FOUND (CHAT_SESSION_NOT_FOUND); OUT_OF_RANGE (REVISION_OUT_OF_RANGE) for a revision that
-   * the session has not reached; UNAVAILABLE when the server shuts down or loses its database, and
-   * RESOURCE_EXHAUSTED (SLOW_READER) when the caller has read nothing for 30 seconds: resume.
+   * - Every message that still exists is delivered as created exactly once per stream, in the order
+   *   of `sequence`.
+   * - A message that changes after its delivery is delivered again as updated, as a whole. This
+   *   includes messages up to `after_revision`, which an earlier stream delivered. Several changes
+   *   can be combined into one update. A message that had changed before its delivery can be
+   *   delivered again as updated.
+   * - A deleted message is named by its id.
+   * - A change of `status` or `has_ticket` is delivered as the session.
+   *
+   * The `revision` of a response is the position of the stream: everything up to this revision has
+   * been delivered. To resume after any break, call again with `after_revision` set to the last
+   * `revision` received.
+   *
+   * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
+   * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
+   * delivered by then are lost. Changes to the title or status of a ticket are not streamed.
+   *
+   * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
+   * ListChatMessages together, and at most 100 of them for one session. A response has at most 500
+   * messages and about 1 MiB.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): the session has not reached `after_revision`. The
+   *   stream also ends with this error when the database loses changes that were delivered, for
+   *   example in a failover. Watch again from 0.
+   * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+   *   could not send. Resume.
+   * - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
+   *   server.
+   * - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
+   *   Resume.
+   *
+   * Retry: safe. Resume after the last `revision` received, or from the same `after_revision` when
+   * nothing was received.
    */
   watchChatSession: {
     path: "/chat_ticket.v1.ChatSessionService/WatchChatSession" as const,
@@ -2118,52 +2269,118 @@ export interface ChatSessionServiceServer extends UntypedServiceImplementation {
   /**
    * Creates a session.
    *
-   * Safe to repeat when `session.id` is set: a repeat returns the session as it is now. The id of
-   * a deleted session must not be used again.
+   * A session can be created with any status.
+   *
+   * Errors:
+   *
+   * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): a session with this id existed when the call
+   *   began, and was deleted during the call.
+   *
+   * Retry: safe when `session.id` is set. A call with the id of an existing session returns that
+   * session as it is now, whatever its status. Without an id, a retry can create a second session.
+   * The id of a deleted session must not be used again; the server does not reject it.
    */
   createChatSession: handleUnaryCall<CreateChatSessionRequest, CreateChatSessionResponse>;
-  /** Returns a session. NOT_FOUND (CHAT_SESSION_NOT_FOUND) when there is none. */
+  /**
+   * Returns a session.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   *
+   * Retry: safe.
+   */
   getChatSession: handleUnaryCall<GetChatSessionRequest, GetChatSessionResponse>;
   /**
-   * Lists the tenant's sessions, newest first, in pages.
+   * Lists the sessions of the tenant, newest first, in pages.
    *
-   * By update time, a session that changes during the walk moves to the front, and may be met on
-   * neither page; by create time every session that exists throughout is met exactly once.
+   * With the order CREATE_TIME, every session that exists and matches the filters during the whole
+   * listing is returned exactly once. With the order UPDATE_TIME, a session that changes during the
+   * listing moves to the front and can be missing from all pages.
+   *
+   * Errors: the common errors only.
+   *
+   * Retry: safe.
    */
   listChatSessions: handleUnaryCall<ListChatSessionsRequest, ListChatSessionsResponse>;
   /**
-   * Changes a session's status. Any change between statuses is allowed; setting the status it has
-   * already changes nothing, not even the revision.
+   * Updates the status of a session.
    *
-   * NOT_FOUND (CHAT_SESSION_NOT_FOUND); ABORTED (ETAG_MISMATCH) when `session.etag` is set and the
-   * session has changed since. Safe to repeat without an etag.
+   * Every transition between statuses is allowed. Setting the current status is not a change: the
+   * revision and the update time stay the same.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - ABORTED (ETAG_MISMATCH): `session.etag` is set and is not the current revision, even if the
+   *   status would stay the same. Read the session again before another attempt.
+   *
+   * Retry: safe without `session.etag`, although a retry can overwrite an update that another
+   * caller made meanwhile. With an etag, a retry after a successful attempt fails with
+   * ETAG_MISMATCH.
    */
   updateChatSession: handleUnaryCall<UpdateChatSessionRequest, UpdateChatSessionResponse>;
   /**
-   * Deletes a session with its messages, their attachments and its chat ticket. The ticket itself
-   * stays.
+   * Deletes a session with its messages, their attachments and its ticket link.
    *
-   * NOT_FOUND (CHAT_SESSION_NOT_FOUND), also for a repeat; FAILED_PRECONDITION
-   * (SESSION_HAS_ACTIVE_TICKET) while its ticket is open or pending; ABORTED (ETAG_MISMATCH).
+   * The ticket itself is kept. Watchers of the session receive `session_deleted`, and their streams
+   * end.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision.
+   * - FAILED_PRECONDITION (SESSION_HAS_ACTIVE_TICKET): the ticket of the session is OPEN or
+   *   PENDING.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
    */
   deleteChatSession: handleUnaryCall<DeleteChatSessionRequest, DeleteChatSessionResponse>;
   /**
-   * Follows a session: what changed after a revision, then every change as it happens, until the
-   * caller leaves.
+   * Watches a session: streams what changed after a revision, and then every change as it happens.
    *
-   * The first response is the session. Every message that survives is delivered as created exactly
-   * once per stream, in the order of `sequence`; a message that was delivered and then changed is
-   * delivered again, whole, as updated; one that was deleted is named. Intermediate states may
-   * coalesce, and a message delivered already changed may come again as updated. What a session
-   * held when it was deleted and had not been read is gone.
+   * Use it to follow a session live. The stream ends when the caller cancels it, when the session
+   * is deleted, or with an error.
    *
-   * The `revision` of a response means: everything up to here has been delivered. Resume after
-   * any break with `after_revision` set to the last one received. When the session is deleted the
-   * stream says so and ends OK. A quiet stream carries a heartbeat every 15 seconds.
+   * The first response is the session. Then come the changes after `after_revision`, in the order
+   * of their revisions:
    *
-   * NOT_FOUND (CHAT_SESSION_NOT_FOUND); OUT_OF_RANGE (REVISION_OUT_OF_RANGE) for a revision that
-   * the session has not reached; UNAVAILABLE when the server shuts down or loses its database, and
-   * RESOURCE_EXHAUSTED (SLOW_READER) when the caller has read nothing for 30 seconds: resume.
+   * - Every message that still exists is delivered as created exactly once per stream, in the order
+   *   of `sequence`.
+   * - A message that changes after its delivery is delivered again as updated, as a whole. This
+   *   includes messages up to `after_revision`, which an earlier stream delivered. Several changes
+   *   can be combined into one update. A message that had changed before its delivery can be
+   *   delivered again as updated.
+   * - A deleted message is named by its id.
+   * - A change of `status` or `has_ticket` is delivered as the session.
+   *
+   * The `revision` of a response is the position of the stream: everything up to this revision has
+   * been delivered. To resume after any break, call again with `after_revision` set to the last
+   * `revision` received.
+   *
+   * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
+   * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
+   * delivered by then are lost. Changes to the title or status of a ticket are not streamed.
+   *
+   * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
+   * ListChatMessages together, and at most 100 of them for one session. A response has at most 500
+   * messages and about 1 MiB.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): the session has not reached `after_revision`. The
+   *   stream also ends with this error when the database loses changes that were delivered, for
+   *   example in a failover. Watch again from 0.
+   * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+   *   could not send. Resume.
+   * - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
+   *   server.
+   * - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
+   *   Resume.
+   *
+   * Retry: safe. Resume after the last `revision` received, or from the same `after_revision` when
+   * nothing was received.
    */
   watchChatSession: handleServerStreamingCall<WatchChatSessionRequest, WatchChatSessionResponse>;
 }
@@ -2172,8 +2389,16 @@ export interface ChatSessionServiceClient extends Client {
   /**
    * Creates a session.
    *
-   * Safe to repeat when `session.id` is set: a repeat returns the session as it is now. The id of
-   * a deleted session must not be used again.
+   * A session can be created with any status.
+   *
+   * Errors:
+   *
+   * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): a session with this id existed when the call
+   *   began, and was deleted during the call.
+   *
+   * Retry: safe when `session.id` is set. A call with the id of an existing session returns that
+   * session as it is now, whatever its status. Without an id, a retry can create a second session.
+   * The id of a deleted session must not be used again; the server does not reject it.
    */
   createChatSession(
     request: CreateChatSessionRequest,
@@ -2190,7 +2415,15 @@ export interface ChatSessionServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: CreateChatSessionResponse) => void,
   ): ClientUnaryCall;
-  /** Returns a session. NOT_FOUND (CHAT_SESSION_NOT_FOUND) when there is none. */
+  /**
+   * Returns a session.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   *
+   * Retry: safe.
+   */
   getChatSession(
     request: GetChatSessionRequest,
     callback: (error: ServiceError | null, response: GetChatSessionResponse) => void,
@@ -2207,10 +2440,15 @@ export interface ChatSessionServiceClient extends Client {
     callback: (error: ServiceError | null, response: GetChatSessionResponse) => void,
   ): ClientUnaryCall;
   /**
-   * Lists the tenant's sessions, newest first, in pages.
+   * Lists the sessions of the tenant, newest first, in pages.
    *
-   * By update time, a session that changes during the walk moves to the front, and may be met on
-   * neither page; by create time every session that exists throughout is met exactly once.
+   * With the order CREATE_TIME, every session that exists and matches the filters during the whole
+   * listing is returned exactly once. With the order UPDATE_TIME, a session that changes during the
+   * listing moves to the front and can be missing from all pages.
+   *
+   * Errors: the common errors only.
+   *
+   * Retry: safe.
    */
   listChatSessions(
     request: ListChatSessionsRequest,
@@ -2228,11 +2466,20 @@ export interface ChatSessionServiceClient extends Client {
     callback: (error: ServiceError | null, response: ListChatSessionsResponse) => void,
   ): ClientUnaryCall;
   /**
-   * Changes a session's status. Any change between statuses is allowed; setting the status it has
-   * already changes nothing, not even the revision.
+   * Updates the status of a session.
    *
-   * NOT_FOUND (CHAT_SESSION_NOT_FOUND); ABORTED (ETAG_MISMATCH) when `session.etag` is set and the
-   * session has changed since. Safe to repeat without an etag.
+   * Every transition between statuses is allowed. Setting the current status is not a change: the
+   * revision and the update time stay the same.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - ABORTED (ETAG_MISMATCH): `session.etag` is set and is not the current revision, even if the
+   *   status would stay the same. Read the session again before another attempt.
+   *
+   * Retry: safe without `session.etag`, although a retry can overwrite an update that another
+   * caller made meanwhile. With an etag, a retry after a successful attempt fails with
+   * ETAG_MISMATCH.
    */
   updateChatSession(
     request: UpdateChatSessionRequest,
@@ -2250,11 +2497,19 @@ export interface ChatSessionServiceClient extends Client {
     callback: (error: ServiceError | null, response: UpdateChatSessionResponse) => void,
   ): ClientUnaryCall;
   /**
-   * Deletes a session with its messages, their attachments and its chat ticket. The ticket itself
-   * stays.
+   * Deletes a session with its messages, their attachments and its ticket link.
    *
-   * NOT_FOUND (CHAT_SESSION_NOT_FOUND), also for a repeat; FAILED_PRECONDITION
-   * (SESSION_HAS_ACTIVE_TICKET) while its ticket is open or pending; ABORTED (ETAG_MISMATCH).
+   * The ticket itself is kept. Watchers of the session receive `session_deleted`, and their streams
+   * end.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision.
+   * - FAILED_PRECONDITION (SESSION_HAS_ACTIVE_TICKET): the ticket of the session is OPEN or
+   *   PENDING.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
    */
   deleteChatSession(
     request: DeleteChatSessionRequest,
@@ -2272,22 +2527,50 @@ export interface ChatSessionServiceClient extends Client {
     callback: (error: ServiceError | null, response: DeleteChatSessionResponse) => void,
   ): ClientUnaryCall;
   /**
-   * Follows a session: what changed after a revision, then every change as it happens, until the
-   * caller leaves.
+   * Watches a session: streams what changed after a revision, and then every change as it happens.
    *
-   * The first response is the session. Every message that survives is delivered as created exactly
-   * once per stream, in the order of `sequence`; a message that was delivered and then changed is
-   * delivered again, whole, as updated; one that was deleted is named. Intermediate states may
-   * coalesce, and a message delivered already changed may come again as updated. What a session
-   * held when it was deleted and had not been read is gone.
+   * Use it to follow a session live. The stream ends when the caller cancels it, when the session
+   * is deleted, or with an error.
    *
-   * The `revision` of a response means: everything up to here has been delivered. Resume after
-   * any break with `after_revision` set to the last one received. When the session is deleted the
-   * stream says so and ends OK. A quiet stream carries a heartbeat every 15 seconds.
+   * The first response is the session. Then come the changes after `after_revision`, in the order
+   * of their revisions:
    *
-   * NOT_FOUND (CHAT_SESSION_NOT_FOUND); OUT_OF_RANGE (REVISION_OUT_OF_RANGE) for a revision that
-   * the session has not reached; UNAVAILABLE when the server shuts down or loses its database, and
-   * RESOURCE_EXHAUSTED (SLOW_READER) when the caller has read nothing for 30 seconds: resume.
+   * - Every message that still exists is delivered as created exactly once per stream, in the order
+   *   of `sequence`.
+   * - A message that changes after its delivery is delivered again as updated, as a whole. This
+   *   includes messages up to `after_revision`, which an earlier stream delivered. Several changes
+   *   can be combined into one update. A message that had changed before its delivery can be
+   *   delivered again as updated.
+   * - A deleted message is named by its id.
+   * - A change of `status` or `has_ticket` is delivered as the session.
+   *
+   * The `revision` of a response is the position of the stream: everything up to this revision has
+   * been delivered. To resume after any break, call again with `after_revision` set to the last
+   * `revision` received.
+   *
+   * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
+   * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
+   * delivered by then are lost. Changes to the title or status of a ticket are not streamed.
+   *
+   * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
+   * ListChatMessages together, and at most 100 of them for one session. A response has at most 500
+   * messages and about 1 MiB.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): the session has not reached `after_revision`. The
+   *   stream also ends with this error when the database loses changes that were delivered, for
+   *   example in a failover. Watch again from 0.
+   * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+   *   could not send. Resume.
+   * - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
+   *   server.
+   * - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
+   *   Resume.
+   *
+   * Retry: safe. Resume after the last `revision` received, or from the same `after_revision` when
+   * nothing was received.
    */
   watchChatSession(
     request: WatchChatSessionRequest,

@@ -26,139 +26,157 @@ import {
 } from "./resources.js";
 
 /**
- * Tickets, and the links from chat sessions to them. The errors that every RPC shares are named in
- * chat_session.proto.
+ * Tickets, and the links from chat sessions to them. The package comment in resources.proto has the
+ * rules that all RPCs share.
  */
 
-/** See CreateChatTicket. One of `ticket_id` and `ticket` is required. */
+/**
+ * Request message for ChatTicketService.CreateChatTicket. One of `ticket_id` and `ticket` is
+ * required.
+ */
 export interface CreateChatTicketRequest {
-  /** The session to escalate. Required. */
+  /** The id of the session to escalate. Required. */
   sessionId: string;
-  /** The id of the link, optional and client-chosen. */
+  /** The id of the link. Optional; the server generates one when it is empty. */
   chatTicketId: string;
-  /** The ticket. Required. */
+  /** The ticket to link the session to. Required. */
   target:
     | //
-    /** An existing ticket. */
+    /** The id of an existing ticket. */
     { $case: "ticketId"; value: string }
     | //
-    /** A ticket to open: its id (optional), title and status (default open) are read. */
+    /**
+     * A ticket to create. The server reads `id` (optional), `title` and `status` (optional; the
+     * default is OPEN).
+     */
     { $case: "ticket"; value: Ticket }
     | undefined;
 }
 
-/** See CreateChatTicket. One of `ticket_id` and `ticket` is required. */
+/** Response message for ChatTicketService.CreateChatTicket. */
 export interface CreateChatTicketResponse {
-  /** The link, with its ticket. */
+  /** The link with its ticket. */
   chatTicket: ChatTicket | undefined;
 }
 
-/** See GetChatTicket. */
+/** Request message for ChatTicketService.GetChatTicket. */
 export interface GetChatTicketRequest {
-  /** The link. Required. */
+  /** The id of the link. Required. */
   chatTicketId: string;
 }
 
-/** See GetChatTicket. */
+/** Response message for ChatTicketService.GetChatTicket. */
 export interface GetChatTicketResponse {
-  /** The link, with its ticket. */
+  /** The link with its ticket. */
   chatTicket: ChatTicket | undefined;
 }
 
-/** See ListChatTickets. One of `session_id` and `ticket_id` is required. */
+/**
+ * Request message for ChatTicketService.ListChatTickets. One of `session_id` and `ticket_id` is
+ * required.
+ */
 export interface ListChatTicketsRequest {
-  /** Whose links. Required. */
+  /** The session or the ticket whose links are listed. Required. */
   parent:
     | //
-    /** Those of a session. */
+    /** The id of a session: lists its link, if there is one. */
     { $case: "sessionId"; value: string }
     | //
-    /** Those of a ticket. */
+    /** The id of a ticket: lists the links of all its sessions. */
     { $case: "ticketId"; value: string }
     | undefined;
   /**
-   * How many links at the most; 0 means 50, more than 1,000 means 1,000. A page may be shorter
-   * though more follow: only an empty `next_page_token` is the end.
+   * The maximum number of links in the page. Optional; 0 means 50, and values over 1,000 mean
+   * 1,000. A page can have fewer links although more follow.
    */
   pageSize: number;
-  /** The `next_page_token` of the page before; bound to the parent of that call. */
+  /**
+   * The `next_page_token` of the previous page. Optional; empty means the first page. Valid only
+   * for the same parent.
+   */
   pageToken: string;
 }
 
-/** See ListChatTickets. */
+/** Response message for ChatTicketService.ListChatTickets. */
 export interface ListChatTicketsResponse {
-  /** The page, each link with its ticket. */
+  /** The links of the page, each with its ticket. */
   chatTickets: ChatTicket[];
-  /** Asks for the next page; empty on the last. */
+  /** The `page_token` of the next page. Empty on the last page. */
   nextPageToken: string;
 }
 
-/** See DeleteChatTicket. */
+/** Request message for ChatTicketService.DeleteChatTicket. */
 export interface DeleteChatTicketRequest {
-  /** The link. Required. */
+  /** The id of the link. Required. */
   chatTicketId: string;
 }
 
-/** See DeleteChatTicket. */
+/** Response message for ChatTicketService.DeleteChatTicket. */
 export interface DeleteChatTicketResponse {
 }
 
-/** See GetTicket. */
+/** Request message for ChatTicketService.GetTicket. */
 export interface GetTicketRequest {
-  /** The ticket. Required. */
+  /** The id of the ticket. Required. */
   ticketId: string;
 }
 
-/** See GetTicket. */
+/** Response message for ChatTicketService.GetTicket. */
 export interface GetTicketResponse {
   /** The ticket. */
   ticket: Ticket | undefined;
 }
 
-/** See ListTickets. */
+/** Request message for ChatTicketService.ListTickets. */
 export interface ListTicketsRequest {
-  /** Only tickets in one of these statuses; empty means any. */
+  /**
+   * Returns only tickets with one of these statuses. Optional; empty means any status. At most 20
+   * values; UNSPECIFIED is rejected.
+   */
   statuses: TicketStatus[];
   /**
-   * How many tickets at the most; 0 means 50, more than 1,000 means 1,000. A page may be shorter
-   * though more follow: only an empty `next_page_token` is the end.
+   * The maximum number of tickets in the page. Optional; 0 means 50, and values over 1,000 mean
+   * 1,000. A page can have fewer tickets although more follow.
    */
   pageSize: number;
-  /** The `next_page_token` of the page before; bound to the filters of that call. */
+  /**
+   * The `next_page_token` of the previous page. Optional; empty means the first page. Valid only
+   * for the same filters.
+   */
   pageToken: string;
 }
 
-/** See ListTickets. */
+/** Response message for ChatTicketService.ListTickets. */
 export interface ListTicketsResponse {
-  /** The page. */
+  /** The tickets of the page. */
   tickets: Ticket[];
-  /** Asks for the next page; empty on the last. */
+  /** The `page_token` of the next page. Empty on the last page. */
   nextPageToken: string;
 }
 
-/** See UpdateTicket. */
+/** Request message for ChatTicketService.UpdateTicket. */
 export interface UpdateTicketRequest {
-  /** The ticket: `id` names it, the fields of the mask are set. */
+  /** The ticket to update. `id` is required and names it. The fields that the mask names are set. */
   ticket:
     | Ticket
     | undefined;
-  /** The fields to change: `title`, `status`, or both. Required. */
+  /** The fields to update: `title`, `status`, or both. Required. */
   updateMask: string[] | undefined;
 }
 
-/** See UpdateTicket. */
+/** Response message for ChatTicketService.UpdateTicket. */
 export interface UpdateTicketResponse {
-  /** The ticket as it is now. */
+  /** The ticket after the update. */
   ticket: Ticket | undefined;
 }
 
-/** See DeleteTicket. */
+/** Request message for ChatTicketService.DeleteTicket. */
 export interface DeleteTicketRequest {
-  /** The ticket. Required. */
+  /** The id of the ticket. Required. */
   ticketId: string;
 }
 
-/** See DeleteTicket. */
+/** Response message for ChatTicketService.DeleteTicket. */
 export interface DeleteTicketResponse {
 }
 
@@ -1532,23 +1550,41 @@ export const DeleteTicketResponse: MessageFns<DeleteTicketResponse> = {
   },
 };
 
-/** Turns chat sessions into tickets, and holds a minimal record of the tickets. */
+/**
+ * Escalates chat sessions to tickets, and manages a minimal record of each ticket.
+ *
+ * A `ChatTicket` is the link from a session to its `Ticket`.
+ *
+ * Every RPC can also return the common errors that the package comment in resources.proto lists.
+ */
 export type ChatTicketServiceDefinition = typeof ChatTicketServiceDefinition;
 export const ChatTicketServiceDefinition = {
   name: "ChatTicketService",
   fullName: "chat_ticket.v1.ChatTicketService",
   methods: {
     /**
-     * Escalates a session: links it to an existing ticket, or opens a new one and links it, in one
-     * transaction. The session's has_ticket becomes true.
+     * Escalates a session: links it to an existing ticket, or to a new one that the call creates.
      *
-     * Safe to repeat when `chat_ticket_id` or `ticket.id` is set: a repeat returns the link as it
-     * is. A new ticket's title is compared only while the ticket is unchanged. Ids of deleted links
-     * and tickets must not be used again.
+     * The ticket and the link are created in one transaction. `has_ticket` of the session becomes
+     * true, the revision of the session increases, and watchers of the session receive the session.
+     * An existing ticket can have any status. The same ticket can be linked to several sessions.
      *
-     * NOT_FOUND (CHAT_SESSION_NOT_FOUND, TICKET_NOT_FOUND); ALREADY_EXISTS (SESSION_HAS_TICKET) when
-     * the session has a ticket, (CHAT_TICKET_ALREADY_EXISTS, TICKET_ALREADY_EXISTS) when an id
-     * belongs to something else; FAILED_PRECONDITION (SESSION_ARCHIVED).
+     * Errors:
+     *
+     * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+     * - NOT_FOUND (TICKET_NOT_FOUND): `ticket_id` does not exist.
+     * - ALREADY_EXISTS (SESSION_HAS_TICKET): the session is already linked to a ticket.
+     * - ALREADY_EXISTS (CHAT_TICKET_ALREADY_EXISTS): `chat_ticket_id` belongs to an existing link,
+     *   and this call is not a retry of its creation.
+     * - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
+     *   call is not a retry of its creation.
+     * - FAILED_PRECONDITION (SESSION_ARCHIVED): the session is archived.
+     *
+     * Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
+     * its ticket as it is now. The title and status of a new ticket are compared only until the
+     * ticket changes. Without an id, a retry after a successful attempt fails with
+     * SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
+     * does not reject them.
      */
     createChatTicket: {
       name: "CreateChatTicket",
@@ -1558,7 +1594,15 @@ export const ChatTicketServiceDefinition = {
       responseStream: false,
       options: {},
     },
-    /** Returns a link with its ticket. NOT_FOUND (CHAT_TICKET_NOT_FOUND). */
+    /**
+     * Returns a link with its ticket.
+     *
+     * Errors:
+     *
+     * - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
+     *
+     * Retry: safe.
+     */
     getChatTicket: {
       name: "GetChatTicket",
       requestType: GetChatTicketRequest as typeof GetChatTicketRequest,
@@ -1568,8 +1612,16 @@ export const ChatTicketServiceDefinition = {
       options: {},
     },
     /**
-     * Lists the links of a session (none or one) or of a ticket, each with its ticket, oldest first,
-     * in pages. NOT_FOUND when the session or ticket does not exist.
+     * Lists the links of a session or of a ticket with their ticket, oldest first, in pages.
+     *
+     * A session has at most one link.
+     *
+     * Errors:
+     *
+     * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+     * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+     *
+     * Retry: safe.
      */
     listChatTickets: {
       name: "ListChatTickets",
@@ -1580,9 +1632,16 @@ export const ChatTicketServiceDefinition = {
       options: {},
     },
     /**
-     * Unlinks a session from its ticket. The session's has_ticket becomes false; the ticket stays.
+     * Deletes the link from a session to its ticket. The ticket is kept.
      *
-     * NOT_FOUND (CHAT_TICKET_NOT_FOUND), also for a repeat.
+     * `has_ticket` of the session becomes false, the revision of the session increases, and watchers
+     * of the session receive the session. The status of the ticket does not matter.
+     *
+     * Errors:
+     *
+     * - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
+     *
+     * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
      */
     deleteChatTicket: {
       name: "DeleteChatTicket",
@@ -1592,7 +1651,15 @@ export const ChatTicketServiceDefinition = {
       responseStream: false,
       options: {},
     },
-    /** Returns a ticket. NOT_FOUND (TICKET_NOT_FOUND). */
+    /**
+     * Returns a ticket.
+     *
+     * Errors:
+     *
+     * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+     *
+     * Retry: safe.
+     */
     getTicket: {
       name: "GetTicket",
       requestType: GetTicketRequest as typeof GetTicketRequest,
@@ -1601,7 +1668,15 @@ export const ChatTicketServiceDefinition = {
       responseStream: false,
       options: {},
     },
-    /** Lists the tenant's tickets, newest first, in pages. */
+    /**
+     * Lists the tickets of the tenant, newest first, in pages.
+     *
+     * The order is that of creation. Tickets with the same time are ordered by id, highest first.
+     *
+     * Errors: the common errors only.
+     *
+     * Retry: safe.
+     */
     listTickets: {
       name: "ListTickets",
       requestType: ListTicketsRequest as typeof ListTicketsRequest,
@@ -1611,10 +1686,17 @@ export const ChatTicketServiceDefinition = {
       options: {},
     },
     /**
-     * Changes a ticket's title or status. Any change between statuses is allowed. It does not touch
-     * the sessions that the ticket serves. Setting what it has already changes nothing.
+     * Updates the title or the status of a ticket.
      *
-     * NOT_FOUND (TICKET_NOT_FOUND). Safe to repeat.
+     * Every transition between statuses is allowed. Setting the current values is not a change: the
+     * update time stays the same. The sessions that are linked to the ticket do not change, and their
+     * watchers receive nothing.
+     *
+     * Errors:
+     *
+     * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+     *
+     * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
      */
     updateTicket: {
       name: "UpdateTicket",
@@ -1625,9 +1707,14 @@ export const ChatTicketServiceDefinition = {
       options: {},
     },
     /**
-     * Deletes a ticket that no session is linked to.
+     * Deletes a ticket that is not linked to a session.
      *
-     * NOT_FOUND (TICKET_NOT_FOUND), also for a repeat; FAILED_PRECONDITION (TICKET_LINKED).
+     * Errors:
+     *
+     * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+     * - FAILED_PRECONDITION (TICKET_LINKED): a session is linked to the ticket.
+     *
+     * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
      */
     deleteTicket: {
       name: "DeleteTicket",
@@ -1640,20 +1727,38 @@ export const ChatTicketServiceDefinition = {
   },
 } as const;
 
-/** Turns chat sessions into tickets, and holds a minimal record of the tickets. */
+/**
+ * Escalates chat sessions to tickets, and manages a minimal record of each ticket.
+ *
+ * A `ChatTicket` is the link from a session to its `Ticket`.
+ *
+ * Every RPC can also return the common errors that the package comment in resources.proto lists.
+ */
 export type ChatTicketServiceService = typeof ChatTicketServiceService;
 export const ChatTicketServiceService = {
   /**
-   * Escalates a session: links it to an existing ticket, or opens a new one and links it, in one
-   * transaction. The session's has_ticket becomes true.
+   * Escalates a session: links it to an existing ticket, or to a new one that the call creates.
    *
-   * Safe to repeat when `chat_ticket_id` or `ticket.id` is set: a repeat returns the link as it
-   * is. A new ticket's title is compared only while the ticket is unchanged. Ids of deleted links
-   * and tickets must not be used again.
+   * The ticket and the link are created in one transaction. `has_ticket` of the session becomes
+   * true, the revision of the session increases, and watchers of the session receive the session.
+   * An existing ticket can have any status. The same ticket can be linked to several sessions.
    *
-   * NOT_FOUND (CHAT_SESSION_NOT_FOUND, TICKET_NOT_FOUND); ALREADY_EXISTS (SESSION_HAS_TICKET) when
-   * the session has a ticket, (CHAT_TICKET_ALREADY_EXISTS, TICKET_ALREADY_EXISTS) when an id
-   * belongs to something else; FAILED_PRECONDITION (SESSION_ARCHIVED).
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - NOT_FOUND (TICKET_NOT_FOUND): `ticket_id` does not exist.
+   * - ALREADY_EXISTS (SESSION_HAS_TICKET): the session is already linked to a ticket.
+   * - ALREADY_EXISTS (CHAT_TICKET_ALREADY_EXISTS): `chat_ticket_id` belongs to an existing link,
+   *   and this call is not a retry of its creation.
+   * - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
+   *   call is not a retry of its creation.
+   * - FAILED_PRECONDITION (SESSION_ARCHIVED): the session is archived.
+   *
+   * Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
+   * its ticket as it is now. The title and status of a new ticket are compared only until the
+   * ticket changes. Without an id, a retry after a successful attempt fails with
+   * SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
+   * does not reject them.
    */
   createChatTicket: {
     path: "/chat_ticket.v1.ChatTicketService/CreateChatTicket" as const,
@@ -1666,7 +1771,15 @@ export const ChatTicketServiceService = {
       Buffer.from(CreateChatTicketResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): CreateChatTicketResponse => CreateChatTicketResponse.decode(value),
   },
-  /** Returns a link with its ticket. NOT_FOUND (CHAT_TICKET_NOT_FOUND). */
+  /**
+   * Returns a link with its ticket.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
+   *
+   * Retry: safe.
+   */
   getChatTicket: {
     path: "/chat_ticket.v1.ChatTicketService/GetChatTicket" as const,
     requestStream: false as const,
@@ -1678,8 +1791,16 @@ export const ChatTicketServiceService = {
     responseDeserialize: (value: Buffer): GetChatTicketResponse => GetChatTicketResponse.decode(value),
   },
   /**
-   * Lists the links of a session (none or one) or of a ticket, each with its ticket, oldest first,
-   * in pages. NOT_FOUND when the session or ticket does not exist.
+   * Lists the links of a session or of a ticket with their ticket, oldest first, in pages.
+   *
+   * A session has at most one link.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   *
+   * Retry: safe.
    */
   listChatTickets: {
     path: "/chat_ticket.v1.ChatTicketService/ListChatTickets" as const,
@@ -1693,9 +1814,16 @@ export const ChatTicketServiceService = {
     responseDeserialize: (value: Buffer): ListChatTicketsResponse => ListChatTicketsResponse.decode(value),
   },
   /**
-   * Unlinks a session from its ticket. The session's has_ticket becomes false; the ticket stays.
+   * Deletes the link from a session to its ticket. The ticket is kept.
    *
-   * NOT_FOUND (CHAT_TICKET_NOT_FOUND), also for a repeat.
+   * `has_ticket` of the session becomes false, the revision of the session increases, and watchers
+   * of the session receive the session. The status of the ticket does not matter.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
    */
   deleteChatTicket: {
     path: "/chat_ticket.v1.ChatTicketService/DeleteChatTicket" as const,
@@ -1708,7 +1836,15 @@ export const ChatTicketServiceService = {
       Buffer.from(DeleteChatTicketResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): DeleteChatTicketResponse => DeleteChatTicketResponse.decode(value),
   },
-  /** Returns a ticket. NOT_FOUND (TICKET_NOT_FOUND). */
+  /**
+   * Returns a ticket.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   *
+   * Retry: safe.
+   */
   getTicket: {
     path: "/chat_ticket.v1.ChatTicketService/GetTicket" as const,
     requestStream: false as const,
@@ -1718,7 +1854,15 @@ export const ChatTicketServiceService = {
     responseSerialize: (value: GetTicketResponse): Buffer => Buffer.from(GetTicketResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): GetTicketResponse => GetTicketResponse.decode(value),
   },
-  /** Lists the tenant's tickets, newest first, in pages. */
+  /**
+   * Lists the tickets of the tenant, newest first, in pages.
+   *
+   * The order is that of creation. Tickets with the same time are ordered by id, highest first.
+   *
+   * Errors: the common errors only.
+   *
+   * Retry: safe.
+   */
   listTickets: {
     path: "/chat_ticket.v1.ChatTicketService/ListTickets" as const,
     requestStream: false as const,
@@ -1729,10 +1873,17 @@ export const ChatTicketServiceService = {
     responseDeserialize: (value: Buffer): ListTicketsResponse => ListTicketsResponse.decode(value),
   },
   /**
-   * Changes a ticket's title or status. Any change between statuses is allowed. It does not touch
-   * the sessions that the ticket serves. Setting what it has already changes nothing.
+   * Updates the title or the status of a ticket.
    *
-   * NOT_FOUND (TICKET_NOT_FOUND). Safe to repeat.
+   * Every transition between statuses is allowed. Setting the current values is not a change: the
+   * update time stays the same. The sessions that are linked to the ticket do not change, and their
+   * watchers receive nothing.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   *
+   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
    */
   updateTicket: {
     path: "/chat_ticket.v1.ChatTicketService/UpdateTicket" as const,
@@ -1745,9 +1896,14 @@ export const ChatTicketServiceService = {
     responseDeserialize: (value: Buffer): UpdateTicketResponse => UpdateTicketResponse.decode(value),
   },
   /**
-   * Deletes a ticket that no session is linked to.
+   * Deletes a ticket that is not linked to a session.
    *
-   * NOT_FOUND (TICKET_NOT_FOUND), also for a repeat; FAILED_PRECONDITION (TICKET_LINKED).
+   * Errors:
+   *
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   * - FAILED_PRECONDITION (TICKET_LINKED): a session is linked to the ticket.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
    */
   deleteTicket: {
     path: "/chat_ticket.v1.ChatTicketService/DeleteTicket" as const,
@@ -1763,62 +1919,137 @@ export const ChatTicketServiceService = {
 
 export interface ChatTicketServiceServer extends UntypedServiceImplementation {
   /**
-   * Escalates a session: links it to an existing ticket, or opens a new one and links it, in one
-   * transaction. The session's has_ticket becomes true.
+   * Escalates a session: links it to an existing ticket, or to a new one that the call creates.
    *
-   * Safe to repeat when `chat_ticket_id` or `ticket.id` is set: a repeat returns the link as it
-   * is. A new ticket's title is compared only while the ticket is unchanged. Ids of deleted links
-   * and tickets must not be used again.
+   * The ticket and the link are created in one transaction. `has_ticket` of the session becomes
+   * true, the revision of the session increases, and watchers of the session receive the session.
+   * An existing ticket can have any status. The same ticket can be linked to several sessions.
    *
-   * NOT_FOUND (CHAT_SESSION_NOT_FOUND, TICKET_NOT_FOUND); ALREADY_EXISTS (SESSION_HAS_TICKET) when
-   * the session has a ticket, (CHAT_TICKET_ALREADY_EXISTS, TICKET_ALREADY_EXISTS) when an id
-   * belongs to something else; FAILED_PRECONDITION (SESSION_ARCHIVED).
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - NOT_FOUND (TICKET_NOT_FOUND): `ticket_id` does not exist.
+   * - ALREADY_EXISTS (SESSION_HAS_TICKET): the session is already linked to a ticket.
+   * - ALREADY_EXISTS (CHAT_TICKET_ALREADY_EXISTS): `chat_ticket_id` belongs to an existing link,
+   *   and this call is not a retry of its creation.
+   * - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
+   *   call is not a retry of its creation.
+   * - FAILED_PRECONDITION (SESSION_ARCHIVED): the session is archived.
+   *
+   * Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
+   * its ticket as it is now. The title and status of a new ticket are compared only until the
+   * ticket changes. Without an id, a retry after a successful attempt fails with
+   * SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
+   * does not reject them.
    */
   createChatTicket: handleUnaryCall<CreateChatTicketRequest, CreateChatTicketResponse>;
-  /** Returns a link with its ticket. NOT_FOUND (CHAT_TICKET_NOT_FOUND). */
+  /**
+   * Returns a link with its ticket.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
+   *
+   * Retry: safe.
+   */
   getChatTicket: handleUnaryCall<GetChatTicketRequest, GetChatTicketResponse>;
   /**
-   * Lists the links of a session (none or one) or of a ticket, each with its ticket, oldest first,
-   * in pages. NOT_FOUND when the session or ticket does not exist.
+   * Lists the links of a session or of a ticket with their ticket, oldest first, in pages.
+   *
+   * A session has at most one link.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   *
+   * Retry: safe.
    */
   listChatTickets: handleUnaryCall<ListChatTicketsRequest, ListChatTicketsResponse>;
   /**
-   * Unlinks a session from its ticket. The session's has_ticket becomes false; the ticket stays.
+   * Deletes the link from a session to its ticket. The ticket is kept.
    *
-   * NOT_FOUND (CHAT_TICKET_NOT_FOUND), also for a repeat.
+   * `has_ticket` of the session becomes false, the revision of the session increases, and watchers
+   * of the session receive the session. The status of the ticket does not matter.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
    */
   deleteChatTicket: handleUnaryCall<DeleteChatTicketRequest, DeleteChatTicketResponse>;
-  /** Returns a ticket. NOT_FOUND (TICKET_NOT_FOUND). */
+  /**
+   * Returns a ticket.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   *
+   * Retry: safe.
+   */
   getTicket: handleUnaryCall<GetTicketRequest, GetTicketResponse>;
-  /** Lists the tenant's tickets, newest first, in pages. */
+  /**
+   * Lists the tickets of the tenant, newest first, in pages.
+   *
+   * The order is that of creation. Tickets with the same time are ordered by id, highest first.
+   *
+   * Errors: the common errors only.
+   *
+   * Retry: safe.
+   */
   listTickets: handleUnaryCall<ListTicketsRequest, ListTicketsResponse>;
   /**
-   * Changes a ticket's title or status. Any change between statuses is allowed. It does not touch
-   * the sessions that the ticket serves. Setting what it has already changes nothing.
+   * Updates the title or the status of a ticket.
    *
-   * NOT_FOUND (TICKET_NOT_FOUND). Safe to repeat.
+   * Every transition between statuses is allowed. Setting the current values is not a change: the
+   * update time stays the same. The sessions that are linked to the ticket do not change, and their
+   * watchers receive nothing.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   *
+   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
    */
   updateTicket: handleUnaryCall<UpdateTicketRequest, UpdateTicketResponse>;
   /**
-   * Deletes a ticket that no session is linked to.
+   * Deletes a ticket that is not linked to a session.
    *
-   * NOT_FOUND (TICKET_NOT_FOUND), also for a repeat; FAILED_PRECONDITION (TICKET_LINKED).
+   * Errors:
+   *
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   * - FAILED_PRECONDITION (TICKET_LINKED): a session is linked to the ticket.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
    */
   deleteTicket: handleUnaryCall<DeleteTicketRequest, DeleteTicketResponse>;
 }
 
 export interface ChatTicketServiceClient extends Client {
   /**
-   * Escalates a session: links it to an existing ticket, or opens a new one and links it, in one
-   * transaction. The session's has_ticket becomes true.
+   * Escalates a session: links it to an existing ticket, or to a new one that the call creates.
    *
-   * Safe to repeat when `chat_ticket_id` or `ticket.id` is set: a repeat returns the link as it
-   * is. A new ticket's title is compared only while the ticket is unchanged. Ids of deleted links
-   * and tickets must not be used again.
+   * The ticket and the link are created in one transaction. `has_ticket` of the session becomes
+   * true, the revision of the session increases, and watchers of the session receive the session.
+   * An existing ticket can have any status. The same ticket can be linked to several sessions.
    *
-   * NOT_FOUND (CHAT_SESSION_NOT_FOUND, TICKET_NOT_FOUND); ALREADY_EXISTS (SESSION_HAS_TICKET) when
-   * the session has a ticket, (CHAT_TICKET_ALREADY_EXISTS, TICKET_ALREADY_EXISTS) when an id
-   * belongs to something else; FAILED_PRECONDITION (SESSION_ARCHIVED).
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - NOT_FOUND (TICKET_NOT_FOUND): `ticket_id` does not exist.
+   * - ALREADY_EXISTS (SESSION_HAS_TICKET): the session is already linked to a ticket.
+   * - ALREADY_EXISTS (CHAT_TICKET_ALREADY_EXISTS): `chat_ticket_id` belongs to an existing link,
+   *   and this call is not a retry of its creation.
+   * - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
+   *   call is not a retry of its creation.
+   * - FAILED_PRECONDITION (SESSION_ARCHIVED): the session is archived.
+   *
+   * Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
+   * its ticket as it is now. The title and status of a new ticket are compared only until the
+   * ticket changes. Without an id, a retry after a successful attempt fails with
+   * SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
+   * does not reject them.
    */
   createChatTicket(
     request: CreateChatTicketRequest,
@@ -1835,7 +2066,15 @@ export interface ChatTicketServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: CreateChatTicketResponse) => void,
   ): ClientUnaryCall;
-  /** Returns a link with its ticket. NOT_FOUND (CHAT_TICKET_NOT_FOUND). */
+  /**
+   * Returns a link with its ticket.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
+   *
+   * Retry: safe.
+   */
   getChatTicket(
     request: GetChatTicketRequest,
     callback: (error: ServiceError | null, response: GetChatTicketResponse) => void,
@@ -1852,8 +2091,16 @@ export interface ChatTicketServiceClient extends Client {
     callback: (error: ServiceError | null, response: GetChatTicketResponse) => void,
   ): ClientUnaryCall;
   /**
-   * Lists the links of a session (none or one) or of a ticket, each with its ticket, oldest first,
-   * in pages. NOT_FOUND when the session or ticket does not exist.
+   * Lists the links of a session or of a ticket with their ticket, oldest first, in pages.
+   *
+   * A session has at most one link.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   *
+   * Retry: safe.
    */
   listChatTickets(
     request: ListChatTicketsRequest,
@@ -1871,9 +2118,16 @@ export interface ChatTicketServiceClient extends Client {
     callback: (error: ServiceError | null, response: ListChatTicketsResponse) => void,
   ): ClientUnaryCall;
   /**
-   * Unlinks a session from its ticket. The session's has_ticket becomes false; the ticket stays.
+   * Deletes the link from a session to its ticket. The ticket is kept.
    *
-   * NOT_FOUND (CHAT_TICKET_NOT_FOUND), also for a repeat.
+   * `has_ticket` of the session becomes false, the revision of the session increases, and watchers
+   * of the session receive the session. The status of the ticket does not matter.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
    */
   deleteChatTicket(
     request: DeleteChatTicketRequest,
@@ -1890,7 +2144,15 @@ export interface ChatTicketServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: DeleteChatTicketResponse) => void,
   ): ClientUnaryCall;
-  /** Returns a ticket. NOT_FOUND (TICKET_NOT_FOUND). */
+  /**
+   * Returns a ticket.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   *
+   * Retry: safe.
+   */
   getTicket(
     request: GetTicketRequest,
     callback: (error: ServiceError | null, response: GetTicketResponse) => void,
@@ -1906,7 +2168,15 @@ export interface ChatTicketServiceClient extends Client {
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: GetTicketResponse) => void,
   ): ClientUnaryCall;
-  /** Lists the tenant's tickets, newest first, in pages. */
+  /**
+   * Lists the tickets of the tenant, newest first, in pages.
+   *
+   * The order is that of creation. Tickets with the same time are ordered by id, highest first.
+   *
+   * Errors: the common errors only.
+   *
+   * Retry: safe.
+   */
   listTickets(
     request: ListTicketsRequest,
     callback: (error: ServiceError | null, response: ListTicketsResponse) => void,
@@ -1923,10 +2193,17 @@ export interface ChatTicketServiceClient extends Client {
     callback: (error: ServiceError | null, response: ListTicketsResponse) => void,
   ): ClientUnaryCall;
   /**
-   * Changes a ticket's title or status. Any change between statuses is allowed. It does not touch
-   * the sessions that the ticket serves. Setting what it has already changes nothing.
+   * Updates the title or the status of a ticket.
    *
-   * NOT_FOUND (TICKET_NOT_FOUND). Safe to repeat.
+   * Every transition between statuses is allowed. Setting the current values is not a change: the
+   * update time stays the same. The sessions that are linked to the ticket do not change, and their
+   * watchers receive nothing.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   *
+   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
    */
   updateTicket(
     request: UpdateTicketRequest,
@@ -1944,9 +2221,14 @@ export interface ChatTicketServiceClient extends Client {
     callback: (error: ServiceError | null, response: UpdateTicketResponse) => void,
   ): ClientUnaryCall;
   /**
-   * Deletes a ticket that no session is linked to.
+   * Deletes a ticket that is not linked to a session.
    *
-   * NOT_FOUND (TICKET_NOT_FOUND), also for a repeat; FAILED_PRECONDITION (TICKET_LINKED).
+   * Errors:
+   *
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   * - FAILED_PRECONDITION (TICKET_LINKED): a session is linked to the ticket.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
    */
   deleteTicket(
     request: DeleteTicketRequest,

@@ -6,27 +6,24 @@ import { BinaryReader, BinaryWriter } from "@bufbuild/protobuf/wire";
 import { Timestamp } from "../../google/protobuf/timestamp.js";
 
 /**
- * The entities that the services of chat_ticket.v1 hold. They stand in a file of their own because
- * they appear in one another's services: reading messages returns their session, following a
- * session returns its messages.
+ * The resources of chat_ticket.v1, and the rules that all of its RPCs share.
  *
- * Every entity belongs to a tenant, named by the metadata key `x-tenant-id` of the call, or by its
- * credential when that is for one tenant only. What
- * belongs to another tenant looks exactly like what does not exist.
- *
- * Ids are UUIDs in the text form of RFC 9562; requests may have them in upper case. Ids that the
- * service chooses are UUIDv7.
+ * The resources have a file of their own because several services return the same ones: for
+ * example, ListChatMessages returns a session, and WatchChatSession returns messages.
  */
 
-/** The status of a chat session. Any change between them is allowed. */
+/** The status of a chat session. Every transition between statuses is allowed. */
 export const ChatSessionStatus = {
-  /** CHAT_SESSION_STATUS_UNSPECIFIED - Not a status. On create it means ACTIVE; elsewhere it is refused. */
+  /** CHAT_SESSION_STATUS_UNSPECIFIED - No status. Means ACTIVE when a session is created. Rejected everywhere else. */
   CHAT_SESSION_STATUS_UNSPECIFIED: "CHAT_SESSION_STATUS_UNSPECIFIED",
-  /** CHAT_SESSION_STATUS_ACTIVE - The conversation is going on. The default. */
+  /** CHAT_SESSION_STATUS_ACTIVE - The conversation is in progress. The default. */
   CHAT_SESSION_STATUS_ACTIVE: "CHAT_SESSION_STATUS_ACTIVE",
-  /** CHAT_SESSION_STATUS_RESOLVED - The conversation has reached its end. */
+  /** CHAT_SESSION_STATUS_RESOLVED - The conversation is finished. */
   CHAT_SESSION_STATUS_RESOLVED: "CHAT_SESSION_STATUS_RESOLVED",
-  /** CHAT_SESSION_STATUS_ARCHIVED - The conversation is kept for the record: it takes no new ticket. It still takes messages. */
+  /**
+   * CHAT_SESSION_STATUS_ARCHIVED - The conversation is kept for the record. The session accepts new messages, but cannot be linked
+   * to a ticket.
+   */
   CHAT_SESSION_STATUS_ARCHIVED: "CHAT_SESSION_STATUS_ARCHIVED",
   UNRECOGNIZED: "UNRECOGNIZED",
 } as const;
@@ -94,11 +91,11 @@ export function chatSessionStatusToNumber(object: ChatSessionStatus): number {
   }
 }
 
-/** Who wrote a message. */
+/** The author of a message. */
 export const ChatMessageRole = {
-  /** CHAT_MESSAGE_ROLE_UNSPECIFIED - Not a role; refused. */
+  /** CHAT_MESSAGE_ROLE_UNSPECIFIED - No role. Rejected. */
   CHAT_MESSAGE_ROLE_UNSPECIFIED: "CHAT_MESSAGE_ROLE_UNSPECIFIED",
-  /** CHAT_MESSAGE_ROLE_USER - The person. */
+  /** CHAT_MESSAGE_ROLE_USER - The user. */
   CHAT_MESSAGE_ROLE_USER: "CHAT_MESSAGE_ROLE_USER",
   /** CHAT_MESSAGE_ROLE_ASSISTANT - The AI assistant. */
   CHAT_MESSAGE_ROLE_ASSISTANT: "CHAT_MESSAGE_ROLE_ASSISTANT",
@@ -160,17 +157,22 @@ export function chatMessageRoleToNumber(object: ChatMessageRole): number {
   }
 }
 
-/** The status of a ticket. A ticket is active while it is OPEN or PENDING. */
+/**
+ * The status of a ticket. Every transition between statuses is allowed.
+ *
+ * A ticket is active while it is OPEN or PENDING. A session with an active ticket cannot be
+ * deleted.
+ */
 export const TicketStatus = {
-  /** TICKET_STATUS_UNSPECIFIED - Not a status. On create it means OPEN; elsewhere it is refused. */
+  /** TICKET_STATUS_UNSPECIFIED - No status. Means OPEN when a ticket is created. Rejected everywhere else. */
   TICKET_STATUS_UNSPECIFIED: "TICKET_STATUS_UNSPECIFIED",
-  /** TICKET_STATUS_OPEN - Waiting for the team. The default. */
+  /** TICKET_STATUS_OPEN - The ticket waits for the support team. The default. */
   TICKET_STATUS_OPEN: "TICKET_STATUS_OPEN",
-  /** TICKET_STATUS_PENDING - Waiting for the person or for a third party. */
+  /** TICKET_STATUS_PENDING - The ticket waits for the user or a third party. */
   TICKET_STATUS_PENDING: "TICKET_STATUS_PENDING",
-  /** TICKET_STATUS_SOLVED - Answered; may be opened again. */
+  /** TICKET_STATUS_SOLVED - The ticket is answered. It can be reopened. */
   TICKET_STATUS_SOLVED: "TICKET_STATUS_SOLVED",
-  /** TICKET_STATUS_CLOSED - Ended. */
+  /** TICKET_STATUS_CLOSED - The ticket is closed. */
   TICKET_STATUS_CLOSED: "TICKET_STATUS_CLOSED",
   UNRECOGNIZED: "UNRECOGNIZED",
 } as const;
@@ -249,132 +251,154 @@ export function ticketStatusToNumber(object: TicketStatus): number {
 /**
  * A conversation of an AI assistant with a user.
  *
- * A session is a log: every change to it, or to anything under it, takes the next `revision`,
- * under a lock, in the order of the commits.
+ * A session is a log. Every change to the session, its messages, their attachments or its ticket
+ * link increments `revision`, in the order of the commits. Changes to the ticket itself do not.
  */
 export interface ChatSession {
-  /** The session's id. On create optional and client-chosen: it makes the create safe to repeat. */
+  /** The id of the session. Optional on create; see CreateChatSession for retries. Immutable. */
   id: string;
-  /** The tenant it belongs to. Output only. */
+  /** The tenant of the session. Output only. */
   tenantId: string;
-  /** See ChatSessionStatus. */
+  /** The status. Optional on create; the default is ACTIVE. */
   status: ChatSessionStatus;
-  /** True exactly while a chat ticket exists for the session. Output only. */
+  /** Whether the session is linked to a ticket. Output only. */
   hasTicket: boolean;
   /**
-   * Counts the changes to the session and to everything under it; 0 when new. One number is every
-   * cursor: list messages after it, follow after it. Output only.
+   * The number of the last change to the session or to anything in it; 0 for a new session. This
+   * number is also the position for reading: list messages after a sequence, or watch the session
+   * after a revision. Output only.
    */
   revision: bigint;
   /**
-   * The revision as decimal text. Sent back with an update or a delete, it makes the call ABORTED
-   * (ETAG_MISMATCH) when the session has changed since; empty does not check.
+   * The `revision` as decimal text of at most 18 digits. Optional in an update or a delete. When it
+   * is set and is not the current revision, the call fails with ABORTED (ETAG_MISMATCH). When it is
+   * empty, the revision is not checked. Ignored on create.
    */
   etag: string;
-  /** When it was created. Output only. */
+  /** The time of creation. Output only. */
   createTime:
     | Date
     | undefined;
-  /** When it, or anything under it, last changed: later with every revision. Output only. */
+  /**
+   * The time of the last change to the session or to anything in it. Increases with every revision.
+   * Output only.
+   */
   updateTime: Date | undefined;
 }
 
-/** A message of a session. Immutable but for its metadata and its attachments. */
+/** A message of a session. Everything except its metadata and attachments is immutable. */
 export interface ChatMessage {
   /**
-   * The message's id. On create optional and client-chosen: it makes the create safe to repeat.
-   * The id of a deleted message is not used again.
+   * The id of the message. Optional on create; see CreateChatMessage for retries. Immutable. The id
+   * of a deleted message is rejected until its session is deleted.
    */
   id: string;
-  /** The session it belongs to. Output only. */
+  /** The session of the message. Output only. */
   sessionId: string;
   /**
-   * The session's revision that inserted it: the total order of the session's messages, strictly
+   * The revision of the session that added the message. Orders the messages of a session: strictly
    * increasing, with gaps. Output only.
    */
   sequence: bigint;
   /**
-   * The session's revision that last changed the message or its attachments; equal to `sequence`
-   * while it is unchanged. Output only.
+   * The revision of the session that last changed the message or its attachments. Equal to
+   * `sequence` until the first change. Output only.
    */
   revision: bigint;
-  /** Who wrote it. Required. */
+  /** The author. Required. Immutable. */
   role: ChatMessageRole;
-  /** What was written, kept exactly as sent. Required; at most 256 KiB of UTF-8; no NUL. */
+  /** The text, stored exactly as sent. Required; at most 256 KiB of UTF-8; no NUL. Immutable. */
   content: string;
   /**
-   * A JSON object as text; empty when there is none. At most 64 KiB and 20 levels deep, numbers
-   * within the range of a double. Stored as jsonb: every digit of a number is kept, spacing and
-   * the order of keys are not, and of duplicate keys the last wins.
+   * A JSON object as text. Optional; empty means no metadata. At most 64 KiB, also with all numbers
+   * written without an exponent, and at most 20 levels deep.
+   *
+   * Numbers must be in the range of a double, with at most 16,383 digits after the decimal point.
+   * NaN, Infinity, NUL and unpaired surrogates are rejected.
+   *
+   * The value is stored as jsonb. Every digit of a number is kept. Spacing, key order and exponents
+   * are not kept. The last of duplicate keys wins.
    */
   metadataJson: string;
-  /** When it was created: increases with `sequence`. Output only. */
+  /** The time of creation. Increases with `sequence`. Output only. */
   createTime:
     | Date
     | undefined;
-  /** The files that belong to it, in the order they were added. At most 20. */
+  /**
+   * The attachments, in the order in which they were added. Optional on create; at most 20. Ignored
+   * in an update: use ChatAttachmentService.
+   */
   attachments: ChatAttachment[];
 }
 
-/** A file that belongs to a message. The service stores where it is, not the file. */
+/** A file that is attached to a message. The service stores the URL of the file, not the file. */
 export interface ChatAttachment {
   /**
-   * The attachment's id. On create optional and client-chosen: it makes the create safe to
-   * repeat. The id of a deleted attachment must not be used again.
+   * The id of the attachment. Optional on create; see CreateChatAttachment for retries. Immutable.
+   * The id of a deleted attachment must not be used again.
    */
   id: string;
-  /** The message it belongs to. Output only. */
+  /** The message of the attachment. Output only. */
   messageId: string;
   /**
-   * Where the file is: an https URL without user info, at most 2,048 characters, accessible from
-   * the service when the attachment is created. Required.
+   * The URL of the file. Required; an `https` URL of at most 2,048 ASCII characters, without user
+   * info. Immutable.
+   *
+   * The server checks that the URL is accessible when the attachment is created, and never again. A
+   * GET request for the first byte must be answered with a 2xx status, or with 416 for an empty
+   * file, from a public address on the default port, after at most five redirects. All URLs of a
+   * request have 3 seconds together. The operator can allow `http` and internal hosts, or turn the
+   * check off.
    */
   fileUrl: string;
-  /** The file's name, at most 255 characters, no control characters. Required. */
+  /** The name of the file. Required; at most 255 characters; no control characters. Immutable. */
   fileName: string;
-  /** Its MIME type, `type/subtype`, at most 255 characters. Required. */
+  /**
+   * The MIME type of the file, as `type/subtype` without parameters. Required; at most 255
+   * characters. Immutable.
+   */
   fileType: string;
-  /** When it was created. Output only. */
+  /** The time of creation. Output only. */
   createTime: Date | undefined;
 }
 
-/** A ticket that people work on. It may serve several sessions. */
+/** A ticket that a support team works on. Several sessions can be linked to one ticket. */
 export interface Ticket {
   /**
-   * The ticket's id. On create optional and client-chosen; the id of a deleted ticket must not be
-   * used again.
+   * The id of the ticket. Optional on create; see CreateChatTicket for retries. Immutable. The id
+   * of a deleted ticket must not be used again.
    */
   id: string;
-  /** The tenant it belongs to. Output only. */
+  /** The tenant of the ticket. Output only. */
   tenantId: string;
-  /** What it is about, 1 to 500 characters. Required. */
+  /** The title. Required; at most 500 characters. */
   title: string;
-  /** See TicketStatus. */
+  /** The status. Optional on create; the default is OPEN. */
   status: TicketStatus;
-  /** When it was created. Output only. */
+  /** The time of creation. Output only. */
   createTime:
     | Date
     | undefined;
-  /** When it last changed. Output only. */
+  /** The time of the last change. Equal to `create_time` until the first change. Output only. */
   updateTime: Date | undefined;
 }
 
-/** The link of a session to the ticket that it became. A session has at most one. */
+/** The link from a session to the ticket that it was escalated to. A session has at most one link. */
 export interface ChatTicket {
   /**
-   * The link's id. On create optional and client-chosen; the id of a deleted link must not be used
-   * again.
+   * The id of the link. Optional on create; see CreateChatTicket for retries. Immutable. The id of
+   * a deleted link must not be used again.
    */
   id: string;
-  /** The session. */
+  /** The session of the link. Output only. */
   sessionId: string;
-  /** The ticket. */
+  /** The ticket of the link. Output only. */
   ticketId: string;
-  /** When the session became a ticket. */
+  /** The time at which the session was linked. Output only. */
   createTime:
     | Date
     | undefined;
-  /** The ticket as it is now. */
+  /** The ticket in its current state. Output only. */
   ticket: Ticket | undefined;
 }
 

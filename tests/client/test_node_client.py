@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from authority import Key
-from process import ServerProcess, server_process
+from support.authority import Key
+from support.process import ServerProcess, server_process
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "clients" / "node"
 GENERATE = ROOT / "scripts" / "generate_node_client.py"
 SERVICE_CONFIG = ROOT / "protos/chat_ticket/v1/chat_ticket_grpc_service_config.json"

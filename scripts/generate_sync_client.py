@@ -1,0 +1,123 @@
+"""Generates the synchronous client from the asyncio one. With --check, only compares them.
+
+A replacement that matches nothing is an error, so none can become stale.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src/chat_ticket/client/_async.py"
+TARGET = ROOT / "src/chat_ticket/client/_sync.py"
+
+HEADER = '''"""The synchronous client. Generated from _async.py by scripts/generate_sync_client.py.
+
+Do not edit it: change _async.py and run `make proto`.
+"""
+'''
+
+# Parts of the docstrings that differ.
+TEXTS = [
+    (
+        """\
+    Create the client inside the event loop that uses it, and close it. A cancelled task cancels
+    its call and gets asyncio.CancelledError as usual.
+""",
+        """\
+    Threads can share a client: its methods, and its stubs, are thread-safe. Close it at the end;
+    that cancels the calls of all threads.
+""",
+    ),
+    (
+        """\
+    - `token`: sent as `authorization: Bearer`. A string, or a function or coroutine function that
+      returns one. The function is called for each call, so it should cache its result until that
+      is about to expire; if it raises, so does the call.
+""",
+        """\
+    - `token`: sent as `authorization: Bearer`. A string, or a function that returns one. The
+      function is called for each call, in the thread of that call, so it must be thread-safe and
+      should cache its result until that is about to expire; if it raises, so does the call.
+""",
+    ),
+    (
+        "It retries without a limit; set one with asyncio.timeout.\n"
+        "        Each retry is logged by the logger `chat_ticket.client`.",
+        "It retries without a limit.\n"
+        "        Each retry is logged by the logger `chat_ticket.client`.",
+    ),
+    (
+        """\
+        The watch ends after `session_deleted`. When you leave the loop or cancel the task, the
+        stream ends at the server too. If you hold the iterator itself, close it with `aclose` or
+        contextlib.aclosing.
+""",
+        """\
+        The watch ends after `session_deleted`. When you leave the loop, the stream ends at the
+        server too. If you hold the iterator itself, close it with `close` or contextlib.closing,
+        in the thread that reads it. To stop a watch from another thread, close the client: the
+        watch then raises ValueError, at the latest at its next attempt.
+""",
+    ),
+]
+
+# Regular expressions for the code.
+CODE = [
+    (r"\bAsyncChatTicketClient\b", "ChatTicketClient"),
+    (r"\b(\w+)AsyncStub\b", r"\1Stub"),
+    (r"\basync (def|with|for)\b", r"\1"),
+    (r"\bawait ", ""),
+    (r"\bAwaitable\[(\w+)\]", r"\1"),
+    (r"\bAsyncGenerator\[(\w+), None\]", r"Generator[\1, None, None]"),
+    (r"\bAsyncGenerator, Awaitable, Callable, Sequence\b", "Callable, Generator, Sequence"),
+    (r"\b__a(enter|exit)__\b", r"__\1__"),
+    (r"\bimport _asyncio as runtime\b", "import _threads as runtime"),
+    # The stubs are imported already, under the names that the first replacement gives.
+    (r"\nif TYPE_CHECKING:.*?\n\n", "\n"),
+    (r"\bTYPE_CHECKING, ", ""),
+    (r'"(ChatTicketServiceStub|Chat(?:Session|Message|Attachment)ServiceStub)"', r"\1"),
+]
+
+
+def generate(source: str) -> str:
+    """The text of the synchronous client."""
+    text = HEADER + source.split("\n", 1)[1]
+    for old, new in TEXTS:
+        if old not in text:
+            sys.exit(f"{SOURCE.name} has no such text any more: {old}")
+        text = text.replace(old, new)
+    for pattern, replacement in CODE:
+        text, count = re.subn(pattern, replacement, text, flags=re.DOTALL)
+        if not count:
+            sys.exit(f"{SOURCE.name} has nothing that matches any more: {pattern}")
+    if left := re.search(r"async|await", text.removeprefix(HEADER)):
+        sys.exit(f"still in the synchronous client: {left.group()}")
+    return formatted(text)
+
+
+def formatted(text: str) -> str:
+    ruff = Path(sysconfig.get_path("scripts")) / "ruff"
+    for arguments in (["check", "--fix", "--quiet"], ["format", "--quiet"]):
+        command = [str(ruff), *arguments, "--stdin-filename", str(TARGET), "-"]
+        done = subprocess.run(command, input=text, check=True, capture_output=True, text=True)
+        text = done.stdout
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    text = generate(SOURCE.read_text())
+    if not check:
+        TARGET.write_text(text)
+    elif not TARGET.exists() or TARGET.read_text() != text:
+        sys.exit(f"not what {SOURCE.name} generates (make proto): {TARGET.name}")
+
+
+if __name__ == "__main__":
+    main()

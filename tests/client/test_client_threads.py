@@ -1,0 +1,224 @@
+"""chat_ticket.client.ChatTicketClient: what only threads have. test_client.py has all else."""
+
+import contextlib
+import inspect
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
+
+import grpc
+import pytest
+from support.client import an_id
+from support.process import server_process
+from test_client_resume import OPTIONS, SETTINGS, free_port
+
+from chat_ticket import errors
+from chat_ticket.client import AsyncChatTicketClient, ChatTicketClient
+from chat_ticket.v1 import resources_pb2 as r
+from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest, ListChatMessagesRequest
+from chat_ticket.v1.chat_session_pb2 import (
+    CreateChatSessionRequest,
+    GetChatSessionRequest,
+    ListChatSessionsRequest,
+)
+
+WATCHDOG = "chat-ticket-silence"
+
+
+@pytest.fixture(scope="module")
+def target(database: str) -> Iterator[str]:
+    """The address of a server in another process."""
+    with server_process(database, **SETTINGS) as process:
+        process.wait_for("serving")
+        yield process.address
+
+
+@pytest.fixture
+def client(target: str, tenant: str) -> Iterator[ChatTicketClient]:
+    with ChatTicketClient(target, tenant=tenant, options=OPTIONS) as client:
+        yield client
+
+
+def session_of(client: ChatTicketClient) -> str:
+    request = CreateChatSessionRequest(session=r.ChatSession(id=an_id()))
+    return client.sessions.CreateChatSession(request).session.id
+
+
+def message_in(session_id: str, content: str = "hello") -> CreateChatMessageRequest:
+    message = r.ChatMessage(id=an_id(), role=r.CHAT_MESSAGE_ROLE_USER, content=content)
+    return CreateChatMessageRequest(session_id=session_id, message=message)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def watchdogs() -> int:
+    return sum(thread.name == WATCHDOG for thread in threading.enumerate())
+
+
+def test_call_keeps_what_grpc_says_of_it(client: ChatTicketClient) -> None:
+    """As a response with its call, and as a future, whose errors are typed too."""
+    request = ListChatSessionsRequest()
+    response, call = client.sessions.ListChatSessions.with_call(request)
+    assert not response.sessions
+    assert call.code() is grpc.StatusCode.OK
+    assert not client.sessions.ListChatSessions.future(request).result(10).sessions
+
+    absent = client.sessions.GetChatSession.future(GetChatSessionRequest(session_id=an_id()))
+    with pytest.raises(errors.NotFoundError, match="CHAT_SESSION_NOT_FOUND"):
+        absent.result(10)
+    assert isinstance(absent.exception(), errors.NotFoundError)
+    with pytest.raises(errors.NotFoundError):
+        client.sessions.GetChatSession.with_call(GetChatSessionRequest(session_id=an_id()))
+
+
+def test_future_does_not_wait(tenant: str) -> None:
+    """Nor for a server that does not answer."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        ChatTicketClient(
+            f"127.0.0.1:{silent.getsockname()[1]}", tenant=tenant, timeout=30
+        ) as client,
+    ):
+        start = time.monotonic()
+        future = client.sessions.ListChatSessions.future(ListChatSessionsRequest())
+        assert time.monotonic() - start < 5
+        assert future.cancel()
+
+
+def test_stream_can_be_cancelled(client: ChatTicketClient) -> None:
+    """As the call that it is, and it says by what it ended."""
+    session_id = session_of(client)
+    for _ in range(3):
+        client.messages.CreateChatMessage(message_in(session_id))
+    call = client.messages.ListChatMessages(ListChatMessagesRequest(session_id=session_id))
+    assert sum(len(batch.messages) for batch in call) == 3
+    assert call.code() is grpc.StatusCode.OK
+    call = client.messages.ListChatMessages(ListChatMessagesRequest(session_id=session_id))
+    call.cancel()
+    with pytest.raises(errors.CallCancelledError):
+        list(call)
+
+
+def test_threads_share_a_client(client: ChatTicketClient) -> None:
+    """Calls, retries and watches at the same time."""
+    session_id = session_of(client)
+
+    def watch() -> list[str]:
+        contents = []
+        for event in client.watch(session_id):
+            contents += [message.content for message in event.messages_created.messages]
+            if len(contents) == 80:
+                break
+        return contents
+
+    def write(writer: int) -> None:
+        for number in range(10):
+            request = message_in(session_id, f"{writer} {number}")
+            client.retry(client.messages.CreateChatMessage, request)
+
+    with ThreadPoolExecutor(12) as threads:
+        watches = [threads.submit(watch) for _ in range(4)]
+        wait([threads.submit(write, writer) for writer in range(8)], timeout=30)
+        first, *others = [each.result(timeout=30) for each in watches]
+    assert sorted(first) == sorted(
+        f"{writer} {number}" for writer in range(8) for number in range(10)
+    )
+    assert others == [first] * 3
+    until(lambda: watchdogs() == 0)
+
+
+def test_silence_resumes_the_watch(
+    database: str, tenant: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After `silence_seconds`, and not before; a reader that takes its time is not silence."""
+    caplog.set_level("INFO", "chat_ticket.client")
+    settings = {**SETTINGS, "CHAT_TICKET_WATCH_HEARTBEAT_SECONDS": "60"}
+    with (
+        server_process(database, **settings) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        server.wait_for("serving")
+        client = stack.enter_context(
+            ChatTicketClient(server.address, tenant=tenant, options=OPTIONS)
+        )
+        session_id = session_of(client)
+        events = client.watch(session_id, silence_seconds=0.6)
+        assert next(events).WhichOneof("event") == "session"
+        time.sleep(1)
+        assert next(events).WhichOneof("event") == "caught_up"
+        assert not caplog.records
+        with ThreadPoolExecutor(1) as threads:
+            start = time.monotonic()
+            waiting = threads.submit(next, events)
+            until(lambda: bool(caplog.records))
+            assert 0.6 <= time.monotonic() - start < 3
+            client.messages.CreateChatMessage(message_in(session_id, "after it"))
+            [message] = waiting.result(timeout=20).messages_created.messages
+        assert message.content == "after it"
+        events.close()
+    assert re.search(r"resumes after revision 0 in [\d.]+ s: no response for 0.6 s", caplog.text)
+
+
+def test_leaving_the_loop_ends_the_thread_that_watches_the_time(client: ChatTicketClient) -> None:
+    """And an iterator that is dropped unread starts none."""
+    session_id = session_of(client)
+    client.watch(session_id)
+    for event in client.watch(session_id):
+        assert watchdogs() == 1
+        if event.WhichOneof("event") == "caught_up":
+            break
+    until(lambda: watchdogs() == 0)
+
+
+def test_closing_the_client_ends_a_watch_in_another_thread(target: str, tenant: str) -> None:
+    """By ValueError, which no retry solves."""
+    client = ChatTicketClient(target, tenant=tenant, options=OPTIONS)
+    session_id = session_of(client)
+    caught_up = threading.Event()
+
+    def watch() -> None:
+        for event in client.watch(session_id):
+            if event.WhichOneof("event") == "caught_up":
+                caught_up.set()
+
+    with ThreadPoolExecutor(1) as threads:
+        watching = threads.submit(watch)
+        assert caught_up.wait(10)
+        client.close()
+        with pytest.raises(ValueError, match=r"(?i)closed"):
+            watching.result(timeout=20)
+
+
+def test_retry_gives_up_in_time(tenant: str) -> None:
+    """By the last error."""
+    with ChatTicketClient(f"127.0.0.1:{free_port()}", tenant=tenant, options=OPTIONS) as client:
+        start = time.monotonic()
+        with pytest.raises(errors.UnavailableError):
+            client.retry(client.sessions.CreateChatSession, CreateChatSessionRequest(), timeout=0.5)
+        assert time.monotonic() - start < 5
+
+
+def test_both_clients_have_the_same_surface() -> None:
+    """The same public names, parameters and defaults."""
+
+    def surface(client_class: Any) -> dict[str, Any]:
+        return {
+            name: [
+                (parameter.name, parameter.kind, parameter.default)
+                for parameter in inspect.signature(member).parameters.values()
+            ]
+            for name, member in vars(client_class).items()
+            if callable(member) and (name == "__init__" or not name.startswith("_"))
+        }
+
+    assert surface(ChatTicketClient) == surface(AsyncChatTicketClient)
+    assert ChatTicketClient.__annotations__.keys() == AsyncChatTicketClient.__annotations__.keys()
