@@ -85,7 +85,12 @@ def settings_page() -> str:
     parts.append(table(["Variable", "Default", "Meaning"], rows, "settings"))
     for name, title, text in (
         ("limits", "Limits", "What a request may contain."),
-        ("quotas", "Quotas", "What callers may use of one server process."),
+        (
+            "quotas",
+            "Quotas",
+            "What callers may use of one server process. Streams of `ListChatMessages` and of "
+            "`WatchChatSession` both count.",
+        ),
     ):
         group: type[BaseModel] = config.Settings.model_fields[name].annotation  # type: ignore[assignment]
         parts.append(f"## {title}\n\n{text}\n\n")

@@ -15,6 +15,9 @@ from grpc_tools import protoc
 
 ROOT = Path(__file__).parents[2]
 
+# The first build sets up .venv-docs.
+pytestmark = pytest.mark.timeout(300)
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -22,7 +25,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("site")
     command = ["make", "docs", f"SITE={directory}"]
     done = subprocess.run(
-        command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=110
+        command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=290
     )
     assert done.returncode == 0, done.stdout
     return directory
@@ -75,7 +78,7 @@ def test_build_fails_on_a_broken_link(tmp_path: Path, link: str) -> None:
     mkdocs = ROOT / ".venv-docs" / "bin" / "mkdocs"
     subprocess.run(["make", "venv-docs"], cwd=ROOT, check=True, capture_output=True)
     done = subprocess.run(
-        [mkdocs, "build"], cwd=tmp_path, check=False, capture_output=True, text=True, timeout=110
+        [mkdocs, "build"], cwd=tmp_path, check=False, capture_output=True, text=True, timeout=290
     )
     assert done.returncode != 0
     assert f"'{link}'" in done.stderr
