@@ -1,4 +1,4 @@
-"""Settings for servers that the client's tests kill, and options for clients that find them again."""
+"""Settings of servers that the client tests kill, and client options that find them again."""
 
 import socket
 

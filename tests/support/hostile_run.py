@@ -47,8 +47,8 @@ from support.client import Api, Refusal, a_file
 CANARY = "zqxcanaryxqz"
 OTHER = f"{CANARY} tenant"
 
-# What a request can be told. The rest of the README's table is about the service's own state: a
-# request that makes a healthy service slow, full or unavailable is a finding as well.
+# What a request can be told. The other statuses of docs/reference/errors.md are about the state of
+# the service: a request that makes a healthy service slow, full or unavailable is a finding.
 EXPECTED = {
     StatusCode.OK,
     StatusCode.INVALID_ARGUMENT,
