@@ -17,7 +17,7 @@ from typing import Any
 import psycopg
 import pytest
 from support.client import a_file, an_id
-from support.client_servers import OPTIONS, free_port
+from support.client_servers import OPTIONS, SETTINGS, free_port
 from support.process import ServerProcess, server_process
 from support.threaded import ThreadedClient
 

@@ -46,10 +46,6 @@ def test_secret_is_seen_in_every_form(form: bytes) -> None:
     assert not leaks(b"nothing " * 100)
 
 
-
-
-
-
 class TestServer:
     def test_log_has_no_secret(self, faulty_server_output: ServerOutput) -> None:
         """In no byte of either stream, whatever went wrong."""
@@ -202,5 +198,3 @@ async def test_out_of_reach(guarded_postgres: EmbeddedPostgres, tmp_path: Path) 
         assert process.stop() == 0
     assert not leaks(process.output)
     assert not leaks(faulty_server_output.errors[0][1])
-
-

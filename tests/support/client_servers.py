@@ -1,4 +1,4 @@
-"""Settings for servers that the client's tests kill, and options for clients that find them again."""
+"""Settings for servers that tests kill, and options for clients that reconnect to them soon."""
 
 import socket
 
