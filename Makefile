@@ -6,7 +6,7 @@ PYTHON ?= $(or $(wildcard $(BIN)/python3),python3)
 SOURCES := src examples scripts benchmarks tests
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-bench venv-docs run test test-pgbouncer fuzz faults faults-quick failover soak scaling node-client migrate migrate-status new-migration proto check-proto check-breaking lint format typecheck check demo docs bench lock audit clean
+.PHONY: help venv venv-bench venv-docs run test test-pgbouncer fuzz faults faults-quick failover soak scaling node-client migrate migrate-status new-migration proto check-proto check-breaking reference check-reference lint format typecheck check demo docs bench lock audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^##@ / { printf "\n%s\n", substr($$0, 5) } \
@@ -20,10 +20,8 @@ run: venv ## serve on PORT= or 50051, with an embedded PostgreSQL in .data; AUTH
 demo: venv ## load real conversations through the API and show what the service does; ALL=1 loads every one
 	@$(BIN)/python scripts/demo.py $(if $(ALL),--all)
 
-docs: venv-docs ## make the reference of the API in build/docs/chat_ticket.v1.html
-	@mkdir -p build/docs
-	@$(BIN)/buf build protos --output build/docs/descriptor.pb
-	@cd docs && ../.venv-docs/bin/sabledocs > ../build/docs/log
+docs: venv-docs ## build the site of the documentation in build/docs, or SITE=; open its index.html from disk
+	@log=$$(.venv-docs/bin/mkdocs build $(if $(SITE),--site-dir $(SITE)) 2>&1) || { echo "$$log"; exit 1; }
 
 node-client: ## build the npm package of clients/node, as build/chat-ticket-client-*.tgz
 	@mkdir -p build
@@ -44,9 +42,10 @@ HINT_lint := make format mends the layout; the rule in the message says what is 
 HINT_typecheck := mypy names the line; generated stubs are made by make proto
 HINT_check-proto := run make proto, and commit the files that it generates
 HINT_check-breaking := protos only grow: add a field with a new number, and keep the old one
+HINT_check-reference := run make reference, and commit the files that it generates
 HINT_test := make test ARGS="FILE -k NAME" repeats one test; add -n 0 to see its output at once
 
-CHECKS := lint typecheck check-proto check-breaking test
+CHECKS := lint typecheck check-proto check-breaking check-reference test
 check: venv ## run all that CI runs, and say what to do when a part fails
 	@$(foreach part,$(CHECKS),$(MAKE) --no-print-directory $(part) \
 		|| { printf '\nmake check: %s failed. %s.\n' "$(part)" '$(HINT_$(part))'; exit 1; };)
@@ -79,6 +78,12 @@ proto: venv ## generate the stubs from protos, and the synchronous client from t
 check-proto: venv ## fail unless the committed stubs and synchronous client match their sources
 	@$(BIN)/python scripts/generate_stubs.py --check
 	@$(BIN)/python scripts/generate_sync_client.py --check
+
+reference: venv ## generate docs/reference from the settings, errors, metrics, commands and protos
+	@$(BIN)/python scripts/generate_reference.py
+
+check-reference: venv ## fail unless docs/reference is what these generate
+	@$(BIN)/python scripts/generate_reference.py --check
 
 # Where the history is missing, as in a shallow clone, there is nothing to compare with.
 AGAINST ?= $(shell git describe --tags --abbrev=0 2>/dev/null || git rev-parse --verify --quiet HEAD~1)

@@ -55,16 +55,30 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    content_bytes: PositiveInt = 256 * KIB
-    metadata_bytes: PositiveInt = 64 * KIB
-    metadata_depth: PositiveInt = 20
-    attachments: PositiveInt = 20
-    batch_messages: PositiveInt = 500
-    file_url: PositiveInt = 2048
-    file_name: PositiveInt = 255
-    file_type: PositiveInt = 255
-    title: PositiveInt = 500
-    query: PositiveInt = 1000
+    content_bytes: PositiveInt = Field(
+        default=256 * KIB, description="Bytes of UTF-8 in the content of a message."
+    )
+    metadata_bytes: PositiveInt = Field(
+        default=64 * KIB, description="Bytes of UTF-8 in the metadata of a message."
+    )
+    metadata_depth: PositiveInt = Field(
+        default=20, description="How deep the metadata of a message may nest."
+    )
+    attachments: PositiveInt = Field(default=20, description="Attachments of a message.")
+    batch_messages: PositiveInt = Field(
+        default=500, description="Messages in one `BatchCreateChatMessages`."
+    )
+    file_url: PositiveInt = Field(
+        default=2048, description="Characters in the URL of an attachment."
+    )
+    file_name: PositiveInt = Field(
+        default=255, description="Characters in the file name of an attachment."
+    )
+    file_type: PositiveInt = Field(
+        default=255, description="Characters in the MIME type of an attachment."
+    )
+    title: PositiveInt = Field(default=500, description="Characters in the title of a ticket.")
+    query: PositiveInt = Field(default=1000, description="Characters in the query of a search.")
 
 
 class Quotas(BaseModel):
@@ -75,13 +89,21 @@ class Quotas(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tenant_calls_per_second: PositiveFloat = 200
-    tenant_burst: PositiveInt = 400
-    tenant_calls_in_flight: PositiveInt = 40
-    tenant_streams: PositiveInt = 1000
-    session_streams: PositiveInt = 100
-    calls_in_flight: PositiveInt = 400
-    streams: PositiveInt = 4000
+    tenant_calls_per_second: PositiveFloat = Field(
+        default=200, description="Calls a second of one tenant, on average."
+    )
+    tenant_burst: PositiveInt = Field(
+        default=400, description="Calls that a tenant may make at once after a pause."
+    )
+    tenant_calls_in_flight: PositiveInt = Field(
+        default=40, description="Unary calls of one tenant at the same time."
+    )
+    tenant_streams: PositiveInt = Field(default=1000, description="Open streams of one tenant.")
+    session_streams: PositiveInt = Field(default=100, description="Open streams of one session.")
+    calls_in_flight: PositiveInt = Field(
+        default=400, description="Unary calls of all tenants at the same time."
+    )
+    streams: PositiveInt = Field(default=4000, description="Open streams of all tenants.")
 
 
 class Settings(BaseSettings):
@@ -97,51 +119,170 @@ class Settings(BaseSettings):
     )
 
     # The database
-    database_url: str = Field(default="", validation_alias="DATABASE_URL")
-    database_listen_url: str = Field(default="", validation_alias="DATABASE_LISTEN_URL")
-    migrate_database_url: str = Field(default="", validation_alias="MIGRATE_DATABASE_URL")
-    pool_size: int = Field(default=10, ge=1, le=1000)
-    prepare_statements: bool = True
-    statement_timeout_ms: int = Field(default=10_000, ge=1)
-    lock_timeout_ms: int = Field(default=2_000, ge=1)
+    database_url: str = Field(
+        default="",
+        validation_alias="DATABASE_URL",
+        description="Required, except with `--embedded`. "
+        "`postgresql://user:password@host:port/name`; `?host=/dir` for a Unix socket. It may name "
+        "several hosts, as in `one:5432,other:5432`: the first that accepts writes is used.",
+    )
+    database_listen_url: str = Field(
+        default="",
+        validation_alias="DATABASE_LISTEN_URL",
+        description="A direct connection for LISTEN and NOTIFY. Needed when `DATABASE_URL` is a "
+        "connection pooler. The default is `DATABASE_URL`.",
+    )
+    migrate_database_url: str = Field(
+        default="",
+        validation_alias="MIGRATE_DATABASE_URL",
+        description="A direct connection to one host, for migrations. Required when "
+        "`DATABASE_URL` names several hosts; needed when it is a connection pooler. The default "
+        "is `DATABASE_URL`.",
+    )
+    pool_size: int = Field(
+        default=10,
+        ge=1,
+        le=1000,
+        description="Connections in the database pool of a process. One tenant may use half of "
+        "them. Four times as many calls may wait for a connection, for at most two seconds each, "
+        "over all tenants; each tenant is guaranteed a fair share of this queue. Two more "
+        "connections are shared by all tenants: one for reads by id, one for small messages.",
+    )
+    prepare_statements: bool = Field(
+        default=True,
+        description="Prepare statements. Set it to false behind a pooler that does not support "
+        "prepared statements, such as PgBouncer before 1.21.",
+    )
+    statement_timeout_ms: int = Field(
+        default=10_000,
+        ge=1,
+        description="PostgreSQL's `statement_timeout`. Behind PgBouncer, set it in PgBouncer's "
+        "`connect_query`.",
+    )
+    lock_timeout_ms: int = Field(
+        default=2_000,
+        ge=1,
+        description="PostgreSQL's `lock_timeout`. Behind PgBouncer, set it in PgBouncer's "
+        "`connect_query`.",
+    )
 
     # The server
-    host: str = "127.0.0.1"
-    port: int = Field(default=50051, ge=0, le=65535)
-    workers: int = Field(default=1, ge=1, le=128)
-    reflection: bool = True
-    unary_timeout_seconds: float = Field(default=10, gt=0)
-    metrics_port: int | None = Field(default=None, ge=0, le=65535)
-    drain_seconds: float = Field(default=10, ge=0)
+    host: str = Field(
+        default="127.0.0.1",
+        description="The address to listen on. An address that is not loopback requires "
+        "credentials and TLS.",
+    )
+    port: int = Field(
+        default=50051, ge=0, le=65535, description="The port to listen on. 0 takes a free port."
+    )
+    workers: int = Field(
+        default=1,
+        ge=1,
+        le=128,
+        description="Server processes that share the port. `serve --workers N` overrides it.",
+    )
+    reflection: bool = Field(default=True, description="Serve gRPC reflection.")
+    unary_timeout_seconds: float = Field(
+        default=10, gt=0, description="The deadline of a unary call that has none of its own."
+    )
+    metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="Serve Prometheus metrics at `/metrics` on this port of `CHAT_TICKET_HOST`, "
+        "without credentials. 0 takes a free port. With several workers, the first uses this port "
+        "and the others use the following ones. Off when empty.",
+    )
+    drain_seconds: float = Field(
+        default=10, ge=0, description="How long calls may continue after SIGTERM."
+    )
 
     # Callers
-    auth: Literal["none", "jwt", "mtls", "jwt,mtls"] = "none"
-    allow_insecure: bool = False
-    tls_certificate: Path | None = None
-    tls_key: Path | None = None
-    tls_client_ca: Path | None = None
-    mtls_policy: Path | None = None
-    jwks: str = ""
-    jwt_issuer: str = ""
-    jwt_audience: str = ""
-    jwt_algorithms: CommaSeparated = ("RS256", "ES256", "EdDSA")
+    auth: Literal["none", "jwt", "mtls", "jwt,mtls"] = Field(
+        default="none", description="How callers authenticate."
+    )
+    allow_insecure: bool = Field(
+        default=False,
+        description="Allow listening on a public address without credentials or without TLS. The "
+        "server logs a warning.",
+    )
+    tls_certificate: Path | None = Field(
+        default=None,
+        description="PEM file with the server's certificate. With the key, the server serves TLS. "
+        "Both files may be renewed while it runs.",
+    )
+    tls_key: Path | None = Field(
+        default=None, description="PEM file with the key of the certificate."
+    )
+    tls_client_ca: Path | None = Field(
+        default=None,
+        description="PEM file with the certificate authorities that sign client certificates.",
+    )
+    mtls_policy: Path | None = Field(
+        default=None,
+        description="TOML file that lists the callers with client certificates, and their tenants "
+        "and permissions.",
+    )
+    jwks: str = Field(
+        default="",
+        description="The JSON Web Key Set: a file, or an `https://` URL (`http://` on loopback).",
+    )
+    jwt_issuer: str = Field(default="", description="The required value of `iss`.")
+    jwt_audience: str = Field(default="", description="The value that `aud` must equal or contain.")
+    jwt_algorithms: CommaSeparated = Field(
+        default=("RS256", "ES256", "EdDSA"),
+        description="The allowed signature algorithms, separated by commas. Only public-key "
+        "algorithms are supported.",
+    )
     quotas: Quotas = Quotas()
 
     # Streams
-    watch_heartbeat_seconds: float = Field(default=15, gt=0)
-    stream_write_timeout_seconds: float = Field(default=30, gt=0)
-    watch_poll_interval_seconds: float = Field(default=2, gt=0)
+    watch_heartbeat_seconds: float = Field(
+        default=15,
+        gt=0,
+        description="How long a watched session is silent before the stream sends a heartbeat.",
+    )
+    stream_write_timeout_seconds: float = Field(
+        default=30,
+        gt=0,
+        description="How long a client may leave a stream unread before the server ends the "
+        "stream.",
+    )
+    watch_poll_interval_seconds: float = Field(
+        default=2,
+        gt=0,
+        description="How often a process reads the revisions of all its watched sessions. This is "
+        "the fallback for lost notifications.",
+    )
 
     # Attachments
-    attachment_url_check: bool = True
-    attachment_url_schemes: CommaSeparated = ("https",)
-    attachment_url_allowed_hosts: CommaSeparated = ()
+    attachment_url_check: bool = Field(
+        default=True,
+        description="Request one byte of each attachment URL before storing it. A process checks "
+        "100 URLs at a time, and 25 of one tenant.",
+    )
+    attachment_url_schemes: CommaSeparated = Field(
+        default=("https",),
+        description="The allowed schemes of attachment URLs: `https`, or `https,http` for both.",
+    )
+    attachment_url_allowed_hosts: CommaSeparated = Field(
+        default=(),
+        description="Internal hosts that an attachment URL may name: `host` or `host:port`, "
+        "separated by commas.",
+    )
 
     limits: Limits = Limits()
-    log_format: Literal["auto", "json", "console"] = "auto"
-    access_log: bool = True
-    traces: bool = False
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "json", "console"] = Field(
+        default="auto",
+        description="The format of the log. `auto` is `console` on a terminal, otherwise `json`.",
+    )
+    access_log: bool = Field(default=True, description="Log a line for each call, at level `info`.")
+    traces: bool = Field(
+        default=False, description="Send OpenTelemetry traces. Needs the extra `tracing`."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="The lowest level that is logged."
+    )
 
     @field_validator("database_url", "database_listen_url", "migrate_database_url")
     @classmethod

@@ -5,7 +5,7 @@ import contextlib
 import gc
 from collections.abc import Callable
 from http.server import HTTPServer
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from grpc_health.v1 import health, health_pb2_grpc
@@ -24,17 +24,12 @@ from chat_ticket.v1 import (
 from chat_ticket_svc.access import method_permissions
 from chat_ticket_svc.access.admission import AdmissionController
 from chat_ticket_svc.access.authenticator import Authenticator
-from chat_ticket_svc.access.client_certificate_authenticator import ClientCertificateAuthenticator
-from chat_ticket_svc.access.jwks import JwksClient
-from chat_ticket_svc.access.jwt_authenticator import JwtAuthenticator
 from chat_ticket_svc.access.quotas import Quotas
-from chat_ticket_svc.access.server_certificates import ServerCertificates
 from chat_ticket_svc.config import MIB, ConfigurationError, Settings
 from chat_ticket_svc.errors import DomainError
 from chat_ticket_svc.rpc import aio_server
 from chat_ticket_svc.rpc.health import HealthServicer
 from chat_ticket_svc.rpc.middleware import MethodRegistrar, RpcMiddleware
-from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
 from chat_ticket_svc.services.attachments import ChatAttachmentService
 from chat_ticket_svc.services.messages import ChatMessageService
 from chat_ticket_svc.services.sessions import ChatSessionService
@@ -45,6 +40,13 @@ from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.telemetry import metrics
 from chat_ticket_svc.watch.hub import WatchHub
 from chat_ticket_svc.workers import ListenError, format_address
+
+# Optional parts are imported by the functions that make them: httpx, cryptography and PyJWT take a
+# quarter of the start.
+if TYPE_CHECKING:
+    from chat_ticket_svc.access.jwks import JwksClient
+    from chat_ticket_svc.access.server_certificates import ServerCertificates
+    from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
 
 log = structlog.get_logger()
 
@@ -108,8 +110,8 @@ class Server:
             max_concurrent_reads=max(1, settings.pool_size // 2),
         )
         self._url_checker = _url_checker(settings)
-        self._certificates = ServerCertificates.from_settings(settings)
-        self._jwks_client = JwksClient(settings.jwks) if "jwt" in settings.auth else None
+        self._certificates = _server_certificates(settings)
+        self._jwks_client = _jwks_client(settings)
         self._middleware = RpcMiddleware(
             AdmissionController(
                 _authenticators(settings, self._jwks_client), Quotas(settings.quotas)
@@ -266,11 +268,33 @@ class Server:
             await asyncio.sleep(HEALTH_CHECK_SECONDS)
 
 
-def _authenticators(settings: Settings, jwks_client: JwksClient | None) -> list[Authenticator]:
+def _server_certificates(settings: Settings) -> "ServerCertificates | None":
+    if settings.tls_certificate is None:
+        return None
+    from chat_ticket_svc.access.server_certificates import ServerCertificates
+
+    return ServerCertificates.from_settings(settings)
+
+
+def _jwks_client(settings: Settings) -> "JwksClient | None":
+    if "jwt" not in settings.auth:
+        return None
+    from chat_ticket_svc.access.jwks import JwksClient
+
+    return JwksClient(settings.jwks)
+
+
+def _authenticators(settings: Settings, jwks_client: "JwksClient | None") -> list[Authenticator]:
     authenticators: list[Authenticator] = []
     if settings.mtls_policy is not None and "mtls" in settings.auth:
+        from chat_ticket_svc.access.client_certificate_authenticator import (
+            ClientCertificateAuthenticator,
+        )
+
         authenticators.append(ClientCertificateAuthenticator(settings.mtls_policy))
     if jwks_client is not None:
+        from chat_ticket_svc.access.jwt_authenticator import JwtAuthenticator
+
         authenticators.append(
             JwtAuthenticator(
                 jwks_client,
@@ -282,9 +306,11 @@ def _authenticators(settings: Settings, jwks_client: JwksClient | None) -> list[
     return authenticators
 
 
-def _url_checker(settings: Settings) -> AttachmentUrlChecker | None:
+def _url_checker(settings: Settings) -> "AttachmentUrlChecker | None":
     if not settings.attachment_url_check:
         return None
+    from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
+
     try:
         return AttachmentUrlChecker(
             schemes=settings.attachment_url_schemes,

@@ -36,7 +36,7 @@ def rpcs() -> dict[str, bool]:
 
 
 def needed(method: str) -> str:
-    """The permission that the README assigns to a method, by its name."""
+    """The permission that docs/security.md assigns to a method, by its name."""
     name = method.rpartition("/")[2]
     if name.startswith(("Get", "List", "Search", "Watch")):
         return "read"

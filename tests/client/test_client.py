@@ -166,7 +166,7 @@ class TestErrors:
         assert isinstance(error.__cause__, grpc.RpcError)
 
     async def test_every_status_has_its_exception(self, client: AsyncChatTicketClient) -> None:
-        """With the reason of the README's table."""
+        """With the reason of docs/reference/errors.md."""
         session_id, sessions, tickets = await session_of(client), client.sessions, client.tickets
         escalate = CreateChatTicketRequest(session_id=session_id, ticket=r.Ticket(title="help"))
         await tickets.CreateChatTicket(escalate)

@@ -104,6 +104,21 @@ def test_calls_the_service(package: Path, npm: Npm, process: ServerProcess) -> N
     npm(package, "--test", tests, program="node", CHAT_TICKET_ADDRESS=process.address)
 
 
+def test_guide_prints_what_it_shows(
+    package: Path, npm: Npm, process: ServerProcess, tmp_path: Path
+) -> None:
+    """The blocks of docs/guides/node.md, in their order, are one program."""
+    guide = (PACKAGE.parents[1] / "docs" / "guides" / "node.md").read_text()
+    program, shown = (
+        "\n".join(re.findall(rf"^```{kind}\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL))
+        for kind in ("js", "text")
+    )
+    (tmp_path / "node_modules").mkdir()
+    (tmp_path / "node_modules" / "chat-ticket-client").symlink_to(package)
+    (tmp_path / "chat.mjs").write_text(program.replace("localhost:50051", process.address))
+    assert npm(tmp_path, "chat.mjs", program="node").split() == shown.split()
+
+
 def packed(npm: Npm, *options: str) -> tuple[str, list[str]]:
     """What npm pack writes: the name of the file, and those of the files in it."""
     [made] = json.loads(npm(PACKAGE, "pack", "--json", *options))

@@ -44,8 +44,8 @@ from fuzz.wire import hostile_bytes
 CANARY = "zqxcanaryxqz"
 OTHER_TENANT = f"{CANARY} tenant"
 
-# The statuses that a request may provoke. The other statuses of the README's table are about the
-# service's own state. A request that makes a healthy service slow or unavailable is a finding.
+# The statuses that a request may provoke. The others of docs/reference/errors.md are about the
+# service's own state: a request that makes a healthy service slow or unavailable is a finding.
 EXPECTED_CODES = {
     StatusCode.OK,
     StatusCode.INVALID_ARGUMENT,
@@ -197,7 +197,7 @@ async def call(
             responses.append(await one)
         elif method.client_streaming:
             one = channel.stream_stream(method.path)(**options)
-            # Alternate writes and reads: a client that writes to a finished stream makes up a status.
+            # Write and read in turns: a client that writes to a finished stream makes up a status.
             for request in requests:
                 await one.write(request)
                 response = await one.read()

@@ -11,6 +11,7 @@ import pytest
 from support.provoked_faults import command_line, with_secrets
 from support.secrets import MARKED, leaks, secret
 
+from chat_ticket_svc import config
 from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.commands import token as token_command
 from chat_ticket_svc.embedded import EmbeddedPostgres
@@ -86,15 +87,14 @@ class TestCommands:
 
     def test_wrong_settings_are_named_without_their_values(self) -> None:
         """Every setting that can be wrong, all at once."""
-        variables = re.findall(r"^\| `([A-Z_]+)`", (ROOT / "README.md").read_text(), re.MULTILINE)
-        groups = re.findall(
-            r"^`CHAT_TICKET_(LIMITS|QUOTAS)__(.*)$", (ROOT / "README.md").read_text(), re.MULTILINE
-        )
-        variables += [
-            f"CHAT_TICKET_{group}__{name}"
-            for group, listed in groups
-            for name in re.findall(r"__([A-Z_]+)` \(", f"__{listed}")
+        fields = config.Settings.model_fields
+        variables = [
+            config.variable(str(field.validation_alias or name))
+            for name, field in fields.items()
+            if name not in ("limits", "quotas")
         ]
+        for group, names in (("LIMITS", config.Limits), ("QUOTAS", config.Quotas)):
+            variables += [f"CHAT_TICKET_{group}__{name.upper()}" for name in names.model_fields]
         assert len(variables) > 45
         [written] = commands((["serve"], {name: secret("value") for name in variables}))
         assert not leaks(written)

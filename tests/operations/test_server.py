@@ -91,25 +91,6 @@ class TestSettings:
         assert settings.limits.title == 7
         assert settings.limits.query == 1000
 
-    def test_readme_names_every_setting(self) -> None:
-        """The README's table is complete and has nothing else."""
-        named = set(re.findall(r"^\| `([A-Z_]+)`", (ROOT / "README.md").read_text(), re.MULTILINE))
-        fields = config.Settings.model_fields
-        settings = {
-            str(field.validation_alias or f"CHAT_TICKET_{name.upper()}")
-            for name, field in fields.items()
-            if name not in ("limits", "quotas")
-        }
-        assert named == settings
-        text = (ROOT / "README.md").read_text()
-        for prefix, group in (("LIMITS", config.Limits), ("QUOTAS", config.Quotas)):
-            [listed] = re.findall(rf"^`CHAT_TICKET_{prefix}__.*$", text, re.MULTILINE)
-            defaults = {
-                name.lower(): float(default)
-                for name, default in re.findall(r"__([A-Z_]+)` \((\d+)\)", listed)
-            }
-            assert defaults == {n: f.default for n, f in group.model_fields.items()}, prefix
-
 
 class TestProcess:
     def test_taken_port_is_said_clearly(self, database: str) -> None:

@@ -1,4 +1,4 @@
-"""The cookbook does what it says: every command, and every line that is shown of what it prints."""
+"""The grpcurl guide does what it says: its commands print every line that it shows."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from support.tools import needs_grpcurl
 from chat_ticket_svc.commands.token import development_settings
 
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "docs" / "cookbook.md").read_text()
+TEXT = (ROOT / "docs" / "guides" / "grpcurl.md").read_text()
 BETWEEN = "---- the next block ----"
 
 pytestmark = needs_grpcurl

@@ -1,4 +1,4 @@
-"""The examples, and what the README shows of Python, against a running service."""
+"""The examples, against a running service."""
 
 import asyncio
 import contextlib
@@ -157,14 +157,3 @@ def test_example_of_node_is_locked_as_the_tests_are() -> None:
     assert theirs.pop("")["dependencies"] == package["dependencies"]
     ours.pop("")
     assert ours == theirs
-
-
-async def test_readme_shows_python_that_runs(server: Server) -> None:
-    """As pasted, but for the address."""
-    text = (ROOT / "README.md").read_text()
-    [program] = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    program = program.replace("localhost:50051", f"localhost:{server.port}")
-    output = await run(sys.executable, "-W", "error", "-c", program)
-    assert 'content: "Hello!"' in output
-    assert "caught_up" in output
-    assert "INVALID_ARGUMENT INVALID_ARGUMENT (Violation(field='message" in output

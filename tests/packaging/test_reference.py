@@ -1,25 +1,50 @@
-"""The reference of the API: one page, from the comments of the protos."""
+"""The site of the documentation: it builds, and has all that the code and the protos say."""
 
 import html
 import re
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc_tools
+import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
+from grpc_tools import protoc
 
 ROOT = Path(__file__).parents[2]
-BUILT = ROOT / "build" / "docs"
+
+# The first build sets up .venv-docs.
+pytestmark = pytest.mark.timeout(300)
 
 
-def test_the_page_has_all_that_the_protos_say() -> None:
-    """What can be called or sent, and every comment on it; it needs no network to be read."""
-    subprocess.run(["make", "docs"], cwd=ROOT, check=True, capture_output=True)
-    page = (BUILT / "chat_ticket.v1.html").read_text()
-    found = FileDescriptorSet.FromString((BUILT / "descriptor.pb").read_bytes())
-    files = [file for file in found.file if file.package == "chat_ticket.v1"]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh build. It fails on a link that leads nowhere."""
+    directory = tmp_path_factory.mktemp("site")
+    command = ["make", "docs", f"SITE={directory}"]
+    done = subprocess.run(
+        command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=290
+    )
+    assert done.returncode == 0, done.stdout
+    return directory
+
+
+def test_reference_is_what_the_code_says() -> None:
+    """Settings, errors, metrics, commands and the API: `make reference` would change nothing."""
+    command = [sys.executable, "scripts/generate_reference.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_api_reference_has_all_that_the_protos_say(site: Path, tmp_path: Path) -> None:
+    """Everything that can be called or sent, and every comment on it."""
+    files = [file for file in descriptors(tmp_path).file if file.package == "chat_ticket.v1"]
     assert len(files) == 5
-    text = words(page)
+    pages = [path.read_text() for path in site.glob("reference/api/*.html")]
+    assert len(pages) == 5
+    text = words(" ".join(pages))
     for file in files:
         for name in names(file):
             assert re.search(rf"\b{name}\b", text), name
@@ -27,14 +52,53 @@ def test_the_page_has_all_that_the_protos_say() -> None:
     assert len(all_comments) > 150
     for comment in all_comments:
         assert comment in text, comment
-    loaded = re.findall(r"""<(?:script|link|img)[^>]*?(?:src|href)=["']([^"']+)""", page)
-    assert loaded
-    assert all((BUILT / each).is_file() for each in loaded), loaded
+
+
+def test_site_needs_no_network(site: Path) -> None:
+    """Every script, style and picture is a file of the site."""
+    for path in site.rglob("*.html"):
+        if path.name == "404.html":  # served at any path, so its links begin at the root
+            continue
+        loaded = re.findall(
+            r"""<(?:script|link|img)[^>]*?(?:src|href)=["']?([^"' >]+)""", path.read_text()
+        )
+        assert loaded, path
+        for each in loaded:
+            assert (path.parent / each.partition("?")[0]).exists(), f"{path} loads {each}"
+
+
+@pytest.mark.parametrize("link", ["nothing.md", "security.md#nothing", "/security.md"])
+def test_build_fails_on_a_broken_link(tmp_path: Path, link: str) -> None:
+    """A page, a heading, or an absolute path that is not there."""
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    shutil.copy(ROOT / "CONTRIBUTING.md", tmp_path)
+    with (tmp_path / "docs" / "index.md").open("a") as page:
+        page.write(f"\n[broken]({link})\n")
+    mkdocs = ROOT / ".venv-docs" / "bin" / "mkdocs"
+    subprocess.run(["make", "venv-docs"], cwd=ROOT, check=True, capture_output=True)
+    done = subprocess.run(
+        [mkdocs, "build"], cwd=tmp_path, check=False, capture_output=True, text=True, timeout=290
+    )
+    assert done.returncode != 0
+    assert f"'{link}'" in done.stderr
+
+
+def descriptors(directory: Path) -> FileDescriptorSet:
+    """Those of the protos, with their comments."""
+    out = directory / "descriptors"
+    protos = [str(path) for path in (ROOT / "protos" / "chat_ticket" / "v1").glob("*.proto")]
+    includes = [ROOT / "protos", Path(grpc_tools.__file__).parent / "_proto"]
+    arguments = [f"-I{include}" for include in includes]
+    arguments += ["--include_source_info", f"--descriptor_set_out={out}"]
+    assert protoc.main(["protoc", *arguments, *protos]) == 0
+    return FileDescriptorSet.FromString(out.read_bytes())
 
 
 def words(text: str) -> str:
-    """As they are read: without tags, marks of code, and line breaks."""
-    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", text)).replace("`", " ").split())
+    """As they are read: without tags, marks of code and lists, and line breaks."""
+    text = html.unescape(re.sub(r"<[^>]*>", " ", text))
+    return " ".join(re.sub("[`¶•]", " ", text).split())
 
 
 def names(file: FileDescriptorProto) -> Iterator[str]:

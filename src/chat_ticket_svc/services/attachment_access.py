@@ -1,16 +1,18 @@
 """The rule that the file URLs of new attachments are accessible."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from chat_ticket_svc import errors
-from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
+
+if TYPE_CHECKING:  # imported at run time only when URLs are checked
+    from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
 
 T = TypeVar("T")
 
 
 async def find_stored_or_check_urls(
-    checker: AttachmentUrlChecker | None,
+    checker: "AttachmentUrlChecker | None",
     tenant_id: str,
     urls: Sequence[str],
     find_stored: Callable[[], Awaitable[T | None]],

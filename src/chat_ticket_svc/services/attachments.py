@@ -1,6 +1,6 @@
 """ChatAttachmentService."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 
@@ -9,11 +9,13 @@ from chat_ticket.v1 import chat_attachment_pb2_grpc
 from chat_ticket_svc.access import request_context
 from chat_ticket_svc.config import Settings
 from chat_ticket_svc.services import attachment_access, convert, paging
-from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
 from chat_ticket_svc.services.validate import NIL_UUID, Validator
 from chat_ticket_svc.store import attachments, messages, sessions
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.watch.hub import WatchHub
+
+if TYPE_CHECKING:  # imported at run time only when URLs are checked
+    from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -25,7 +27,7 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
         self,
         db: Database,
         watch_hub: WatchHub,
-        url_checker: AttachmentUrlChecker | None,
+        url_checker: "AttachmentUrlChecker | None",
         settings: Settings,
     ):
         self._db = db

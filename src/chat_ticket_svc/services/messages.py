@@ -6,7 +6,7 @@ import math
 import re
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import grpc.aio
@@ -16,11 +16,13 @@ from chat_ticket.v1 import chat_message_pb2_grpc
 from chat_ticket_svc.access import request_context
 from chat_ticket_svc.config import Settings
 from chat_ticket_svc.services import attachment_access, convert, paging
-from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
 from chat_ticket_svc.services.validate import MAX_UUID, Validator
 from chat_ticket_svc.store import append, group_commit, message_listing, messages, search, sessions
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.watch.hub import WatchHub
+
+if TYPE_CHECKING:  # imported at run time only when URLs are checked
+    from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -34,7 +36,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         self,
         db: Database,
         watch_hub: WatchHub,
-        url_checker: AttachmentUrlChecker | None,
+        url_checker: "AttachmentUrlChecker | None",
         settings: Settings,
     ):
         self._db = db
