@@ -115,10 +115,10 @@ bench: venv-bench ## measure against limits and peers, in 15 minutes; PARTS="cal
 	@PARTS="$(PARTS)" ROUNDS="$(ROUNDS)" $(BIN)/python -m benchmarks.bench
 
 scaling: venv ## measure PgBouncer, nginx and sizes for docs/scaling.md; PARTS="size" chooses, ROUNDS=
-	@PYTHONPATH=tests:. $(BIN)/python tests/support/scaling_run.py $(PARTS) $(if $(ROUNDS),--rounds $(ROUNDS))
+	@PYTHONPATH=tests $(BIN)/python -m benchmarks.scaling $(PARTS) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 fuzz: venv ## send 100,000 hostile requests, and as many malformed ones; N= sets how many, SEED= repeats a run
-	@PYTHONPATH=tests $(BIN)/python tests/support/hostile_run.py $(if $(N),--count $(N)) $(if $(SEED),--seed $(SEED))
+	@PYTHONPATH=tests $(BIN)/python -m fuzz $(if $(N),--count $(N)) $(if $(SEED),--seed $(SEED))
 
 faults: venv ## run every fault of the matrix, for an hour; ARGS="--only cut --runs 2" for a part
 	@PYTHONPATH=tests $(BIN)/python -m faults $(ARGS)

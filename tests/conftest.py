@@ -18,7 +18,7 @@ import pytest
 import pytest_asyncio
 
 # Before the imports: pytest rewrites the asserts of a module when it is imported.
-pytest.register_assert_rewrite("support")
+pytest.register_assert_rewrite("support", "fuzz")
 
 from support import pooler
 from support.client import Api

@@ -1,7 +1,7 @@
-"""What callers do to the service while others work: leave, race, repeat themselves, do not read.
+"""What callers do to the service while others work: they cancel, race, repeat, and stop reading.
 
-Each takes how much of it there is to be, and returns what was wrong with the answers; what is wrong
-with the data afterwards is for the checker.
+Each function takes an amount, and returns what was wrong with the responses. The checker finds what
+is wrong with the data afterwards.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ RACERS = 16
 DUPLICATES = 16  # of one id, at once
 
 STREAMS_OF_A_CHANNEL = 10
-# More than gRPC ever lets be on its way to who does not read, which grows with what was read.
+# More than the flow control windows of gRPC, which grow while a client reads.
 LARGE = 200 * 1024  # bytes of a message
 LARGE_MESSAGES = 96
 PATIENT_SECONDS = 600
@@ -156,7 +156,7 @@ def _append(tenant: str, session_id: str) -> tuple[str, Any]:
 
 
 async def repeat(workload: Workload, count: int) -> Seen:
-    """The same create by 16 callers at once, of both servers: all are told the same."""
+    """The same create by 16 callers at once, of both servers: all get the same response."""
     numbers = iter(range(count))
     violations: list[Violation] = []
 
@@ -169,9 +169,9 @@ async def repeat(workload: Workload, count: int) -> Seen:
             answers = await asyncio.gather(
                 *(workload.attempt(write, caller) for caller in range(DUPLICATES))
             )
-            told = Counter(answer and answer.message.sequence for answer in answers)
-            if len(told) != 1 or None in told:
-                text = f"{write.request.message.id} was answered with {dict(told)}"
+            sequences = Counter(answer and answer.message.sequence for answer in answers)
+            if len(sequences) != 1 or None in sequences:
+                text = f"{write.request.message.id} was answered with {dict(sequences)}"
                 violations.append(Violation("I1", text))
 
     await asyncio.gather(*(repeater(tenant) for tenant in workload.tenants))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg.rows import namedtuple_row
 
-from faults.record import Followed, Outcome, Record, Write
+from faults.record import Outcome, Record, WatchRecord, Write
 
 MESSAGES = """
 SELECT session_id::text, id::text, sequence, content, metadata::text,
@@ -84,9 +84,9 @@ def check(
         violations += _writes(writes, found)
         violations += _order(writes, found)
         violations += _tickets(writes, found)
-        for followed in record.followed:
-            if followed.tenant == tenant:
-                violations += _followed(followed, found)
+        for watch in record.watches:
+            if watch.tenant == tenant:
+                violations += _check_watch(watch, found)
     return violations
 
 
@@ -94,16 +94,16 @@ def _new_messages(write: Write) -> list[tuple[Any, Any]]:
     """The messages of a create, each with what was acknowledged of it."""
     match write.kind:
         case "CreateChatMessage":
-            told = write.response and write.response.message
-            return [(write.request.message, told)]
+            response = write.response and write.response.message
+            return [(write.request.message, response)]
         case "BatchCreateChatMessages":
-            told = write.response.messages if write.response else itertools.repeat(None)
-            return list(zip(write.request.messages, told, strict=False))
+            responses = write.response.messages if write.response else itertools.repeat(None)
+            return list(zip(write.request.messages, responses, strict=False))
     return []
 
 
 def _writes(writes: Sequence[Write], found: Stored) -> Iterator[Violation]:
-    """I1 and I2: what was acknowledged is there as it was, and what was refused is not."""
+    """I1 and I2: an acknowledged write is stored unchanged, and a failed one is not stored."""
     deletes = {
         write.request.message_id: write for write in writes if write.kind == "DeleteChatMessage"
     }
@@ -121,7 +121,7 @@ def _writes(writes: Sequence[Write], found: Stored) -> Iterator[Violation]:
             and write.outcome is Outcome.REFUSED
             and write.session_id in found.sessions
         ):
-            yield Violation("I2", f"session {write.session_id} was refused and is there")
+            yield Violation("I2", f"session {write.session_id} failed and is stored")
         if (
             write.kind == "CreateChatSession"
             and write.outcome is Outcome.ACKNOWLEDGED
@@ -131,13 +131,13 @@ def _writes(writes: Sequence[Write], found: Stored) -> Iterator[Violation]:
             yield Violation("I1", f"session {write.session_id} is lost")
         if write.session_id in found.sessions and gone.get(write.session_id):
             yield Violation("I1", f"session {write.session_id} is there, and was deleted")
-        for message, told in _new_messages(write):
+        for message, response in _new_messages(write):
             row = found.messages.get(message.id)
             delete = deletes.get(message.id)
             if contents[message.content] > 1:
                 yield Violation("I1", f"message {message.id} is there twice")
             if write.outcome is Outcome.REFUSED and row:
-                yield Violation("I2", f"message {message.id} was refused and is there")
+                yield Violation("I2", f"message {message.id} failed and is stored")
             if write.outcome is not Outcome.ACKNOWLEDGED:
                 continue
             if row is None:
@@ -149,8 +149,8 @@ def _writes(writes: Sequence[Write], found: Stored) -> Iterator[Violation]:
             elif (row.session_id, row.content, row.sequence, row.created_at) != (
                 write.session_id,
                 message.content,
-                told.sequence,
-                told.create_time.ToMicroseconds(),
+                response.sequence,
+                response.create_time.ToMicroseconds(),
             ):
                 yield Violation("I1", f"message {message.id} is not as it was acknowledged")
         if write.kind == "CreateChatAttachment" and write.outcome is Outcome.ACKNOWLEDGED:
@@ -177,16 +177,16 @@ def _order(writes: Sequence[Write], found: Stored) -> Iterator[Violation]:
                 yield Violation("I3", f"messages {one.id} and {other.id} are out of order")
         if messages and messages[-1].sequence > found.sessions[session_id].revision:
             yield Violation("I3", f"session {session_id} is behind its last message")
-    told: dict[str, list[tuple[float, float, int, int]]] = defaultdict(list)
+    responses: dict[str, list[tuple[float, float, int, int]]] = defaultdict(list)
     for write in writes:
         if write.outcome is Outcome.ACKNOWLEDGED and (new := _new_messages(write)):
             numbers = [answer.sequence for _, answer in new]
             if numbers != list(range(numbers[0], numbers[0] + len(numbers))):
                 yield Violation("I3", f"a batch got the sequences {numbers}")
-            told[write.session_id].append(
+            responses[write.session_id].append(
                 (write.began, write.acknowledged_at, numbers[0], numbers[-1])
             )
-    for session_id, spans in told.items():
+    for session_id, spans in responses.items():
         numbers = [number for _, _, first, last in spans for number in range(first, last + 1)]
         if len(numbers) != len(set(numbers)):
             yield Violation("I3", f"a sequence of session {session_id} was acknowledged twice")
@@ -202,35 +202,37 @@ def _order(writes: Sequence[Write], found: Stored) -> Iterator[Violation]:
                 )
 
 
-def _followed(followed: Followed, found: Stored) -> Iterator[Violation]:
-    """I4: each message was told once, in order, and the follower holds what the session does."""
-    who = f"a follower of {followed.session_id}"
-    ids = [message_id for message_id, _ in followed.created]
+def _check_watch(watch: WatchRecord, found: Stored) -> Iterator[Violation]:
+    """I4: a watch delivered each message once and in order, and ends in the session's state."""
+    who = f"a watch of {watch.session_id}"
+    ids = [message_id for message_id, _ in watch.created]
     for message_id, times in Counter(ids).items():
         if times > 1:
-            yield Violation("I4", f"{who} was told of {message_id} {times} times")
-    sequences = [sequence for _, sequence in followed.created]
+            yield Violation("I4", f"{who} delivered {message_id} {times} times")
+    sequences = [sequence for _, sequence in watch.created]
     if any(other <= one for one, other in itertools.pairwise(sequences)):
-        yield Violation("I4", f"{who} was told out of order")
-    if followed.backwards:
-        yield Violation("I4", f"{who} went back: {followed.backwards[0]}")
-    if followed.unknown_changed:
-        yield Violation("I4", f"{who} was told of a change to {followed.unknown_changed[0]} alone")
-    session = found.sessions[followed.session_id]
-    if followed.revision != session.revision:
-        yield Violation("I4", f"{who} stopped at {followed.revision} of {session.revision}")
+        yield Violation("I4", f"{who} delivered messages out of order")
+    if watch.backwards:
+        yield Violation("I4", f"{who} went back: {watch.backwards[0]}")
+    if watch.unknown_changed:
+        yield Violation(
+            "I4", f"{who} delivered a change of {watch.unknown_changed[0]} but not the message"
+        )
+    session = found.sessions[watch.session_id]
+    if watch.revision != session.revision:
+        yield Violation("I4", f"{who} stopped at {watch.revision} of {session.revision}")
         return
-    here = {message.id: message for message in found.in_order[followed.session_id]}
+    here = {message.id: message for message in found.in_order[watch.session_id]}
     for message_id in here.keys() - set(ids):
-        yield Violation("I4", f"{who} was never told of {message_id}")
-    for message_id in here.keys() ^ followed.messages.keys():
+        yield Violation("I4", f"{who} never delivered {message_id}")
+    for message_id in here.keys() ^ watch.messages.keys():
         yield Violation("I4", f"{who} holds another set: {message_id}")
     for message_id, row in here.items():
-        held = followed.messages.get(message_id)
-        if held is None:
+        delivered = watch.messages.get(message_id)
+        if delivered is None:
             continue
-        attached = sorted(each.id for each in held.attachments)
-        if (held.content, held.metadata_json, attached) != (
+        attached = sorted(each.id for each in delivered.attachments)
+        if (delivered.content, delivered.metadata_json, attached) != (
             row.content,
             row.metadata or "",
             sorted(row.attachments),

@@ -1,7 +1,7 @@
-"""`make failover`: a standby takes over from its primary under load, in the ways that there are.
+"""`make failover`: a standby takes over from its primary under load, in several ways.
 
-The services know both by a URL of two hosts. What their callers were told is compared with what
-the new primary has: a write that was acknowledged and is not there is lost.
+The services know both by a URL of two hosts. What their callers got is compared with what the
+new primary has: an acknowledged write that is not there is lost.
 """
 
 import argparse
@@ -82,7 +82,8 @@ class Pair:
     def url(self) -> str:
         """Of both, the primary first."""
         one, other = (
-            conninfo.conninfo_to_dict(each.url(DATABASE)) for each in (self.primary, self.standby)
+            conninfo.conninfo_to_dict(postgres.url(DATABASE))
+            for postgres in (self.primary, self.standby)
         )
         return (
             f"postgresql://postgres@/{DATABASE}?host={one['host']},{other['host']}"
@@ -96,7 +97,7 @@ class Pair:
         """By a signal: replay may cancel any query on a standby, pg_promote() as well."""
         _as_server("pg_ctl", "promote", "--wait", "--silent", "--pgdata", self._data(STANDBY))
 
-    def lose_primary_and_what_is_on_its_way(self) -> None:
+    def lose_primary_and_unsent_wal(self) -> None:
         """As with a network that is slower than the writes are."""
         with self._proxy.during(Mode.BLACKHOLE):
             time.sleep(BEHIND_SECONDS)
@@ -125,24 +126,26 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Way:
+class FailoverCase:
     name: str
     synchronous: bool
     end: Callable[[Pair], None]
     loses: bool = False  # what was acknowledged may be lost
 
 
-WAYS = (
-    Way("primary killed, synchronous", synchronous=True, end=Pair.lose_primary),
-    Way("primary killed, asynchronous", synchronous=False, end=Pair.lose_primary, loses=True),
-    Way(
+CASES = (
+    FailoverCase("primary killed, synchronous", synchronous=True, end=Pair.lose_primary),
+    FailoverCase(
+        "primary killed, asynchronous", synchronous=False, end=Pair.lose_primary, loses=True
+    ),
+    FailoverCase(
         "primary killed, asynchronous and 0.3 s behind",
         synchronous=False,
-        end=Pair.lose_primary_and_what_is_on_its_way,
+        end=Pair.lose_primary_and_unsent_wal,
         loses=True,
     ),
-    Way("primary stopped in order", synchronous=False, end=Pair.stop_primary),
-    Way("primary left, read-only", synchronous=False, end=Pair.fence_primary),
+    FailoverCase("primary stopped in order", synchronous=False, end=Pair.stop_primary),
+    FailoverCase("primary left, read-only", synchronous=False, end=Pair.fence_primary),
 )
 
 
@@ -152,12 +155,12 @@ class Result:
     after: int
     lost: int
     other: tuple[str, ...]  # violations
-    ahead: int  # streams that were told of what is no more
+    ahead: int  # watches that delivered what was lost
     promoted_seconds: float  # since the primary's end began
     outage_seconds: float  # the longest without an acknowledged write
 
 
-async def run(pair: Pair, way: Way, services: list[Service], seed: int) -> Result:
+async def run(pair: Pair, case: FailoverCase, services: list[Service], seed: int) -> Result:
     workload = Workload(
         lambda: [service.address for service in services], seed, "failover", THINK_SECONDS
     )
@@ -166,7 +169,7 @@ async def run(pair: Pair, way: Way, services: list[Service], seed: int) -> Resul
         await workload.start()
         await asyncio.sleep(AROUND_SECONDS)
         before, struck = len(record.acknowledged), clock()
-        await asyncio.to_thread(way.end, pair)
+        await asyncio.to_thread(case.end, pair)
         await asyncio.to_thread(pair.promote)
         promoted = clock()
         await asyncio.to_thread(_until_healthy, services)
@@ -174,10 +177,10 @@ async def run(pair: Pair, way: Way, services: list[Service], seed: int) -> Resul
         await workload.settle(SETTLE_SECONDS)
     finally:
         await workload.close()
-    ahead = [each for each in record.findings if "OUT_OF_RANGE" in each]
-    record.findings[:] = [each for each in record.findings if each not in ahead]
+    ahead = [postgres for postgres in record.findings if "OUT_OF_RANGE" in postgres]
+    record.findings[:] = [postgres for postgres in record.findings if postgres not in ahead]
     with psycopg.connect(pair.standby.url(DATABASE)) as connection:
-        violations = [str(each) for each in check(record, connection, workload.tenants)]
+        violations = [str(postgres) for postgres in check(record, connection, workload.tenants)]
     lost = [text for text in violations if "is lost" in text]
     return Result(
         before=before,
@@ -241,15 +244,15 @@ def table(results: dict[str, list[Result]]) -> str:
     ]
     for name, runs in results.items():
         counts = (
-            sum(each.before for each in runs),
-            sum(each.after for each in runs),
-            sum(each.lost for each in runs),
-            sum(len(each.other) for each in runs),
-            sum(each.ahead for each in runs),
+            sum(postgres.before for postgres in runs),
+            sum(postgres.after for postgres in runs),
+            sum(postgres.lost for postgres in runs),
+            sum(len(postgres.other) for postgres in runs),
+            sum(postgres.ahead for postgres in runs),
         )
         times = (
-            statistics.median(each.promoted_seconds for each in runs),
-            statistics.median(each.outage_seconds for each in runs),
+            statistics.median(postgres.promoted_seconds for postgres in runs),
+            statistics.median(postgres.outage_seconds for postgres in runs),
         )
         cells = [f"{count:,}" for count in (len(runs), *counts)]
         cells += [f"{seconds:.1f} s" for seconds in times]
@@ -260,14 +263,14 @@ def table(results: dict[str, list[Result]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="faults.failover", description=__doc__)
     parser.add_argument("--only", default="", help="ways whose names contain this")
-    parser.add_argument("--runs", type=int, default=1, help="of each way")
+    parser.add_argument("--runs", type=int, default=1, help="of each case")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     results: dict[str, list[Result]] = {}
     failed = False
     for number in range(options.runs):
-        for way in WAYS:
-            if options.only not in way.name:
+        for case in CASES:
+            if options.only not in case.name:
                 continue
             with tempfile.TemporaryDirectory(prefix="chat-ticket-failover-") as name:
                 directory = Path(name)
@@ -275,14 +278,14 @@ def main() -> None:
                 if embedded._identity(embedded._binaries()) == "nobody":
                     os.chown(directory, embedded._NOBODY, embedded._NOBODY)
                 with (
-                    Pair(directory, synchronous=way.synchronous) as pair,
+                    Pair(directory, synchronous=case.synchronous) as pair,
                     serving(pair) as services,
                 ):
-                    result = asyncio.run(run(pair, way, services, options.seed + number))
-            results.setdefault(way.name, []).append(result)
+                    result = asyncio.run(run(pair, case, services, options.seed + number))
+            results.setdefault(case.name, []).append(result)
             for text in result.other[:5]:
-                print(f"{way.name}: {text}", file=sys.stderr)
-            failed |= not way.loses and bool(result.lost or result.other or result.ahead)
+                print(f"{case.name}: {text}", file=sys.stderr)
+            failed |= not case.loses and bool(result.lost or result.other or result.ahead)
     print(table(results))
     sys.exit(failed)
 

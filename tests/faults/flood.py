@@ -1,7 +1,7 @@
-"""Callers in a crowd: `python -m faults.flood CALLERS SECONDS ADDRESS...`, a process of its own.
+"""A flood of callers: `python -m faults.flood CALLERS SECONDS ADDRESS...`, its own process.
 
-Each calls again as soon as it is answered, and 0.1 seconds later when it is refused, which is
-sooner than it is told. Prints what became of the calls.
+A caller calls again as soon as it gets a response, and about 0.1 seconds after an error, which is
+sooner than the error's RetryInfo allows. Prints the outcomes of the calls.
 """
 
 import asyncio
@@ -36,29 +36,29 @@ SHED = {"RESOURCE_EXHAUSTED", "UNAVAILABLE"}
 
 
 @dataclass
-class Told:
-    """Seconds, but for the counts."""
+class FloodResult:
+    """Counts of calls, and durations in seconds."""
 
     accepted: int
     median: float
     p99: float
-    refused: dict[str, int]
-    slowest_refusal: float
+    errors: dict[str, int]
+    slowest_error: float
 
     @property
-    def wrong(self) -> dict[str, int]:
-        """Refusals that do not say that there was too much."""
+    def unexpected(self) -> dict[str, int]:
+        """Errors other than those of load shedding."""
         return {
-            said: count
-            for said, count in self.refused.items()
-            if said.partition(" ")[0] not in SHED or said.endswith("OUTCOME_UNKNOWN")
+            error: count
+            for error, count in self.errors.items()
+            if error.partition(" ")[0] not in SHED or error.endswith("OUTCOME_UNKNOWN")
         }
 
 
-async def crowd(callers: int, seconds: float, addresses: Sequence[str]) -> Told:
+async def run_callers(callers: int, seconds: float, addresses: Sequence[str]) -> FloodResult:
     accepted: list[float] = []
-    refused: Counter[str] = Counter()
-    refusals: list[float] = []
+    errors: Counter[str] = Counter()
+    error_seconds: list[float] = []
     run = uuid.uuid4().hex[:8]
     apis = [
         Api(
@@ -70,7 +70,7 @@ async def crowd(callers: int, seconds: float, addresses: Sequence[str]) -> Told:
     ]
     sessions: list[str] = []
     while len(sessions) < callers:
-        with contextlib.suppress(grpc.aio.AioRpcError):  # there may be a crowd already
+        with contextlib.suppress(grpc.aio.AioRpcError):  # the server may be overloaded already
             sessions.append((await apis[len(sessions) % len(apis)].session()).id)
     end = time.monotonic() + seconds
 
@@ -80,8 +80,8 @@ async def crowd(callers: int, seconds: float, addresses: Sequence[str]) -> Told:
             try:
                 await call(api, session_id, chance)
             except grpc.aio.AioRpcError as error:
-                refusals.append(time.monotonic() - began)
-                refused[f"{error.code().name} {reason_of(error)}"] += 1
+                error_seconds.append(time.monotonic() - began)
+                errors[f"{error.code().name} {reason_of(error)}"] += 1
                 await asyncio.sleep(chance.uniform(0, 2 * PAUSE_SECONDS))
             else:
                 accepted.append(time.monotonic() - began)
@@ -89,17 +89,17 @@ async def crowd(callers: int, seconds: float, addresses: Sequence[str]) -> Told:
     await asyncio.gather(*(caller(number) for number in range(callers)))
     for api in apis:
         await api.channel.close()
-    return Told(
+    return FloodResult(
         len(accepted),
         statistics.median(accepted),
         statistics.quantiles(accepted, n=100)[98],
-        dict(refused),
-        max(refusals, default=0.0),
+        dict(errors),
+        max(error_seconds, default=0.0),
     )
 
 
 async def call(api: Api, session_id: str, chance: random.Random) -> None:
-    """Most of them take a connection of the pool."""
+    """Make a random call. Most calls need a connection of the pool."""
     message = r.ChatMessage(role=r.CHAT_MESSAGE_ROLE_USER, content="x" * 100)
     match chance.randrange(10):
         case 0:
@@ -119,20 +119,20 @@ async def call(api: Api, session_id: str, chance: random.Random) -> None:
             )
 
 
-def flood(callers: int, seconds: float, addresses: Sequence[str]) -> Told:
-    """In a process of its own."""
+def flood(callers: int, seconds: float, addresses: Sequence[str]) -> FloodResult:
+    """Run the callers in a process of their own."""
     done = subprocess.run(
         [sys.executable, "-m", "faults.flood", str(callers), str(seconds), *addresses],
         stdout=subprocess.PIPE,
         check=True,
     )
-    return Told(**json.loads(done.stdout))
+    return FloodResult(**json.loads(done.stdout))
 
 
 def main() -> None:
     _, callers, seconds, *addresses = sys.argv
-    told = uvloop.run(crowd(int(callers), float(seconds), addresses))
-    print(json.dumps(asdict(told)))
+    result = uvloop.run(run_callers(int(callers), float(seconds), addresses))
+    print(json.dumps(asdict(result)))
 
 
 if __name__ == "__main__":

@@ -90,11 +90,11 @@ def _each_alone() -> None:
 
 
 MUTANTS = {
-    "no row lock": Mutant(_no_row_lock, "none", ("was never told of", ": INTERNAL")),
+    "no row lock": Mutant(_no_row_lock, "none", ("never delivered", ": INTERNAL")),
     "order by now()": Mutant(_order_by_now, "none", ("are out of order",)),
     "key without tenant": Mutant(_key_without_tenant, "none", ("I6: ",)),
     "lost wake-up, no polling": Mutant(_lost_wake_up, "none", ("stopped at",)),
-    "cursor off by one": Mutant(_cursor_off_by_one, "none", ("was never told of",)),
+    "cursor off by one": Mutant(_cursor_off_by_one, "none", ("never delivered",)),
     "acknowledged before commit": Mutant(
         _acknowledged_before_commit, "PostgreSQL SIGKILL", ("is lost",)
     ),

@@ -1,4 +1,4 @@
-"""Ten times as many callers as are served without refusing one: see `overload`."""
+"""Ten times as many callers as the service serves without an error: see `overload`."""
 
 import threading
 import time
@@ -7,40 +7,40 @@ from concurrent.futures import ThreadPoolExecutor
 
 from faults.checker import Seen, Violation
 from faults.environment import HEALTHY_SECONDS, Environment
-from faults.flood import Told, flood
+from faults.flood import FloodResult, flood
 
-# With its pool of 10 connections and 4 callers waiting for each, a service refuses none of these.
-SERVED = 50
-TIMES = 10
-# Of them, those whose answers are looked at, from a process of their own: the crowd's is busy.
-LOOKED_AT = 10
+# A service with a pool of 10 connections, and a queue of 4 callers for each, serves all of these.
+CALLERS = 50
+OVERLOAD_FACTOR = 10
+# The callers that are measured, in a process of their own: the process of the crowd is busy.
+SAMPLED_CALLERS = 10
 REFUSAL_SECONDS = 2.5
 SLOWER = 3.0
 HEALTH_SECONDS = 2.5
 
 
 def overload(environment: Environment, seconds: float) -> Seen:
-    """The crowd is shed in time, what is accepted is not much slower, health is answered.
+    """Errors are fast, accepted calls are not much slower, and health checks are answered.
 
-    By the medians of a few callers in a process of their own, of one server.
+    Compares the medians of a few callers, which call one server from a process of their own.
     """
     addresses = [environment.services[0].address]
-    before, _ = _among(SERVED, seconds, addresses)
+    before, _ = _sample(CALLERS, seconds, addresses)
     with _Health(environment) as health:
-        during, crowd = _among(SERVED * TIMES, seconds, addresses)
+        during, crowd = _sample(CALLERS * OVERLOAD_FACTOR, seconds, addresses)
     recovered = time.monotonic() + HEALTHY_SECONDS
-    while (after := flood(LOOKED_AT, 1, addresses)).median > before.median * 1.5:
+    while (after := flood(SAMPLED_CALLERS, 1, addresses)).median > before.median * 1.5:
         if time.monotonic() > recovered:
             break
     violations = [
-        Violation("overload", f"refused with {told.wrong}")
-        for told in (before, during, crowd, after)
-        if told.wrong
+        Violation("overload", f"failed with {result.unexpected}")
+        for result in (before, during, crowd, after)
+        if result.unexpected
     ]
-    if not crowd.refused:
-        violations.append(Violation("overload", "invalid: none of the crowd was refused"))
-    if (slowest := max(crowd.slowest_refusal, during.slowest_refusal)) > REFUSAL_SECONDS:
-        violations.append(Violation("overload", f"refused after {slowest:.1f} s"))
+    if not crowd.errors:
+        violations.append(Violation("overload", "invalid: no call of the crowd failed"))
+    if (slowest := max(crowd.slowest_error, during.slowest_error)) > REFUSAL_SECONDS:
+        violations.append(Violation("overload", f"failed after {slowest:.1f} s"))
     if during.median > before.median * SLOWER:
         text = f"{1000 * during.median:.0f} ms, and {1000 * before.median:.0f} before"
         violations.append(Violation("overload", text))
@@ -51,23 +51,25 @@ def overload(environment: Environment, seconds: float) -> Seen:
     note = (
         f"median {1000 * before.median:.0f}, in the crowd {1000 * during.median:.0f} ms, p99"
         f" {1000 * before.p99:.0f} and {1000 * during.p99:.0f};"
-        f" {crowd.accepted:,} accepted, {sum(crowd.refused.values()):,} refused,"
+        f" {crowd.accepted:,} accepted, {sum(crowd.errors.values()):,} failed,"
         f" after {slowest:.1f} s at most; health after {1000 * health.slowest:.0f} ms"
     )
     return Seen(violations, note)
 
 
-def _among(callers: int, seconds: float, addresses: Sequence[str]) -> tuple[Told, Told]:
-    """What those who are looked at were told, and what the others were."""
+def _sample(
+    callers: int, seconds: float, addresses: Sequence[str]
+) -> tuple[FloodResult, FloodResult]:
+    """The results of the callers that are measured, and of all others."""
     with ThreadPoolExecutor() as pool:
-        others = pool.submit(flood, callers - LOOKED_AT, seconds + 2, addresses)
+        others = pool.submit(flood, callers - SAMPLED_CALLERS, seconds + 2, addresses)
         time.sleep(1)
-        told = flood(LOOKED_AT, seconds, addresses)
-        return told, others.result()
+        result = flood(SAMPLED_CALLERS, seconds, addresses)
+        return result, others.result()
 
 
 class _Health:
-    """Asks a service for its health, again and again, in a thread."""
+    """Checks the health of a service repeatedly, in a thread."""
 
     def __init__(self, environment: Environment):
         self.slowest = 0.0

@@ -26,7 +26,7 @@ WRITES = re.compile(rb"\b(INSERT INTO|UPDATE|DELETE FROM)\b")
 class Mode(Enum):
     PASS = auto()
     CUT = auto()  # every connection is closed, and each new one
-    BLACKHOLE = auto()  # nothing passes, and nobody is told
+    BLACKHOLE = auto()  # nothing passes, and no connection is closed
     SLOW = auto()  # everything takes 200 ms longer, each way
     TRICKLE = auto()  # one byte a second
     LOSE_NOTIFICATIONS = auto()  # what LISTEN would hear does not come
@@ -144,11 +144,11 @@ class Proxy:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         link: "_Link",
-        look: object,
+        inspect: object,
     ) -> None:
         while data := await reader.read(CHUNK):
             await self.flows()
-            data = look(data)  # type: ignore[operator]
+            data = inspect(data)  # type: ignore[operator]
             while self._mode is Mode.TRICKLE and data:
                 writer.write(data[:1])
                 data = data[1:]
@@ -160,7 +160,7 @@ class Proxy:
 
 
 class _Link:
-    """A connection, both of its sides, and what is on its way in it."""
+    """A connection: both of its sides, and the data in flight."""
 
     def __init__(self, proxy: Proxy, client: asyncio.StreamWriter, server: asyncio.StreamWriter):
         self._proxy = proxy
@@ -192,10 +192,10 @@ class _Link:
             self._due.append(False)
         while (message := _first(self._asking)) is not None:
             self._asking = self._asking[len(message) :]
-            self._look(message[:1], message[5:])
+            self._inspect(message[:1], message[5:])
         return data
 
-    def _look(self, kind: bytes, body: bytes) -> None:
+    def _inspect(self, kind: bytes, body: bytes) -> None:
         match kind:
             case b"P":
                 name, sql, _ = body.split(b"\0", 2)

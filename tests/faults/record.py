@@ -1,4 +1,4 @@
-"""What callers did and were told: all that the checker knows of a run, but for the database."""
+"""What callers sent and received: all that the checker knows of a run, apart from the database."""
 
 import itertools
 import time
@@ -23,7 +23,7 @@ class Outcome(Enum):
 
 
 def reason_of(error: grpc.aio.AioRpcError) -> str:
-    """The reason in the details of a refusal, or nothing."""
+    """The reason in the details of an error, or an empty string."""
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin":
             for packed in status_pb2.Status.FromString(value).details:
@@ -76,7 +76,7 @@ class Write:
 
     @property
     def outcome(self) -> Outcome:
-        """Of all attempts: one that is unknown makes later refusals say little."""
+        """The outcome of all attempts: after an unknown one, later errors prove little."""
         outcomes = {attempt.outcome for attempt in self.attempts}
         if Outcome.ACKNOWLEDGED in outcomes:
             return Outcome.ACKNOWLEDGED
@@ -92,17 +92,19 @@ class Write:
 
 
 @dataclass(kw_only=True)
-class Followed:
-    """What one follower was told of its session, over all its streams."""
+class WatchRecord:
+    """Everything that one watch delivered, over all its streams."""
 
     tenant: str
     session_id: str
     revision: int = 0
     streams: int = 0
     created: list[tuple[str, int]] = field(default_factory=list)  # each message's id and sequence
-    messages: dict[str, Any] = field(default_factory=dict)  # as the follower holds them now
+    messages: dict[str, Any] = field(default_factory=dict)  # in the state after the last event
     backwards: list[str] = field(default_factory=list)  # revisions that were lower than the last
-    unknown_changed: list[str] = field(default_factory=list)  # of messages it never was told of
+    unknown_changed: list[str] = field(
+        default_factory=list
+    )  # ids of messages that it never delivered
     deleted: bool = False
 
 
@@ -111,7 +113,7 @@ class Record:
     """A run as its callers saw it."""
 
     writes: list[Write] = field(default_factory=list)
-    followed: list[Followed] = field(default_factory=list)
+    watches: list[WatchRecord] = field(default_factory=list)
     # Bytes of another tenant, and statuses that no caller may see.
     findings: list[str] = field(default_factory=list)
     # When a write was acknowledged, in order: what lies between is an outage.

@@ -24,7 +24,7 @@ class Result:
     seed: int
     valid: bool = False
     acknowledged: int = 0
-    streams: int = 0  # begun, by all followers
+    streams: int = 0  # started, by all watches
     healthy_seconds: float = 0.0  # after the fault's end
     outage_seconds: float = 0.0  # the longest time without any acknowledged write
     note: str = ""
@@ -45,7 +45,7 @@ def run(
 ) -> Result:
     """`amount` of a fault, with `around` seconds of work before and after it.
 
-    Callers and followers have `settle` seconds to come to an end.
+    Writers and watches have `settle` seconds to finish.
     """
     result = Result(fault.name, seed)
     name = f"{fault.name.partition(' ')[0].lower()}-{seed}"
@@ -71,9 +71,9 @@ def run(
         try:
             environment.run(workload.settle(settle))
         except TimeoutError:
-            result.violations.append(Violation("I4", "callers and followers do not come to an end"))
+            result.violations.append(Violation("I4", "writers and watches do not finish"))
         result.acknowledged = len(record.acknowledged)
-        result.streams = sum(each.streams for each in record.followed)
+        result.streams = sum(each.streams for each in record.watches)
         result.outage_seconds = record.longest_outage(struck)
         result.note = seen.note
         result.violations += seen.violations

@@ -1,6 +1,6 @@
-"""The service as the harness runs it: `python -m faults.served serve`.
+"""The service as the fault runs start it: `python -m faults.served serve`.
 
-It tells how many tasks it has when it is asked by SIGUSR1, and is a mutant when it is to be one.
+On SIGUSR1 it prints the number of its asyncio tasks. FAULTS_MUTANT names a mutant to switch on.
 """
 
 import asyncio
@@ -15,12 +15,12 @@ from faults.mutants import MUTANTS
 MUTANT = "FAULTS_MUTANT"
 
 
-def _tell(*_: object) -> None:
+def _print_task_count(*_: object) -> None:
     print(json.dumps({"event": "tasks", "count": len(asyncio.all_tasks())}), flush=True)
 
 
 def main() -> None:
-    signal.signal(signal.SIGUSR1, _tell)
+    signal.signal(signal.SIGUSR1, _print_task_count)
     if mutant := os.environ.get(MUTANT):
         MUTANTS[mutant].switch_on()
     cli.main(sys.argv[1:])

@@ -38,7 +38,7 @@ def environment() -> Iterator[Environment]:
     "fault", [each for each in FAULTS if each.quick_amount], ids=lambda fault: fault.name
 )
 def test_nothing_is_lost(environment: Environment, fault: Fault) -> None:
-    """Whatever breaks: every acknowledged write is there once, and every follower knows."""
+    """Whatever breaks: every acknowledged write is stored once, and every watch delivers it."""
     result = run(environment, fault, seed=SEED, amount=fault.quick_amount, around=AROUND_SECONDS)
     assert result.valid, f"{result.acknowledged} writes before the fault: too few"
     assert result.violations == []
@@ -46,7 +46,7 @@ def test_nothing_is_lost(environment: Environment, fault: Fault) -> None:
 
 @pytest.fixture(scope="module")
 def work(environment: Environment) -> Iterator[Workload]:
-    """A run that nothing was wrong with, whose followers have come to the end."""
+    """A run without violations, whose watches have delivered everything."""
     with environment.workload(SEED, "checked") as workload:
         while not _has_tickets(workload):
             time.sleep(0.1)
@@ -101,9 +101,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("found", DAMAGE)
-def test_checker_finds_what_was_damaged(
-    environment: Environment, work: Workload, found: str
-) -> None:
+def test_checker_finds_damage(environment: Environment, work: Workload, found: str) -> None:
     """Each invariant of what is stored."""
     tenant = work.tenants[0]
     named = {"tenant": tenant, "session": work.sessions[tenant][0]}
@@ -116,24 +114,24 @@ def test_checker_finds_what_was_damaged(
     assert any(found in text for text in texts), texts
 
 
-def test_checker_finds_what_a_follower_was_not_told(
+def test_checker_finds_what_a_watch_did_not_deliver(
     environment: Environment, work: Workload
 ) -> None:
-    """Or was told twice, or late."""
+    """Or delivered twice, or out of order."""
 
     def texts() -> str:
         return str(environment.check(work))
 
-    followed = next(each for each in work.record.followed if each.tenant == work.tenants[1])
-    told = followed.created
+    watch = next(each for each in work.record.watches if each.tenant == work.tenants[1])
+    delivered = watch.created
     for created, found in (
-        (told[1:], "was never told of"),
-        ([*told, told[-1]], "2 times"),
-        (told[::-1], "out of order"),
+        (delivered[1:], "never delivered"),
+        ([*delivered, delivered[-1]], "2 times"),
+        (delivered[::-1], "out of order"),
     ):
-        followed.created = created
+        watch.created = created
         assert found in texts()
-    followed.created = told
+    watch.created = delivered
     assert texts() == "[]"
 
 

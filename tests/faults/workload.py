@@ -1,8 +1,8 @@
-"""Many tenants, sessions, writers and followers, who record what they did and what they were told.
+"""Many tenants, sessions, writers and watches, and a record of all requests and responses.
 
 Writers choose the ids of what they create. A write whose outcome is unknown is called again until
-something is known of it; one that was certainly refused is not, so that it must be absent. A
-follower resumes where it was for as long as the run takes.
+its outcome is known. One that certainly failed is not called again, and must be absent. A watch
+resumes at its revision for as long as the run takes.
 """
 
 import asyncio
@@ -41,12 +41,12 @@ from chat_ticket.v1.chat_session_pb2 import (
     WatchChatSessionRequest,
 )
 from chat_ticket.v1.chat_ticket_pb2 import CreateChatTicketRequest, ListTicketsRequest
-from faults.record import Attempt, Followed, Outcome, Record, Write, clock, reason_of
+from faults.record import Attempt, Outcome, Record, WatchRecord, Write, clock, reason_of
 
 TENANTS = 3
-SESSIONS = 4  # of a tenant, that messages are written to and followed in
+SESSIONS = 4  # of a tenant, with writers and watches
 WRITERS = 4  # of a tenant
-FOLLOWERS = 2  # of a session
+WATCHERS = 2  # of a session
 CALL_SECONDS = 5.0
 THINK_SECONDS = 0.01
 BROWSE_SECONDS = 0.2
@@ -81,9 +81,9 @@ class Workload:
         self.sessions: dict[str, list[str]] = {tenant: [] for tenant in self.tenants}
         self._apis: dict[tuple[str, str], Api] = {}
         self._writing = True
-        self._following = True
+        self._is_watching = True
         self._writers: list[asyncio.Task[None]] = []
-        self._followers: list[asyncio.Task[None]] = []
+        self._watch_tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         for tenant in self.tenants:
@@ -96,13 +96,13 @@ class Workload:
             for work in (self._escalate, self._browse, self._pry):
                 chance = random.Random(self._random.random())
                 self._writers.append(asyncio.create_task(work(tenant, chance)))
-            for number, session_id in enumerate(self.sessions[tenant] * FOLLOWERS):
-                followed = Followed(tenant=tenant, session_id=session_id)
-                self.record.followed.append(followed)
-                self._followers.append(asyncio.create_task(self._follow(followed, number)))
+            for number, session_id in enumerate(self.sessions[tenant] * WATCHERS):
+                watch = WatchRecord(tenant=tenant, session_id=session_id)
+                self.record.watches.append(watch)
+                self._watch_tasks.append(asyncio.create_task(self._watch(watch, number)))
 
     async def settle(self, seconds: float) -> None:
-        """End the writers, find out what is unknown, and let the followers come to the end."""
+        """Stop the writers, find out unknown outcomes, and wait for the watches to catch up."""
         self._writing = False
         async with asyncio.timeout(seconds):
             await asyncio.gather(*self._writers)
@@ -114,14 +114,14 @@ class Workload:
                 for tenant, sessions in self.sessions.items()
                 for session_id in sessions
             }
-            while any(each.revision < ends[each.session_id] for each in self.record.followed):
-                if any(task.done() for task in self._followers):
+            while any(each.revision < ends[each.session_id] for each in self.record.watches):
+                if any(task.done() for task in self._watch_tasks):
                     break  # by an error, which `close` raises
                 await asyncio.sleep(0.02)
 
     async def close(self) -> None:
-        self._writing = self._following = False
-        tasks = self._writers + self._followers
+        self._writing = self._is_watching = False
+        tasks = self._writers + self._watch_tasks
         for task in tasks:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -231,7 +231,7 @@ class Workload:
             await asyncio.sleep(PAUSE_SECONDS)
 
     async def _browse(self, tenant: str, chance: random.Random) -> None:
-        """Read what there is, in every way that there is."""
+        """Call every list, and search."""
         while self._writing:
             session_id = chance.choice(self.sessions[tenant])
             api = self.api(tenant, chance.randrange(2))
@@ -240,7 +240,7 @@ class Workload:
                 async for page in api.messages.ListChatMessages(
                     ListChatMessagesRequest(session_id=session_id)
                 ):
-                    self._look(tenant, "ListChatMessages", page.SerializeToString())
+                    self._check_response(tenant, "ListChatMessages", page.SerializeToString())
                     for message in page.messages:
                         if message.sequence <= last:
                             self.record.findings.append(f"ListChatMessages: {last} twice or late")
@@ -255,7 +255,7 @@ class Workload:
             ):  # fmt: skip
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     found = await method(request)
-                    self._look(tenant, type(request).__name__, found.SerializeToString())
+                    self._check_response(tenant, type(request).__name__, found.SerializeToString())
             await asyncio.sleep(BROWSE_SECONDS)
 
     async def _pry(self, tenant: str, chance: random.Random) -> None:
@@ -327,7 +327,7 @@ class Workload:
             response = await call
         except grpc.aio.AioRpcError as error:
             code, reason, text = error.code(), reason_of(error), error.details() or ""
-            self._look(write.tenant, write.kind, repr(error).encode())
+            self._check_response(write.tenant, write.kind, repr(error).encode())
             if code in NEVER:
                 self.record.findings.append(f"{write.kind}: {code.name}: {text}")
         except asyncio.CancelledError:
@@ -337,7 +337,7 @@ class Workload:
         else:
             write.response = response
             self.record.acknowledged.append(clock())
-            self._look(write.tenant, write.kind, response.SerializeToString())
+            self._check_response(write.tenant, write.kind, response.SerializeToString())
         write.attempts.append(
             Attempt(began=began, ended=clock(), code=code, reason=reason, text=text)
         )
@@ -354,52 +354,54 @@ class Workload:
 
     # ---- Following ----
 
-    async def _follow(self, followed: Followed, number: int) -> None:
-        while self._following and not followed.deleted:
+    async def _watch(self, watch: WatchRecord, number: int) -> None:
+        while self._is_watching and not watch.deleted:
             number += 1  # the next stream may be of another server
-            followed.streams += 1
+            watch.streams += 1
             request = WatchChatSessionRequest(
-                session_id=followed.session_id, after_revision=followed.revision
+                session_id=watch.session_id, after_revision=watch.revision
             )
             try:
-                async for event in self.api(followed.tenant, number).sessions.WatchChatSession(
+                async for event in self.api(watch.tenant, number).sessions.WatchChatSession(
                     request, timeout=3600
                 ):
-                    self._look(followed.tenant, "WatchChatSession", event.SerializeToString())
-                    take(followed, event)
+                    self._check_response(
+                        watch.tenant, "WatchChatSession", event.SerializeToString()
+                    )
+                    apply_event(watch, event)
             except grpc.aio.AioRpcError as error:
-                self._look(followed.tenant, "WatchChatSession", repr(error).encode())
+                self._check_response(watch.tenant, "WatchChatSession", repr(error).encode())
                 if error.code() in NEVER or error.code() is StatusCode.OUT_OF_RANGE:
                     text = f"WatchChatSession: {error.code().name}: {error.details()}"
                     self.record.findings.append(text)
             await asyncio.sleep(PAUSE_SECONDS)
 
-    def _look(self, tenant: str, kind: str, data: bytes) -> None:
-        """That nothing of another tenant is in what one was told."""
+    def _check_response(self, tenant: str, kind: str, data: bytes) -> None:
+        """Record a finding if a response contains another tenant's data."""
         for other in self.tenants:
             if other != tenant and other.encode() in data:
                 self.record.findings.append(f"{kind} tells {tenant} of {other}")
 
 
-def take(followed: Followed, event: Any) -> None:
-    """What an event makes of what the follower holds."""
-    if event.revision < followed.revision:
-        followed.backwards.append(f"{event.revision} after {followed.revision}")
-    followed.revision = event.revision
+def apply_event(watch: WatchRecord, event: Any) -> None:
+    """Apply an event to the state of a watch."""
+    if event.revision < watch.revision:
+        watch.backwards.append(f"{event.revision} after {watch.revision}")
+    watch.revision = event.revision
     match event.WhichOneof("event"):
         case "messages_created":
             for message in event.messages_created.messages:
-                followed.created.append((message.id, message.sequence))
-                followed.messages[message.id] = message
+                watch.created.append((message.id, message.sequence))
+                watch.messages[message.id] = message
         case "message_updated":
             message = event.message_updated
-            if message.id not in followed.messages:
-                followed.unknown_changed.append(message.id)
-            followed.messages[message.id] = message
+            if message.id not in watch.messages:
+                watch.unknown_changed.append(message.id)
+            watch.messages[message.id] = message
         case "message_deleted":
-            followed.messages.pop(event.message_deleted.message_id, None)
+            watch.messages.pop(event.message_deleted.message_id, None)
         case "session_deleted":
-            followed.deleted = True
+            watch.deleted = True
 
 
 def _is_final(attempt: Attempt) -> bool:

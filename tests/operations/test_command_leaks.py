@@ -16,6 +16,8 @@ from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.commands import token as token_command
 from chat_ticket_svc.embedded import EmbeddedPostgres
 
+ROOT = Path(__file__).parents[2]
+
 # Imports everything once, and then is the process of one command after the other: ends as Python
 # does, but at once.
 COMMANDS = """

@@ -6,33 +6,20 @@ import signal
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import grpc
-import grpc.aio
 import pytest
 from grpc import StatusCode
 from support.client import Api
 from support.process import ServerProcess, server_process
+from support.service_config import FILE, Callers, Counts, service_config_json
 
-from chat_ticket.v1 import resources_pb2 as r
-from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest, ListChatMessagesRequest
 from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest
 from chat_ticket_svc.access.method_permissions import READ_METHODS
 
 TESTS = Path(__file__).parents[1]
-FILE = TESTS.parent / "protos/chat_ticket/v1/chat_ticket_grpc_service_config.json"
 OK, UNAVAILABLE = (code.value[0] for code in (StatusCode.OK, StatusCode.UNAVAILABLE))
-CALLERS = 8  # of each kind, in each language
 SECONDS = 0.5  # of calls, before and after one of the servers ends
-
-Counts = dict[str, Counter[int]]
-
-
-def config(*, retries: bool) -> str:
-    """The file as it is, or without what it says of retries; over all servers in turn."""
-    shipped = json.loads(FILE.read_text()) if retries else {}
-    return json.dumps({"loadBalancingConfig": [{"round_robin": {}}], **shipped})
 
 
 def test_it_names_exactly_the_reads() -> None:
@@ -55,61 +42,6 @@ SETTINGS = {
     "CHAT_TICKET_QUOTAS__TENANT_CALLS_PER_SECOND": "100000",
     "CHAT_TICKET_ATTACHMENT_URL_CHECK": "false",
 }
-
-
-class Callers:
-    """Python callers of reads, streams and writes, until they are to stop."""
-
-    def __init__(self, addresses: str, tenant: str, session_id: str, service_config: str):
-        self._api = Api(
-            addresses,
-            tenant,
-            options=[
-                ("grpc.service_config", service_config),
-                ("grpc.use_local_subchannel_pool", 1),
-            ],
-        )
-        self._session_id = session_id
-        self._stopped = False
-        self._counts: Counts = {"read": Counter(), "stream": Counter(), "write": Counter()}
-        self._tasks: list[asyncio.Task[None]] = []
-
-    def start(self) -> None:
-        kinds = (("read", self._read), ("stream", self._stream), ("write", self._write))
-        self._tasks = [
-            asyncio.create_task(self._repeat(kind, call))
-            for kind, call in kinds
-            for _ in range(CALLERS)
-        ]
-
-    async def stop(self) -> Counts:
-        self._stopped = True
-        await asyncio.gather(*self._tasks)
-        await self._api.channel.close()
-        return self._counts
-
-    async def _repeat(self, kind: str, call: Any) -> None:
-        while not self._stopped:
-            code = StatusCode.OK
-            try:
-                await call()
-            except grpc.aio.AioRpcError as error:
-                code = error.code()
-            self._counts[kind][code.value[0]] += 1
-
-    async def _read(self) -> None:
-        await self._api.sessions.GetChatSession(GetChatSessionRequest(session_id=self._session_id))
-
-    async def _stream(self) -> None:
-        async for _ in self._api.messages.ListChatMessages(
-            ListChatMessagesRequest(session_id=self._session_id, limit=1)
-        ):
-            pass
-
-    async def _write(self) -> None:
-        message = r.ChatMessage(role=r.CHAT_MESSAGE_ROLE_USER, content="once")
-        request = CreateChatMessageRequest(session_id=self._session_id, message=message)
-        await self._api.messages.CreateChatMessage(request)
 
 
 class NodeCallers:
@@ -135,7 +67,7 @@ class NodeCallers:
         }
 
 
-class Told(NamedTuple):
+class Outcomes(NamedTuple):
     """What callers in Python and in Node were told while one of two servers ended."""
 
     python: Counts
@@ -146,8 +78,8 @@ class Told(NamedTuple):
 @pytest.fixture
 def end_one_under_load(
     servers: list[ServerProcess], node: str, tenant: str
-) -> Callable[[int, str], Awaitable[Told]]:
-    async def end(number: int, service_config: str) -> Told:
+) -> Callable[[int, str], Awaitable[Outcomes]]:
+    async def end(number: int, service_config: str) -> Outcomes:
         for server in servers:
             server.wait_for("serving")
         addresses = "ipv4:" + ",".join(server.address for server in servers)
@@ -160,46 +92,48 @@ def end_one_under_load(
             await asyncio.sleep(SECONDS)
             await asyncio.to_thread(servers[0].stop, number)
             await asyncio.sleep(SECONDS)
-            told = await python.stop(), await js.stop()
+            outcomes = await python.stop(), await js.stop()
             request = GetChatSessionRequest(session_id=session.id)
             found = await api.sessions.GetChatSession(request)
-        for counts in told:
+        for counts in outcomes:
             assert all(of[OK] > 5 for of in counts.values()), "too few to mean anything"
-        return Told(*told, found.session.revision)
+        return Outcomes(*outcomes, found.session.revision)
 
     return end
 
 
 async def test_no_call_fails_while_a_server_drains(
-    end_one_under_load: Callable[[int, str], Awaitable[Told]],
+    end_one_under_load: Callable[[int, str], Awaitable[Outcomes]],
 ) -> None:
     """Also not of callers without the service config, who call again as soon as they can."""
-    told = await end_one_under_load(signal.SIGTERM, config(retries=False))
-    for counts in (told.python, told.node):
+    outcomes = await end_one_under_load(signal.SIGTERM, service_config_json(retries=False))
+    for counts in (outcomes.python, outcomes.node):
         failed = sum((of - Counter({OK: of[OK]}) for of in counts.values()), Counter())
         assert not failed, counts
-    assert told.stored == told.python["write"][OK] + told.node["write"][OK]
+    assert outcomes.stored == outcomes.python["write"][OK] + outcomes.node["write"][OK]
 
 
 async def test_reads_survive_a_server_that_is_killed(
-    end_one_under_load: Callable[[int, str], Awaitable[Told]],
+    end_one_under_load: Callable[[int, str], Awaitable[Outcomes]],
 ) -> None:
     """Their callers never hear of it; those of writes do, which are not called again for them.
 
     Nor is a stream of which something was received.
     """
-    told = await end_one_under_load(signal.SIGKILL, config(retries=True))
-    for counts in (told.python, told.node):
+    outcomes = await end_one_under_load(signal.SIGKILL, service_config_json(retries=True))
+    for counts in (outcomes.python, outcomes.node):
         assert counts["read"].keys() == {OK}, counts
-    writes = told.python["write"] + told.node["write"]
+    writes = outcomes.python["write"] + outcomes.node["write"]
     assert writes.keys() == {OK, UNAVAILABLE}
-    assert writes[OK] <= told.stored <= writes.total()
+    assert writes[OK] <= outcomes.stored <= writes.total()
 
 
 async def test_reads_fail_with_it_when_nothing_retries_them(
-    end_one_under_load: Callable[[int, str], Awaitable[Told]],
+    end_one_under_load: Callable[[int, str], Awaitable[Outcomes]],
 ) -> None:
     """Without the service config: it is what helps."""
-    told = await end_one_under_load(signal.SIGKILL, config(retries=False))
-    reads = [counts[kind] for counts in (told.python, told.node) for kind in ("read", "stream")]
+    outcomes = await end_one_under_load(signal.SIGKILL, service_config_json(retries=False))
+    reads = [
+        counts[kind] for counts in (outcomes.python, outcomes.node) for kind in ("read", "stream")
+    ]
     assert sum(reads, Counter()).keys() == {OK, UNAVAILABLE}

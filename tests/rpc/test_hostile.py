@@ -1,7 +1,7 @@
-"""Hostile requests: values and bytes that no client of good will sends.
+"""Hostile requests: values and bytes that no well-behaved client sends.
 
-A fixed part of what `make fuzz` sends; see hostile.py for the requests and hostile_run.py for what
-every answer is held to. test_hostile_wire.py goes below gRPC.
+These tests send a fixed part of what `make fuzz` sends. tests/fuzz/requests.py draws the requests,
+and tests/fuzz/run.py has the rules for answers. test_hostile_wire.py tests HTTP/2 below gRPC.
 """
 
 import base64
@@ -11,15 +11,11 @@ from typing import Any
 import grpc.aio
 import pytest
 import pytest_asyncio
-from google.protobuf import descriptor_pb2, struct_pb2, type_pb2, wrappers_pb2
-from grpc import StatusCode
-from grpc_reflection.v1alpha import reflection_pb2
-from support import hostile
-from support.client import Api, an_id, refused
-from support.hostile_run import (
+from fuzz.requests import hostile_message
+from fuzz.run import (
     CANARY,
-    EXPECTED,
-    OTHER,
+    EXPECTED_CODES,
+    OTHER_TENANT,
     OURS,
     STANDARD,
     Answer,
@@ -27,10 +23,18 @@ from support.hostile_run import (
     Report,
     bystander,
     call,
-    complaints,
+    list_everything,
+    populate,
     run_batch,
     run_corners,
+    violations,
 )
+from fuzz.values import OWN, SECRET, draw_examples
+from fuzz.wire import hostile_bytes, varint
+from google.protobuf import descriptor_pb2, struct_pb2, type_pb2, wrappers_pb2
+from grpc import StatusCode
+from grpc_reflection.v1alpha import reflection_pb2
+from support.client import Api, an_id, refused
 
 from chat_ticket.v1.chat_message_pb2 import SearchChatMessagesRequest
 from chat_ticket_svc.config import MIB
@@ -52,13 +56,13 @@ async def address(server: Any) -> AsyncIterator[str]:
         yield address
 
 
-every = pytest.mark.parametrize(
+every_method = pytest.mark.parametrize(
     "method", [*OURS, *STANDARD], ids=lambda method: method.path.rpartition(".")[2]
 )
 
 
 class TestRequests:
-    @every
+    @every_method
     async def test_hostile_values(self, address: str, method: Method) -> None:
         """Whatever the fields hold, the answer is a documented one, and the caller's own.
 
@@ -76,7 +80,7 @@ class TestRequests:
         await run_corners(address, method, report)
         assert not report.findings, report.found
 
-    @every
+    @every_method
     async def test_bytes_that_are_no_message(self, address: str, method: Method) -> None:
         """Whatever the bytes are, the answer is a documented one, and the caller's own."""
         report = Report()
@@ -96,7 +100,7 @@ class TestRequests:
     def test_what_is_expected_is_documented(self) -> None:
         """No status passes here that docs/reference/errors.md does not name."""
         documented = {reason.status for reason in REASONS}
-        assert {code.name for code in EXPECTED} <= {*documented, "OK"}
+        assert {code.name for code in EXPECTED_CODES} <= {*documented, "OK"}
 
 
 class TestFound:
@@ -143,13 +147,13 @@ class TestLimits:
             answer = await call(api, method, _filled(4 * MIB + 1))
         assert answer.code is StatusCode.RESOURCE_EXHAUSTED
         assert answer.text == "SERVER: Received message larger than max (4194305 vs. 4194304)"
-        assert not complaints(method, [_filled(4 * MIB + 1)], answer)
+        assert not violations(method, [_filled(4 * MIB + 1)], answer)
 
 
 def _filled(size: int) -> bytes:
     """A message of this size: an unknown field, and nothing else."""
-    length = size - len(hostile.varint(999 << 3 | 2)) - 4
-    data = hostile.varint(999 << 3 | 2) + hostile.varint(length) + b"\0" * length
+    length = size - len(varint(999 << 3 | 2)) - 4
+    data = varint(999 << 3 | 2) + varint(length) + b"\0" * length
     assert len(data) == size
     return data
 
@@ -167,7 +171,7 @@ class TestStrategies:
             wrappers_pb2.BytesValue,
             wrappers_pb2.UInt64Value,
         ):
-            drawn = hostile.draw(hostile.message(kind), 20, SEED)
+            drawn = draw_examples(hostile_message(kind), 20, SEED)
             assert any(each.ByteSize() for each in drawn)
             for each in drawn:
                 assert kind.FromString(each.SerializeToString()) is not None
@@ -176,7 +180,8 @@ class TestStrategies:
         """A failure can be sent again."""
         method = of_ours("SearchChatMessages")
         drawn = [
-            hostile.draw(hostile.raw(method.request, "a", OTHER), 50, seed) for seed in (1, 1, 2)
+            draw_examples(hostile_bytes(method.request, "a", OTHER_TENANT), 50, seed)
+            for seed in (1, 1, 2)
         ]
         assert drawn[0] == drawn[1] != drawn[2]
 
@@ -191,7 +196,7 @@ class TestJudgement:
         [
             CANARY.encode(),
             CANARY.upper().encode(),
-            *[values[0].encode() for values in hostile.SECRET.values()],
+            *[values[0].encode() for values in SECRET.values()],
         ],
     )
     @pytest.mark.parametrize("where", ["response", "trailer", "text", "page token"])
@@ -208,7 +213,7 @@ class TestJudgement:
             case "page token":
                 token = base64.urlsafe_b64encode(b'["' + secret + b'"]').decode().rstrip("=")
                 answer.responses = [self.METHOD.response(next_page_token=token).SerializeToString()]
-        assert any("tells" in each for each in complaints(self.METHOD, [b""], answer))
+        assert any("tells" in each for each in violations(self.METHOD, [b""], answer))
 
     @pytest.mark.parametrize(
         ("code", "found"),
@@ -226,17 +231,15 @@ class TestJudgement:
         """And a documented one without its details."""
         error = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), "said")
         answer = Answer(code, [], [], "said", error)
-        [complaint] = complaints(self.METHOD, [b""], answer)
-        assert found in complaint
+        [violation] = violations(self.METHOD, [b""], answer)
+        assert found in violation
 
     async def test_change_to_another_tenant_is_found(self, address: str) -> None:
         """The bystander's data is compared, not only what is told of it."""
-        ids = {kind: [an_id() for _ in values] for kind, values in hostile.OWN.items()}
-        from support.hostile_run import everything, populate
-
+        ids = {kind: [an_id() for _ in values] for kind, values in OWN.items()}
         async with Api(address, f"tenant {an_id()}") as api:
             await populate(api, ids, "x")
-            before = await everything(api)
-            assert await everything(api) == before
+            before = await list_everything(api)
+            assert await list_everything(api) == before
             await api.message(ids["session"][0])
-            assert await everything(api) != before
+            assert await list_everything(api) != before

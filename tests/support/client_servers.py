@@ -1,4 +1,4 @@
-"""Settings of servers that the client tests kill, and client options that find them again."""
+"""Settings for servers that tests kill, and options for clients that reconnect to them soon."""
 
 import socket
 

@@ -1,7 +1,7 @@
-"""What docs/scaling.md tells of: PgBouncer, nginx, round robin, and the size of a message.
+"""The measurements of docs/scaling.md: PgBouncer, nginx, round robin, and the size of a message.
 
-`make scaling` runs all of it, each part on a PostgreSQL of its own, and prints a table for each.
-Compared are rates of the same run that took turns; the machine may have had other things to do.
+`make scaling` runs all parts, each on its own PostgreSQL, and prints a table for each. The rates
+that are compared were measured in turns, because other work on the machine changes them.
 """
 
 import argparse
@@ -19,18 +19,18 @@ from pathlib import Path
 
 import grpc.aio
 import psycopg
-from faults.record import Followed
-from faults.workload import CHANNEL, take
-from test_service_config import Callers, config
+from faults.record import WatchRecord
+from faults.workload import CHANNEL, apply_event
+from support import balancer, pooler
+from support.client import Api
+from support.process import ServerProcess
+from support.service_config import Callers, service_config_json
 
 from benchmarks import calls, load, service
 from benchmarks.load import Load, Outcome
 from benchmarks.service import Postgres
 from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest
 from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest, WatchChatSessionRequest
-from support import balancer, pooler
-from support.client import Api
-from support.process import ServerProcess
 
 CALLERS = 32
 MANY_CALLERS = 64
@@ -39,11 +39,11 @@ ROUNDS = 7
 PROCESSES = 4
 AROUND_SECONDS = 2.0  # of calls, before and after a server ends
 DOWN_SECONDS = 1.0
-FOLLOWERS = 20
+WATCHERS = 20
 TENANT = "tenant"
 MESSAGES = 500_000
 PER_SESSION = 20
-LONGER = 12  # short ones in a longer one
+MESSAGES_PER_LONG_ONE = 12  # short ones in a longer one
 OK = 0
 
 
@@ -74,7 +74,7 @@ def compared(
 
 
 def comparison(found: Mapping[tuple[str, str], list[Outcome]]) -> list[str]:
-    """Of each with the first, as medians over the rounds."""
+    """Each target compared with the first, as medians over the rounds."""
     lines = ["| call | by | of the first's calls/s | p50 | p99 |", "|---|---|---|---|---|"]
     first = next(iter(found))[1]
     for (what, name), outcomes in found.items():
@@ -90,13 +90,13 @@ def comparison(found: Mapping[tuple[str, str], list[Outcome]]) -> list[str]:
 
 
 def by_pgbouncer(postgres: Postgres, directory: Path, rounds: int) -> Iterator[str]:
-    """The same calls with PgBouncer and without; and the connections of many processes."""
+    """The same calls with and without PgBouncer, and the connections of several processes."""
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(postgres.database())
         with psycopg.connect(url, autocommit=True) as db:
             calls.create_sessions(db)
-        place = stack.enter_context(pooler.pgbouncer(url, directory / "pgbouncer"))
-        pooled = service.UNLIMITED | pooler.through(place, url)
+        bin_directory = stack.enter_context(pooler.pgbouncer(url, directory / "pgbouncer"))
+        pooled = service.UNLIMITED | pooler.through(bin_directory, url)
         plain = service.UNLIMITED | {"CHAT_TICKET_PREPARE_STATEMENTS": "false"}
         kinds = {
             "PostgreSQL": service.UNLIMITED,
@@ -121,17 +121,17 @@ def by_pgbouncer(postgres: Postgres, directory: Path, rounds: int) -> Iterator[s
                 calls.create_sessions(db)
             settings = dict(service.UNLIMITED)
             if is_pooled:
-                place = stack.enter_context(
+                bin_directory = stack.enter_context(
                     pooler.pgbouncer(url, directory / "pgbouncer-many", pool_size=8)
                 )
-                settings |= pooler.through(place, url)
+                settings |= pooler.through(bin_directory, url)
             server = stack.enter_context(
                 service.server(
                     url, log=directory / "many.log", workers=PROCESSES, settings=settings
                 )
             )
             call = stack.enter_context(load.client())
-            most = stack.enter_context(_most_connections(url))
+            peak = stack.enter_context(_peak_connections(url))
             for what in (calls.GET, calls.CREATE):
                 path, requests = calls.requests()[what]
                 call(
@@ -145,41 +145,41 @@ def by_pgbouncer(postgres: Postgres, directory: Path, rounds: int) -> Iterator[s
                         watched={},
                     )
                 )
-            yield f"| {name} | {most()} |"
+            yield f"| {name} | {peak()} |"
 
 
 @contextlib.contextmanager
-def _most_connections(url: str) -> Iterator[Callable[[], int]]:
-    """How many there were at once, but for this one's."""
-    most, ended = 0, threading.Event()
+def _peak_connections(url: str) -> Iterator[Callable[[], int]]:
+    """The largest number of connections at once, apart from this one."""
+    peak, stopped = 0, threading.Event()
 
     def watch() -> None:
-        nonlocal most
+        nonlocal peak
         with psycopg.connect(url, autocommit=True) as db:
-            while not ended.wait(0.05):
+            while not stopped.wait(0.05):
                 [(count,)] = db.execute(
                     "SELECT count(*) - 1 FROM pg_stat_activity WHERE datname = current_database()"
                 ).fetchall()
-                most = max(most, count)
+                peak = max(peak, count)
 
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        yield lambda: most
+        yield lambda: peak
     finally:
-        ended.set()
+        stopped.set()
         thread.join()
 
 
-class Two:
-    """Two servers, each with a port that stays its own, that can be ended and come back."""
+class ServerPair:
+    """Two servers that can be stopped and restarted on the same ports."""
 
     def __init__(self, url: str):
         self._url = url
         self._ports = [0, 0]
         self.processes: list[ServerProcess] = []
 
-    def __enter__(self) -> "Two":
+    def __enter__(self) -> "ServerPair":
         for number in range(2):
             self.processes.append(self._start(number))
         for number, process in enumerate(self.processes):
@@ -206,46 +206,46 @@ class Two:
         self.processes[number].wait_for("serving")
 
 
-async def _under_load(two: Two, target: str, how: int, *, retries: bool) -> str:
-    """End one of two servers while they are called; a row of what callers were told."""
-    service_config = config(retries=retries)
+async def _under_load(pair: ServerPair, target: str, how: int, *, retries: bool) -> str:
+    """End one of two servers while they are called; return a row of the outcomes."""
+    service_config = service_config_json(retries=retries)
     options = [*CHANNEL, ("grpc.service_config", service_config)]
     async with Api(target, TENANT, options=options) as api:
         session = await api.session()
         callers = Callers(target, TENANT, session.id, service_config)
-        followers = [Followed(tenant=TENANT, session_id=session.id) for _ in range(FOLLOWERS)]
+        watches = [WatchRecord(tenant=TENANT, session_id=session.id) for _ in range(WATCHERS)]
         ends: Counter[str] = Counter()
 
-        async def follow(followed: Followed) -> None:
+        async def run_watch(watch: WatchRecord) -> None:
             while True:
-                followed.streams += 1
+                watch.streams += 1
                 request = WatchChatSessionRequest(
-                    session_id=session.id, after_revision=followed.revision
+                    session_id=session.id, after_revision=watch.revision
                 )
                 try:
                     async for event in api.sessions.WatchChatSession(request):
-                        take(followed, event)
+                        apply_event(watch, event)
                 except grpc.aio.AioRpcError as error:
                     ends[error.code().name] += 1
                 await asyncio.sleep(0.05)
 
-        following = [asyncio.create_task(follow(each)) for each in followers]
+        watch_tasks = [asyncio.create_task(run_watch(each)) for each in watches]
         callers.start()
         await asyncio.sleep(AROUND_SECONDS)
-        await asyncio.to_thread(two.end_and_restart, 0, how)
+        await asyncio.to_thread(pair.end_and_restart, 0, how)
         await asyncio.sleep(AROUND_SECONDS)
         counts = await callers.stop()
         request = GetChatSessionRequest(session_id=session.id)
         stored = (await api.sessions.GetChatSession(request)).session.revision
         async with asyncio.timeout(20):
-            while any(each.revision < stored for each in followers):
+            while any(watch.revision < stored for watch in watches):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
-        for task in following:
+        for task in watch_tasks:
             task.cancel()
-        await asyncio.gather(*following, return_exceptions=True)
-        whole = sum(
+        await asyncio.gather(*watch_tasks, return_exceptions=True)
+        complete = sum(
             [sequence for _, sequence in each.created] == list(range(1, stored + 1))
-            for each in followers
+            for each in watches
         )
     failed = {kind: of.total() - of[OK] for kind, of in counts.items()}
     lost = max(0, counts["write"][OK] - stored)
@@ -253,12 +253,12 @@ async def _under_load(two: Two, target: str, how: int, *, retries: bool) -> str:
     total = sum(of.total() for of in counts.values())
     return (
         f"{total:,} | {failed['read']} | {failed['stream']} | {failed['write']} "
-        f"| {lost} | {twice} | {sum(ends.values())} | {whole} of {FOLLOWERS} |"
+        f"| {lost} | {twice} | {sum(ends.values())} | {complete} of {WATCHERS} |"
     )
 
 
 def balanced(postgres: Postgres, directory: Path, rounds: int) -> Iterator[str]:
-    """nginx and client-side round robin: what they cost, and what one server's end costs."""
+    """nginx and client-side round robin: their cost, and the cost of losing one server."""
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(postgres.database())
         with psycopg.connect(url, autocommit=True) as db:
@@ -272,20 +272,20 @@ def balanced(postgres: Postgres, directory: Path, rounds: int) -> Iterator[str]:
     yield ""
     yield (
         "| one of two servers | by | calls | failed reads | lists | writes | lost | written twice "
-        "| follows ended | followers that missed nothing |"
+        "| watches ended | watches that missed nothing |"
     )
     yield "|---|---|---|---|---|---|---|---|---|---|"
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(postgres.database())
-        two = stack.enter_context(Two(url))
+        pair = stack.enter_context(ServerPair(url))
         before = directory / "before-two"
         before.mkdir()
-        by_nginx = stack.enter_context(balancer.nginx(before, two.addresses))
-        round_robin = "ipv4:" + ",".join(two.addresses)
+        by_nginx = stack.enter_context(balancer.nginx(before, pair.addresses))
+        round_robin = "ipv4:" + ",".join(pair.addresses)
         for how, done in ((signal.SIGTERM, "drains"), (signal.SIGKILL, "is killed")):
             for name, target in (("nginx", by_nginx), ("round robin", round_robin)):
                 for retries in (False, True):
-                    row = asyncio.run(_under_load(two, target, how, retries=retries))
+                    row = asyncio.run(_under_load(pair, target, how, retries=retries))
                     by = f"{name}{', service config' if retries else ''}"
                     yield f"| {done} | {by} | {row}"
 
@@ -306,15 +306,15 @@ SELECT 'tenant-' || number %% 10, lpad(number::text, 32, '0')::uuid, %(each)s
 
 
 def sized(postgres: Postgres, directory: Path, rounds: int) -> Iterator[str]:
-    """What a message takes on the disk, in sessions of 20: short as people's, and longer."""
+    """Bytes on disk for each message, in sessions of 20: short messages and longer ones."""
     del directory, rounds
     _, requests = calls.requests()[calls.CREATE]
     short = [CreateChatMessageRequest.FromString(request).message.content for request in requests]
-    several = len(short) // LONGER
-    longer = [" ".join(short[number::several][:LONGER]) for number in range(several)]
+    several = len(short) // MESSAGES_PER_LONG_ONE
+    long = [" ".join(short[number::several][:MESSAGES_PER_LONG_ONE]) for number in range(several)]
     yield "| of content | messages | in the table | in its indexes | of them, in that of words |"
     yield "|---|---|---|---|---|"
-    for texts, count in ((short, MESSAGES), (longer, MESSAGES // 4)):
+    for texts, count in ((short, MESSAGES), (long, MESSAGES // 4)):
         content = statistics.mean(len(text.encode()) for text in texts)
         with postgres.database() as url, psycopg.connect(url, autocommit=True) as db:
             _fill(db, texts, count)
@@ -327,7 +327,7 @@ def sized(postgres: Postgres, directory: Path, rounds: int) -> Iterator[str]:
 def _fill(db: psycopg.Connection, texts: Sequence[str], count: int) -> None:
     sessions = count // PER_SESSION
     db.execute(FILL_SESSIONS, {"sessions": sessions, "each": PER_SESSION})
-    chance = random.Random(1)
+    chance = random.Random(1)  # noqa: S311 - ids, not secrets
     first = int(time.time() * 1000) - count
     with db.cursor() as cursor, cursor.copy(FILL_MESSAGES) as copy:
         for number in range(count):
@@ -353,7 +353,7 @@ PARTS = {"pgbouncer": by_pgbouncer, "balancers": balanced, "size": sized}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scaling_run.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("parts", nargs="*", default=[*PARTS], choices=[*PARTS, []])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args()

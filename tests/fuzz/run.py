@@ -1,18 +1,14 @@
-"""Sends hostile requests, and judges the answers; as a program, as many as it is told to.
+"""Batches of hostile requests, and the rules that every answer must follow.
 
-What every answer is held to: a status that a request may have, with its details; no byte that is
-another tenant's; and the server answers the next caller. `make fuzz` runs this file.
+An answer has a status that a request may provoke, with its details, and no byte of another
+tenant's data. Afterwards the server answers the next caller.
 """
 
-import argparse
 import asyncio
 import base64
 import collections
 import contextlib
 import itertools
-import random
-import sys
-import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +16,6 @@ from typing import Any
 
 import grpc
 import grpc.aio
-import tqdm
 from google.protobuf import descriptor_pool, text_format
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
@@ -28,6 +23,7 @@ from grpc import StatusCode
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from hypothesis import strategies as st
+from support.client import Api, Refusal, a_file
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_attachment_pb2 import ListChatAttachmentsRequest
@@ -40,16 +36,17 @@ from chat_ticket.v1.chat_ticket_pb2 import (
 )
 from chat_ticket_svc.config import MIB
 from chat_ticket_svc.server import SERVICES
-from support import hostile
-from support.client import Api, Refusal, a_file
+from fuzz.requests import corner_cases, decode_token, hostile_message
+from fuzz.values import FOREIGN, OWN, SECRET, draw_examples
+from fuzz.wire import hostile_bytes
 
 # In every text that the other tenant has stored, its id included. No request contains it.
 CANARY = "zqxcanaryxqz"
-OTHER = f"{CANARY} tenant"
+OTHER_TENANT = f"{CANARY} tenant"
 
-# What a request can be told. The other statuses of docs/reference/errors.md are about the state of
-# the service: a request that makes a healthy service slow, full or unavailable is a finding.
-EXPECTED = {
+# The statuses that a request may provoke. The others of docs/reference/errors.md are about the
+# service's own state: a request that makes a healthy service slow or unavailable is a finding.
+EXPECTED_CODES = {
     StatusCode.OK,
     StatusCode.INVALID_ARGUMENT,
     StatusCode.NOT_FOUND,
@@ -58,12 +55,12 @@ EXPECTED = {
     StatusCode.ABORTED,
     StatusCode.OUT_OF_RANGE,
 }
-# Refusals that are not the service's own: they carry no details.
+# Errors that the service does not raise itself carry no details.
 WITHOUT_DETAILS = {("/grpc.health.v1.Health/Check", StatusCode.NOT_FOUND)}
 
 IN_FLIGHT = 8
-MOST_SHOWN = 3
-MOST_RESPONSES = 20
+MAX_SHOWN = 3
+MAX_RESPONSES = 20
 ANSWER_SECONDS = 20
 
 
@@ -110,13 +107,10 @@ STANDARD = methods(
 )
 
 
-# --- The two tenants -------------------------------------------------------------------------
-
-
 async def populate(api: Api, ids: dict[str, list[str]], text: str) -> None:
-    """Sessions in every status, messages, files, links and tickets, all by these ids.
+    """Create sessions in every status, with messages, files, links and tickets of these ids.
 
-    Of the tickets the last has no link, of the sessions the last no ticket.
+    The last session has no ticket, and the last ticket has no link.
     """
     for index, session_id in enumerate(ids["session"]):
         await api.session(id=session_id)
@@ -145,39 +139,36 @@ async def populate(api: Api, ids: dict[str, list[str]], text: str) -> None:
     await api.tickets.DeleteChatTicket(last)
 
 
-async def everything(api: Api) -> list[bytes]:
-    """What a tenant has, as its lists say."""
+async def list_everything(api: Api) -> list[bytes]:
+    """Everything that a tenant has, as its lists return it."""
     sessions = await api.sessions.ListChatSessions(ListChatSessionsRequest())
-    found = [sessions, await api.tickets.ListTickets(ListTicketsRequest())]
+    findings = [sessions, await api.tickets.ListTickets(ListTicketsRequest())]
     for session in sessions.sessions:
         request = ListChatMessagesRequest(session_id=session.id)
-        found += [
+        findings += [
             *[batch async for batch in api.messages.ListChatMessages(request)],
             await api.attachments.ListChatAttachments(
                 ListChatAttachmentsRequest(session_id=session.id)
             ),
             await api.tickets.ListChatTickets(ListChatTicketsRequest(session_id=session.id)),
         ]
-    return [each.SerializeToString(deterministic=True) for each in found]
+    return [each.SerializeToString(deterministic=True) for each in findings]
 
 
 @contextlib.asynccontextmanager
 async def bystander(address: str) -> AsyncIterator[None]:
-    """The other tenant, whose ids the requests name: nothing of what it has changes."""
-    async with Api(address, OTHER) as other:
-        for ids in (hostile.FOREIGN, hostile.SECRET):
+    """Another tenant, whose ids the requests contain. None of its data may change."""
+    async with Api(address, OTHER_TENANT) as other:
+        for ids in (FOREIGN, SECRET):
             await populate(other, ids, CANARY)
-        before = await everything(other)
+        before = await list_everything(other)
         yield
-        assert await everything(other) == before, "another tenant's data has changed"
-
-
-# --- A call and its answer -------------------------------------------------------------------
+        assert await list_everything(other) == before, "another tenant's data has changed"
 
 
 @dataclass
 class Answer:
-    """What came back, as bytes. `code` is None when we left a stream that went on."""
+    """The response to a call, as bytes. `code` is None if we cancelled an open stream."""
 
     code: StatusCode | None
     responses: list[bytes]
@@ -187,26 +178,26 @@ class Answer:
 
 
 def metadata_of(api: Api) -> list[tuple[str, str]]:
-    """What the calls of this client carry: its tenant, and whatever else lets it in."""
+    """The metadata of this client's calls: its tenant and its credential."""
     return list(api.sessions._metadata)
 
 
 async def call(
     api: Api, method: Method, *requests: bytes, metadata: Sequence[tuple[str, Any]] | None = None
 ) -> Answer:
-    """Send bytes as they are; of a stream take what comes, and leave when it only waits."""
-    given = {
+    """Send bytes as they are. Read a stream until it waits for changes, then cancel it."""
+    options = {
         "metadata": metadata_of(api) if metadata is None else metadata,
         "timeout": ANSWER_SECONDS,
     }
     channel, responses = api.channel, []
     try:
         if not method.server_streaming:
-            one: Any = channel.unary_unary(method.path)(requests[0], **given)
+            one: Any = channel.unary_unary(method.path)(requests[0], **options)
             responses.append(await one)
         elif method.client_streaming:
-            one = channel.stream_stream(method.path)(**given)
-            # In turns: a client that writes to a stream that has ended invents a status.
+            one = channel.stream_stream(method.path)(**options)
+            # Write and read in turns: a client that writes to a finished stream makes up a status.
             for request in requests:
                 await one.write(request)
                 response = await one.read()
@@ -217,10 +208,10 @@ async def call(
             while response is not grpc.aio.EOF:
                 response = await one.read()
         else:
-            one = channel.unary_stream(method.path)(requests[0], **given)
+            one = channel.unary_stream(method.path)(requests[0], **options)
             async for response in one:
                 responses.append(response)
-                if _is_last(method, response) or len(responses) >= MOST_RESPONSES:
+                if _is_last(method, response) or len(responses) >= MAX_RESPONSES:
                     one.cancel()
                     return Answer(None, responses, [*await one.initial_metadata()])
     except grpc.aio.AioRpcError as error:
@@ -231,24 +222,24 @@ async def call(
 
 
 def _is_last(method: Method, response: bytes) -> bool:
-    """Whether a stream has nothing more to say until something happens."""
+    """Whether a stream sends nothing more until something changes."""
     message = method.response.FromString(response)
     if "event" in method.response.DESCRIPTOR.oneofs_by_name:
         return message.WhichOneof("event") == "caught_up"
     return method.name == "Watch"
 
 
-def complaints(method: Method, requests: Sequence[bytes], answer: Answer) -> list[str]:
-    """What is wrong with an answer."""
-    found = []
-    if answer.error is not None and not _is_of_the_core(requests, answer):
-        if answer.code not in EXPECTED:
-            found.append(f"{answer.code}: {answer.text}")
+def violations(method: Method, requests: Sequence[bytes], answer: Answer) -> list[str]:
+    """The rules that an answer breaks."""
+    findings = []
+    if answer.error is not None and not _is_rejected_by_grpc(requests, answer):
+        if answer.code not in EXPECTED_CODES:
+            findings.append(f"{answer.code}: {answer.text}")
         elif (method.path, answer.code) not in WITHOUT_DETAILS:
             try:
                 Refusal().read(answer.error)
             except (AssertionError, DecodeError, AttributeError, KeyError) as error:
-                found.append(f"{answer.code} without proper details: {error!r}")
+                findings.append(f"{answer.code} without proper details: {error!r}")
     parts = [answer.text.encode(), *answer.responses]
     for key, value in answer.metadata:
         parts += [key.encode(), value if isinstance(value, bytes) else str(value).encode()]
@@ -256,24 +247,24 @@ def complaints(method: Method, requests: Sequence[bytes], answer: Answer) -> lis
         try:
             message = method.response.FromString(response)
         except DecodeError:
-            found.append("the response is not one of this method")
+            findings.append("the response is not one of this method")
             continue
         with contextlib.suppress(AttributeError, ValueError):
-            parts.append(hostile.decoded(message.next_page_token))
-    told = b"\n".join(parts).lower()
-    secrets = itertools.chain([CANARY], *hostile.SECRET.values())
-    found += [f"tells {secret}" for secret in secrets if secret.encode() in told]
-    return found
+            parts.append(decode_token(message.next_page_token))
+    received = b"\n".join(parts).lower()
+    secrets = itertools.chain([CANARY], *SECRET.values())
+    findings += [f"tells {secret}" for secret in secrets if secret.encode() in received]
+    return findings
 
 
-def _is_of_the_core(requests: Sequence[bytes], answer: Answer) -> bool:
-    """A message over 4 MiB is refused by gRPC itself, before any code of ours runs."""
+def _is_rejected_by_grpc(requests: Sequence[bytes], answer: Answer) -> bool:
+    """gRPC itself rejects a message over 4 MiB, before any code of ours runs."""
     too_large = any(len(request) > 4 * MIB for request in requests)
     return too_large and answer.code is StatusCode.RESOURCE_EXHAUSTED and "larger" in answer.text
 
 
 def reproduction(method: Method, requests: Sequence[bytes], tenant: str) -> str:
-    """How to send the same again."""
+    """Python that sends the same requests again."""
     lines = [f"{method.path} as the tenant {tenant!r}"]
     for request in requests:
         packed = base64.b64encode(zlib.compress(request)).decode()
@@ -287,26 +278,23 @@ def reproduction(method: Method, requests: Sequence[bytes], tenant: str) -> str:
     return "\n".join(lines)
 
 
-# --- Batches ---------------------------------------------------------------------------------
-
-
 @dataclass
 class Report:
-    """What has been sent and what came back."""
+    """The requests that were sent, counted, and the findings."""
 
     counts: collections.Counter[tuple[str, str]] = field(default_factory=collections.Counter)
-    # By method and status, the first few of each: one bug makes thousands.
+    # By method and status: one bug causes thousands of findings.
     findings: dict[tuple[str, str], list[str]] = field(
         default_factory=lambda: collections.defaultdict(list)
     )
 
-    # Where what is found is told at once.
+    # Prints a finding at once.
     write: Callable[[str], object] = str
 
     @property
-    def found(self) -> str:
+    def summary(self) -> str:
         return "\n\n".join(
-            f"{method} {code}, {len(texts)} times:\n" + "\n".join(texts[:MOST_SHOWN])
+            f"{method} {code}, {len(texts)} times:\n" + "\n".join(texts[:MAX_SHOWN])
             for (method, code), texts in self.findings.items()
         )
 
@@ -314,12 +302,12 @@ class Report:
 def requests_of(
     method: Method, *, as_bytes: bool, count: int, seed: int, tenant: str
 ) -> list[list[bytes]]:
-    """Hostile requests of a method: of each a list, which but for reflection holds one."""
-    kind = hostile.raw if as_bytes else hostile.message
-    strategy = kind(method.request, tenant, OTHER)
+    """Hostile requests, a list for each call: only reflection takes more than one request."""
+    kind = hostile_bytes if as_bytes else hostile_message
+    strategy = kind(method.request, tenant, OTHER_TENANT)
     if method.client_streaming:
         strategy = st.lists(strategy, min_size=1, max_size=4)
-    drawn = hostile.draw(strategy, count, seed)
+    drawn = draw_examples(strategy, count, seed)
     lists = drawn if method.client_streaming else [[each] for each in drawn]
     return [
         [each if isinstance(each, bytes) else each.SerializeToString() for each in requests]
@@ -330,7 +318,7 @@ def requests_of(
 async def run_batch(
     address: str, method: Method, *, as_bytes: bool, count: int, seed: int, report: Report
 ) -> int:
-    """Send up to `count` different hostile requests of a method; returns how many there were."""
+    """Send up to `count` different hostile requests of a method, and return their number."""
     tenant = f"hostile {method.name} {'bytes' if as_bytes else 'values'} {seed}"
     drawn = requests_of(method, as_bytes=as_bytes, count=count, seed=seed, tenant=tenant)
     await send_all(address, method, drawn, tenant, f"seed {seed}", report)
@@ -338,9 +326,9 @@ async def run_batch(
 
 
 async def run_corners(address: str, method: Method, report: Report) -> None:
-    """Send the values that once broke something."""
+    """Send the values that have broken something before."""
     tenant = f"hostile {method.name} corners"
-    drawn = [[each.SerializeToString()] for each in hostile.corners(method.request, tenant)]
+    drawn = [[each.SerializeToString()] for each in corner_cases(method.request, tenant)]
     await send_all(address, method, drawn, tenant, "corners", report)
 
 
@@ -352,117 +340,23 @@ async def send_all(
     origin: str,
     report: Report,
 ) -> None:
-    """Send them for a tenant that has what their ids name; then it is still served."""
+    """Send requests for a tenant that has data of these ids; then check that it is still served."""
     turn = asyncio.Semaphore(IN_FLIGHT)
     async with Api(address, tenant) as api:
-        await populate(api, hostile.OWN, "order")
+        await populate(api, OWN, "order")
 
         async def one(each: list[bytes]) -> None:
             async with turn:
                 answer = await call(api, method, *each)
             code = "left" if answer.code is None else answer.code.name
             report.counts[method.name, code] += 1
-            found = complaints(method, each, answer)
-            if found:
+            findings = violations(method, each, answer)
+            if findings:
                 how = reproduction(method, each, tenant)
                 texts = report.findings[method.path, code]
-                texts.append("\n".join([*found, f"{origin}: {how}"]))
-                if len(texts) <= MOST_SHOWN:
+                texts.append("\n".join([*findings, f"{origin}: {how}"]))
+                if len(texts) <= MAX_SHOWN:
                     report.write(texts[-1])
 
         await asyncio.gather(*(one(each) for each in requests))
         await api.session()
-
-
-# --- The full run ----------------------------------------------------------------------------
-
-BATCH = 200
-# What a server says when all is well.
-QUIET = {"listening", "serving", "not serving", "draining"}
-
-
-async def run(address: str, count: int, seed: int, report: Report) -> None:
-    """Send `count` values and as many bytes, in batches of all methods in turn."""
-    every = [*OURS, *STANDARD]
-    most = min(BATCH, -(-count // len(every)))
-    async with bystander(address):
-        with tqdm.tqdm(total=2 * count, unit="call", smoothing=0.05) as progress:
-            report.write = progress.write
-            for as_bytes in (False, True):
-                left = count
-                for number, method in enumerate(itertools.cycle(every)):
-                    if not left:
-                        break
-                    left -= (
-                        sent := await run_batch(
-                            address,
-                            method,
-                            as_bytes=as_bytes,
-                            count=min(most, left),
-                            seed=seed + number,
-                            report=report,
-                        )
-                    )
-                    progress.update(sent)
-                    progress.set_postfix(findings=sum(map(len, report.findings.values())))
-
-
-def table(report: Report) -> str:
-    """The answers, RPC by status."""
-    codes = sorted({code for _, code in report.counts})
-    names = sorted({name for name, _ in report.counts})
-    rows = [["", *codes, "all"]]
-    for name in names:
-        counts = [report.counts[name, code] for code in codes]
-        rows.append([name, *(str(count or "") for count in counts), str(sum(counts))])
-    totals = [sum(report.counts[name, code] for name in names) for code in codes]
-    rows.append(["all", *map(str, totals), str(sum(totals))])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-
-
-def main() -> None:
-    from support.cluster import Cluster, Run
-    from support.process import server_process
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=100_000, help="of values, and of bytes")
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**9))
-    options = parser.parse_args()
-    print(f"SEED={options.seed}", flush=True)
-    began = time.monotonic()
-    report = Report()
-    postgres = Run()
-    try:
-        database = Cluster(postgres.url).create()
-        settings = {
-            "CHAT_TICKET_ATTACHMENT_URL_CHECK": "false",
-            "CHAT_TICKET_ACCESS_LOG": "false",
-            "CHAT_TICKET_QUOTAS__TENANT_CALLS_PER_SECOND": "100000",
-        }
-        with server_process(database, **settings) as server:
-            with contextlib.suppress(KeyboardInterrupt):  # what it has found so far
-                asyncio.run(run(server.address, options.count, options.seed, report))
-            for line in server.log:
-                if line["event"] not in QUIET:
-                    report.findings["the log", line["event"]].append(str(line))
-            if server.popen.poll() is not None:
-                report.findings["the process", str(server.popen.returncode)].append("has died")
-    finally:
-        postgres.close()
-    print(table(report), report.found, sep="\n\n")
-    print(
-        f"\nSEED={options.seed}: {sum(report.counts.values())} calls in "
-        f"{time.monotonic() - began:.0f} s, {len(report.findings)} kinds of findings"
-    )
-    sys.exit(bool(report.findings))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""Hostile requests for every RPC of the server: `make fuzz`."""

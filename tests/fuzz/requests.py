@@ -1,0 +1,317 @@
+"""Hypothesis strategies for hostile requests: messages of any type, by its descriptor.
+
+Most fields of a message are valid and a few are hostile: a request that fails at its first field
+tests nothing else. Ids belong to the caller or to another tenant (see `values.ids`), so that calls
+succeed, conflict, and ask for what the caller may not see.
+"""
+
+import base64
+import json
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+from hypothesis import strategies as st
+
+from chat_ticket_svc.config import KIB
+from chat_ticket_svc.services import paging
+from fuzz.values import (
+    FOREIGN,
+    HOSTS,
+    INT32,
+    INT64,
+    JSON_VALUES,
+    LIMITS,
+    OWN,
+    TAME_NUMBER,
+    TEXT,
+    WILD,
+    Draw,
+    F,
+    draw_examples,
+    string_value,
+    timestamp_value,
+)
+
+CHANGEABLE = {
+    "UpdateChatSessionRequest": ["status"],
+    "UpdateChatMessageRequest": ["metadata_json"],
+    "UpdateTicketRequest": ["title", "status"],
+}
+
+
+def _mask(draw: Draw, request: str, wild: bool) -> list[str]:
+    valid = st.sampled_from(CHANGEABLE.get(request, ["x"]))
+    if not wild:
+        return draw(st.lists(valid, min_size=1, max_size=2))
+    odd = st.sampled_from(["*", "", "id", "tenant_id", "status.x", "Status", "metadataJson", "\0"])
+    count = draw(st.sampled_from([0, 1, 2, 20, 21, 1000]))
+    return [draw(st.one_of(valid, odd, TEXT))] * count
+
+
+def _value(draw: Draw, field: FieldDescriptor, wild: Callable[[], bool], depth: int) -> Any:
+    """A value of a field that is not repeated."""
+    if field.cpp_type == F.CPPTYPE_MESSAGE:
+        if field.message_type.full_name == "google.protobuf.FieldMask":
+            return FieldMask(paths=_mask(draw, field.containing_type.name, wild()))
+        return _message(draw, field.message_type, wild, depth + 1)
+    if field.cpp_type == F.CPPTYPE_STRING:
+        if field.type == F.TYPE_BYTES:
+            return draw(st.binary(max_size=20))
+        return string_value(draw, field, wild())
+    if field.cpp_type == F.CPPTYPE_ENUM:
+        valid = [value.number for value in field.enum_type.values]
+        if field.enum_type.is_closed:  # protobuf itself refuses others
+            return draw(st.sampled_from(valid))
+        if wild():
+            return draw(st.sampled_from([0, -1, max(valid) + 1, INT32, -INT32 - 1, *valid]))
+        return draw(st.sampled_from(valid[1:] or valid))
+    if field.cpp_type == F.CPPTYPE_BOOL or wild():
+        return draw(WILD[field.cpp_type])
+    return draw(TAME_NUMBER)
+
+
+def _many(draw: Draw, field: FieldDescriptor, wild: Callable[[], bool], depth: int) -> list[Any]:
+    """The values of a repeated field: few, or few of them over and over, around a limit."""
+    limit = LIMITS.batch_messages if field.name == "messages" else LIMITS.attachments
+    least = 0 if wild() else int(field.name == "messages")
+    values = [_value(draw, field, wild, depth) for _ in range(draw(st.integers(least, 2)))]
+    if values and wild():
+        count = draw(st.sampled_from([limit - 1, limit, limit + 1, 3 * limit]))
+        # What is long is not sent hundreds of times: a request has 4 MiB.
+        size = sum(each.ByteSize() if isinstance(each, Message) else 20 for each in values)
+        values = [
+            values[index % len(values)] for index in range(min(count, 2 * 1024 * KIB // (size + 1)))
+        ]
+    return values
+
+
+def _unset(draw: Draw, field: FieldDescriptor, wild: Callable[[], bool]) -> bool:
+    """What a caller would leave out: filters, positions, and what is only in answers."""
+    if wild():
+        return draw(st.booleans())
+    optional = (
+        (field.is_repeated and field.name != "messages")
+        or (field.containing_oneof is not None and len(field.containing_oneof.fields) == 1)
+        or field.name.startswith(("start_", "end_", "after_", "before_"))
+    )
+    output = field.name in ("tenant_id", "sequence", "revision", "create_time", "update_time")
+    return output or (optional and draw(st.integers(0, 2)) > 0)
+
+
+def _message(
+    draw: Draw, descriptor: Descriptor, wild: Callable[[], bool], depth: int = 0
+) -> Message:
+    result = GetMessageClass(descriptor)()
+    if descriptor.full_name == "google.protobuf.Timestamp":
+        return type(result)(**timestamp_value(draw, wild()))
+    # An optional field is the only one of its oneof.
+    chosen = {
+        oneof.name: draw(
+            st.sampled_from([*(field.name for field in oneof.fields), *[None] * wild()])
+        )
+        for oneof in descriptor.oneofs
+    }
+    for field in descriptor.fields:
+        oneof = field.containing_oneof
+        if oneof is not None and chosen[oneof.name] != field.name:
+            continue
+        # Messages may contain themselves.
+        if depth > 4 and field.cpp_type == F.CPPTYPE_MESSAGE:
+            continue
+        # A message whose required fields are not all set cannot be serialized.
+        if field.name == "page_token" or (not field.is_required and _unset(draw, field, wild)):
+            continue
+        if field.is_repeated:
+            _set_many(draw, result, field, wild, depth)
+        elif field.cpp_type == F.CPPTYPE_MESSAGE:
+            getattr(result, field.name).SetInParent()
+            getattr(result, field.name).CopyFrom(_value(draw, field, wild, depth))
+        else:
+            setattr(result, field.name, _value(draw, field, wild, depth))
+    return result
+
+
+def _set_many(
+    draw: Draw, result: Message, field: FieldDescriptor, wild: Callable[[], bool], depth: int
+) -> None:
+    target = getattr(result, field.name)
+    if field.message_type is None or not field.message_type.GetOptions().map_entry:
+        target.extend(_many(draw, field, wild, depth))
+        return
+    for entry in _many(draw, field, wild, depth):
+        if field.message_type.fields_by_name["value"].message_type is None:
+            target[entry.key] = entry.value
+        else:
+            target[entry.key].CopyFrom(entry.value)
+
+
+# Of ten values, how many are hostile: none, few, all.
+LEVELS = st.sampled_from([0, 0, 0, 1, 1, 2, 4, 10])
+ONE_OF_TEN = st.integers(0, 9)
+
+
+@st.composite
+def hostile_message(draw: Draw, kind: type[Message], tenant: str = "", other: str = "") -> Message:
+    """A request as `tenant` would send it, whose page token may be one of `other`."""
+    level = draw(LEVELS)
+    result = _message(draw, kind.DESCRIPTOR, lambda: draw(ONE_OF_TEN) < level)
+    if "page_token" in kind.DESCRIPTOR.fields_by_name:
+        result.page_token = _page_token(draw, result, tenant, other)  # type: ignore[attr-defined]
+    return result
+
+
+POSITIONS = [
+    "0",
+    "1",
+    "-1",
+    "1.5",
+    "-0.0",
+    "1e-37",
+    "1e-45",
+    "3.5e38",
+    "1e999",
+    "NaN",
+    "Infinity",
+    str(INT64),
+    str(INT64 + 1),
+    "253402300799999999",
+    "253402300800000000",
+    "9" * 4000,
+    "9" * 5000,
+    "true",
+    "null",
+    '""',
+    '"\\u0000"',
+    '"\\ud800"',
+    "[]",
+    "{}",
+    "[" * 100_000,
+    "[" * 500 + "]" * 500,
+]
+POSITIONS_OF_IDS = [
+    json.dumps(value)
+    for value in (*OWN["session"], *FOREIGN["session"], str(uuid.UUID(int=2**128 - 1)))
+]
+POSITION = st.one_of(
+    st.sampled_from(["0", "1", "1700000000000000", "0.5", *POSITIONS_OF_IDS]),
+    st.sampled_from(POSITIONS),
+)
+TIMES = st.sampled_from(["0", "1700000000000000", "253402300799999999"])
+# What positions begin with before their time and id, where that is not all.
+FIRST = {
+    "ListChatAttachmentsRequest": st.sampled_from(["0", "1", str(INT64)]),
+    "SearchChatMessagesRequest": st.sampled_from(["0.5", "0.0", "1e-36", "2.9e38"]),
+}
+
+
+def _fitting(draw: Draw, request: str) -> list[str]:
+    """A position as the list of this request has them."""
+    first = [draw(FIRST[request])] if request in FIRST else []
+    return [*first, draw(TIMES), draw(st.sampled_from(POSITIONS_OF_IDS))]
+
+
+def _page_token(draw: Draw, request: Message, tenant: str, other: str) -> str:
+    """None, a forged one, another tenant's, a damaged one, or anything.
+
+    Tokens are no secret: whoever knows how makes one that passes for the service's own.
+    """
+    if draw(st.booleans()):
+        return ""
+    choice = draw(st.integers(0, 6))
+    if choice == 0:
+        return draw(TEXT)
+    if choice == 1:
+        hostile_bytes = draw(st.binary(max_size=30))
+        return draw(st.sampled_from([base64.b64encode, base64.urlsafe_b64encode]))(
+            hostile_bytes
+        ).decode()
+    whose = draw(st.sampled_from([tenant, tenant, tenant, other]))
+    genuine = json.loads(decode_token(paging.encode_token(whose, request)))[0]
+    first = json.dumps(genuine)
+    if choice == 2:
+        first = draw(st.one_of(POSITION, st.just(json.dumps(genuine.upper()))))
+    positions = _fitting(draw, request.DESCRIPTOR.name)
+    if choice == 3:
+        positions = draw(st.lists(POSITION, max_size=4))
+    elif choice == 4:
+        positions[draw(st.integers(0, len(positions) - 1))] = draw(POSITION)
+    token = base64.urlsafe_b64encode(f"[{','.join([first, *positions])}]".encode()).decode()
+    if choice == 5 and token:
+        at = draw(st.integers(0, len(token) - 1))
+        return token[:at] + draw(st.sampled_from(["", "A", "=", "/", "\0", "\u202e"])) + token[at:]
+    return token.rstrip("=")
+
+
+def decode_token(token: str) -> bytes:
+    return base64.urlsafe_b64decode(token + "=" * (-len(token) % 4))
+
+
+CORNERS = ["\0", "a\0b", "\U0001f600\u202e", "9" * 19]
+METADATA_CORNERS = [
+    *(f'{{"a":{value}}}' for value in JSON_VALUES),
+    *('{"a":' * depth + "0" + "}" * depth for depth in (19, 20, 21, 5000)),
+    "[" * 30_000,
+]
+TOKEN_CORNERS = ["5", "null", "{}", "[]", '"a"', "NaN", "\xff", "", *POSITIONS]
+
+
+@st.composite
+def _valid_message(draw: Draw, kind: type[Message]) -> Message:
+    return _message(draw, kind.DESCRIPTOR, lambda: False)
+
+
+def corner_cases(kind: type[Message], tenant: str) -> Iterator[Message]:
+    """A good request with, in one field at a time, each of the values that once broke something.
+
+    Chance finds them in thousands of requests; these are few.
+    """
+    [good] = draw_examples(_valid_message(kind), 1, 0)
+    for path in _texts(good):
+        values = CORNERS
+        if path[-1] == "metadata_json":
+            values = CORNERS + METADATA_CORNERS
+        elif path[-1] == "file_url":
+            values = CORNERS + [f"https://{host}/" for host in HOSTS]
+        for value in values:
+            yield _with(good, path, value)
+    if "page_token" in kind.DESCRIPTOR.fields_by_name:
+        digest = json.dumps(json.loads(decode_token(paging.encode_token(tenant, good)))[0])
+        first = {"ListChatAttachmentsRequest": ["0"], "SearchChatMessagesRequest": ["0.5"]}
+        position = [*first.get(kind.DESCRIPTOR.name, []), "0", POSITIONS_OF_IDS[0]]
+        for value in TOKEN_CORNERS:
+            yield _with(good, ["page_token"], _token(value))
+            for index in range(len(position)):
+                changed = [*position[:index], value, *position[index + 1 :]]
+                yield _with(good, ["page_token"], _token(f"[{','.join([digest, *changed])}]"))
+
+
+def _token(text: str) -> str:
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def _texts(hostile_message: Message) -> Iterator[list[Any]]:
+    """Where a message has text: the names and indexes that lead there."""
+    for field, value in hostile_message.ListFields():
+        if field.message_type is not None:
+            each = enumerate(value) if field.is_repeated else [(None, value)]
+            for index, inner in each:
+                for path in _texts(inner):
+                    yield [field.name, *([] if index is None else [index]), *path]
+    for field in hostile_message.DESCRIPTOR.fields:
+        if field.type == F.TYPE_STRING and not field.is_repeated and field.name != "page_token":
+            yield [field.name]
+
+
+def _with(hostile_message: Message, path: list[Any], value: str) -> Message:
+    changed = type(hostile_message)()
+    changed.CopyFrom(hostile_message)
+    at: Any = changed
+    for step in path[:-1]:
+        at = at[step] if isinstance(step, int) else getattr(at, step)
+    setattr(at, path[-1], value)
+    return changed
