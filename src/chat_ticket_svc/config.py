@@ -346,7 +346,7 @@ class Settings(BaseSettings):
             names = ["jwks", "jwt_issuer", "jwt_audience"]
             required |= dict.fromkeys(names, f"{variable('auth')}={self.auth}")
         problems = [
-            f"{variable(name)}: is required by {reason}"
+            f"{variable(name)}: required by {reason}"
             for name, reason in required.items()
             if not getattr(self, name)
         ]

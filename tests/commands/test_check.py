@@ -72,7 +72,7 @@ async def test_what_does_not_exist_is_named(database: str, absent: str) -> None:
 
 async def test_no_database_is_set() -> None:
     done = await command("check", DATABASE_URL="", CHAT_TICKET_PORT="1")
-    assert line(done, "database") == ("FAILED", "DATABASE_URL: is required")
+    assert line(done, "database") == ("FAILED", "DATABASE_URL: required")
 
 
 async def test_wrong_settings_are_all_reported() -> None:

@@ -8,7 +8,7 @@ from chat_ticket_svc.access.credential import TENANT_ID
 
 def tenant_id(text: str) -> str:
     if not TENANT_ID.fullmatch(text):
-        raise argparse.ArgumentTypeError("is not 1 to 255 printable ASCII characters")
+        raise argparse.ArgumentTypeError("not 1 to 255 printable ASCII characters")
     return text
 
 
@@ -16,4 +16,4 @@ def uuid(text: str) -> str:
     try:
         return str(UUID(text))
     except ValueError as error:
-        raise argparse.ArgumentTypeError("is not a UUID") from error
+        raise argparse.ArgumentTypeError("not a UUID") from error

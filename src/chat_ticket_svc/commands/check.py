@@ -181,7 +181,7 @@ def _redact(variable: str, value: Any) -> str:
 
 async def _check_database(settings: Settings) -> AsyncIterator[Line]:
     if not settings.database_url:
-        yield Line(FAILED, "database", "DATABASE_URL: is required")
+        yield Line(FAILED, "database", "DATABASE_URL: required")
         return
     reading = asyncio.create_task(_read_facts("DATABASE_URL", settings.database_url))
 

@@ -30,10 +30,10 @@ def database_url() -> str:
     """The URL to migrate. Raises ConfigurationError if it is missing or names several hosts."""
     settings = config.load()
     if not settings.migrate_url:
-        raise ConfigurationError("DATABASE_URL: is required")
+        raise ConfigurationError("DATABASE_URL: required")
     if config.has_several_hosts(settings.migrate_url):
         raise ConfigurationError(
-            "MIGRATE_DATABASE_URL: is required when DATABASE_URL names several hosts:"
+            "MIGRATE_DATABASE_URL: required when DATABASE_URL names several hosts:"
             " set it to the primary's URL"
         )
     return settings.migrate_url

@@ -22,7 +22,7 @@ def run_on_database(work: Callable[[Database], Awaitable[int]]) -> int:
     """
     settings = config.load()
     if not settings.database_url:
-        raise ConfigurationError("DATABASE_URL: is required")
+        raise ConfigurationError("DATABASE_URL: required")
     require_valid_url("DATABASE_URL", settings.database_url)
 
     async def run() -> int:

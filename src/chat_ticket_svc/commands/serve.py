@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         overrides |= embedded
         settings = config.load(**overrides)
         if not settings.database_url:
-            raise ConfigurationError("DATABASE_URL: is required without --embedded")
+            raise ConfigurationError("DATABASE_URL: required without --embedded")
         logs.configure(settings)
         if unknown := config.unknown_variables(os.environ):
             log.warning("unknown settings have no effect", variables=unknown)

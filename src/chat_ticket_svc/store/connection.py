@@ -27,7 +27,7 @@ def require_valid_url(variable: str, url: str) -> None:
     try:
         connection_string(url)
     except psycopg.Error:
-        raise ConfigurationError(f"{variable}: is not a URL that libpq can read") from None
+        raise ConfigurationError(f"{variable}: not a URL that libpq can read") from None
 
 
 def connection_string(url: str, **session_settings: str | int) -> str:

@@ -41,6 +41,6 @@ def translate(error: psycopg.Error) -> Exception:
             return errors.UnavailableError("the database is read-only", reason="DATABASE_READ_ONLY")
         case state if state.startswith(("22", "54")):  # data_exception, program_limit_exceeded
             return errors.InvalidArgumentError(
-                [errors.Violation("", "holds a value that the database cannot store")]
+                [errors.Violation("", "a value that the database cannot store")]
             )
     return error

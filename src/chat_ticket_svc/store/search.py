@@ -202,7 +202,7 @@ async def page(
         try:
             await db.fetch_all(PARSE, params, str)
         except psycopg.errors.InternalError_ as error:
-            violation = errors.Violation("query", "has too many operators, such as -, in a row")
+            violation = errors.Violation("query", "too many nested operators, at most 32")
             raise errors.InvalidArgumentError([violation]) from error
         raise
     hits = {hit.message_id: hit for result in pages for hit in result.hits}
