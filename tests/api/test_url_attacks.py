@@ -42,8 +42,7 @@ from support.url_attacks import CHECKED, MALFORMED, PROXIES, ZONE, Page, page, t
 from support.url_checkers import open_public
 
 from chat_ticket.v1 import resources_pb2 as r
-from chat_ticket_svc import server
-from chat_ticket_svc.services import attachment_url_policy
+from chat_ticket_svc.services import attachment_url, attachment_url_policy
 from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
 
 # The one answer to every attack that is a URL.
@@ -186,7 +185,7 @@ async def world(database: str) -> AsyncIterator[World]:
         patches.setitem(attachment_url_policy.DEFAULT_PORTS, "http", ports["port"])
         patches.setitem(attachment_url_policy.DEFAULT_PORTS, "https", ports["tls"])
         checker = functools.partial(AttachmentUrlChecker, timeout=TIMEOUT)
-        patches.setattr(server, "AttachmentUrlChecker", checker)
+        patches.setattr(attachment_url, "AttachmentUrlChecker", checker)
         await stack.enter_async_context(name_server(patches, names.find))
 
         async def site(answer: Answer, host: str, port: str) -> Site:
@@ -300,7 +299,7 @@ async def test_what_is_no_attack_is_stored(world: World, host: str) -> None:
 async def test_slow_urls_hold_no_connection(world: World, start_server: Any) -> None:
     """URLs that hang in every way take 3 seconds; the one connection is free meanwhile."""
     with pytest.MonkeyPatch.context() as patches:
-        patches.setattr(server, "AttachmentUrlChecker", AttachmentUrlChecker)
+        patches.setattr(attachment_url, "AttachmentUrlChecker", AttachmentUrlChecker)
         api = await start_server(
             world.database,
             attachment_url_check=True,
