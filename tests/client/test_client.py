@@ -32,7 +32,7 @@ print(*{name.split(".")[0] for name in added}, *{name for name in added if "goog
         assert names <= {"chat_ticket", "google", "grpc"}
         assert "google.rpc" not in done.stdout
 
-    def test_imports_nothing_of_the_service_later(self) -> None:
+    def test_functions_import_nothing_of_the_service(self) -> None:
         """Nor within a function."""
         for path in Path(chat_ticket.__file__).parent.rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):

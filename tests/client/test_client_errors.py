@@ -90,10 +90,10 @@ class TestErrors:
                 await call
             assert caught.value.reason == reason
 
-    async def test_what_grpc_says_itself_has_no_reason(
+    async def test_errors_of_grpc_itself_have_no_reason(
         self, client_class: type[AsyncChatTicketClient]
     ) -> None:
-        """As of a server that takes the connection and does not answer."""
+        """For example of a server that accepts the connection and does not answer."""
         with socket.create_server(("127.0.0.1", 0)) as silent:
             port = silent.getsockname()[1]
             async with client_class(f"127.0.0.1:{port}", tenant="a", timeout=0.5) as client:
@@ -136,13 +136,13 @@ class TestErrors:
             assert quota.subject
             assert exhausted.value.retry_seconds
 
-    def test_details_of_others_are_kept(self) -> None:
-        """As the Any that they came in. What does not parse, or is of another status, is none."""
+    def test_details_of_other_types_are_available(self) -> None:
+        """As the Any that carried them. Details that cannot be parsed, or of another code, are dropped."""
         timestamp = any_pb2.Any()
         timestamp.Pack(Timestamp(seconds=7))
         broken = any_pb2.Any(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff")
         status = status_pb2.Status(code=5, message="gone", details=[timestamp, broken])
-        for data, kept in [
+        for data, details in [
             (status.SerializeToString(), (timestamp, broken)),
             (b"\xff", ()),
             (
@@ -159,9 +159,9 @@ class TestErrors:
                 grpc.StatusCode.NOT_FOUND, grpc.aio.Metadata(), trailers, details="gone"
             )
             found = errors.from_rpc_error(error)
-            assert found.details == kept
+            assert found.details == details
             copy = pickle.loads(pickle.dumps(found))
-            assert (type(copy), copy.details) == (errors.NotFoundError, kept)
+            assert (type(copy), copy.details) == (errors.NotFoundError, details)
 
     async def test_streams_raise_them_too(self, client: AsyncChatTicketClient) -> None:
         """When they are read."""
@@ -220,7 +220,9 @@ class TestErrors:
             await asyncio.to_thread(call)
 
     @only_asyncio
-    async def test_call_keeps_what_grpc_says_of_it(self, client: AsyncChatTicketClient) -> None:
+    async def test_call_has_the_metadata_and_status_of_grpc(
+        self, client: AsyncChatTicketClient
+    ) -> None:
         """The stubs are gRPC's: a call has its status and metadata, and takes more metadata."""
         request = ListChatSessionsRequest()
         call = client.sessions.ListChatSessions(request, metadata=[("x-other", "1")])  # type: ignore[arg-type]
@@ -246,7 +248,7 @@ class TestErrors:
 
 
 class TestRetry:
-    async def test_goes_on_until_the_server_is_there(
+    async def test_retry_continues_until_the_server_is_up(
         self, database: str, connect: NewClient
     ) -> None:
         """And the same id makes it one session."""
@@ -260,7 +262,7 @@ class TestRetry:
             again = await client.retry(client.sessions.CreateChatSession, request)
             assert again.session.revision == 0
 
-    async def test_gives_up_in_time_and_says_why(self, connect: NewClient) -> None:
+    async def test_retry_stops_at_its_timeout_with_the_last_error(self, connect: NewClient) -> None:
         """By the last error."""
         client = connect(free_port())
         with pytest.raises(errors.UnavailableError):
@@ -268,8 +270,8 @@ class TestRetry:
                 client.sessions.CreateChatSession, CreateChatSessionRequest(), timeout=0.5
             )
 
-    async def test_is_not_for_what_will_not_pass(self, client: AsyncChatTicketClient) -> None:
-        """A refusal is told at once."""
+    async def test_permanent_errors_are_not_retried(self, client: AsyncChatTicketClient) -> None:
+        """A permanent error is raised at once."""
         calls = 0
 
         def counted(request: GetChatSessionRequest) -> Awaitable[Any]:

@@ -40,7 +40,7 @@ async def guarded(database: str, tmp_path: Path) -> AsyncIterator[Server]:
 
 
 class TestToken:
-    async def test_is_a_text_or_is_asked_for_each_call(
+    async def test_token_is_a_string_or_a_callable_called_for_each_request(
         self,
         guarded: Server,
         connect: NewClient,
@@ -82,7 +82,7 @@ class TestToken:
             with pytest.raises(errors.UnavailableError):
                 await create_session_id(stranger)
 
-    async def test_what_its_function_raises_the_call_raises(
+    async def test_call_raises_the_error_of_the_token_callable(
         self, guarded: Server, connect: NewClient
     ) -> None:
         """Nothing is sent without it."""
@@ -125,7 +125,7 @@ class TestToken:
     async def test_must_be_one_that_grpc_sends(
         self, client_class: type[AsyncChatTicketClient]
     ) -> None:
-        """As the tenant: told at once, or by the call, and never shown; watch does not retry it.
+        """An invalid token raises an error at once or in the call. It is not shown or retried.
 
         A file often has a line break at its end.
         """
@@ -139,42 +139,42 @@ class TestToken:
             with pytest.raises(ValueError, match="token: not printable ASCII"):
                 await anext(client.watch(an_id()))
 
-    async def test_that_expires_is_asked_for_again_by_watch(
+    async def test_watch_gets_a_new_token_when_the_old_one_expires(
         self, guarded: Server, connect: NewClient, tenant: str
     ) -> None:
-        """And the stream goes on as if nothing had happened."""
-        given: list[str] = []
+        """The watch continues without a gap."""
+        tokens_sent: list[str] = []
 
         def fresh() -> str:
-            given.append(KEY.token(tenants=[tenant], exp=int(time.time()) + 2))
-            return given[-1]
+            tokens_sent.append(KEY.token(tenants=[tenant], exp=int(time.time()) + 2))
+            return tokens_sent[-1]
 
         client = connect(guarded.port, token=fresh)
         session_id = await create_session_id(client)
-        before, told = len(given), []
+        before, delivered = len(tokens_sent), []
         async with asyncio.timeout(20):
             async for event in client.watch(session_id):
-                told.append(event)
+                delivered.append(event)
                 if event_kind(event) == "caught_up":
                     await create_message(client, session_id, "one")
-                    before = len(given)
-                if len(given) > before + 1 and "two" not in contents_of(told):
-                    before = len(given) + 1_000
+                    before = len(tokens_sent)
+                if len(tokens_sent) > before + 1 and "two" not in contents_of(delivered):
+                    before = len(tokens_sent) + 1_000
                     await create_message(client, session_id, "two")
-                if "two" in contents_of(told):
+                if "two" in contents_of(delivered):
                     break
-        assert [each for each in map(event_kind, told) if each != "heartbeat"] == [
+        assert [each for each in map(event_kind, delivered) if each != "heartbeat"] == [
             "session",
             "caught_up",
             "messages_created",
             "messages_created",
         ]
-        assert contents_of(told) == ["one", "two"]
+        assert contents_of(delivered) == ["one", "two"]
 
-    async def test_that_expires_and_is_a_text_ends_watch(
+    async def test_expired_token_string_ends_watch(
         self, guarded: Server, connect: NewClient, tenant: str, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """At once: there is nobody to ask."""
+        """At once: a string cannot be renewed."""
         caplog.set_level("INFO", "chat_ticket.client")
         token = KEY.token(tenants=[tenant], exp=int(time.time()) + 2)
         client = connect(guarded.port, token=token)
@@ -183,10 +183,10 @@ class TestToken:
             await asyncio.wait_for(watch_all(client, session_id), 20)
         assert "again" not in caplog.text
 
-    async def test_that_is_always_expired_ends_watch(
+    async def test_token_that_is_always_expired_ends_watch(
         self, guarded: Server, connect: NewClient
     ) -> None:
-        """After a few times."""
+        """After a few attempts."""
         client = connect(guarded.port, token=lambda: KEY.token(exp=int(time.time()) - 5))
         with pytest.raises(errors.UnauthenticatedError):
             async with asyncio.timeout(30):

@@ -33,7 +33,7 @@ class TestWatch:
     async def test_leaving_the_loop_ends_the_stream(
         self, database: str, connect: NewClient
     ) -> None:
-        """At the server, which wakes and remembers nobody who has left."""
+        """At the server too, which keeps no state of an ended stream."""
         async with serving(database) as server:
             client = connect(server.port)
             session_id = await create_session_id(client)
@@ -70,8 +70,10 @@ class TestWatch:
             await until(lambda: server._watch_hub.watcher_count == 0)
 
     @only_asyncio
-    async def test_timeout_of_the_caller_is_its_own(self, client: AsyncChatTicketClient) -> None:
-        """Not taken for silence."""
+    async def test_callers_timeout_is_not_an_error_of_the_client(
+        self, client: AsyncChatTicketClient
+    ) -> None:
+        """The client does not treat it as a silent stream."""
         session_id = await create_session_id(client)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(watch_all(client, session_id), 0.3)
@@ -79,7 +81,7 @@ class TestWatch:
     async def test_slow_consumer_loses_nothing(
         self, database: str, connect: NewClient, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """The server ends a stream that nobody reads; the watch resumes."""
+        """The server ends the stream of a slow reader; the watch resumes."""
         caplog.set_level("INFO", "chat_ticket.client")
         async with serving(database, stream_write_timeout_seconds=0.3) as server:
             client = connect(server.port)
@@ -105,10 +107,8 @@ class TestWatch:
         assert sequences == list(range(1, 2001))
         assert kinds.count("session") == 1
 
-    async def test_place_among_the_streams_is_waited_for(
-        self, database: str, connect: NewClient
-    ) -> None:
-        """A refusal that the server says will pass is no end."""
+    async def test_watch_waits_for_a_free_stream(self, database: str, connect: NewClient) -> None:
+        """An error with RetryInfo does not end the watch."""
         async with serving(database, quotas={"session_streams": 1}) as server:
             client = connect(server.port)
             session_id = await create_session_id(client)
@@ -121,7 +121,7 @@ class TestWatch:
             async with asyncio.timeout(10):
                 assert event_kind(await second) == "session"
 
-    async def test_what_happened_meanwhile_is_told_once(
+    async def test_changes_during_a_disconnect_are_delivered_once(
         self, database: str, connect: NewClient, caplog: pytest.LogCaptureFixture
     ) -> None:
         """A change of status as the session, again; no second session or caught_up otherwise.
@@ -129,67 +129,67 @@ class TestWatch:
         And a server that drains is not asked again before the second that it asks for.
         """
         caplog.set_level("INFO", "chat_ticket.client")
-        port, told = free_port(), []
+        port, delivered = free_port(), []
         async with serving(database) as other:
             client, elsewhere = connect(port), connect(other.port)
             session_id = await create_session_id(elsewhere)
             events = client.watch(session_id)
 
-            async def hear(last: str) -> None:
+            async def read_until(last: str) -> None:
                 async with asyncio.timeout(20):
-                    while not told or event_kind(told[-1]) != last:
-                        told.append(await anext(events))
+                    while not delivered or event_kind(delivered[-1]) != last:
+                        delivered.append(await anext(events))
 
             async with serving(database, port=port):
-                await hear("caught_up")
+                await read_until("caught_up")
             change = UpdateChatSessionRequest(session=r.ChatSession(id=session_id))
             change.session.status = r.CHAT_SESSION_STATUS_RESOLVED
             change.update_mask.paths.append("status")
             await elsewhere.sessions.UpdateChatSession(change)
             await create_message(elsewhere, session_id)
             async with serving(database, port=port):
-                await hear("messages_created")
+                await read_until("messages_created")
             await elsewhere.sessions.DeleteChatSession(
                 DeleteChatSessionRequest(session_id=session_id)
             )
             async with serving(database, port=port):
-                await hear("session_deleted")
+                await read_until("session_deleted")
                 with pytest.raises(StopAsyncIteration):
                     await anext(events)
-        assert [event_kind(event) for event in told] == [
+        assert [event_kind(event) for event in delivered] == [
             "session",
             "caught_up",
             "session",
             "messages_created",
             "session_deleted",
         ]
-        assert [event.revision for event in told] == [0, 0, 0, 2, 2]
+        assert [event.revision for event in delivered] == [0, 0, 0, 2, 2]
         pauses = re.findall(r"in ([\d.]+) s: DRAINING", caplog.text)
         assert pauses
         assert all(float(pause) >= 1 for pause in pauses)
 
     async def test_position_moves_over_a_break(self, database: str, connect: NewClient) -> None:
-        """By what does not show: the status went there and back. It is told as a heartbeat.
+        """The status changed and changed back, without an event. A heartbeat has the position.
 
         At once, and not by the next heartbeat of the server.
         """
-        port, told = free_port(), []
+        port, delivered = free_port(), []
         async with serving(database) as other:
             client, elsewhere = connect(port), connect(other.port)
             session_id = await create_session_id(elsewhere)
             events = client.watch(session_id)
             async with serving(database, port=port):
-                told += [await anext(events), await anext(events)]
+                delivered += [await anext(events), await anext(events)]
             for status in (r.CHAT_SESSION_STATUS_RESOLVED, r.CHAT_SESSION_STATUS_ACTIVE):
                 change = UpdateChatSessionRequest(session=r.ChatSession(id=session_id))
                 change.session.status = status
                 change.update_mask.paths.append("status")
                 await elsewhere.sessions.UpdateChatSession(change)
             async with serving(database, port=port), asyncio.timeout(10):
-                told.append(await anext(events))
+                delivered.append(await anext(events))
             await events.aclose()
-        assert [event_kind(event) for event in told] == ["session", "caught_up", "heartbeat"]
-        assert [event.revision for event in told] == [0, 0, 2]
+        assert [event_kind(event) for event in delivered] == ["session", "caught_up", "heartbeat"]
+        assert [event.revision for event in delivered] == [0, 0, 2]
 
     async def test_session_created_again_is_another_one(
         self, database: str, connect: NewClient

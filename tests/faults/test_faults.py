@@ -114,9 +114,7 @@ def test_checker_finds_damage(environment: Environment, work: Workload, found: s
     assert any(found in text for text in texts), texts
 
 
-def test_checker_finds_what_a_watch_did_not_deliver(
-    environment: Environment, work: Workload
-) -> None:
+def test_checker_finds_missing_deliveries(environment: Environment, work: Workload) -> None:
     """Or delivered twice, or out of order."""
 
     def texts() -> str:

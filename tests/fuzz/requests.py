@@ -65,7 +65,7 @@ def _value(draw: Draw, field: FieldDescriptor, wild: Callable[[], bool], depth: 
         return string_value(draw, field, wild())
     if field.cpp_type == F.CPPTYPE_ENUM:
         valid = [value.number for value in field.enum_type.values]
-        if field.enum_type.is_closed:  # protobuf itself refuses others
+        if field.enum_type.is_closed:  # protobuf itself rejects others
             return draw(st.sampled_from(valid))
         if wild():
             return draw(st.sampled_from([0, -1, max(valid) + 1, INT32, -INT32 - 1, *valid]))

@@ -62,7 +62,7 @@ async def faulty_server_output(
     guarded_postgres: EmbeddedPostgres,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> ServerOutput:
-    """A server that has been through everything, and has ended."""
+    """The output of a server that has met every fault and has exited."""
     directory = tmp_path_factory.mktemp("keys")
     (directory / "sitecustomize.py").write_text(FAULT_INJECTION)
     keys = token_command.development_settings(directory)

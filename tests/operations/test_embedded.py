@@ -238,7 +238,7 @@ def test_restarts_after_its_owner_was_killed_in_initdb(
     assert not half.exists()
 
 
-def test_second_owner_is_refused(
+def test_second_owner_is_rejected(
     data: Path, start_owner: StartOwner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes cannot share a data directory. The error names it and its owner."""
@@ -291,7 +291,7 @@ def test_no_second_server_even_without_the_lock(data: Path) -> None:
         assert is_alive(first.pid)
 
 
-def test_other_version_is_refused(data: Path) -> None:
+def test_other_version_is_rejected(data: Path) -> None:
     """A data directory of another major version is not touched. The error names both versions."""
     with EmbeddedPostgres(data, durable=False) as postgres:
         pass
@@ -316,7 +316,7 @@ def test_failure_to_start_shows_the_log_and_leaves_nothing(data: Path) -> None:
         assert query(postgres, "SELECT 1") == "1"
 
 
-def test_foreign_directory_is_refused(directory: Path) -> None:
+def test_foreign_directory_is_rejected(directory: Path) -> None:
     """initdb does not run in a directory with other files."""
     data = directory / "data"
     data.mkdir(mode=0o700)
@@ -334,7 +334,7 @@ def test_unusable_directory_is_reported(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("trap", ["symlink", "open", "foreign"])
-def test_socket_directory_of_others_is_refused(data: Path, directory: Path, trap: str) -> None:
+def test_socket_directory_of_others_is_rejected(data: Path, directory: Path, trap: str) -> None:
     """A file of this name by another user in /tmp is neither used nor removed."""
     if trap == "foreign" and os.geteuid() != 0:
         pytest.skip("needs root")

@@ -55,13 +55,13 @@ async def test_largest_refusal(through: Api, api: Api) -> None:
 
 
 async def test_too_large_a_request(through: Api) -> None:
-    """Is refused by the service, whose status says so."""
+    """Is rejected by the service, whose status says so."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await through.message(an_id(), "x" * (4 * 1024 * 1024))
     assert caught.value.code() is StatusCode.RESOURCE_EXHAUSTED
 
 
-async def test_nobody_there(tmp_path: Path, tenant: str) -> None:
+async def test_no_backend_is_available(tmp_path: Path, tenant: str) -> None:
     """Is UNAVAILABLE, as without nginx."""
     with balancer.nginx(tmp_path, ["127.0.0.1:1"] * 2) as address:
         async with Api(address, tenant) as api:

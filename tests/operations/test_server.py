@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class TestSettings:
-    def test_everything_wrong_is_said_at_once_without_the_values(self) -> None:
+    def test_all_wrong_settings_are_reported_at_once_without_values(self) -> None:
         """One line each, by the name of the variable; a value could be a secret."""
         result = run_command(
             "serve",
@@ -73,7 +73,7 @@ class TestSettings:
             assert re.search(f"chat-ticket-svc: MIGRATE_DATABASE_URL: .*{why}", result.stderr)
             assert "CANARY" not in result.stderr
 
-    def test_bad_allowed_hosts_are_refused(self, database: str) -> None:
+    def test_bad_allowed_hosts_are_rejected(self, database: str) -> None:
         """An entry that could never work is a mistake, not a silent nothing."""
         result = run_command(
             "serve", DATABASE_URL=database, CHAT_TICKET_ATTACHMENT_URL_ALLOWED_HOSTS="a b,x:99999"
@@ -93,12 +93,12 @@ class TestSettings:
 
 
 class TestProcess:
-    def test_taken_port_is_said_clearly(self, database: str) -> None:
+    def test_port_in_use_is_reported_clearly(self, database: str) -> None:
         """Two servers never share a port."""
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen()
-            port = taken.getsockname()[1]
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            port = listener.getsockname()[1]
             result = run_command("serve", "--port", str(port), DATABASE_URL=database)
         assert result.returncode != 0
         assert f"127.0.0.1:{port}" in result.stderr
@@ -140,7 +140,9 @@ class TestProcess:
             assert await asyncio.to_thread(process.stop) == 0
 
     @pytest.mark.parametrize("workers", ["1", "2"])
-    async def test_sighup_ends_nothing(self, database: str, tenant: str, workers: str) -> None:
+    async def test_sighup_does_not_end_the_server(
+        self, database: str, tenant: str, workers: str
+    ) -> None:
         """It asks others to read their files again, which this does by itself."""
         with server_process(database, CHAT_TICKET_WORKERS=workers) as process:
             process.wait_for("serving")
@@ -211,7 +213,7 @@ class TestProcess:
 
 
 class TestEmbedded:
-    def test_serves_from_nothing_and_again(self, tmp_path: Path) -> None:
+    def test_starts_on_a_new_directory_and_on_an_old_one(self, tmp_path: Path) -> None:
         """An empty directory becomes a migrated database; the next start finds what is there."""
         data = str(tmp_path / "a b" / "data")
         for expected in (0, 1):
@@ -270,7 +272,7 @@ class TestEmbedded:
             sockets = re.findall("host=([^&]*)", EmbeddedPostgres(data).url("x"))
             assert [path for path in sockets if Path(path).exists()] == []
 
-    def test_second_server_on_the_directory_is_refused(self, tmp_path: Path) -> None:
+    def test_second_server_on_the_directory_is_rejected(self, tmp_path: Path) -> None:
         """Clearly, naming the directory; the first one goes on."""
         data = str(tmp_path / "data")
         with server_process("", "--embedded", data) as process:

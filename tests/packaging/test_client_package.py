@@ -190,7 +190,7 @@ async def run(python: Path, program: str, *arguments: str) -> list[str]:
 
 
 async def test_it_works_in_an_empty_environment(server: Server, tenant: str, python: Path) -> None:
-    """Both clients write, watch and are refused."""
+    """Both clients write, watch and are rejected."""
     assert await run(python, PROGRAM, f"localhost:{server.port}", tenant) == [
         f"{runtime} {step}" for runtime in ("asyncio", "threads") for step in STEPS
     ]

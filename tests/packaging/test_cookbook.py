@@ -35,7 +35,7 @@ def addresses(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         f"CHAT_TICKET_{name.upper()}": value
         for name, value in development_settings(directory).items()
     }
-    # One of the commands is refused by the check.
+    # One of the commands is rejected by the check.
     checks = {"CHAT_TICKET_ATTACHMENT_URL_CHECK": "true"}
     with (
         server_process(database, **checks) as open_to_all,

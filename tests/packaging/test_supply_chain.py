@@ -93,7 +93,7 @@ class TestAudit:
         assert "cannot be reached" in result.stdout
 
     @pytest.mark.parametrize(
-        ("dependencies", "status", "said"),
+        ("dependencies", "status", "message"),
         [
             ([{"name": "a", "version": "1", "vulns": []}], 0, "1 of 1 locked packages audited"),
             (
@@ -115,8 +115,8 @@ class TestAudit:
             ),
         ],
     )
-    def test_findings(self, dependencies: list[dict[str, Any]], status: int, said: str) -> None:
+    def test_findings(self, dependencies: list[dict[str, Any]], status: int, message: str) -> None:
         """A vulnerability, or a package that was not looked up, is never a success."""
         text, found = audit().summarize(dependencies)
         assert found == status
-        assert said in text
+        assert message in text

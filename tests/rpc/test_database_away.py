@@ -44,7 +44,7 @@ class TestDatabaseAway:
             while await self.health(api) != status:
                 await asyncio.sleep(0.1)
 
-    async def test_every_call_is_unavailable_and_comes_back(
+    async def test_every_call_is_unavailable_until_the_database_is_back(
         self, start_server: Any, postgres: EmbeddedPostgres
     ) -> None:
         """Unary calls and streams say UNAVAILABLE; health follows; nobody has to restart us."""
@@ -124,7 +124,7 @@ class TestDatabaseAway:
         session_id = an_id()
         assert (await api.session(id=session_id)).id == session_id
 
-    async def test_full_queue_is_refused_at_once(
+    async def test_full_queue_is_rejected_at_once(
         self, start_server: Any, fresh_database: str
     ) -> None:
         """Beyond the calls that may wait for a connection, the next is RESOURCE_EXHAUSTED."""
@@ -141,7 +141,7 @@ class TestDatabaseAway:
         stored = [answer for answer in answers if not isinstance(answer, BaseException)]
         assert sorted(message.sequence for message in stored) == list(range(1, len(stored) + 1))
 
-    async def test_callers_who_left_do_not_fill_the_queue(
+    async def test_cancelled_calls_do_not_fill_the_queue(
         self, start_server: Any, fresh_database: str
     ) -> None:
         """Only those who still wait count."""

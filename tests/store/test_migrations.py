@@ -413,8 +413,8 @@ class TestService:
             assert migrate.dbmate(fresh_database, "rollback", quiet=True) == 0
         missing = ", ".join(FILES[-lacking:])
         run = "run chat-ticket-svc migrate, or make migrate"
-        said = f"chat-ticket-svc: the database lacks {missing}: {run}"
-        assert self.refusal(fresh_database) == said
+        expected = f"chat-ticket-svc: the database lacks {missing}: {run}"
+        assert self.refusal(fresh_database) == expected
 
     def test_does_not_start_on_an_empty_database(self, empty_database: str) -> None:
         """It lacks everything, the table of migrations too."""

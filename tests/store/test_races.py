@@ -146,7 +146,7 @@ async def test_escalate_archive_delete_append(callers: list[Api], database: str)
 
 
 async def test_escalate_against_archive(callers: list[Api], database: str) -> None:
-    """Never linked after archiving: either the ticket came first, or it is refused."""
+    """Never linked after archiving: either the ticket came first, or it is rejected."""
     one, two, *_ = callers
     for _ in range(ROUNDS):
         session_id = (await one.session()).id

@@ -121,7 +121,7 @@ def an_id() -> str:
 
 
 class Refusal:
-    """The status of a refused call, with its details."""
+    """The status of a rejected call, with its details."""
 
     code: grpc.StatusCode
     text: str
@@ -154,7 +154,7 @@ class Refusal:
 
 @contextlib.contextmanager
 def refused(code: grpc.StatusCode, reason: str | None = None) -> Iterator[Refusal]:
-    """Expects the call inside to be refused, with this status and reason."""
+    """Expects the call inside to be rejected, with this status and reason."""
     refusal = Refusal()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         yield refusal

@@ -108,7 +108,7 @@ class Rows:
 
 @contextlib.contextmanager
 def rejected_by(kind: type[psycopg.Error], name: str) -> Iterator[None]:
-    """Expects a statement to be refused with this SQLSTATE by this constraint (or NOT NULL)."""
+    """Expects a statement to be rejected with this SQLSTATE by this constraint (or NOT NULL)."""
     with pytest.raises(psycopg.Error) as caught:
         yield
     diag = caught.value.diag

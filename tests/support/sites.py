@@ -182,7 +182,7 @@ async def name_server(
         lambda: NameServer(find), (PRIVATE, 0)
     )
     port = transport.get_extra_info("sockname")[1]
-    ended = threading.Event()
+    stopped = threading.Event()
 
     def resolver(**options: Any) -> Resolver:
         def resolve(*query: Any) -> Iterable[Any]:
@@ -191,10 +191,10 @@ async def name_server(
                     nameservers=(PRIVATE,), nameserver_port=port, attempts=100, **options
                 )(*query)
             finally:
-                ended.set()
+                stopped.set()
 
         return resolve
 
     monkeypatch.setattr(attachment_url, "UdpResolver", resolver)
-    yield ended
+    yield stopped
     transport.close()

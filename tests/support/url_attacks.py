@@ -104,7 +104,7 @@ ZONE: dict[str, list[str]] = {
 }
 
 
-# What is a URL, and well formed: the check has to refuse it.
+# What is a URL, and well formed: the check has to reject it.
 CHECKED: dict[str, Attack] = {
     # The address itself.
     "loopback": at(PRIVATE),
@@ -323,7 +323,7 @@ CHECKED: dict[str, Attack] = {
 }
 
 
-# What is no URL, or none that can be stored: refused before anything is asked.
+# What is no URL, or none that can be stored: rejected before anything is asked.
 MALFORMED: dict[str, str] = {
     "user info": "http://user:secret@public.test:{port}/",
     "empty user info": f"http://@{PRIVATE}:{{port}}/",

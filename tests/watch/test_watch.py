@@ -202,7 +202,7 @@ class TestLive:
                 assert event.HasField("heartbeat")
                 assert event.revision == 1
 
-    async def test_no_op_updates_do_not_hold_back_heartbeats(
+    async def test_no_op_updates_do_not_delay_heartbeats(
         self, start_server: Any, database: str
     ) -> None:
         """Heartbeats depend on what the client receives, not on what the server does."""
@@ -264,7 +264,7 @@ class TestLive:
         finished.set()
         await asyncio.gather(*watchers)
 
-    async def test_position_moves_with_what_does_not_show(
+    async def test_position_advances_over_changes_without_an_event(
         self, start_server: Any, database: str, tenant: str
     ) -> None:
         """A watcher reaches every revision: also one whose change is undone, without a wait."""
@@ -282,7 +282,7 @@ class TestLive:
             event = await watcher.next(timeout=5)
             assert (event.WhichOneof("event"), event.revision) == ("heartbeat", 3)
 
-    async def test_history_that_went_back_ends_the_stream(
+    async def test_history_that_was_reset_ends_the_stream(
         self, start_server: Any, database: str, tenant: str
     ) -> None:
         """A watcher beyond the session's revision has another history: OUT_OF_RANGE."""
@@ -339,7 +339,7 @@ class TestRefusals:
             async with watching(api, session.id, after=2) as watcher:
                 await watcher.next()
 
-    async def test_bad_fields_are_refused_together(self, api: Api) -> None:
+    async def test_bad_fields_are_rejected_together(self, api: Api) -> None:
         """A malformed id and a negative revision."""
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             async with watching(api, "x", after=-1) as watcher:
@@ -358,7 +358,7 @@ class TestRefusals:
             with refused(StatusCode.RESOURCE_EXHAUSTED, "SLOW_READER"):
                 await watcher.end()
 
-    async def test_shutdown_tells_watchers_to_resume(self, database: str, tenant: str) -> None:
+    async def test_shutdown_ends_watches_with_unavailable(self, database: str, tenant: str) -> None:
         """UNAVAILABLE at once, not at the end of the drain."""
         async with serving(database, drain_seconds=30) as server:
             api = Api(f"127.0.0.1:{server.port}", tenant)

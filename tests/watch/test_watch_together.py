@@ -120,7 +120,9 @@ class TestOnce:
         last = ["session", "message_updated", "message_deleted", "session_deleted"]
         assert all(each.kinds[-4:] == last for each in watchers)
 
-    async def test_no_change_is_delivered_to_nobody(self, unpolled: Api, reads: list[int]) -> None:
+    async def test_update_without_a_change_delivers_nothing(
+        self, unpolled: Api, reads: list[int]
+    ) -> None:
         """A write that changes nothing causes one read, and no more."""
         api = unpolled
         session = await api.session()
@@ -153,7 +155,7 @@ class TestOnce:
             assert [after for after, _ in itertools.groupby(reads)] == [0, 500, 1000]
         assert all(each.created == list(range(1, 1202)) for each in watchers)
 
-    async def test_read_uses_the_tenants_share(
+    async def test_read_counts_for_the_quota_of_its_tenant(
         self, start_server: Any, database: str, tenant: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Whatever has caused it, a read uses its own tenant's share of the connections."""
@@ -176,7 +178,7 @@ class TestOnce:
 
 
 class TestTogether:
-    async def test_one_that_leaves_takes_nothing_from_the_others(
+    async def test_cancelled_watch_does_not_affect_others(
         self, unpolled: Api, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Not even the read in progress when it leaves, even if it was the first to wait for it."""
@@ -199,7 +201,7 @@ class TestTogether:
             go_on.set()
             await asyncio.gather(*(each.until_revision(1) for each in watchers))
 
-    async def test_read_that_fails_ends_those_who_wait_for_it(
+    async def test_failed_read_ends_the_watches_that_wait_for_it(
         self, unpolled: Api, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Each with the error's status. They resume, and receive what they have missed."""
@@ -233,7 +235,7 @@ class TestTogether:
                         events = await asyncio.gather(*(each.next() for each in early + late))
                     assert all(event.HasField("heartbeat") for event in events)
 
-    async def test_slow_one_delays_nobody_and_loses_nothing(
+    async def test_slow_watcher_delays_no_other_and_loses_nothing(
         self, database: str, tenant: str, reads: list[int]
     ) -> None:
         """Pages are not kept for it: it reads on from its position."""
