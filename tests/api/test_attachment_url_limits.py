@@ -230,7 +230,7 @@ async def test_tenants_take_turns() -> None:
 
 
 async def test_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If any URL could not be checked in time, the call fails as busy, whatever the others answer."""
+    """If any URL was not checked for lack of capacity, the call fails as busy."""
     monkeypatch.setattr(attachment_url, "_MAX_TENANT_CHECKS", 2)
     async with serve(silence) as slow, serve(paths({"/": OK, "/gone": status(404)})) as site:
         checker = checker_allowing(slow, site, timeout=1)

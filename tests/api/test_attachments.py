@@ -144,7 +144,7 @@ class TestUrlCheck:
 
     @contextmanager
     def files(self, handle: Callable[[str], int]) -> Iterator[str]:
-        """An HTTP server whose answers have the status that `handle` says; yields host:port."""
+        """An HTTP server whose answers have the status of `handle`; yields host:port."""
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:

@@ -137,7 +137,7 @@ class TestErrors:
             assert exhausted.value.retry_seconds
 
     def test_details_of_other_types_are_available(self) -> None:
-        """As the Any that carried them. Details that cannot be parsed, or of another code, are dropped."""
+        """As the Any that carried them. Details that cannot be parsed are dropped."""
         timestamp = any_pb2.Any()
         timestamp.Pack(Timestamp(seconds=7))
         broken = any_pb2.Any(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff")

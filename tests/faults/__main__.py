@@ -1,4 +1,4 @@
-"""`make faults`: the full matrix, each fault as often as it says, the mutants, and the report."""
+"""`make faults`: all runs of every fault, the mutants, and a report."""
 
 import argparse
 import json
@@ -51,7 +51,7 @@ def mutant_table(found: dict[str, list[str]]) -> str:
 
 
 def find_mutants(environment: Environment, seed: int, progress: Any) -> dict[str, list[str]]:
-    """What the checker says of each, of that which it has to say."""
+    """The findings of the checker for each mutant that match what it must find."""
     found = {}
     for name, mutant in MUTANTS.items():
         progress.set_description(name)

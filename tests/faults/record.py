@@ -33,7 +33,7 @@ def reason_of(error: grpc.aio.AioRpcError) -> str:
     return ""
 
 
-# And UNAVAILABLE, when the service does not say that nothing was done: gRPC says it as well.
+# UNAVAILABLE too, unless its reason is the service's: gRPC itself also answers UNAVAILABLE.
 UNKNOWN = {
     StatusCode.CANCELLED,
     StatusCode.DEADLINE_EXCEEDED,

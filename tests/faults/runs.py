@@ -91,7 +91,7 @@ def run(
 
 
 def _at_rest(environment: Environment, margins: Mapping[str, float]) -> Iterator[Violation]:
-    """I7: nothing goes on, and no process has more than after its first run."""
+    """I7: the service is idle, and no process has more resources than after its first run."""
     if busy := environment.busy():
         yield Violation("I7", f"{busy} connections are busy afterwards")
     for service in environment.services:

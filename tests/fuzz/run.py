@@ -258,7 +258,7 @@ def violations(method: Method, requests: Sequence[bytes], answer: Answer) -> lis
 
 
 def _is_rejected_by_grpc(requests: Sequence[bytes], answer: Answer) -> bool:
-    """gRPC itself rejects a message over 4 MiB, before any code of ours runs."""
+    """gRPC itself rejects a message over 4 MiB before the service sees it."""
     too_large = any(len(request) > 4 * MIB for request in requests)
     return too_large and answer.code is StatusCode.RESOURCE_EXHAUSTED and "larger" in answer.text
 

@@ -1,4 +1,4 @@
-"""No secret is in the output of a command, whatever its settings are and however it fails."""
+"""The output of a command has no secret, with any settings and after any failure."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL: whatever is killed, no process stays behind and no data is lost."""
+"""The embedded PostgreSQL: a killed process leaves no other process and loses no data."""
 
 import os
 import signal
@@ -99,7 +99,7 @@ def test_path_longer_than_a_socket_path_may_be(directory: Path) -> None:
 def test_url_is_accepted_by_libpq_and_dbmate(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both connect to any database by its URL, whatever PGPORT says."""
+    """Both connect to any database by its URL, even if PGPORT is set."""
     monkeypatch.setenv("PGPORT", "6543")
     dbmate = Path(sysconfig.get_path("scripts")) / "dbmate"
     with EmbeddedPostgres(data, durable=False) as postgres:
@@ -327,7 +327,7 @@ def test_foreign_directory_is_rejected(directory: Path) -> None:
 
 
 def test_unusable_directory_is_reported(directory: Path) -> None:
-    """An error of the operating system becomes an EmbeddedPostgresError with the directory."""
+    """An operating system error becomes an EmbeddedPostgresError with the directory."""
     (directory / "file").write_text("")
     with pytest.raises(EmbeddedPostgresError, match="file/data"):
         EmbeddedPostgres(directory / "file" / "data").start()

@@ -62,7 +62,7 @@ class TestServer:
         """Those of the catalog in errors.py; a new one has to be provoked here."""
         reasons = {reason.name for reason in REASONS}
         met = {reason for reason, _ in faulty_server_output.errors}
-        # The server does not start with a method of which METHOD_NOT_ALLOWED could be said; the
+        # The server does not start with a method that could be METHOD_NOT_ALLOWED; the
         # others have tests of their own: test_out_of_reach, and test_url_attacks.
         assert reasons - met == {"METHOD_NOT_ALLOWED", "KEYS_UNAVAILABLE", "URL_CHECKS_BUSY"}
 

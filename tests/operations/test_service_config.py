@@ -68,7 +68,7 @@ class NodeCallers:
 
 
 class Outcomes(NamedTuple):
-    """What callers in Python and in Node were told while one of two servers ended."""
+    """The outcomes of calls from Python and Node while one of two servers ended."""
 
     python: Counts
     node: Counts

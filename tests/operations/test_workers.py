@@ -104,7 +104,7 @@ class TestTwo:
             assert [os.getpgid(pid) for pid in both] == both
 
     def test_every_log_line_names_its_process(self) -> None:
-        """In the one form of all lines, also what libraries say."""
+        """Every line has the same form, also the lines of libraries."""
         with server_process("postgresql://nobody@127.0.0.1:1/none", "--workers", "2") as process:
             both = pids(process, 2)
             process.wait_for_all("not serving", 2)
@@ -156,7 +156,7 @@ class TestDeath:
                 assert process.stop() == 0
 
     def test_exited_worker_is_replaced(self, database: str) -> None:
-        """SIGTERM drains one alone: its successor has read what is read at start."""
+        """SIGTERM drains one worker: its replacement has initialized before."""
         with two_workers(database) as (process, [exited, _]):
             os.kill(exited, signal.SIGTERM)
             assert process.wait_for("worker exited")["status"] == 0
@@ -366,7 +366,7 @@ class TestRefusal:
         assert "chat-ticket-svc: " in two.stderr
 
     def test_stale_schema_is_reported_once(self, cluster: Cluster) -> None:
-        """As of one process, by the worker that goes ahead."""
+        """The first worker reports it, as a single process would."""
         empty = cluster.create("template1")
         try:
             one, two = (
@@ -387,7 +387,7 @@ class TestRefusal:
         assert result.stderr.startswith("chat-ticket-svc: CHAT_TICKET_WORKERS: ")
 
     def test_worker_killed_at_start_is_logged(self, database: str) -> None:
-        """The one that goes ahead cannot say why it ended."""
+        """The first worker cannot report why it ended."""
         with server_process(database, "--workers", "2") as process:
             children = Path(f"/proc/{process.popen.pid}/task/{process.popen.pid}/children")
             wait_until(lambda: children_of(children))

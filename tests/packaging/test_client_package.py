@@ -146,7 +146,7 @@ def test_it_depends_on_grpcio_and_protobuf_only(wheel: Path) -> None:
 
 
 def installed(wheel: Path, directory: Path) -> Path:
-    """The Python of an empty environment with the wheel and what is locked for it."""
+    """The Python of a new environment with the wheel and its locked dependencies."""
     pip = shutil.which("pip", path=str(Path(sys.executable).parent))
     assert pip
     python = directory / "bin" / "python"

@@ -75,7 +75,7 @@ async def run(*command: str) -> str:
 
 
 def parted(output: str) -> tuple[list[str], list[str]]:
-    """What an example says of itself, and what it is told by following."""
+    """What an example prints, and what its watch delivered."""
     lines, mark = output.splitlines(), "  [follow] "
     watched = [
         re.sub("True|False", lambda word: word[0].lower(), line.removeprefix(mark))
@@ -128,7 +128,7 @@ async def cutting(port: int) -> AsyncIterator[int]:
 
 
 async def test_example_shows_what_it_does(server: Server, example: list[str]) -> None:
-    """And is told the same by following."""
+    """And its watch delivers the same."""
     shown, watched = parted(await run(*example, f"localhost:{server.port}"))
     assert shown == SHOWN
     assert [line for line in watched if line.startswith("message")] == WATCHED_MESSAGES
@@ -139,7 +139,7 @@ async def test_example_shows_what_it_does(server: Server, example: list[str]) ->
 
 
 async def test_example_does_the_same_over_a_bad_network(server: Server, example: list[str]) -> None:
-    """Everything once, however often the connection breaks: this is what it is to teach."""
+    """Everything is delivered once, even if the connection breaks repeatedly."""
     async with cutting(server.port) as port:
         shown, watched = parted(await run(*example, f"localhost:{port}"))
     assert shown == SHOWN

@@ -51,13 +51,13 @@ def arguments_of(name: str) -> list[str]:
 
 
 def copied(stage: list[tuple[str, str]]) -> list[tuple[list[str], str]]:
-    """What comes from the checkout, and where to."""
+    """The files copied from the checkout, and their destinations."""
     found = [shlex.split(arguments) for name, arguments in stage if name == "COPY"]
     return [(words[:-1], words[-1]) for words in found if not words[0].startswith("--from")]
 
 
 def test_what_is_copied_is_there_and_not_ignored() -> None:
-    """And nothing else is let in: no secret of a checkout gets into an image."""
+    """No other file is in the build context: no secret of a checkout gets into an image."""
     ignored, *allowed = (ROOT / ".containerignore").read_text().splitlines()
     assert ignored == "*"
     names = {name for stage in stages() for names, _ in copied(stage) for name in names}
@@ -108,7 +108,7 @@ def test_the_wheel_has_all_that_is_needed(tmp_path: Path) -> None:
 
 
 def build(directory: Path, output: Path) -> None:
-    """Build the wheel as pip would, with what is locked for it."""
+    """Build the wheel as pip would, with the locked build requirements."""
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(output)]
     subprocess.run(command, cwd=directory, check=True, capture_output=True)
 

@@ -1,4 +1,4 @@
-"""The site of the documentation: it builds, and has all that the code and the protos say."""
+"""The documentation site builds, and has everything of the code and the protos."""
 
 import html
 import re

@@ -55,7 +55,7 @@ class TestLock:
     def test_a_file_that_is_not_the_locked_one_is_not_installed(
         self, tmp_path: Path, environment: str, lock: Path
     ) -> None:
-        """The set-up of the environment fails, and says why."""
+        """Creating the environment fails, and names the cause."""
         for name in ("Makefile", "README.md", "pyproject.toml"):
             shutil.copy(ROOT / name, tmp_path)
         for name in ("scripts", "src", "clients/python"):

@@ -52,7 +52,7 @@ class TestDatabaseErrors:
     async def test_sqlstate_becomes_its_status(
         self, start_server: Any, fresh_database: str, sqlstate: str, code: StatusCode, reason: str
     ) -> None:
-        """What the database says is told in the caller's words, without its text."""
+        """The caller gets a status and a reason, and no text of the database."""
         api = await start_server(fresh_database)
         raise_on_insert(fresh_database, f"RAISE 'CANARY' USING ERRCODE = '{sqlstate}'")
         with refused(code, reason) as refusal:
@@ -64,7 +64,7 @@ class TestDatabaseErrors:
     async def test_conflicts_are_retried_by_the_server(
         self, start_server: Any, fresh_database: str
     ) -> None:
-        """Three serialization failures in a row are ours to deal with."""
+        """The server retries three serialization failures in a row."""
         api = await start_server(fresh_database)
         execute(fresh_database, "CREATE SEQUENCE attempts")
         raise_on_insert(
@@ -132,7 +132,7 @@ class TestDatabaseErrors:
         assert "CANARY" not in logged + refusal.text
 
     async def test_lock_timeout_is_contention(self, start_server: Any, fresh_database: str) -> None:
-        """Who waits too long for a session gives up, and nothing is written."""
+        """A call that waits too long for a session fails, and writes nothing."""
         api = await start_server(fresh_database, lock_timeout_ms=100)
         session = await api.session()
         with session_locked(fresh_database, session.id), refused(StatusCode.ABORTED, "CONTENTION"):
@@ -198,7 +198,7 @@ class TestCaller:
         await stub.ListChatSessions(ListChatSessionsRequest(), metadata=metadata, timeout=10)
 
     async def test_missing_tenant_is_unauthenticated(self, api: Api) -> None:
-        """Nobody is served who does not say for whom."""
+        """A call without a tenant is rejected."""
         with refused(StatusCode.UNAUTHENTICATED, "TENANT_REQUIRED"):
             await self.call(api)
 
@@ -236,7 +236,7 @@ class TestWire:
         assert refusal.text == "malformed request: not the request message of this method"
 
     async def test_invalid_utf8_is_rejected(self, api: Api) -> None:
-        """A string that is no UTF-8 never becomes text."""
+        """A string of invalid UTF-8 is rejected."""
         method = "/chat_ticket.v1.ChatSessionService/GetChatSession"
         call = api.channel.unary_unary(method)(b"\x0a\x02\xc3\x28", metadata=[("x-tenant-id", "a")])
         with refused(StatusCode.INVALID_ARGUMENT):

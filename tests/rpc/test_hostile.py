@@ -75,7 +75,7 @@ class TestRequests:
 
     @pytest.mark.parametrize("method", OURS, ids=lambda method: method.name)
     async def test_corners(self, address: str, method: Method) -> None:
-        """The values that break what is careless, one at a time in a good request."""
+        """Values that have broken something before, one at a time in a valid request."""
         report = Report()
         await run_corners(address, method, report)
         assert not report.findings, report.found
@@ -159,7 +159,7 @@ def _filled(size: int) -> bytes:
 
 
 class TestStrategies:
-    """That what is sent is as hostile as it should be."""
+    """The strategies draw what they should."""
 
     def test_any_message_can_be_drawn(self) -> None:
         """All kinds of fields: maps, messages in themselves, bytes, floats, closed enums."""
@@ -187,7 +187,7 @@ class TestStrategies:
 
 
 class TestJudgement:
-    """That a finding would be one."""
+    """The rules find violations."""
 
     METHOD = of_ours("ListTickets")
 
@@ -201,7 +201,7 @@ class TestJudgement:
     )
     @pytest.mark.parametrize("where", ["response", "trailer", "text", "page token"])
     async def test_byte_of_another_tenant_is_found(self, secret: bytes, where: str) -> None:
-        """Wherever it stands, in either case."""
+        """In any part of the answer, in upper and lower case."""
         answer = Answer(StatusCode.OK, [])
         match where:
             case "response":
@@ -235,7 +235,7 @@ class TestJudgement:
         assert found in violation
 
     async def test_change_to_another_tenant_is_found(self, address: str) -> None:
-        """The bystander's data is compared, not only what is told of it."""
+        """The data of the other tenant is compared, not only the answers."""
         ids = {kind: [an_id() for _ in values] for kind, values in OWN.items()}
         async with Api(address, f"tenant {an_id()}") as api:
             await populate(api, ids, "x")

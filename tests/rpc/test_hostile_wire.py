@@ -118,7 +118,7 @@ class TestFrames:
     @pytest.mark.parametrize("path", [GET, WATCH, HEALTH_CHECK, REFLECTION])
     @pytest.mark.parametrize("length", [4 * MIB + 1, 2**31 - 1, 2**31, 2**32 - 1])
     async def test_length_over_the_limit(self, address: str, path: bytes, length: int) -> None:
-        """Refused by its prefix: nothing is allocated for what is only announced."""
+        """The length prefix is rejected, and no memory is allocated for the announced length."""
         answer = send(address, headers(path=path), frame(b"abc", length=length))
         assert str(answer) == RESOURCE_EXHAUSTED
 
@@ -149,7 +149,7 @@ class TestFrames:
     async def test_unknown_compression(
         self, address: str, path: bytes, encoding: bytes | None, data: bytes
     ) -> None:
-        """INTERNAL by gRPC itself, in its words; none of ours has seen the call."""
+        """gRPC itself answers INTERNAL with its own text; the service does not see the call."""
         more = [encoded(encoding)] if encoding is not None else []
         answer = send(address, headers(*more, path=path), frame(data, flag=1))
         assert str(answer) == INTERNAL
@@ -162,7 +162,7 @@ class TestFrames:
 
     @pytest.mark.parametrize("kind", [b"gzip", b"deflate"])
     async def test_honest_compression_is_read(self, address: str, kind: bytes) -> None:
-        """Only what is compressed badly is rejected."""
+        """Only malformed compressed data is rejected."""
         data = gzip.compress(b"") if kind == b"gzip" else zlib.compress(b"")
         answer = send(address, headers(encoded(kind), path=CREATE), frame(data, flag=1))
         assert str(answer) == OK
@@ -298,7 +298,7 @@ class TestMetadata:
         ],
     )
     async def test_other_headers_do_no_harm(self, address: str, key: bytes, value: bytes) -> None:
-        """They are not ours to read."""
+        """The service does not read them."""
         answer = send(address, headers((key, value)))
         assert str(answer) == INVALID_ARGUMENT
         assert b"grpc-status-details-bin" in answer.headers

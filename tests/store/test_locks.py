@@ -51,7 +51,7 @@ async def test_session_is_locked_before_anything_else(
 async def test_message_deleted_while_its_change_waited(
     start_server: Any, fresh_database: str, change: str
 ) -> None:
-    """The change that comes after a deletion in the queue for the lock is NOT_FOUND."""
+    """A change that waited for the lock behind a deletion is NOT_FOUND."""
     api = await start_server(fresh_database)
     message = await api.message((await api.session()).id)
     with session_locked(fresh_database, message.session_id):

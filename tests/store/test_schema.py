@@ -1,4 +1,4 @@
-"""The schema by itself: its rules hold against plain SQL that goes round the service.
+"""The rules of the schema hold against plain SQL that bypasses the service.
 
 On the PostgreSQL of the run and, where the system has one, on the oldest that is supported.
 """
@@ -129,7 +129,7 @@ class TestParents:
     def test_absent_or_foreign_parent_is_rejected(
         self, us: Rows, them: Rows, table: str, column: str, parent: str
     ) -> None:
-        """A child hangs on a parent that exists, and is of its own tenant."""
+        """A child has an existing parent of the same tenant."""
         for absent in (uuid.uuid4(), them.add(parent)):
             with rejected_by(ForeignKeyViolation, f"fk_{table}_{column.removesuffix('_id')}"):
                 us.add(table, **{column: absent})
@@ -277,7 +277,7 @@ class TestLinks:
 
 class TestHasTicket:
     def test_cannot_be_inserted_true(self, us: Rows) -> None:
-        """A new session has no ticket; false may be said."""
+        """A new session has no ticket; has_ticket may be given as false."""
         with rejected_by(CheckViolation, "chat_sessions_has_ticket_check"):
             us.add("chat_sessions", has_ticket=True)
         us.add("chat_sessions", has_ticket=False)
@@ -394,7 +394,7 @@ class TestDelete:
         assert us.session(sessions[1]) == ("active", True, 1)
 
     def test_deleting_a_message_deletes_its_attachments(self, us: Rows) -> None:
-        """And nobody else's."""
+        """Rows of other tenants stay."""
         message, other = us.add("chat_messages"), us.add("chat_messages")
         for parent in (message, message, other):
             us.add("chat_attachments", message_id=parent)
@@ -423,7 +423,7 @@ class TestDelete:
 def test_temporary_table_of_the_same_name_hides_no_rule(
     us: Rows, hidden: str, refusal: tuple[type[psycopg.Error], str]
 ) -> None:
-    """The triggers look at our tables, whatever else the caller's session calls by their names."""
+    """The triggers ignore temporary tables with the names of the service's tables."""
     session, ticket = us.add("chat_sessions"), us.add("tickets")
     us.add("chat_tickets", session_id=session, ticket_id=ticket)
     archived = us.add("chat_sessions", status="archived")

@@ -102,7 +102,7 @@ class TestRaces:
         assert us.wrong_flags() == []
 
     def test_link_archive_and_delete_started_together(self, us: Rows, connect: Connect) -> None:
-        """Whoever comes first: no link is lost, and none is made after archiving."""
+        """In any order, no link is lost, and none is created after archiving."""
         rounds = 50
         sessions = [us.add("chat_sessions") for _ in range(rounds)]
         tickets = [us.add("tickets") for _ in range(rounds)]

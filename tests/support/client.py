@@ -148,7 +148,7 @@ class Refusal:
 
     @property
     def fields(self) -> dict[str, str]:
-        """Field → what is wrong with it."""
+        """The description of each violated field."""
         return {v.field: v.description for v in self.details["BadRequest"].field_violations}
 
 

@@ -1,4 +1,4 @@
-"""Another process that owns an embedded PostgreSQL, and what is left when it is killed."""
+"""A process that owns an embedded PostgreSQL, to be killed, and checks of what remains."""
 
 import subprocess
 import time

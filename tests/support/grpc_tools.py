@@ -28,7 +28,7 @@ SECONDS = 60  # more than any of these programs takes
 
 
 class ToolError(NamedTuple):
-    """What a tool said of a rejected call; `details` by the name of their type."""
+    """The error of a call as a tool printed it; `details` by type name."""
 
     code: StatusCode
     message: str

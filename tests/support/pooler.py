@@ -1,4 +1,4 @@
-"""PgBouncer between the services under test and PostgreSQL, as docs/scaling.md says to run it.
+"""PgBouncer between the tested services and PostgreSQL, configured as in docs/scaling.md.
 
 `make test-pgbouncer` sets TEST_PGBOUNCER; the tests themselves and the listeners of the services
 go past it. It is Debian's package pgbouncer, which nothing else needs.

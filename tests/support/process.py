@@ -1,4 +1,4 @@
-"""The service as its operator runs it: a process of its own."""
+"""The service as its operator runs it: a separate process."""
 
 import asyncio
 import json

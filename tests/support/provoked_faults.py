@@ -107,7 +107,7 @@ SQLSTATES = {
 
 
 async def provoke_database_errors(output: ServerOutput, api: Api, database: str) -> None:
-    """What only a database can say, with a secret in all that it says."""
+    """Provoke errors of the database, with a secret in every field of the error."""
     fields = ", ".join(
         f"{option} = '{secret(option)}'"
         for option in ("DETAIL", "HINT", "COLUMN", "DATATYPE", "SCHEMA", "TABLE", "CONSTRAINT")

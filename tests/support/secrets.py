@@ -1,4 +1,4 @@
-"""Secrets that can be found again, in whatever form they leak."""
+"""Secrets for tests, and a search for them in every encoding."""
 
 import base64
 import re

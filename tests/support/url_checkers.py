@@ -17,7 +17,7 @@ TENANT, ANOTHER = "a tenant", "another tenant"
 NewChecker = Callable[..., AttachmentUrlChecker]
 
 
-LONG_TIMEOUT = {"timeout": 60}  # however busy the machine
+LONG_TIMEOUT = {"timeout": 60}  # enough on a busy machine
 
 
 def checker_allowing(*sites: Site, **settings: Any) -> AttachmentUrlChecker:

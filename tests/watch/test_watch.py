@@ -26,7 +26,7 @@ from chat_ticket_svc.store import group_commit, message_listing, messages, sessi
 
 class TestHistory:
     async def test_session_then_messages_then_caught_up(self, api: Api) -> None:
-        """The session comes first, at the position asked for; caught_up ends the history."""
+        """The session is the first event, at the requested position; caught_up ends the history."""
         session = await api.session()
         first = await api.message(session.id, attachments=[a_file()])
         second = await api.message(session.id, metadata_json="{}")
@@ -179,7 +179,7 @@ class TestLive:
             await assert_same_state(api, watcher, session.id)
 
     async def test_deletion_of_the_session_ends_the_stream(self, unpolled: Api) -> None:
-        """The stream says so and ends OK."""
+        """The stream delivers session_deleted and ends with OK."""
         api = unpolled
         session = await api.session()
         await api.message(session.id)
@@ -416,7 +416,7 @@ async def test_page_uses_the_indexes(api: Api, database: str) -> None:
 def test_plans_made_on_an_empty_database_use_the_indexes(
     fresh_database: str, statement: LiteralString
 ) -> None:
-    """They stay when it fills: nobody plans anew until PostgreSQL has analysed the tables."""
+    """The plans stay as the tables fill: PostgreSQL makes new ones only after an analyze."""
     names: dict[str, int] = {}
     numbered = re.sub(
         r"%\((\w+)\)s", lambda name: f"${names.setdefault(name[1], len(names) + 1)}", statement
@@ -434,7 +434,7 @@ def test_plans_made_on_an_empty_database_use_the_indexes(
 
 @pytest.mark.parametrize("pages", [1, 3])
 async def test_deleted_while_history_is_read(api: Api, pages: int) -> None:
-    """The session may go between two pages: the stream says so instead of catching up."""
+    """A session deleted between two pages ends the stream with session_deleted."""
     session = await api.session()
     for _ in range(6):
         await create_batch(api, session.id, [user_message("x" * 20_000)] * 100)

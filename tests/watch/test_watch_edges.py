@@ -94,7 +94,7 @@ async def test_heartbeats_are_for_silence_only(start_server: Any, database: str)
 
 
 async def test_events_are_at_most_1_mib(api: Api) -> None:
-    """Large changes are split into events that clients accept, whatever makes them large."""
+    """Large changes are split into events that clients accept, for every kind of large field."""
     session = await api.session()
     for _ in range(18):
         await api.message(

@@ -222,7 +222,7 @@ class TestTogether:
             await watcher.until_revision(1)
 
     async def test_heartbeats_reach_all(self, start_server: Any, database: str) -> None:
-        """Whenever they joined, and repeatedly: nobody waits longer than the interval."""
+        """Repeatedly: no watcher waits longer than the interval, whenever it joined."""
         api = await start_server(
             database, watch_poll_interval_seconds=3600, watch_heartbeat_seconds=0.5
         )
