@@ -50,7 +50,6 @@ def process(database: str) -> Iterator[ServerProcess]:
     """A server process for the tests of this file, without heartbeats."""
     with server_process(
         database,
-        CHAT_TICKET_ATTACHMENT_URL_CHECK="false",
         CHAT_TICKET_WATCH_HEARTBEAT_SECONDS="3600",
     ) as process:
         yield process

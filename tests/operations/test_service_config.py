@@ -40,7 +40,6 @@ def servers(database: str) -> Iterator[list[ServerProcess]]:
 
 SETTINGS = {
     "CHAT_TICKET_QUOTAS__TENANT_CALLS_PER_SECOND": "100000",
-    "CHAT_TICKET_ATTACHMENT_URL_CHECK": "false",
 }
 
 

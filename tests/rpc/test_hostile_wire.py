@@ -43,7 +43,7 @@ SHORT = 0.5
 
 @pytest.fixture(scope="module")
 def process(database: str) -> Iterator[ServerProcess]:
-    with server_process(database, CHAT_TICKET_ATTACHMENT_URL_CHECK="false") as process:
+    with server_process(database) as process:
         yield process
 
 
