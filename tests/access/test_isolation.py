@@ -218,7 +218,7 @@ def test_every_id_is_in_the_matrix(rpc: Any) -> None:
 async def answer(api: Api, rpc: str, request: Message) -> tuple[StatusCode, list[str]]:
     """All responses of a call, to its end or until a watch has caught up."""
     services = (api.sessions, api.messages, api.attachments, api.tickets)
-    call = next(getattr(each, rpc) for each in services if hasattr(each, rpc))(request)
+    call = next(getattr(service, rpc) for service in services if hasattr(service, rpc))(request)
     responses = []
     try:
         if isinstance(call, grpc.aio.UnaryStreamCall):

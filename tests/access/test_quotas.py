@@ -120,8 +120,8 @@ class TestFairShares:
         await list_sessions(api)
         async with another_tenant(api) as other, asyncio.timeout(5):
             await other.messages.SearchChatMessages(request)
-        for each in hanging:
-            each.cancel()
+        for call in hanging:
+            call.cancel()
 
     async def test_reads_of_watchers(
         self, start_with_quotas: Callable[..., Awaitable[Api]], monkeypatch: pytest.MonkeyPatch

@@ -130,6 +130,6 @@ def test_only_these_statements_are_sent(path: Path) -> None:
         if not isinstance(node, ast.Call):
             continue
         if any(getattr(function, "attr", "") in SENDERS for function in choices(node.func)):
-            for argument in choices([*node.args, *(each.value for each in node.keywords)][0]):
+            for argument in choices([*node.args, *(keyword.value for keyword in node.keywords)][0]):
                 name = f"{module}.{ast.unparse(argument)}"
                 assert name in STATEMENTS or name in OTHERS, f"line {node.lineno}"

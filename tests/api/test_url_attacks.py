@@ -266,7 +266,7 @@ async def test_attack_is_rejected(
     assert set(attack.pages) <= set(asked), "the attack has come to where it was to begin"
     assert "/ok" not in asked
     ours = ("authorization:", "cookie:", world.api.tenant)
-    assert not [each for each in ours if each in "".join(world.public.requests).lower()]
+    assert not [header for header in ours if header in "".join(world.public.requests).lower()]
     # The server sends what the kernel buffers on both sides, even if nobody reads it.
     assert world.public.sent < 64 << 20
 

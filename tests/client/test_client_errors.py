@@ -44,7 +44,10 @@ class TestErrors:
         error = caught.value
         assert error.code is grpc.StatusCode.INVALID_ARGUMENT
         assert error.reason == "INVALID_ARGUMENT"
-        assert {each.field for each in error.violations} == {"session.id", "session.status"}
+        assert {violation.field for violation in error.violations} == {
+            "session.id",
+            "session.status",
+        }
         assert error.message in str(error)
         assert error.retry_seconds is None
         assert isinstance(error.__cause__, grpc.RpcError)

@@ -158,7 +158,7 @@ class TestExport:
             r.ChatSession,
         ]
         assert [line.id for line in lines[2:]] == [
-            *(filled.first.id, *(each.id for each in messages), filled.link.id),
+            *(filled.first.id, *(message.id for message in messages), filled.link.id),
             filled.second.id,
         ]
         assert lines[3:5] == messages

@@ -84,7 +84,7 @@ class Write:
 
     @property
     def acknowledged_at(self) -> float:
-        return next(each.ended for each in self.attempts if each.code is StatusCode.OK)
+        return next(attempt.ended for attempt in self.attempts if attempt.code is StatusCode.OK)
 
     @property
     def began(self) -> float:

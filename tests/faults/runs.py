@@ -31,7 +31,7 @@ class Result:
     violations: list[Violation] = field(default_factory=list)
 
     def count(self, *texts: str) -> int:
-        return sum(any(text in str(each) for text in texts) for each in self.violations)
+        return sum(any(text in str(violation) for text in texts) for violation in self.violations)
 
 
 def run(
@@ -73,7 +73,7 @@ def run(
         except TimeoutError:
             result.violations.append(Violation("I4", "writers and watches do not finish"))
         result.acknowledged = len(record.acknowledged)
-        result.streams = sum(each.streams for each in record.watches)
+        result.streams = sum(watch.streams for watch in record.watches)
         result.outage_seconds = record.longest_outage(struck)
         result.note = seen.note
         result.violations += seen.violations

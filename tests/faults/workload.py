@@ -114,7 +114,7 @@ class Workload:
                 for tenant, sessions in self.sessions.items()
                 for session_id in sessions
             }
-            while any(each.revision < ends[each.session_id] for each in self.record.watches):
+            while any(watch.revision < ends[watch.session_id] for watch in self.record.watches):
                 if any(task.done() for task in self._watch_tasks):
                     break  # by an error, which `close` raises
                 await asyncio.sleep(0.02)
@@ -129,7 +129,7 @@ class Workload:
             await api.channel.close()
         self._apis.clear()
         gc.collect()  # calls that were cancelled hold their connections, and refer to themselves
-        errors = [each for each in results if isinstance(each, Exception)]
+        errors = [result for result in results if isinstance(result, Exception)]
         if errors:
             raise errors[0]
 

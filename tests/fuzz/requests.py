@@ -83,7 +83,7 @@ def _many(draw: Draw, field: FieldDescriptor, wild: Callable[[], bool], depth: i
     if values and wild():
         count = draw(st.sampled_from([limit - 1, limit, limit + 1, 3 * limit]))
         # What is long is not sent hundreds of times: a request has 4 MiB.
-        size = sum(each.ByteSize() if isinstance(each, Message) else 20 for each in values)
+        size = sum(value.ByteSize() if isinstance(value, Message) else 20 for value in values)
         values = [
             values[index % len(values)] for index in range(min(count, 2 * 1024 * KIB // (size + 1)))
         ]

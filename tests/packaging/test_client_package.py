@@ -136,7 +136,7 @@ def test_it_depends_on_grpcio_and_protobuf_only(wheel: Path) -> None:
     [metadata] = [data for name, data in files(wheel).items() if name.endswith("/METADATA")]
     headers = HeaderParser().parsestr(metadata.decode())
     requirements = headers.get_all("Requires-Dist") or []
-    assert sorted(each.split(">")[0].split("<")[0] for each in requirements) == [
+    assert sorted(requirement.split(">")[0].split("<")[0] for requirement in requirements) == [
         "grpcio",
         "protobuf",
     ]

@@ -116,7 +116,7 @@ async def test_a_stream_is_logged_when_it_starts_and_when_it_finishes(
     assert "code" not in started
     assert finished["code"] == "OK"
     assert finished["responses"] == len(sent) > 0
-    assert finished["response_bytes"] == sum(each.ByteSize() for each in sent)
+    assert finished["response_bytes"] == sum(response.ByteSize() for response in sent)
 
 
 async def test_a_stream_that_its_caller_left_is_cancelled(
@@ -137,7 +137,7 @@ async def test_a_stream_that_is_rejected_is_not_logged_as_started(process: Serve
         with refused(StatusCode.UNAUTHENTICATED):
             await call.read()
     assert (await log_line(process, "finished call", request_id=own))["code"] == "UNAUTHENTICATED"
-    events = [each["event"] for each in process.log if each.get("request_id") == own]
+    events = [line["event"] for line in process.log if line.get("request_id") == own]
     assert events == ["finished call"]
 
 
@@ -146,7 +146,7 @@ class TestRequestId:
 
     async def call(self, api: Api, *values: str) -> str:
         """The request id that an error carries."""
-        metadata = [("x-tenant-id", api.tenant), *(("x-request-id", each) for each in values)]
+        metadata = [("x-tenant-id", api.tenant), *(("x-request-id", value) for value in values)]
         stub = api.sessions._stub
         with refused(StatusCode.NOT_FOUND) as refusal:
             await stub.GetChatSession(
@@ -209,8 +209,8 @@ async def test_the_last_lines_are_written_before_the_end(database: str, tenant: 
             async with watching(api, session.id):
                 await log_line(process, "started call")
                 assert process.stop() == 0
-        finished = [each for each in process.log if each["event"] == "finished call"]
-        assert WATCH in [each["method"] for each in finished]
+        finished = [line for line in process.log if line["event"] == "finished call"]
+        assert WATCH in [line["method"] for line in finished]
 
 
 def plain(output: str) -> str:
@@ -229,7 +229,7 @@ async def test_console_format_is_for_terminals(database: str, tenant: str) -> No
             await api.session()
         process.stop()
         [printed] = [
-            each for each in plain(process.output).splitlines() if "CreateChatSession" in each
+            line for line in plain(process.output).splitlines() if "CreateChatSession" in line
         ]
         assert "finished call" in printed
         assert "code=OK" in printed
