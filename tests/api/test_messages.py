@@ -285,7 +285,7 @@ class TestBatch:
         assert [[f.file_name for f in m.attachments] for m in stored] == [["a", "b"], [], ["c"]]
         assert [m.metadata_json for m in stored] == ["", '{"n": 1}', ""]
 
-    async def test_one_bad_message_refuses_all(self, api: Api) -> None:
+    async def test_one_bad_message_rejects_the_batch(self, api: Api) -> None:
         """The violation names the index; nothing is written."""
         session = await api.session()
         messages = [

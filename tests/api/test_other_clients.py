@@ -433,7 +433,7 @@ class TestNode:
         assert (live["content"], live["sequence"]) == ("are you there? 👋", "102")
         assert saw["watch"]["status"] == 0
 
-    def test_refusals_carry_their_details(self, saw: dict[str, Any]) -> None:
+    def test_errors_have_their_details(self, saw: dict[str, Any]) -> None:
         """A code, a text, and a google.rpc.Status in the trailers."""
         malformed, absent = saw["refusals"]["malformed"], saw["refusals"]["absent"]
         details = self.check_details(malformed, StatusCode.INVALID_ARGUMENT)

@@ -62,7 +62,7 @@ class TestEscalate:
         assert [ticket.id for ticket in tickets.tickets] == [link.ticket_id]
         assert (await get_session(api, session.id)).revision == 1
 
-    async def test_archived_session_takes_none(self, api: Api) -> None:
+    async def test_archived_session_cannot_be_linked(self, api: Api) -> None:
         """Refused, and the ticket that would have been opened is not there."""
         session = await api.session(status=r.CHAT_SESSION_STATUS_ARCHIVED)
         with refused(StatusCode.FAILED_PRECONDITION, "SESSION_ARCHIVED") as refusal:

@@ -217,7 +217,7 @@ async def state(api: Api, message: r.ChatMessage) -> tuple[Any, ...]:
     )
 
 
-async def test_uniform_refusal(world: World) -> None:
+async def test_uniform_error(world: World) -> None:
     """The error for a missing file, which must equal the error for every attack."""
     with refused(StatusCode.FAILED_PRECONDITION, REASON) as gone:
         await world.api.attachment(world.message.id, file_url=f"http://{world.public.at}/gone")

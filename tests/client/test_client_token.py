@@ -67,7 +67,7 @@ class TestToken:
             await create_message(client, await create_session_id(client))
         assert asked == 2 * (len(tokens) - 1)
 
-    async def test_goes_with_the_credentials_of_the_channel(
+    async def test_token_is_sent_with_channel_credentials(
         self, database: str, tmp_path: Path, connect: NewClient, tenant: str
     ) -> None:
         """Over TLS, to a server of the authority that they trust."""
@@ -78,9 +78,9 @@ class TestToken:
             token, trust = KEY.token(tenants=[tenant]), authority.trusted_by()
             client = connect(server.port, token=token, credentials=trust)
             await create_message(client, await create_session_id(client))
-            stranger = connect(server.port, token=token, credentials=Authority().trusted_by())
+            other_tenant = connect(server.port, token=token, credentials=Authority().trusted_by())
             with pytest.raises(errors.UnavailableError):
-                await create_session_id(stranger)
+                await create_session_id(other_tenant)
 
     async def test_call_raises_the_error_of_the_token_callable(
         self, guarded: Server, connect: NewClient

@@ -61,7 +61,7 @@ def find_mutants(environment: Environment, seed: int, progress: Any) -> dict[str
             environment, fault, seed=seed, amount=3, around=AROUND_SECONDS, settle=MUTANT_SECONDS
         )
         texts = [str(violation) for violation in result.violations]
-        found[name] = [text for text in texts if any(said in text for said in mutant.finds)]
+        found[name] = [text for text in texts if any(expected in text for expected in mutant.finds)]
         progress.update()
     environment.become("")
     return found

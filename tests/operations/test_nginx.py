@@ -42,7 +42,7 @@ async def test_writes_reads_and_streams(through: Api) -> None:
         assert watcher.messages[message.id] == message
 
 
-async def test_largest_refusal(through: Api, api: Api) -> None:
+async def test_largest_error_trailers(through: Api, api: Api) -> None:
     """Its details fill the trailers."""
     session = await through.session()
     messages = [r.ChatMessage(id="x" * 30, content="", metadata_json="{")] * 500

@@ -79,7 +79,7 @@ class TestLock:
 
 
 class TestAudit:
-    def test_says_when_the_database_cannot_be_reached(self) -> None:
+    def test_unreachable_database_is_reported(self) -> None:
         """Nothing looked up is not nothing found."""
         result = subprocess.run(
             [sys.executable, "scripts/audit.py"],
