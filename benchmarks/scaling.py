@@ -82,8 +82,8 @@ def comparison(found: Mapping[tuple[str, str], list[Outcome]]) -> list[str]:
             one.calls_per_second / other.calls_per_second
             for one, other in zip(outcomes, found[what, first], strict=True)
         ]
-        p50 = statistics.median(each.p50_ms for each in outcomes)
-        p99 = statistics.median(each.p99_ms for each in outcomes)
+        p50 = statistics.median(outcome.p50_ms for outcome in outcomes)
+        p99 = statistics.median(outcome.p99_ms for outcome in outcomes)
         ratio = statistics.median(ratios)
         lines.append(f"| {what} | {name} | {ratio:.2f} | {p50:.1f} ms | {p99:.1f} ms |")
     return lines

@@ -102,7 +102,7 @@ class TestCallers:
             (("billing.internal",), ()),
             ((), ("*.internal",)),
             ((), ("evil.billing.internal",)),
-            # What gRPC tells of a name ends at a NUL.
+            # gRPC reports a name only up to a NUL.
             ((), ("billing.internal\0.evil.com",)),
             ((f"{ASSISTANT}\0/evil",), ()),
         ],
@@ -116,7 +116,7 @@ class TestCallers:
             await list_sessions(await connect(CA.caller(uris=uris, names=names), "acme"))
 
     @pytest.mark.parametrize("caller", ["none", "of another CA", "expired"])
-    async def test_connection_is_refused(self, start: NewServer, caller: str) -> None:
+    async def test_connection_is_rejected(self, start: NewServer, caller: str) -> None:
         """Without a certificate of the CA the TLS handshake fails."""
         certificate = {
             "none": None,
@@ -279,7 +279,7 @@ class TestServer:
             await list_sessions(await connect(CA.caller(uris=[ASSISTANT]), tenant))
 
     @pytest.mark.parametrize(
-        ("broken", "said"),
+        ("broken", "message"),
         [
             ("missing", "CHAT_TICKET_TLS_KEY: No such file"),
             ("nonsense", "CHAT_TICKET_TLS_KEY: must contain an unencrypted PEM key"),
@@ -288,7 +288,7 @@ class TestServer:
         ],
     )
     async def test_broken_certificate_at_start(
-        self, start: NewServer, tmp_path: Path, broken: str, said: str
+        self, start: NewServer, tmp_path: Path, broken: str, message: str
     ) -> None:
         """The server does not start, and names the setting and the problem."""
         settings = CA.server().write(tmp_path / "broken")
@@ -300,11 +300,11 @@ class TestServer:
             key.unlink()
             if content is not None:
                 key.write_bytes(content)
-        with pytest.raises(ConfigurationError, match=said):
+        with pytest.raises(ConfigurationError, match=message):
             await start(**settings)
 
     @pytest.mark.parametrize(
-        ("text", "said"),
+        ("text", "message"),
         [
             ("[", "TOML|Expected|Unclosed|Invalid"),
             ('["a.b"]\ntenants = "*"', "a.b.permissions: Field required"),
@@ -319,10 +319,10 @@ class TestServer:
         ],
     )
     async def test_malformed_policy_file(
-        self, start: NewServer, tmp_path: Path, text: str, said: str
+        self, start: NewServer, tmp_path: Path, text: str, message: str
     ) -> None:
         """A malformed entry is a configuration error. It is not ignored."""
         path = tmp_path / "malformed.toml"
         path.write_text(text)
-        with pytest.raises(ConfigurationError, match=f"CHAT_TICKET_MTLS_POLICY.*({said})"):
+        with pytest.raises(ConfigurationError, match=f"CHAT_TICKET_MTLS_POLICY.*({message})"):
             await start(mtls_policy=str(path))

@@ -1,4 +1,4 @@
-"""Isolation: what is another tenant's looks exactly like what does not exist, and stays as it is.
+"""Isolation: another tenant's data looks exactly like absent data, and never changes.
 
 For every id in the request of every RPC, found in the descriptors; for every statement, as
 PostgreSQL plans it; and for every key of the schema, against plain SQL.
@@ -36,7 +36,7 @@ RPCS = [
     for method in descriptor_pool.Default().FindServiceByName(service).methods
 ]
 
-# The strings of requests that name nothing: whatever else is text is an id or a page token.
+# Strings in requests that are no ids. Every other string is an id or a page token.
 TEXTS = {
     *("title", "content", "metadata_json", "file_url", "file_name", "file_type", "query", "etag"),
     "paths",  # of a FieldMask
@@ -56,9 +56,9 @@ NEXT_PAGE = re.compile(r'(?<="nextPageToken": ")[^"]+')
 
 
 def calls(w: TenantIds) -> dict[str, dict[str, Message]]:
-    """For each RPC, calls that a tenant makes about its own; together they set every id.
+    """For each RPC, calls of a tenant for its own data. Together they set every id field.
 
-    Those called `taken` are refused, because something new cannot have the id at that path; the
+    Those called `taken` are rejected, because something new cannot have the id at that path; the
     others succeed. A page token is that of the page after the first.
     """
     named = {"tenant_id": w.tenant, "title": w.tenant, "status": r.TICKET_STATUS_SOLVED}
@@ -204,34 +204,34 @@ CASES = [
 
 
 def test_every_rpc_is_in_the_matrix() -> None:
-    """Whoever adds an RPC says in `calls` what a call of it about one's own things is."""
+    """A new RPC needs a call for the tenant's own data in `calls`."""
     assert sorted(calls(TenantIds("a tenant"))) == sorted(rpc.name for rpc in RPCS)
 
 
 @pytest.mark.parametrize("rpc", RPCS, ids=lambda rpc: rpc.name)
 def test_every_id_is_in_the_matrix(rpc: Any) -> None:
-    """Whoever adds an id to a request says in `calls` what a tenant's own is."""
+    """A new id field needs a value of the tenant's own data in `calls`."""
     tried = {re.sub(r"\[\d+\]", "", path) for name, _, path in CASES if name == rpc.name}
     assert tried == set(id_fields(rpc.input_type))
 
 
 async def answer(api: Api, rpc: str, request: Message) -> tuple[StatusCode, list[str]]:
-    """All that a call says, to its end or until a follower has caught up."""
+    """All responses of a call, to its end or until a watch has caught up."""
     services = (api.sessions, api.messages, api.attachments, api.tickets)
-    call = next(getattr(each, rpc) for each in services if hasattr(each, rpc))(request)
-    said = []
+    call = next(getattr(service, rpc) for service in services if hasattr(service, rpc))(request)
+    responses = []
     try:
         if isinstance(call, grpc.aio.UnaryStreamCall):
             async for response in call:
-                said.append(MessageToJson(response, indent=None))
-                if '"caughtUp"' in said[-1]:
+                responses.append(MessageToJson(response, indent=None))
+                if '"caughtUp"' in responses[-1]:
                     call.cancel()
-                    return StatusCode.OK, said
+                    return StatusCode.OK, responses
         else:
-            said.append(MessageToJson(await call, indent=None))
+            responses.append(MessageToJson(await call, indent=None))
     except grpc.aio.AioRpcError as error:
-        said.append(error.details() or "")
-    return await call.code(), [*said, *map(str, await call.trailing_metadata())]
+        responses.append(error.details() or "")
+    return await call.code(), [*responses, *map(str, await call.trailing_metadata())]
 
 
 async def request_of(api: Api, world: TenantIds, rpc: str, case: str, path: str) -> Any:
@@ -246,7 +246,7 @@ async def request_of(api: Api, world: TenantIds, rpc: str, case: str, path: str)
 
 
 def of_nobody(path: str, value: str) -> str:
-    """An id or a page token as good as this one, that nobody has been given."""
+    """A valid id or page token that nobody owns."""
     if path != "page_token":
         return ID.sub(lambda _: an_id(), value)
     _, *position = json.loads(base64.urlsafe_b64decode(value + "=="))
@@ -255,18 +255,20 @@ def of_nobody(path: str, value: str) -> str:
 
 def plain(lines: list[str], world: TenantIds | None = None) -> list[str]:
     """Without times and page tokens, and with no ids but those of a world and the one asked for."""
-    known = (*dataclasses.astuple(world), PROBE) if world else ()
+    kept_ids = (*dataclasses.astuple(world), PROBE) if world else ()
     text = NEXT_PAGE.sub("token", TIME.sub("time", "\n".join(lines)))
-    return sorted(ID.sub(lambda found: found[0] if found[0] in known else "id", text).splitlines())
+    return sorted(
+        ID.sub(lambda found: found[0] if found[0] in kept_ids else "id", text).splitlines()
+    )
 
 
 @pytest.mark.parametrize(
     ("rpc", "case", "path"), CASES, ids=["-".join(filter(None, case)) for case in CASES]
 )
-async def test_foreign_id_is_as_absent_and_own_id_is_not(
+async def test_foreign_id_gets_the_answer_of_an_absent_id(
     api: Api, other: Api, rows: TenantRows, rpc: str, case: str, path: str
 ) -> None:
-    """Another tenant's id gets the answer of an id of nobody's, and does what that does.
+    """Another tenant's id gets the same answer as an absent id, and has the same effect.
 
     Status, text, details, responses and our own rows are the same. Only with our own id the call
     is another one, unless it does not read that id. Their rows stay as they were, also when they

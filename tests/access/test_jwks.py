@@ -134,7 +134,7 @@ class TestKeys:
             assert not await self.accepts(server, forger)
             assert not proxy.requests
 
-    async def test_slow_key_server_does_not_delay_known_keys(
+    async def test_slow_key_server_does_not_delay_cached_keys(
         self, start_jwt_server: Any, keys: KeyServer
     ) -> None:
         """Fetches run in the background. Calls that need one wait for a bounded time."""

@@ -147,16 +147,16 @@ FORGED = {
 class TestForged:
     async def test_all_are_rejected_alike(self, jwt_server: JwtServer, tenant: str) -> None:
         """The error does not reveal why a token is not valid."""
-        told = set()
+        errors = set()
         for name, token in FORGED.items():
-            print(name)  # shown when it is not refused
+            print(name)  # shown when it is not rejected
             api = await jwt_server.api(token, tenant)
             with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID") as refusal:
                 await api.session()
-            told.add((refusal.text, str(refusal.details)))
+            errors.add((refusal.text, str(refusal.details)))
             with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID"):
                 await batches(api, "0197a000-0000-7000-8000-000000000001")
-        assert len(told) == 1
+        assert len(errors) == 1
         good = await jwt_server.api(KEY.token(), tenant)
         assert not (await list_sessions(good)).sessions, "nothing was written"
 
@@ -296,7 +296,7 @@ class TestForged:
             await watcher.next()
 
     async def test_no_credential(self, jwt_server: JwtServer) -> None:
-        """A call without a token is rejected, whatever tenant it names."""
+        """A call without a token is rejected, with any tenant."""
         with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_REQUIRED"):
             await list_sessions(await jwt_server.api("", "acme"))
 

@@ -1,4 +1,4 @@
-"""What a credential may do, and that a server is open to nobody by mistake."""
+"""The permissions of credentials, and settings that would make a server insecure."""
 
 import os
 import re
@@ -112,7 +112,7 @@ class TestPermissions:
 
 class TestSettings:
     @pytest.mark.parametrize(
-        ("settings", "said"),
+        ("settings", "message"),
         [
             ({"host": "0.0.0.0"}, "anyone could act for any tenant"),
             ({"host": "::"}, "anyone could act for any tenant"),
@@ -135,10 +135,10 @@ class TestSettings:
         ],
     )
     def test_unsafe_or_incomplete_settings_are_rejected(
-        self, settings: dict[str, str], said: str
+        self, settings: dict[str, str], message: str
     ) -> None:
         """A missing setting never makes the server less secure."""
-        with pytest.raises(ConfigurationError, match=f"(?s){said}"):
+        with pytest.raises(ConfigurationError, match=f"(?s){message}"):
             load(**{"jwt_issuer": "", "jwt_audience": "", **settings})
 
     @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"])
@@ -190,7 +190,7 @@ class TestDevelopment:
         with server_process(
             *("", "--embedded", str(data / "postgres")),
             CHAT_TICKET_AUTH=auth,
-            PYTHONUNBUFFERED="1",  # as containers set it: each write comes alone
+            PYTHONUNBUFFERED="1",  # as containers set it: every write is flushed
         ) as server:
             server.wait_for("serving")
             line = server.printed()

@@ -120,8 +120,8 @@ class TestFairShares:
         await list_sessions(api)
         async with another_tenant(api) as other, asyncio.timeout(5):
             await other.messages.SearchChatMessages(request)
-        for each in hanging:
-            each.cancel()
+        for call in hanging:
+            call.cancel()
 
     async def test_reads_of_watchers(
         self, start_with_quotas: Callable[..., Awaitable[Api]], monkeypatch: pytest.MonkeyPatch
@@ -137,8 +137,8 @@ class TestFairShares:
             await list_sessions(api)
             async with another_tenant(api) as other, asyncio.timeout(5):
                 session = await other.session()
-                async with watching(other, session.id) as told:
-                    await told.next()
+                async with watching(other, session.id) as watcher:
+                    await watcher.next()
 
 
 class TestCalls:
@@ -287,12 +287,12 @@ class TestStreams:
         method = "/chat_ticket.v1.ChatSessionService/WatchChatSession"
 
         async def exactly_one_is_admitted(of: str = session_id) -> None:
-            async def opened() -> None:
+            async def open_another() -> None:
                 async with open_stream(api, of):
                     with exceeds_quota(quota, 1, subject):
                         await sequences(api, of)
 
-            await eventually(opened)
+            await eventually(open_another)
 
         await exactly_one_is_admitted()  # which ends as its caller leaves
         await exactly_one_is_admitted()

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("fast_shutdown")
 
 
 class TestRate:
-    async def test_rejection_after_the_burst_tells_the_retry_delay(
+    async def test_rejection_after_the_burst_has_a_retry_delay(
         self, start_with_quotas: Callable[..., Awaitable[Api]]
     ) -> None:
         """After the delay exactly one more call is admitted."""
@@ -49,16 +49,16 @@ class TestRate:
         errors = await errors_of(*(list_sessions(api) for _ in range(5)))
         assert len(errors) == 2
         subject = f"tenant:{api.tenant}"
-        told = [
+        delays = [
             assert_quota_error(refusal_of(error), "tenant_calls_per_second", "1.25", subject)
             for error in errors
         ]
-        assert max(told) <= 0.8, "no longer than a turn takes"
+        assert max(delays) <= 0.8, "no longer than a turn takes"
         async with another_tenant(api) as other:
             assert not await errors_of(*(list_sessions(other) for _ in range(3))), (
                 "has a rate of its own"
             )
-        await asyncio.sleep(max(told))
+        await asyncio.sleep(max(delays))
         await list_sessions(api)
         with exceeds_quota("tenant_calls_per_second", 1.25, api):
             await list_sessions(api)
@@ -176,7 +176,7 @@ class TestDelayedRejections:
     async def test_rejection_comes_before_the_deadline(
         self, start_with_quotas: Callable[..., Awaitable[Api]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """It tells the caller more than DEADLINE_EXCEEDED would."""
+        """It has more information than DEADLINE_EXCEEDED."""
         monkeypatch.setattr(quotas_module, "REJECTION_DELAY_SECONDS", 30)
         api = await start_with_quotas(tenant_calls_per_second=0.1, tenant_burst=1)
         await list_sessions(api)

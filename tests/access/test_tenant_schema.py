@@ -31,7 +31,7 @@ SELECT indrelid::regclass::text, indexrelid::regclass::text, indisprimary,
 
 
 class TestSchema:
-    def test_every_key_holds_the_tenant(self, rows: TenantRows) -> None:
+    def test_every_key_contains_the_tenant(self, rows: TenantRows) -> None:
         """Of every table, in the primary key and every other unique one; on both sides of each FK.
 
         And it is never NULL, which would let a foreign key go unchecked.
@@ -55,13 +55,13 @@ class TestSchema:
             if column.endswith("_id") and column != "tenant_id"
         }
         keys = rows.connection.execute(FOREIGN_KEYS).fetchall()
-        held = {(table, column) for _, table, _, pairs in keys for column, _ in pairs}
-        assert referring - held == {("chat_message_tombstones", "message_id")}
+        foreign_keys = {(table, column) for _, table, _, pairs in keys for column, _ in pairs}
+        assert referring - foreign_keys == {("chat_message_tombstones", "message_id")}
 
     async def test_plain_sql_attaches_nothing_across_tenants(
         self, api: Api, other: Api, rows: TenantRows
     ) -> None:
-        """No child of ours gets a parent of theirs, nor becomes theirs under a parent of ours."""
+        """No child gets a parent of another tenant, and no child moves to another tenant."""
         ours, theirs = TenantIds(api.tenant), TenantIds(other.tenant)
         await asyncio.gather(ours.make(api), theirs.make(other))
         before = rows.of(ours.tenant, theirs.tenant)

@@ -32,7 +32,7 @@ OTHERS = {
     *("store.database.'BEGIN'", "store.database.'COMMIT'", "store.database.'ROLLBACK'"),
     *("store.database.'SELECT 1'", "watch.notifications.f'LISTEN {CHANNEL}'"),
     *("store.database.sql", "store.transaction.sql"),  # which are passed through
-    "store.search.ESTIMATE",  # which reads none of them: it tells a plan
+    "store.search.ESTIMATE",  # which reads no table: it returns a plan
 }
 
 
@@ -64,13 +64,13 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("statement", STATEMENTS)
-def test_statement_holds_every_table_to_the_tenant(
+def test_statement_reads_only_rows_of_the_tenant(
     rows: TenantRows, tables: dict[str, list[str]], statement: str
 ) -> None:
-    """However PostgreSQL reads one of our tables, it is only the rows of the call's tenant.
+    """Whenever PostgreSQL reads a table, it reads only rows of the call's tenant.
 
     It says so in its plan: a condition on each scan's tenant_id, which is the parameter's or that
-    of a table which is itself held to it. What is inserted is the tenant's of the parameter; or,
+    of a table which is itself bound to it. What is inserted is the tenant's of the parameter; or,
     for several tenants at once, of the row that it is inserted for.
     """
     names: list[str] = []
@@ -98,18 +98,18 @@ def test_statement_holds_every_table_to_the_tenant(
     conditions = [
         str(each) for node in plan for key, each in node.items() if key.endswith(("Cond", "Filter"))
     ]
-    held = {tenant}
+    bound = {tenant}
     equal = [pair for condition in conditions for pair in EQUAL.findall(condition)]
-    held |= {side for pair in equal for side in pair if "." in side} - scanned
+    bound |= {side for pair in equal for side in pair if "." in side} - scanned
     for _ in scanned:
-        held |= {side for pair in equal if not held.isdisjoint(pair) for side in pair}
-    assert scanned <= held
+        bound |= {side for pair in equal if not bound.isdisjoint(pair) for side in pair}
+    assert scanned <= bound
 
     for node in ours:
         if node.get("Operation") == "Insert":
             [source] = (each for each in node["Plans"] if each["Parent Relationship"] == "Outer")
             column = tables[node["Relation Name"]].index("tenant_id")
-            assert source["Output"][column] in ({tenant} if "tenant_id" in names else held)
+            assert source["Output"][column] in ({tenant} if "tenant_id" in names else bound)
 
 
 def choices(expression: ast.expr) -> Iterator[ast.expr]:
@@ -124,12 +124,12 @@ def choices(expression: ast.expr) -> Iterator[ast.expr]:
     "path", [path for path in FILES if room(path) in PSYCOPG], ids=lambda path: path.stem
 )
 def test_only_these_statements_are_sent(path: Path) -> None:
-    """What goes to PostgreSQL is a constant of its module, whole: no text is put together."""
+    """Every statement is a constant of its module: none is composed from values."""
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.Call):
             continue
         if any(getattr(function, "attr", "") in SENDERS for function in choices(node.func)):
-            for argument in choices([*node.args, *(each.value for each in node.keywords)][0]):
+            for argument in choices([*node.args, *(keyword.value for keyword in node.keywords)][0]):
                 name = f"{module}.{ast.unparse(argument)}"
                 assert name in STATEMENTS or name in OTHERS, f"line {node.lineno}"

@@ -5,7 +5,7 @@ from typing import Any
 import anyio
 import pytest
 from support.sites import PRIVATE, Site, dns
-from support.url_checkers import PATIENT, NewChecker, open_public
+from support.url_checkers import LONG_TIMEOUT, NewChecker, open_public
 
 from chat_ticket_svc.services import attachment_url_policy
 from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
@@ -19,7 +19,7 @@ def internet(monkeypatch: pytest.MonkeyPatch) -> NewChecker:
     def checker(site: Site, **settings: Any) -> AttachmentUrlChecker:
         monkeypatch.setitem(attachment_url_policy.DEFAULT_PORTS, "http", site.port)
         return AttachmentUrlChecker(
-            schemes=("http",), **{"resolver": dns({}), **PATIENT, **settings}
+            schemes=("http",), **{"resolver": dns({}), **LONG_TIMEOUT, **settings}
         )
 
     return checker

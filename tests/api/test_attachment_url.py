@@ -1,4 +1,4 @@
-"""Attachment URLs: what answers is found accessible, and nothing of ours is ever reached."""
+"""Attachment URLs: a URL that answers with success is accessible."""
 
 import asyncio
 import logging
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.sites import OK, PRIVATE, dns, paths, redirect, serve, status
-from support.url_checkers import ANOTHER, TENANT, opened
+from support.url_checkers import ANOTHER, TENANT, checker_allowing
 
 from chat_ticket_svc.services import attachment_url
 from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
@@ -21,7 +21,7 @@ async def test_status() -> None:
     """Success alone is accessible, and the 416 with which an empty file answers."""
     good, bad = [200, 204, 206, 299, 416], [300, 304, 401, 403, 404, 410, 500, 503]
     async with serve(paths({f"/{code}": status(code) for code in good + bad})) as site:
-        checker = opened(site)
+        checker = checker_allowing(site)
         assert (
             await checker.find_inaccessible(TENANT, [f"http://{site.at}/{code}" for code in good])
             == []
@@ -31,10 +31,12 @@ async def test_status() -> None:
 
 
 async def test_asks_for_one_byte() -> None:
-    """One uncompressed byte is asked for, of exactly the path and query given."""
+    """The check requests one uncompressed byte of exactly the given path and query."""
     async with serve() as site:
         assert (
-            await opened(site).find_inaccessible(TENANT, [f"http://{site.at}/a;v=1/b%20c;w?d=;e#f"])
+            await checker_allowing(site).find_inaccessible(
+                TENANT, [f"http://{site.at}/a;v=1/b%20c;w?d=;e#f"]
+            )
             == []
         )
     head = site.requests[0].lower().split("\r\n")
@@ -46,7 +48,9 @@ async def test_ipv6() -> None:
     """An IPv6 address is asked by its proper name."""
     try:
         async with serve(host="::1") as site:
-            assert await opened(site).find_inaccessible(TENANT, [f"http://{site.at}/"]) == []
+            assert (
+                await checker_allowing(site).find_inaccessible(TENANT, [f"http://{site.at}/"]) == []
+            )
     except OSError:
         pytest.skip("needs IPv6")
     assert f"host: {site.at}" in site.requests[0].lower().split("\r\n")
@@ -57,9 +61,9 @@ async def test_positions() -> None:
     async with serve(paths({"/yes": OK, "/no": status(404)})) as site:
         yes, no = f"http://{site.at}/yes", f"http://{site.at}/no"
         urls = [no, yes, "http://[", yes, no, "http://10.0.0.1/"]
-        assert await opened(site).find_inaccessible(TENANT, urls) == [0, 2, 4, 5]
+        assert await checker_allowing(site).find_inaccessible(TENANT, urls) == [0, 2, 4, 5]
         assert await site.visits() == 2, "a repeated URL is asked once"
-        assert await opened(site).find_inaccessible(TENANT, []) == []
+        assert await checker_allowing(site).find_inaccessible(TENANT, []) == []
 
 
 async def test_concurrent() -> None:
@@ -72,14 +76,14 @@ async def test_concurrent() -> None:
 
     async with serve(answer) as site:
         urls = [f"http://{site.at}/{number}" for number in range(20)]
-        assert await opened(site).find_inaccessible(TENANT, urls) == []
+        assert await checker_allowing(site).find_inaccessible(TENANT, urls) == []
 
 
 @pytest.mark.parametrize(("tenants", "at_once"), [([TENANT], 2), ([TENANT, ANOTHER], 3)])
 async def test_concurrency_is_bounded(
     tenants: list[str], at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many URLs there are, few are asked at a time, of a tenant fewer; yet all are."""
+    """The checks at a time are limited, for each tenant and in all, and every URL is checked."""
     monkeypatch.setattr(attachment_url, "_MAX_CHECKS", 3)
     monkeypatch.setattr(attachment_url, "_MAX_TENANT_CHECKS", 2)
     busy, most_busy = 0, 0
@@ -93,7 +97,7 @@ async def test_concurrency_is_bounded(
         writer.write(OK)
 
     async with serve(answer) as site:
-        checker = opened(site)
+        checker = checker_allowing(site)
         urls = [f"http://{site.at}/{number}" for number in range(10)]
         calls = [checker.find_inaccessible(tenant, urls) for tenant in 2 * tenants]
         assert await asyncio.gather(*calls) == [[]] * len(calls)
@@ -138,7 +142,7 @@ async def test_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
             monkeypatch.setenv(name, f"http://{proxy.at}")
         monkeypatch.delenv("NO_PROXY", raising=False)
         monkeypatch.setenv("NETRC", str(netrc))
-        assert await opened(site).find_inaccessible(TENANT, [f"http://{site.at}/"]) == []
+        assert await checker_allowing(site).find_inaccessible(TENANT, [f"http://{site.at}/"]) == []
         assert await proxy.visits() == 0
         assert "authorization" not in site.requests[0].lower()
 
@@ -149,7 +153,9 @@ async def test_logs(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     answers = {"/?canary=1": redirect("/?canary=2"), "/?canary=2": status(404)}
     async with serve(paths(answers)) as site:
-        assert await opened(site).find_inaccessible(TENANT, [f"http://{site.at}/?canary=1"]) == [0]
+        assert await checker_allowing(site).find_inaccessible(
+            TENANT, [f"http://{site.at}/?canary=1"]
+        ) == [0]
         assert len(site.requests) == 2
     assert "canary" not in caplog.text
     assert PRIVATE not in caplog.text

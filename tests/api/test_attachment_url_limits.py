@@ -22,7 +22,7 @@ from support.sites import (
     silence,
     status,
 )
-from support.url_checkers import ANOTHER, TENANT, NewChecker, opened
+from support.url_checkers import ANOTHER, TENANT, NewChecker, checker_allowing
 
 from chat_ticket_svc.errors import ResourceExhaustedError
 from chat_ticket_svc.services import attachment_url
@@ -40,12 +40,12 @@ async def test_bodies_are_not_downloaded() -> None:
         serve(endless(file, bytes(65536))) as store,
         serve(endless(moved, bytes(65536))) as mover,
     ):
-        checker = opened(store, mover, timeout=60)
+        checker = checker_allowing(store, mover, timeout=60)
         urls = [f"http://{store.at}/", f"http://{mover.at}/"]
         assert await checker.find_inaccessible(TENANT, urls) == [1]
         await store.left.wait()
         await mover.left.wait()
-        # What the kernel buffers on both sides was sent, whoever reads it.
+        # The server sends what the kernel buffers on both sides, even if nobody reads it.
         assert max(store.sent, mover.sent) < 32 * 2**20
 
 
@@ -61,9 +61,9 @@ async def test_bodies_are_not_downloaded() -> None:
 async def test_endless_headers(head: bytes, chunk: bytes) -> None:
     """An answer that is all headers is cut off by its size, long before the timeout."""
     async with serve(endless(head, chunk)) as site, asyncio.timeout(10):
-        assert await opened(site, timeout=60).find_inaccessible(TENANT, [f"http://{site.at}/"]) == [
-            0
-        ]
+        assert await checker_allowing(site, timeout=60).find_inaccessible(
+            TENANT, [f"http://{site.at}/"]
+        ) == [0]
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ async def test_families(attempts: list[str], monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 async def test_cancellation(scheme: str) -> None:
-    """A caller who gives up is let go, and the connection is closed, even in a handshake."""
+    """Cancelling a call closes its connection, even during a TLS handshake."""
     async with serve(silence) as site, asyncio.timeout(10):
         checker = AttachmentUrlChecker(schemes=(scheme,), allowed_hosts=[site.at], timeout=60)
         check = asyncio.create_task(checker.find_inaccessible(TENANT, [f"{scheme}://{site.at}/"]))
@@ -213,9 +213,9 @@ def flood(host: str) -> list[str]:
 
 
 async def test_tenants_take_turns() -> None:
-    """A tenant who floods us with slow URLs is told to wait; another's URL is looked at."""
+    """A tenant with many slow URLs must wait, and another tenant's URL is checked."""
     async with serve(silence) as slow, serve() as quick:
-        checker = opened(slow, quick, timeout=1)
+        checker = checker_allowing(slow, quick, timeout=1)
         calls = [checker.find_inaccessible(TENANT, flood(slow.at)) for _ in range(5)]
         flooding = asyncio.gather(*calls, return_exceptions=True)
         while len(slow.requests) < 25:
@@ -230,10 +230,10 @@ async def test_tenants_take_turns() -> None:
 
 
 async def test_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Busy is the one answer when a URL found no turn, whatever it is and the others answer."""
+    """If any URL was not checked for lack of capacity, the call fails as busy."""
     monkeypatch.setattr(attachment_url, "_MAX_TENANT_CHECKS", 2)
     async with serve(silence) as slow, serve(paths({"/": OK, "/gone": status(404)})) as site:
-        checker = opened(slow, site, timeout=1)
+        checker = checker_allowing(slow, site, timeout=1)
         good, gone = f"http://{site.at}/", f"http://{site.at}/gone"
         hanging = flood(slow.at)
         calls = [
@@ -253,7 +253,7 @@ async def test_no_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_tenants_are_forgotten() -> None:
     """Nothing is kept of a tenant whose checks are over."""
     async with serve() as site:
-        checker = opened(site)
+        checker = checker_allowing(site)
         for number in range(5):
             assert await checker.find_inaccessible(f"tenant {number}", [f"http://{site.at}/"]) == []
         gc.collect()

@@ -7,7 +7,7 @@ from typing import Any
 import httpcore
 import pytest
 from support.sites import OK, PRIVATE, PUBLIC, dns, paths, redirect, serve
-from support.url_checkers import TENANT, NewChecker, opened
+from support.url_checkers import TENANT, NewChecker, checker_allowing
 
 from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.asyncio
 
 
 async def test_https_only_by_default() -> None:
-    """Without a setting http is refused, even to an allowed host."""
+    """Without a setting http is rejected, even to an allowed host."""
     async with serve() as site:
         checker = AttachmentUrlChecker(allowed_hosts=[site.at])
         assert await checker.find_inaccessible(TENANT, [f"http://{site.at}/"]) == [0]
@@ -41,8 +41,8 @@ REFUSED = [
 ]
 
 
-async def test_refused_addresses(internet: NewChecker, attempts: list[str]) -> None:
-    """No address that is not public is connected to, however it is written."""
+async def test_rejected_addresses(internet: NewChecker, attempts: list[str]) -> None:
+    """Addresses that are not public are never contacted, in any notation."""
     async with serve() as site:
         # The platform's resolver understands notations that no URL should have.
         checker = internet(site, resolver=socket.getaddrinfo)
@@ -56,7 +56,7 @@ PUBLIC_ADDRESSES = ["8.8.8.8", "[2606:4700::1111]", "[64:ff9b::8.8.8.8]", "[::ff
 
 
 async def test_public_addresses(attempts: list[str]) -> None:
-    """Public addresses are not refused, nor are those that an IPv6-only network puts for them."""
+    """Public addresses are accepted, also as the NAT64 addresses of IPv6-only networks."""
     urls = [f"https://{host}/" for host in PUBLIC_ADDRESSES]
     await AttachmentUrlChecker().find_inaccessible(TENANT, urls)
     assert len(attempts) == len(urls)
@@ -66,8 +66,8 @@ async def test_public_addresses(attempts: list[str]) -> None:
     "addresses",
     [[PRIVATE], [PUBLIC, PRIVATE], [PRIVATE, PUBLIC], [PUBLIC, "::1"], [PUBLIC, "::ffff:10.0.0.1"]],
 )
-async def test_refused_names(addresses: list[str], internet: NewChecker) -> None:
-    """A name is refused when any of its addresses is."""
+async def test_rejected_names(addresses: list[str], internet: NewChecker) -> None:
+    """A name is rejected when any of its addresses is."""
     async with serve(host=PUBLIC) as public, serve(host=PRIVATE, port=public.port) as private:
         checker = internet(public, resolver=dns({"good.test": [PUBLIC], "bad.test": addresses}))
         urls = [f"http://{name}.test:{public.port}/" for name in ("good", "bad")]
@@ -109,9 +109,11 @@ async def test_ports(internet: NewChecker) -> None:
 
 @pytest.mark.parametrize("user", ["user@", "user:secret@", ":secret@", "@", ":@"])
 async def test_user_info(user: str) -> None:
-    """User info is refused, even empty."""
+    """User info is rejected, even empty."""
     async with serve() as site:
-        assert await opened(site).find_inaccessible(TENANT, [f"http://{user}{site.at}/"]) == [0]
+        assert await checker_allowing(site).find_inaccessible(
+            TENANT, [f"http://{user}{site.at}/"]
+        ) == [0]
         assert await site.visits() == 0
 
 
@@ -131,14 +133,14 @@ async def test_nonsense() -> None:
 
 
 async def test_unexpected_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failure nobody thought of counts as inaccessible."""
+    """An unexpected failure counts as inaccessible."""
 
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("a bug in a library")
 
     async with serve() as site:
         monkeypatch.setattr(httpcore.AsyncConnectionPool, "stream", broken)
-        assert await opened(site).find_inaccessible(TENANT, [f"http://{site.at}/"]) == [0]
+        assert await checker_allowing(site).find_inaccessible(TENANT, [f"http://{site.at}/"]) == [0]
 
 
 async def test_redirects() -> None:
@@ -146,12 +148,12 @@ async def test_redirects() -> None:
     chain = {f"/{left}": redirect(f"/{left - 1}") for left in range(1, 7)}
     async with serve(paths({"/0": OK, **chain})) as site:
         urls = [f"http://{site.at}/5", f"http://{site.at}/6"]
-        assert await opened(site).find_inaccessible(TENANT, urls) == [1]
+        assert await checker_allowing(site).find_inaccessible(TENANT, urls) == [1]
         assert await site.visits() == 6 + 6
 
 
 @pytest.mark.parametrize("host", [PRIVATE, "localhost", "[::ffff:127.0.0.1]", "0x7f.1"])
-async def test_redirect_to_refused(host: str, internet: NewChecker) -> None:
+async def test_redirect_to_rejected(host: str, internet: NewChecker) -> None:
     """A redirect is judged like the URL before it."""
     async with serve(host=PRIVATE) as private:
         answer = redirect(f"http://{host}:{private.port}/")
@@ -183,7 +185,7 @@ async def test_redirect_with_user_info() -> None:
     async with serve() as site:
         answers = {"/": redirect(f"http://user:secret@{site.at}/b"), "/b": OK}
     async with serve(paths(answers), port=site.port) as site:
-        assert await opened(site).find_inaccessible(TENANT, [f"http://{site.at}/"]) == [0]
+        assert await checker_allowing(site).find_inaccessible(TENANT, [f"http://{site.at}/"]) == [0]
         assert await site.visits() == 1
 
 
@@ -191,7 +193,7 @@ async def test_cookies() -> None:
     """A cookie is never sent back, in the same check or a later one."""
     answers = {"/first": redirect("/second", "Set-Cookie: a=b; Path=/"), "/second": OK}
     async with serve(paths(answers)) as site:
-        checker = opened(site)
+        checker = checker_allowing(site)
         for _ in range(2):
             assert await checker.find_inaccessible(TENANT, [f"http://{site.at}/first"]) == []
     assert len(site.requests) == 4

@@ -67,7 +67,7 @@ class TestCreate:
             ("file_type", "a/" + "b" * 254),
         ],
     )
-    async def test_invalid_file_information_is_refused(
+    async def test_invalid_file_information_is_rejected(
         self, api: Api, message: r.ChatMessage, field: str, bad: str
     ) -> None:
         """URL, name and type are valid, or the field is named and nothing is stored."""
@@ -97,7 +97,9 @@ class TestCreate:
         with_message = await api.message(message.session_id, attachments=[a_file(file_url=url)])
         assert with_message.attachments[0].file_url == url
 
-    async def test_message_holds_20(self, api: Api, message: r.ChatMessage) -> None:
+    async def test_message_has_at_most_20_attachments(
+        self, api: Api, message: r.ChatMessage
+    ) -> None:
         """The limit holds under concurrency."""
         results = await asyncio.gather(
             *(api.attachment(message.id) for _ in range(25)), return_exceptions=True
@@ -116,7 +118,7 @@ class TestCreate:
         assert all(answer == answers[0] for answer in answers)
         assert (await get_message(api, message.id)).revision == 2
 
-    async def test_id_of_another_attachment_is_refused(
+    async def test_id_of_another_attachment_is_rejected(
         self, api: Api, message: r.ChatMessage
     ) -> None:
         """Other fields, or another message, are not a repeat."""
@@ -126,8 +128,10 @@ class TestCreate:
             with refused(StatusCode.ALREADY_EXISTS, "CHAT_ATTACHMENT_ALREADY_EXISTS"):
                 await api.attachment(message_id, id=attachment_id, file_name=name)
 
-    async def test_absent_and_foreign_message_look_the_same(self, api: Api, other: Api) -> None:
-        """An attachment belongs to a message of its own tenant."""
+    async def test_absent_and_foreign_message_get_the_same_error(
+        self, api: Api, other: Api
+    ) -> None:
+        """An attachment belongs to a message of the same tenant."""
         theirs = await other.message((await other.session()).id)
         for message_id in (theirs.id, an_id()):
             with refused(StatusCode.NOT_FOUND, "CHAT_MESSAGE_NOT_FOUND"):
@@ -140,7 +144,7 @@ class TestUrlCheck:
 
     @contextmanager
     def files(self, handle: Callable[[str], int]) -> Iterator[str]:
-        """An HTTP server whose answers have the status that `handle` says; yields host:port."""
+        """An HTTP server whose answers have the status of `handle`; yields host:port."""
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
@@ -161,7 +165,7 @@ class TestUrlCheck:
     @pytest.mark.parametrize(
         "url", ["https://127.0.0.1/a", "https://169.254.169.254/", "https://no-such.invalid/a"]
     )
-    async def test_inaccessible_url_is_refused(
+    async def test_inaccessible_url_is_rejected(
         self, start_server: Any, database: str, url: str
     ) -> None:
         """Whatever the cause, the answer is the same, and nothing is stored."""
@@ -204,7 +208,9 @@ class TestUrlCheck:
         assert await api.attachment(message.id, **alone) == attachment
 
     @pytest.mark.parametrize("alone", [False, True])
-    async def test_repeat_asks_nobody(self, start_server: Any, database: str, alone: bool) -> None:
+    async def test_repeated_create_does_not_check_the_url(
+        self, start_server: Any, database: str, alone: bool
+    ) -> None:
         """One that is stored already is answered without a request to its host."""
         requests = []
         with self.files(lambda _: requests.append(1) or 200) as host:
@@ -309,7 +315,7 @@ class TestList:
 
 
 class TestDelete:
-    async def test_attachment_goes_and_its_message_changes(
+    async def test_delete_removes_the_attachment_and_changes_its_message(
         self, api: Api, message: r.ChatMessage
     ) -> None:
         """The message's revision moves; a repeat is NOT_FOUND."""
@@ -321,7 +327,7 @@ class TestDelete:
             with refused(StatusCode.NOT_FOUND, "CHAT_ATTACHMENT_NOT_FOUND"):
                 await attempt(api, attachment.id)
 
-    async def test_message_takes_its_attachments_along(
+    async def test_deleting_a_message_deletes_its_attachments(
         self, api: Api, message: r.ChatMessage
     ) -> None:
         """Deleting a message deletes its attachments."""
@@ -344,7 +350,7 @@ class TestDelete:
     [{"file_url": "https://files.example/b"}, {"file_name": "b"}, {"file_type": "a/b"}],
     ids=["url", "name", "type"],
 )
-async def test_id_of_another_file_is_refused(api: Api, changed: dict[str, str]) -> None:
+async def test_id_of_another_file_is_rejected(api: Api, changed: dict[str, str]) -> None:
     """An id stands for the URL, the name and the type that it was first used for."""
     session, message_id, file_id = await api.session(), an_id(), an_id()
     await api.message(session.id, id=message_id, attachments=[a_file(id=file_id)])

@@ -30,8 +30,8 @@ async def test_session_comes_first_and_once(api: Api) -> None:
     assert not any(response.HasField("session") for response in rest)
 
 
-async def test_messages_are_what_get_says(api: Api, database: str) -> None:
-    """To the byte, whatever the lengths: the list writes the wire format by itself."""
+async def test_listed_messages_equal_those_of_get(api: Api, database: str) -> None:
+    """Byte for byte, for all lengths: the list writes the wire format itself."""
     session = await api.session()
     file = a_file(file_name="ä" * 100, file_url="https://files.example/" + "x" * 1500)
     created = [
@@ -96,13 +96,13 @@ async def test_large_messages_come_in_small_batches(api: Api) -> None:
 
 
 async def test_empty_session_is_one_response(api: Api) -> None:
-    """The session comes also when there is no message."""
+    """The response has the session even without messages."""
     session = await api.session()
     [response] = await batches(api, session.id)
     assert response == ListChatMessagesResponse(session=session)
 
 
-async def test_messages_come_whole(api: Api) -> None:
+async def test_listed_messages_are_complete(api: Api) -> None:
     """With content, metadata and attachments: the seeds' queries 1 and 2 in one call."""
     session = await api.session()
     created = [
@@ -114,7 +114,7 @@ async def test_messages_come_whole(api: Api) -> None:
 
 
 async def test_batches_double_from_small_to_500(api: Api) -> None:
-    """The first batch is small, so that it comes soon; none is over 500."""
+    """The first batch is small, so that it arrives soon; none has more than 500 messages."""
     session_id = await session_with_messages(api, 1700)
     sizes = [len(response.messages) for response in await batches(api, session_id)]
     assert sizes == [32, 64, 128, 256, 500, 500, 220]
@@ -183,7 +183,7 @@ async def test_resume_after_a_break(api: Api) -> None:
 
 
 async def test_deleted_messages_leave_gaps(api: Api) -> None:
-    """Sequences are never given again."""
+    """Sequences are never reused."""
     session = await api.session()
     messages = [await api.message(session.id) for _ in range(3)]
     await api.messages.DeleteChatMessage(DeleteChatMessageRequest(message_id=messages[1].id))
@@ -209,7 +209,7 @@ async def test_absent_and_foreign_are_not_found(api: Api, other: Api) -> None:
             await batches(api, session_id)
 
 
-async def test_bad_fields_are_refused_together(api: Api) -> None:
+async def test_bad_fields_are_rejected_together(api: Api) -> None:
     """Negative numbers and unknown enum values, in one answer."""
     fields = {"after_sequence": -1, "before_sequence": -1, "limit": -1, "order": 9, "roles": [7]}
     with refused(StatusCode.INVALID_ARGUMENT) as refusal:
@@ -217,10 +217,10 @@ async def test_bad_fields_are_refused_together(api: Api) -> None:
     assert set(refusal.fields) == {"session_id", *(set(fields) - {"roles"}), "roles[0]"}
 
 
-async def test_no_connection_is_held_while_the_caller_reads(
+async def test_stream_uses_no_connection_while_the_caller_reads(
     start_server: Any, fresh_database: str
 ) -> None:
-    """With one connection in the pool, readers that stop do not stop anybody else."""
+    """With one connection in the pool, slow readers do not block other calls."""
     api = await start_server(fresh_database, pool_size=1)
     session_id = await session_with_messages(api, 5000, "x" * 1000)
     calls = [
@@ -235,7 +235,7 @@ async def test_no_connection_is_held_while_the_caller_reads(
         call.cancel()
 
 
-async def test_reader_that_stops_is_let_go(start_server: Any, database: str) -> None:
+async def test_slow_reader_is_disconnected_from_list(start_server: Any, database: str) -> None:
     """RESOURCE_EXHAUSTED after the bound, not a stream that waits for ever."""
     api = await start_server(database, stream_write_timeout_seconds=0.3)
     session_id = await session_with_messages(api, 5000, "x" * 2000)

@@ -67,12 +67,14 @@ class TestCreate:
         assert now.revision == 2
 
     async def test_archived_session_takes_messages(self, api: Api) -> None:
-        """Archiving refuses new tickets only."""
+        """An archived session rejects only new tickets."""
         session = await api.session(status=r.CHAT_SESSION_STATUS_ARCHIVED)
         assert (await api.message(session.id)).sequence == 1
 
-    async def test_absent_and_foreign_session_look_the_same(self, api: Api, other: Api) -> None:
-        """A message belongs to a session of its own tenant, and nothing is left behind."""
+    async def test_absent_and_foreign_parent_session_get_the_same_error(
+        self, api: Api, other: Api
+    ) -> None:
+        """A message belongs to a session of the same tenant, and a failed create stores nothing."""
         theirs = await other.session()
         for session_id in (theirs.id, an_id()):
             with refused(StatusCode.NOT_FOUND, "CHAT_SESSION_NOT_FOUND") as refusal:
@@ -81,7 +83,7 @@ class TestCreate:
         assert await get_revision(other, theirs.id) == 0
 
     async def test_every_violation_is_reported_at_once(self, api: Api) -> None:
-        """What is missing and what is wrong, in one answer."""
+        """Missing and wrong fields are reported together."""
         request = CreateChatMessageRequest(
             session_id="?",
             message=r.ChatMessage(id="?", metadata_json="[]", attachments=[a_file(file_url="?")]),
@@ -107,7 +109,7 @@ class TestCreate:
 
     @pytest.mark.parametrize("letter", ["a", "é", "\U0001f600"])
     async def test_content_is_limited_to_256_kib_of_utf8(self, api: Api, letter: str) -> None:
-        """The limit counts bytes: at it is stored, one more byte is refused."""
+        """The limit counts bytes: at it is stored, one more byte is rejected."""
         session = await api.session()
         text = letter * (256 * KIB // len(letter.encode()))
         assert (await api.message(session.id, text)).content == text
@@ -115,7 +117,7 @@ class TestCreate:
             await api.message(session.id, text + "x")
         assert refusal.fields == {"message.content": "262,145 bytes of UTF-8, at most 262,144"}
 
-    async def test_list_that_is_too_long_is_not_looked_into(self, api: Api) -> None:
+    async def test_too_long_list_is_rejected_without_validating_its_items(self, api: Api) -> None:
         """4 MiB hold two million empty messages: the count is checked before what they are."""
         session = await api.session()
         many = 300_000
@@ -134,7 +136,7 @@ class TestCreate:
             await api.messages.UpdateChatMessage(request)
         assert refusal.fields == {"update_mask": "300,000 elements, at most 20"}
 
-    async def test_nul_is_refused(self, api: Api) -> None:
+    async def test_nul_is_rejected(self, api: Api) -> None:
         """PostgreSQL cannot store it, so it never gets there."""
         session = await api.session()
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
@@ -143,7 +145,7 @@ class TestCreate:
         assert await get_revision(api, session.id) == 0
 
     async def test_attachments_are_limited_to_20(self, api: Api) -> None:
-        """20 are stored, 21 refused."""
+        """20 are stored, 21 rejected."""
         session = await api.session()
         message = await api.message(session.id, attachments=[a_file()] * 20)
         assert len(message.attachments) == 20
@@ -154,7 +156,7 @@ class TestCreate:
 
 class TestRepeat:
     async def test_repeat_returns_the_stored_message(self, api: Api) -> None:
-        """The same id and content is one message, whatever was appended in between."""
+        """The same id and content is one message, even after other appends."""
         session = await api.session()
         fields = {"id": an_id(), "metadata_json": '{"a":1.0}', "attachments": [a_file()]}
         first = await api.message(session.id, **fields)
@@ -175,8 +177,8 @@ class TestRepeat:
         ],
         ids=["content", "role", "no metadata", "1 for 1.0", "no file", "file name", "file id"],
     )
-    async def test_other_content_is_refused(self, api: Api, changed: dict[str, object]) -> None:
-        """An id stands for what it was first used for."""
+    async def test_other_content_is_rejected(self, api: Api, changed: dict[str, object]) -> None:
+        """An id cannot be used again with other content."""
         session = await api.session()
         fields: dict[str, object] = {
             "id": an_id(),
@@ -191,7 +193,7 @@ class TestRepeat:
         assert await get_message(api, first.id) == first
         assert await get_revision(api, session.id) == 1
 
-    async def test_other_session_is_refused(self, api: Api) -> None:
+    async def test_other_session_is_rejected(self, api: Api) -> None:
         """An id is one message of the tenant, not one per session."""
         session, elsewhere = await api.session(), await api.session()
         message = await api.message(session.id)
@@ -218,7 +220,7 @@ class TestRepeat:
                 await api.message(session_id, id=message.id)
 
     async def test_sixteen_concurrent_repeats_are_one_message(self, api: Api) -> None:
-        """Whoever comes first stores it; all get it."""
+        """One call stores it, and all calls return it."""
         session = await api.session()
         message_id = an_id()
         answers = await asyncio.gather(
@@ -227,7 +229,7 @@ class TestRepeat:
         assert all(answer == answers[0] for answer in answers)
         assert await get_revision(api, session.id) == 1
 
-    async def test_taken_attachment_id_is_refused(self, api: Api) -> None:
+    async def test_existing_attachment_id_is_rejected(self, api: Api) -> None:
         """A message does not take over another message's attachment."""
         session = await api.session()
         file_id = an_id()
@@ -248,7 +250,7 @@ class TestRepeat:
 
 class TestBatch:
     async def test_one_sequence_each_in_order(self, api: Api) -> None:
-        """A batch is appended whole, in its order, behind what is there."""
+        """A batch is appended as one unit and in order, after the existing messages."""
         session = await api.session()
         await api.message(session.id)
         created = await create_batch(api, session.id, [user_message(str(n)) for n in range(500)])
@@ -260,7 +262,7 @@ class TestBatch:
         ]
         assert await get_revision(api, session.id) == 501
 
-    async def test_nothing_comes_between(self, api: Api) -> None:
+    async def test_batch_has_consecutive_sequences(self, api: Api) -> None:
         """The messages of concurrent batches do not mix."""
         session = await api.session()
         batches = await asyncio.gather(
@@ -271,7 +273,7 @@ class TestBatch:
         assert all(run == list(range(run[0], run[0] + 20)) for run in runs)
 
     async def test_attachments_and_metadata_reach_their_message(self, api: Api) -> None:
-        """Each message has its own."""
+        """Attachments and metadata belong to their message."""
         session = await api.session()
         messages = [
             user_message("0", attachments=[a_file(file_name="a"), a_file(file_name="b")]),
@@ -283,7 +285,7 @@ class TestBatch:
         assert [[f.file_name for f in m.attachments] for m in stored] == [["a", "b"], [], ["c"]]
         assert [m.metadata_json for m in stored] == ["", '{"n": 1}', ""]
 
-    async def test_one_bad_message_refuses_all(self, api: Api) -> None:
+    async def test_one_bad_message_rejects_the_batch(self, api: Api) -> None:
         """The violation names the index; nothing is written."""
         session = await api.session()
         messages = [
@@ -299,27 +301,27 @@ class TestBatch:
 
     @pytest.mark.parametrize("count", [0, 501])
     async def test_limited_to_500(self, api: Api, count: int) -> None:
-        """An empty batch and one of 501 are refused."""
+        """An empty batch and one of 501 are rejected."""
         session = await api.session()
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await create_batch(api, session.id, [user_message("x")] * count)
         assert list(refusal.fields) == ["messages"]
 
     async def test_attachments_are_limited_for_the_request(self, api: Api) -> None:
-        """20 in all, however they are spread."""
+        """20 in total, over all messages."""
         session = await api.session()
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await create_batch(api, session.id, [user_message("x", attachments=[a_file()] * 7)] * 3)
         assert list(refusal.fields) == ["messages.attachments"]
 
-    async def test_same_id_twice_is_refused(self, api: Api) -> None:
+    async def test_same_id_twice_is_rejected(self, api: Api) -> None:
         """A batch cannot hold a message twice."""
         session = await api.session()
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await create_batch(api, session.id, [user_message("x", id=an_id())] * 2)
         assert refusal.fields == {"messages": "duplicate message id"}
 
-    async def test_same_attachment_id_twice_is_refused(self, api: Api) -> None:
+    async def test_same_attachment_id_twice_is_rejected(self, api: Api) -> None:
         """In one message, and in two of a batch."""
         session, file = await api.session(), a_file(id=an_id())
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
@@ -339,7 +341,7 @@ class TestBatch:
         assert all(answer == answers[0] for answer in answers)
         assert await get_revision(api, session.id) == 10
 
-    async def test_any_other_existing_id_is_refused_by_index(self, api: Api) -> None:
+    async def test_any_other_existing_id_is_rejected_by_index(self, api: Api) -> None:
         """Some ids stored and some new, or one with other content: nothing is written."""
         session = await api.session()
         messages = [user_message(str(n), id=an_id()) for n in range(4)]
@@ -351,8 +353,8 @@ class TestBatch:
             assert refusal.info.metadata["index"] == index
         assert await get_revision(api, session.id) == 3
 
-    async def test_violations_of_a_whole_batch_fit_into_the_answer(self, api: Api) -> None:
-        """500 bad messages are refused with as many violations as trailers can carry."""
+    async def test_violations_of_a_full_batch_fit_into_the_error(self, api: Api) -> None:
+        """500 bad messages fail with as many violations as fit into the trailers."""
         session = await api.session()
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await create_batch(api, session.id, [r.ChatMessage()] * 500)
@@ -377,7 +379,7 @@ class TestUpdate:
         message = await api.message((await api.session()).id, metadata_json="{}")
         assert (await set_metadata(api, message.id, "")).metadata_json == ""
 
-    async def test_same_metadata_changes_nothing(self, api: Api) -> None:
+    async def test_equal_metadata_changes_nothing(self, api: Api) -> None:
         """A repeat of an update increments nothing."""
         session = await api.session()
         message = await api.message(session.id, metadata_json='{"a": 1}')
@@ -386,7 +388,7 @@ class TestUpdate:
 
     @pytest.mark.parametrize("paths", [[], ["content"], ["metadata_json", "role"], ["metadata"]])
     async def test_nothing_else_can_change(self, api: Api, paths: list[str]) -> None:
-        """An empty mask, and any other field, is refused."""
+        """An empty mask, and any other field, is rejected."""
         message = await api.message((await api.session()).id)
         request = UpdateChatMessageRequest(
             message=r.ChatMessage(id=message.id, content="x"), update_mask=FieldMask(paths=paths)
@@ -395,7 +397,7 @@ class TestUpdate:
             await api.messages.UpdateChatMessage(request)
         assert list(refusal.fields) == ["update_mask"]
 
-    async def test_long_refusal_fits_into_trailers(self, api: Api) -> None:
+    async def test_long_error_fits_into_trailers(self, api: Api) -> None:
         """Whatever the caller wrote, the real status arrives: trailers stay under 8 KiB."""
         request = UpdateChatMessageRequest(
             message=r.ChatMessage(id="\U0001f600" * 1000),
@@ -435,7 +437,7 @@ class TestDelete:
             await delete_message(api, theirs.id)
         assert await get_message(other, theirs.id) == theirs
 
-    async def test_session_takes_its_messages_along(self, api: Api) -> None:
+    async def test_deleting_a_session_deletes_its_messages(self, api: Api) -> None:
         """Deleting a session deletes its messages."""
         session = await api.session()
         message = await api.message(session.id)

@@ -23,7 +23,7 @@ class TestMetadata:
             '{"a": 0.' + "1" * 16383 + ', "b": 1.5e-300}',
         ],
     )
-    async def test_object_is_kept_without_loss(self, api: Api, text: str) -> None:
+    async def test_object_is_stored_without_loss(self, api: Api, text: str) -> None:
         """Every digit of a number is kept: metadata is text, not doubles."""
         session = await api.session()
         stored = (await api.message(session.id, metadata_json=text)).metadata_json
@@ -33,20 +33,20 @@ class TestMetadata:
 
         assert parse(stored) == parse(text)
 
-    async def test_spacing_order_and_duplicates_are_not_kept(self, api: Api) -> None:
-        """Stored as jsonb, as the contract says: of duplicate keys the last wins."""
+    async def test_spacing_order_and_duplicates_are_normalized(self, api: Api) -> None:
+        """It is stored as jsonb, as documented: of duplicate keys the last wins."""
         session = await api.session()
         message = await api.message(session.id, metadata_json='{"bb":1,"a":2,"bb":3}')
         assert message.metadata_json == '{"a": 2, "bb": 3}'
 
     async def test_absent_is_not_empty(self, api: Api) -> None:
-        """No metadata comes back as no text, an empty object as one."""
+        """No metadata is returned as an empty string, and an empty object as an object."""
         session = await api.session()
         assert (await api.message(session.id)).metadata_json == ""
         assert (await api.message(session.id, metadata_json="{}")).metadata_json == "{}"
 
     @pytest.mark.parametrize(
-        ("text", "said"),
+        ("text", "description"),
         [
             ("[]", "not a JSON object"),
             ("1", "not a JSON object"),
@@ -74,16 +74,18 @@ class TestMetadata:
             ('{"a": 1.' + "1" * 16100 + "e-300}", "16,400 digits after the decimal point"),
         ],
     )
-    async def test_what_cannot_be_stored_is_refused(self, api: Api, text: str, said: str) -> None:
-        """Each refusal says what is wrong, and nothing is stored."""
+    async def test_metadata_that_cannot_be_stored_is_rejected(
+        self, api: Api, text: str, description: str
+    ) -> None:
+        """The error names the problem, and nothing is stored."""
         session = await api.session()
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await api.message(session.id, metadata_json=text)
-        assert said in refusal.fields["message.metadata_json"]
+        assert description in refusal.fields["message.metadata_json"]
         assert await get_revision(api, session.id) == 0
 
     async def test_limited_to_64_kib(self, api: Api) -> None:
-        """At the limit it is stored, one more byte is refused."""
+        """At the limit it is stored, one more byte is rejected."""
         session = await api.session()
         text = json.dumps({"a": "x" * (64 * KIB - 9)})
         assert len(text) == 64 * KIB

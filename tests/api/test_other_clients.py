@@ -47,7 +47,7 @@ both_tools = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def process(database: str) -> Iterator[ServerProcess]:
-    """A server process for the tests of this file, where no heartbeat comes between."""
+    """A server process for the tests of this file, without heartbeats."""
     with server_process(
         database,
         CHAT_TICKET_WATCH_HEARTBEAT_SECONDS="3600",
@@ -139,7 +139,7 @@ class TestCalls:
         assert [message.content for message in listed] == contents
         assert [message.sequence for message in listed] == list(range(1, 101))
 
-    def test_watch_stream_shows_history_then_what_happens(self, tool: Tool) -> None:
+    def test_watch_stream_delivers_history_then_changes(self, tool: Tool) -> None:
         """A follower in a terminal sees each change when it happens, and the session's end."""
         session_id = a_session(tool)
         a_message(tool, session_id, content="history")
@@ -221,15 +221,15 @@ class TestCalls:
         assert violation["type"] == "SESSION_HAS_ACTIVE_TICKET"
 
     def test_missing_tenant_is_unauthenticated(self, tool: Tool) -> None:
-        """Who forgets the header is told its name."""
+        """The error names the missing header."""
         tool.tenant = ""
         refused = tool.refused("ChatSessionService/CreateChatSession", {})
         assert refused.code is StatusCode.UNAUTHENTICATED
         assert "x-tenant-id" in refused.message
         assert refused.details["ErrorInfo"]["reason"] == "TENANT_REQUIRED"
 
-    def test_unknown_field_is_refused_by_the_tool(self, tool: Tool) -> None:
-        """Reflection tells the tool which fields there are: a typo is not sent."""
+    def test_unknown_field_is_rejected_by_the_tool(self, tool: Tool) -> None:
+        """The tool knows the fields by reflection: it does not send a misspelt one."""
         method = "ChatSessionService/GetChatSession"
         done = tool.run(*tool.command(method, {"sesion_id": an_id()}, SECONDS))
         assert (done.returncode, done.stdout) == (1, "")
@@ -355,7 +355,7 @@ class TestWithoutReflection:
         self.check_calls(buf)
 
     def check_calls(self, tool: Tool) -> None:
-        """A unary call, a stream and a refusal."""
+        """A unary call, a stream and an error."""
         session_id = a_session(tool)
         message = a_message(tool, session_id, content=EMOJI)
         [batch] = tool.call("ChatMessageService/ListChatMessages", {"session_id": session_id})
@@ -367,7 +367,7 @@ class TestWithoutReflection:
 
 @pytest.fixture(scope="module")
 def saw(node: str, process: ServerProcess, environment: dict[str, str]) -> dict[str, Any]:
-    """What client.mjs saw, acting for a tenant of its own."""
+    """What client.mjs printed, for its own tenant."""
     tenant = f"node {an_id()}"
     done = subprocess.run(
         [node, NODE / "client.mjs", process.address, tenant],
@@ -382,9 +382,9 @@ def saw(node: str, process: ServerProcess, environment: dict[str, str]) -> dict[
 
 
 class TestNode:
-    """@grpc/grpc-js and @grpc/proto-loader; what is called is in node/client.mjs."""
+    """@grpc/grpc-js and @grpc/proto-loader; node/client.mjs makes the calls."""
 
-    def test_unary_calls_keep_text_and_large_numbers(self, saw: dict[str, Any]) -> None:
+    def test_unary_calls_transmit_text_and_large_numbers(self, saw: dict[str, Any]) -> None:
         """Emoji, other scripts and numbers past 2^53 come back as they were sent."""
         session, sent, message = saw["session"], saw["sent"], saw["message"]
         assert session["tenant_id"] == saw["tenant"]
@@ -412,7 +412,7 @@ class TestNode:
         created = [(message["id"], message["sequence"]) for message in saw["created"]]
         assert [(message["id"], message["sequence"]) for message in messages[1:]] == created
 
-    def test_watch_stream_shows_history_then_what_happens(self, saw: dict[str, Any]) -> None:
+    def test_watch_stream_delivers_history_then_changes(self, saw: dict[str, Any]) -> None:
         """History, caught up, a message written meanwhile, the session's end, and a clean end."""
         events = saw["watch"]["responses"]
         kinds = [event["event"] for event in events]
@@ -433,7 +433,7 @@ class TestNode:
         assert (live["content"], live["sequence"]) == ("are you there? 👋", "102")
         assert saw["watch"]["status"] == 0
 
-    def test_refusals_carry_their_details(self, saw: dict[str, Any]) -> None:
+    def test_errors_have_their_details(self, saw: dict[str, Any]) -> None:
         """A code, a text, and a google.rpc.Status in the trailers."""
         malformed, absent = saw["refusals"]["malformed"], saw["refusals"]["absent"]
         details = self.check_details(malformed, StatusCode.INVALID_ARGUMENT)
@@ -445,7 +445,7 @@ class TestNode:
         assert details["ResourceInfo"]["resource_name"] == saw["session"]["id"]
 
     def check_details(self, refusal: dict[str, Any], code: StatusCode) -> dict[str, dict[str, Any]]:
-        """The details of a refusal that agrees with itself, by the name of their type."""
+        """The details of an error by type name, if its rich status matches its code."""
         status = status_pb2.Status.FromString(base64.b64decode(refusal["details"]))
         assert refusal["code"] == status.code == code.value[0]
         assert refusal["text"] == status.message

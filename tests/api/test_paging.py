@@ -79,7 +79,7 @@ async def test_batch_is_at_most_1_mib_with_all_its_parts(api: Api, order: int) -
     assert listed in (sorted(listed), sorted(listed)[::-1])
 
 
-async def test_message_over_1_mib_comes_alone(start_server: Any, database: str) -> None:
+async def test_message_over_1_mib_is_a_batch_of_its_own(start_server: Any, database: str) -> None:
     """Where the limits are raised, one message may be more than a batch: it is not passed over."""
     api = await start_server(database, limits={"content_bytes": 2 * 1024 * 1024})
     session = await api.session()
@@ -129,12 +129,12 @@ async def test_order_does_not_come_from_an_index_by_luck(
         assert watcher.created == there
     async with watching(api, session.id, after=140) as watcher:
         watcher.messages = {message_id: r.ChatMessage() for message_id in ids}
-        told: dict[str, list[int]] = {}
+        delivered: dict[str, list[int]] = {}
         while "caught_up" not in watcher.kinds:
             revision = (await watcher.next()).revision
-            told.setdefault(watcher.kinds[-1], []).append(revision)
-        assert told["message_updated"] == list(range(141, 202))
-        assert told["message_deleted"] == list(range(202, 241))
+            delivered.setdefault(watcher.kinds[-1], []).append(revision)
+        assert delivered["message_updated"] == list(range(141, 202))
+        assert delivered["message_deleted"] == list(range(202, 241))
         assert watcher.created == list(range(241, 281))
     async with watching(api, session.id, after=201) as watcher:
         events = [await watcher.next() for _ in range(40)]
@@ -189,7 +189,7 @@ async def test_rows_of_one_microsecond_are_on_one_page_each(
         assert len(found) == len(set(found)) == count, request
 
 
-async def test_token_of_another_list_is_refused(api: Api) -> None:
+async def test_token_of_another_list_is_rejected(api: Api) -> None:
     """Also where both calls have no filters and pages of the same shape."""
     for _ in range(2):
         await api.escalate((await api.session()).id)
@@ -209,7 +209,7 @@ async def test_full_last_page_is_the_last(api: Api) -> None:
         assert bool(page.next_page_token) == more
 
 
-async def test_forged_token_is_refused(api: Api) -> None:
+async def test_forged_token_is_rejected(api: Api) -> None:
     """Whatever a token decodes to, it is a bad field and not an internal error."""
     request = ListChatSessionsRequest()
     forged = [
@@ -284,7 +284,7 @@ async def test_session_is_updated_when_its_last_row_was_created(api: Api) -> Non
     assert (await api.message(session.id)).create_time.ToNanoseconds() > updated
 
 
-async def test_clock_that_goes_back(api: Api, database: str) -> None:
+async def test_clock_that_is_set_back(api: Api, database: str) -> None:
     """Times follow the sequence, also behind what an earlier clock has written."""
     session = await api.session()
     execute(

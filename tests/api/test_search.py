@@ -36,7 +36,7 @@ async def contents(api: Api, query: str, **filters: object) -> set[str]:
     }
 
 
-async def test_hit_says_what_and_where(api: Api) -> None:
+async def test_hit_has_the_message_and_a_snippet(api: Api) -> None:
     """A hit names the message, its place, its role and time, and marks what matched."""
     session = await api.session()
     await api.message(session.id, "nothing here")
@@ -107,7 +107,7 @@ async def test_other_tenants_are_not_searched(api: Api, other: Api) -> None:
     assert await search(api, "mango") == []
 
 
-async def test_content_cannot_look_like_a_hit(api: Api) -> None:
+async def test_content_cannot_imitate_a_hit(api: Api) -> None:
     """Only the flag marks a hit: markup in content is text, and escapes nothing."""
     session = await api.session()
     await api.message(session.id, "<b>lemon</b> &lt;b&gt; [[lemon]] **lime** StartSel=lime")
@@ -119,7 +119,7 @@ async def test_content_cannot_look_like_a_hit(api: Api) -> None:
 
 
 async def test_snippet_is_short_however_long_the_message(api: Api) -> None:
-    """A hit in 256 KiB, or beside a word without an end, comes with a part of it."""
+    """A hit in 256 KiB, or next to a very long word, has a short snippet."""
     session = await api.session()
     for content in ("word " * 50_000 + "needle " + "word " * 2000, "needle " + "x" * 250_000):
         message = await api.message(session.id, content)
@@ -128,8 +128,8 @@ async def test_snippet_is_short_however_long_the_message(api: Api) -> None:
         assert sum(len(part.text) for part in hit.snippet) <= 8000
 
 
-async def test_bad_fields_are_refused_together(api: Api) -> None:
-    """Everything that is wrong with a search is said at once."""
+async def test_bad_fields_are_rejected_together(api: Api) -> None:
+    """All violations of a search request are reported together."""
     request = SearchChatMessagesRequest(
         query="a" * 1001,
         session_id="x",
@@ -155,7 +155,7 @@ async def test_bad_fields_are_refused_together(api: Api) -> None:
     assert await search(api, "a" * 1000) == []
 
 
-async def test_token_of_another_query_is_refused(api: Api) -> None:
+async def test_token_of_another_query_is_rejected(api: Api) -> None:
     """A page token belongs to its query."""
     session = await api.session()
     for _ in range(2):
@@ -169,7 +169,7 @@ async def test_token_of_another_query_is_refused(api: Api) -> None:
 
 
 @pytest.mark.parametrize("score", [5e-324, 3.5e38, float("nan"), float("inf"), 1, "1", None])
-async def test_forged_token_is_refused(api: Api, score: object) -> None:
+async def test_forged_token_is_rejected(api: Api, score: object) -> None:
     """A token with the right digest and a position that no page ends at."""
     request = SearchChatMessagesRequest(query="x")
     request.page_token = paging.encode_token(api.tenant, request, score, 1, an_id())  # type: ignore[arg-type]
@@ -201,7 +201,7 @@ async def test_best_match_of_all_comes_first(api: Api) -> None:
 async def every_page(
     api: Api, query: str, *, page_size: int = 1000, **filters: object
 ) -> tuple[list[Hit], bool]:
-    """The hits on all pages, and whether they are incomplete; no page says otherwise."""
+    """The hits of all pages, and whether they are incomplete; all pages agree."""
     hits: list[Hit] = []
     incomplete = set()
     token = ""
@@ -217,8 +217,8 @@ async def every_page(
         hits += page.hits
         incomplete.add(page.incomplete_results)
         token = page.next_page_token
-    [said] = incomplete
-    return hits, said
+    [is_incomplete] = incomplete
+    return hits, is_incomplete
 
 
 @pytest.fixture
@@ -262,14 +262,14 @@ class TestIncomplete:
             (await api.message(session.id, "melon " * (1 + n % 3) + "pear " * (4 - n % 3))).id
             for n in range(15)
         ]
-        whole, incomplete = await every_page(api, "melon")
+        complete, incomplete = await every_page(api, "melon")
         assert incomplete
-        assert 5 <= len(whole) <= 12
-        assert {hit.message_id for hit in whole} >= {*ids[-5:]}
-        order = [(hit.score, hit.create_time.ToMicroseconds(), hit.message_id) for hit in whole]
+        assert 5 <= len(complete) <= 12
+        assert {hit.message_id for hit in complete} >= {*ids[-5:]}
+        order = [(hit.score, hit.create_time.ToMicroseconds(), hit.message_id) for hit in complete]
         assert order == sorted(set(order), reverse=True)
         for page_size in (1, 2, 3, 4):
-            assert await every_page(api, "melon", page_size=page_size) == (whole, True)
+            assert await every_page(api, "melon", page_size=page_size) == (complete, True)
 
     @pytest.mark.usefixtures("only_five")
     async def test_narrower_filters_make_it_complete(self, api: Api) -> None:
@@ -292,10 +292,10 @@ class TestIncomplete:
         assert (hits, incomplete) == ([], True)
 
     @pytest.mark.usefixtures("only_five")
-    async def test_session_longer_than_can_be_looked_through(
+    async def test_session_longer_than_a_search_reads(
         self, api: Api, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """What is rare in the tenant is found in it all the same, and all of it."""
+        """A word that is rare in the tenant is still found, with all its matches."""
         monkeypatch.setattr(store, "ENOUGH_MATCHES", 1)
         session = await api.session()
         for content in ("a quince", *["a guava"] * 7, "a guava and a quince"):
@@ -307,10 +307,10 @@ class TestIncomplete:
         assert [hit.sequence for hit in hits][:5] == [9, 8, 7, 6, 5]
 
     @pytest.mark.usefixtures("only_five")
-    async def test_newest_sessions_suffice_for_what_is_common(
+    async def test_common_words_are_searched_in_the_newest_sessions(
         self, api: Api, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Where too many matches are expected, and there are plenty; else the index is read."""
+        """If the estimate of matches is too high. Otherwise the search reads the index."""
         monkeypatch.setattr(store, "TOO_MANY_MATCHES", -1)
         monkeypatch.setattr(store, "ENOUGH_MATCHES", 4)
         old, new = await api.session(), await api.session()
@@ -361,8 +361,8 @@ class TestIncomplete:
         window = {"start_create_time": last.create_time}
         hits, incomplete = await every_page(api, "fig", **window)
         assert ([hit.message_id for hit in hits], incomplete) == ([last.id], False)
-        for most, incomplete in ((3, True), (4, True), (5, False)):
-            monkeypatch.setattr(store, "MAX_SESSIONS", most)
+        for limit, incomplete in ((3, True), (4, True), (5, False)):
+            monkeypatch.setattr(store, "MAX_SESSIONS", limit)
             assert (await every_page(api, "fig", **window))[1] == incomplete
         monkeypatch.setattr(store, "MAX_SESSIONS", 50)
         for _ in range(5):

@@ -62,14 +62,14 @@ class TestCreate:
         assert await list_all_ids(api, ListChatSessionsRequest()) == [session_id]
 
     async def test_two_tenants_can_choose_the_same_id(self, api: Api, other: Api) -> None:
-        """An id says nothing about other tenants, not even by being taken."""
+        """An id reveals nothing about other tenants, not even that it exists."""
         session_id = an_id()
         mine = await api.session(id=session_id)
         theirs = await other.session(id=session_id, status=RESOLVED)
         assert (mine.tenant_id, theirs.tenant_id) == (api.tenant, other.tenant)
         assert (await get_session(api, session_id)).status == ACTIVE
 
-    async def test_bad_fields_are_refused_together(self, api: Api) -> None:
+    async def test_bad_fields_are_rejected_together(self, api: Api) -> None:
         """A malformed id and an unknown enum number are reported at once."""
         session = r.ChatSession(id="x", status=77)  # type: ignore[arg-type]
         with refused(StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT") as refusal:
@@ -81,8 +81,10 @@ class TestCreate:
 
 
 class TestGet:
-    async def test_absent_and_foreign_look_the_same(self, api: Api, other: Api) -> None:
-        """Another tenant's session cannot be told from one that does not exist."""
+    async def test_absent_and_foreign_session_get_the_same_error(
+        self, api: Api, other: Api
+    ) -> None:
+        """Another tenant's session gets the same error as one that does not exist."""
         theirs = (await other.session()).id
         texts = []
         for session_id in (theirs, an_id()):
@@ -106,7 +108,7 @@ class TestGet:
             f" {NIL}",
         ],
     )
-    async def test_malformed_id_is_refused(self, api: Api, bad: str) -> None:
+    async def test_malformed_id_is_rejected(self, api: Api, bad: str) -> None:
         """Only the text form of RFC 9562 is an id."""
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await get_session(api, bad)
@@ -137,7 +139,7 @@ class TestUpdate:
         assert "RetryInfo" not in refusal.details, "the same call never succeeds"
         assert (await get_session(api, session.id)).status == RESOLVED
 
-    async def test_malformed_etag_is_refused(self, api: Api) -> None:
+    async def test_malformed_etag_is_rejected(self, api: Api) -> None:
         """What this service never handed out is no etag."""
         session = await api.session()
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
@@ -146,7 +148,7 @@ class TestUpdate:
 
     @pytest.mark.parametrize("paths", [[], ["has_ticket"], ["status", "tenant_id"], ["*"]])
     async def test_mask_names_what_can_change(self, api: Api, paths: list[str]) -> None:
-        """An empty mask and one with other fields are refused, and nothing is done."""
+        """An empty mask, or one with other fields, is rejected, and nothing changes."""
         session = await api.session()
         request = UpdateChatSessionRequest(
             session=r.ChatSession(id=session.id, status=RESOLVED),
@@ -206,13 +208,13 @@ class TestDelete:
 
 class TestList:
     async def test_newest_first_in_pages_that_meet_each_once(self, api: Api, other: Api) -> None:
-        """Pages continue where the last one ended, and hold nobody else's sessions."""
+        """Pages continue where the last one ended, and have no sessions of other tenants."""
         ids = [(await api.session()).id for _ in range(7)]
         await other.session()
         assert await list_all_ids(api, ListChatSessionsRequest(page_size=3)) == ids[::-1]
 
     async def test_by_update_time(self, api: Api) -> None:
-        """What changed last comes first."""
+        """The session that changed last is the first."""
         first, second, third = [(await api.session()).id for _ in range(3)]
         await api.message(first)
         request = ListChatSessionsRequest(order_by=CHAT_SESSION_ORDER_UPDATE_TIME, page_size=1)
@@ -259,7 +261,7 @@ class TestList:
         ]
 
     async def test_page_size_defaults_to_50_and_stops_at_1000(self, api: Api) -> None:
-        """0 means 50; more than 1,000 is not refused."""
+        """0 means 50, and more than 1,000 means 1,000."""
         for _ in range(51):
             await api.session()
         page = await api.sessions.ListChatSessions(ListChatSessionsRequest())
@@ -269,8 +271,8 @@ class TestList:
         assert len(page.sessions) == 51
         assert not page.next_page_token
 
-    async def test_bad_fields_are_refused_together(self, api: Api) -> None:
-        """Everything that is wrong with a list is said at once."""
+    async def test_bad_fields_are_rejected_together(self, api: Api) -> None:
+        """All violations of a list request are reported together."""
         request = ListChatSessionsRequest(
             statuses=[0, 8],  # type: ignore[list-item]
             order_by=9,  # type: ignore[arg-type]
@@ -292,7 +294,7 @@ class TestList:
         }
 
     async def test_token_is_bound_to_filters_order_and_tenant(self, api: Api, other: Api) -> None:
-        """A token of another call, or another tenant's, is refused."""
+        """A token of another call, or another tenant's, is rejected."""
         for caller in (api, other):
             for _ in range(3):
                 await caller.session()

@@ -30,7 +30,7 @@ from chat_ticket.v1.chat_ticket_pb2 import (
 
 
 class TestEscalate:
-    async def test_new_ticket_is_opened_and_linked(self, api: Api) -> None:
+    async def test_new_ticket_is_created_and_linked(self, api: Api) -> None:
         """One call opens the ticket, links it, and sets has_ticket; the revision moves once."""
         session = await api.session()
         link = await api.escalate(session.id, ticket=r.Ticket(title="Broken", status=PENDING))
@@ -51,7 +51,7 @@ class TestEscalate:
         assert again.ticket.status == OPEN
 
     async def test_session_has_one_ticket(self, api: Api) -> None:
-        """The second is refused, new or existing, and leaves no ticket behind."""
+        """The second fails, new or existing, and creates no ticket."""
         session = await api.session()
         link = await api.escalate(session.id)
         for fields in ({}, {"ticket_id": link.ticket_id}):
@@ -62,7 +62,7 @@ class TestEscalate:
         assert [ticket.id for ticket in tickets.tickets] == [link.ticket_id]
         assert (await get_session(api, session.id)).revision == 1
 
-    async def test_archived_session_takes_none(self, api: Api) -> None:
+    async def test_archived_session_cannot_be_linked(self, api: Api) -> None:
         """Refused, and the ticket that would have been opened is not there."""
         session = await api.session(status=r.CHAT_SESSION_STATUS_ARCHIVED)
         with refused(StatusCode.FAILED_PRECONDITION, "SESSION_ARCHIVED") as refusal:
@@ -85,7 +85,7 @@ class TestEscalate:
             assert refusal.text == f"ticket {ticket_id} does not exist"
         assert not (await get_session(api, session.id)).has_ticket
 
-    async def test_bad_fields_are_refused_together(self, api: Api) -> None:
+    async def test_bad_fields_are_rejected_together(self, api: Api) -> None:
         """A target is required; a new ticket has a title of 1 to 500 characters."""
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await api.tickets.CreateChatTicket(CreateChatTicketRequest(chat_ticket_id="x"))
@@ -135,7 +135,7 @@ class TestRepeat:
         await set_status(api, session.id, ARCHIVED)
         assert await api.escalate(session.id, chat_ticket_id=link_id) == link
 
-    async def test_ids_of_something_else_are_refused(self, api: Api) -> None:
+    async def test_ids_of_something_else_are_rejected(self, api: Api) -> None:
         """Another session, another ticket, another title."""
         first, second = await api.session(), await api.session()
         link = await api.escalate(first.id)
@@ -166,8 +166,8 @@ class TestRepeat:
         ],
         ids=["id", "title", "status", "existing"],
     )
-    async def test_other_target_is_refused(self, api: Api, changed: dict[str, Any]) -> None:
-        """A link's id stands for the ticket that it was first used for, its id included."""
+    async def test_other_target_is_rejected(self, api: Api, changed: dict[str, Any]) -> None:
+        """A link's id cannot be used again for another ticket or another ticket id."""
         session = await api.session()
         ticket = r.Ticket(id=an_id(), title="help")
         link = await api.escalate(session.id, chat_ticket_id=an_id(), ticket=ticket)
@@ -175,8 +175,8 @@ class TestRepeat:
             await api.escalate(session.id, chat_ticket_id=link.id, **changed)
         assert await api.escalate(session.id, chat_ticket_id=link.id, ticket=ticket) == link
 
-    async def test_other_ticket_with_the_tickets_id_is_refused(self, api: Api) -> None:
-        """The id of a new ticket stands for its title and status, while it is unchanged."""
+    async def test_other_ticket_with_the_tickets_id_is_rejected(self, api: Api) -> None:
+        """The id of a new ticket cannot be used again with another title or status."""
         session = await api.session()
         ticket_id = an_id()
         await api.escalate(session.id, ticket=r.Ticket(id=ticket_id, title="help"))
@@ -188,7 +188,7 @@ class TestRepeat:
 
 
 class TestUnlink:
-    async def test_session_is_free_again_and_the_ticket_stays(self, api: Api) -> None:
+    async def test_unlinked_session_can_be_linked_again(self, api: Api) -> None:
         """has_ticket follows; a repeat is NOT_FOUND; a new ticket can be linked."""
         session = await api.session()
         link = await api.escalate(session.id)
@@ -212,8 +212,10 @@ class TestUnlink:
 
 class TestDeleteSession:
     @pytest.mark.parametrize("status", [OPEN, PENDING])
-    async def test_active_ticket_holds_its_session(self, api: Api, status: int) -> None:
-        """Open and pending are active; nothing of the session goes."""
+    async def test_session_with_an_active_ticket_cannot_be_deleted(
+        self, api: Api, status: int
+    ) -> None:
+        """Open and pending tickets are active, and nothing of the session is deleted."""
         session = await api.session()
         message = await api.message(session.id)
         link = await api.escalate(session.id)
@@ -225,8 +227,8 @@ class TestDeleteSession:
         assert (await get_session(api, message.session_id)).revision == 2
 
     @pytest.mark.parametrize("status", [SOLVED, CLOSED])
-    async def test_other_tickets_let_it_go(self, api: Api, status: int) -> None:
-        """The link goes with the session, the ticket stays."""
+    async def test_session_with_a_closed_ticket_can_be_deleted(self, api: Api, status: int) -> None:
+        """The link is deleted with the session, and the ticket stays."""
         session = await api.session()
         link = await api.escalate(session.id)
         await update_ticket(api, link.ticket_id, status=status)
@@ -251,7 +253,7 @@ class TestTickets:
         assert (await get_session(api, session.id)).revision == 1
 
     async def test_update_is_validated(self, api: Api) -> None:
-        """Empty mask, unknown field, empty title and no status are refused."""
+        """Empty mask, unknown field, empty title and no status are rejected."""
         ticket = (await api.escalate((await api.session()).id)).ticket
         for paths, fields in (
             ([], ["update_mask"]),

@@ -49,7 +49,7 @@ from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
 REFUSAL = "file_url not accessible: attachment 1 of the request"
 REASON = "ATTACHMENT_URL_NOT_ACCESSIBLE"
 
-# For cases that have to wait for it; `test_slow_urls_hold_no_connection` has the real one.
+# For cases that have to wait for it; `test_slow_urls_use_no_connection` has the real one.
 TIMEOUT = 1.0
 
 
@@ -79,7 +79,7 @@ def watched() -> Iterator[list[str]]:
 
 
 class Names:
-    """What DNS says, and what it was asked."""
+    """The answers of DNS, and a count of its questions."""
 
     def __init__(self) -> None:
         self.asked: Counter[tuple[str, int]] = Counter()
@@ -128,7 +128,7 @@ class World:
         return fill(self.ports, template)
 
     def attach(self, template: str) -> list[Awaitable[tuple[Any, ...]]]:
-        """Both ways to attach a URL, both refused; each has a name of its own for `one`."""
+        """Attach a URL alone and with a message; both fail. Each has its own name for `one`."""
         alone, with_message = self.fill(template), a_file(file_url=self.fill(template))
         return [
             refusal(self.api.attachment(self.message.id, file_url=alone)),
@@ -156,7 +156,7 @@ class World:
 
 
 async def refusal(call: Awaitable[Any]) -> tuple[Any, ...]:
-    """Everything that a refused call tells its caller, byte for byte."""
+    """Everything that the caller of a failed call receives, byte for byte."""
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         await call
     error = raised.value
@@ -217,8 +217,8 @@ async def state(api: Api, message: r.ChatMessage) -> tuple[Any, ...]:
     )
 
 
-async def test_uniform_refusal(world: World) -> None:
-    """What a file that is gone is refused with, which every attack is held against."""
+async def test_uniform_error(world: World) -> None:
+    """The error for a missing file, which must equal the error for every attack."""
     with refused(StatusCode.FAILED_PRECONDITION, REASON) as gone:
         await world.api.attachment(world.message.id, file_url=f"http://{world.public.at}/gone")
     assert gone.text == REFUSAL == world.uniform[1]
@@ -247,8 +247,10 @@ def environment(
 
 
 @pytest.mark.parametrize("kind", CHECKED)
-async def test_attack_is_refused(world: World, environment: Callable[..., None], kind: str) -> None:
-    """The refusal does not tell the kinds apart; no trap is sprung, and nothing is stored."""
+async def test_attack_is_rejected(
+    world: World, environment: Callable[..., None], kind: str
+) -> None:
+    """The error is the same for every kind, no trap is contacted, and nothing is stored."""
     attack = CHECKED[kind]
     environment(attack.environment)
     before = await state(world.api, world.message)
@@ -264,14 +266,14 @@ async def test_attack_is_refused(world: World, environment: Callable[..., None],
     assert set(attack.pages) <= set(asked), "the attack has come to where it was to begin"
     assert "/ok" not in asked
     ours = ("authorization:", "cookie:", world.api.tenant)
-    assert not [each for each in ours if each in "".join(world.public.requests).lower()]
-    # What the kernel buffers on both sides was sent, whoever reads it.
+    assert not [header for header in ours if header in "".join(world.public.requests).lower()]
+    # The server sends what the kernel buffers on both sides, even if nobody reads it.
     assert world.public.sent < 64 << 20
 
 
 @pytest.mark.parametrize("kind", MALFORMED)
-async def test_malformed_attack_is_refused(world: World, kind: str) -> None:
-    """What is no URL, or has another scheme or a user, is named as such, and nobody is asked."""
+async def test_malformed_attack_is_rejected(world: World, kind: str) -> None:
+    """A malformed URL, another scheme or user info is a violation; no host is contacted."""
     before = await state(world.api, world.message)
     world.expect({})
     with watched() as connects:
@@ -288,7 +290,7 @@ async def test_malformed_attack_is_refused(world: World, kind: str) -> None:
 
 
 @pytest.mark.parametrize("host", [PUBLIC, "public.test"])
-async def test_what_is_no_attack_is_stored(world: World, host: str) -> None:
+async def test_accessible_url_is_stored(world: World, host: str) -> None:
     """In the same world, a URL that answers is accessible, straight or by a redirect."""
     world.expect({"/first": to("http://public.test:{port}/ok")})
     for path in ("ok", "first"):
@@ -296,7 +298,7 @@ async def test_what_is_no_attack_is_stored(world: World, host: str) -> None:
         assert (await world.api.attachment(world.message.id, file_url=url)).file_url == url
 
 
-async def test_slow_urls_hold_no_connection(world: World, start_server: Any) -> None:
+async def test_slow_urls_use_no_connection(world: World, start_server: Any) -> None:
     """URLs that hang in every way take 3 seconds; the one connection is free meanwhile."""
     with pytest.MonkeyPatch.context() as patches:
         patches.setattr(attachment_url, "AttachmentUrlChecker", AttachmentUrlChecker)
@@ -344,7 +346,7 @@ async def test_slow_urls_hold_no_connection(world: World, start_server: Any) -> 
 
 
 async def test_flood_of_one_tenant(world: World) -> None:
-    """Its slow URLs that find no turn are refused as our lack, and another's URL is accepted."""
+    """Too many slow URLs are RESOURCE_EXHAUSTED, and another tenant's URL is accepted."""
     world.expect({"/slow": page(silence)})
     good, slow = (f"http://{world.public.at}/{path}" for path in ("ok", "slow"))
     flood = [a_file(file_url=f"{slow}?{number}") for number in range(20)]
@@ -372,7 +374,7 @@ async def test_flood_of_one_tenant(world: World) -> None:
 
 
 @dataclass(frozen=True)
-class Opened:
+class AllowListCase:
     """An allow-list, and what it opens; everything else in OTHERS stays shut."""
 
     entry: str
@@ -400,22 +402,24 @@ OTHERS = (
     "https://localhost:{other}/",
 )
 ALLOWED = {
-    "name": Opened("localhost:{port}", STORE),
-    "name in capitals": Opened("LOCALHOST:{port}", STORE),
-    "name and other port": Opened(
+    "name": AllowListCase("localhost:{port}", STORE),
+    "name in capitals": AllowListCase("LOCALHOST:{port}", STORE),
+    "name and other port": AllowListCase(
         "localhost:{other}", ("http://localhost:{other}/",), tried="https://localhost:{other}/"
     ),
-    "address": Opened(f"{PRIVATE}:{{port}}", (f"http://{PRIVATE}:{{port}}/",)),
-    "IPv6 address": Opened("[::1]:{port}", ("http://[::1]:{port}/",)),
-    "another name": Opened("store.test:{port}", ()),
+    "address": AllowListCase(f"{PRIVATE}:{{port}}", (f"http://{PRIVATE}:{{port}}/",)),
+    "IPv6 address": AllowListCase("[::1]:{port}", ("http://[::1]:{port}/",)),
+    "another name": AllowListCase("store.test:{port}", ()),
 }
 
 
 @pytest.mark.parametrize("kind", ALLOWED)
-async def test_allow_list_opens_what_it_names(world: World, start_server: Any, kind: str) -> None:
-    """One spelling of a host and port, for URLs that name it, whatever else leads there."""
-    opened = ALLOWED[kind]
-    if "[" in opened.entry and not any(":" in trap.host for trap in world.traps):
+async def test_allow_list_allows_only_what_it_names(
+    world: World, start_server: Any, kind: str
+) -> None:
+    """An entry allows URLs with exactly its host and port, and no other URL that leads there."""
+    case = ALLOWED[kind]
+    if "[" in case.entry and not any(":" in trap.host for trap in world.traps):
         pytest.skip("needs IPv6")
     pages = {
         "/to-store": to("http://localhost:{port}/"),
@@ -425,7 +429,7 @@ async def test_allow_list_opens_what_it_names(world: World, start_server: Any, k
         world.database,
         attachment_url_check=True,
         attachment_url_schemes="http,https",
-        attachment_url_allowed_hosts=world.fill(opened.entry),
+        attachment_url_allowed_hosts=world.fill(case.entry),
     )
     message = await api.message((await api.session()).id)
     accepted = []
@@ -438,7 +442,7 @@ async def test_allow_list_opens_what_it_names(world: World, start_server: Any, k
                 assert (error.code(), error.details()) == (StatusCode.FAILED_PRECONDITION, REFUSAL)
             else:
                 accepted.append(url)
-        if url not in (*accepted, opened.tried):
+        if url not in (*accepted, case.tried):
             assert set(connects) <= world.open, url
             assert await world.sprung() == [], url
-    assert tuple(accepted) == opened.urls
+    assert tuple(accepted) == case.urls

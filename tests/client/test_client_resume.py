@@ -55,7 +55,7 @@ THINK = 0.01
 
 
 class Servers:
-    """Two servers of a database, each of which comes back on its port."""
+    """Two servers of one database, which restart on the same ports."""
 
     def __init__(self, database_url: str, stack: contextlib.ExitStack):
         self._database_url = database_url
@@ -94,7 +94,7 @@ class Servers:
 
 
 class Writer:
-    """Writes all that a session can be told of, each write until its outcome is known."""
+    """Makes every kind of change to a session, and retries until the outcome is known."""
 
     def __init__(self, client: AsyncChatTicketClient, session_id: str, seed: int):
         self._client = client
@@ -161,7 +161,7 @@ class Writer:
 
 @dataclass
 class Watcher:
-    """Watches from a revision, and keeps what is delivered."""
+    """Watches from a revision, and stores the delivered events."""
 
     start: int
     pause: float = 0  # after each event
@@ -209,13 +209,13 @@ def truth(database_url: str, session_id: str) -> Truth:
 
 
 def compare(watcher: Watcher, truth: Truth) -> None:
-    """That each thing was told once, in order, and all of it."""
+    """Check that every change was delivered once and in order."""
     created: list[tuple[int, str]] = []
     updated: list[tuple[str, int]] = []
     deleted: list[str] = []
     states: list[tuple[int, bool]] = []
     caught_up = 0
-    held: dict[str, r.ChatMessage] = {}
+    stored: dict[str, r.ChatMessage] = {}
     position = watcher.start
     for event in watcher.events:
         assert event.revision >= position, "never backwards"
@@ -224,15 +224,15 @@ def compare(watcher: Watcher, truth: Truth) -> None:
                 for message in event.messages_created.messages:
                     assert position < message.sequence <= event.revision
                     created.append((message.sequence, message.id))
-                    held[message.id] = message
+                    stored[message.id] = message
             case "message_updated":
                 message = event.message_updated
-                assert position < message.revision, "what was told is not told again"
+                assert position < message.revision, "nothing is delivered twice"
                 updated.append((message.id, message.revision))
-                held[message.id] = message
+                stored[message.id] = message
             case "message_deleted":
                 deleted.append(event.message_deleted.message_id)
-                held.pop(event.message_deleted.message_id, None)
+                stored.pop(event.message_deleted.message_id, None)
             case "session":
                 states.append((event.session.status, event.session.has_ticket))
             case "caught_up":
@@ -252,7 +252,7 @@ def compare(watcher: Watcher, truth: Truth) -> None:
         for id_, (at, revision, content) in truth.messages.items()
         if revision > watcher.start
     }
-    assert {m.id: (m.sequence, m.revision, m.content) for m in held.values()} == changed
+    assert {m.id: (m.sequence, m.revision, m.content) for m in stored.values()} == changed
     assert states[-1][0] == r.ChatSessionStatus.Value(f"CHAT_SESSION_STATUS_{truth.status.upper()}")
     if watcher.turns == 1:
         assert caught_up == 1
@@ -275,7 +275,7 @@ async def read(client: AsyncChatTicketClient, session_id: str) -> int:
 async def clients(
     client_class: type[AsyncChatTicketClient], target: str, tenant: str
 ) -> AsyncIterator[list[AsyncChatTicketClient]]:
-    """One for the writers and one for the watchers: each has its own connections."""
+    """One client for the writers and one for the watchers, with separate connections."""
     async with (
         client_class(target, tenant=tenant, timeout=2, options=OPTIONS) as one,
         client_class(target, tenant=tenant, timeout=10, options=OPTIONS) as other,
@@ -284,7 +284,7 @@ async def clients(
 
 
 @pytest.mark.parametrize("client_class", [AsyncChatTicketClient, ThreadedClient])
-async def test_watch_delivers_everything_once_whatever_happens_to_the_servers(
+async def test_watch_delivers_everything_once_while_servers_fail(
     fresh_database: str, tenant: str, client_class: Any, caplog: Any
 ) -> None:
     """Killed, drained, stopped, and all gone at once, while writers write.
@@ -369,7 +369,7 @@ def nginx(tmp_path: Path) -> Iterator[Callable[[int], int]]:
 async def test_watch_resumes_behind_a_proxy(
     database: str, tenant: str, nginx: Callable[[int], int], caplog: Any
 ) -> None:
-    """Which says INTERNAL, or UNKNOWN, when it has lost the server in the middle of a stream."""
+    """The proxy answers INTERNAL or UNKNOWN if it loses the server during a stream."""
     caplog.set_level("INFO", "chat_ticket.client")
     port = free_port()
     target, contents = f"127.0.0.1:{nginx(port)}", []

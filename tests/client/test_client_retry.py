@@ -35,7 +35,7 @@ LATER = RetryInfo(retry_delay=Duration(seconds=3))
     ],
 )
 def test_errors_that_are_retried(code: Code, details: list[object], expected: bool) -> None:
-    """What may pass, what the service says to retry, and what a proxy says without a reason."""
+    """Transient codes, errors with RetryInfo, and proxy errors without a reason."""
     assert is_retryable(ChatTicketError(code, "", details)) is expected  # type: ignore[arg-type]
 
 

@@ -64,7 +64,7 @@ def watchdogs() -> int:
     return sum(thread.name == WATCHDOG for thread in threading.enumerate())
 
 
-def test_call_keeps_what_grpc_says_of_it(client: ChatTicketClient) -> None:
+def test_call_has_the_metadata_and_status_of_grpc(client: ChatTicketClient) -> None:
     """As a response with its call, and as a future, whose errors are typed too."""
     request = ListChatSessionsRequest()
     response, call = client.sessions.ListChatSessions.with_call(request)
@@ -95,7 +95,7 @@ def test_future_does_not_wait(tenant: str) -> None:
 
 
 def test_stream_can_be_cancelled(client: ChatTicketClient) -> None:
-    """As the call that it is, and it says by what it ended."""
+    """Like any gRPC call, and its error is the cancellation."""
     session_id = session_of(client)
     for _ in range(3):
         client.messages.CreateChatMessage(message_in(session_id))

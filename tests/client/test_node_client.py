@@ -91,15 +91,15 @@ def test_generated_typescript_is_what_the_protos_generate(package: Path) -> None
     assert done.returncode == 0, done.stderr
 
 
-def test_follows_every_rule_of_its_own_tests(package: Path, npm: Npm) -> None:
-    """They have a server that breaks streams as they tell it."""
+def test_passes_its_own_checks(package: Path, npm: Npm) -> None:
+    """They use a server that breaks streams on request."""
     tests = sorted(str(path) for path in (package / "test").glob("*.test.mjs"))
     output = npm(package, "--test", "--test-timeout=20000", *tests, program="node")
     assert int(re.findall(r"^# pass (\d+)$", output, re.MULTILINE)[0]) >= 25
 
 
 def test_calls_the_service(package: Path, npm: Npm, process: ServerProcess) -> None:
-    """Creates, reads, lists, watches, and tells why it is refused."""
+    """Creates, reads, lists and watches, and reports errors with their reason."""
     tests = str(package / "test" / "service" / "calls.test.mjs")
     npm(package, "--test", tests, program="node", CHAT_TICKET_ADDRESS=process.address)
 
@@ -185,7 +185,7 @@ class Watcher:
     """test/service/restarts.mjs, and what it has printed so far."""
 
     def __init__(self, node: str, *arguments: str):
-        self.said: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
         self._changed = threading.Condition()
         self.popen = subprocess.Popen(
             [node, PACKAGE / "test" / "service" / "restarts.mjs", *arguments],
@@ -200,12 +200,12 @@ class Watcher:
         assert self.popen.stdout is not None
         for line in self.popen.stdout:
             with self._changed:
-                self.said.append(json.loads(line))
+                self.events.append(json.loads(line))
                 self._changed.notify_all()
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         with self._changed:
-            assert self._changed.wait_for(condition, SECONDS), self.said[-5:]
+            assert self._changed.wait_for(condition, SECONDS), self.events[-5:]
 
     def go_on(self) -> None:
         assert self.popen.stdin is not None
@@ -226,10 +226,10 @@ class Watcher:
             stream.close()
 
     def all(self, key: str) -> list[Any]:
-        return [line[key] for line in self.said if key in line]
+        return [line[key] for line in self.events if key in line]
 
     def messages(self) -> list[tuple[str, int]]:
-        found = (line.get("messages") or [] for line in self.said)
+        found = (line.get("messages") or [] for line in self.events)
         return [(id_, sequence) for messages in found for id_, sequence in messages]
 
 
@@ -257,7 +257,7 @@ def renewed(path: Path, key: Key) -> Iterator[None]:
         thread.join()
 
 
-def test_watch_tells_everything_once_whatever_becomes_of_the_server(
+def test_watch_delivers_everything_once_while_servers_restart(
     package: Path, node: str, database: str, process: ServerProcess, tenant: str, tmp_path: Path
 ) -> None:
     """Killed, drained and gone while tokens expire; and the session is deleted meanwhile."""

@@ -1,4 +1,4 @@
-"""`chat-ticket-svc check`: one screen, that tells an operator what is wrong."""
+"""`chat-ticket-svc check`: one screen that shows an operator what is wrong."""
 
 import re
 import socket
@@ -31,7 +31,7 @@ def line(done: Finished, about: str) -> tuple[str, str]:
 
 
 async def test_everything_is_ok(start_server: Any, database: str) -> None:
-    """Every line says ok, and so does the exit status."""
+    """Every line is ok, and the exit status is 0."""
     done = await command("check", **environment(await start_server(database), database))
     assert (done.status, done.errors) == (0, "")
     states, about = zip(*re.findall(r"^(\S+) +(\S+)", done.output, re.MULTILINE), strict=True)
@@ -43,7 +43,7 @@ async def test_everything_is_ok(start_server: Any, database: str) -> None:
 
 
 async def test_nothing_is_reachable() -> None:
-    """Each check says why it failed, and none hides the others."""
+    """Each failed check has its cause, and all checks run."""
     done = await command(
         "check",
         DATABASE_URL="postgresql://user:pass@127.0.0.1:1/chats",
@@ -60,14 +60,14 @@ async def test_nothing_is_reachable() -> None:
 
 
 @pytest.mark.parametrize("absent", ["database", "role"])
-async def test_what_does_not_exist_is_named(database: str, absent: str) -> None:
+async def test_missing_database_or_role_is_named(database: str, absent: str) -> None:
     url = urlsplit(database)
     user = "nobody_at_all" if absent == "role" else "postgres"
     path = "/nothing_at_all" if absent == "database" else url.path
     wrong = url._replace(netloc=f"{user}@", path=path).geturl()
     done = await command("check", DATABASE_URL=wrong, CHAT_TICKET_PORT="1")
-    said = f"cannot be reached: the {absent} does not exist"
-    assert line(done, "database") == ("FAILED", said)
+    expected = f"cannot be reached: the {absent} does not exist"
+    assert line(done, "database") == ("FAILED", expected)
 
 
 async def test_no_database_is_set() -> None:

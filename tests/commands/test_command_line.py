@@ -24,7 +24,7 @@ async def test_every_command_has_a_help(name: str) -> None:
     assert done.output.startswith(f"usage: chat-ticket-svc {name}")
 
 
-async def test_a_command_that_does_not_exist_is_refused() -> None:
+async def test_unknown_command_is_rejected() -> None:
     done = await command("destroy")
     assert done.status == 2
     assert "destroy" in done.errors

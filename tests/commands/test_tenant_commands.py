@@ -121,7 +121,7 @@ async def filled(api: Api) -> Filled:
 
 
 @contextlib.asynccontextmanager
-async def opened(database: str) -> AsyncIterator[Database]:
+async def store_database(database: str) -> AsyncIterator[Database]:
     db = Database(
         database,
         pool_size=1,
@@ -158,7 +158,7 @@ class TestExport:
             r.ChatSession,
         ]
         assert [line.id for line in lines[2:]] == [
-            *(filled.first.id, *(each.id for each in messages), filled.link.id),
+            *(filled.first.id, *(message.id for message in messages), filled.link.id),
             filled.second.id,
         ]
         assert lines[3:5] == messages
@@ -251,7 +251,7 @@ class TestExport:
     async def test_progress_is_shown_on_a_terminal_alone(
         self, api: Api, database: str, tenant: str
     ) -> None:
-        """Beside what is exported, never in it."""
+        """Progress goes to stderr, and never into the export."""
         session = await api.session()
         many_messages(database, tenant, session.id, 2000)
         with terminal() as (ours, theirs):
@@ -266,7 +266,7 @@ class TestExport:
         assert output.count(b"\n") == 2001
         assert output == (await export(database, tenant)).output.encode()
 
-    async def test_it_ends_quietly_when_its_reader_has_enough(
+    async def test_closed_pipe_ends_the_export_without_an_error(
         self, api: Api, database: str, tenant: str
     ) -> None:
         session = await api.session()
@@ -285,7 +285,7 @@ class TestExport:
 
 
 class TestErase:
-    async def test_all_is_gone_and_of_others_nothing(
+    async def test_everything_of_the_tenant_is_erased_and_nothing_of_others(
         self, filled: Filled, other: Api, database: str, tenant: str
     ) -> None:
         """Of every table."""
@@ -309,10 +309,10 @@ class TestErase:
         assert "2 sessions, 2 messages" in done.output
         assert counts(database, tenant) == before
 
-    async def test_it_refuses_active_tickets_by_name(
+    async def test_active_tickets_prevent_the_erase(
         self, filled: Filled, database: str, tenant: str
     ) -> None:
-        """Also of no session any more; unless the option says that they go too."""
+        """Also tickets without a session, unless --active-tickets is given."""
         before = counts(database, tenant)
         done = await erase(database, tenant, "--yes")
         assert done.status == 1
@@ -349,7 +349,7 @@ class TestErase:
             assert await process.wait() == (0 if is_erased else 1)
         assert any(counts(database, tenant).values()) != is_erased
 
-    async def test_killed_in_the_middle_it_goes_on_when_repeated(
+    async def test_erase_resumes_after_it_was_killed(
         self, api: Api, database: str, tenant: str
     ) -> None:
         sessions = [await api.session() for _ in range(3)]
@@ -367,7 +367,7 @@ class TestErase:
         assert (await erase(database, tenant, "--yes")).status == 0
         assert not any(counts(database, tenant).values())
 
-    async def test_it_waits_for_what_is_locked(
+    async def test_erase_waits_for_locked_rows(
         self, filled: Filled, database: str, tenant: str
     ) -> None:
         """For longer than a call: what erased before, and was killed, may not have ended."""
@@ -382,17 +382,17 @@ class TestErase:
     async def test_a_transaction_deletes_a_bounded_number_of_rows(
         self, api: Api, database: str, tenant: str
     ) -> None:
-        """However large a session is, or however many there are."""
+        """With a large session, and with many sessions."""
         for _ in range(tenants.SESSIONS_PER_BATCH + 5):
             await api.session()
         session = await api.session()
         many_messages(database, tenant, session.id, 3 * tenants.ROWS_PER_BATCH + 7)
-        async with opened(database) as db:
+        async with store_database(database) as db:
             deleted = [n async for n in tenants.erase(db, tenant, active_tickets=False)]
         assert sum(deleted) == tenants.SESSIONS_PER_BATCH + 6 + 3 * tenants.ROWS_PER_BATCH + 7
         assert max(deleted) <= tenants.ROWS_PER_BATCH + tenants.SESSIONS_PER_BATCH
 
-    async def test_a_ticket_that_was_opened_meanwhile_stays(
+    async def test_ticket_created_during_the_erase_stays(
         self, filled: Filled, database: str, tenant: str
     ) -> None:
         """With its session, and all that it holds: it was not asked for."""
@@ -400,7 +400,7 @@ class TestErase:
         session = await filled.api.session()
         await filled.api.message(session.id)
         await filled.api.escalate(session.id)
-        async with opened(database) as db:
+        async with store_database(database) as db:
             with pytest.raises(FailedPreconditionError):
                 async for _ in tenants.erase(db, tenant, active_tickets=False):
                     pass

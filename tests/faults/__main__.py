@@ -1,4 +1,4 @@
-"""`make faults`: the full matrix, each fault as often as it says, the mutants, and the report."""
+"""`make faults`: all runs of every fault, the mutants, and a report."""
 
 import argparse
 import json
@@ -29,13 +29,13 @@ def table(results: dict[str, list[Result]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, runs in results.items():
-        lost = sum(each.count("is lost") for each in runs)
-        twice = sum(each.count("twice") for each in runs)
-        order = sum(each.count("I3: ") for each in runs)
-        other = sum(len(each.violations) for each in runs) - lost - twice - order
-        acknowledged = sum(each.acknowledged for each in runs)
-        outage = max(each.outage_seconds for each in runs)
-        invalid = sum(not each.valid for each in runs)
+        lost = sum(result.count("is lost") for result in runs)
+        twice = sum(result.count("twice") for result in runs)
+        order = sum(result.count("I3: ") for result in runs)
+        other = sum(len(result.violations) for result in runs) - lost - twice - order
+        acknowledged = sum(result.acknowledged for result in runs)
+        outage = max(result.outage_seconds for result in runs)
+        invalid = sum(not result.valid for result in runs)
         shown = f"{len(runs)}" + (f" ({invalid} invalid)" if invalid else "")
         lines.append(
             f"| {name} | {shown} | {acknowledged:,} | {lost} | {twice} | {order} | {other} "
@@ -51,7 +51,7 @@ def mutant_table(found: dict[str, list[str]]) -> str:
 
 
 def find_mutants(environment: Environment, seed: int, progress: Any) -> dict[str, list[str]]:
-    """What the checker says of each, of that which it has to say."""
+    """The findings of the checker for each mutant that match what it must find."""
     found = {}
     for name, mutant in MUTANTS.items():
         progress.set_description(name)
@@ -60,8 +60,8 @@ def find_mutants(environment: Environment, seed: int, progress: Any) -> dict[str
         result = run(
             environment, fault, seed=seed, amount=3, around=AROUND_SECONDS, settle=MUTANT_SECONDS
         )
-        texts = [str(each) for each in result.violations]
-        found[name] = [text for text in texts if any(said in text for said in mutant.finds)]
+        texts = [str(violation) for violation in result.violations]
+        found[name] = [text for text in texts if any(expected in text for expected in mutant.finds)]
         progress.update()
     environment.become("")
     return found

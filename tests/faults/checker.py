@@ -231,7 +231,7 @@ def _check_watch(watch: WatchRecord, found: Stored) -> Iterator[Violation]:
         delivered = watch.messages.get(message_id)
         if delivered is None:
             continue
-        attached = sorted(each.id for each in delivered.attachments)
+        attached = sorted(attachment.id for attachment in delivered.attachments)
         if (delivered.content, delivered.metadata_json, attached) != (
             row.content,
             row.metadata or "",

@@ -62,7 +62,7 @@ def small_disk() -> Iterator[Path]:
 
 
 class AtRest(NamedTuple):
-    """What a server process has when nobody calls it."""
+    """The resources of an idle server process."""
 
     pid: int
     mebibytes: float
@@ -206,7 +206,7 @@ class Environment:
 
     @contextlib.contextmanager
     def stopped_postgres(self) -> Iterator[None]:
-        """The postmaster and all of its processes stand still."""
+        """Stop the postmaster and all of its processes with SIGSTOP."""
         pids = [self._postgres.pid, *_children(self._postgres.pid)]
         for pid in pids:
             _signal(pid, signal.SIGSTOP)
@@ -265,7 +265,7 @@ class Environment:
             return check(workload.record, connection, workload.tenants)
 
     def wait_until_healthy(self) -> float:
-        """Seconds until every service says so."""
+        """The seconds until every service is healthy."""
         began = time.monotonic()
         while not all(service.is_healthy() for service in self.services):
             if time.monotonic() - began > START_SECONDS:
@@ -285,7 +285,7 @@ class Environment:
         return int(row[0])
 
     def busy(self) -> int:
-        """Connections of the services that do something, though nobody asks for anything (I7)."""
+        """Connections of the services that are active although no call is in progress (I7)."""
         deadline = time.monotonic() + 5
         with psycopg.connect(self.database_url, autocommit=True) as connection:
             while True:

@@ -38,7 +38,7 @@ STANDBY = "standby"
 
 
 class Pair:
-    """A primary and its standby, on directories of their own."""
+    """A primary and its standby, in separate directories."""
 
     def __init__(self, directory: Path, *, synchronous: bool):
         self._stack = contextlib.ExitStack()
@@ -94,7 +94,7 @@ class Pair:
         return str(self._directory / name)
 
     def promote(self) -> None:
-        """By a signal: replay may cancel any query on a standby, pg_promote() as well."""
+        """Promote by a signal: replay may cancel any query on a standby, even pg_promote()."""
         _as_server("pg_ctl", "promote", "--wait", "--silent", "--pgdata", self._data(STANDBY))
 
     def lose_primary_and_unsent_wal(self) -> None:
@@ -110,11 +110,11 @@ class Pair:
             _signal(pid, signal.SIGKILL)
 
     def stop_primary(self) -> None:
-        """In order: it ends when the standby has everything."""
+        """Stop the primary cleanly: it ends when the standby has all WAL."""
         self.primary.stop()
 
     def fence_primary(self) -> None:
-        """It stays, and takes no more writes; returns when the standby has everything."""
+        """Make the primary read-only, and return when the standby has all WAL."""
         url = self.primary.url(DATABASE)
         _execute(url, "ALTER SYSTEM SET default_transaction_read_only = on")
         _execute(url, "SELECT pg_reload_conf()")

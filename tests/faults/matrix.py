@@ -59,7 +59,7 @@ def _terminate(environment: Environment, _: Workload, seconds: float) -> None:
 
 
 def _service(number: int) -> Inject:
-    """One of them ends, and comes back."""
+    """One server ends, and restarts."""
 
     def inject(environment: Environment, _: Workload, seconds: float) -> None:
         service = environment.services[0]
@@ -72,7 +72,7 @@ def _service(number: int) -> Inject:
 
 
 def _drain(environment: Environment, workload: Workload, seconds: float) -> Seen:
-    """No call fails while it does, and those that find nobody there later were not made."""
+    """No call fails during the drain. Later calls that find no server had no effect."""
     _service(signal.SIGTERM)(environment, workload, seconds)
     return Seen(
         [

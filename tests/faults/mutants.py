@@ -15,7 +15,7 @@ from chat_ticket_svc.watch import hub
 
 @dataclass(frozen=True)
 class Mutant:
-    """`finds` is what one of the checker's findings has to say."""
+    """One of the checker's findings must contain one of `finds`."""
 
     switch_on: Callable[[], None]
     fault: str
@@ -46,7 +46,7 @@ def _key_without_tenant() -> None:
 
 
 def _lost_wake_up() -> None:
-    """With nothing that stands in for it."""
+    """And no poll that would replace it."""
     hub.SessionHub.wake = lambda *_: None  # type: ignore[method-assign]
     os.environ["CHAT_TICKET_WATCH_POLL_INTERVAL_SECONDS"] = "3600"
 

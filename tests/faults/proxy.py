@@ -90,7 +90,7 @@ class Proxy:
             await asyncio.sleep(SLOW_SECONDS)
 
     async def trickle(self) -> None:
-        """Between two bytes, for as long as there are to be so few."""
+        """Sleep between two bytes while the proxy trickles."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TRICKLE_SECONDS):
                 await self._changed.wait()
@@ -213,7 +213,7 @@ class _Link:
                 self._due.append(False)
 
     def answered(self, data: bytes) -> bytes:
-        """Hold back what comes in parts; and for good, the answer that is to be lost."""
+        """Buffer partial messages, and drop the answer that is to be lost."""
         self._answering += data
         passing = b""
         while (message := _first(self._answering)) is not None:

@@ -33,7 +33,7 @@ def reason_of(error: grpc.aio.AioRpcError) -> str:
     return ""
 
 
-# And UNAVAILABLE, when the service does not say that nothing was done: gRPC says it as well.
+# UNAVAILABLE too, unless its reason is the service's: gRPC itself also answers UNAVAILABLE.
 UNKNOWN = {
     StatusCode.CANCELLED,
     StatusCode.DEADLINE_EXCEEDED,
@@ -84,7 +84,7 @@ class Write:
 
     @property
     def acknowledged_at(self) -> float:
-        return next(each.ended for each in self.attempts if each.code is StatusCode.OK)
+        return next(attempt.ended for attempt in self.attempts if attempt.code is StatusCode.OK)
 
     @property
     def began(self) -> float:

@@ -31,7 +31,7 @@ class Result:
     violations: list[Violation] = field(default_factory=list)
 
     def count(self, *texts: str) -> int:
-        return sum(any(text in str(each) for text in texts) for each in self.violations)
+        return sum(any(text in str(violation) for text in texts) for violation in self.violations)
 
 
 def run(
@@ -73,7 +73,7 @@ def run(
         except TimeoutError:
             result.violations.append(Violation("I4", "writers and watches do not finish"))
         result.acknowledged = len(record.acknowledged)
-        result.streams = sum(each.streams for each in record.watches)
+        result.streams = sum(watch.streams for watch in record.watches)
         result.outage_seconds = record.longest_outage(struck)
         result.note = seen.note
         result.violations += seen.violations
@@ -91,7 +91,7 @@ def run(
 
 
 def _at_rest(environment: Environment, margins: Mapping[str, float]) -> Iterator[Violation]:
-    """I7: nothing goes on, and no process has more than after its first run."""
+    """I7: the service is idle, and no process has more resources than after its first run."""
     if busy := environment.busy():
         yield Violation("I7", f"{busy} connections are busy afterwards")
     for service in environment.services:

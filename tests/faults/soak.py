@@ -66,9 +66,9 @@ def main() -> None:
             resting = [service.at_rest() for service in environment.services]
             rest = Rest(
                 round((time.monotonic() - began) / 60, 1),
-                round(sum(each.mebibytes for each in resting), 1),
-                sum(each.descriptors for each in resting),
-                sum(each.tasks for each in resting),
+                round(sum(resource.mebibytes for resource in resting), 1),
+                sum(resource.descriptors for resource in resting),
+                sum(resource.tasks for resource in resting),
                 environment.connections(),
             )
             rests.append(rest)

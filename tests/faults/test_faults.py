@@ -77,7 +77,7 @@ SELECT tenant_id, session_id, sequence + 100000, revision + 100000,
 """
 
 
-# What the checker says, and what was done to the database behind its rules.
+# What the checker must find, and the damage to the database, with triggers disabled.
 DAMAGE = {
     "is lost": "DELETE FROM chat_messages WHERE tenant_id = '{tenant}' AND id = {first}",
     "is not as it was acknowledged": (
@@ -102,7 +102,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("found", DAMAGE)
 def test_checker_finds_damage(environment: Environment, work: Workload, found: str) -> None:
-    """Each invariant of what is stored."""
+    """Each invariant of the stored data."""
     tenant = work.tenants[0]
     named = {"tenant": tenant, "session": work.sessions[tenant][0]}
     first, last = (MESSAGE.format(**named, which=which) for which in ("", "DESC"))
@@ -114,9 +114,7 @@ def test_checker_finds_damage(environment: Environment, work: Workload, found: s
     assert any(found in text for text in texts), texts
 
 
-def test_checker_finds_what_a_watch_did_not_deliver(
-    environment: Environment, work: Workload
-) -> None:
+def test_checker_finds_missing_deliveries(environment: Environment, work: Workload) -> None:
     """Or delivered twice, or out of order."""
 
     def texts() -> str:

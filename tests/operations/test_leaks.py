@@ -1,4 +1,4 @@
-"""Nothing leaks: what callers and operators entrust to the service is in no line and no error.
+"""No secret of callers or operators is in a log line or an error.
 
 Every secret of these tests contains MARKED. Real processes go through every fault of the error
 table, and then MARKED must be nowhere in what they wrote or answered.
@@ -41,7 +41,7 @@ SOURCES = ROOT / "src" / "chat_ticket_svc"
     ids=itertools.count(),
 )
 def test_secret_is_seen_in_every_form(form: bytes) -> None:
-    """The tests of this file would see it."""
+    """`leaks` finds a secret in every encoding."""
     assert leaks(form)
     assert leaks(b"before" + form + b"behind")
     assert not leaks(b"nothing " * 100)
@@ -49,25 +49,25 @@ def test_secret_is_seen_in_every_form(form: bytes) -> None:
 
 class TestServer:
     def test_log_has_no_secret(self, faulty_server_output: ServerOutput) -> None:
-        """In no byte of either stream, whatever went wrong."""
+        """In no byte of stdout and stderr."""
         assert not leaks(faulty_server_output.process.output)
 
     def test_errors_have_no_secret(self, faulty_server_output: ServerOutput) -> None:
-        """Neither the status, nor its details, nor any other trailer."""
+        """Not in the status, its details or any other trailer."""
         assert {
             reason: leaks(error) for reason, error in faulty_server_output.errors if leaks(error)
         } == {}
 
-    def test_every_reason_there_is_was_met(self, faulty_server_output: ServerOutput) -> None:
+    def test_every_reason_was_provoked(self, faulty_server_output: ServerOutput) -> None:
         """Those of the catalog in errors.py; a new one has to be provoked here."""
         reasons = {reason.name for reason in REASONS}
         met = {reason for reason, _ in faulty_server_output.errors}
-        # The server does not start with a method of which METHOD_NOT_ALLOWED could be said; the
+        # The server does not start with a method that could be METHOD_NOT_ALLOWED; the
         # others have tests of their own: test_out_of_reach, and test_url_attacks.
         assert reasons - met == {"METHOD_NOT_ALLOWED", "KEYS_UNAVAILABLE", "URL_CHECKS_BUSY"}
 
-    def test_faults_are_told_in_the_log(self, faulty_server_output: ServerOutput) -> None:
-        """Without their texts they are there: silence would not be discretion."""
+    def test_faults_are_logged(self, faulty_server_output: ServerOutput) -> None:
+        """The log has every fault, without its text."""
         for event in (
             "internal error",
             "error in the background",
@@ -83,14 +83,14 @@ class TestServer:
             assert event in faulty_server_output.process.output, event
         assert faulty_server_output.process.output.count("Broken") >= 8
 
-    def test_library_lines_keep_words_kinds_and_numbers(
+    def test_library_log_lines_are_redacted_to_words_types_and_numbers(
         self, faulty_server_output: ServerOutput
     ) -> None:
-        """What is left of a line tells what happened."""
+        """The redacted line still shows what happened."""
         assert "planted ... Broken 7" in faulty_server_output.process.output
 
-    def test_debug_says_more(self, faulty_server_output: ServerOutput) -> None:
-        """At its level the server does log what is below the others."""
+    def test_debug_level_logs_more(self, faulty_server_output: ServerOutput) -> None:
+        """Debug lines are in the log at level debug only."""
         assert (
             "token rejected" in faulty_server_output.process.output
         ) == faulty_server_output.debug
@@ -137,10 +137,10 @@ class TestServer:
                     what != "23514"
                 ), "only names, and not what only stands in their place"
 
-    def test_errors_in_the_background_are_told_whole(
+    def test_background_errors_are_logged_with_type_and_location(
         self, faulty_server_output: ServerOutput
     ) -> None:
-        """What nobody awaited, called or caught has its kind and its place in one line each."""
+        """Errors in tasks, callbacks and finalizers have one line each, with type and location."""
         for about in ("Exception in callback", "Task exception was never retrieved"):
             assert about in faulty_server_output.process.output
         for place in ("call_back", "failing_task", "__del__"):
@@ -149,8 +149,10 @@ class TestServer:
             ), place
         assert "Traceback" not in faulty_server_output.process.output
 
-    def test_others_on_the_machine_see_nothing(self, faulty_server_output: ServerOutput) -> None:
-        """Neither the list of processes nor that of the database's connections."""
+    def test_other_users_of_the_machine_see_no_secret(
+        self, faulty_server_output: ServerOutput
+    ) -> None:
+        """Neither in the process list nor in pg_stat_activity."""
         assert faulty_server_output.commands
         assert "SELECT" in faulty_server_output.activity
         assert not leaks(
@@ -159,7 +161,7 @@ class TestServer:
 
 
 async def test_out_of_reach(guarded_postgres: EmbeddedPostgres, tmp_path: Path) -> None:
-    """An option that PostgreSQL refuses by its name, a wrong password, keys that do not answer."""
+    """An unknown option, a wrong password, and a key server that does not answer."""
     keys = tmp_path
     token_command.development_settings(keys)
     url = guarded_postgres.url("template_of_leaks")

@@ -134,11 +134,11 @@ async def test_pool(process: ServerProcess, tenant: str, database: str) -> None:
             connection.execute("SELECT FROM chat_sessions WHERE id = %s FOR UPDATE", [session.id])
             calls = [asyncio.create_task(api.message(session.id)) for _ in range(5)]
             await asyncio.sleep(0.5)
-            held = Metrics(process)
+            under_load = Metrics(process)
         await asyncio.gather(*calls)
     # A tenant may have two of the three.
-    assert held("chat_ticket_pool_waiting_calls") == 3
-    assert held("chat_ticket_pool_connections") >= 2
+    assert under_load("chat_ticket_pool_waiting_calls") == 3
+    assert under_load("chat_ticket_pool_connections") >= 2
     await until(process, "chat_ticket_pool_waiting_calls", 0)
     assert Metrics(process)("chat_ticket_pool_wait_seconds_count") >= 5
 
@@ -208,7 +208,7 @@ async def test_queries_are_about_what_is_exported(
         f"{family.name}_total" if family.type == "counter" else family.name
         for family in now.families
     }
-    # `job` and `instance` are Prometheus's own; `limit` has no sample until a limit refuses a call.
+    # `job` and `instance` are Prometheus's own; `limit` has no sample until a limit rejects a call.
     labels = {"job", "instance", "limit"}.union(*(has for _, has, _ in now.samples))
     for query in queries():
         used = set(re.findall(r"\b(?:grpc_server|chat_ticket|process)_\w+", query))

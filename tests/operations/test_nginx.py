@@ -1,4 +1,4 @@
-"""docs/nginx.conf: a call passes through it as it would without, whatever it is."""
+"""docs/nginx.conf: every kind of call works through nginx as without it."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(balancer.program() is None, reason="nginx is not
 
 @pytest_asyncio.fixture(scope="module")
 async def address(server: Server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
-    """Of nginx before the worker's server, which stands for both."""
+    """The address of an nginx in front of the worker's server, which is both backends."""
     directory: Path = tmp_path_factory.mktemp("nginx")
     servers = [f"127.0.0.1:{server.port}"] * 2
     with balancer.nginx(directory, servers) as address:
@@ -42,7 +42,7 @@ async def test_writes_reads_and_streams(through: Api) -> None:
         assert watcher.messages[message.id] == message
 
 
-async def test_largest_refusal(through: Api, api: Api) -> None:
+async def test_largest_error_trailers(through: Api, api: Api) -> None:
     """Its details fill the trailers."""
     session = await through.session()
     messages = [r.ChatMessage(id="x" * 30, content="", metadata_json="{")] * 500
@@ -55,13 +55,13 @@ async def test_largest_refusal(through: Api, api: Api) -> None:
 
 
 async def test_too_large_a_request(through: Api) -> None:
-    """Is refused by the service, whose status says so."""
+    """The service rejects it, and its status reaches the caller."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await through.message(an_id(), "x" * (4 * 1024 * 1024))
     assert caught.value.code() is StatusCode.RESOURCE_EXHAUSTED
 
 
-async def test_nobody_there(tmp_path: Path, tenant: str) -> None:
+async def test_no_backend_is_available(tmp_path: Path, tenant: str) -> None:
     """Is UNAVAILABLE, as without nginx."""
     with balancer.nginx(tmp_path, ["127.0.0.1:1"] * 2) as address:
         async with Api(address, tenant) as api:

@@ -1,4 +1,4 @@
-"""The server process: settings, start, stop, health, and how it says what is wrong."""
+"""The server process: settings, start, stop, health, and its error messages."""
 
 import asyncio
 import itertools
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class TestSettings:
-    def test_everything_wrong_is_said_at_once_without_the_values(self) -> None:
+    def test_all_wrong_settings_are_reported_at_once_without_values(self) -> None:
         """One line each, by the name of the variable; a value could be a secret."""
         result = run_command(
             "serve",
@@ -47,7 +47,7 @@ class TestSettings:
 
     @pytest.mark.parametrize("name", ["serve", "migrate", "migrate-status"])
     def test_database_is_required(self, name: str) -> None:
-        """The command says which variable is missing."""
+        """The error names the missing variable."""
         result = run_command(name)
         assert result.returncode != 0
         assert "DATABASE_URL" in result.stderr
@@ -62,7 +62,7 @@ class TestSettings:
 
     @pytest.mark.parametrize("hosts", ["CANARY:1,other:2/x", "/x?host=CANARY,other&port=1,2"])
     def test_migrations_need_one_host(self, hosts: str) -> None:
-        """A URL of a primary and its standbys does not say which is which."""
+        """A URL with several hosts does not tell the primary from the standbys."""
         url = f"postgresql://u@{hosts}"
         for variable, why in (
             ("DATABASE_URL", "required"),
@@ -73,7 +73,7 @@ class TestSettings:
             assert re.search(f"chat-ticket-svc: MIGRATE_DATABASE_URL: .*{why}", result.stderr)
             assert "CANARY" not in result.stderr
 
-    def test_bad_allowed_hosts_are_refused(self, database: str) -> None:
+    def test_bad_allowed_hosts_are_rejected(self, database: str) -> None:
         """An entry that could never work is a mistake, not a silent nothing."""
         result = run_command(
             "serve", DATABASE_URL=database, CHAT_TICKET_ATTACHMENT_URL_ALLOWED_HOSTS="a b,x:99999"
@@ -93,12 +93,12 @@ class TestSettings:
 
 
 class TestProcess:
-    def test_taken_port_is_said_clearly(self, database: str) -> None:
+    def test_port_in_use_is_reported_clearly(self, database: str) -> None:
         """Two servers never share a port."""
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen()
-            port = taken.getsockname()[1]
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            port = listener.getsockname()[1]
             result = run_command("serve", "--port", str(port), DATABASE_URL=database)
         assert result.returncode != 0
         assert f"127.0.0.1:{port}" in result.stderr
@@ -111,7 +111,7 @@ class TestProcess:
         assert "the port is in use" in result.stderr
 
     def test_every_log_line_has_one_form(self) -> None:
-        """JSON, also what libraries say of a database that is not there."""
+        """Every line is JSON, also the lines of libraries about an unreachable database."""
         with server_process("postgresql://nobody@127.0.0.1:1/none") as process:
             process.wait_for("listening")
             process.wait_for("not serving")
@@ -140,7 +140,9 @@ class TestProcess:
             assert await asyncio.to_thread(process.stop) == 0
 
     @pytest.mark.parametrize("workers", ["1", "2"])
-    async def test_sighup_ends_nothing(self, database: str, tenant: str, workers: str) -> None:
+    async def test_sighup_does_not_end_the_server(
+        self, database: str, tenant: str, workers: str
+    ) -> None:
         """It asks others to read their files again, which this does by itself."""
         with server_process(database, CHAT_TICKET_WORKERS=workers) as process:
             process.wait_for("serving")
@@ -171,7 +173,7 @@ class TestProcess:
         assert min(await asyncio.gather(*callers)) > 1
 
     async def test_new_watcher_during_the_drain(self, database: str, tenant: str) -> None:
-        """It ends with DRAINING, as the error table says, and can resume elsewhere."""
+        """It ends with DRAINING, as documented, and can resume on another server."""
         async with (
             serving(database, drain_seconds=5) as server,
             Api(f"127.0.0.1:{server.port}", tenant) as api,
@@ -211,8 +213,8 @@ class TestProcess:
 
 
 class TestEmbedded:
-    def test_serves_from_nothing_and_again(self, tmp_path: Path) -> None:
-        """An empty directory becomes a migrated database; the next start finds what is there."""
+    def test_starts_on_a_new_directory_and_on_an_old_one(self, tmp_path: Path) -> None:
+        """An empty directory becomes a migrated database; the next start uses its data."""
         data = str(tmp_path / "a b" / "data")
         for expected in (0, 1):
             with server_process("", "--embedded", data) as process:
@@ -256,7 +258,7 @@ class TestEmbedded:
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_signal_while_it_starts_ends_postgres_too(self, tmp_path: Path, number: int) -> None:
-        """Whenever the signal comes, nothing stays behind: no process, no socket directory."""
+        """A signal at any time leaves no process and no socket directory."""
         data = tmp_path / "data"
         with server_process("", "--embedded", str(data)) as process:
             pid_file = data / "postmaster.pid"
@@ -270,8 +272,8 @@ class TestEmbedded:
             sockets = re.findall("host=([^&]*)", EmbeddedPostgres(data).url("x"))
             assert [path for path in sockets if Path(path).exists()] == []
 
-    def test_second_server_on_the_directory_is_refused(self, tmp_path: Path) -> None:
-        """Clearly, naming the directory; the first one goes on."""
+    def test_second_server_on_the_directory_is_rejected(self, tmp_path: Path) -> None:
+        """The error names the directory, and the first server continues."""
         data = str(tmp_path / "data")
         with server_process("", "--embedded", data) as process:
             process.wait_for("serving")

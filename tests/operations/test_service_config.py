@@ -22,7 +22,7 @@ OK, UNAVAILABLE = (code.value[0] for code in (StatusCode.OK, StatusCode.UNAVAILA
 SECONDS = 0.5  # of calls, before and after one of the servers ends
 
 
-def test_it_names_exactly_the_reads() -> None:
+def test_service_config_retries_exactly_the_reads() -> None:
     """A new read is to be added to it; a write never."""
     [policy] = json.loads(FILE.read_text())["methodConfig"]
     assert {f"/{name['service']}/{name['method']}" for name in policy["name"]} == READ_METHODS
@@ -67,7 +67,7 @@ class NodeCallers:
 
 
 class Outcomes(NamedTuple):
-    """What callers in Python and in Node were told while one of two servers ended."""
+    """The outcomes of calls from Python and Node while one of two servers ended."""
 
     python: Counts
     node: Counts
@@ -127,7 +127,7 @@ async def test_reads_survive_a_server_that_is_killed(
     assert writes[OK] <= outcomes.stored <= writes.total()
 
 
-async def test_reads_fail_with_it_when_nothing_retries_them(
+async def test_reads_fail_without_the_service_config(
     end_one_under_load: Callable[[int, str], Awaitable[Outcomes]],
 ) -> None:
     """Without the service config: it is what helps."""

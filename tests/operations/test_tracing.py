@@ -259,5 +259,5 @@ def test_missing_extra_is_reported(database: str, tmp_path: Path) -> None:
     with server_process(database, CHAT_TICKET_TRACES="true", PYTHONPATH=str(tmp_path)) as process:
         assert process.popen.wait(timeout=30) == 1
         assert process.stop() == 1
-    said = "chat-ticket-svc: CHAT_TICKET_TRACES: requires the package's extra `tracing`\n"
-    assert process.output == said
+    expected = "chat-ticket-svc: CHAT_TICKET_TRACES: requires the package's extra `tracing`\n"
+    assert process.output == expected

@@ -15,7 +15,7 @@ from chat_ticket_svc import workers
 
 class TestPort:
     @pytest.mark.parametrize(("first", "second"), ["12", "21", "22"])
-    def test_second_server_is_refused(self, database: str, first: str, second: str) -> None:
+    def test_second_server_is_rejected(self, database: str, first: str, second: str) -> None:
         """However many workers either has."""
         with server_process(database, CHAT_TICKET_WORKERS=first) as process:
             port = str(process.wait_for("listening")["port"])
@@ -28,7 +28,7 @@ class TestPort:
             "the port is in use, or this machine lacks the address"
         ]
 
-    def test_port_is_kept_while_no_worker_listens(self, database: str) -> None:
+    def test_port_stays_reserved_while_no_worker_listens(self, database: str) -> None:
         """Neither one server nor another parent takes it from the replacements."""
         with two_workers(database) as (process, both):
             port = str(process.wait_for("listening")["port"])
@@ -45,7 +45,7 @@ class TestPort:
             assert len(set(pids(process, 4))) == 4
 
     @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "::"])
-    def test_reservation_is_for_those_that_share(self, host: str) -> None:
+    def test_reservation_allows_only_sockets_that_share_the_port(self, host: str) -> None:
         """It takes none of their connections, and keeps out all others."""
         with workers.reserve_port(host, 0) as port:
             with pytest.raises(workers.ListenError), workers.reserve_port(host, port):
@@ -55,15 +55,15 @@ class TestPort:
                     other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
                     with pytest.raises(OSError):
                         other.bind(("127.0.0.1", port))
-            share = (socket.SO_REUSEADDR, socket.SO_REUSEPORT)  # as gRPC does
-            listeners = [listener(*share, port=port) for _ in range(2)]
-            taken = [0, 0]
+            options = (socket.SO_REUSEADDR, socket.SO_REUSEPORT)  # as gRPC does
+            listeners = [listener(*options, port=port) for _ in range(2)]
+            accepted = [0, 0]
 
             def accept(number: int) -> None:
                 with contextlib.suppress(OSError):
                     while True:
                         listeners[number].accept()[0].close()
-                        taken[number] += 1
+                        accepted[number] += 1
 
             threads = [threading.Thread(target=accept, args=[n]) for n in range(2)]
             for thread in threads:
@@ -75,8 +75,8 @@ class TestPort:
                 each.shutdown(socket.SHUT_RDWR)
                 thread.join()
                 each.close()
-            assert sum(taken) == 200
-            assert min(taken) > 0
+            assert sum(accepted) == 200
+            assert min(accepted) > 0
         # The connections that the listeners closed are still there.
         with socket.socket() as other, pytest.raises(OSError):
             other.bind(("127.0.0.1", port))
@@ -87,7 +87,7 @@ class TestPort:
         ):
             pass
 
-    def test_two_that_start_together(self, database: str) -> None:
+    def test_two_servers_that_start_at_once(self, database: str) -> None:
         """One has the port, though neither listens yet, nor does what an earlier one left count."""
         with listener(socket.SO_REUSEADDR) as earlier:
             port = earlier.getsockname()[1]

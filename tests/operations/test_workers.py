@@ -104,7 +104,7 @@ class TestTwo:
             assert [os.getpgid(pid) for pid in both] == both
 
     def test_every_log_line_names_its_process(self) -> None:
-        """In the one form of all lines, also what libraries say."""
+        """Every line has the same form, also the lines of libraries."""
         with server_process("postgresql://nobody@127.0.0.1:1/none", "--workers", "2") as process:
             both = pids(process, 2)
             process.wait_for_all("not serving", 2)
@@ -122,7 +122,7 @@ class TestTwo:
             assert process.stop() == 0
         assert all("pid" not in line for line in process.log)
 
-    def test_worker_is_nothing_without_its_parent(self, database: str) -> None:
+    def test_worker_does_not_run_without_its_parent(self, database: str) -> None:
         """One that is started by hand, or too late, does not serve."""
         result = run_command("worker", "1", "0", DATABASE_URL=database)
         assert result.returncode != 0
@@ -130,7 +130,7 @@ class TestTwo:
 
 
 class TestDeath:
-    async def test_killed_worker_is_replaced_and_calls_go_on(
+    async def test_killed_worker_is_replaced_and_calls_continue(
         self, database: str, tenant: str
     ) -> None:
         """Callers of the other one notice nothing; its own connect again."""
@@ -141,8 +141,8 @@ class TestDeath:
             ):
                 session = await lucky.session()
                 os.kill(killed, signal.SIGKILL)
-                ended = await asyncio.to_thread(process.wait_for, "worker exited")
-                assert (ended["worker"], ended["status"]) == (killed, 128 + signal.SIGKILL)
+                exited = await asyncio.to_thread(process.wait_for, "worker exited")
+                assert (exited["worker"], exited["status"]) == (killed, 128 + signal.SIGKILL)
                 replacing = asyncio.create_task(asyncio.to_thread(pids, process, 3))
                 while not replacing.done():
                     await lucky.message(session.id)
@@ -155,12 +155,12 @@ class TestDeath:
                     await newest.message(session.id)
                 assert process.stop() == 0
 
-    def test_ended_worker_is_replaced(self, database: str) -> None:
-        """SIGTERM drains one alone: its successor has read what is read at start."""
-        with two_workers(database) as (process, [ended, _]):
-            os.kill(ended, signal.SIGTERM)
+    def test_exited_worker_is_replaced(self, database: str) -> None:
+        """SIGTERM drains one worker: its replacement has initialized before."""
+        with two_workers(database) as (process, [exited, _]):
+            os.kill(exited, signal.SIGTERM)
             assert process.wait_for("worker exited")["status"] == 0
-            assert pids(process, 3)[2] != ended
+            assert pids(process, 3)[2] != exited
 
     async def test_worker_that_cannot_start_is_tried_again_later_and_later(
         self, fresh_database: str, tenant: str
@@ -355,7 +355,7 @@ class TestRefusal:
         ],
         ids=lambda wrong: " ".join(wrong),
     )
-    def test_wrong_setting_is_said_once(self, database: str, wrong: dict[str, str]) -> None:
+    def test_wrong_setting_is_reported_once(self, database: str, wrong: dict[str, str]) -> None:
         """With the words and the exit status of one process."""
         environment = {"DATABASE_URL": database, "CHAT_TICKET_PORT": "0", **wrong}
         one, two = (
@@ -365,8 +365,8 @@ class TestRefusal:
         assert printed(one) == printed(two)
         assert "chat-ticket-svc: " in two.stderr
 
-    def test_stale_schema_is_said_once(self, cluster: Cluster) -> None:
-        """As of one process, by the worker that goes ahead."""
+    def test_stale_schema_is_reported_once(self, cluster: Cluster) -> None:
+        """The first worker reports it, as a single process would."""
         empty = cluster.create("template1")
         try:
             one, two = (
@@ -387,7 +387,7 @@ class TestRefusal:
         assert result.stderr.startswith("chat-ticket-svc: CHAT_TICKET_WORKERS: ")
 
     def test_worker_killed_at_start_is_logged(self, database: str) -> None:
-        """The one that goes ahead cannot say why it ended."""
+        """The first worker cannot report why it ended."""
         with server_process(database, "--workers", "2") as process:
             children = Path(f"/proc/{process.popen.pid}/task/{process.popen.pid}/children")
             wait_until(lambda: children_of(children))

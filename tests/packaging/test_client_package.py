@@ -136,7 +136,7 @@ def test_it_depends_on_grpcio_and_protobuf_only(wheel: Path) -> None:
     [metadata] = [data for name, data in files(wheel).items() if name.endswith("/METADATA")]
     headers = HeaderParser().parsestr(metadata.decode())
     requirements = headers.get_all("Requires-Dist") or []
-    assert sorted(each.split(">")[0].split("<")[0] for each in requirements) == [
+    assert sorted(requirement.split(">")[0].split("<")[0] for requirement in requirements) == [
         "grpcio",
         "protobuf",
     ]
@@ -146,7 +146,7 @@ def test_it_depends_on_grpcio_and_protobuf_only(wheel: Path) -> None:
 
 
 def installed(wheel: Path, directory: Path) -> Path:
-    """The Python of an empty environment with the wheel and what is locked for it."""
+    """The Python of a new environment with the wheel and its locked dependencies."""
     pip = shutil.which("pip", path=str(Path(sys.executable).parent))
     assert pip
     python = directory / "bin" / "python"
@@ -190,7 +190,7 @@ async def run(python: Path, program: str, *arguments: str) -> list[str]:
 
 
 async def test_it_works_in_an_empty_environment(server: Server, tenant: str, python: Path) -> None:
-    """Both clients write, watch and are refused."""
+    """Both clients write, watch and are rejected."""
     assert await run(python, PROGRAM, f"localhost:{server.port}", tenant) == [
         f"{runtime} {step}" for runtime in ("asyncio", "threads") for step in STEPS
     ]

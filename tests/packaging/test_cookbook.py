@@ -1,4 +1,4 @@
-"""The grpcurl guide does what it says: its commands print every line that it shows."""
+"""The commands of the grpcurl guide print every line that it shows."""
 
 import re
 import subprocess
@@ -29,13 +29,13 @@ def blocks() -> list[tuple[str, list[str]]]:
 
 @pytest.fixture(scope="module")
 def addresses(database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """What stands in the text, and what it is in the tests."""
+    """The addresses in the guide, and those of the tests."""
     directory = tmp_path_factory.mktemp("development")
     jwt = {
         f"CHAT_TICKET_{name.upper()}": value
         for name, value in development_settings(directory).items()
     }
-    # One of the commands is refused by the check.
+    # One of the commands is rejected by the check.
     checks = {"CHAT_TICKET_ATTACHMENT_URL_CHECK": "true"}
     with (
         server_process(database, **checks) as open_to_all,

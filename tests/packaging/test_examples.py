@@ -30,12 +30,12 @@ SHOWN = [
     "refused: SESSION_HAS_ACTIVE_TICKET: the session's ticket is open or pending",
     "resolved",
 ]
-FOLLOWED_MESSAGES = [
+WATCHED_MESSAGES = [
     "message 1: Where is my order?",
     "message 2: On its way.",
     "message 3: Since a month. Let me talk to you!",
 ]
-FOLLOWED_SESSION = [
+WATCHED_SESSION = [
     "CHAT_SESSION_STATUS_ACTIVE, has ticket: false",
     "CHAT_SESSION_STATUS_ACTIVE, has ticket: true",
     "CHAT_SESSION_STATUS_RESOLVED, has ticket: true",
@@ -75,14 +75,14 @@ async def run(*command: str) -> str:
 
 
 def parted(output: str) -> tuple[list[str], list[str]]:
-    """What an example says of itself, and what it is told by following."""
+    """What an example prints, and what its watch delivered."""
     lines, mark = output.splitlines(), "  [follow] "
-    followed = [
+    watched = [
         re.sub("True|False", lambda word: word[0].lower(), line.removeprefix(mark))
         for line in lines
         if line.startswith(mark)
     ]
-    return [line for line in lines if not line.startswith(mark)], followed
+    return [line for line in lines if not line.startswith(mark)], watched
 
 
 @contextlib.asynccontextmanager
@@ -91,21 +91,21 @@ async def cutting(port: int) -> AsyncIterator[int]:
     chance, connections = random.Random(7), 0
     links: set[asyncio.Task[None]] = set()
 
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most: int) -> None:
-        while most and (data := await reader.read(65536)):
-            most -= 1
-            if most:
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, chunks: int) -> None:
+        while chunks and (data := await reader.read(65536)):
+            chunks -= 1
+            if chunks:
                 writer.write(data)
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal connections
         connections += 1
         links.add(asyncio.current_task())  # type: ignore[arg-type]
-        most = chance.randint(3, 8) if connections <= CUTS else sys.maxsize
+        chunks = chance.randint(3, 8) if connections <= CUTS else sys.maxsize
         upstream_reader, upstream = await asyncio.open_connection("127.0.0.1", port)
         pumps = [
             asyncio.create_task(pump(reader, upstream, sys.maxsize)),
-            asyncio.create_task(pump(upstream_reader, writer, most)),
+            asyncio.create_task(pump(upstream_reader, writer, chunks)),
         ]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -128,23 +128,23 @@ async def cutting(port: int) -> AsyncIterator[int]:
 
 
 async def test_example_shows_what_it_does(server: Server, example: list[str]) -> None:
-    """And is told the same by following."""
-    shown, followed = parted(await run(*example, f"localhost:{server.port}"))
+    """And its watch delivers the same."""
+    shown, watched = parted(await run(*example, f"localhost:{server.port}"))
     assert shown == SHOWN
-    assert [line for line in followed if line.startswith("message")] == FOLLOWED_MESSAGES
-    states = [line for line in followed if line.startswith("CHAT")]
+    assert [line for line in watched if line.startswith("message")] == WATCHED_MESSAGES
+    states = [line for line in watched if line.startswith("CHAT")]
     # It begins to follow at some time, and states that pass quickly may coalesce.
-    assert states == [state for state in FOLLOWED_SESSION if state in states]
-    assert states[-1] == FOLLOWED_SESSION[-1]
+    assert states == [state for state in WATCHED_SESSION if state in states]
+    assert states[-1] == WATCHED_SESSION[-1]
 
 
 async def test_example_does_the_same_over_a_bad_network(server: Server, example: list[str]) -> None:
-    """Everything once, however often the connection breaks: this is what it is to teach."""
+    """Everything is delivered once, even if the connection breaks repeatedly."""
     async with cutting(server.port) as port:
-        shown, followed = parted(await run(*example, f"localhost:{port}"))
+        shown, watched = parted(await run(*example, f"localhost:{port}"))
     assert shown == SHOWN
-    assert [line for line in followed if line.startswith("message")] == FOLLOWED_MESSAGES
-    assert FOLLOWED_SESSION[-1] in followed
+    assert [line for line in watched if line.startswith("message")] == WATCHED_MESSAGES
+    assert WATCHED_SESSION[-1] in watched
 
 
 def test_example_of_node_is_locked_as_the_tests_are() -> None:

@@ -26,7 +26,7 @@ from support.process import ServerProcess
 from chat_ticket_svc.store.schema import MIGRATIONS
 
 ROOT = Path(__file__).parents[2]
-PLACE = "/opt/chat-ticket-svc"
+PREFIX = "/opt/chat-ticket-svc"
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -51,13 +51,13 @@ def arguments_of(name: str) -> list[str]:
 
 
 def copied(stage: list[tuple[str, str]]) -> list[tuple[list[str], str]]:
-    """What comes from the checkout, and where to."""
+    """The files copied from the checkout, and their destinations."""
     found = [shlex.split(arguments) for name, arguments in stage if name == "COPY"]
     return [(words[:-1], words[-1]) for words in found if not words[0].startswith("--from")]
 
 
 def test_what_is_copied_is_there_and_not_ignored() -> None:
-    """And nothing else is let in: no secret of a checkout gets into an image."""
+    """No other file is in the build context: no secret of a checkout gets into an image."""
     ignored, *allowed = (ROOT / ".containerignore").read_text().splitlines()
     assert ignored == "*"
     names = {name for stage in stages() for names, _ in copied(stage) for name in names}
@@ -66,7 +66,7 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
         assert (ROOT / name).exists(), name
 
 
-def test_the_last_stage_builds_nothing_and_is_nobody() -> None:
+def test_last_stage_builds_nothing_and_runs_unprivileged() -> None:
     """It only takes what was made, takes pip away, and runs as a user without rights."""
     assert len(stages()) == 2
     assert not copied(stages()[-1])
@@ -83,7 +83,7 @@ def test_the_last_stage_builds_nothing_and_is_nobody() -> None:
     "name",
     ["requirements-service.lock", "requirements-build.lock", "clients/python/requirements.lock"],
 )
-def test_it_is_installed_what_is_tested(name: str) -> None:
+def test_small_locks_are_parts_of_the_tested_lock(name: str) -> None:
     """The small locks are parts of the large one."""
     pin = re.compile(r"^(\S+==\S+)", re.MULTILINE)
     tested = set(pin.findall((ROOT / "requirements.lock").read_text()))
@@ -108,7 +108,7 @@ def test_the_wheel_has_all_that_is_needed(tmp_path: Path) -> None:
 
 
 def build(directory: Path, output: Path) -> None:
-    """Build the wheel as pip would, with what is locked for it."""
+    """Build the wheel as pip would, with the locked build requirements."""
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(output)]
     subprocess.run(command, cwd=directory, check=True, capture_output=True)
 
@@ -116,7 +116,7 @@ def build(directory: Path, output: Path) -> None:
 def made_by_the_first_stage(directory: Path) -> Path:
     """Run its commands on what it copies and nothing else; returns what the last stage takes."""
     subprocess.run([sys.executable, "-m", "venv", directory / "image"], check=True)
-    place = directory / "place"
+    prefix = directory / "place"
     work = directory / "build"
     work.mkdir()
     environment = {
@@ -136,7 +136,7 @@ def made_by_the_first_stage(directory: Path) -> Path:
                     shutil.copy(ROOT / each, work / to)
         elif name == "RUN":
             # pip's cache has what the environment of the tests was installed from.
-            command = arguments.replace(PLACE, str(place)).replace("--no-cache-dir", "")
+            command = arguments.replace(PREFIX, str(prefix)).replace("--no-cache-dir", "")
             done = subprocess.run(
                 ["/bin/sh", "-c", command],
                 cwd=work,
@@ -150,7 +150,7 @@ def made_by_the_first_stage(directory: Path) -> Path:
             assert (name, arguments) in {("FROM", stage[0][1]), ("WORKDIR", "/build")}
     shutil.rmtree(directory / "image")
     shutil.rmtree(work)
-    return place
+    return prefix
 
 
 @pytest.fixture
@@ -165,11 +165,11 @@ async def test_what_is_made_migrates_and_serves(
     new_database_url: str, tmp_path: Path, tenant: str
 ) -> None:
     """From an empty environment elsewhere, with no more than the settings of the last stage."""
-    place = await asyncio.to_thread(made_by_the_first_stage, tmp_path)
-    assert not list(place.glob("bin/pip*")), "no build tools"
+    prefix = await asyncio.to_thread(made_by_the_first_stage, tmp_path)
+    assert not list(prefix.glob("bin/pip*")), "no build tools"
     [entry], [default] = arguments_of("ENTRYPOINT"), arguments_of("CMD")
-    entry_point = place / "bin" / json.loads(entry)[0]
-    environment = {"PATH": f"{place}/bin:/usr/bin:/bin", "DATABASE_URL": new_database_url}
+    entry_point = prefix / "bin" / json.loads(entry)[0]
+    environment = {"PATH": f"{prefix}/bin:/usr/bin:/bin", "DATABASE_URL": new_database_url}
 
     def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

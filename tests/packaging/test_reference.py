@@ -1,4 +1,4 @@
-"""The site of the documentation: it builds, and has all that the code and the protos say."""
+"""The documentation site builds, and has everything of the code and the protos."""
 
 import html
 import re
@@ -31,7 +31,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_reference_is_what_the_code_says() -> None:
+def test_reference_matches_the_code() -> None:
     """Settings, errors, metrics, commands and the API: `make reference` would change nothing."""
     command = [sys.executable, "scripts/generate_reference.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)

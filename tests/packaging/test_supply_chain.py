@@ -55,7 +55,7 @@ class TestLock:
     def test_a_file_that_is_not_the_locked_one_is_not_installed(
         self, tmp_path: Path, environment: str, lock: Path
     ) -> None:
-        """The set-up of the environment fails, and says why."""
+        """Creating the environment fails, and names the cause."""
         for name in ("Makefile", "README.md", "pyproject.toml"):
             shutil.copy(ROOT / name, tmp_path)
         for name in ("scripts", "src", "clients/python"):
@@ -79,7 +79,7 @@ class TestLock:
 
 
 class TestAudit:
-    def test_says_when_the_database_cannot_be_reached(self) -> None:
+    def test_unreachable_database_is_reported(self) -> None:
         """Nothing looked up is not nothing found."""
         result = subprocess.run(
             [sys.executable, "scripts/audit.py"],
@@ -93,7 +93,7 @@ class TestAudit:
         assert "cannot be reached" in result.stdout
 
     @pytest.mark.parametrize(
-        ("dependencies", "status", "said"),
+        ("dependencies", "status", "message"),
         [
             ([{"name": "a", "version": "1", "vulns": []}], 0, "1 of 1 locked packages audited"),
             (
@@ -115,8 +115,8 @@ class TestAudit:
             ),
         ],
     )
-    def test_findings(self, dependencies: list[dict[str, Any]], status: int, said: str) -> None:
+    def test_findings(self, dependencies: list[dict[str, Any]], status: int, message: str) -> None:
         """A vulnerability, or a package that was not looked up, is never a success."""
         text, found = audit().summarize(dependencies)
         assert found == status
-        assert said in text
+        assert message in text

@@ -44,10 +44,10 @@ class TestDatabaseAway:
             while await self.health(api) != status:
                 await asyncio.sleep(0.1)
 
-    async def test_every_call_is_unavailable_and_comes_back(
+    async def test_every_call_is_unavailable_until_the_database_is_back(
         self, start_server: Any, postgres: EmbeddedPostgres
     ) -> None:
-        """Unary calls and streams say UNAVAILABLE; health follows; nobody has to restart us."""
+        """Calls and streams are UNAVAILABLE, health is NOT_SERVING, and no restart is needed."""
         api = await start_server(postgres.url("chat_ticket"))
         session = await api.session()
         await self.until_health(api, 1)
@@ -90,7 +90,7 @@ class TestDatabaseAway:
     async def test_starts_without_a_database(
         self, start_server: Any, postgres: EmbeddedPostgres
     ) -> None:
-        """The server starts, says NOT_SERVING, and serves when the database is there."""
+        """The server starts as NOT_SERVING, and serves when the database is up."""
         postgres.stop()
         api = await start_server(postgres.url("chat_ticket"))
         assert await self.health(api) == 2
@@ -101,7 +101,7 @@ class TestDatabaseAway:
     async def test_connection_lost_in_a_write_is_an_unknown_outcome(
         self, start_server: Any, fresh_database: str
     ) -> None:
-        """A delete that may have happened says so; a create is repeated by its id instead."""
+        """A delete that may have happened is OUTCOME_UNKNOWN; a create is retried by its id."""
         api = await start_server(fresh_database, pool_size=2)
         session = await api.session()
         execute(
@@ -124,7 +124,7 @@ class TestDatabaseAway:
         session_id = an_id()
         assert (await api.session(id=session_id)).id == session_id
 
-    async def test_full_queue_is_refused_at_once(
+    async def test_full_queue_is_rejected_at_once(
         self, start_server: Any, fresh_database: str
     ) -> None:
         """Beyond the calls that may wait for a connection, the next is RESOURCE_EXHAUSTED."""
@@ -141,7 +141,7 @@ class TestDatabaseAway:
         stored = [answer for answer in answers if not isinstance(answer, BaseException)]
         assert sorted(message.sequence for message in stored) == list(range(1, len(stored) + 1))
 
-    async def test_callers_who_left_do_not_fill_the_queue(
+    async def test_cancelled_calls_do_not_fill_the_queue(
         self, start_server: Any, fresh_database: str
     ) -> None:
         """Only those who still wait count."""

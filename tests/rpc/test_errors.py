@@ -52,7 +52,7 @@ class TestDatabaseErrors:
     async def test_sqlstate_becomes_its_status(
         self, start_server: Any, fresh_database: str, sqlstate: str, code: StatusCode, reason: str
     ) -> None:
-        """What the database says is told in the caller's words, without its text."""
+        """The caller gets a status and a reason, and no text of the database."""
         api = await start_server(fresh_database)
         raise_on_insert(fresh_database, f"RAISE 'CANARY' USING ERRCODE = '{sqlstate}'")
         with refused(code, reason) as refusal:
@@ -61,10 +61,10 @@ class TestDatabaseErrors:
         retried = (StatusCode.ABORTED, StatusCode.RESOURCE_EXHAUSTED, StatusCode.UNAVAILABLE)
         assert ("RetryInfo" in refusal.details) == (code in retried)
 
-    async def test_conflicts_are_retried_before_the_caller_hears(
+    async def test_conflicts_are_retried_by_the_server(
         self, start_server: Any, fresh_database: str
     ) -> None:
-        """Three serialization failures in a row are ours to deal with."""
+        """The server retries three serialization failures in a row."""
         api = await start_server(fresh_database)
         execute(fresh_database, "CREATE SEQUENCE attempts")
         raise_on_insert(
@@ -113,7 +113,7 @@ class TestDatabaseErrors:
         set_read_only(fresh_database, "off")
         await create_session_when_possible(api)
 
-    async def test_unknown_error_tells_nothing_but_an_id(
+    async def test_unknown_error_has_only_a_correlation_id(
         self, start_server: Any, fresh_database: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """INTERNAL with a correlation id; the log has the id, the kind and the place."""
@@ -132,7 +132,7 @@ class TestDatabaseErrors:
         assert "CANARY" not in logged + refusal.text
 
     async def test_lock_timeout_is_contention(self, start_server: Any, fresh_database: str) -> None:
-        """Who waits too long for a session gives up, and nothing is written."""
+        """A call that waits too long for a session fails, and writes nothing."""
         api = await start_server(fresh_database, lock_timeout_ms=100)
         session = await api.session()
         with session_locked(fresh_database, session.id), refused(StatusCode.ABORTED, "CONTENTION"):
@@ -169,8 +169,8 @@ class TestDatabaseErrors:
             )
         assert (await api.message(session.id)).sequence == 1
 
-    async def test_write_that_nobody_would_hear_of_is_not_begun(self, api: Api) -> None:
-        """With less than 50 ms left; a read is tried all the same."""
+    async def test_write_without_enough_time_left_is_not_started(self, api: Api) -> None:
+        """With less than 50 ms until the deadline. A read is still started."""
         session = await api.session()
         metadata = [("x-tenant-id", api.tenant)]
         messages = chat_message_pb2_grpc.ChatMessageServiceStub(api.channel)
@@ -198,18 +198,18 @@ class TestCaller:
         await stub.ListChatSessions(ListChatSessionsRequest(), metadata=metadata, timeout=10)
 
     async def test_missing_tenant_is_unauthenticated(self, api: Api) -> None:
-        """Nobody is served who does not say for whom."""
+        """A call without a tenant is rejected."""
         with refused(StatusCode.UNAUTHENTICATED, "TENANT_REQUIRED"):
             await self.call(api)
 
     @pytest.mark.parametrize("tenant", ["", " ", " a", "a ", "a" * 256])
-    async def test_malformed_tenant_is_refused(self, api: Api, tenant: str) -> None:
+    async def test_malformed_tenant_is_rejected(self, api: Api, tenant: str) -> None:
         """1 to 255 printable ASCII characters without spaces around them."""
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await self.call(api, ("x-tenant-id", tenant))
         assert list(refusal.fields) == ["x-tenant-id"]
 
-    async def test_two_tenants_are_refused(self, api: Api) -> None:
+    async def test_two_tenants_are_rejected(self, api: Api) -> None:
         """A call acts for one."""
         with refused(StatusCode.INVALID_ARGUMENT):
             await self.call(api, ("x-tenant-id", "a"), ("x-tenant-id", "b"))
@@ -235,8 +235,8 @@ class TestWire:
             await call
         assert refusal.text == "malformed request: not the request message of this method"
 
-    async def test_invalid_utf8_is_refused(self, api: Api) -> None:
-        """A string that is no UTF-8 never becomes text."""
+    async def test_invalid_utf8_is_rejected(self, api: Api) -> None:
+        """A string of invalid UTF-8 is rejected."""
         method = "/chat_ticket.v1.ChatSessionService/GetChatSession"
         call = api.channel.unary_unary(method)(b"\x0a\x02\xc3\x28", metadata=[("x-tenant-id", "a")])
         with refused(StatusCode.INVALID_ARGUMENT):
@@ -248,7 +248,7 @@ class TestWire:
             await api.channel.unary_unary("/chat_ticket.v1.ChatSessionService/Nope")(b"")
         assert caught.value.code() is StatusCode.UNIMPLEMENTED
 
-    async def test_request_over_4_mib_is_refused(self, api: Api) -> None:
+    async def test_request_over_4_mib_is_rejected(self, api: Api) -> None:
         """gRPC's own answer, before anything is parsed."""
         session = await api.session()
         with pytest.raises(grpc.aio.AioRpcError) as caught:

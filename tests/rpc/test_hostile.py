@@ -66,7 +66,7 @@ class TestRequests:
     async def test_hostile_values(self, address: str, method: Method) -> None:
         """Whatever the fields hold, the answer is a documented one, and the caller's own.
 
-        Some calls succeed: requests each refused at its first field would test nothing.
+        Some calls succeed: requests each rejected at its first field would test nothing.
         """
         report = Report()
         await run_batch(address, method, as_bytes=False, count=COUNT, seed=SEED, report=report)
@@ -75,7 +75,7 @@ class TestRequests:
 
     @pytest.mark.parametrize("method", OURS, ids=lambda method: method.name)
     async def test_corners(self, address: str, method: Method) -> None:
-        """The values that break what is careless, one at a time in a good request."""
+        """Values that have broken something before, one at a time in a valid request."""
         report = Report()
         await run_corners(address, method, report)
         assert not report.findings, report.found
@@ -87,7 +87,7 @@ class TestRequests:
         await run_batch(address, method, as_bytes=True, count=COUNT, seed=SEED, report=report)
         assert not report.findings, report.found
 
-    async def test_every_service_of_the_server_is_sent_to(self, address: str) -> None:
+    async def test_every_service_of_the_server_is_fuzzed(self, address: str) -> None:
         """What reflection lists is what the tests above know."""
         async with Api(address, "any") as api:
             reflection = STANDARD[-1]
@@ -97,7 +97,7 @@ class TestRequests:
         names = {service.name for service in listed.list_services_response.service}
         assert names == {method.path.split("/")[1] for method in [*OURS, *STANDARD]}
 
-    def test_what_is_expected_is_documented(self) -> None:
+    def test_expected_codes_are_documented(self) -> None:
         """No status passes here that docs/reference/errors.md does not name."""
         documented = {reason.status for reason in REASONS}
         assert {code.name for code in EXPECTED_CODES} <= {*documented, "OK"}
@@ -112,10 +112,10 @@ class TestFound:
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await api.messages.SearchChatMessages(SearchChatMessagesRequest(query=query))
         assert list(refusal.fields) == ["query"]
-        few = SearchChatMessagesRequest(query="-" * 20 + "word")
-        await api.messages.SearchChatMessages(few)
+        within_the_limit = SearchChatMessagesRequest(query="-" * 20 + "word")
+        await api.messages.SearchChatMessages(within_the_limit)
 
-    async def test_reflection_of_what_is_as_deep_as_can_be(self, api: Api) -> None:
+    async def test_reflection_of_the_deepest_nesting(self, api: Api) -> None:
         """The answer repeats the request, and can be parsed nevertheless."""
         group, end = b"\x9b\x06", b"\x9c\x06"  # of the unknown field 99
         request = reflection_pb2.ServerReflectionRequest(list_services="*").SerializeToString()
@@ -141,7 +141,7 @@ class TestLimits:
                 )
 
     @pytest.mark.parametrize("method", [*OURS, *STANDARD], ids=lambda method: method.name)
-    async def test_request_over_4_mib_is_refused(self, address: str, method: Method) -> None:
+    async def test_request_over_4_mib_is_rejected(self, address: str, method: Method) -> None:
         """By gRPC itself, which cannot add our details; nothing of it is parsed."""
         async with Api(address, "large") as api:
             answer = await call(api, method, _filled(4 * MIB + 1))
@@ -159,7 +159,7 @@ def _filled(size: int) -> bytes:
 
 
 class TestStrategies:
-    """That what is sent is as hostile as it should be."""
+    """The strategies draw what they should."""
 
     def test_any_message_can_be_drawn(self) -> None:
         """All kinds of fields: maps, messages in themselves, bytes, floats, closed enums."""
@@ -187,7 +187,7 @@ class TestStrategies:
 
 
 class TestJudgement:
-    """That a finding would be one."""
+    """The rules find violations."""
 
     METHOD = of_ours("ListTickets")
 
@@ -201,7 +201,7 @@ class TestJudgement:
     )
     @pytest.mark.parametrize("where", ["response", "trailer", "text", "page token"])
     async def test_byte_of_another_tenant_is_found(self, secret: bytes, where: str) -> None:
-        """Wherever it stands, in either case."""
+        """In any part of the answer, in upper and lower case."""
         answer = Answer(StatusCode.OK, [])
         match where:
             case "response":
@@ -235,7 +235,7 @@ class TestJudgement:
         assert found in violation
 
     async def test_change_to_another_tenant_is_found(self, address: str) -> None:
-        """The bystander's data is compared, not only what is told of it."""
+        """The data of the other tenant is compared, not only the answers."""
         ids = {kind: [an_id() for _ in values] for kind, values in OWN.items()}
         async with Api(address, f"tenant {an_id()}") as api:
             await populate(api, ids, "x")

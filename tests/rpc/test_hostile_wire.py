@@ -118,7 +118,7 @@ class TestFrames:
     @pytest.mark.parametrize("path", [GET, WATCH, HEALTH_CHECK, REFLECTION])
     @pytest.mark.parametrize("length", [4 * MIB + 1, 2**31 - 1, 2**31, 2**32 - 1])
     async def test_length_over_the_limit(self, address: str, path: bytes, length: int) -> None:
-        """Refused by its prefix: nothing is allocated for what is only announced."""
+        """The length prefix is rejected, and no memory is allocated for the announced length."""
         answer = send(address, headers(path=path), frame(b"abc", length=length))
         assert str(answer) == RESOURCE_EXHAUSTED
 
@@ -146,10 +146,10 @@ class TestFrames:
             (b"\xff", b"a"),
         ],
     )
-    async def test_compression_that_is_none(
+    async def test_unknown_compression(
         self, address: str, path: bytes, encoding: bytes | None, data: bytes
     ) -> None:
-        """INTERNAL by gRPC itself, in its words; none of ours has seen the call."""
+        """gRPC itself answers INTERNAL with its own text; the service does not see the call."""
         more = [encoded(encoding)] if encoding is not None else []
         answer = send(address, headers(*more, path=path), frame(data, flag=1))
         assert str(answer) == INTERNAL
@@ -162,7 +162,7 @@ class TestFrames:
 
     @pytest.mark.parametrize("kind", [b"gzip", b"deflate"])
     async def test_honest_compression_is_read(self, address: str, kind: bytes) -> None:
-        """Only what is compressed badly is refused."""
+        """Only malformed compressed data is rejected."""
         data = gzip.compress(b"") if kind == b"gzip" else zlib.compress(b"")
         answer = send(address, headers(encoded(kind), path=CREATE), frame(data, flag=1))
         assert str(answer) == OK
@@ -198,12 +198,14 @@ class TestBombs:
         assert peak_memory(process) - before < 100 * MIB
 
     @pytest.mark.parametrize(
-        ("size", "said"), [(4 * MIB, INVALID_ARGUMENT), (4 * MIB + 1, RESOURCE_EXHAUSTED)]
+        ("size", "expected"), [(4 * MIB, INVALID_ARGUMENT), (4 * MIB + 1, RESOURCE_EXHAUSTED)]
     )
-    async def test_limit_is_of_what_is_unpacked(self, address: str, size: int, said: str) -> None:
-        """4 MiB of zeros reach the parser, which refuses them; one more byte does not."""
+    async def test_limit_applies_after_decompression(
+        self, address: str, size: int, expected: str
+    ) -> None:
+        """4 MiB of zeros reach the parser, which rejects them; one more byte does not."""
         data = frame(gzip.compress(bytes(size)), flag=1)
-        assert str(send(address, headers(encoded(b"gzip")), data)) == said
+        assert str(send(address, headers(encoded(b"gzip")), data)) == expected
 
 
 class TestMetadata:
@@ -219,12 +221,12 @@ class TestMetadata:
         ],
         ids=["20 KiB", "1 MiB", "5000 keys", "5000 times a key", "tenant"],
     )
-    async def test_oversized_is_refused(self, address: str, path: bytes, more: Headers) -> None:
-        """Over 16 KiB gRPC refuses it always."""
+    async def test_oversized_is_rejected(self, address: str, path: bytes, more: Headers) -> None:
+        """Over 16 KiB gRPC rejects it always."""
         assert str(send(address, headers(*more, path=path))) == RESOURCE_EXHAUSTED
 
-    async def test_12_kib_are_refused_by_chance(self, address: str) -> None:
-        """Between 8 and 16 KiB gRPC refuses the more often the larger it is."""
+    async def test_12_kib_are_sometimes_rejected(self, address: str) -> None:
+        """Between 8 and 16 KiB gRPC rejects metadata at random, and larger metadata more often."""
         answers = {str(send(address, headers((b"x-big", b"a" * 12 * 1024)))) for _ in range(12)}
         assert answers <= {RESOURCE_EXHAUSTED, INVALID_ARGUMENT}
         assert RESOURCE_EXHAUSTED in answers
@@ -232,7 +234,7 @@ class TestMetadata:
     async def test_caller_who_does_not_accept_the_limit(
         self, process: ServerProcess, address: str
     ) -> None:
-        """gRPC holds only those to it who have acknowledged it; memory stays bounded."""
+        """gRPC applies the limit only after the client acknowledged it; memory stays bounded."""
         before = peak_memory(process)
         for _ in range(3):
             with Http2(address, acknowledges=False) as connection:
@@ -243,15 +245,15 @@ class TestMetadata:
         assert peak_memory(process) - before < 100 * MIB
 
     @pytest.mark.parametrize("value", [b"!!!", b"a", b"\xff", b"YQ,YQ"])
-    async def test_binary_that_is_no_base64(self, address: str, value: bytes) -> None:
+    async def test_malformed_base64_in_binary_metadata(self, address: str, value: bytes) -> None:
         """INTERNAL by gRPC itself."""
         answer = send(address, headers((b"x-odd-bin", value)))
         assert str(answer) == INTERNAL
-        said = b"Error parsing 'x-odd-bin' metadata: illegal base64 encoding"
-        assert answer.headers[b"grpc-message"] == said
+        expected = b"Error parsing 'x-odd-bin' metadata: illegal base64 encoding"
+        assert answer.headers[b"grpc-message"] == expected
 
     @pytest.mark.parametrize("value", [b"-1", b"abc", b"", b"1", b"1x", b"5S5S", b"\xff"])
-    async def test_timeout_that_is_none(self, address: str, value: bytes) -> None:
+    async def test_malformed_timeout(self, address: str, value: bytes) -> None:
         """INTERNAL by gRPC itself."""
         answer = send(address, headers((b"grpc-timeout", value)))
         assert str(answer) == INTERNAL
@@ -296,7 +298,7 @@ class TestMetadata:
         ],
     )
     async def test_other_headers_do_no_harm(self, address: str, key: bytes, value: bytes) -> None:
-        """They are not ours to read."""
+        """The service does not read them."""
         answer = send(address, headers((key, value)))
         assert str(answer) == INVALID_ARGUMENT
         assert b"grpc-status-details-bin" in answer.headers
@@ -395,7 +397,7 @@ class TestConnections:
     @pytest.mark.parametrize(
         "sent", [b"", b"PRI * HTTP/2.0\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\0" * 99]
     )
-    async def test_connections_that_say_nothing_of_sense(self, address: str, sent: bytes) -> None:
+    async def test_connections_that_send_garbage(self, address: str, sent: bytes) -> None:
         """They come and go."""
         host, _, port = address.rpartition(":")
         for _ in range(50):
@@ -410,7 +412,7 @@ class TestConnections:
                 connection.send(stream, frame(b"abc", length=100), end=False)
 
     async def test_call_is_answered_as_by_grpc(self, address: str) -> None:
-        """The client of these tests is one: what it is refused, others are."""
+        """The client of these tests is one: what it is rejected, others are."""
         answer = send(address, headers(path=CREATE))
         assert str(answer) == OK
         assert answer.data[:5] == frame(answer.data[5:])[:5]
@@ -429,8 +431,8 @@ class TestHealthWatch:
         await asyncio.sleep(0.5)
         return connection
 
-    async def test_does_not_hold_up_the_end(self, database: str) -> None:
-        """The server ends as it does without."""
+    async def test_does_not_delay_shutdown(self, database: str) -> None:
+        """The server ends as fast as without it."""
         with server_process(database, CHAT_TICKET_DRAIN_SECONDS="0.2") as process:
             process.wait_for("serving")
             with await self.blocked(process):

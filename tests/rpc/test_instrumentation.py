@@ -46,7 +46,7 @@ async def api(process: ServerProcess, tenant: str) -> Any:
 
 
 async def test_a_call_is_one_line(process: ServerProcess, api: Api, tenant: str) -> None:
-    """Who called what, how it ended, and how long and how large it was."""
+    """The line has the method, the tenant, the code, the duration and the sizes."""
     session = await api.session()
     request = GetChatSessionRequest(session_id=session.id)
     response = await api.sessions.GetChatSession(request)
@@ -66,7 +66,9 @@ async def test_a_call_is_one_line(process: ServerProcess, api: Api, tenant: str)
     }
 
 
-async def test_a_refused_call_has_its_reason(process: ServerProcess, api: Api, tenant: str) -> None:
+async def test_rejected_call_is_logged_with_its_reason(
+    process: ServerProcess, api: Api, tenant: str
+) -> None:
     with refused(StatusCode.NOT_FOUND):
         await api.sessions.GetChatSession(GetChatSessionRequest(session_id=an_id()))
     fields = await log_line(process, "finished call", method=GET, tenant=tenant)
@@ -74,10 +76,10 @@ async def test_a_refused_call_has_its_reason(process: ServerProcess, api: Api, t
     assert (fields["responses"], fields["response_bytes"]) == (0, 0)
 
 
-async def test_a_call_whose_deadline_passed_says_so(
+async def test_call_past_its_deadline_is_logged_as_deadline_exceeded(
     process: ServerProcess, api: Api, tenant: str, database: str
 ) -> None:
-    """gRPC cancels it; the caller has not left."""
+    """gRPC cancels the call at its deadline; the caller did not cancel it."""
     session = await api.session()
     message = r.ChatMessage(role=r.CHAT_MESSAGE_ROLE_USER, content="x" * 10_000)
     request = CreateChatMessageRequest(session_id=session.id, message=message)
@@ -88,7 +90,7 @@ async def test_a_call_whose_deadline_passed_says_so(
     assert fields["code"] == "DEADLINE_EXCEEDED"
 
 
-async def test_a_call_without_a_tenant_has_none(process: ServerProcess) -> None:
+async def test_call_without_a_tenant_is_logged_without_one(process: ServerProcess) -> None:
     async with Api(process.address, "") as api:
         with refused(StatusCode.UNAUTHENTICATED, "TENANT_REQUIRED"):
             await api.sessions.GetChatSession(GetChatSessionRequest(session_id=an_id()))
@@ -98,7 +100,7 @@ async def test_a_call_without_a_tenant_has_none(process: ServerProcess) -> None:
 async def test_a_stream_is_logged_when_it_starts_and_when_it_finishes(
     process: ServerProcess, api: Api, tenant: str
 ) -> None:
-    """The second with what went through it."""
+    """The line of the finish has the counts of messages and bytes."""
     session = await api.session()
     await api.message(session.id)
     sent = [
@@ -114,7 +116,7 @@ async def test_a_stream_is_logged_when_it_starts_and_when_it_finishes(
     assert "code" not in started
     assert finished["code"] == "OK"
     assert finished["responses"] == len(sent) > 0
-    assert finished["response_bytes"] == sum(each.ByteSize() for each in sent)
+    assert finished["response_bytes"] == sum(response.ByteSize() for response in sent)
 
 
 async def test_a_stream_that_its_caller_left_is_cancelled(
@@ -135,7 +137,7 @@ async def test_a_stream_that_is_rejected_is_not_logged_as_started(process: Serve
         with refused(StatusCode.UNAUTHENTICATED):
             await call.read()
     assert (await log_line(process, "finished call", request_id=own))["code"] == "UNAUTHENTICATED"
-    events = [each["event"] for each in process.log if each.get("request_id") == own]
+    events = [line["event"] for line in process.log if line.get("request_id") == own]
     assert events == ["finished call"]
 
 
@@ -144,7 +146,7 @@ class TestRequestId:
 
     async def call(self, api: Api, *values: str) -> str:
         """The request id that an error carries."""
-        metadata = [("x-tenant-id", api.tenant), *(("x-request-id", each) for each in values)]
+        metadata = [("x-tenant-id", api.tenant), *(("x-request-id", value) for value in values)]
         stub = api.sessions._stub
         with refused(StatusCode.NOT_FOUND) as refusal:
             await stub.GetChatSession(
@@ -156,23 +158,23 @@ class TestRequestId:
     async def test_the_callers_is_in_the_line_and_in_the_error(
         self, process: ServerProcess, api: Api, tenant: str
     ) -> None:
-        given = f"of-{tenant[-12:]}"
-        assert await self.call(api, given) == given
-        await log_line(process, "finished call", request_id=given)
+        request_id = f"of-{tenant[-12:]}"
+        assert await self.call(api, request_id) == request_id
+        await log_line(process, "finished call", request_id=request_id)
 
     async def test_without_one_a_call_gets_one(self, process: ServerProcess, api: Api) -> None:
         first, second = await self.call(api), await self.call(api)
         assert first != second
         await log_line(process, "finished call", request_id=first)
 
-    @pytest.mark.parametrize("given", ["", "two words", "x" * 129], ids=["", "space", "long"])
-    async def test_what_is_no_id_is_replaced(self, api: Api, given: str) -> None:
-        """It has to fit into a line, and to be found in it."""
-        assert len(await self.call(api, given)) == 16
+    @pytest.mark.parametrize("request_id", ["", "two words", "x" * 129], ids=["", "space", "long"])
+    async def test_invalid_request_id_is_replaced(self, api: Api, request_id: str) -> None:
+        """An id must fit into a log line and be searchable."""
+        assert len(await self.call(api, request_id)) == 16
 
 
-async def test_what_is_no_session_id_is_in_no_line(process: ServerProcess, api: Api) -> None:
-    """It may be anything that a caller takes for one."""
+async def test_invalid_session_id_is_not_logged(process: ServerProcess, api: Api) -> None:
+    """It may be any text of the caller."""
     hostile = f"content {an_id()}"
     with refused(StatusCode.INVALID_ARGUMENT):
         await api.sessions.WatchChatSession(WatchChatSessionRequest(session_id=hostile)).read()
@@ -181,7 +183,7 @@ async def test_what_is_no_session_id_is_in_no_line(process: ServerProcess, api: 
 
 
 async def test_health_checks_are_not_logged(process: ServerProcess, api: Api, tenant: str) -> None:
-    """They come every few seconds, for ever."""
+    """They would be logged every few seconds."""
     await api.health.Check(health_pb2.HealthCheckRequest())
     await api.session()
     await log_line(process, "finished call", tenant=tenant)
@@ -199,7 +201,7 @@ async def test_the_lines_can_be_turned_off(database: str, tenant: str) -> None:
 
 
 async def test_the_last_lines_are_written_before_the_end(database: str, tenant: str) -> None:
-    """They wait for one another for a moment, which may be the last."""
+    """The writer batches lines, and shutdown must flush the last batch."""
     with server_process(database) as process:
         process.wait_for("serving")
         async with Api(process.address, tenant) as api:
@@ -207,8 +209,8 @@ async def test_the_last_lines_are_written_before_the_end(database: str, tenant: 
             async with watching(api, session.id):
                 await log_line(process, "started call")
                 assert process.stop() == 0
-        finished = [each for each in process.log if each["event"] == "finished call"]
-        assert WATCH in [each["method"] for each in finished]
+        finished = [line for line in process.log if line["event"] == "finished call"]
+        assert WATCH in [line["method"] for line in finished]
 
 
 def plain(output: str) -> str:
@@ -216,8 +218,8 @@ def plain(output: str) -> str:
     return re.sub(r"\x1b\[\d*m", "", output)
 
 
-async def test_people_get_lines_for_people(database: str, tenant: str) -> None:
-    """On a terminal, or when asked for: no JSON."""
+async def test_console_format_is_for_terminals(database: str, tenant: str) -> None:
+    """On a terminal, or with CHAT_TICKET_LOG_FORMAT=console, lines are not JSON."""
     with server_process(database, CHAT_TICKET_LOG_FORMAT="console") as process:
         async with asyncio.timeout(30):
             while "serving" not in process.output:
@@ -227,7 +229,7 @@ async def test_people_get_lines_for_people(database: str, tenant: str) -> None:
             await api.session()
         process.stop()
         [printed] = [
-            each for each in plain(process.output).splitlines() if "CreateChatSession" in each
+            line for line in plain(process.output).splitlines() if "CreateChatSession" in line
         ]
         assert "finished call" in printed
         assert "code=OK" in printed
@@ -245,8 +247,10 @@ class TestReader:
     """Of the log: calls do not wait for it."""
 
     @pytest.mark.parametrize("reader", ["stops", "leaves"])
-    async def test_calls_go_on_without_it(self, database: str, tenant: str, reader: str) -> None:
-        """And so does the end."""
+    async def test_calls_continue_when_nobody_reads_the_log(
+        self, database: str, tenant: str, reader: str
+    ) -> None:
+        """The server also ends without a delay."""
         settings = {
             "DATABASE_URL": database,
             "CHAT_TICKET_PORT": "0",
@@ -261,12 +265,12 @@ class TestReader:
             )
             try:
                 theirs.close()
-                told = b""
-                while b'"serving"' not in told:
-                    told += await asyncio.to_thread(ours.read, 10_000)
+                output = b""
+                while b'"serving"' not in output:
+                    output += await asyncio.to_thread(ours.read, 10_000)
                 if reader == "leaves":
                     ours.close()
-                port = re.search(rb'"port": (\d+)', told)[1].decode()
+                port = re.search(rb'"port": (\d+)', output)[1].decode()
                 async with Api(f"127.0.0.1:{port}", tenant) as api:
                     # Of lines of 300 bytes a pipe holds 200.
                     for _ in range(30):
@@ -277,10 +281,10 @@ class TestReader:
                 process.kill()
                 process.wait()
 
-    def test_it_misses_nothing_where_writes_do_not_block(
+    def test_no_line_is_dropped_on_a_non_blocking_stream(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """As a parent that shares its terminal or pipe may have set it."""
+        """A parent process may have set O_NONBLOCK on a shared terminal or pipe."""
         with pipe() as (ours, theirs):
             monkeypatch.setattr(log_writer, "STANDARD_ERROR", theirs.fileno())
             os.set_blocking(theirs.fileno(), False)
@@ -293,10 +297,10 @@ class TestReader:
                 read += ours.read(10_000)
             output.drain()
 
-    def test_it_is_told_how_many_lines_it_missed(
+    def test_dropped_lines_are_counted_in_the_log(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """When it reads again."""
+        """When the reader continues."""
         with pipe() as (ours, theirs):
             monkeypatch.setattr(log_writer, "STANDARD_ERROR", theirs.fileno())
             monkeypatch.setattr(log_writer, "MAX_BUFFERED_CHARACTERS", 100_000)
@@ -310,9 +314,9 @@ class TestReader:
             while not is_written:
                 is_written = not output._pending_characters
                 read += ours.read(1_000_000) or b""
-            kept = read.count(b"\n")
-            assert kept < 300, "it was full"
+            written = read.count(b"\n")
+            assert written < 300, "it was full"
             deadline = time.monotonic() + 10
             while "log lines dropped" not in (out := capsys.readouterr().out):
                 assert time.monotonic() < deadline
-            assert f"lines={500 - kept}" in re.sub(r"\x1b\[\d*m", "", out)
+            assert f"lines={500 - written}" in re.sub(r"\x1b\[\d*m", "", out)

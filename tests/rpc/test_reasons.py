@@ -56,7 +56,7 @@ def test_catalog_has_every_reason_with_its_status() -> None:
     assert INTERNAL in {*raised()}
 
 
-def test_each_reason_stands_once_and_says_what_to_do() -> None:
+def test_each_reason_is_listed_once_with_a_remedy() -> None:
     """One row of the page for each, with nothing left out."""
     assert len(CATALOG) == len(errors.REASONS)
     for reason in errors.REASONS:

@@ -67,7 +67,7 @@ class TestTogether:
                 assert (message.session_id, message.content) == (session_id, content)
             assert await sequences(api, ours[2].id) == []
 
-    async def test_times_rise_with_the_places(self, api: Api, together: list[int]) -> None:
+    async def test_times_increase_with_the_sequences(self, api: Api, together: list[int]) -> None:
         """The order of creation is that of the times as well."""
         session = await api.session()
         created = await asyncio.gather(*(api.message(session.id) for _ in range(20)))
@@ -104,7 +104,7 @@ class TestTogether:
 class TestAlone:
     """A message that fails does not affect the others of its statement."""
 
-    async def test_refused_message(
+    async def test_rejected_message(
         self, start_server: Any, fresh_database: str, together: list[int]
     ) -> None:
         """Only the message with the invalid row fails."""
@@ -140,8 +140,8 @@ class TestAlone:
             assert sorted(message.sequence for message in good) == [1, 2, 3, 4]
             assert await sequences(other, foreign.id) == []
 
-    async def test_repeated_and_taken_ids(self, api: Api) -> None:
-        """A repeat gets what is stored; other content under the same id is refused."""
+    async def test_repeated_and_conflicting_ids(self, api: Api) -> None:
+        """A repeat gets what is stored; other content under the same id is rejected."""
         session = await api.session()
         first = await api.message(session.id, "first")
         new = an_id()
@@ -150,19 +150,19 @@ class TestAlone:
             api.message(session.id, "other", id=first.id),
             *(api.message(session.id, "new", id=new) for _ in range(3)),
         ]
-        repeat, taken, *same = await asyncio.gather(*calls, return_exceptions=True)
+        repeat, conflict, *same = await asyncio.gather(*calls, return_exceptions=True)
         assert repeat == first
         with refused(StatusCode.ALREADY_EXISTS, "CHAT_MESSAGE_ALREADY_EXISTS"):
-            raise taken
+            raise conflict
         assert same == [same[0]] * 3
         assert await sequences(api, session.id) == [1, 2]
 
     async def test_locked_session(self, start_server: Any, fresh_database: str) -> None:
         """A locked session does not delay appends to other sessions."""
         api = await start_server(fresh_database, lock_timeout_ms=9000)
-        held, free = await api.session(), await api.session()
-        with session_locked(fresh_database, held.id):
-            waiting = asyncio.ensure_future(api.message(held.id))
+        locked_session, free = await api.session(), await api.session()
+        with session_locked(fresh_database, locked_session.id):
+            waiting = asyncio.ensure_future(api.message(locked_session.id))
             async with asyncio.timeout(5):
                 created = await asyncio.gather(*(api.message(free.id) for _ in range(5)))
             assert not waiting.done()
@@ -205,17 +205,17 @@ class TestAlone:
         with refused(StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN"):
             await api.message(session.id)
 
-    async def test_caller_who_leaves(self, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_cancelled_call(self, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
         """A message whose caller leaves before it is sent is dropped; others are stored."""
         session = await api.session()
         go = asyncio.Event()
         write = group_commit.GroupCommitWriter._write_batch
 
-        async def held(self: Any, batch: Any) -> None:
+        async def blocked_write(self: Any, batch: Any) -> None:
             await go.wait()
             await write(self, batch)
 
-        monkeypatch.setattr(group_commit.GroupCommitWriter, "_write_batch", held)
+        monkeypatch.setattr(group_commit.GroupCommitWriter, "_write_batch", blocked_write)
         calls = []
         for content in ("sent", "waits", "leaves", "waits"):
             calls.append(asyncio.ensure_future(api.message(session.id, content)))
@@ -277,7 +277,7 @@ class TestReads:
         assert {answer.session.id for answer in answers} == {session.id}
 
     @pytest.mark.direct("its sessions' settings are PgBouncer's")
-    async def test_callers_who_leave_are_not_waited_for(
+    async def test_statements_of_cancelled_calls_are_dropped(
         self, start_server: Any, fresh_database: str
     ) -> None:
         """Statements of cancelled callers are dropped if they were not sent yet."""

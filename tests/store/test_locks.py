@@ -51,7 +51,7 @@ async def test_session_is_locked_before_anything_else(
 async def test_message_deleted_while_its_change_waited(
     start_server: Any, fresh_database: str, change: str
 ) -> None:
-    """The change that comes after a deletion in the queue for the lock is NOT_FOUND."""
+    """A change that waited for the lock behind a deletion is NOT_FOUND."""
     api = await start_server(fresh_database)
     message = await api.message((await api.session()).id)
     with session_locked(fresh_database, message.session_id):
@@ -128,7 +128,7 @@ async def test_lost_commit_is_repeated_only_if_that_is_safe(
             await operation()
 
 
-async def test_etag_is_judged_behind_the_change_it_waited_for(
+async def test_etag_is_compared_after_waiting_for_a_concurrent_change(
     start_server: Any, fresh_database: str
 ) -> None:
     """Of two calls with the same etag, only the first to get the lock changes anything."""
@@ -145,27 +145,27 @@ async def test_etag_is_judged_behind_the_change_it_waited_for(
 
 
 @pytest.mark.parametrize("table", ["chat_tickets", "chat_attachments"])
-async def test_id_taken_while_the_insert_waited(
+async def test_id_inserted_by_another_while_the_insert_waited(
     start_server: Any, fresh_database: str, tenant: str, table: str
 ) -> None:
     """An id that a concurrent call inserts after the lookup is ALREADY_EXISTS."""
     api = await start_server(fresh_database)
     session, elsewhere = await api.session(), await api.session()
     message, other_message = await api.message(session.id), await api.message(elsewhere.id)
-    ticket_id, taken = (await api.escalate((await api.session()).id)).ticket_id, an_id()
+    ticket_id, taken_id = (await api.escalate((await api.session()).id)).ticket_id, an_id()
     insert = {
         "chat_tickets": "INSERT INTO chat_tickets (tenant_id, id, session_id, ticket_id)"
-        f" VALUES ('{tenant}', '{taken}', '{elsewhere.id}', '{ticket_id}')",
+        f" VALUES ('{tenant}', '{taken_id}', '{elsewhere.id}', '{ticket_id}')",
         "chat_attachments": "INSERT INTO chat_attachments"
         " (tenant_id, id, message_id, file_url, file_name, file_type)"
-        f" VALUES ('{tenant}', '{taken}', '{other_message.id}', 'https://a/', 'a', 'a/b')",
+        f" VALUES ('{tenant}', '{taken_id}', '{other_message.id}', 'https://a/', 'a', 'a/b')",
     }[table]
     with psycopg.connect(fresh_database) as connection:
         connection.execute(insert)  # type: ignore[call-overload]
         calling = asyncio.create_task(
-            api.escalate(session.id, chat_ticket_id=taken)
+            api.escalate(session.id, chat_ticket_id=taken_id)
             if table == "chat_tickets"
-            else api.attachment(message.id, id=taken)
+            else api.attachment(message.id, id=taken_id)
         )
         await wait_for_lock_waiters(fresh_database, 1)
         connection.commit()
@@ -173,9 +173,7 @@ async def test_id_taken_while_the_insert_waited(
         await calling
 
 
-async def test_callers_own_deadline_goes_before_ours(
-    start_server: Any, fresh_database: str
-) -> None:
+async def test_callers_deadline_applies_before_ours(start_server: Any, fresh_database: str) -> None:
     """A caller's deadline replaces the server's default, even if it is longer."""
     api = await start_server(fresh_database, unary_timeout_seconds=0.2)
     session = await api.session()

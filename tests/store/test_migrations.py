@@ -206,7 +206,7 @@ class TestShape:
         assert found == COLUMNS
 
     def test_primary_keys_start_with_the_tenant(self, database: str) -> None:
-        """An id is unique within its tenant, and says nothing about other tenants."""
+        """An id is unique within its tenant, and reveals nothing about other tenants."""
         found = ask(
             database,
             """
@@ -255,7 +255,7 @@ class TestShape:
         assert {name for name, column in found if column != "tenant_id"} == set()
 
     def test_names_of_constraints(self, database: str) -> None:
-        """A name says the table, columns and kind: errors are told apart by it."""
+        """A name has the table, the columns and the kind, by which errors are distinguished."""
         found = ask(
             database,
             """
@@ -294,7 +294,7 @@ class TestUpAndDown:
         assert ours(empty_database) == steps[-1]
 
     def test_no_file_stays_half_done(self, empty_database: str, directory: Path) -> None:
-        """Each of ours that fails at its end leaves nothing, and can be run again."""
+        """A migration that fails at its end changes nothing, and can run again."""
         before = ours(empty_database)
         for name in FILES:
             text = (MIGRATIONS / name).read_text()
@@ -399,7 +399,7 @@ class TestMake:
 
 class TestService:
     def refusal(self, url: str) -> str:
-        """What a server says that does not start on this database."""
+        """The error of a server that does not start on this database."""
         with server_process(url) as process:
             assert process.popen.wait(START_SECONDS) not in (0, None)
             process.stop()
@@ -413,8 +413,8 @@ class TestService:
             assert migrate.dbmate(fresh_database, "rollback", quiet=True) == 0
         missing = ", ".join(FILES[-lacking:])
         run = "run chat-ticket-svc migrate, or make migrate"
-        said = f"chat-ticket-svc: the database lacks {missing}: {run}"
-        assert self.refusal(fresh_database) == said
+        expected = f"chat-ticket-svc: the database lacks {missing}: {run}"
+        assert self.refusal(fresh_database) == expected
 
     def test_does_not_start_on_an_empty_database(self, empty_database: str) -> None:
         """It lacks everything, the table of migrations too."""

@@ -93,10 +93,10 @@ async def test_broken_before_its_first_statement(
     assert len(returned) == len(set(returned)) == 1
 
 
-async def test_broken_one_leaves_others_alone(
+async def test_broken_connection_does_not_affect_others(
     database: str, shared: pipelined_connection.PipelinedConnection
 ) -> None:
-    """Its socket's number may be another connection's at once, which is still listened to."""
+    """The file descriptor of its socket may be reused at once by another connection."""
     assert await shared.fetch(SQL, {"number": 1}) == [(1,)]
     broken = shared._session
     assert broken is not None
@@ -128,7 +128,7 @@ async def test_connection_that_was_lost_in_the_pool(
     assert await shared.fetch(SQL, {"number": 1}) == [(1,)]
 
 
-async def test_error_that_comes_with_what_is_to_be_read(
+async def test_error_that_arrives_with_unread_results(
     database: str, shared: pipelined_connection.PipelinedConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The event loop reports both once, and never again; the call still ends."""

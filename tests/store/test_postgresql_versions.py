@@ -12,7 +12,7 @@ from chat_ticket.v1.chat_ticket_pb2 import UpdateTicketRequest
 
 
 async def test_service_runs_on_every_supported_postgresql(url: str, tenant: str) -> None:
-    """Everything a conversation goes through works on the oldest one as on the newest."""
+    """All steps of a conversation work on the oldest version and on the newest."""
     async with serving(url) as server, Api(f"127.0.0.1:{server.port}", tenant) as api:
         session = await api.session()
         content = "my invoice is wrong"

@@ -1,4 +1,4 @@
-"""Calls that race: whatever the order, the rules hold and nobody's write is lost.
+"""Concurrent calls: in any order the rules hold, and no write is lost.
 
 Each round starts its calls together on connections of their own. Afterwards the database itself
 is asked whether the invariants hold.
@@ -26,7 +26,7 @@ from chat_ticket.v1.chat_ticket_pb2 import DeleteTicketRequest, UpdateTicketRequ
 
 ROUNDS = 30
 
-# What an operation may be told when it loses.
+# The errors that an operation may get when it loses a race.
 LOST = {
     StatusCode.NOT_FOUND,
     StatusCode.FAILED_PRECONDITION,
@@ -84,7 +84,7 @@ async def callers(server: Any, tenant: str) -> AsyncIterator[list[Api]]:
 
 
 async def race(*operations: Callable[[], Awaitable[Any]]) -> list[StatusCode]:
-    """Start all at once and return their outcomes. A call may lose a race, but not fail."""
+    """Start all at once and return their outcomes. A call may lose, but not fail otherwise."""
     barrier = asyncio.Barrier(len(operations))
 
     async def run(operation: Callable[[], Awaitable[Any]]) -> StatusCode:
@@ -146,7 +146,7 @@ async def test_escalate_archive_delete_append(callers: list[Api], database: str)
 
 
 async def test_escalate_against_archive(callers: list[Api], database: str) -> None:
-    """Never linked after archiving: either the ticket came first, or it is refused."""
+    """Never linked after archiving: either the ticket came first, or it is rejected."""
     one, two, *_ = callers
     for _ in range(ROUNDS):
         session_id = (await one.session()).id
@@ -184,7 +184,7 @@ async def test_two_escalations_of_one_session(callers: list[Api], database: str)
 
 
 async def test_delete_against_reopened_ticket(callers: list[Api]) -> None:
-    """A ticket that is opened while its session is being deleted keeps it, or comes too late."""
+    """A ticket that is reopened during a delete prevents the delete, or is too late."""
     one, two, *_ = callers
     for _ in range(ROUNDS):
         session_id = (await one.session()).id

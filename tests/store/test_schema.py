@@ -1,4 +1,4 @@
-"""The schema by itself: its rules hold against plain SQL that goes round the service.
+"""The rules of the schema hold against plain SQL that bypasses the service.
 
 On the PostgreSQL of the run and, where the system has one, on the oldest that is supported.
 """
@@ -56,7 +56,7 @@ class TestValues:
             ("tickets", "status", ["active", ""]),
         ],
     )
-    def test_bad_value_is_refused(
+    def test_bad_value_is_rejected(
         self, us: Rows, table: str, column: str, values: list[Any]
     ) -> None:
         """Neither an insert nor an update stores it; the constraint has the column's name."""
@@ -80,7 +80,7 @@ class TestValues:
             ("chat_tickets", "id tenant_id session_id ticket_id created_at"),
         ],
     )
-    def test_null_is_refused(self, us: Rows, table: str, columns: str) -> None:
+    def test_null_is_rejected(self, us: Rows, table: str, columns: str) -> None:
         """What the seeds call mandatory is, and so is everything but metadata."""
         for column in columns.split():
             with rejected_by(NotNullViolation, column):
@@ -104,7 +104,7 @@ class TestValues:
         """The defaults of the seeds."""
         assert us.session(us.add("chat_sessions")) == ("active", False, 0)
 
-    def test_one_place_in_a_session_holds_one_message(self, us: Rows) -> None:
+    def test_sequence_is_unique_within_its_session(self, us: Rows) -> None:
         """Two messages never share a sequence; in two sessions they may."""
         session = us.add("chat_sessions")
         us.add("chat_messages", session_id=session, sequence=7, revision=7)
@@ -126,10 +126,10 @@ class TestValues:
     [(table, *item) for table, parents in PARENTS.items() for item in parents.items()],
 )
 class TestParents:
-    def test_absent_or_foreign_parent_is_refused(
+    def test_absent_or_foreign_parent_is_rejected(
         self, us: Rows, them: Rows, table: str, column: str, parent: str
     ) -> None:
-        """A child hangs on a parent that exists, and is of its own tenant."""
+        """A child has an existing parent of the same tenant."""
         for absent in (uuid.uuid4(), them.add(parent)):
             with rejected_by(ForeignKeyViolation, f"fk_{table}_{column.removesuffix('_id')}"):
                 us.add(table, **{column: absent})
@@ -204,7 +204,7 @@ class TestTombstones:
 
 class TestLinks:
     def test_one_ticket_per_session(self, us: Rows) -> None:
-        """A second one is refused, be it the same ticket or another."""
+        """A second one is rejected, be it the same ticket or another."""
         session, ticket = us.add("chat_sessions"), us.add("tickets")
         us.add("chat_tickets", session_id=session, ticket_id=ticket)
         for second in (ticket, us.add("tickets")):
@@ -261,7 +261,7 @@ class TestLinks:
             us.connection.execute(upsert, [us.tenant, session, us.add("tickets")])
         assert us.session(session) == ("active", True, 1)
 
-    def test_truncate_is_refused(self, alone: Rows) -> None:
+    def test_truncate_is_rejected(self, alone: Rows) -> None:
         """It fires no row trigger: has_ticket would stay behind, and active tickets be lost.
 
         Even when there seem to be none: it removes rows that its snapshot does not show.
@@ -277,7 +277,7 @@ class TestLinks:
 
 class TestHasTicket:
     def test_cannot_be_inserted_true(self, us: Rows) -> None:
-        """A new session has no ticket; false may be said."""
+        """A new session has no ticket; has_ticket may be given as false."""
         with rejected_by(CheckViolation, "chat_sessions_has_ticket_check"):
             us.add("chat_sessions", has_ticket=True)
         us.add("chat_sessions", has_ticket=False)
@@ -293,7 +293,7 @@ class TestHasTicket:
                 us.set("chat_sessions", session, has_ticket=wrong)
         us.set("chat_sessions", session, has_ticket=linked)
 
-    def test_follows_the_link_within_its_transaction(self, us: Rows) -> None:
+    def test_has_ticket_changes_with_the_link_in_one_transaction(self, us: Rows) -> None:
         """It is true at once, and false again after the link's rollback."""
         session = us.add("chat_sessions")
         us.connection.execute("BEGIN")
@@ -376,10 +376,10 @@ class TestDelete:
         assert (us.count("chat_sessions"), us.count("chat_tickets")) == (2, 1)
 
     @pytest.mark.parametrize("status", ["solved", "closed"])
-    def test_session_takes_all_below_it_along(self, us: Rows, status: str) -> None:
+    def test_deleting_a_session_deletes_all_its_rows(self, us: Rows, status: str) -> None:
         """Messages, attachments, tombstones and links go; tickets and other sessions stay."""
-        kept = {"chat_sessions": 1, "chat_messages": 2, "chat_attachments": 4, "tickets": 2}
-        kept |= {"chat_message_tombstones": 1, "chat_tickets": 1}
+        remaining = {"chat_sessions": 1, "chat_messages": 2, "chat_attachments": 4, "tickets": 2}
+        remaining |= {"chat_message_tombstones": 1, "chat_tickets": 1}
         sessions = [us.add("chat_sessions"), us.add("chat_sessions")]
         for session, state in zip(sessions, (status, "open"), strict=True):
             for _ in range(2):
@@ -390,11 +390,11 @@ class TestDelete:
             ticket = us.add("tickets", status=state)
             us.add("chat_tickets", session_id=session, ticket_id=ticket)
         us.delete("chat_sessions", sessions[0])
-        assert {table: us.count(table) for table in PARENTS} == kept
+        assert {table: us.count(table) for table in PARENTS} == remaining
         assert us.session(sessions[1]) == ("active", True, 1)
 
-    def test_message_takes_its_attachments_along(self, us: Rows) -> None:
-        """And nobody else's."""
+    def test_deleting_a_message_deletes_its_attachments(self, us: Rows) -> None:
+        """Rows of other tenants stay."""
         message, other = us.add("chat_messages"), us.add("chat_messages")
         for parent in (message, message, other):
             us.add("chat_attachments", message_id=parent)
@@ -423,7 +423,7 @@ class TestDelete:
 def test_temporary_table_of_the_same_name_hides_no_rule(
     us: Rows, hidden: str, refusal: tuple[type[psycopg.Error], str]
 ) -> None:
-    """The triggers look at our tables, whatever else the caller's session calls by their names."""
+    """The triggers ignore temporary tables with the names of the service's tables."""
     session, ticket = us.add("chat_sessions"), us.add("tickets")
     us.add("chat_tickets", session_id=session, ticket_id=ticket)
     archived = us.add("chat_sessions", status="archived")

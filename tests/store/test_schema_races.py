@@ -74,7 +74,7 @@ class TestRaces:
             pytest.param(True, DELETE_SESSION, DELETE_LINK, None, id="delete, unlink"),
         ],
     )
-    def test_second_waits_and_judges_what_the_first_left(
+    def test_second_transaction_waits_and_sees_the_first(
         self,
         us: Rows,
         connect: Connect,
@@ -84,7 +84,7 @@ class TestRaces:
         refusal: tuple[type[psycopg.Error], str] | None,
         committed: bool,
     ) -> None:
-        """It is refused as if it had come later; a rollback of the first leaves it free."""
+        """It is rejected as if it had come later; a rollback of the first leaves it free."""
         session = us.add("chat_sessions")
         ticket = us.add("tickets", status="closed" if linked else "open")
         if linked:
@@ -102,14 +102,14 @@ class TestRaces:
         assert us.wrong_flags() == []
 
     def test_link_archive_and_delete_started_together(self, us: Rows, connect: Connect) -> None:
-        """Whoever comes first: no link is lost, and none is made after archiving."""
+        """In any order, no link is lost, and none is created after archiving."""
         rounds = 50
         sessions = [us.add("chat_sessions") for _ in range(rounds)]
         tickets = [us.add("tickets") for _ in range(rounds)]
         start = threading.Barrier(3, timeout=20)
 
         def run(statement: LiteralString) -> list[Any]:
-            """What each round of the statement returned, or the constraint that refused it."""
+            """What each round of the statement returned, or the constraint that rejected it."""
             connection = connect()
             outcomes: list[Any] = []
             for session, ticket in zip(sessions, tickets, strict=True):

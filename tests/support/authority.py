@@ -71,7 +71,7 @@ def key_set(*keys: Key) -> bytes:
 
 
 class KeyServer:
-    """Serves a key set over HTTP, or whatever else it is told to, and counts how often.
+    """Serves a key set, or another body, over HTTP, and counts the requests.
 
     `/elsewhere` always has an answer that is in order.
     """

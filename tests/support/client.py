@@ -121,7 +121,7 @@ def an_id() -> str:
 
 
 class Refusal:
-    """The status of a refused call, with its details."""
+    """The status of a rejected call, with its details."""
 
     code: grpc.StatusCode
     text: str
@@ -148,13 +148,13 @@ class Refusal:
 
     @property
     def fields(self) -> dict[str, str]:
-        """Field → what is wrong with it."""
+        """The description of each violated field."""
         return {v.field: v.description for v in self.details["BadRequest"].field_violations}
 
 
 @contextlib.contextmanager
 def refused(code: grpc.StatusCode, reason: str | None = None) -> Iterator[Refusal]:
-    """Expects the call inside to be refused, with this status and reason."""
+    """Expects the call inside to be rejected, with this status and reason."""
     refusal = Refusal()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         yield refusal

@@ -63,7 +63,7 @@ class Run:
             )
             Path(directory).chmod(0o711)
             os.environ[pooler.BEHIND] = urlsplit(url)._replace(path="").geturl()
-            os.environ[pooler.PLACE] = self._stack.enter_context(
+            os.environ[pooler.ADDRESS] = self._stack.enter_context(
                 pooler.pgbouncer(url, Path(directory) / "pgbouncer")
             )
 

@@ -36,7 +36,7 @@ def session_locked(database_url: str, session_id: str) -> Iterator[None]:
 
 
 def set_read_only(database_url: str, setting: str) -> None:
-    """As a standby is, for sessions to come."""
+    """Make new connections read-only, like those of a standby."""
     execute(
         database_url,
         "SET default_transaction_read_only = off",

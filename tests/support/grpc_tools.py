@@ -27,8 +27,8 @@ PROTOS = ROOT / "protos"
 SECONDS = 60  # more than any of these programs takes
 
 
-class Refused(NamedTuple):
-    """What a tool said of a refused call; `details` by the name of their type."""
+class ToolError(NamedTuple):
+    """The error of a call as a tool printed it; `details` by type name."""
 
     code: StatusCode
     message: str
@@ -61,7 +61,7 @@ class Tool(abc.ABC):
         """The arguments of a call that takes `seconds` at the most."""
 
     @abc.abstractmethod
-    def refusal(self, status: int, errors: str) -> Refused:
+    def refusal(self, status: int, errors: str) -> ToolError:
         """What an exit status and the text beside it mean."""
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -80,8 +80,8 @@ class Tool(abc.ABC):
         assert done.returncode == 0, done.stderr
         return list(responses(method, done.stdout.splitlines(keepends=True)))
 
-    def refused(self, method: str, request: object) -> Refused:
-        """What a call that does not succeed is refused with."""
+    def refused(self, method: str, request: object) -> ToolError:
+        """What a call that does not succeed is rejected with."""
         done = self.run(*self.command(method, request, SECONDS))
         assert done.stdout == ""
         return self.refusal(done.returncode, done.stderr)
@@ -127,7 +127,7 @@ class Grpcurl(Tool):
         flags = ["-plaintext", "-max-time", str(seconds), *self.schema, *tenant]
         return [*flags, "-d", json.dumps(request), self.address, f"chat_ticket.v1.{method}"]
 
-    def refusal(self, status: int, errors: str) -> Refused:
+    def refusal(self, status: int, errors: str) -> ToolError:
         lines = [line.strip() for line in errors.splitlines()]
         assert lines[0] == "ERROR:", errors
         details = {}
@@ -138,7 +138,7 @@ class Grpcurl(Tool):
         code = code_of(status - 64)
         name = lines[1].removeprefix("Code: ").upper()
         assert name == code.name.replace("_", "")
-        return Refused(code, lines[2].removeprefix("Message:").strip(), details)
+        return ToolError(code, lines[2].removeprefix("Message:").strip(), details)
 
 
 class BufCurl(Tool):
@@ -150,7 +150,7 @@ class BufCurl(Tool):
         url = f"http://{self.address}/chat_ticket.v1.{method}"
         return [*flags, "--timeout", f"{seconds}s", "-d", json.dumps(request), url]
 
-    def refusal(self, status: int, errors: str) -> Refused:
+    def refusal(self, status: int, errors: str) -> ToolError:
         error = json.loads(errors)
         details = {}
         for detail in error.get("details", ()):
@@ -159,7 +159,7 @@ class BufCurl(Tool):
             details[kind] = unpacked(kind, base64.b64decode(value + "=" * (-len(value) % 4)))
         code = code_of(status >> 3)
         assert error["code"] == code.name.lower()
-        return Refused(code, error["message"], details)
+        return ToolError(code, error["message"], details)
 
 
 FILES = (chat_session_pb2, chat_message_pb2, chat_attachment_pb2, chat_ticket_pb2)

@@ -1,4 +1,4 @@
-"""An HTTP/2 client that says what gRPC's own would not: any header, any frame, any order."""
+"""An HTTP/2 client that sends what gRPC never would: any header, any frame, in any order."""
 
 import functools
 import socket

@@ -9,7 +9,7 @@ from support.client import Api
 SETTINGS = {"auth": "jwt", "jwt_issuer": ISSUER, "jwt_audience": AUDIENCE}
 
 
-# The server trusts ES256 tokens of this key and no others, where a test says nothing else.
+# By default the server trusts ES256 tokens of this key only.
 KEY = Key()
 
 

@@ -33,7 +33,7 @@ class Rows:
         self._numbers = itertools.count(1)
 
     def add(self, table: str, **columns: Any) -> uuid.UUID:
-        """Insert a row and return its id; what is not given is valid, parents included."""
+        """Insert a row and return its id. Missing columns and parents get valid values."""
         for column, parent in PARENTS[table].items():
             if column not in columns:
                 columns[column] = self.add(parent)
@@ -97,7 +97,7 @@ class Rows:
         return found.fetchone()[0]  # type: ignore[index,no-any-return]
 
     def wrong_flags(self) -> list[Any]:
-        """The sessions whose has_ticket is not what their links say."""
+        """The sessions whose has_ticket does not match their links."""
         statement = """
             SELECT id FROM chat_sessions s
              WHERE tenant_id = %s AND has_ticket <> EXISTS (
@@ -108,7 +108,7 @@ class Rows:
 
 @contextlib.contextmanager
 def rejected_by(kind: type[psycopg.Error], name: str) -> Iterator[None]:
-    """Expects a statement to be refused with this SQLSTATE by this constraint (or NOT NULL)."""
+    """Expects a statement to be rejected with this SQLSTATE by this constraint (or NOT NULL)."""
     with pytest.raises(psycopg.Error) as caught:
         yield
     diag = caught.value.diag

@@ -1,4 +1,4 @@
-"""PgBouncer between the services under test and PostgreSQL, as docs/scaling.md says to run it.
+"""PgBouncer between the tested services and PostgreSQL, configured as in docs/scaling.md.
 
 `make test-pgbouncer` sets TEST_PGBOUNCER; the tests themselves and the listeners of the services
 go past it. It is Debian's package pgbouncer, which nothing else needs.
@@ -23,7 +23,7 @@ from chat_ticket_svc import embedded
 
 WANTED = "TEST_PGBOUNCER"
 # Where it listens, and the server behind it, for the workers of a run.
-PLACE = "TEST_PGBOUNCER_PLACE"
+ADDRESS = "TEST_PGBOUNCER_PLACE"
 BEHIND = "TEST_PGBOUNCER_BEHIND"
 PORT = "6432"
 START_SECONDS = 10
@@ -52,8 +52,8 @@ def _program() -> str:
 
 @functools.cache
 def _prepares() -> bool:
-    said = subprocess.run([_program(), "--version"], capture_output=True, text=True, check=True)
-    major, minor = re.match(r"PgBouncer (\d+)\.(\d+)", said.stdout).groups()
+    version = subprocess.run([_program(), "--version"], capture_output=True, text=True, check=True)
+    major, minor = re.match(r"PgBouncer (\d+)\.(\d+)", version.stdout).groups()
     return (int(major), int(minor)) >= PREPARES
 
 
@@ -112,9 +112,9 @@ def pgbouncer(database_url: str, directory: Path, *, pool_size: int = 20) -> Ite
         keeper.join()
 
 
-def through(place: str, database_url: str) -> dict[str, str]:
+def through(address: str, database_url: str) -> dict[str, str]:
     """The settings of a service on a database, by PgBouncer at `place`."""
-    pooled = urlsplit(database_url)._replace(query=place).geturl()
+    pooled = urlsplit(database_url)._replace(query=address).geturl()
     return {
         "DATABASE_URL": pooled,
         "DATABASE_LISTEN_URL": database_url,
@@ -127,4 +127,4 @@ def environment(database_url: str) -> dict[str, str]:
     """The settings of a service on a database, which may be of a server that a test started."""
     if urlsplit(database_url)._replace(path="").geturl() != os.environ.get(BEHIND):
         return {"DATABASE_URL": database_url}
-    return through(os.environ[PLACE], database_url)
+    return through(os.environ[ADDRESS], database_url)

@@ -1,4 +1,4 @@
-"""The service as its operator runs it: a process of its own."""
+"""The service as its operator runs it: a separate process."""
 
 import asyncio
 import json
@@ -145,9 +145,9 @@ async def log_line(process: ServerProcess, event: str, **of: str) -> dict[str, A
     async with asyncio.timeout(10):
         while True:
             found = [
-                each
-                for each in process.log
-                if each["event"] == event and of.items() <= each.items()
+                line
+                for line in process.log
+                if line["event"] == event and of.items() <= line.items()
             ]
             if found:
                 assert len(found) == 1

@@ -29,7 +29,7 @@ from support.secrets import leaks, secret
 
 @dataclass
 class ServerOutput:
-    """Everything that came out of a server process while it met every fault."""
+    """The output of a server process during every fault, and the errors of its callers."""
 
     process: ServerProcess
     debug: bool = False
@@ -39,7 +39,7 @@ class ServerOutput:
     activity: str = ""
 
     async def expect_error(self, reason: str, call: Awaitable[Any]) -> Refusal:
-        """Expects a call to be refused for this reason (one of these), and keeps what it gets."""
+        """Expects a call to fail with one of these reasons, and records the error."""
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call
         error = caught.value
@@ -97,7 +97,7 @@ def a_secret_file(**fields: Any) -> r.ChatAttachment:
 
 
 async def provoke_request_errors(output: ServerOutput, api: Api) -> None:
-    """Everything malformed, with a secret in every text."""
+    """Send malformed requests with a secret in every text."""
     invalid = "INVALID_ARGUMENT"
     bad = secret("value")
     message = r.ChatMessage(
@@ -140,7 +140,7 @@ async def provoke_request_errors(output: ServerOutput, api: Api) -> None:
 
 
 async def provoke_authentication_errors(output: ServerOutput, api: Api, keys: Path) -> None:
-    """Every credential and tenant that does not do, each of them a secret."""
+    """Send invalid credentials and tenants, each a secret."""
     get = s.GetChatSessionRequest(session_id=an_id())
     valid = bearer(keys)
     forged = (
@@ -170,7 +170,7 @@ async def provoke_authentication_errors(output: ServerOutput, api: Api, keys: Pa
 
 
 async def use_everything(api: Api, store: str) -> tuple[str, str]:
-    """Every kind of secret goes in and comes out again; returns a session and its message."""
+    """Store and read every kind of secret. Returns a session and its message."""
     session = await api.session()
     message = await api.message(
         session.id,
@@ -195,7 +195,7 @@ async def use_everything(api: Api, store: str) -> tuple[str, str]:
 async def provoke_rule_violations(
     output: ServerOutput, api: Api, database: str, store: str
 ) -> None:
-    """What is absent, taken, or against a rule."""
+    """Provoke errors by absent entities, existing ids and broken rules."""
     session_id, message_id = await use_everything(api, store)
     none = an_id()
     sessions, messages, attachments, tickets = (
@@ -269,8 +269,8 @@ async def provoke_rule_violations(
         "CHAT_TICKET_ALREADY_EXISTS",
         api.escalate(other.id, chat_ticket_id=link.id, ticket=r.Ticket(title=secret("title"))),
     )
-    taken = r.Ticket(id=link.ticket.id, title=secret("title"))
-    await output.expect_error("TICKET_ALREADY_EXISTS", api.escalate(other.id, ticket=taken))
+    existing = r.Ticket(id=link.ticket.id, title=secret("title"))
+    await output.expect_error("TICKET_ALREADY_EXISTS", api.escalate(other.id, ticket=existing))
     archived = await api.session(status=r.CHAT_SESSION_STATUS_ARCHIVED)
     await output.expect_error(
         "SESSION_ARCHIVED", api.escalate(archived.id, ticket=r.Ticket(title=secret("title")))

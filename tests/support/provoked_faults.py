@@ -107,13 +107,13 @@ SQLSTATES = {
 
 
 async def provoke_database_errors(output: ServerOutput, api: Api, database: str) -> None:
-    """What only a database can say, with a secret in all that it says."""
-    said = ", ".join(
+    """Provoke errors of the database, with a secret in every field of the error."""
+    fields = ", ".join(
         f"{option} = '{secret(option)}'"
         for option in ("DETAIL", "HINT", "COLUMN", "DATATYPE", "SCHEMA", "TABLE", "CONSTRAINT")
     )
     raising = (
-        f"RAISE NOTICE '{secret('NOTICE')}'; RAISE '{secret('MESSAGE')}' USING {said}, ERRCODE"
+        f"RAISE NOTICE '{secret('NOTICE')}'; RAISE '{secret('MESSAGE')}' USING {fields}, ERRCODE"
     )
     for sqlstate, reason in SQLSTATES.items():
         raise_on_insert(database, f"{raising} = '{sqlstate}'")
@@ -193,7 +193,7 @@ def database_name(url: str) -> str:
 
 @contextlib.asynccontextmanager
 async def file_store() -> AsyncIterator[str]:
-    """The URL of a server of files, which has all but /gone and moves /moved to nowhere."""
+    """The URL of a file server: /gone is 404, and /moved redirects to a private address."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         path = (await reader.readuntil(b"\r\n\r\n")).split()[1]
@@ -212,12 +212,12 @@ async def file_store() -> AsyncIterator[str]:
 
 
 def with_secrets(url: str) -> str:
-    """The same database, by a URL with a password."""
+    """The URL of the same database, with a password."""
     return url.replace("postgres@", f"postgres:{secret('password')}@")
 
 
 async def address_of(process: ServerProcess) -> str:
-    """Where a server listens, in whichever format it says so."""
+    """The address of a server, in either log format."""
 
     def found() -> str:
         end = time.monotonic() + 30

@@ -1,4 +1,4 @@
-"""Secrets that can be found again, in whatever form they leak."""
+"""Secrets for tests, and a search for them in every encoding."""
 
 import base64
 import re
@@ -22,7 +22,7 @@ def _forms() -> list[bytes]:
 
 
 def leaks(written: str | bytes) -> list[bytes]:
-    """The surroundings of each secret in what was written: none is what all want to see."""
+    """The context of each secret in some output; empty if there is none."""
     data = written.encode() if isinstance(written, str) else written
     found = re.finditer(b"|".join(map(re.escape, _forms())), data.lower())
     return [data[max(0, each.start() - 200) : each.end() + 100] for each in found]

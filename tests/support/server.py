@@ -10,7 +10,7 @@ from support import pooler
 
 @contextlib.asynccontextmanager
 async def serving(database_url: str, **settings: object) -> AsyncIterator[Server]:
-    """A server in this process, on a port of its own, for callers in a hurry."""
+    """A server in this process, on a free port, with a short drain and high quotas."""
     defaults = {
         "port": 0,
         "attachment_url_check": False,

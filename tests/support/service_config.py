@@ -23,7 +23,7 @@ Counts = dict[str, Counter[int]]
 
 
 def service_config_json(*, retries: bool) -> str:
-    """The file as it is, or without what it says of retries; over all servers in turn."""
+    """The shipped service config, or one without retries, with round robin."""
     shipped = json.loads(FILE.read_text()) if retries else {}
     return json.dumps({"loadBalancingConfig": [{"round_robin": {}}], **shipped})
 

@@ -72,7 +72,7 @@ class Site:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     async def visits(self) -> int:
-        """The connections so far; those still in the backlog are let in first."""
+        """The number of connections so far, including those of the backlog."""
         _, writer = await asyncio.open_connection(self.host, self.port)
         own = writer.get_extra_info("sockname")
         while own not in self.peers:
@@ -84,7 +84,7 @@ class Site:
 
 
 def unused_port() -> int:
-    """A port that is free on every address, below those that the system gives to others."""
+    """A port that is free on every address, below the system's ephemeral ports."""
     while True:
         port = 20_000 + secrets.randbelow(12_000)  # not by `random`, which tests seed alike
         with contextlib.suppress(OSError), socket.create_server(("", port)):
@@ -182,7 +182,7 @@ async def name_server(
         lambda: NameServer(find), (PRIVATE, 0)
     )
     port = transport.get_extra_info("sockname")[1]
-    ended = threading.Event()
+    stopped = threading.Event()
 
     def resolver(**options: Any) -> Resolver:
         def resolve(*query: Any) -> Iterable[Any]:
@@ -191,10 +191,10 @@ async def name_server(
                     nameservers=(PRIVATE,), nameserver_port=port, attempts=100, **options
                 )(*query)
             finally:
-                ended.set()
+                stopped.set()
 
         return resolve
 
     monkeypatch.setattr(attachment_url, "UdpResolver", resolver)
-    yield ended
+    yield stopped
     transport.close()

@@ -15,7 +15,7 @@ from support.sites import (
     status,
 )
 
-# {port} and {tls} are the ports of http and https, {other} neither's, {one} a label of its own.
+# {port} and {tls} are the ports of http and https, {other} is another port, {one} a unique label.
 Fill = Callable[[str], str]
 
 
@@ -79,7 +79,7 @@ TRAP = f"http://{PRIVATE}:{{port}}/"
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 
 
-# What DNS says: addresses, or names of functions of `Names`. All names below these say the same.
+# The answers of DNS: addresses, or cases of `Names.find`. Subdomains have the same answers.
 ZONE: dict[str, list[str]] = {
     "public.test": [PUBLIC],
     "mixed.test": [PUBLIC, PRIVATE],
@@ -104,7 +104,7 @@ ZONE: dict[str, list[str]] = {
 }
 
 
-# What is a URL, and well formed: the check has to refuse it.
+# What is a URL, and well formed: the check has to reject it.
 CHECKED: dict[str, Attack] = {
     # The address itself.
     "loopback": at(PRIVATE),
@@ -323,7 +323,7 @@ CHECKED: dict[str, Attack] = {
 }
 
 
-# What is no URL, or none that can be stored: refused before anything is asked.
+# What is no URL, or none that can be stored: rejected before anything is asked.
 MALFORMED: dict[str, str] = {
     "user info": "http://user:secret@public.test:{port}/",
     "empty user info": f"http://@{PRIVATE}:{{port}}/",

@@ -17,13 +17,15 @@ TENANT, ANOTHER = "a tenant", "another tenant"
 NewChecker = Callable[..., AttachmentUrlChecker]
 
 
-PATIENT = {"timeout": 60}  # however busy the machine
+LONG_TIMEOUT = {"timeout": 60}  # enough on a busy machine
 
 
-def opened(*sites: Site, **settings: Any) -> AttachmentUrlChecker:
+def checker_allowing(*sites: Site, **settings: Any) -> AttachmentUrlChecker:
     """A checker for which these sites are internal stores."""
     hosts = [site.at for site in sites]
-    return AttachmentUrlChecker(schemes=("http",), allowed_hosts=hosts, **{**PATIENT, **settings})
+    return AttachmentUrlChecker(
+        schemes=("http",), allowed_hosts=hosts, **{**LONG_TIMEOUT, **settings}
+    )
 
 
 def open_public(monkeypatch: pytest.MonkeyPatch) -> None:

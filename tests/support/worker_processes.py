@@ -20,7 +20,7 @@ def two_workers(database: str, *arguments: str, **settings: str) -> Iterator[tup
 
 
 def pids(process: ServerProcess, count: int) -> list[int]:
-    """Of the first `count` workers that listened, as the log tells."""
+    """The pids of the first `count` workers that logged that they listen."""
     return [line["pid"] for line in process.wait_for_all("listening", count)]
 
 
@@ -32,7 +32,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 15) -> None:
 
 
 def printed(result: subprocess.CompletedProcess[str]) -> list[str]:
-    """What is no log line, be it ours or gRPC's."""
+    """The lines that are no log lines of the service or of gRPC."""
     return [line for line in result.stderr.splitlines() if not re.match(r"{|E\d{4} ", line)]
 
 

@@ -71,7 +71,7 @@ async def test_killed_listener_misses_nothing(
         await assert_same_state(one, watcher, session.id)
 
 
-async def test_poll_stands_in_for_notify(fresh_database: str, cluster: Any, tenant: str) -> None:
+async def test_poll_replaces_notify(fresh_database: str, cluster: Any, tenant: str) -> None:
     """With NOTIFY suppressed entirely, a watcher still gets everything."""
     # Notifications do not cross databases, and each server has another one for them.
     elsewhere = [cluster.create(), cluster.create()]

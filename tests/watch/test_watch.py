@@ -26,7 +26,7 @@ from chat_ticket_svc.store import group_commit, message_listing, messages, sessi
 
 class TestHistory:
     async def test_session_then_messages_then_caught_up(self, api: Api) -> None:
-        """The session comes first, at the position asked for; caught_up ends the history."""
+        """The session is the first event, at the requested position; caught_up ends the history."""
         session = await api.session()
         first = await api.message(session.id, attachments=[a_file()])
         second = await api.message(session.id, metadata_json="{}")
@@ -179,7 +179,7 @@ class TestLive:
             await assert_same_state(api, watcher, session.id)
 
     async def test_deletion_of_the_session_ends_the_stream(self, unpolled: Api) -> None:
-        """The stream says so and ends OK."""
+        """The stream delivers session_deleted and ends with OK."""
         api = unpolled
         session = await api.session()
         await api.message(session.id)
@@ -202,7 +202,7 @@ class TestLive:
                 assert event.HasField("heartbeat")
                 assert event.revision == 1
 
-    async def test_no_op_updates_do_not_hold_back_heartbeats(
+    async def test_no_op_updates_do_not_delay_heartbeats(
         self, start_server: Any, database: str
     ) -> None:
         """Heartbeats depend on what the client receives, not on what the server does."""
@@ -264,7 +264,7 @@ class TestLive:
         finished.set()
         await asyncio.gather(*watchers)
 
-    async def test_position_moves_with_what_does_not_show(
+    async def test_position_advances_over_changes_without_an_event(
         self, start_server: Any, database: str, tenant: str
     ) -> None:
         """A watcher reaches every revision: also one whose change is undone, without a wait."""
@@ -282,7 +282,7 @@ class TestLive:
             event = await watcher.next(timeout=5)
             assert (event.WhichOneof("event"), event.revision) == ("heartbeat", 3)
 
-    async def test_history_that_went_back_ends_the_stream(
+    async def test_history_that_was_reset_ends_the_stream(
         self, start_server: Any, database: str, tenant: str
     ) -> None:
         """A watcher beyond the session's revision has another history: OUT_OF_RANGE."""
@@ -339,7 +339,7 @@ class TestRefusals:
             async with watching(api, session.id, after=2) as watcher:
                 await watcher.next()
 
-    async def test_bad_fields_are_refused_together(self, api: Api) -> None:
+    async def test_bad_fields_are_rejected_together(self, api: Api) -> None:
         """A malformed id and a negative revision."""
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             async with watching(api, "x", after=-1) as watcher:
@@ -358,7 +358,7 @@ class TestRefusals:
             with refused(StatusCode.RESOURCE_EXHAUSTED, "SLOW_READER"):
                 await watcher.end()
 
-    async def test_shutdown_tells_watchers_to_resume(self, database: str, tenant: str) -> None:
+    async def test_shutdown_ends_watches_with_unavailable(self, database: str, tenant: str) -> None:
         """UNAVAILABLE at once, not at the end of the drain."""
         async with serving(database, drain_seconds=30) as server:
             api = Api(f"127.0.0.1:{server.port}", tenant)
@@ -416,7 +416,7 @@ async def test_page_uses_the_indexes(api: Api, database: str) -> None:
 def test_plans_made_on_an_empty_database_use_the_indexes(
     fresh_database: str, statement: LiteralString
 ) -> None:
-    """They stay when it fills: nobody plans anew until PostgreSQL has analysed the tables."""
+    """The plans stay as the tables fill: PostgreSQL makes new ones only after an analyze."""
     names: dict[str, int] = {}
     numbered = re.sub(
         r"%\((\w+)\)s", lambda name: f"${names.setdefault(name[1], len(names) + 1)}", statement
@@ -434,7 +434,7 @@ def test_plans_made_on_an_empty_database_use_the_indexes(
 
 @pytest.mark.parametrize("pages", [1, 3])
 async def test_deleted_while_history_is_read(api: Api, pages: int) -> None:
-    """The session may go between two pages: the stream says so instead of catching up."""
+    """A session deleted between two pages ends the stream with session_deleted."""
     session = await api.session()
     for _ in range(6):
         await create_batch(api, session.id, [user_message("x" * 20_000)] * 100)

@@ -94,7 +94,7 @@ async def test_heartbeats_are_for_silence_only(start_server: Any, database: str)
 
 
 async def test_events_are_at_most_1_mib(api: Api) -> None:
-    """Large changes are split into events that clients accept, whatever makes them large."""
+    """Large changes are split into events that clients accept, for every kind of large field."""
     session = await api.session()
     for _ in range(18):
         await api.message(
@@ -140,7 +140,7 @@ async def test_stream_that_ends_leaves_no_watcher(database: str, tenant: str) ->
                 await asyncio.sleep(0.02)
 
 
-async def test_many_watchers_of_few_connections(start_server: Any, fresh_database: str) -> None:
+async def test_reads_of_many_watchers_are_limited(start_server: Any, fresh_database: str) -> None:
     """One write wakes more watchers than may wait for a connection: their reads are limited."""
     api = await start_server(fresh_database, pool_size=2, watch_poll_interval_seconds=3600)
     session = await api.session()

@@ -92,7 +92,7 @@ class TestOnce:
             for revision, content in enumerate(("one", "two"), 1):
                 reads.clear()
                 stored = await api.message(session.id, content)
-                for event in await asyncio.gather(*(each.next() for each in watchers)):
+                for event in await asyncio.gather(*(watcher.next() for watcher in watchers)):
                     assert list(event.messages_created.messages) == [stored]
                 assert reads == [revision - 1]
         # Besides, each is in the answer to its writer.
@@ -114,13 +114,15 @@ class TestOnce:
                 ),
             ):
                 await change()
-                events = await asyncio.gather(*(each.next() for each in watchers))
+                events = await asyncio.gather(*(watcher.next() for watcher in watchers))
                 assert all(event == events[0] for event in events)
         assert reads == [1, 2, 3, 4]
         last = ["session", "message_updated", "message_deleted", "session_deleted"]
-        assert all(each.kinds[-4:] == last for each in watchers)
+        assert all(watcher.kinds[-4:] == last for watcher in watchers)
 
-    async def test_no_change_is_delivered_to_nobody(self, unpolled: Api, reads: list[int]) -> None:
+    async def test_update_without_a_change_delivers_nothing(
+        self, unpolled: Api, reads: list[int]
+    ) -> None:
         """A write that changes nothing causes one read, and no more."""
         api = unpolled
         session = await api.session()
@@ -131,9 +133,9 @@ class TestOnce:
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.3)  # in which it is read, and not the message with it
             await api.message(session.id)
-            await asyncio.gather(*(each.next() for each in watchers))
+            await asyncio.gather(*(watcher.next() for watcher in watchers))
             assert reads == [0, 0]
-            assert {each.kinds[-1] for each in watchers} == {"messages_created"}
+            assert {watcher.kinds[-1] for watcher in watchers} == {"messages_created"}
 
     async def test_more_than_a_page_at_once(
         self, unpolled: Api, reads: list[int], monkeypatch: pytest.MonkeyPatch
@@ -149,11 +151,11 @@ class TestOnce:
                     await create_batch(api, session.id, [user_message("x")] * 400)
             reads.clear()
             await api.message(session.id)
-            await asyncio.gather(*(each.until_revision(1201) for each in watchers))
+            await asyncio.gather(*(watcher.until_revision(1201) for watcher in watchers))
             assert [after for after, _ in itertools.groupby(reads)] == [0, 500, 1000]
-        assert all(each.created == list(range(1, 1202)) for each in watchers)
+        assert all(watcher.created == list(range(1, 1202)) for watcher in watchers)
 
-    async def test_read_uses_the_tenants_share(
+    async def test_read_counts_for_the_quota_of_its_tenant(
         self, start_server: Any, database: str, tenant: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Whatever has caused it, a read uses its own tenant's share of the connections."""
@@ -170,13 +172,13 @@ class TestOnce:
             with psycopg.connect(database) as connection:
                 sql = "UPDATE chat_sessions SET revision = 1 WHERE tenant_id = %s"
                 connection.execute(sql, [tenant])
-            await asyncio.gather(*(each.next() for each in watchers))
+            await asyncio.gather(*(watcher.next() for watcher in watchers))
         assert len(tenants) >= 3  # two that catch up, and what the poll has woken
         assert set(tenants) == {tenant}
 
 
 class TestTogether:
-    async def test_one_that_leaves_takes_nothing_from_the_others(
+    async def test_cancelled_watch_does_not_affect_others(
         self, unpolled: Api, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Not even the read in progress when it leaves, even if it was the first to wait for it."""
@@ -197,9 +199,9 @@ class TestTogether:
                 leaver._call.cancel()
             await asyncio.sleep(0.1)
             go_on.set()
-            await asyncio.gather(*(each.until_revision(1) for each in watchers))
+            await asyncio.gather(*(watcher.until_revision(1) for watcher in watchers))
 
-    async def test_read_that_fails_ends_those_who_wait_for_it(
+    async def test_failed_read_ends_the_watches_that_wait_for_it(
         self, unpolled: Api, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Each with the error's status. They resume, and receive what they have missed."""
@@ -220,7 +222,7 @@ class TestTogether:
             await watcher.until_revision(1)
 
     async def test_heartbeats_reach_all(self, start_server: Any, database: str) -> None:
-        """Whenever they joined, and repeatedly: nobody waits longer than the interval."""
+        """Repeatedly: no watcher waits longer than the interval, whenever it joined."""
         api = await start_server(
             database, watch_poll_interval_seconds=3600, watch_heartbeat_seconds=0.5
         )
@@ -233,7 +235,7 @@ class TestTogether:
                         events = await asyncio.gather(*(each.next() for each in early + late))
                     assert all(event.HasField("heartbeat") for event in events)
 
-    async def test_slow_one_delays_nobody_and_loses_nothing(
+    async def test_slow_watcher_delays_no_other_and_loses_nothing(
         self, database: str, tenant: str, reads: list[int]
     ) -> None:
         """Pages are not kept for it: it reads on from its position."""
@@ -253,7 +255,9 @@ class TestTogether:
                 for revision in range(1, count + 1):
                     await api.message(session.id, "x" * LARGE)
                     async with asyncio.timeout(2):
-                        await asyncio.gather(*(each.until_revision(revision) for each in watchers))
+                        await asyncio.gather(
+                            *(watcher.until_revision(revision) for watcher in watchers)
+                        )
                     [session_hub] = server._watch_hub._session_hubs.values()
                     assert (
                         sum(group.next_page is not None for group in session_hub.groups.values())
