@@ -261,8 +261,10 @@ REASONS = (
         Reason(
             f"{resource.upper()}_ALREADY_EXISTS",
             "ALREADY_EXISTS",
-            f"The id is taken by a different {name}"
-            + (", or by a deleted one." if resource == "chat_message" else "."),
+            {
+                "chat_message": "The id belongs to a different or a deleted message.",
+                "chat_session": "The session existed when the call began, and was deleted since.",
+            }.get(resource, f"The id belongs to a different {name}."),
             "Choose a new id.",
         )
         for resource, name in _RESOURCES.items()
