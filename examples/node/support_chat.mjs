@@ -42,7 +42,7 @@ async function history(client, sessionId) {
 async function watch(client, sessionId) {
   let end
   for await (const { event, revision } of client.watch(sessionId)) {
-    switch (event.$case) {
+    switch (event?.$case) {
       case 'session':
         console.log(`  [watch] ${event.value.status}, has ticket: ${event.value.hasTicket}`)
         // The session may be ahead of the events that lead to it.
