@@ -11,7 +11,8 @@ import type { WatchChatSessionRequest, WatchChatSessionResponse } from './genera
 // Three heartbeats at the server's default interval.
 const SILENCE_MS = 45_000
 
-// A token may expire on its way to the server. After this many retries in a row the watch fails.
+// A token may expire on its way to the server. After this many expired tokens in a row the next one
+// ends the watch.
 const MAX_EXPIRED_TOKENS = 3
 
 /** An event of a watched session: what happened, and the position after it. */
@@ -56,6 +57,7 @@ export async function* watchSession(
   { afterRevision = 0n, silenceMs = SILENCE_MS, onInterruption }: WatchOptions,
 ): AsyncGenerator<WatchEvent, void, void> {
   const state = new ResumeState(BigInt(afterRevision))
+  let expiredTokens = 0
   for (let failures = 0; ; failures += 1) {
     const silence = new AbortController()
     const responses = watch(
@@ -72,6 +74,7 @@ export async function* watchSession(
           message = 'the stream ended'
           break
         }
+        expiredTokens = 0
         const event = state.next(response)
         if (event !== undefined) {
           failures = 0
@@ -90,7 +93,8 @@ export async function* watchSession(
         return
       } else {
         const isExpired = renewsToken && error.reason === 'CREDENTIAL_EXPIRED'
-        if (!isRetryable(error) && !(isExpired && failures < MAX_EXPIRED_TOKENS)) throw error
+        expiredTokens = isExpired ? expiredTokens + 1 : 0
+        if (!isRetryable(error) && (!isExpired || expiredTokens > MAX_EXPIRED_TOKENS)) throw error
         failure = error
         message = error.message
       }

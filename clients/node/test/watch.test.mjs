@@ -128,6 +128,22 @@ suite('watch', () => {
     assert.equal(asked, 7)
   })
 
+  test('asks for another token after a long outage', async (t) => {
+    const outage = Array(5).fill([unavailable])
+    const script = scripted([session(0), deleted(1), unavailable], ...outage, [expired], [session(1), event('sessionDeleted', 2)])
+    const client = await serve(t, script, { token: () => 'a token', options: { 'grpc.enable_retries': 0 } })
+    const found = await collect(client.watch('an id'))
+    assert.deepEqual(found, ['session 0', 'messageDeleted 1', 'sessionDeleted 2'])
+  })
+
+  test('asks for another token when a stream lasts as long as a token', async (t) => {
+    const streams = Array(5).fill([session(1), event('caughtUp', 1), expired])
+    const script = scripted([session(0), deleted(1), unavailable], ...streams, [event('sessionDeleted', 2)])
+    const client = await serve(t, script, { token: () => 'a token' })
+    const found = await collect(client.watch('an id'))
+    assert.deepEqual(found, ['session 0', 'messageDeleted 1', 'caughtUp 1', 'sessionDeleted 2'])
+  })
+
   test('resumes after silence, and does not count the time of its caller', async (t) => {
     const script = scripted([session(0), deleted(1), 'hold'], [session(1), event('sessionDeleted', 2)])
     const client = await serve(t, script)
