@@ -544,6 +544,32 @@ class TestToken:
         ]
         assert said(told) == ["one", "two"]
 
+    async def test_that_keeps_expiring_during_a_quiet_watch_is_renewed_each_time(
+        self, database: str, connect: NewClient, tenant: str, tmp_path: Path
+    ) -> None:
+        """The server has accepted each of them, so their source works."""
+        given: list[str] = []
+
+        def short_lived() -> str:
+            given.append(KEY.token(tenants=[tenant], exp=int(time.time()) + 1))
+            return given[-1]
+
+        settings = {"auth": "jwt", **KEY.trusted(tmp_path)}
+        async with serving(database, watch_heartbeat_seconds=60, **settings) as server:
+            writer = connect(server.port, token=KEY.token(tenants=[tenant]))
+            session_id = await session_of(writer)
+            watch = connect(server.port, token=short_lived).watch(session_id)
+            async with asyncio.timeout(30):
+                assert [kind(await anext(watch)), kind(await anext(watch))] == [
+                    "session",
+                    "caught_up",
+                ]
+                event = asyncio.ensure_future(anext(watch))
+                while len(given) < 5 and not event.done():
+                    await asyncio.sleep(0.02)
+                await say(writer, session_id, "late")
+                assert said([await event]) == ["late"]
+
     async def test_that_expires_and_is_a_text_ends_watch(
         self, guarded: Server, connect: NewClient, tenant: str, caplog: pytest.LogCaptureFixture
     ) -> None:
