@@ -150,5 +150,5 @@ venv-docs: venv ## create .venv-docs from docs/requirements.lock
 	@$(BIN)/python scripts/bootstrap.py .venv-docs
 
 clean: ## remove everything that the targets made
-	@rm -rf .venv .venv-bench .venv-docs .data build .bootstrap.lock .mypy_cache .pytest_cache .ruff_cache .hypothesis dist clients/node/node_modules clients/node/dist tests/support/node/node_modules examples/node/node_modules
+	@rm -rf .venv .venv-bench .venv-docs .data build .bootstrap.lock .mypy_cache .pytest_cache .ruff_cache .hypothesis dist clients/node/node_modules clients/node/dist tests/support/node/node_modules
 	@find src scripts benchmarks tests -name __pycache__ -type d -exec rm -rf {} +

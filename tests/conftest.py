@@ -5,11 +5,8 @@ take `fresh_database` and `start_server`.
 """
 
 import contextlib
-import fcntl
-import hashlib
 import os
 import shutil
-import subprocess
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -23,12 +20,12 @@ pytest.register_assert_rewrite("support", "fuzz")
 from support import pooler
 from support.client import Api
 from support.cluster import Cluster, Run
+from support.npm import NODE_CLIENT, PLAIN_NODE_CLIENT, Npm, build, install, npm_runner
 from support.process import ServerProcess, server_process
 from support.server import serving
 
 from chat_ticket_svc.server import Server
 
-NODE = Path(__file__).parent / "support" / "node"
 RUN = pytest.StashKey[Run]()
 
 
@@ -125,29 +122,24 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def node(environment: dict[str, str]) -> str:
+def npm(environment: dict[str, str]) -> Npm:
+    """`npm(directory, …)`: run npm, or another program of Node, and return what it prints."""
+    return npm_runner(environment)
+
+
+@pytest.fixture(scope="session")
+def node(npm: Npm) -> str:
     """Node, with the packages of tests/support/node/package-lock.json installed."""
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if node is None or npm is None:
-        pytest.skip("the Node client needs node and npm on PATH")
-    lock = NODE / "package-lock.json"
-    stamp = NODE / "node_modules" / ".installed"
-    with lock.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # the other workers wait
-        version = hashlib.sha256(file.read()).hexdigest()
-        if not stamp.exists() or stamp.read_text() != version:
-            done = subprocess.run(
-                [npm, "ci", "--prefer-offline", "--no-progress"],
-                cwd=NODE,
-                env=environment,
-                capture_output=True,
-                check=False,
-                encoding="utf-8",
-                timeout=100,
-            )
-            assert done.returncode == 0, f"npm ci failed in {NODE}:\n{done.stderr}"
-            stamp.write_text(version)
-    return node
+    install(npm, PLAIN_NODE_CLIENT)
+    return shutil.which("node") or ""
+
+
+@pytest.fixture(scope="session")
+def node_client(npm: Npm) -> Path:
+    """clients/node, installed and built."""
+    install(npm, NODE_CLIENT)
+    build(npm, NODE_CLIENT)
+    return NODE_CLIENT
 
 
 # So long that only a notification can arrive sooner.

@@ -83,19 +83,19 @@ async def watch(client: AsyncChatTicketClient, session_id: str) -> None:
         match event.WhichOneof("event"):
             case "session":
                 status = ChatSessionStatus.Name(event.session.status)
-                print(f"  [follow] {status}, has ticket: {event.session.has_ticket}")
+                print(f"  [watch] {status}, has ticket: {event.session.has_ticket}")
                 if event.session.status == CHAT_SESSION_STATUS_RESOLVED:
                     # The session may be ahead of the events that lead to it.
                     end = event.session.revision
             case "messages_created":
                 for message in event.messages_created.messages:
-                    print(f"  [follow] message {message.sequence}: {message.content}")
+                    print(f"  [watch] message {message.sequence}: {message.content}")
             case "message_updated":
-                print(f"  [follow] message {event.message_updated.sequence} has changed")
+                print(f"  [watch] message {event.message_updated.sequence} has changed")
             case "message_deleted":
-                print(f"  [follow] message {event.message_deleted.message_id} is gone")
+                print(f"  [watch] message {event.message_deleted.message_id} is gone")
             case "session_deleted":
-                print("  [follow] the session is gone")
+                print("  [watch] the session is gone")
             case "caught_up" | "heartbeat" | None:
                 pass
         if end is not None and event.revision >= end:

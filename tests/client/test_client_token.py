@@ -171,6 +171,32 @@ class TestToken:
         ]
         assert contents_of(delivered) == ["one", "two"]
 
+    async def test_token_that_keeps_expiring_during_a_quiet_watch_is_renewed(
+        self, database: str, connect: NewClient, tenant: str, tmp_path: Path
+    ) -> None:
+        """The server has accepted each of the tokens, so their source works."""
+        given: list[str] = []
+
+        def short_lived() -> str:
+            given.append(KEY.token(tenants=[tenant], exp=int(time.time()) + 1))
+            return given[-1]
+
+        settings = {"auth": "jwt", **KEY.trusted(tmp_path)}
+        async with serving(database, watch_heartbeat_seconds=60, **settings) as server:
+            writer = connect(server.port, token=KEY.token(tenants=[tenant]))
+            session_id = await create_session_id(writer)
+            watch = connect(server.port, token=short_lived).watch(session_id)
+            async with asyncio.timeout(30):
+                assert [event_kind(await anext(watch)), event_kind(await anext(watch))] == [
+                    "session",
+                    "caught_up",
+                ]
+                event = asyncio.ensure_future(anext(watch))
+                while len(given) < 5 and not event.done():
+                    await asyncio.sleep(0.02)
+                await create_message(writer, session_id, "late")
+                assert contents_of([await event]) == ["late"]
+
     async def test_expired_token_string_ends_watch(
         self, guarded: Server, connect: NewClient, tenant: str, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -1,8 +1,6 @@
 """The npm package of clients/node: built, tested, packed, installed and run against the service."""
 
 import contextlib
-import fcntl
-import hashlib
 import json
 import re
 import shutil
@@ -17,64 +15,13 @@ from typing import Any
 
 import pytest
 from support.authority import Key
+from support.npm import NODE_CLIENT, SECONDS, Npm
 from support.process import ServerProcess, server_process
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "clients" / "node"
 GENERATE = ROOT / "scripts" / "generate_node_client.py"
 SERVICE_CONFIG = ROOT / "protos/chat_ticket/v1/chat_ticket_grpc_service_config.json"
-SECONDS = 100  # more than any of these programs takes
 TOKEN_SECONDS = 2
-
-Npm = Callable[..., str]
-
-
-@pytest.fixture(scope="session")
-def npm(node: str, environment: dict[str, str]) -> Npm:
-    """`npm(directory, …)`: run npm, or another program of Node, and return what it prints."""
-
-    def run(directory: Path, *command: str, program: str = "npm", **variables: str) -> str:
-        path = shutil.which(program)
-        assert path is not None
-        done = subprocess.run(
-            [path, *command],
-            cwd=directory,
-            env={**environment, **variables},
-            capture_output=True,
-            check=False,
-            encoding="utf-8",
-            timeout=SECONDS,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def package(npm: Npm) -> Path:
-    """clients/node, with its dependencies installed, and built; both only when they changed."""
-
-    def outdated(name: str, *inputs: Path) -> Path | None:
-        content = b"".join(path.read_bytes() for path in sorted(inputs))
-        stamp = PACKAGE / "node_modules" / f".{name}-{hashlib.sha256(content).hexdigest()[:16]}"
-        return None if stamp.exists() else stamp
-
-    lock, sources = PACKAGE / "package-lock.json", (PACKAGE / "src").rglob("*.ts")
-    with lock.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # other workers wait
-        if (stamp := outdated("installed", lock)) is not None:
-            npm(PACKAGE, "ci", "--prefer-offline", "--no-progress")
-            stamp.touch()
-        settings = [PACKAGE / name for name in ("package.json", "tsconfig.json", lock.name)]
-        stamp = outdated("built", *settings, *sources)
-        if stamp is not None or not (PACKAGE / "dist").exists():
-            for stale in (PACKAGE / "node_modules").glob(".built-*"):
-                stale.unlink()
-            npm(PACKAGE, "run", "build")
-            if stamp is not None:
-                stamp.touch()
-    return PACKAGE
 
 
 @pytest.fixture(scope="module")
@@ -84,85 +31,104 @@ def process(database: str) -> Iterator[ServerProcess]:
         yield process
 
 
-def test_generated_typescript_is_what_the_protos_generate(package: Path) -> None:
-    """And the service config with it."""
+@pytest.fixture(scope="module")
+def tarball(
+    node_client: Path, npm: Npm, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, set[str]]:
+    """What npm pack writes: a file, and the paths in it."""
+    directory = tmp_path_factory.mktemp("packed")
+    [packed] = json.loads(npm(node_client, "pack", "--json", "--pack-destination", str(directory)))
+    return directory / packed["filename"], {file["path"] for file in packed["files"]}
+
+
+def test_generated_typescript_matches_the_protos(node_client: Path) -> None:
+    """And the generated service config matches that of the protos."""
     command = [sys.executable, str(GENERATE), "--check"]
     done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr
 
 
-def test_passes_its_own_checks(package: Path, npm: Npm) -> None:
-    """They use a server that breaks streams on request."""
-    tests = sorted(str(path) for path in (package / "test").glob("*.test.mjs"))
-    output = npm(package, "--test", "--test-timeout=20000", *tests, program="node")
+def test_package_passes_its_own_tests(node_client: Path, npm: Npm) -> None:
+    """They run against a fake server, which fails as each test wants."""
+    tests = sorted(str(path) for path in (node_client / "test").glob("*.test.mjs"))
+    output = npm(node_client, "--test", "--test-timeout=20000", *tests, program="node")
     assert int(re.findall(r"^# pass (\d+)$", output, re.MULTILINE)[0]) >= 25
 
 
-def test_calls_the_service(package: Path, npm: Npm, process: ServerProcess) -> None:
-    """Creates, reads, lists and watches, and reports errors with their reason."""
-    tests = str(package / "test" / "service" / "calls.test.mjs")
-    npm(package, "--test", tests, program="node", CHAT_TICKET_ADDRESS=process.address)
+def test_calls_the_service(node_client: Path, npm: Npm, process: ServerProcess) -> None:
+    """Creates, reads, lists and watches, and decodes the errors of refused calls."""
+    tests = str(node_client / "test" / "service" / "calls.test.mjs")
+    npm(node_client, "--test", tests, program="node", CHAT_TICKET_ADDRESS=process.address)
 
 
 def test_guide_prints_what_it_shows(
-    package: Path, npm: Npm, process: ServerProcess, tmp_path: Path
+    node_client: Path, npm: Npm, process: ServerProcess, tmp_path: Path
 ) -> None:
     """The blocks of docs/guides/node.md, in their order, are one program."""
-    guide = (PACKAGE.parents[1] / "docs" / "guides" / "node.md").read_text()
+    guide = (ROOT / "docs" / "guides" / "node.md").read_text()
     program, shown = (
         "\n".join(re.findall(rf"^```{kind}\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL))
         for kind in ("js", "text")
     )
     (tmp_path / "node_modules").mkdir()
-    (tmp_path / "node_modules" / "chat-ticket-client").symlink_to(package)
+    (tmp_path / "node_modules" / "chat-ticket-client").symlink_to(node_client)
     (tmp_path / "chat.mjs").write_text(program.replace("localhost:50051", process.address))
     assert npm(tmp_path, "chat.mjs", program="node").split() == shown.split()
 
 
-def packed(npm: Npm, *options: str) -> tuple[str, list[str]]:
-    """What npm pack writes: the name of the file, and those of the files in it."""
-    [made] = json.loads(npm(PACKAGE, "pack", "--json", *options))
-    return made["filename"], [file["path"] for file in made["files"]]
-
-
-def test_packs_what_is_built_and_nothing_else(package: Path, npm: Npm) -> None:
+def test_packs_the_compiled_sources_and_nothing_else(
+    node_client: Path, tarball: tuple[Path, set[str]]
+) -> None:
     """No sources, no tests, no lock."""
-    _, files = packed(npm, "--dry-run")
-    inside = [path for path in files if "/" in path]
-    assert set(files) - set(inside) == {"README.md", "package.json"}
-    sources = [
-        path.relative_to(package / "src").with_suffix("")
-        for path in (package / "src").rglob("*.ts")
-    ]
-    built = {f"dist/{path}{kind}" for path in sources for kind in (".js", ".d.ts")}
-    assert set(inside) == built
+    _, files = tarball
+    sources = node_client / "src"
+    compiled = {
+        f"dist/{path.relative_to(sources).with_suffix('')}{suffix}"
+        for path in sources.rglob("*.ts")
+        for suffix in (".js", ".d.ts")
+    }
+    assert files == compiled | {"README.md", "package.json"}
+
+
+def copy_dependencies(package: Path, directory: Path) -> None:
+    """Copy what a package needs at run time, without its development dependencies."""
+    locked = json.loads((package / "package-lock.json").read_text())["packages"]
+    for path, entry in locked.items():
+        # A nested package is copied with the one that contains it.
+        if path.count("node_modules/") == 1 and not entry.get("dev"):
+            shutil.copytree(package / path, directory / path, symlinks=True)
 
 
 def test_installs_alone_and_runs_what_its_readme_shows(
-    package: Path, npm: Npm, process: ServerProcess, tmp_path: Path
+    node_client: Path,
+    npm: Npm,
+    process: ServerProcess,
+    tarball: tuple[Path, set[str]],
+    tmp_path: Path,
 ) -> None:
     """With grpc-js and protobuf only. The programs are as pasted, but for the address.
 
-    They are right as TypeScript too. And the service config is that of the protos.
+    They compile as TypeScript too. The service config is that of the protos.
     """
-    name, _ = packed(npm, "--pack-destination", str(tmp_path))
+    copy_dependencies(node_client, tmp_path)
     (tmp_path / "package.json").write_text('{"private": true, "type": "module"}')
-    options = ("--prefer-offline", "--ignore-scripts", "--no-audit", "--no-fund", "--no-progress")
-    npm(tmp_path, "install", *options, f"./{name}")
+    # npm finds the dependencies in place, and needs no network.
+    npm(tmp_path, "install", "--offline", "--ignore-scripts", "--no-audit", str(tarball[0]))
     modules = {path.name for path in (tmp_path / "node_modules").iterdir()}
     assert {"chat-ticket-client", "@grpc", "@bufbuild"} <= modules
     assert not modules & {"typescript", "ts-proto"}
 
-    readme = (package / "README.md").read_text()
+    readme = (node_client / "README.md").read_text()
     use, tokens = re.findall(r"^```js\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
     wrong = "import { ChatSession } from 'chat-ticket-client'\nChatSession.create({ id: 1 })"
     for name, program in (("use", use), ("tokens", tokens), ("wrong", wrong)):
         (tmp_path / f"{name}.mts").write_text(program)
-    compiler = str(package / "node_modules" / "typescript" / "bin" / "tsc")
+    compiler = str(node_client / "node_modules" / "typescript" / "bin" / "tsc")
     check = (compiler, "--noEmit", "--strict", "--module", "nodenext", "--types", "node")
-    npm(tmp_path, *check, "use.mts", "tokens.mts", program="node")
-    with pytest.raises(AssertionError, match="TS2322"):
-        npm(tmp_path, *check, "wrong.mts", program="node")
+    with pytest.raises(AssertionError) as failed:
+        npm(tmp_path, *check, "use.mts", "tokens.mts", "wrong.mts", program="node")
+    errors = re.findall(r"^(\S+?)\(.*error (TS\d+)", str(failed.value), re.MULTILINE)
+    assert errors == [("wrong.mts", "TS2322")], failed.value
 
     (tmp_path / "use.mjs").write_text(use.replace("localhost:50051", process.address))
     (tmp_path / "tokens.mjs").write_text(
@@ -184,11 +150,11 @@ def test_installs_alone_and_runs_what_its_readme_shows(
 class Watcher:
     """test/service/restarts.mjs, and what it has printed so far."""
 
-    def __init__(self, node: str, *arguments: str):
-        self.events: list[dict[str, Any]] = []
+    def __init__(self, *arguments: str):
+        self.lines: list[dict[str, Any]] = []
         self._changed = threading.Condition()
         self.popen = subprocess.Popen(
-            [node, PACKAGE / "test" / "service" / "restarts.mjs", *arguments],
+            ["node", NODE_CLIENT / "test" / "service" / "restarts.mjs", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -200,14 +166,14 @@ class Watcher:
         assert self.popen.stdout is not None
         for line in self.popen.stdout:
             with self._changed:
-                self.events.append(json.loads(line))
+                self.lines.append(json.loads(line))
                 self._changed.notify_all()
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         with self._changed:
-            assert self._changed.wait_for(condition, SECONDS), self.events[-5:]
+            assert self._changed.wait_for(condition, SECONDS), self.lines[-5:]
 
-    def go_on(self) -> None:
+    def proceed(self) -> None:
         assert self.popen.stdin is not None
         self.popen.stdin.write("\n")
         self.popen.stdin.flush()
@@ -226,10 +192,10 @@ class Watcher:
             stream.close()
 
     def all(self, key: str) -> list[Any]:
-        return [line[key] for line in self.events if key in line]
+        return [line[key] for line in self.lines if key in line]
 
     def messages(self) -> list[tuple[str, int]]:
-        found = (line.get("messages") or [] for line in self.events)
+        found = (line.get("messages") or [] for line in self.lines)
         return [(id_, sequence) for messages in found for id_, sequence in messages]
 
 
@@ -257,10 +223,10 @@ def renewed(path: Path, key: Key) -> Iterator[None]:
         thread.join()
 
 
-def test_watch_delivers_everything_once_while_servers_restart(
-    package: Path, node: str, database: str, process: ServerProcess, tenant: str, tmp_path: Path
+def test_watch_delivers_every_event_once_while_servers_fail(
+    node_client: Path, database: str, process: ServerProcess, tenant: str, tmp_path: Path
 ) -> None:
-    """Killed, drained and gone while tokens expire; and the session is deleted meanwhile."""
+    """They are killed and drained while tokens expire. The session is deleted during an outage."""
     key, port = Key(), "0"
     settings = {
         f"CHAT_TICKET_{name.upper()}": value for name, value in key.trusted(tmp_path).items()
@@ -278,7 +244,7 @@ def test_watch_delivers_everything_once_while_servers_restart(
         port = address.rpartition(":")[2]
         token = tmp_path / "token"
         stack.enter_context(renewed(token, key))
-        watcher = Watcher(node, address, process.address, tenant, str(token))
+        watcher = Watcher(address, process.address, tenant, str(token))
         stack.callback(watcher.close)
 
         def more(count: int) -> None:
@@ -291,12 +257,12 @@ def test_watch_delivers_everything_once_while_servers_restart(
             server.stop(number)
             server = start()
             more(10)
-        watcher.go_on()
+        watcher.proceed()
         watcher.wait_for(lambda: len(watcher.all("written")) == 1)
         [written] = watcher.all("written")
         watcher.wait_for(lambda: len(watcher.messages()) >= len(written))
         server.stop(signal.SIGKILL)
-        watcher.go_on()
+        watcher.proceed()
         watcher.wait_for(lambda: watcher.all("deleted") == [True])
         start()
         assert watcher.end() == 0

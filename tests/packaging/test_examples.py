@@ -2,10 +2,8 @@
 
 import asyncio
 import contextlib
-import json
 import random
 import re
-import shutil
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -16,7 +14,6 @@ from chat_ticket_svc.server import Server
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-NODE = ROOT / "tests" / "support" / "node"
 
 SHOWN = [
     "created a session",
@@ -44,17 +41,12 @@ CUTS = 12
 
 
 @pytest.fixture(params=["python", "node"])
-def example(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
+def example(request: pytest.FixtureRequest) -> list[str]:
     """The command of an example."""
     if request.param == "python":
         return [sys.executable, str(EXAMPLES / "python" / "support_chat.py")]
-    # As it is in the repository, with the packages that the other tests of Node have installed.
-    node = request.getfixturevalue("node")
-    directory = tmp_path / "examples" / "node"
-    shutil.copytree(EXAMPLES / "node", directory, ignore=shutil.ignore_patterns("node_modules"))
-    (directory / "node_modules").symlink_to(NODE / "node_modules")
-    (tmp_path / "protos").symlink_to(ROOT / "protos")
-    return [node, str(directory / "support_chat.mjs")]
+    request.getfixturevalue("node_client")
+    return ["node", str(EXAMPLES / "node" / "support_chat.mjs")]
 
 
 async def run(*command: str) -> str:
@@ -75,8 +67,8 @@ async def run(*command: str) -> str:
 
 
 def parted(output: str) -> tuple[list[str], list[str]]:
-    """What an example prints, and what its watch delivered."""
-    lines, mark = output.splitlines(), "  [follow] "
+    """The lines of an example itself, and those of its watch."""
+    lines, mark = output.splitlines(), "  [watch] "
     watched = [
         re.sub("True|False", lambda word: word[0].lower(), line.removeprefix(mark))
         for line in lines
@@ -133,7 +125,7 @@ async def test_example_shows_what_it_does(server: Server, example: list[str]) ->
     assert shown == SHOWN
     assert [line for line in watched if line.startswith("message")] == WATCHED_MESSAGES
     states = [line for line in watched if line.startswith("CHAT")]
-    # It begins to follow at some time, and states that pass quickly may coalesce.
+    # The watch begins at some time, and states that pass quickly may coalesce.
     assert states == [state for state in WATCHED_SESSION if state in states]
     assert states[-1] == WATCHED_SESSION[-1]
 
@@ -145,15 +137,3 @@ async def test_example_does_the_same_over_a_bad_network(server: Server, example:
     assert shown == SHOWN
     assert [line for line in watched if line.startswith("message")] == WATCHED_MESSAGES
     assert WATCHED_SESSION[-1] in watched
-
-
-def test_example_of_node_is_locked_as_the_tests_are() -> None:
-    """The same packages, byte for byte."""
-    ours, theirs = (
-        json.loads((directory / "package-lock.json").read_text())["packages"]
-        for directory in (NODE, EXAMPLES / "node")
-    )
-    package = json.loads((EXAMPLES / "node" / "package.json").read_text())
-    assert theirs.pop("")["dependencies"] == package["dependencies"]
-    ours.pop("")
-    assert ours == theirs

@@ -60,14 +60,15 @@ export class ChatTicketClient {
   }
 
   /**
-   * Makes a call until its outcome is known, for up to `timeoutMs`; then throws the last error.
+   * Repeats a call until its outcome is known, for up to `timeoutMs`. Then throws the last error.
    *
    *     await client.retry(client.messages.createChatMessage, request)
    *
-   * Use it for what is safe to repeat: reads, creates whose request has the ids of all that is new,
-   * and updates without an etag. (A delete that has happened is NOT_FOUND the second time.) The
-   * call is made again, after a pause, when it fails with UNAVAILABLE, DEADLINE_EXCEEDED or
-   * CANCELLED, or with an error that has `retrySeconds`.
+   * Use it for calls that are safe to repeat: reads, creates whose request sets the ids of all new
+   * resources, and updates without an etag. A repeated delete fails with NOT_FOUND when the first
+   * attempt succeeded. The call is repeated, after a pause, when it fails with UNAVAILABLE,
+   * DEADLINE_EXCEEDED or CANCELLED, with INTERNAL or UNKNOWN without a reason, or with an error that
+   * has `retrySeconds`.
    */
   async retry<Request, Response>(
     method: (request: Request, options?: CallOptions) => Promise<Response>,
@@ -91,21 +92,22 @@ export class ChatTicketClient {
   /**
    * Watches a session: what changed after a revision, then every change as it happens.
    *
-   * This is one stream of WatchChatSession that never breaks. When the server stops or is out of
-   * reach, when the token expires and is a function, or when nothing is heard for `silenceMs`, the
-   * watch resumes after the last event, for as long as that takes. `onInterruption` hears of it.
+   * The watch resumes after the last event when the stream breaks. It does so when the server stops
+   * or is unreachable, when a token expires that comes from a function, and when the server sends
+   * nothing for `silenceMs`. It tries for as long as that takes, and calls `onInterruption` each time.
    *
-   * Each event comes once, and none is left out. The session comes first, as it is then, and again
-   * after an interruption when its status or `hasTicket` has changed. It may therefore be ahead of
-   * the events that led there, which follow, up to its `revision`. To resume in another process,
-   * keep the `revision` of an event after all of the event has been handled, and give it as
-   * `afterRevision`: an event that was handled in part comes again whole.
+   * Each event is delivered once, and none is left out. The session comes first, in its current
+   * state, and again after an interruption when its status or `hasTicket` has changed. It may
+   * therefore be ahead of the events that led to it. Those follow, up to its `revision`.
+   *
+   * To resume in another process, store the `revision` of each event after the event has been fully
+   * handled, and pass it as `afterRevision`. A partly handled event is then delivered again in full.
    *
    * The watch ends after `sessionDeleted`, also when the session was deleted during an
    * interruption. Leaving the loop, calling `return()` on the generator or aborting `signal` ends
    * the stream at the server.
    *
-   * Throws the errors that do not pass: NOT_FOUND when there is no such session, OUT_OF_RANGE for a
+   * Throws errors that a retry cannot resolve: NOT_FOUND when there is no such session, OUT_OF_RANGE for a
    * revision that it has not reached, INVALID_ARGUMENT, PERMISSION_DENIED, UNAUTHENTICATED,
    * UNIMPLEMENTED, and INTERNAL with a reason.
    */

@@ -41,7 +41,7 @@ const DETAIL_TYPES: { [Type in keyof DetailTypes]: { decode(bytes: Uint8Array): 
   'google.rpc.RetryInfo': RetryInfo,
 }
 
-/** One detail of an error. A type that this package does not know stays a packed `Any`. */
+/** One detail of an error. A detail of any other type stays a packed `Any`. */
 export type ErrorDetail =
   | { [Type in keyof DetailTypes]: { type: Type; value: DetailTypes[Type] } }[keyof DetailTypes]
   | { type: 'google.protobuf.Any'; value: Any }
@@ -56,7 +56,7 @@ export interface Violation {
  * A call that failed. Its `cause` is the error of grpc-js.
  *
  * A write that failed with UNAVAILABLE, DEADLINE_EXCEEDED or CANCELLED, or without a `reason`, may
- * have happened. Repeat it with the same ids, for example with `ChatTicketClient.retry`.
+ * have been executed. Repeat it with the same ids, for example with `ChatTicketClient.retry`.
  */
 export class ChatTicketError extends Error {
   override readonly name = 'ChatTicketError'
@@ -67,15 +67,15 @@ export class ChatTicketError extends Error {
   /** The text of the status alone. `message` has the reason before it. */
   readonly statusMessage: string
   /**
-   * For programs, such as `SESSION_ARCHIVED`. Empty when the error does not come from the service
-   * but from gRPC or from something on the way.
+   * The machine-readable reason, such as `SESSION_ARCHIVED`. Empty when the error does not come from
+   * the service but from gRPC or a proxy.
    */
   readonly reason: string
-  /** What the reason is about, such as the `quota` that is used up. */
+  /** Values that belong to the reason, such as the `quota` that is used up. */
   readonly metadata: Readonly<Record<string, string>>
   /** Every field of the request that is wrong, for INVALID_ARGUMENT. */
   readonly violations: readonly Violation[]
-  /** After how many seconds the same call may succeed; undefined when the service does not know. */
+  /** After how many seconds the same call may succeed. Undefined when the service does not send it. */
   readonly retrySeconds: number | undefined
   /** All details that the service sent. */
   readonly details: readonly ErrorDetail[]
@@ -109,7 +109,7 @@ export class ChatTicketError extends Error {
   }
 }
 
-/** The error for what a call of grpc-js failed with. */
+/** Converts the error of a failed grpc-js call. */
 export function fromServiceError(error: ServiceError): ChatTicketError {
   const [packed] = error.metadata?.get('grpc-status-details-bin') ?? []
   const details = Buffer.isBuffer(packed) ? decodeDetails(packed, error) : []
@@ -123,7 +123,7 @@ function decodeDetails(packed: Buffer, error: ServiceError): ErrorDetail[] {
   } catch {
     return []
   }
-  // The service never sends a status that contradicts the call's, so this one comes from elsewhere.
+  // The service never sends a status that contradicts the call's, so this one does not come from it.
   if (decoded.code !== error.code || decoded.message !== error.details) return []
   return decoded.details.map(unpack)
 }

@@ -4,7 +4,7 @@ const LOOPBACK = new BlockList()
 LOOPBACK.addSubnet('127.0.0.0', 8, 'ipv4')
 LOOPBACK.addAddress('::1', 'ipv6')
 
-/** Whether every address of a gRPC target is on this machine, as far as the target itself says. */
+/** Whether every address of a gRPC target is on this machine, judged by its text alone. */
 export function isLoopbackTarget(target: string): boolean {
   const scheme = /^([a-z0-9+.-]+):/i.exec(target)?.[1] ?? ''
   if (scheme === 'unix') return true

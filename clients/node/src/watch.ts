@@ -11,7 +11,8 @@ import type { WatchChatSessionRequest, WatchChatSessionResponse } from './genera
 // Three heartbeats at the server's default interval.
 const SILENCE_MS = 45_000
 
-// A token may expire on its way. One that has expired this often in a row is not renewed at all.
+// A token may expire on its way to the server. After this many expired tokens in a row the next one
+// ends the watch.
 const MAX_EXPIRED_TOKENS = 3
 
 /** An event of a watched session: what happened, and the position after it. */
@@ -25,29 +26,29 @@ export interface WatchInterruption {
   failures: number
   /** How long the watch waits before it resumes. */
   pauseMs: number
-  /** What ended the stream; undefined when it ended without an error or was silent for too long. */
+  /** The error that ended the stream. Undefined when the stream ended without one or was silent for too long. */
   error: ChatTicketError | undefined
-  /** The same as text. */
+  /** The reason as text, also when there is no `error`. */
   message: string
 }
 
 export interface WatchOptions {
-  /** Watch from after this revision. 0 by default: the whole history comes first. */
+  /** Watch the changes after this revision. 0 by default, which starts with the whole history. */
   afterRevision?: bigint | number | string | undefined
   /**
-   * Start a new stream when nothing is heard for so long. 45,000 by default; the server sends a
-   * heartbeat every 15 seconds by default.
+   * Start a new stream when the server sends nothing for this long. 45,000 by default. The server
+   * sends a heartbeat every 15 seconds by default.
    */
   silenceMs?: number | undefined
   /** Ends the watch, which then throws the reason of the signal. */
   signal?: AbortSignal | undefined
-  /** Called each time that the watch is about to resume, for example to log it. */
+  /** Called before each pause and resume, for example to log it. */
   onInterruption?: ((interruption: WatchInterruption) => void) | undefined
 }
 
 type Watch = StreamCall<Partial<WatchChatSessionRequest>, WatchChatSessionResponse>
 
-/** Watches a session over as many streams as it takes. See ChatTicketClient.watch. */
+/** Watches a session, with a new stream after each interruption. See ChatTicketClient.watch. */
 export async function* watchSession(
   watch: Watch,
   sessionId: string,
@@ -56,6 +57,7 @@ export async function* watchSession(
   { afterRevision = 0n, silenceMs = SILENCE_MS, onInterruption }: WatchOptions,
 ): AsyncGenerator<WatchEvent, void, void> {
   const state = new ResumeState(BigInt(afterRevision))
+  let expiredTokens = 0
   for (let failures = 0; ; failures += 1) {
     const silence = new AbortController()
     const responses = watch(
@@ -72,6 +74,7 @@ export async function* watchSession(
           message = 'the stream ended'
           break
         }
+        expiredTokens = 0
         const event = state.next(response)
         if (event !== undefined) {
           failures = 0
@@ -82,7 +85,7 @@ export async function* watchSession(
     } catch (error) {
       signal.throwIfAborted()
       if (silence.signal.aborted) {
-        message = `nothing was heard for ${silenceMs} ms`
+        message = `the server sent nothing for ${silenceMs} ms`
       } else if (!(error instanceof ChatTicketError)) {
         throw error
       } else if (error.code === status.NOT_FOUND && state.session !== undefined) {
@@ -90,7 +93,8 @@ export async function* watchSession(
         return
       } else {
         const isExpired = renewsToken && error.reason === 'CREDENTIAL_EXPIRED'
-        if (!isRetryable(error) && !(isExpired && failures < MAX_EXPIRED_TOKENS)) throw error
+        expiredTokens = isExpired ? expiredTokens + 1 : 0
+        if (!isRetryable(error) && (!isExpired || expiredTokens > MAX_EXPIRED_TOKENS)) throw error
         failure = error
         message = error.message
       }
@@ -103,7 +107,7 @@ export async function* watchSession(
   }
 }
 
-/** What the caller of a watch has been told, over all of its streams. */
+/** What has been delivered to the caller of a watch, over all of its streams. */
 class ResumeState {
   revision: bigint
   session: ChatSession | undefined
@@ -114,23 +118,23 @@ class ResumeState {
     this.revision = revision
   }
 
-  /** The event to tell for a response: undefined for what every stream begins with. */
+  /** The event to deliver for a response. Undefined for one that only repeats the state after a resume. */
   next(response: WatchChatSessionResponse): WatchEvent | undefined {
     let event: WatchEvent | undefined = response
     switch (response.event?.$case) {
       case 'session': {
         const session = response.event.value
-        const known = this.session
-        // A session of the same id that was created later: the watched one is gone.
-        if (known && known.createTime?.getTime() !== session.createTime?.getTime()) return this.deleted()
+        const previous = this.session
+        // A later session with the same id: the watched one was deleted.
+        if (previous && previous.createTime?.getTime() !== session.createTime?.getTime()) return this.deleted()
         // Its revision and times change with every message, which has an event of its own.
-        if (known?.status === session.status && known.hasTicket === session.hasTicket) event = undefined
+        if (previous?.status === session.status && previous.hasTicket === session.hasTicket) event = undefined
         this.session = session
         break
       }
       case 'caughtUp':
         if (this.#isCaughtUp) {
-          // Nothing new, but the position may have moved, which a heartbeat says.
+          // The caller has caught up before. The position may have moved, which a heartbeat reports.
           event =
             response.revision === this.revision
               ? undefined
@@ -146,7 +150,7 @@ class ResumeState {
     return event
   }
 
-  /** What the server would have sent, had the stream been there. */
+  /** The event that the server would have sent on an unbroken stream. */
   deleted(): WatchEvent {
     this.isDeleted = true
     return { revision: this.revision, event: { $case: 'sessionDeleted', value: {} } }

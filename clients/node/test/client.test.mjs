@@ -1,4 +1,4 @@
-// Calls, errors, tokens and retries, against a server that does what the test says.
+// Calls, errors, tokens and retries, against a fake server.
 import assert from 'node:assert/strict'
 import { mock, suite, test } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -142,7 +142,7 @@ suite('calls', () => {
 })
 
 suite('errors', () => {
-  test('have everything that the service says', async (t) => {
+  test('have all details that the service sends', async (t) => {
     const details = [
       pack('google.rpc.BadRequest', BadRequest, {
         fieldViolations: [
@@ -318,7 +318,7 @@ suite('retry', () => {
     assert.ok(performance.now() - start >= 190, 'it waits as long as the server asks for')
   })
 
-  test('is not for what will not pass', async (t) => {
+  test('does not repeat calls that cannot succeed', async (t) => {
     const errors = [
       refusal(status.NOT_FOUND, 'CHAT_SESSION_NOT_FOUND'),
       refusal(status.RESOURCE_EXHAUSTED, 'QUOTA_EXCEEDED'),

@@ -1,4 +1,4 @@
-// A server that answers as a test tells it, and clients of it.
+// A fake server whose responses each test sets, and clients of it.
 import { once } from 'node:events'
 
 import { Metadata, Server, ServerCredentials, status } from '@grpc/grpc-js'
@@ -99,7 +99,7 @@ export const event = ($case, revision, value = {}) => ({ revision: BigInt(revisi
 
 export const deleted = (revision) => event('messageDeleted', revision, { messageId: `m${revision}` })
 
-/** What tells events apart. */
+/** An event in short: its kind and its revision. */
 export const brief = ({ event: { $case }, revision }) => `${$case} ${revision}`
 
 /** All events of a watch that ends, or as many as `most`. */

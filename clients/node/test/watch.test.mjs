@@ -46,7 +46,7 @@ suite('watch', () => {
     )
   })
 
-  test('starts where it is told to', async (t) => {
+  test('starts after the given revision', async (t) => {
     const large = 2n ** 60n + 1n
     const script = scripted([session(0), 'hold'])
     const client = await serve(t, script)
@@ -54,7 +54,7 @@ suite('watch', () => {
     assert.equal(script.requests[0].afterRevision, large)
   })
 
-  test('shows the session again only when its status or ticket has changed', async (t) => {
+  test('delivers the session again only when its status or ticket has changed', async (t) => {
     const resolved = { status: 'CHAT_SESSION_STATUS_RESOLVED' }
     const script = scripted(
       [session(0), unavailable],
@@ -68,7 +68,7 @@ suite('watch', () => {
     assert.deepEqual(script.requests.map(({ afterRevision }) => afterRevision), [0n, 0n, 1n, 2n, 2n])
   })
 
-  test('says caughtUp once, and later as a heartbeat when the position has moved', async (t) => {
+  test('delivers caughtUp once, and later a heartbeat when the position has moved', async (t) => {
     const script = scripted(
       [session(0), event('caughtUp', 0), unavailable],
       [session(0), event('caughtUp', 0), unavailable],
@@ -83,7 +83,7 @@ suite('watch', () => {
     ])
   })
 
-  test('says that the session was deleted meanwhile, or replaced', async (t) => {
+  test('reports a session that was deleted or replaced during an interruption', async (t) => {
     const gone = refusal(status.NOT_FOUND, 'CHAT_SESSION_NOT_FOUND')
     for (const second of [gone, session(0, { createTime: new Date() })]) {
       const client = await serve(t, scripted([session(0), deleted(3), unavailable], [second, 'hold']))
@@ -93,7 +93,7 @@ suite('watch', () => {
     await assert.rejects(never.watch('an id').next(), { reason: 'CHAT_SESSION_NOT_FOUND' })
   })
 
-  test('throws what does not pass', async (t) => {
+  test('throws errors that a retry cannot resolve', async (t) => {
     for (const [code, reason] of [
       [status.OUT_OF_RANGE, 'REVISION_OUT_OF_RANGE'],
       [status.PERMISSION_DENIED, 'PERMISSION_DENIED'],
@@ -107,7 +107,7 @@ suite('watch', () => {
     }
   })
 
-  test('asks for another token when one has expired, three times in a row', async (t) => {
+  test('asks for another token up to three times in a row when tokens expire', async (t) => {
     let asked = 0
     const token = () => `token ${++asked}`
     const script = scripted(
@@ -128,7 +128,23 @@ suite('watch', () => {
     assert.equal(asked, 7)
   })
 
-  test('resumes when nothing is heard, and does not count the time of its caller', async (t) => {
+  test('asks for another token after a long outage', async (t) => {
+    const outage = Array(5).fill([unavailable])
+    const script = scripted([session(0), deleted(1), unavailable], ...outage, [expired], [session(1), event('sessionDeleted', 2)])
+    const client = await serve(t, script, { token: () => 'a token', options: { 'grpc.enable_retries': 0 } })
+    const found = await collect(client.watch('an id'))
+    assert.deepEqual(found, ['session 0', 'messageDeleted 1', 'sessionDeleted 2'])
+  })
+
+  test('asks for another token when a stream lasts as long as a token', async (t) => {
+    const streams = Array(5).fill([session(1), event('caughtUp', 1), expired])
+    const script = scripted([session(0), deleted(1), unavailable], ...streams, [event('sessionDeleted', 2)])
+    const client = await serve(t, script, { token: () => 'a token' })
+    const found = await collect(client.watch('an id'))
+    assert.deepEqual(found, ['session 0', 'messageDeleted 1', 'caughtUp 1', 'sessionDeleted 2'])
+  })
+
+  test('resumes after silence, and does not count the time of its caller', async (t) => {
     const script = scripted([session(0), deleted(1), 'hold'], [session(1), event('sessionDeleted', 2)])
     const client = await serve(t, script)
     const interruptions = []
@@ -140,12 +156,12 @@ suite('watch', () => {
       assert.equal(interruptions.length, found.length > 2 ? 1 : 0)
     }
     assert.deepEqual(found, ['session 0', 'messageDeleted 1', 'sessionDeleted 2'])
-    assert.equal(interruptions[0].message, 'nothing was heard for 100 ms')
+    assert.equal(interruptions[0].message, 'the server sent nothing for 100 ms')
     assert.equal(interruptions[0].error, undefined)
     await cancelled(script.streams[0])
   })
 
-  test('waits longer after each failure, and as long as the server asks for', async (t) => {
+  test('waits longer after each failure, and adds the delay that the server asks for', async (t) => {
     random.mock.mockImplementation(() => 1)
     t.after(() => random.mock.mockImplementation(() => 0))
     const asking = refusal(status.UNAVAILABLE, 'DRAINING', { retrySeconds: 0.1 })

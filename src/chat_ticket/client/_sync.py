@@ -30,8 +30,8 @@ Response = TypeVar("Response")
 # Three times the server's default interval of heartbeats.
 SILENCE_SECONDS = 45.0
 
-# A token may expire on its way, so a new one is asked for. So many in a row that are all expired
-# are an error of their source.
+# A token may expire on its way to the server, so the watch asks for a new one. More expired tokens
+# in a row than this are an error of their source.
 MAX_EXPIRED_TOKENS = 3
 
 
@@ -174,7 +174,7 @@ class ChatTicketClient:
         reason.
         """
         state = ResumeState(after_revision)
-        failures = 0
+        failures = expired_tokens = 0
         while True:
             request = WatchChatSessionRequest(session_id=session_id, after_revision=state.revision)
             responses: runtime.ResponseReader[WatchChatSessionResponse] = runtime.ResponseReader(
@@ -187,6 +187,7 @@ class ChatTicketClient:
                     if response is None:
                         cause = "the stream ended"
                         break
+                    expired_tokens = 0
                     if (event := state.accept(response)) is not None:
                         failures = 0
                         yield event
@@ -201,7 +202,8 @@ class ChatTicketClient:
                 return
             except ChatTicketError as failure:
                 expired = self._renews_token and failure.reason == "CREDENTIAL_EXPIRED"
-                if not is_retryable(failure) and not (expired and failures < MAX_EXPIRED_TOKENS):
+                expired_tokens = expired_tokens + 1 if expired else 0
+                if not is_retryable(failure) and not 0 < expired_tokens <= MAX_EXPIRED_TOKENS:
                     raise
                 cause, error = str(failure), failure
             finally:

@@ -1,8 +1,8 @@
-// Talks to a running service from Node, with the protos read from source, and prints what it saw.
+// Calls a running service from Node, with plain grpc-js and the protos as files.
 //
 //   node client.mjs ADDRESS TENANT
 //
-// prints one JSON document; tests/api/test_other_clients.py knows what must stand in it.
+// prints one JSON document, which tests/api/test_other_clients.py checks.
 import { randomUUID } from 'node:crypto'
 import { fileURLToPath } from 'node:url'
 
@@ -45,15 +45,15 @@ function call(client, method, request) {
   })
 }
 
-/** Every response of a stream, handed to `each` as it comes; returns the status at its end. */
-async function follow(client, method, request, each) {
+/** Passes every response of a stream to `each`, and returns the final status code. */
+async function readStream(client, method, request, each) {
   const stream = client[method](request, metadata(), deadline())
   const status = new Promise((resolve) => stream.on('status', resolve))
   for await (const response of stream) await each(response)
   return (await status).code
 }
 
-/** What a refused call is refused with. */
+/** The error of a call that must fail, or null if it succeeds. */
 async function refusal(client, method, request) {
   try {
     await call(client, method, request)
@@ -73,7 +73,7 @@ const first = {
   id: randomUUID(),
   role: 'CHAT_MESSAGE_ROLE_USER',
   content: 'naïve café 中文 שלום 👩‍👩‍👧‍👦\n\ttab',
-  metadata_json: '{"big": 9007199254740993}', // 2^53 + 1, which a JavaScript number is not
+  metadata_json: '{"big": 9007199254740993}', // 2^53 + 1, which no JavaScript number can hold
   attachments: [
     { file_url: 'https://files.example/%E6%97%A5.png', file_name: '日.png', file_type: 'image/png' },
   ],
@@ -90,15 +90,15 @@ saw.created = (
 ).messages
 
 saw.list = { responses: [] }
-saw.list.status = await follow(messages, 'ListChatMessages', { session_id }, (response) => {
+saw.list.status = await readStream(messages, 'ListChatMessages', { session_id }, (response) => {
   saw.list.responses.push(response)
 })
 
-// History, then a message written while following, then the end of the session.
+// The history, then a message created during the watch, then the deletion of the session.
 const live = { role: 'CHAT_MESSAGE_ROLE_USER', content: 'are you there? 👋' }
 let caughtUp = false
 saw.watch = { responses: [] }
-saw.watch.status = await follow(
+saw.watch.status = await readStream(
   sessions,
   'WatchChatSession',
   { session_id, after_revision: 0 },

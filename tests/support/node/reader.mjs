@@ -1,9 +1,9 @@
-// Reads and writes until it is told to stop, with the service config or without.
+// Reads and writes in a loop, with the service config or without.
 //
 //   node reader.mjs ADDRESSES TENANT SESSION SERVICE_CONFIG
 //
-// starts when it has printed a line, stops when its input ends, and prints how many calls of each
-// kind ended with which status; tests/operations/test_service_config.py knows what must stand in it.
+// prints a line when it starts and stops when its input ends. Then it prints how many calls of each
+// kind ended with which status, which tests/operations/test_service_config.py checks.
 import { fileURLToPath } from 'node:url'
 
 import grpc from '@grpc/grpc-js'
@@ -46,7 +46,7 @@ function stream(client, method, request) {
 let stopped = false
 const counts = { read: {}, stream: {}, write: {} }
 
-async function repeat(kind, one) {
+async function callRepeatedly(kind, one) {
   while (!stopped) {
     const code = await one()
     counts[kind][code] = (counts[kind][code] ?? 0) + 1
@@ -64,7 +64,7 @@ await call(sessions, 'GetChatSession', { session_id })
 console.log('reading')
 process.stdin.on('end', () => { stopped = true }).resume()
 await Promise.all(
-  Object.entries(kinds).flatMap(([kind, one]) => Array.from({ length: 8 }, () => repeat(kind, one))),
+  Object.entries(kinds).flatMap(([kind, one]) => Array.from({ length: 8 }, () => callRepeatedly(kind, one))),
 )
 console.log(JSON.stringify(counts))
 sessions.close()

@@ -1,4 +1,4 @@
-// Against the service at CHAT_TICKET_ADDRESS; tests/test_node_client.py starts it.
+// Against the service at CHAT_TICKET_ADDRESS; tests/client/test_node_client.py starts it.
 import assert from 'node:assert/strict'
 import { randomUUID } from 'node:crypto'
 import { after, test } from 'node:test'
@@ -100,7 +100,7 @@ test('a watch shows the history, and then what happens', async () => {
   ])
 })
 
-test('a refusal says why', async () => {
+test('an error has its reason and details', async () => {
   await assert.rejects(client.sessions.createChatSession({ session: { id: 'x', status: 'NO_STATUS' } }), (error) => {
     assert.equal(error.code, status.INVALID_ARGUMENT)
     assert.equal(error.reason, 'INVALID_ARGUMENT')

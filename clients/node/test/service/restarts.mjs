@@ -1,9 +1,9 @@
-// Writes to a session and watches it, while tests/test_node_client.py restarts the server.
+// Writes to a session and watches it, while tests/client/test_node_client.py restarts the server.
 //
 //   node restarts.mjs ADDRESS OTHER_ADDRESS TENANT TOKEN_FILE
 //
 // Prints a line of JSON for each event of the watch and for each interruption. Reads a line to stop
-// writing, and then one to delete the session at OTHER_ADDRESS; ends when the watch does.
+// writing, and another to delete the session at OTHER_ADDRESS. Ends when the watch ends.
 import { randomUUID } from 'node:crypto'
 import { once } from 'node:events'
 import { readFileSync } from 'node:fs'
@@ -14,7 +14,7 @@ import { ChatTicketClient } from 'chat-ticket-client'
 
 const [address, otherAddress, tenant, tokenFile] = process.argv.slice(2)
 const input = createInterface({ input: process.stdin })
-const say = (value) => console.log(JSON.stringify(value, (_, each) => (typeof each === 'bigint' ? Number(each) : each)))
+const print = (value) => console.log(JSON.stringify(value, (_, each) => (typeof each === 'bigint' ? Number(each) : each)))
 
 const client = new ChatTicketClient(address, {
   tenant,
@@ -46,9 +46,9 @@ async function write() {
 }
 
 async function watch() {
-  const onInterruption = ({ revision, message }) => say({ interruption: message, revision })
+  const onInterruption = ({ revision, message }) => print({ interruption: message, revision })
   for await (const { event, revision } of client.watch(sessionId, { onInterruption })) {
-    say({ event: event.$case, revision, messages: event.value.messages?.map(({ id, sequence }) => [id, sequence]) })
+    print({ event: event.$case, revision, messages: event.value.messages?.map(({ id, sequence }) => [id, sequence]) })
   }
 }
 
@@ -56,10 +56,10 @@ const watching = watch()
 const writing = write()
 await once(input, 'line')
 isWriting = false
-say({ written: await writing })
+print({ written: await writing })
 await once(input, 'line')
 await other.sessions.deleteChatSession({ sessionId })
-say({ deleted: true })
+print({ deleted: true })
 await watching
 client.close()
 other.close()
