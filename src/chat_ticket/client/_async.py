@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import grpc
 
 from chat_ticket import errors
-from chat_ticket.client import _asyncio as runtime
+from chat_ticket.client import _runtime_asyncio as runtime
 from chat_ticket.client._channel import CallMetadata, options_for
 from chat_ticket.client._resume import ResumeState
 from chat_ticket.client._retry import backoff_seconds, is_retryable
@@ -33,8 +33,8 @@ Response = TypeVar("Response")
 # Three times the server's default interval of heartbeats.
 SILENCE_SECONDS = 45.0
 
-# A token may expire on its way, so a new one is asked for. So many in a row that are all expired
-# are an error of their source.
+# A token may expire on its way to the server, so the next attempt asks for a new one. This many
+# expired tokens in a row mean that their source is broken.
 MAX_EXPIRED_TOKENS = 3
 
 

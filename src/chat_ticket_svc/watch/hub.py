@@ -70,8 +70,8 @@ class CursorGroup(Generic[P]):
         self.waiters: set[asyncio.Future[P | None]] = set()
         self.next_page: P | None = None
         self.read_task: asyncio.Task[None] | None = None
-        # The session's `change_count` when the last read, from this position or up to it, began.
-        # No read is due while they are equal.
+        # The changes already read for this position: the session's `change_count` when the read
+        # that ended here, or started here, began. -1: none, so a read is due.
         self.covered_changes = -1
 
     def deliver(self, page: P | None) -> None:
