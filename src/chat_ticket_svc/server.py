@@ -24,7 +24,7 @@ from chat_ticket.v1 import (
 from chat_ticket_svc.access import method_permissions
 from chat_ticket_svc.access.admission import AdmissionController
 from chat_ticket_svc.access.authenticator import Authenticator
-from chat_ticket_svc.access.quotas import Quotas
+from chat_ticket_svc.access.quotas import QuotaEnforcer
 from chat_ticket_svc.config import MIB, ConfigurationError, Settings
 from chat_ticket_svc.errors import DomainError
 from chat_ticket_svc.rpc import aio_server
@@ -114,7 +114,7 @@ class Server:
         self._jwks_client = _jwks_client(settings)
         self._middleware = RpcMiddleware(
             AdmissionController(
-                _authenticators(settings, self._jwks_client), Quotas(settings.quotas)
+                _authenticators(settings, self._jwks_client), QuotaEnforcer(settings.quotas)
             ),
             unary_timeout_seconds=settings.unary_timeout_seconds,
             stream_write_timeout_seconds=settings.stream_write_timeout_seconds,

@@ -155,7 +155,9 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         the revision that the session has in the first.
         """
 
-        def read(page_size: int, *, first: bool = False) -> asyncio.Task[message_listing.Page]:
+        def read(
+            page_size: int, *, first: bool = False
+        ) -> asyncio.Task[message_listing.MessagePage]:
             return asyncio.create_task(
                 message_listing.page(
                     self._db,

@@ -28,7 +28,7 @@ class Hit(NamedTuple):
     headline: str
 
 
-class Page(NamedTuple):
+class SearchPage(NamedTuple):
     """The best matches in order, the number of all matches, and whether there may be more."""
 
     hits: list[Hit]
@@ -164,7 +164,7 @@ async def page(
     start_marker: str,
     stop_marker: str,
     limit: int,
-) -> Page:
+) -> SearchPage:
     """A page of matches, best first, after (score, time, id), with the markers around the words.
 
     Raises InvalidArgumentError if PostgreSQL cannot parse the query.
@@ -186,7 +186,7 @@ async def page(
         "characters": HEADLINE_CHARACTERS,
         "limit": limit,
     }
-    pages: list[Page] = []
+    pages: list[SearchPage] = []
     try:
         [expected] = await db.fetch_all(ESTIMATE, params, lambda plan: plan[0]["Plan"]["Plan Rows"])
         is_common = expected > TOO_MANY_MATCHES
@@ -208,15 +208,15 @@ async def page(
     hits = {hit.message_id: hit for result in pages for hit in result.hits}
     best_hits = sorted(hits.values(), key=_rank, reverse=True)
     matches = sum(result.matches for result in pages)
-    return Page(best_hits[:limit], matches, incomplete=True)
+    return SearchPage(best_hits[:limit], matches, incomplete=True)
 
 
 def _rank(hit: Hit) -> tuple[float, int, str]:
     return hit.score, hit.created_at, hit.message_id
 
 
-async def _search(db: Database, params: Params, *, by_index: bool) -> Page:
-    async def body(transaction: Transaction) -> Page:
+async def _search(db: Database, params: Params, *, by_index: bool) -> SearchPage:
+    async def body(transaction: Transaction) -> SearchPage:
         await transaction.execute(
             SETTINGS, {"timeout": str(INDEX_TIMEOUT_MS) if by_index else None}
         )
@@ -225,11 +225,11 @@ async def _search(db: Database, params: Params, *, by_index: bool) -> Page:
         )
         incomplete, matches, *_ = rows[0]
         hits = [Hit(*hit) for _, _, *hit in rows if hit[0] is not None]
-        return Page(hits, matches, incomplete)
+        return SearchPage(hits, matches, incomplete)
 
     try:
         return await db.transaction(body, idempotent=True)
     except errors.DeadlineExceededError:
         if not by_index:
             raise
-        return Page([], 0, incomplete=True)
+        return SearchPage([], 0, incomplete=True)

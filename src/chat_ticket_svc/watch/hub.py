@@ -37,7 +37,7 @@ class Position(NamedTuple):
     revision: int
 
 
-class Page(Protocol):
+class WatchPage(Protocol):
     """The changes after a position."""
 
     @property
@@ -49,8 +49,8 @@ class Page(Protocol):
         """Whether the session already had further changes when the page was read."""
 
 
-P = TypeVar("P", bound=Page)
-P_co = TypeVar("P_co", bound=Page, covariant=True)
+P = TypeVar("P", bound=WatchPage)
+P_co = TypeVar("P_co", bound=WatchPage, covariant=True)
 
 
 class PageReader(Protocol[P_co]):
