@@ -35,9 +35,9 @@ class MessagePage(NamedTuple):
     more: bool
 
 
-# The first read of a page omits the contents of messages over this size. So the largest page has at
-# most PAGE_BYTES, and ends before the first large message. A page that begins with one is read
-# again without this limit, up to PAGE_BYTES.
+# The first read of a page omits the contents of messages over this size, and the page ends before
+# the first of them. So the largest page, 500 messages of 2,048 bytes, is smaller than PAGE_BYTES.
+# A page that begins with a large message is read again without this limit, up to PAGE_BYTES.
 FIRST_READ_MESSAGE_BYTES = 2048
 UNLIMITED_BYTES = 2**31 - 1
 

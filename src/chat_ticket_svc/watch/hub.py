@@ -317,7 +317,7 @@ class WatchHub:
         if session_hub and any(at.revision != revision for at in session_hub.groups):
             session_hub.wake()
 
-    def revisions(self) -> list[tuple[str, str, int]]:
+    def cursors(self) -> list[tuple[str, str, int]]:
         return [(*key, hub.revision) for key, hub in self._session_hubs.items()]
 
     def _send_heartbeat(self, group: CursorGroup[Any]) -> None:
