@@ -25,6 +25,7 @@ from chat_ticket_svc.access import method_permissions
 from chat_ticket_svc.access.admission import AdmissionController
 from chat_ticket_svc.access.authenticator import Authenticator
 from chat_ticket_svc.access.quotas import QuotaEnforcer
+from chat_ticket_svc.addresses import ListenError, format_address
 from chat_ticket_svc.config import MIB, ConfigurationError, Settings
 from chat_ticket_svc.errors import DomainError
 from chat_ticket_svc.rpc import aio_server
@@ -39,7 +40,6 @@ from chat_ticket_svc.store.connection import require_valid_url
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.telemetry import metrics
 from chat_ticket_svc.watch.hub import WatchHub
-from chat_ticket_svc.workers import ListenError, format_address
 
 # Optional parts are imported by the functions that make them: httpx, cryptography and PyJWT take a
 # quarter of the start.
