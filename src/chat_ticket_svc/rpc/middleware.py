@@ -1,4 +1,7 @@
-"""The middleware around every method: admission, deadlines, write timeouts, statuses, the drain.
+"""The middleware around every method: admission, deadlines, statuses, the drain.
+
+It also enforces the write timeout of slow readers: a stream that its client does not read ends with
+the reason SLOW_READER.
 
 Services raise domain errors. Only this middleware aborts calls.
 """

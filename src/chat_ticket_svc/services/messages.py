@@ -283,7 +283,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                 role=convert.MESSAGE_ROLE[hit.role],
                 create_time=convert.timestamp(hit.created_at),
                 score=hit.score,
-                snippet=_snippet(hit.headline, start_marker, stop_marker),
+                snippet=_snippet_parts(hit.snippet, start_marker, stop_marker),
             )
 
         def token(last: search.Hit) -> str:
@@ -297,14 +297,14 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         )
 
 
-def _snippet(
-    headline: str, start_marker: str, stop_marker: str
+def _snippet_parts(
+    snippet: str, start_marker: str, stop_marker: str
 ) -> list[pb.SearchChatMessagesResponse.SnippetPart]:
-    if len(headline) == search.HEADLINE_CHARACTERS:  # truncated, perhaps within a marker
-        headline = re.sub(f"{start_marker[0]}[0-9a-f]*$|{stop_marker[0]}[0-9a-f]*$", "", headline)
+    if len(snippet) == search.SNIPPET_CHARACTERS:  # truncated, perhaps within a marker
+        snippet = re.sub(f"{start_marker[0]}[0-9a-f]*$|{stop_marker[0]}[0-9a-f]*$", "", snippet)
     parts = []
     hit = False
-    for text in re.split(f"({start_marker}|{stop_marker})", headline):
+    for text in re.split(f"({start_marker}|{stop_marker})", snippet):
         if text in (start_marker, stop_marker):
             hit = text == start_marker
         elif text:

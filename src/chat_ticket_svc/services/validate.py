@@ -224,7 +224,7 @@ class Validator:
         ]
 
     def messages_together(self, field: str, messages: Sequence[NewMessage]) -> None:
-        """Check what concerns all messages of a request: the attachments' number, distinct ids."""
+        """Check the messages of a request as a whole: the number of attachments, distinct ids."""
         attachments = [attachment for message in messages for attachment in message.attachments]
         self.has_at_most(f"{field}.attachments", attachments, self._limits.attachments)
         for kind, ids in (

@@ -4,6 +4,9 @@ There are two strategies. Each reads and ranks a bounded amount, and reports whe
 incomplete. By index: read the messages that match. If too many match, an arbitrary part of them is
 ranked. By session: read the messages of the newest sessions. That finds many matches of a common
 word and few of a rare one. If both are incomplete, the page has the best matches of both.
+
+A query of stop words alone matches nothing, because websearch_to_tsquery turns it into an empty
+query.
 """
 
 from datetime import datetime
@@ -17,7 +20,7 @@ from chat_ticket_svc.store.transaction import Params, Transaction
 
 
 class Hit(NamedTuple):
-    """A message that matches. In `headline`, the caller's markers enclose the matching words."""
+    """A message that matches. In `snippet`, the caller's markers enclose the matching words."""
 
     message_id: str
     session_id: str
@@ -25,7 +28,7 @@ class Hit(NamedTuple):
     role: str
     created_at: int
     score: float
-    headline: str
+    snippet: str
 
 
 class SearchPage(NamedTuple):
@@ -37,7 +40,7 @@ class SearchPage(NamedTuple):
 
 
 # A search result shows a part of a message. One endless word must not return the whole message.
-HEADLINE_CHARACTERS = 8000
+SNIPPET_CHARACTERS = 8000
 
 # Limits of each strategy. Parsing text into words takes 6 microseconds for a chat message, and
 # 0.1 s per MiB of long messages.
@@ -80,9 +83,9 @@ CANDIDATES_BY_INDEX = f"""
      LIMIT %(messages)s + 1
 """
 
-# A message is not older than its session, nor newer than the session's last change. A session
-# without messages is also a row, so that it counts towards the limit. The first session beyond the
-# limit is a row too, which reports that the search is incomplete.
+# A message is not older than its session, nor newer than the session's last change. LEFT JOIN keeps
+# empty sessions, so they count. LIMIT + 1 returns one session too many, which shows that the search
+# is incomplete.
 CANDIDATES_BY_SESSION = """
     SELECT m.*, s.position
       FROM (SELECT id, created_at, updated_at,
@@ -137,7 +140,7 @@ SELECT coalesce((SELECT count(*) > %(messages)s OR max(position) > %(sessions)s
        page.id::text, page.session_id::text, page.sequence, page.role,
        (extract(epoch FROM page.created_at) * 1000000)::bigint, page.score,
        left(ts_headline('english', page.content, websearch_to_tsquery('english', %(query)s),
-                        %(headline)s), %(characters)s)
+                        %(snippet_options)s), %(snippet_characters)s)
   FROM (SELECT) AS one_row LEFT JOIN page ON true
  ORDER BY page.score DESC, page.created_at DESC, page.id DESC
 """
@@ -182,8 +185,8 @@ async def page(
         "after_score": after_score,
         "after_time": after_time,
         "after_id": after_id,
-        "headline": f"StartSel={start_marker}, StopSel={stop_marker}",
-        "characters": HEADLINE_CHARACTERS,
+        "snippet_options": f"StartSel={start_marker}, StopSel={stop_marker}",
+        "snippet_characters": SNIPPET_CHARACTERS,
         "limit": limit,
     }
     pages: list[SearchPage] = []
