@@ -33,8 +33,8 @@ Response = TypeVar("Response")
 # Three times the server's default interval of heartbeats.
 SILENCE_SECONDS = 45.0
 
-# A token may expire on its way to the server, so the next attempt asks for a new one. This many
-# expired tokens in a row mean that their source is broken.
+# A token may expire on its way to the server, so the watch asks for a new one. More expired tokens
+# in a row than this are an error of their source.
 MAX_EXPIRED_TOKENS = 3
 
 
