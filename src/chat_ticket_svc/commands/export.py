@@ -156,6 +156,6 @@ async def _session_messages(db: Database, session: Session) -> AsyncIterator[tup
             yield "chatMessage", message
             after = message.sequence
         has_more = page.more
-    link = await tickets.link_of_session(db, session.tenant_id, session.id)
-    if link is not None:
-        yield "chatTicket", convert.chat_ticket(link)
+    chat_ticket = await tickets.chat_ticket_of_session(db, session.tenant_id, session.id)
+    if chat_ticket is not None:
+        yield "chatTicket", convert.chat_ticket(chat_ticket)
