@@ -37,13 +37,7 @@ PAGE_SIZE = 500
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tenant",
-        type=arguments.tenant_id,
-        required=True,
-        metavar="ID",
-        help="the tenant to export",
-    )
+    arguments.add_required_tenant(parser, "the tenant to export")
     parser.add_argument(
         "--session", type=arguments.uuid, metavar="ID", help="export only this session"
     )
