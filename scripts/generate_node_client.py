@@ -22,6 +22,8 @@ OPTIONS = (
     "esModuleInterop=true",
     "annotateFilesWithVersion=false",
     "importSuffix=.js",
+    # The client needs the definitions, and the fake server of its tests the grpc-js services.
+    "outputServices=grpc-js",
     "outputServices=generic-definitions",
     "emitImportedFiles=false",
     # An int64 does not fit a JavaScript number.

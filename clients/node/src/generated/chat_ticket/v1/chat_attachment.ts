@@ -3,6 +3,18 @@
 
 /* eslint-disable */
 import { BinaryReader, BinaryWriter } from "@bufbuild/protobuf/wire";
+import {
+  type CallOptions,
+  type ChannelCredentials,
+  Client,
+  type ClientOptions,
+  type ClientUnaryCall,
+  type handleUnaryCall,
+  makeGenericClientConstructor,
+  type Metadata,
+  type ServiceError,
+  type UntypedServiceImplementation,
+} from "@grpc/grpc-js";
 import { ChatAttachment } from "./resources.js";
 
 /**
@@ -844,6 +856,300 @@ export const ChatAttachmentServiceDefinition = {
     },
   },
 } as const;
+
+/**
+ * Manages the attachments of messages.
+ *
+ * Every RPC can also return the common errors that the package comment in resources.proto lists.
+ */
+export type ChatAttachmentServiceService = typeof ChatAttachmentServiceService;
+export const ChatAttachmentServiceService = {
+  /**
+   * Adds an attachment to a message.
+   *
+   * The revision of the message and of its session increases. Watchers of the session receive the
+   * message again. The server first checks that the URL of the file is accessible; see
+   * `ChatAttachment.file_url`. A message has at most 20 attachments.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): `attachment.id` belongs to an attachment of
+   *   another message, or with another URL, name or type.
+   * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
+   *   does not say why.
+   * - FAILED_PRECONDITION (TOO_MANY_ATTACHMENTS): the message already has 20 attachments.
+   * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+   *
+   * Retry: safe when `attachment.id` is set. A retry with the same content returns the stored
+   * attachment without checking the URL. Without an id, a retry can add a second attachment.
+   */
+  createChatAttachment: {
+    path: "/chat_ticket.v1.ChatAttachmentService/CreateChatAttachment" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: CreateChatAttachmentRequest): Buffer =>
+      Buffer.from(CreateChatAttachmentRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): CreateChatAttachmentRequest => CreateChatAttachmentRequest.decode(value),
+    responseSerialize: (value: CreateChatAttachmentResponse): Buffer =>
+      Buffer.from(CreateChatAttachmentResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): CreateChatAttachmentResponse => CreateChatAttachmentResponse.decode(value),
+  },
+  /**
+   * Returns an attachment.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+   *
+   * Retry: safe.
+   */
+  getChatAttachment: {
+    path: "/chat_ticket.v1.ChatAttachmentService/GetChatAttachment" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: GetChatAttachmentRequest): Buffer =>
+      Buffer.from(GetChatAttachmentRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): GetChatAttachmentRequest => GetChatAttachmentRequest.decode(value),
+    responseSerialize: (value: GetChatAttachmentResponse): Buffer =>
+      Buffer.from(GetChatAttachmentResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): GetChatAttachmentResponse => GetChatAttachmentResponse.decode(value),
+  },
+  /**
+   * Lists the attachments of a message or of a session, in pages.
+   *
+   * The order is that of the messages, and within a message that in which the attachments were
+   * added.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   *
+   * Retry: safe.
+   */
+  listChatAttachments: {
+    path: "/chat_ticket.v1.ChatAttachmentService/ListChatAttachments" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: ListChatAttachmentsRequest): Buffer =>
+      Buffer.from(ListChatAttachmentsRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): ListChatAttachmentsRequest => ListChatAttachmentsRequest.decode(value),
+    responseSerialize: (value: ListChatAttachmentsResponse): Buffer =>
+      Buffer.from(ListChatAttachmentsResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): ListChatAttachmentsResponse => ListChatAttachmentsResponse.decode(value),
+  },
+  /**
+   * Deletes an attachment from its message.
+   *
+   * The revision of the message and of its session increases. Watchers of the session receive the
+   * message again. The file itself is not touched.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   */
+  deleteChatAttachment: {
+    path: "/chat_ticket.v1.ChatAttachmentService/DeleteChatAttachment" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: DeleteChatAttachmentRequest): Buffer =>
+      Buffer.from(DeleteChatAttachmentRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): DeleteChatAttachmentRequest => DeleteChatAttachmentRequest.decode(value),
+    responseSerialize: (value: DeleteChatAttachmentResponse): Buffer =>
+      Buffer.from(DeleteChatAttachmentResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): DeleteChatAttachmentResponse => DeleteChatAttachmentResponse.decode(value),
+  },
+} as const;
+
+export interface ChatAttachmentServiceServer extends UntypedServiceImplementation {
+  /**
+   * Adds an attachment to a message.
+   *
+   * The revision of the message and of its session increases. Watchers of the session receive the
+   * message again. The server first checks that the URL of the file is accessible; see
+   * `ChatAttachment.file_url`. A message has at most 20 attachments.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): `attachment.id` belongs to an attachment of
+   *   another message, or with another URL, name or type.
+   * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
+   *   does not say why.
+   * - FAILED_PRECONDITION (TOO_MANY_ATTACHMENTS): the message already has 20 attachments.
+   * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+   *
+   * Retry: safe when `attachment.id` is set. A retry with the same content returns the stored
+   * attachment without checking the URL. Without an id, a retry can add a second attachment.
+   */
+  createChatAttachment: handleUnaryCall<CreateChatAttachmentRequest, CreateChatAttachmentResponse>;
+  /**
+   * Returns an attachment.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+   *
+   * Retry: safe.
+   */
+  getChatAttachment: handleUnaryCall<GetChatAttachmentRequest, GetChatAttachmentResponse>;
+  /**
+   * Lists the attachments of a message or of a session, in pages.
+   *
+   * The order is that of the messages, and within a message that in which the attachments were
+   * added.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   *
+   * Retry: safe.
+   */
+  listChatAttachments: handleUnaryCall<ListChatAttachmentsRequest, ListChatAttachmentsResponse>;
+  /**
+   * Deletes an attachment from its message.
+   *
+   * The revision of the message and of its session increases. Watchers of the session receive the
+   * message again. The file itself is not touched.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   */
+  deleteChatAttachment: handleUnaryCall<DeleteChatAttachmentRequest, DeleteChatAttachmentResponse>;
+}
+
+export interface ChatAttachmentServiceClient extends Client {
+  /**
+   * Adds an attachment to a message.
+   *
+   * The revision of the message and of its session increases. Watchers of the session receive the
+   * message again. The server first checks that the URL of the file is accessible; see
+   * `ChatAttachment.file_url`. A message has at most 20 attachments.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): `attachment.id` belongs to an attachment of
+   *   another message, or with another URL, name or type.
+   * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
+   *   does not say why.
+   * - FAILED_PRECONDITION (TOO_MANY_ATTACHMENTS): the message already has 20 attachments.
+   * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+   *
+   * Retry: safe when `attachment.id` is set. A retry with the same content returns the stored
+   * attachment without checking the URL. Without an id, a retry can add a second attachment.
+   */
+  createChatAttachment(
+    request: CreateChatAttachmentRequest,
+    callback: (error: ServiceError | null, response: CreateChatAttachmentResponse) => void,
+  ): ClientUnaryCall;
+  createChatAttachment(
+    request: CreateChatAttachmentRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: CreateChatAttachmentResponse) => void,
+  ): ClientUnaryCall;
+  createChatAttachment(
+    request: CreateChatAttachmentRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: CreateChatAttachmentResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Returns an attachment.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+   *
+   * Retry: safe.
+   */
+  getChatAttachment(
+    request: GetChatAttachmentRequest,
+    callback: (error: ServiceError | null, response: GetChatAttachmentResponse) => void,
+  ): ClientUnaryCall;
+  getChatAttachment(
+    request: GetChatAttachmentRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: GetChatAttachmentResponse) => void,
+  ): ClientUnaryCall;
+  getChatAttachment(
+    request: GetChatAttachmentRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: GetChatAttachmentResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Lists the attachments of a message or of a session, in pages.
+   *
+   * The order is that of the messages, and within a message that in which the attachments were
+   * added.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   *
+   * Retry: safe.
+   */
+  listChatAttachments(
+    request: ListChatAttachmentsRequest,
+    callback: (error: ServiceError | null, response: ListChatAttachmentsResponse) => void,
+  ): ClientUnaryCall;
+  listChatAttachments(
+    request: ListChatAttachmentsRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: ListChatAttachmentsResponse) => void,
+  ): ClientUnaryCall;
+  listChatAttachments(
+    request: ListChatAttachmentsRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: ListChatAttachmentsResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Deletes an attachment from its message.
+   *
+   * The revision of the message and of its session increases. Watchers of the session receive the
+   * message again. The file itself is not touched.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   */
+  deleteChatAttachment(
+    request: DeleteChatAttachmentRequest,
+    callback: (error: ServiceError | null, response: DeleteChatAttachmentResponse) => void,
+  ): ClientUnaryCall;
+  deleteChatAttachment(
+    request: DeleteChatAttachmentRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: DeleteChatAttachmentResponse) => void,
+  ): ClientUnaryCall;
+  deleteChatAttachment(
+    request: DeleteChatAttachmentRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: DeleteChatAttachmentResponse) => void,
+  ): ClientUnaryCall;
+}
+
+export const ChatAttachmentServiceClient = makeGenericClientConstructor(
+  ChatAttachmentServiceService,
+  "chat_ticket.v1.ChatAttachmentService",
+) as unknown as {
+  new (address: string, credentials: ChannelCredentials, options?: Partial<ClientOptions>): ChatAttachmentServiceClient;
+  service: typeof ChatAttachmentServiceService;
+  serviceName: string;
+};
 
 type Builtin = Date | Function | Uint8Array | string | number | boolean | bigint | undefined;
 

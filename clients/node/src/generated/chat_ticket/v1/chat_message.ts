@@ -3,6 +3,20 @@
 
 /* eslint-disable */
 import { BinaryReader, BinaryWriter } from "@bufbuild/protobuf/wire";
+import {
+  type CallOptions,
+  type ChannelCredentials,
+  Client,
+  type ClientOptions,
+  type ClientReadableStream,
+  type ClientUnaryCall,
+  type handleServerStreamingCall,
+  type handleUnaryCall,
+  makeGenericClientConstructor,
+  type Metadata,
+  type ServiceError,
+  type UntypedServiceImplementation,
+} from "@grpc/grpc-js";
 import { FieldMask } from "../../google/protobuf/field_mask.js";
 import { Timestamp } from "../../google/protobuf/timestamp.js";
 import {
@@ -2234,6 +2248,559 @@ export const ChatMessageServiceDefinition = {
     },
   },
 } as const;
+
+/**
+ * Manages the messages of chat sessions.
+ *
+ * Every RPC can also return the common errors that the package comment in resources.proto lists.
+ */
+export type ChatMessageServiceService = typeof ChatMessageServiceService;
+export const ChatMessageServiceService = {
+  /**
+   * Appends a message to a session, with its metadata and attachments, in one transaction.
+   *
+   * The transaction is committed when the call returns. Sessions of every status accept messages.
+   * The server first checks that the URLs of the attachments are accessible; see
+   * `ChatAttachment.file_url`. A message has at most 20 attachments.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS): `message.id` belongs to a message of another
+   *   session or with other content, or to a deleted message.
+   * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
+   *   attachment.
+   * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
+   *   accessible. The error message names its position among the attachments of the request,
+   *   counted from 1. It does not say why the URL is not accessible.
+   * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+   *
+   * Retry: safe when `message.id` is set. A retry with the same content returns the stored message
+   * as it is now, without checking URLs. The session, role and content are always compared.
+   * Metadata and attachments are compared only until the message changes. Without an id, a retry
+   * can append a second message.
+   */
+  createChatMessage: {
+    path: "/chat_ticket.v1.ChatMessageService/CreateChatMessage" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: CreateChatMessageRequest): Buffer =>
+      Buffer.from(CreateChatMessageRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): CreateChatMessageRequest => CreateChatMessageRequest.decode(value),
+    responseSerialize: (value: CreateChatMessageResponse): Buffer =>
+      Buffer.from(CreateChatMessageResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): CreateChatMessageResponse => CreateChatMessageResponse.decode(value),
+  },
+  /**
+   * Appends up to 500 messages to one session, in one transaction.
+   *
+   * Either all messages are appended or none. They get consecutive sequences in the order of the
+   * request, so no message of another call comes between them. The messages have at most 20
+   * attachments in total. Message ids must be distinct, as must attachment ids. The request has at
+   * most 4 MiB.
+   *
+   * Errors: those of CreateChatMessage. For CHAT_MESSAGE_ALREADY_EXISTS, the ErrorInfo metadata has
+   * the zero-based `index` of the message in the request. This error is also returned when only
+   * some of the messages are already stored.
+   *
+   * Retry: safe when the `id` of every message is set. A retry whose messages are all stored with
+   * the same content returns the stored messages.
+   */
+  batchCreateChatMessages: {
+    path: "/chat_ticket.v1.ChatMessageService/BatchCreateChatMessages" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: BatchCreateChatMessagesRequest): Buffer =>
+      Buffer.from(BatchCreateChatMessagesRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): BatchCreateChatMessagesRequest => BatchCreateChatMessagesRequest.decode(value),
+    responseSerialize: (value: BatchCreateChatMessagesResponse): Buffer =>
+      Buffer.from(BatchCreateChatMessagesResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): BatchCreateChatMessagesResponse =>
+      BatchCreateChatMessagesResponse.decode(value),
+  },
+  /**
+   * Returns a message with its attachments.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   *
+   * Retry: safe.
+   */
+  getChatMessage: {
+    path: "/chat_ticket.v1.ChatMessageService/GetChatMessage" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: GetChatMessageRequest): Buffer =>
+      Buffer.from(GetChatMessageRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): GetChatMessageRequest => GetChatMessageRequest.decode(value),
+    responseSerialize: (value: GetChatMessageResponse): Buffer =>
+      Buffer.from(GetChatMessageResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): GetChatMessageResponse => GetChatMessageResponse.decode(value),
+  },
+  /**
+   * Streams the messages of a session with their attachments, in batches, and ends.
+   *
+   * The end is fixed when the call begins: messages that are created later are not returned. The
+   * batches are not one snapshot. A message is returned as it is when its batch is read, and a
+   * message that is deleted before that is not returned. The first response has the session, even
+   * when there are no messages.
+   *
+   * To continue after a break, call again. In ascending order, set `after_sequence` to the last
+   * sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
+   * number of messages received.
+   *
+   * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
+   * ListChatMessages together, and at most 100 of them for one session.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with
+   *   this error when the session is deleted during the call.
+   * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+   *   could not send. Continue.
+   *
+   * Retry: safe.
+   */
+  listChatMessages: {
+    path: "/chat_ticket.v1.ChatMessageService/ListChatMessages" as const,
+    requestStream: false as const,
+    responseStream: true as const,
+    requestSerialize: (value: ListChatMessagesRequest): Buffer =>
+      Buffer.from(ListChatMessagesRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): ListChatMessagesRequest => ListChatMessagesRequest.decode(value),
+    responseSerialize: (value: ListChatMessagesResponse): Buffer =>
+      Buffer.from(ListChatMessagesResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): ListChatMessagesResponse => ListChatMessagesResponse.decode(value),
+  },
+  /**
+   * Updates the metadata of a message.
+   *
+   * The metadata is replaced as a whole. The revision of the message and of its session increases,
+   * and watchers of the session receive the message again. Setting equal metadata is not a change.
+   * The content, the role and the sequence of a message never change.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   *
+   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+   */
+  updateChatMessage: {
+    path: "/chat_ticket.v1.ChatMessageService/UpdateChatMessage" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: UpdateChatMessageRequest): Buffer =>
+      Buffer.from(UpdateChatMessageRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): UpdateChatMessageRequest => UpdateChatMessageRequest.decode(value),
+    responseSerialize: (value: UpdateChatMessageResponse): Buffer =>
+      Buffer.from(UpdateChatMessageResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): UpdateChatMessageResponse => UpdateChatMessageResponse.decode(value),
+  },
+  /**
+   * Deletes a message and its attachments.
+   *
+   * The revision of the session increases, and watchers of the session receive `message_deleted`.
+   * The id of the message is rejected in creates until the session is deleted.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   */
+  deleteChatMessage: {
+    path: "/chat_ticket.v1.ChatMessageService/DeleteChatMessage" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: DeleteChatMessageRequest): Buffer =>
+      Buffer.from(DeleteChatMessageRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): DeleteChatMessageRequest => DeleteChatMessageRequest.decode(value),
+    responseSerialize: (value: DeleteChatMessageResponse): Buffer =>
+      Buffer.from(DeleteChatMessageResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): DeleteChatMessageResponse => DeleteChatMessageResponse.decode(value),
+  },
+  /**
+   * Searches the content of the tenant's messages as English text, best match first, in pages.
+   *
+   * The query has the syntax of PostgreSQL's websearch_to_tsquery: `some words` finds messages with
+   * all of them, `"a phrase"` finds the words in this order, `or` finds either side, and `-word`
+   * excludes a word. Words are compared by their stem. A query of stop words alone finds nothing.
+   *
+   * The work of a search is bounded, however many messages the tenant has. When more messages match
+   * than can be examined, the page has the best of those that were, and `incomplete_results` is
+   * true.
+   *
+   * A `session_id` that does not exist is not an error: nothing is found.
+   *
+   * Errors: the common errors only. A query that nests more than 32 operators, for example a run of
+   * `-`, fails with INVALID_ARGUMENT.
+   *
+   * Retry: safe.
+   */
+  searchChatMessages: {
+    path: "/chat_ticket.v1.ChatMessageService/SearchChatMessages" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: SearchChatMessagesRequest): Buffer =>
+      Buffer.from(SearchChatMessagesRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): SearchChatMessagesRequest => SearchChatMessagesRequest.decode(value),
+    responseSerialize: (value: SearchChatMessagesResponse): Buffer =>
+      Buffer.from(SearchChatMessagesResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): SearchChatMessagesResponse => SearchChatMessagesResponse.decode(value),
+  },
+} as const;
+
+export interface ChatMessageServiceServer extends UntypedServiceImplementation {
+  /**
+   * Appends a message to a session, with its metadata and attachments, in one transaction.
+   *
+   * The transaction is committed when the call returns. Sessions of every status accept messages.
+   * The server first checks that the URLs of the attachments are accessible; see
+   * `ChatAttachment.file_url`. A message has at most 20 attachments.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS): `message.id` belongs to a message of another
+   *   session or with other content, or to a deleted message.
+   * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
+   *   attachment.
+   * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
+   *   accessible. The error message names its position among the attachments of the request,
+   *   counted from 1. It does not say why the URL is not accessible.
+   * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+   *
+   * Retry: safe when `message.id` is set. A retry with the same content returns the stored message
+   * as it is now, without checking URLs. The session, role and content are always compared.
+   * Metadata and attachments are compared only until the message changes. Without an id, a retry
+   * can append a second message.
+   */
+  createChatMessage: handleUnaryCall<CreateChatMessageRequest, CreateChatMessageResponse>;
+  /**
+   * Appends up to 500 messages to one session, in one transaction.
+   *
+   * Either all messages are appended or none. They get consecutive sequences in the order of the
+   * request, so no message of another call comes between them. The messages have at most 20
+   * attachments in total. Message ids must be distinct, as must attachment ids. The request has at
+   * most 4 MiB.
+   *
+   * Errors: those of CreateChatMessage. For CHAT_MESSAGE_ALREADY_EXISTS, the ErrorInfo metadata has
+   * the zero-based `index` of the message in the request. This error is also returned when only
+   * some of the messages are already stored.
+   *
+   * Retry: safe when the `id` of every message is set. A retry whose messages are all stored with
+   * the same content returns the stored messages.
+   */
+  batchCreateChatMessages: handleUnaryCall<BatchCreateChatMessagesRequest, BatchCreateChatMessagesResponse>;
+  /**
+   * Returns a message with its attachments.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   *
+   * Retry: safe.
+   */
+  getChatMessage: handleUnaryCall<GetChatMessageRequest, GetChatMessageResponse>;
+  /**
+   * Streams the messages of a session with their attachments, in batches, and ends.
+   *
+   * The end is fixed when the call begins: messages that are created later are not returned. The
+   * batches are not one snapshot. A message is returned as it is when its batch is read, and a
+   * message that is deleted before that is not returned. The first response has the session, even
+   * when there are no messages.
+   *
+   * To continue after a break, call again. In ascending order, set `after_sequence` to the last
+   * sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
+   * number of messages received.
+   *
+   * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
+   * ListChatMessages together, and at most 100 of them for one session.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with
+   *   this error when the session is deleted during the call.
+   * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+   *   could not send. Continue.
+   *
+   * Retry: safe.
+   */
+  listChatMessages: handleServerStreamingCall<ListChatMessagesRequest, ListChatMessagesResponse>;
+  /**
+   * Updates the metadata of a message.
+   *
+   * The metadata is replaced as a whole. The revision of the message and of its session increases,
+   * and watchers of the session receive the message again. Setting equal metadata is not a change.
+   * The content, the role and the sequence of a message never change.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   *
+   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+   */
+  updateChatMessage: handleUnaryCall<UpdateChatMessageRequest, UpdateChatMessageResponse>;
+  /**
+   * Deletes a message and its attachments.
+   *
+   * The revision of the session increases, and watchers of the session receive `message_deleted`.
+   * The id of the message is rejected in creates until the session is deleted.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   */
+  deleteChatMessage: handleUnaryCall<DeleteChatMessageRequest, DeleteChatMessageResponse>;
+  /**
+   * Searches the content of the tenant's messages as English text, best match first, in pages.
+   *
+   * The query has the syntax of PostgreSQL's websearch_to_tsquery: `some words` finds messages with
+   * all of them, `"a phrase"` finds the words in this order, `or` finds either side, and `-word`
+   * excludes a word. Words are compared by their stem. A query of stop words alone finds nothing.
+   *
+   * The work of a search is bounded, however many messages the tenant has. When more messages match
+   * than can be examined, the page has the best of those that were, and `incomplete_results` is
+   * true.
+   *
+   * A `session_id` that does not exist is not an error: nothing is found.
+   *
+   * Errors: the common errors only. A query that nests more than 32 operators, for example a run of
+   * `-`, fails with INVALID_ARGUMENT.
+   *
+   * Retry: safe.
+   */
+  searchChatMessages: handleUnaryCall<SearchChatMessagesRequest, SearchChatMessagesResponse>;
+}
+
+export interface ChatMessageServiceClient extends Client {
+  /**
+   * Appends a message to a session, with its metadata and attachments, in one transaction.
+   *
+   * The transaction is committed when the call returns. Sessions of every status accept messages.
+   * The server first checks that the URLs of the attachments are accessible; see
+   * `ChatAttachment.file_url`. A message has at most 20 attachments.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS): `message.id` belongs to a message of another
+   *   session or with other content, or to a deleted message.
+   * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
+   *   attachment.
+   * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
+   *   accessible. The error message names its position among the attachments of the request,
+   *   counted from 1. It does not say why the URL is not accessible.
+   * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+   *
+   * Retry: safe when `message.id` is set. A retry with the same content returns the stored message
+   * as it is now, without checking URLs. The session, role and content are always compared.
+   * Metadata and attachments are compared only until the message changes. Without an id, a retry
+   * can append a second message.
+   */
+  createChatMessage(
+    request: CreateChatMessageRequest,
+    callback: (error: ServiceError | null, response: CreateChatMessageResponse) => void,
+  ): ClientUnaryCall;
+  createChatMessage(
+    request: CreateChatMessageRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: CreateChatMessageResponse) => void,
+  ): ClientUnaryCall;
+  createChatMessage(
+    request: CreateChatMessageRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: CreateChatMessageResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Appends up to 500 messages to one session, in one transaction.
+   *
+   * Either all messages are appended or none. They get consecutive sequences in the order of the
+   * request, so no message of another call comes between them. The messages have at most 20
+   * attachments in total. Message ids must be distinct, as must attachment ids. The request has at
+   * most 4 MiB.
+   *
+   * Errors: those of CreateChatMessage. For CHAT_MESSAGE_ALREADY_EXISTS, the ErrorInfo metadata has
+   * the zero-based `index` of the message in the request. This error is also returned when only
+   * some of the messages are already stored.
+   *
+   * Retry: safe when the `id` of every message is set. A retry whose messages are all stored with
+   * the same content returns the stored messages.
+   */
+  batchCreateChatMessages(
+    request: BatchCreateChatMessagesRequest,
+    callback: (error: ServiceError | null, response: BatchCreateChatMessagesResponse) => void,
+  ): ClientUnaryCall;
+  batchCreateChatMessages(
+    request: BatchCreateChatMessagesRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: BatchCreateChatMessagesResponse) => void,
+  ): ClientUnaryCall;
+  batchCreateChatMessages(
+    request: BatchCreateChatMessagesRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: BatchCreateChatMessagesResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Returns a message with its attachments.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   *
+   * Retry: safe.
+   */
+  getChatMessage(
+    request: GetChatMessageRequest,
+    callback: (error: ServiceError | null, response: GetChatMessageResponse) => void,
+  ): ClientUnaryCall;
+  getChatMessage(
+    request: GetChatMessageRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: GetChatMessageResponse) => void,
+  ): ClientUnaryCall;
+  getChatMessage(
+    request: GetChatMessageRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: GetChatMessageResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Streams the messages of a session with their attachments, in batches, and ends.
+   *
+   * The end is fixed when the call begins: messages that are created later are not returned. The
+   * batches are not one snapshot. A message is returned as it is when its batch is read, and a
+   * message that is deleted before that is not returned. The first response has the session, even
+   * when there are no messages.
+   *
+   * To continue after a break, call again. In ascending order, set `after_sequence` to the last
+   * sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
+   * number of messages received.
+   *
+   * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
+   * ListChatMessages together, and at most 100 of them for one session.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with
+   *   this error when the session is deleted during the call.
+   * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+   *   could not send. Continue.
+   *
+   * Retry: safe.
+   */
+  listChatMessages(
+    request: ListChatMessagesRequest,
+    options?: Partial<CallOptions>,
+  ): ClientReadableStream<ListChatMessagesResponse>;
+  listChatMessages(
+    request: ListChatMessagesRequest,
+    metadata?: Metadata,
+    options?: Partial<CallOptions>,
+  ): ClientReadableStream<ListChatMessagesResponse>;
+  /**
+   * Updates the metadata of a message.
+   *
+   * The metadata is replaced as a whole. The revision of the message and of its session increases,
+   * and watchers of the session receive the message again. Setting equal metadata is not a change.
+   * The content, the role and the sequence of a message never change.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   *
+   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+   */
+  updateChatMessage(
+    request: UpdateChatMessageRequest,
+    callback: (error: ServiceError | null, response: UpdateChatMessageResponse) => void,
+  ): ClientUnaryCall;
+  updateChatMessage(
+    request: UpdateChatMessageRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: UpdateChatMessageResponse) => void,
+  ): ClientUnaryCall;
+  updateChatMessage(
+    request: UpdateChatMessageRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: UpdateChatMessageResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Deletes a message and its attachments.
+   *
+   * The revision of the session increases, and watchers of the session receive `message_deleted`.
+   * The id of the message is rejected in creates until the session is deleted.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   */
+  deleteChatMessage(
+    request: DeleteChatMessageRequest,
+    callback: (error: ServiceError | null, response: DeleteChatMessageResponse) => void,
+  ): ClientUnaryCall;
+  deleteChatMessage(
+    request: DeleteChatMessageRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: DeleteChatMessageResponse) => void,
+  ): ClientUnaryCall;
+  deleteChatMessage(
+    request: DeleteChatMessageRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: DeleteChatMessageResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Searches the content of the tenant's messages as English text, best match first, in pages.
+   *
+   * The query has the syntax of PostgreSQL's websearch_to_tsquery: `some words` finds messages with
+   * all of them, `"a phrase"` finds the words in this order, `or` finds either side, and `-word`
+   * excludes a word. Words are compared by their stem. A query of stop words alone finds nothing.
+   *
+   * The work of a search is bounded, however many messages the tenant has. When more messages match
+   * than can be examined, the page has the best of those that were, and `incomplete_results` is
+   * true.
+   *
+   * A `session_id` that does not exist is not an error: nothing is found.
+   *
+   * Errors: the common errors only. A query that nests more than 32 operators, for example a run of
+   * `-`, fails with INVALID_ARGUMENT.
+   *
+   * Retry: safe.
+   */
+  searchChatMessages(
+    request: SearchChatMessagesRequest,
+    callback: (error: ServiceError | null, response: SearchChatMessagesResponse) => void,
+  ): ClientUnaryCall;
+  searchChatMessages(
+    request: SearchChatMessagesRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: SearchChatMessagesResponse) => void,
+  ): ClientUnaryCall;
+  searchChatMessages(
+    request: SearchChatMessagesRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: SearchChatMessagesResponse) => void,
+  ): ClientUnaryCall;
+}
+
+export const ChatMessageServiceClient = makeGenericClientConstructor(
+  ChatMessageServiceService,
+  "chat_ticket.v1.ChatMessageService",
+) as unknown as {
+  new (address: string, credentials: ChannelCredentials, options?: Partial<ClientOptions>): ChatMessageServiceClient;
+  service: typeof ChatMessageServiceService;
+  serviceName: string;
+};
 
 function floatToJson(value: number | null | undefined): number | string | null | undefined {
   return typeof value === "number" && !globalThis.Number.isFinite(value) ? globalThis.String(value) : value;

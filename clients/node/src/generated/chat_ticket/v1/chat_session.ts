@@ -3,6 +3,20 @@
 
 /* eslint-disable */
 import { BinaryReader, BinaryWriter } from "@bufbuild/protobuf/wire";
+import {
+  type CallOptions,
+  type ChannelCredentials,
+  Client,
+  type ClientOptions,
+  type ClientReadableStream,
+  type ClientUnaryCall,
+  type handleServerStreamingCall,
+  type handleUnaryCall,
+  makeGenericClientConstructor,
+  type Metadata,
+  type ServiceError,
+  type UntypedServiceImplementation,
+} from "@grpc/grpc-js";
 import { FieldMask } from "../../google/protobuf/field_mask.js";
 import { Timestamp } from "../../google/protobuf/timestamp.js";
 import {
@@ -2064,6 +2078,519 @@ export const ChatSessionServiceDefinition = {
     },
   },
 } as const;
+
+/**
+ * Manages the chat sessions of a tenant.
+ *
+ * Every RPC can also return the common errors that the package comment in resources.proto lists.
+ */
+export type ChatSessionServiceService = typeof ChatSessionServiceService;
+export const ChatSessionServiceService = {
+  /**
+   * Creates a session.
+   *
+   * A session can be created with any status.
+   *
+   * Errors:
+   *
+   * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): a session with this id existed when the call
+   *   began, and was deleted during the call.
+   *
+   * Retry: safe when `session.id` is set. A call with the id of an existing session returns that
+   * session as it is now, whatever its status. Without an id, a retry can create a second session.
+   * The id of a deleted session must not be used again; the server does not reject it.
+   */
+  createChatSession: {
+    path: "/chat_ticket.v1.ChatSessionService/CreateChatSession" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: CreateChatSessionRequest): Buffer =>
+      Buffer.from(CreateChatSessionRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): CreateChatSessionRequest => CreateChatSessionRequest.decode(value),
+    responseSerialize: (value: CreateChatSessionResponse): Buffer =>
+      Buffer.from(CreateChatSessionResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): CreateChatSessionResponse => CreateChatSessionResponse.decode(value),
+  },
+  /**
+   * Returns a session.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   *
+   * Retry: safe.
+   */
+  getChatSession: {
+    path: "/chat_ticket.v1.ChatSessionService/GetChatSession" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: GetChatSessionRequest): Buffer =>
+      Buffer.from(GetChatSessionRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): GetChatSessionRequest => GetChatSessionRequest.decode(value),
+    responseSerialize: (value: GetChatSessionResponse): Buffer =>
+      Buffer.from(GetChatSessionResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): GetChatSessionResponse => GetChatSessionResponse.decode(value),
+  },
+  /**
+   * Lists the sessions of the tenant, newest first, in pages.
+   *
+   * With the order CREATE_TIME, every session that exists and matches the filters during the whole
+   * listing is returned exactly once. With the order UPDATE_TIME, a session that changes during the
+   * listing moves to the front and can be missing from all pages.
+   *
+   * Errors: the common errors only.
+   *
+   * Retry: safe.
+   */
+  listChatSessions: {
+    path: "/chat_ticket.v1.ChatSessionService/ListChatSessions" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: ListChatSessionsRequest): Buffer =>
+      Buffer.from(ListChatSessionsRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): ListChatSessionsRequest => ListChatSessionsRequest.decode(value),
+    responseSerialize: (value: ListChatSessionsResponse): Buffer =>
+      Buffer.from(ListChatSessionsResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): ListChatSessionsResponse => ListChatSessionsResponse.decode(value),
+  },
+  /**
+   * Updates the status of a session.
+   *
+   * Every transition between statuses is allowed. Setting the current status is not a change: the
+   * revision and the update time stay the same.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - ABORTED (ETAG_MISMATCH): `session.etag` is set and is not the current revision, even if the
+   *   status would stay the same. Read the session again before another attempt.
+   *
+   * Retry: safe without `session.etag`, although a retry can overwrite an update that another
+   * caller made meanwhile. With an etag, a retry after a successful attempt fails with
+   * ETAG_MISMATCH.
+   */
+  updateChatSession: {
+    path: "/chat_ticket.v1.ChatSessionService/UpdateChatSession" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: UpdateChatSessionRequest): Buffer =>
+      Buffer.from(UpdateChatSessionRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): UpdateChatSessionRequest => UpdateChatSessionRequest.decode(value),
+    responseSerialize: (value: UpdateChatSessionResponse): Buffer =>
+      Buffer.from(UpdateChatSessionResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): UpdateChatSessionResponse => UpdateChatSessionResponse.decode(value),
+  },
+  /**
+   * Deletes a session with its messages, their attachments and its ticket link.
+   *
+   * The ticket itself is kept. Watchers of the session receive `session_deleted`, and their streams
+   * end.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision.
+   * - FAILED_PRECONDITION (SESSION_HAS_ACTIVE_TICKET): the ticket of the session is OPEN or
+   *   PENDING.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   */
+  deleteChatSession: {
+    path: "/chat_ticket.v1.ChatSessionService/DeleteChatSession" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: DeleteChatSessionRequest): Buffer =>
+      Buffer.from(DeleteChatSessionRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): DeleteChatSessionRequest => DeleteChatSessionRequest.decode(value),
+    responseSerialize: (value: DeleteChatSessionResponse): Buffer =>
+      Buffer.from(DeleteChatSessionResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): DeleteChatSessionResponse => DeleteChatSessionResponse.decode(value),
+  },
+  /**
+   * Watches a session: streams what changed after a revision, and then every change as it happens.
+   *
+   * Use it to follow a session live. The stream ends when the caller cancels it, when the session
+   * is deleted, or with an error.
+   *
+   * The first response is the session. Then come the changes after `after_revision`, in the order
+   * of their revisions:
+   *
+   * - Every message that still exists is delivered as created exactly once per stream, in the order
+   *   of `sequence`.
+   * - A message that changes after its delivery is delivered again as updated, as a whole. This
+   *   includes messages up to `after_revision`, which an earlier stream delivered. Several changes
+   *   can be combined into one update. A message that had changed before its delivery can be
+   *   delivered again as updated.
+   * - A deleted message is named by its id.
+   * - A change of `status` or `has_ticket` is delivered as the session.
+   *
+   * The `revision` of a response is the position of the stream: everything up to this revision has
+   * been delivered. To resume after any break, call again with `after_revision` set to the last
+   * `revision` received.
+   *
+   * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
+   * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
+   * delivered by then are lost. Changes to the title or status of a ticket are not streamed.
+   *
+   * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
+   * ListChatMessages together, and at most 100 of them for one session. A response has at most 500
+   * messages and about 1 MiB.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): the session has not reached `after_revision`. The
+   *   stream also ends with this error when the database loses changes that were delivered, for
+   *   example in a failover. Watch again from 0.
+   * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+   *   could not send. Resume.
+   * - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
+   *   server.
+   * - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
+   *   Resume.
+   *
+   * Retry: safe. Resume after the last `revision` received, or from the same `after_revision` when
+   * nothing was received.
+   */
+  watchChatSession: {
+    path: "/chat_ticket.v1.ChatSessionService/WatchChatSession" as const,
+    requestStream: false as const,
+    responseStream: true as const,
+    requestSerialize: (value: WatchChatSessionRequest): Buffer =>
+      Buffer.from(WatchChatSessionRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): WatchChatSessionRequest => WatchChatSessionRequest.decode(value),
+    responseSerialize: (value: WatchChatSessionResponse): Buffer =>
+      Buffer.from(WatchChatSessionResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): WatchChatSessionResponse => WatchChatSessionResponse.decode(value),
+  },
+} as const;
+
+export interface ChatSessionServiceServer extends UntypedServiceImplementation {
+  /**
+   * Creates a session.
+   *
+   * A session can be created with any status.
+   *
+   * Errors:
+   *
+   * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): a session with this id existed when the call
+   *   began, and was deleted during the call.
+   *
+   * Retry: safe when `session.id` is set. A call with the id of an existing session returns that
+   * session as it is now, whatever its status. Without an id, a retry can create a second session.
+   * The id of a deleted session must not be used again; the server does not reject it.
+   */
+  createChatSession: handleUnaryCall<CreateChatSessionRequest, CreateChatSessionResponse>;
+  /**
+   * Returns a session.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   *
+   * Retry: safe.
+   */
+  getChatSession: handleUnaryCall<GetChatSessionRequest, GetChatSessionResponse>;
+  /**
+   * Lists the sessions of the tenant, newest first, in pages.
+   *
+   * With the order CREATE_TIME, every session that exists and matches the filters during the whole
+   * listing is returned exactly once. With the order UPDATE_TIME, a session that changes during the
+   * listing moves to the front and can be missing from all pages.
+   *
+   * Errors: the common errors only.
+   *
+   * Retry: safe.
+   */
+  listChatSessions: handleUnaryCall<ListChatSessionsRequest, ListChatSessionsResponse>;
+  /**
+   * Updates the status of a session.
+   *
+   * Every transition between statuses is allowed. Setting the current status is not a change: the
+   * revision and the update time stay the same.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - ABORTED (ETAG_MISMATCH): `session.etag` is set and is not the current revision, even if the
+   *   status would stay the same. Read the session again before another attempt.
+   *
+   * Retry: safe without `session.etag`, although a retry can overwrite an update that another
+   * caller made meanwhile. With an etag, a retry after a successful attempt fails with
+   * ETAG_MISMATCH.
+   */
+  updateChatSession: handleUnaryCall<UpdateChatSessionRequest, UpdateChatSessionResponse>;
+  /**
+   * Deletes a session with its messages, their attachments and its ticket link.
+   *
+   * The ticket itself is kept. Watchers of the session receive `session_deleted`, and their streams
+   * end.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision.
+   * - FAILED_PRECONDITION (SESSION_HAS_ACTIVE_TICKET): the ticket of the session is OPEN or
+   *   PENDING.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   */
+  deleteChatSession: handleUnaryCall<DeleteChatSessionRequest, DeleteChatSessionResponse>;
+  /**
+   * Watches a session: streams what changed after a revision, and then every change as it happens.
+   *
+   * Use it to follow a session live. The stream ends when the caller cancels it, when the session
+   * is deleted, or with an error.
+   *
+   * The first response is the session. Then come the changes after `after_revision`, in the order
+   * of their revisions:
+   *
+   * - Every message that still exists is delivered as created exactly once per stream, in the order
+   *   of `sequence`.
+   * - A message that changes after its delivery is delivered again as updated, as a whole. This
+   *   includes messages up to `after_revision`, which an earlier stream delivered. Several changes
+   *   can be combined into one update. A message that had changed before its delivery can be
+   *   delivered again as updated.
+   * - A deleted message is named by its id.
+   * - A change of `status` or `has_ticket` is delivered as the session.
+   *
+   * The `revision` of a response is the position of the stream: everything up to this revision has
+   * been delivered. To resume after any break, call again with `after_revision` set to the last
+   * `revision` received.
+   *
+   * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
+   * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
+   * delivered by then are lost. Changes to the title or status of a ticket are not streamed.
+   *
+   * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
+   * ListChatMessages together, and at most 100 of them for one session. A response has at most 500
+   * messages and about 1 MiB.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): the session has not reached `after_revision`. The
+   *   stream also ends with this error when the database loses changes that were delivered, for
+   *   example in a failover. Watch again from 0.
+   * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+   *   could not send. Resume.
+   * - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
+   *   server.
+   * - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
+   *   Resume.
+   *
+   * Retry: safe. Resume after the last `revision` received, or from the same `after_revision` when
+   * nothing was received.
+   */
+  watchChatSession: handleServerStreamingCall<WatchChatSessionRequest, WatchChatSessionResponse>;
+}
+
+export interface ChatSessionServiceClient extends Client {
+  /**
+   * Creates a session.
+   *
+   * A session can be created with any status.
+   *
+   * Errors:
+   *
+   * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): a session with this id existed when the call
+   *   began, and was deleted during the call.
+   *
+   * Retry: safe when `session.id` is set. A call with the id of an existing session returns that
+   * session as it is now, whatever its status. Without an id, a retry can create a second session.
+   * The id of a deleted session must not be used again; the server does not reject it.
+   */
+  createChatSession(
+    request: CreateChatSessionRequest,
+    callback: (error: ServiceError | null, response: CreateChatSessionResponse) => void,
+  ): ClientUnaryCall;
+  createChatSession(
+    request: CreateChatSessionRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: CreateChatSessionResponse) => void,
+  ): ClientUnaryCall;
+  createChatSession(
+    request: CreateChatSessionRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: CreateChatSessionResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Returns a session.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   *
+   * Retry: safe.
+   */
+  getChatSession(
+    request: GetChatSessionRequest,
+    callback: (error: ServiceError | null, response: GetChatSessionResponse) => void,
+  ): ClientUnaryCall;
+  getChatSession(
+    request: GetChatSessionRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: GetChatSessionResponse) => void,
+  ): ClientUnaryCall;
+  getChatSession(
+    request: GetChatSessionRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: GetChatSessionResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Lists the sessions of the tenant, newest first, in pages.
+   *
+   * With the order CREATE_TIME, every session that exists and matches the filters during the whole
+   * listing is returned exactly once. With the order UPDATE_TIME, a session that changes during the
+   * listing moves to the front and can be missing from all pages.
+   *
+   * Errors: the common errors only.
+   *
+   * Retry: safe.
+   */
+  listChatSessions(
+    request: ListChatSessionsRequest,
+    callback: (error: ServiceError | null, response: ListChatSessionsResponse) => void,
+  ): ClientUnaryCall;
+  listChatSessions(
+    request: ListChatSessionsRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: ListChatSessionsResponse) => void,
+  ): ClientUnaryCall;
+  listChatSessions(
+    request: ListChatSessionsRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: ListChatSessionsResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Updates the status of a session.
+   *
+   * Every transition between statuses is allowed. Setting the current status is not a change: the
+   * revision and the update time stay the same.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - ABORTED (ETAG_MISMATCH): `session.etag` is set and is not the current revision, even if the
+   *   status would stay the same. Read the session again before another attempt.
+   *
+   * Retry: safe without `session.etag`, although a retry can overwrite an update that another
+   * caller made meanwhile. With an etag, a retry after a successful attempt fails with
+   * ETAG_MISMATCH.
+   */
+  updateChatSession(
+    request: UpdateChatSessionRequest,
+    callback: (error: ServiceError | null, response: UpdateChatSessionResponse) => void,
+  ): ClientUnaryCall;
+  updateChatSession(
+    request: UpdateChatSessionRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: UpdateChatSessionResponse) => void,
+  ): ClientUnaryCall;
+  updateChatSession(
+    request: UpdateChatSessionRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: UpdateChatSessionResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Deletes a session with its messages, their attachments and its ticket link.
+   *
+   * The ticket itself is kept. Watchers of the session receive `session_deleted`, and their streams
+   * end.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision.
+   * - FAILED_PRECONDITION (SESSION_HAS_ACTIVE_TICKET): the ticket of the session is OPEN or
+   *   PENDING.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   */
+  deleteChatSession(
+    request: DeleteChatSessionRequest,
+    callback: (error: ServiceError | null, response: DeleteChatSessionResponse) => void,
+  ): ClientUnaryCall;
+  deleteChatSession(
+    request: DeleteChatSessionRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: DeleteChatSessionResponse) => void,
+  ): ClientUnaryCall;
+  deleteChatSession(
+    request: DeleteChatSessionRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: DeleteChatSessionResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Watches a session: streams what changed after a revision, and then every change as it happens.
+   *
+   * Use it to follow a session live. The stream ends when the caller cancels it, when the session
+   * is deleted, or with an error.
+   *
+   * The first response is the session. Then come the changes after `after_revision`, in the order
+   * of their revisions:
+   *
+   * - Every message that still exists is delivered as created exactly once per stream, in the order
+   *   of `sequence`.
+   * - A message that changes after its delivery is delivered again as updated, as a whole. This
+   *   includes messages up to `after_revision`, which an earlier stream delivered. Several changes
+   *   can be combined into one update. A message that had changed before its delivery can be
+   *   delivered again as updated.
+   * - A deleted message is named by its id.
+   * - A change of `status` or `has_ticket` is delivered as the session.
+   *
+   * The `revision` of a response is the position of the stream: everything up to this revision has
+   * been delivered. To resume after any break, call again with `after_revision` set to the last
+   * `revision` received.
+   *
+   * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
+   * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
+   * delivered by then are lost. Changes to the title or status of a ticket are not streamed.
+   *
+   * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
+   * ListChatMessages together, and at most 100 of them for one session. A response has at most 500
+   * messages and about 1 MiB.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): the session has not reached `after_revision`. The
+   *   stream also ends with this error when the database loses changes that were delivered, for
+   *   example in a failover. Watch again from 0.
+   * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+   *   could not send. Resume.
+   * - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
+   *   server.
+   * - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
+   *   Resume.
+   *
+   * Retry: safe. Resume after the last `revision` received, or from the same `after_revision` when
+   * nothing was received.
+   */
+  watchChatSession(
+    request: WatchChatSessionRequest,
+    options?: Partial<CallOptions>,
+  ): ClientReadableStream<WatchChatSessionResponse>;
+  watchChatSession(
+    request: WatchChatSessionRequest,
+    metadata?: Metadata,
+    options?: Partial<CallOptions>,
+  ): ClientReadableStream<WatchChatSessionResponse>;
+}
+
+export const ChatSessionServiceClient = makeGenericClientConstructor(
+  ChatSessionServiceService,
+  "chat_ticket.v1.ChatSessionService",
+) as unknown as {
+  new (address: string, credentials: ChannelCredentials, options?: Partial<ClientOptions>): ChatSessionServiceClient;
+  service: typeof ChatSessionServiceService;
+  serviceName: string;
+};
 
 type Builtin = Date | Function | Uint8Array | string | number | boolean | bigint | undefined;
 

@@ -3,6 +3,18 @@
 
 /* eslint-disable */
 import { BinaryReader, BinaryWriter } from "@bufbuild/protobuf/wire";
+import {
+  type CallOptions,
+  type ChannelCredentials,
+  Client,
+  type ClientOptions,
+  type ClientUnaryCall,
+  type handleUnaryCall,
+  makeGenericClientConstructor,
+  type Metadata,
+  type ServiceError,
+  type UntypedServiceImplementation,
+} from "@grpc/grpc-js";
 import { FieldMask } from "../../google/protobuf/field_mask.js";
 import {
   ChatTicket,
@@ -1714,6 +1726,535 @@ export const ChatTicketServiceDefinition = {
     },
   },
 } as const;
+
+/**
+ * Escalates chat sessions to tickets, and manages a minimal record of each ticket.
+ *
+ * A `ChatTicket` is the link from a session to its `Ticket`.
+ *
+ * Every RPC can also return the common errors that the package comment in resources.proto lists.
+ */
+export type ChatTicketServiceService = typeof ChatTicketServiceService;
+export const ChatTicketServiceService = {
+  /**
+   * Escalates a session: links it to an existing ticket, or to a new one that the call creates.
+   *
+   * The ticket and the link are created in one transaction. `has_ticket` of the session becomes
+   * true, the revision of the session increases, and watchers of the session receive the session.
+   * An existing ticket can have any status. The same ticket can be linked to several sessions.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - NOT_FOUND (TICKET_NOT_FOUND): `ticket_id` does not exist.
+   * - ALREADY_EXISTS (SESSION_HAS_TICKET): the session is already linked to a ticket.
+   * - ALREADY_EXISTS (CHAT_TICKET_ALREADY_EXISTS): `chat_ticket_id` belongs to an existing link,
+   *   and this call is not a retry of its creation.
+   * - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
+   *   call is not a retry of its creation.
+   * - FAILED_PRECONDITION (SESSION_ARCHIVED): the session is archived.
+   *
+   * Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
+   * its ticket as it is now. The title and status of a new ticket are compared only until the
+   * ticket changes. Without an id, a retry after a successful attempt fails with
+   * SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
+   * does not reject them.
+   */
+  createChatTicket: {
+    path: "/chat_ticket.v1.ChatTicketService/CreateChatTicket" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: CreateChatTicketRequest): Buffer =>
+      Buffer.from(CreateChatTicketRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): CreateChatTicketRequest => CreateChatTicketRequest.decode(value),
+    responseSerialize: (value: CreateChatTicketResponse): Buffer =>
+      Buffer.from(CreateChatTicketResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): CreateChatTicketResponse => CreateChatTicketResponse.decode(value),
+  },
+  /**
+   * Returns a link with its ticket.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
+   *
+   * Retry: safe.
+   */
+  getChatTicket: {
+    path: "/chat_ticket.v1.ChatTicketService/GetChatTicket" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: GetChatTicketRequest): Buffer => Buffer.from(GetChatTicketRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): GetChatTicketRequest => GetChatTicketRequest.decode(value),
+    responseSerialize: (value: GetChatTicketResponse): Buffer =>
+      Buffer.from(GetChatTicketResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): GetChatTicketResponse => GetChatTicketResponse.decode(value),
+  },
+  /**
+   * Lists the links of a session or of a ticket with their ticket, oldest first, in pages.
+   *
+   * A session has at most one link.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   *
+   * Retry: safe.
+   */
+  listChatTickets: {
+    path: "/chat_ticket.v1.ChatTicketService/ListChatTickets" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: ListChatTicketsRequest): Buffer =>
+      Buffer.from(ListChatTicketsRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): ListChatTicketsRequest => ListChatTicketsRequest.decode(value),
+    responseSerialize: (value: ListChatTicketsResponse): Buffer =>
+      Buffer.from(ListChatTicketsResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): ListChatTicketsResponse => ListChatTicketsResponse.decode(value),
+  },
+  /**
+   * Deletes the link from a session to its ticket. The ticket is kept.
+   *
+   * `has_ticket` of the session becomes false, the revision of the session increases, and watchers
+   * of the session receive the session. The status of the ticket does not matter.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   */
+  deleteChatTicket: {
+    path: "/chat_ticket.v1.ChatTicketService/DeleteChatTicket" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: DeleteChatTicketRequest): Buffer =>
+      Buffer.from(DeleteChatTicketRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): DeleteChatTicketRequest => DeleteChatTicketRequest.decode(value),
+    responseSerialize: (value: DeleteChatTicketResponse): Buffer =>
+      Buffer.from(DeleteChatTicketResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): DeleteChatTicketResponse => DeleteChatTicketResponse.decode(value),
+  },
+  /**
+   * Returns a ticket.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   *
+   * Retry: safe.
+   */
+  getTicket: {
+    path: "/chat_ticket.v1.ChatTicketService/GetTicket" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: GetTicketRequest): Buffer => Buffer.from(GetTicketRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): GetTicketRequest => GetTicketRequest.decode(value),
+    responseSerialize: (value: GetTicketResponse): Buffer => Buffer.from(GetTicketResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): GetTicketResponse => GetTicketResponse.decode(value),
+  },
+  /**
+   * Lists the tickets of the tenant, newest first, in pages.
+   *
+   * The order is that of creation. Tickets with the same time are ordered by id, highest first.
+   *
+   * Errors: the common errors only.
+   *
+   * Retry: safe.
+   */
+  listTickets: {
+    path: "/chat_ticket.v1.ChatTicketService/ListTickets" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: ListTicketsRequest): Buffer => Buffer.from(ListTicketsRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): ListTicketsRequest => ListTicketsRequest.decode(value),
+    responseSerialize: (value: ListTicketsResponse): Buffer => Buffer.from(ListTicketsResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): ListTicketsResponse => ListTicketsResponse.decode(value),
+  },
+  /**
+   * Updates the title or the status of a ticket.
+   *
+   * Every transition between statuses is allowed. Setting the current values is not a change: the
+   * update time stays the same. The sessions that are linked to the ticket do not change, and their
+   * watchers receive nothing.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   *
+   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+   */
+  updateTicket: {
+    path: "/chat_ticket.v1.ChatTicketService/UpdateTicket" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: UpdateTicketRequest): Buffer => Buffer.from(UpdateTicketRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): UpdateTicketRequest => UpdateTicketRequest.decode(value),
+    responseSerialize: (value: UpdateTicketResponse): Buffer =>
+      Buffer.from(UpdateTicketResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): UpdateTicketResponse => UpdateTicketResponse.decode(value),
+  },
+  /**
+   * Deletes a ticket that is not linked to a session.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   * - FAILED_PRECONDITION (TICKET_LINKED): a session is linked to the ticket.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   */
+  deleteTicket: {
+    path: "/chat_ticket.v1.ChatTicketService/DeleteTicket" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: DeleteTicketRequest): Buffer => Buffer.from(DeleteTicketRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): DeleteTicketRequest => DeleteTicketRequest.decode(value),
+    responseSerialize: (value: DeleteTicketResponse): Buffer =>
+      Buffer.from(DeleteTicketResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): DeleteTicketResponse => DeleteTicketResponse.decode(value),
+  },
+} as const;
+
+export interface ChatTicketServiceServer extends UntypedServiceImplementation {
+  /**
+   * Escalates a session: links it to an existing ticket, or to a new one that the call creates.
+   *
+   * The ticket and the link are created in one transaction. `has_ticket` of the session becomes
+   * true, the revision of the session increases, and watchers of the session receive the session.
+   * An existing ticket can have any status. The same ticket can be linked to several sessions.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - NOT_FOUND (TICKET_NOT_FOUND): `ticket_id` does not exist.
+   * - ALREADY_EXISTS (SESSION_HAS_TICKET): the session is already linked to a ticket.
+   * - ALREADY_EXISTS (CHAT_TICKET_ALREADY_EXISTS): `chat_ticket_id` belongs to an existing link,
+   *   and this call is not a retry of its creation.
+   * - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
+   *   call is not a retry of its creation.
+   * - FAILED_PRECONDITION (SESSION_ARCHIVED): the session is archived.
+   *
+   * Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
+   * its ticket as it is now. The title and status of a new ticket are compared only until the
+   * ticket changes. Without an id, a retry after a successful attempt fails with
+   * SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
+   * does not reject them.
+   */
+  createChatTicket: handleUnaryCall<CreateChatTicketRequest, CreateChatTicketResponse>;
+  /**
+   * Returns a link with its ticket.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
+   *
+   * Retry: safe.
+   */
+  getChatTicket: handleUnaryCall<GetChatTicketRequest, GetChatTicketResponse>;
+  /**
+   * Lists the links of a session or of a ticket with their ticket, oldest first, in pages.
+   *
+   * A session has at most one link.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   *
+   * Retry: safe.
+   */
+  listChatTickets: handleUnaryCall<ListChatTicketsRequest, ListChatTicketsResponse>;
+  /**
+   * Deletes the link from a session to its ticket. The ticket is kept.
+   *
+   * `has_ticket` of the session becomes false, the revision of the session increases, and watchers
+   * of the session receive the session. The status of the ticket does not matter.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   */
+  deleteChatTicket: handleUnaryCall<DeleteChatTicketRequest, DeleteChatTicketResponse>;
+  /**
+   * Returns a ticket.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   *
+   * Retry: safe.
+   */
+  getTicket: handleUnaryCall<GetTicketRequest, GetTicketResponse>;
+  /**
+   * Lists the tickets of the tenant, newest first, in pages.
+   *
+   * The order is that of creation. Tickets with the same time are ordered by id, highest first.
+   *
+   * Errors: the common errors only.
+   *
+   * Retry: safe.
+   */
+  listTickets: handleUnaryCall<ListTicketsRequest, ListTicketsResponse>;
+  /**
+   * Updates the title or the status of a ticket.
+   *
+   * Every transition between statuses is allowed. Setting the current values is not a change: the
+   * update time stays the same. The sessions that are linked to the ticket do not change, and their
+   * watchers receive nothing.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   *
+   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+   */
+  updateTicket: handleUnaryCall<UpdateTicketRequest, UpdateTicketResponse>;
+  /**
+   * Deletes a ticket that is not linked to a session.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   * - FAILED_PRECONDITION (TICKET_LINKED): a session is linked to the ticket.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   */
+  deleteTicket: handleUnaryCall<DeleteTicketRequest, DeleteTicketResponse>;
+}
+
+export interface ChatTicketServiceClient extends Client {
+  /**
+   * Escalates a session: links it to an existing ticket, or to a new one that the call creates.
+   *
+   * The ticket and the link are created in one transaction. `has_ticket` of the session becomes
+   * true, the revision of the session increases, and watchers of the session receive the session.
+   * An existing ticket can have any status. The same ticket can be linked to several sessions.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - NOT_FOUND (TICKET_NOT_FOUND): `ticket_id` does not exist.
+   * - ALREADY_EXISTS (SESSION_HAS_TICKET): the session is already linked to a ticket.
+   * - ALREADY_EXISTS (CHAT_TICKET_ALREADY_EXISTS): `chat_ticket_id` belongs to an existing link,
+   *   and this call is not a retry of its creation.
+   * - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
+   *   call is not a retry of its creation.
+   * - FAILED_PRECONDITION (SESSION_ARCHIVED): the session is archived.
+   *
+   * Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
+   * its ticket as it is now. The title and status of a new ticket are compared only until the
+   * ticket changes. Without an id, a retry after a successful attempt fails with
+   * SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
+   * does not reject them.
+   */
+  createChatTicket(
+    request: CreateChatTicketRequest,
+    callback: (error: ServiceError | null, response: CreateChatTicketResponse) => void,
+  ): ClientUnaryCall;
+  createChatTicket(
+    request: CreateChatTicketRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: CreateChatTicketResponse) => void,
+  ): ClientUnaryCall;
+  createChatTicket(
+    request: CreateChatTicketRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: CreateChatTicketResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Returns a link with its ticket.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
+   *
+   * Retry: safe.
+   */
+  getChatTicket(
+    request: GetChatTicketRequest,
+    callback: (error: ServiceError | null, response: GetChatTicketResponse) => void,
+  ): ClientUnaryCall;
+  getChatTicket(
+    request: GetChatTicketRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: GetChatTicketResponse) => void,
+  ): ClientUnaryCall;
+  getChatTicket(
+    request: GetChatTicketRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: GetChatTicketResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Lists the links of a session or of a ticket with their ticket, oldest first, in pages.
+   *
+   * A session has at most one link.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   *
+   * Retry: safe.
+   */
+  listChatTickets(
+    request: ListChatTicketsRequest,
+    callback: (error: ServiceError | null, response: ListChatTicketsResponse) => void,
+  ): ClientUnaryCall;
+  listChatTickets(
+    request: ListChatTicketsRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: ListChatTicketsResponse) => void,
+  ): ClientUnaryCall;
+  listChatTickets(
+    request: ListChatTicketsRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: ListChatTicketsResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Deletes the link from a session to its ticket. The ticket is kept.
+   *
+   * `has_ticket` of the session becomes false, the revision of the session increases, and watchers
+   * of the session receive the session. The status of the ticket does not matter.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   */
+  deleteChatTicket(
+    request: DeleteChatTicketRequest,
+    callback: (error: ServiceError | null, response: DeleteChatTicketResponse) => void,
+  ): ClientUnaryCall;
+  deleteChatTicket(
+    request: DeleteChatTicketRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: DeleteChatTicketResponse) => void,
+  ): ClientUnaryCall;
+  deleteChatTicket(
+    request: DeleteChatTicketRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: DeleteChatTicketResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Returns a ticket.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   *
+   * Retry: safe.
+   */
+  getTicket(
+    request: GetTicketRequest,
+    callback: (error: ServiceError | null, response: GetTicketResponse) => void,
+  ): ClientUnaryCall;
+  getTicket(
+    request: GetTicketRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: GetTicketResponse) => void,
+  ): ClientUnaryCall;
+  getTicket(
+    request: GetTicketRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: GetTicketResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Lists the tickets of the tenant, newest first, in pages.
+   *
+   * The order is that of creation. Tickets with the same time are ordered by id, highest first.
+   *
+   * Errors: the common errors only.
+   *
+   * Retry: safe.
+   */
+  listTickets(
+    request: ListTicketsRequest,
+    callback: (error: ServiceError | null, response: ListTicketsResponse) => void,
+  ): ClientUnaryCall;
+  listTickets(
+    request: ListTicketsRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: ListTicketsResponse) => void,
+  ): ClientUnaryCall;
+  listTickets(
+    request: ListTicketsRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: ListTicketsResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Updates the title or the status of a ticket.
+   *
+   * Every transition between statuses is allowed. Setting the current values is not a change: the
+   * update time stays the same. The sessions that are linked to the ticket do not change, and their
+   * watchers receive nothing.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   *
+   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+   */
+  updateTicket(
+    request: UpdateTicketRequest,
+    callback: (error: ServiceError | null, response: UpdateTicketResponse) => void,
+  ): ClientUnaryCall;
+  updateTicket(
+    request: UpdateTicketRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: UpdateTicketResponse) => void,
+  ): ClientUnaryCall;
+  updateTicket(
+    request: UpdateTicketRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: UpdateTicketResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Deletes a ticket that is not linked to a session.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   * - FAILED_PRECONDITION (TICKET_LINKED): a session is linked to the ticket.
+   *
+   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   */
+  deleteTicket(
+    request: DeleteTicketRequest,
+    callback: (error: ServiceError | null, response: DeleteTicketResponse) => void,
+  ): ClientUnaryCall;
+  deleteTicket(
+    request: DeleteTicketRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: DeleteTicketResponse) => void,
+  ): ClientUnaryCall;
+  deleteTicket(
+    request: DeleteTicketRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: DeleteTicketResponse) => void,
+  ): ClientUnaryCall;
+}
+
+export const ChatTicketServiceClient = makeGenericClientConstructor(
+  ChatTicketServiceService,
+  "chat_ticket.v1.ChatTicketService",
+) as unknown as {
+  new (address: string, credentials: ChannelCredentials, options?: Partial<ClientOptions>): ChatTicketServiceClient;
+  service: typeof ChatTicketServiceService;
+  serviceName: string;
+};
 
 type Builtin = Date | Function | Uint8Array | string | number | boolean | bigint | undefined;
 
