@@ -19,6 +19,7 @@ from grpc_tools import protoc
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path("chat_ticket/v1")
 GOOGLE_RPC = Path("chat_ticket/google_rpc.binpb")
+SERVICE_CONFIG = PACKAGE / "chat_ticket_grpc_service_config.json"
 
 
 def generate(out: Path) -> None:
@@ -39,6 +40,8 @@ def generate(out: Path) -> None:
     if status != 0:
         sys.exit(status)
     (out / GOOGLE_RPC).write_bytes(google_rpc())
+    # A copy, because an sdist keeps a link to a file outside of it as a broken link.
+    (out / SERVICE_CONFIG).write_bytes((ROOT / "protos" / SERVICE_CONFIG).read_bytes())
 
 
 def google_rpc() -> bytes:
@@ -53,7 +56,8 @@ def google_rpc() -> bytes:
 
 def contents(root: Path) -> dict[str, bytes]:
     stubs = (root / PACKAGE).glob("*_pb2*")
-    return {path.name: path.read_bytes() for path in (*stubs, root / GOOGLE_RPC) if path.exists()}
+    paths = (*stubs, root / GOOGLE_RPC, root / SERVICE_CONFIG)
+    return {path.name: path.read_bytes() for path in paths if path.exists()}
 
 
 def main() -> None:

@@ -49,6 +49,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(
         prog="chat-ticket-svc",
+        allow_abbrev=False,
         description="A gRPC system of record for AI support chats, over PostgreSQL.",
         epilog="Settings are environment variables: see docs/reference/settings.md.",
     )

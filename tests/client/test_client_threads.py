@@ -4,6 +4,8 @@ import contextlib
 import inspect
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -196,6 +198,28 @@ def test_closing_the_client_ends_a_watch_in_another_thread(target: str, tenant: 
         client.close()
         with pytest.raises(ValueError, match=r"(?i)closed"):
             watching.result(timeout=20)
+
+
+def test_first_call_of_a_closed_client_raises() -> None:
+    """In a process of its own: gRPC crashed it for a method that was not called before."""
+    program = """
+from chat_ticket.client import ChatTicketClient
+from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest
+client = ChatTicketClient("127.0.0.1:1", tenant="acme")
+client.close()
+for call in (
+    lambda: client.sessions.GetChatSession(GetChatSessionRequest(session_id="x")),
+    lambda: list(client.watch("x")),
+):
+    try:
+        call()
+    except ValueError:
+        print("refused")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, check=False, text=True, timeout=30
+    )
+    assert (done.returncode, done.stdout) == (0, "refused\nrefused\n"), done.stderr
 
 
 def test_retry_gives_up_in_time(tenant: str) -> None:

@@ -87,7 +87,7 @@ def test_packs_the_compiled_sources_and_nothing_else(
         for path in sources.rglob("*.ts")
         for suffix in (".js", ".d.ts")
     }
-    assert files == compiled | {"README.md", "package.json"}
+    assert files == compiled | {"LICENSE", "README.md", "package.json"}
 
 
 def copy_dependencies(package: Path, directory: Path) -> None:

@@ -50,3 +50,9 @@ def test_bash_completes(words: str, completions: tuple[str, ...]) -> None:
     )
     assert set(completions) <= set(done.stdout.split()), done
     assert "worker" not in done.stdout
+
+
+async def test_abbreviated_option_is_refused() -> None:
+    """It would pass by what looks for the option by its name."""
+    done = await command("--print-compl", "bash")
+    assert done.status == 2

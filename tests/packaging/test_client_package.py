@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from email.parser import HeaderParser
@@ -118,6 +119,27 @@ def test_wheel_has_the_package_and_the_protos(wheel: Path) -> None:
     assert {"chat_ticket/py.typed", "chat_ticket/client/_sync.py", SERVICE_CONFIG} <= set(expected)
     assert shipped == expected
     assert shipped[SERVICE_CONFIG] == (PROTOS / SERVICE_CONFIG).read_bytes()
+
+
+def test_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    """Nothing in it is a link to a file of the repository."""
+    build = [sys.executable, "-m", "hatchling", "build", "-d", str(tmp_path)]
+    subprocess.run([*build, "-t", "sdist"], cwd=CLIENT, check=True, capture_output=True, timeout=60)
+    [sdist] = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    directory = tmp_path / sdist.name.removesuffix(".tar.gz")
+    subprocess.run(
+        [*build, "-t", "wheel"], cwd=directory, check=True, capture_output=True, timeout=60
+    )
+    [built] = tmp_path.glob("*.whl")
+    assert files(built) == files(wheel)
+
+
+def test_wheel_has_the_license(wheel: Path) -> None:
+    texts = [data for name, data in files(wheel).items() if name.endswith("/licenses/LICENSE")]
+    assert texts == [(ROOT / "LICENSE").read_bytes()]
+    assert (ROOT / "clients" / "node" / "LICENSE").read_bytes() == texts[0]
 
 
 def test_protos_in_the_wheel_compile(wheel: Path, tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ export class Connection {
   async #unary(path: string, method: Method, request: unknown, options: CallOptions = {}): Promise<unknown> {
     const { signal, timeoutMs = this.#timeoutMs } = options
     const metadata = await this.#metadata(options)
+    this.#throwIfEnded(signal)
     return await new Promise((resolve, reject) => {
       const call = this.#client.makeUnaryRequest(
         path,
@@ -135,6 +136,7 @@ export class Connection {
   ): AsyncGenerator<unknown, void, void> {
     const { signal, timeoutMs } = options
     const metadata = await this.#metadata(options)
+    this.#throwIfEnded(signal)
     const call = this.#client.makeServerStreamRequest(
       path,
       serializer(method),
@@ -164,8 +166,13 @@ export class Connection {
         typeof this.#token === 'string' ? this.#token : sendable('token', await abortable(this.#token(), signal))
       metadata.set('authorization', `Bearer ${token}`)
     }
-    this.closing.throwIfAborted()
     return metadata
+  }
+
+  /** Throws if the call was ended while its metadata was awaited: no listener noticed that. */
+  #throwIfEnded(signal: AbortSignal | undefined): void {
+    signal?.throwIfAborted()
+    this.closing.throwIfAborted()
   }
 
   #track(call: Cancellable, signal: AbortSignal | undefined): () => void {

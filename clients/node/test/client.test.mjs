@@ -76,6 +76,27 @@ suite('calls', () => {
     assert.ok(performance.now() - start > 250)
   })
 
+  test('end when they are aborted or the client is closed in the same tick', async (t) => {
+    const { handler, requests } = failing()
+    const client = await serve(t, { createChatSession: handler, watchChatSession: () => {} })
+    const abort = new AbortController()
+    const reason = new Error('changed my mind')
+    const created = client.sessions.createChatSession({}, { signal: abort.signal })
+    const watched = client.watch('an id', { signal: abort.signal }).next()
+    const left = client.watch('an id')
+    const next = left.next()
+    const returned = left.return()
+    abort.abort(reason)
+    assert.equal(await caught(created), reason)
+    assert.equal(await caught(watched), reason)
+    assert.equal((await returned).done, true)
+    assert.equal((await next).done, true)
+    assert.equal(requests.length, 0)
+    const last = client.sessions.createChatSession({})
+    client.close()
+    assert.match((await caught(last)).message, /the client is closed/)
+  })
+
   test('end when their signal is aborted, also while the token is awaited', async (t) => {
     let call
     const client = await serve(t, { createChatSession: (each) => (call = each) })

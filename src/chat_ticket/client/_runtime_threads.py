@@ -9,12 +9,23 @@ import grpc
 
 from chat_ticket import errors
 from chat_ticket.client._channel import CallMetadata
+from chat_ticket.v1.chat_attachment_pb2_grpc import ChatAttachmentServiceStub
+from chat_ticket.v1.chat_message_pb2_grpc import ChatMessageServiceStub
+from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
+from chat_ticket.v1.chat_ticket_pb2_grpc import ChatTicketServiceStub
 
 Token = str | Callable[[], str]
 Channel = grpc.Channel
 Response = TypeVar("Response")
 
 sleep = time.sleep
+
+STUBS: Sequence[Callable[[grpc.Channel], object]] = (
+    ChatAttachmentServiceStub,
+    ChatMessageServiceStub,
+    ChatSessionServiceStub,
+    ChatTicketServiceStub,
+)
 
 
 def open_channel(
@@ -30,6 +41,11 @@ def open_channel(
         channel = grpc.insecure_channel(target, options=options)
     else:
         channel = grpc.secure_channel(target, credentials, options=options)
+    # gRPC registers a method with its core when the first stub of it is made: below an interceptor
+    # that is at the first call. On a channel that another thread has closed it then crashes the
+    # process. Registered before, the method raises ValueError.
+    for stub in STUBS:
+        stub(channel)
     return grpc.intercept_channel(channel, _Interceptor(metadata, timeout))
 
 
