@@ -135,7 +135,7 @@ def _values(field: FieldInfo) -> str:
         for name in ("ge", "le")
         if getattr(bound, name, None) is not None
     }
-    return f" {bounds['ge']} to {bounds['le']}." if len(bounds) == 2 else ""
+    return f" Range: {bounds['ge']} to {bounds['le']}." if len(bounds) == 2 else ""
 
 
 # Errors
@@ -239,6 +239,14 @@ WELL_KNOWN = ".google.protobuf."
 PACKAGE_STATEMENT, MESSAGES, ENUMS, SERVICES = 2, 4, 5, 6
 FIELDS, NESTED_MESSAGES, NESTED_ENUMS, VALUES, METHODS = 2, 3, 4, 2, 2
 
+# What comments name and the site has, with its place as seen from a page of the API.
+LINKS = {
+    "the common errors": "resources.md#errors",
+    "resources.proto": "resources.md",
+    "docs/security.md": "../../security.md",
+    "docs/reference/errors.md": "../errors.md",
+}
+
 Comments = Mapping[tuple[int, ...], str]
 
 
@@ -314,6 +322,8 @@ class ApiPage:
         """A comment, which is Markdown."""
         lines = self._comments.get(path, "").splitlines()
         text = "\n".join(line.removeprefix(" ") for line in lines).strip()
+        for name, target in LINKS.items():
+            text = text.replace(name, f"[{name}]({target})")
         return f"{text}\n\n" if text else ""
 
     def _cell(self, *path: int) -> str:

@@ -97,6 +97,7 @@ def descriptors(directory: Path) -> FileDescriptorSet:
 
 def words(text: str) -> str:
     """As they are read: without tags, marks of code and lists, and line breaks."""
+    text = re.sub(r"</?a\b[^>]*>", "", text)  # a link may be followed by a full stop
     text = html.unescape(re.sub(r"<[^>]*>", " ", text))
     return " ".join(re.sub("[`¶•]", " ", text).split())
 
