@@ -129,8 +129,8 @@ class Settings(BaseSettings):
     database_listen_url: str = Field(
         default="",
         validation_alias="DATABASE_LISTEN_URL",
-        description="The URL of a direct connection for LISTEN and NOTIFY. Needed when `DATABASE_URL` "
-        "is a connection pooler. The default is `DATABASE_URL`.",
+        description="The URL of a direct connection for LISTEN and NOTIFY. Needed when "
+        "`DATABASE_URL` is a connection pooler. The default is `DATABASE_URL`.",
     )
     migrate_database_url: str = Field(
         default="",
