@@ -52,12 +52,17 @@ SECTIONS = {
 }
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """A table which phones show as one block for each row; `kind` is a class of its style."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table which phones show as one block for each row, with labels before most cells."""
     lines = [head, ["---"] * len(head), *rows]
     text = "".join(f"| {' | '.join(cell or ' ' for cell in line)} |\n" for line in lines)
-    classes = f"stacked {kind}".strip()
-    return f'<div class="{classes}" markdown>\n\n{text}\n</div>\n\n'
+    labels = "; ".join(
+        f"--{place}: '{name}: '"
+        for place, name in zip(("second", "third", "fourth"), head[1:], strict=False)
+        if name != "Meaning"
+    )
+    style = f' style="{labels}"' if labels else ""
+    return f'<div class="stacked"{style} markdown>\n\n{text}\n</div>\n\n'
 
 
 # Settings
@@ -77,12 +82,12 @@ def settings_page() -> str:
     for name, field in config.Settings.model_fields.items():
         if name in SECTIONS:
             if rows:
-                parts.append(table(["Variable", "Default", "Meaning"], rows, "settings"))
+                parts.append(table(["Variable", "Default", "Meaning"], rows))
                 rows = []
             parts.append(f"## {SECTIONS[name]}\n\n")
         if name not in ("limits", "quotas"):
             rows.append(_setting_row(_variable(name, field), field))
-    parts.append(table(["Variable", "Default", "Meaning"], rows, "settings"))
+    parts.append(table(["Variable", "Default", "Meaning"], rows))
     for name, title, text in (
         ("limits", "Limits", "What a request may contain."),
         (
@@ -98,7 +103,7 @@ def settings_page() -> str:
             _setting_row(f"{config.variable(name)}__{nested.upper()}", field)
             for nested, field in group.model_fields.items()
         ]
-        parts.append(table(["Variable", "Default", "Meaning"], rows, "settings"))
+        parts.append(table(["Variable", "Default", "Meaning"], rows))
     return "".join(parts)
 
 

@@ -123,7 +123,7 @@ class Settings(BaseSettings):
         default="",
         validation_alias="DATABASE_URL",
         description="Required, except with `--embedded`. "
-        "`postgresql://user:password@host:port/name`; `?host=/dir` for a Unix socket. It may name "
+        "`postgresql://user:password@host:port/db`; `?host=/dir` for a Unix socket. It may name "
         "several hosts, as in `one:5432,other:5432`: the first that accepts writes is used.",
     )
     database_listen_url: str = Field(
