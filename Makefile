@@ -14,6 +14,7 @@ help: ## list the targets
 
 ##@ To use the service
 
+# env, as an assignment before the command would start a shell, which keeps signals to itself.
 run: venv ## serve on PORT= or 50051, with an embedded PostgreSQL in .data; AUTH=jwt requires tokens
 	@$(if $(AUTH),env CHAT_TICKET_AUTH=$(AUTH)) $(BIN)/chat-ticket-svc serve $(if $(PORT),--port $(PORT)) --embedded .data/postgres
 
