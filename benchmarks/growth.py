@@ -446,8 +446,8 @@ def _explain(url: str, dataset: Dataset) -> dict[str, str]:
         "bytes": search.MAX_BYTES,
         "sessions": search.MAX_SESSIONS,
         "after_score": math.inf,
-        "headline": "",
-        "characters": search.HEADLINE_CHARACTERS,
+        "snippet_options": "",
+        "snippet_characters": search.SNIPPET_CHARACTERS,
         **dict.fromkeys(("session_id", "roles", "created_from", "created_to")),
         **newest,
     }

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc_tools
@@ -21,9 +22,10 @@ OPTIONS = (
     "esModuleInterop=true",
     "annotateFilesWithVersion=false",
     "importSuffix=.js",
-    # The grpc-js services are for whoever writes a server; our client needs the definitions.
+    # The client needs the definitions, and the fake server of its tests the grpc-js services.
     "outputServices=grpc-js",
     "outputServices=generic-definitions",
+    "emitImportedFiles=false",
     # An int64 does not fit a JavaScript number.
     "forceLong=bigint",
     "oneof=unions-value",
@@ -35,32 +37,44 @@ OPTIONS = (
     "exportCommonSymbols=false",
 )
 
+GOOGLE_PROTOS = (
+    "google/protobuf/any.proto",
+    "google/protobuf/duration.proto",
+    "google/protobuf/field_mask.proto",
+    "google/protobuf/timestamp.proto",
+    "google/rpc/error_details.proto",
+    "google/rpc/status.proto",
+)
+
 
 def generate(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    googleapis = Path(status_pb2.__file__).parents[2]
     protos = sorted((ROOT / "protos" / "chat_ticket" / "v1").glob("*.proto"))
-    status = protoc.main(
-        [
-            "protoc",
-            f"-I{ROOT / 'protos'}",
-            f"-I{googleapis}",
-            f"-I{Path(grpc_tools.__file__).parent / '_proto'}",
-            f"--plugin=protoc-gen-ts_proto={PLUGIN}",
-            f"--ts_proto_out={out}",
-            f"--ts_proto_opt={','.join(OPTIONS)}",
-            *map(str, protos),
-            "google/rpc/status.proto",
-            "google/rpc/error_details.proto",
-        ]
-    )
-    if status != 0:
-        sys.exit(status)
+    _run_protoc(out, OPTIONS, *map(str, protos))
+    # Google documents its own messages: their comments are not repeated here.
+    _run_protoc(out, (*OPTIONS, "comments=false"), *GOOGLE_PROTOS)
     config = json.loads((ROOT / "protos" / SERVICE_CONFIG).read_text())
     (out / "service_config.ts").write_text(
         f"// Generated from protos/{SERVICE_CONFIG}.\n\n"
         f"export const SERVICE_CONFIG = {json.dumps(config, indent=2)}\n"
     )
+
+
+def _run_protoc(out: Path, options: Sequence[str], *protos: str) -> None:
+    status = protoc.main(
+        [
+            "protoc",
+            f"-I{ROOT / 'protos'}",
+            f"-I{Path(status_pb2.__file__).parents[2]}",
+            f"-I{Path(grpc_tools.__file__).parent / '_proto'}",
+            f"--plugin=protoc-gen-ts_proto={PLUGIN}",
+            f"--ts_proto_out={out}",
+            f"--ts_proto_opt={','.join(options)}",
+            *protos,
+        ]
+    )
+    if status != 0:
+        sys.exit(status)
 
 
 def contents(root: Path) -> dict[str, str]:

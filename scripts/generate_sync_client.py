@@ -75,7 +75,7 @@ CODE = [
     (r"\bAsyncGenerator\[(\w+), None\]", r"Generator[\1, None, None]"),
     (r"\bAsyncGenerator, Awaitable, Callable, Sequence\b", "Callable, Generator, Sequence"),
     (r"\b__a(enter|exit)__\b", r"__\1__"),
-    (r"\bimport _asyncio as runtime\b", "import _threads as runtime"),
+    (r"\bimport _runtime_asyncio as runtime\b", "import _runtime_threads as runtime"),
     # The stubs are imported already, under the names that the first replacement gives.
     (r"\nif TYPE_CHECKING:.*?\n\n", "\n"),
     (r"\bTYPE_CHECKING, ", ""),

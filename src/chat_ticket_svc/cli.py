@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import shtab
 
+from chat_ticket_svc.addresses import ListenError
 from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.embedded import EmbeddedPostgresError
 from chat_ticket_svc.errors import DomainError
 from chat_ticket_svc.telemetry import logs
-from chat_ticket_svc.workers import ListenError
 
 # Each module has `add_arguments(parser)` and `run(options)`, which returns the exit status.
 COMMANDS = {

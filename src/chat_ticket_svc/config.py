@@ -64,7 +64,9 @@ class Limits(BaseModel):
     metadata_depth: PositiveInt = Field(
         default=20, description="How deep the metadata of a message may nest."
     )
-    attachments: PositiveInt = Field(default=20, description="Attachments of a message.")
+    attachments: PositiveInt = Field(
+        default=20, description="Attachments of a message, and of all messages of a batch together."
+    )
     batch_messages: PositiveInt = Field(
         default=500, description="Messages in one `BatchCreateChatMessages`."
     )
@@ -248,7 +250,7 @@ class Settings(BaseSettings):
         default=30,
         gt=0,
         description="How long a client may leave a stream unread before the server ends the "
-        "stream.",
+        "stream, with the reason `SLOW_READER`.",
     )
     watch_poll_interval_seconds: float = Field(
         default=2,

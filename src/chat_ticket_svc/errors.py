@@ -22,7 +22,8 @@ class Violation:
 class DomainError(Exception):
     """Base of all errors that callers are told: `reason` is for programs, the text for people.
 
-    `retry_seconds` is the delay after which the same call may succeed, or None if it never does.
+    `retry_seconds` is the delay after which the same call may succeed. None: the service suggests
+    no retry.
     """
 
     reason: str
@@ -142,7 +143,7 @@ class QuotaExceededError(ResourceExhaustedError):
 
 
 class UnavailableError(DomainError):
-    """The service cannot answer at the moment. Nothing was written."""
+    """The service cannot answer now. Nothing was written, except perhaps with OUTCOME_UNKNOWN."""
 
     retry_seconds = 1.0
 

@@ -24,11 +24,12 @@ from chat_ticket.v1 import (
 from chat_ticket_svc.access import method_permissions
 from chat_ticket_svc.access.admission import AdmissionController
 from chat_ticket_svc.access.authenticator import Authenticator
-from chat_ticket_svc.access.quotas import Quotas
+from chat_ticket_svc.access.quotas import QuotaEnforcer
+from chat_ticket_svc.addresses import ListenError, format_address
 from chat_ticket_svc.config import MIB, ConfigurationError, Settings
 from chat_ticket_svc.errors import DomainError
 from chat_ticket_svc.rpc import aio_server
-from chat_ticket_svc.rpc.health import HealthServicer
+from chat_ticket_svc.rpc.health import HealthMonitor, HealthServicer
 from chat_ticket_svc.rpc.middleware import MethodRegistrar, RpcMiddleware
 from chat_ticket_svc.services.attachments import ChatAttachmentService
 from chat_ticket_svc.services.messages import ChatMessageService
@@ -39,7 +40,6 @@ from chat_ticket_svc.store.connection import require_valid_url
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.telemetry import metrics
 from chat_ticket_svc.watch.hub import WatchHub
-from chat_ticket_svc.workers import ListenError, format_address
 
 # Optional parts are imported by the functions that make them: httpx, cryptography and PyJWT take a
 # quarter of the start.
@@ -60,15 +60,19 @@ SERVICES = [
     )
 ]
 
-HEALTH_CHECK_SECONDS = 1
+# How long health checks report NOT_SERVING before the drain goes on, so that balancers see it.
 DRAIN_NOTICE_SECONDS = 0.2
 # Once gRPC's core is told to stop, it cancels new calls. Clients learn of the stop a little later,
 # by a GOAWAY. A client that calls again as soon as it has an answer would lose a call in between.
-# So new calls are held back until the GOAWAY is sent, and the stop waits until the clients of the
-# calls in flight have called again, or until none has for a while.
+# So new calls are paused until the GOAWAY is sent. The stop waits until the clients of the calls in
+# flight have called again.
+#
+# The clients have called again when no call has arrived for this time.
 DRAIN_QUIET_SECONDS = 0.2
+# The stop waits for them at most this long.
 DRAIN_HOLD_SECONDS = 0.5
-GOAWAY_SECONDS = 0.05
+# The time that gRPC gets to send the GOAWAY, before the paused calls go on.
+GOAWAY_SEND_SECONDS = 0.05
 
 OPTIONS = [
     ("grpc.max_receive_message_length", 4 * MIB),
@@ -114,17 +118,17 @@ class Server:
         self._jwks_client = _jwks_client(settings)
         self._middleware = RpcMiddleware(
             AdmissionController(
-                _authenticators(settings, self._jwks_client), Quotas(settings.quotas)
+                _authenticators(settings, self._jwks_client), QuotaEnforcer(settings.quotas)
             ),
             unary_timeout_seconds=settings.unary_timeout_seconds,
             stream_write_timeout_seconds=settings.stream_write_timeout_seconds,
             access_log=settings.access_log,
         )
         self._health = HealthServicer(SERVICES)
+        self._health_monitor = HealthMonitor(self._health, self._schema_probe, self._db)
         # gRPC shares ports by default: a second server would start on the same port unnoticed.
         share_port = ("grpc.so_reuseport", int(settings.workers > 1))
         self._grpc = aio_server.create_server(options=[*OPTIONS, share_port])
-        self._health_task: asyncio.Task[None] | None = None
         self._metrics: HTTPServer | None = None
 
     async def start(self) -> None:
@@ -147,8 +151,7 @@ class Server:
         self._watch_hub.start()
         if self._certificates is not None:
             self._certificates.start_reloading()
-        await self._health.set_all(serving=False)
-        self._health_task = asyncio.create_task(self._run_health_checks())
+        await self._health_monitor.start()
         await self._grpc.start()
 
     async def wait_for_termination(self) -> None:
@@ -161,9 +164,7 @@ class Server:
         Health checks report NOT_SERVING first, then watches end, then calls in flight finish, and
         last the connections are closed.
         """
-        if self._health_task is not None:
-            self._health_task.cancel()
-            await asyncio.gather(self._health_task, return_exceptions=True)
+        await self._health_monitor.close()
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(DRAIN_NOTICE_SECONDS)
         self._watch_hub.drain()
@@ -171,7 +172,7 @@ class Server:
             quiet_seconds=DRAIN_QUIET_SECONDS, max_seconds=DRAIN_HOLD_SECONDS
         )
         stopping = asyncio.create_task(self._grpc.stop(self._settings.drain_seconds))
-        await asyncio.sleep(GOAWAY_SECONDS)
+        await asyncio.sleep(GOAWAY_SEND_SECONDS)
         self._middleware.resume()
         await stopping
         await self._middleware.wait_for_handlers(timeout=1)
@@ -245,27 +246,6 @@ class Server:
             return
         if missing:
             raise schema.StaleSchemaError(missing)
-
-    async def _run_health_checks(self) -> None:
-        """Report SERVING while the database is reachable and migrated, else NOT_SERVING."""
-        last_problem = None
-        while True:
-            try:
-                missing = await self._schema_probe.missing()
-                problem = f"the database lacks {', '.join(missing)}" if missing else ""
-                if last_problem and not problem:
-                    await self._db.check()  # the pool may take longer than the probe to recover
-            except Exception as error:  # any error: the server is not healthy
-                problem = str(error) if isinstance(error, DomainError) else type(error).__qualname__
-            if problem != last_problem:
-                last_problem = problem
-                if problem:
-                    await self._health.set_all(serving=False)
-                    log.warning("not serving", problem=problem)
-                else:
-                    await self._health.set_all(serving=True)
-                    log.info("serving")
-            await asyncio.sleep(HEALTH_CHECK_SECONDS)
 
 
 def _server_certificates(settings: Settings) -> "ServerCertificates | None":

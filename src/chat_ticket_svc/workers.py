@@ -20,6 +20,7 @@ from ipaddress import ip_address
 import structlog
 
 from chat_ticket_svc import embedded
+from chat_ticket_svc.addresses import ListenError, format_address
 
 log = structlog.get_logger()
 
@@ -33,21 +34,6 @@ SIGNAL_STATUS_BASE = 128
 STABLE_AFTER_SECONDS = 10
 MIN_BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 30
-
-
-class ListenError(Exception):
-    """The server cannot listen on the address."""
-
-    def __init__(self, address: str):
-        super().__init__(
-            f"cannot listen on {address}: the port is in use, or this machine lacks the address"
-        )
-
-
-def format_address(host: str, port: int) -> str:
-    if ":" in host and not host.startswith("["):
-        host = f"[{host}]"
-    return f"{host}:{port}"
 
 
 class Supervisor:

@@ -41,7 +41,7 @@ from chat_ticket.v1.chat_session_pb2 import (
 from chat_ticket_svc import config
 from chat_ticket_svc.access.quotas import (
     PRUNE_THRESHOLD_TENANTS,
-    Quotas,
+    QuotaEnforcer,
 )
 from chat_ticket_svc.errors import QuotaExceededError
 from chat_ticket_svc.store import search, session_changes
@@ -331,10 +331,10 @@ class TestStreams:
 class TestMemory:
     """Mostly of the counters alone, because thousands of calls through a channel would be slow."""
 
-    def quotas(self, **limits: float) -> Quotas:
-        return Quotas(config.Quotas.model_validate(limits))
+    def quotas(self, **limits: float) -> QuotaEnforcer:
+        return QuotaEnforcer(config.Quotas.model_validate(limits))
 
-    def many(self, quotas: Quotas, count: int = 10 * PRUNE_THRESHOLD_TENANTS) -> None:
+    def many(self, quotas: QuotaEnforcer, count: int = 10 * PRUNE_THRESHOLD_TENANTS) -> None:
         for n in range(count):
             with quotas.acquire_call(f"{an_id()} {n}"):
                 pass

@@ -41,6 +41,7 @@ SENDERS = {
     "fetch",
     "fetch_pipelined",
     "fetch_typed",
+    "fetch_by_key",
     "fetch_one",
     "write",
     "write_pipelined",

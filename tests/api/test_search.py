@@ -181,7 +181,7 @@ async def test_forged_token_is_rejected(api: Api, score: object) -> None:
 @pytest.mark.parametrize("length", [7850, 7875, 7900, 7910, 7930])
 async def test_snippet_is_cut_beside_a_marker_not_in_it(api: Api, length: int) -> None:
     """Where a hit begins or ends at the limit, the snippet still has nothing but the content."""
-    # Words of 2,048 characters and more are left out of headlines.
+    # Words of 2,048 characters and more are left out of snippets.
     content = "needle " + (("x" * 1500 + " ") * 6)[:length] + " needle " + "y" * 1500
     await api.message((await api.session()).id, content)
     [hit] = await search(api, "needle")

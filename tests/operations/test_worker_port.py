@@ -11,6 +11,7 @@ from support.process import run_command, server_process
 from support.worker_processes import pids, printed, two_workers, unable_to_spawn, wait_until
 
 from chat_ticket_svc import workers
+from chat_ticket_svc.addresses import ListenError
 
 
 class TestPort:
@@ -48,7 +49,7 @@ class TestPort:
     def test_reservation_allows_only_sockets_that_share_the_port(self, host: str) -> None:
         """It takes none of their connections, and keeps out all others."""
         with workers.reserve_port(host, 0) as port:
-            with pytest.raises(workers.ListenError), workers.reserve_port(host, port):
+            with pytest.raises(ListenError), workers.reserve_port(host, port):
                 pass
             for reuse in (0, 1):
                 with socket.socket() as other:
@@ -82,7 +83,7 @@ class TestPort:
             other.bind(("127.0.0.1", port))
         with (
             workers.reserve_port(host, port),
-            pytest.raises(workers.ListenError),
+            pytest.raises(ListenError),
             workers.reserve_port(host, port),
         ):
             pass

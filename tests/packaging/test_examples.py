@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from support.tools import run_program
 
 from chat_ticket_svc.server import Server
 
@@ -51,19 +52,11 @@ def example(request: pytest.FixtureRequest) -> list[str]:
 
 async def run(*command: str) -> str:
     """What a program prints, which succeeds."""
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
-    try:
-        async with asyncio.timeout(60):
-            output, errors = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-    assert process.returncode == 0, (output + errors).decode()
+    output, errors = await run_program(*command)
     # The client warns of connections that break again and again.
-    lines = errors.decode().splitlines()
+    lines = errors.splitlines()
     assert all(line.startswith("watch of session") for line in lines), lines
-    return output.decode()
+    return output
 
 
 def parted(output: str) -> tuple[list[str], list[str]]:

@@ -1,11 +1,11 @@
 """The programs in the README and in the guides, against a running service."""
 
-import asyncio
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from support.tools import run_program
 
 from chat_ticket_svc.server import Server
 
@@ -23,19 +23,8 @@ async def output_of(path: Path, server: Server) -> str:
     program = "\n".join(blocks(path, "python"))
     assert "localhost:50051" in program
     program = program.replace("localhost:50051", f"localhost:{server.port}")
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "error", "-c", program),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        async with asyncio.timeout(60):
-            output, errors = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-    assert process.returncode == 0, (output + errors).decode()
-    return output.decode()
+    output, _ = await run_program(sys.executable, "-W", "error", "-c", program)
+    return output
 
 
 @pytest.mark.parametrize("name", ["python", "streaming", "search"])

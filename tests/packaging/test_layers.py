@@ -25,7 +25,7 @@ LAYERS = [
     ["shutdown", "workers"],
     ["embedded", "telemetry"],
     ["errors"],
-    ["config", "timeouts"],
+    ["addresses", "config", "timeouts"],
 ]
 SERVICERS = {"attachment_access", "attachments", "messages", "sessions", "tickets"}
 GRPC = {"access", "commands", "rpc", "server", "services"}

@@ -44,7 +44,7 @@ def failing(function, calls):
         return await function(*args)
     return wrapper
 
-sessions.revisions = failing(sessions.revisions, [1])
+sessions.find_moved = failing(sessions.find_moved, [1])
 schema.Probe.missing = failing(schema.Probe.missing, [3])
 notifications.Notifications._listen = failing(notifications.Notifications._listen, [1])
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import grpc
 
 from chat_ticket import errors
-from chat_ticket.client import _asyncio as runtime
+from chat_ticket.client import _runtime_asyncio as runtime
 from chat_ticket.client._channel import CallMetadata, options_for
 from chat_ticket.client._resume import ResumeState
 from chat_ticket.client._retry import backoff_seconds, is_retryable

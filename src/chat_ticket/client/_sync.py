@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import grpc
 
 from chat_ticket import errors
-from chat_ticket.client import _threads as runtime
+from chat_ticket.client import _runtime_threads as runtime
 from chat_ticket.client._channel import CallMetadata, options_for
 from chat_ticket.client._resume import ResumeState
 from chat_ticket.client._retry import backoff_seconds, is_retryable

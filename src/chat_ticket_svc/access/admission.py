@@ -16,7 +16,7 @@ from chat_ticket_svc.access.credential import (
     metadata_values,
 )
 from chat_ticket_svc.access.method_permissions import METHOD_PERMISSIONS, UNAUTHENTICATED_METHODS
-from chat_ticket_svc.access.quotas import Quotas
+from chat_ticket_svc.access.quotas import QuotaEnforcer
 from chat_ticket_svc.errors import PermissionDeniedError, QuotaExceededError
 
 # The event loop rejects timeouts that are too long. The connection is closed long before this one.
@@ -30,7 +30,7 @@ class AdmissionController:
     credentials allow. Without an authenticator every caller may do everything.
     """
 
-    def __init__(self, authenticators: Sequence[Authenticator], quotas: Quotas):
+    def __init__(self, authenticators: Sequence[Authenticator], quotas: QuotaEnforcer):
         self._authenticators = authenticators
         self._quotas = quotas
 

@@ -35,7 +35,7 @@ class _TenantUsage:
         self.streams = 0
         self.delayed_rejections = 0
         self.session_streams: Counter[str] = Counter()
-        # Of the rate limit, in the event loop's time. See Quotas._consume_rate.
+        # Of the rate limit, in the event loop's time. See QuotaEnforcer._consume_rate.
         self.theoretical_arrival_time = 0.0
 
 
@@ -51,7 +51,7 @@ class _Lease(contextlib.AbstractContextManager[None]):
         self._release(*self._arguments)
 
 
-class Quotas:
+class QuotaEnforcer:
     """Counts calls and streams, and raises QuotaExceededError for those beyond the limits."""
 
     def __init__(self, limits: config.Quotas):

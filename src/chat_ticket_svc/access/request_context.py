@@ -1,4 +1,4 @@
-"""The tenant of the current call, as a context variable. Admission sets it."""
+"""The tenant of the current call, a context variable. Admission and shared watch reads set it."""
 
 from contextvars import ContextVar
 

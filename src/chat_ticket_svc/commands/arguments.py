@@ -1,9 +1,13 @@
-"""Argument types that several commands share."""
+"""Arguments that several commands share."""
 
 import argparse
 from uuid import UUID
 
 from chat_ticket_svc.access.credential import TENANT_ID
+
+
+def add_required_tenant(parser: argparse.ArgumentParser, help_text: str) -> None:
+    parser.add_argument("--tenant", type=tenant_id, required=True, metavar="ID", help=help_text)
 
 
 def tenant_id(text: str) -> str:

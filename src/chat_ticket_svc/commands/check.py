@@ -28,13 +28,13 @@ from chat_ticket_svc.access.client_certificate_authenticator import ClientCertif
 from chat_ticket_svc.access.credential import TENANT_KEY
 from chat_ticket_svc.access.jwks import JwksClient
 from chat_ticket_svc.access.server_certificates import ServerCertificates
+from chat_ticket_svc.addresses import format_address
 from chat_ticket_svc.commands.arguments import tenant_id
 from chat_ticket_svc.config import ConfigurationError, Settings
 from chat_ticket_svc.errors import DomainError
 from chat_ticket_svc.store import schema
 from chat_ticket_svc.store.connection import require_valid_url
 from chat_ticket_svc.telemetry import logs
-from chat_ticket_svc.workers import format_address
 
 TIMEOUT_SECONDS = 5  # of each check
 MIN_POSTGRESQL_VERSION = 15

@@ -16,13 +16,7 @@ MAX_NAMED_TICKETS = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tenant",
-        type=arguments.tenant_id,
-        required=True,
-        metavar="ID",
-        help="the tenant to delete",
-    )
+    arguments.add_required_tenant(parser, "the tenant to delete")
     parser.add_argument("--dry-run", action="store_true", help="only count what would be deleted")
     parser.add_argument(
         "--active-tickets",

@@ -37,13 +37,7 @@ PAGE_SIZE = 500
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tenant",
-        type=arguments.tenant_id,
-        required=True,
-        metavar="ID",
-        help="the tenant to export",
-    )
+    arguments.add_required_tenant(parser, "the tenant to export")
     parser.add_argument(
         "--session", type=arguments.uuid, metavar="ID", help="export only this session"
     )
@@ -156,6 +150,6 @@ async def _session_messages(db: Database, session: Session) -> AsyncIterator[tup
             yield "chatMessage", message
             after = message.sequence
         has_more = page.more
-    link = await tickets.link_of_session(db, session.tenant_id, session.id)
-    if link is not None:
-        yield "chatTicket", convert.chat_ticket(link)
+    chat_ticket = await tickets.chat_ticket_of_session(db, session.tenant_id, session.id)
+    if chat_ticket is not None:
+        yield "chatTicket", convert.chat_ticket(chat_ticket)

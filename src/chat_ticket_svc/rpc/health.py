@@ -1,9 +1,19 @@
-"""The standard health service, grpc.health.v1."""
+"""The standard health service, grpc.health.v1, and the monitor that sets it from the database."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+import structlog
 from grpc_health.v1 import health, health_pb2
+
+from chat_ticket_svc.errors import DomainError
+from chat_ticket_svc.store import schema
+from chat_ticket_svc.store.database import Database
+
+log = structlog.get_logger()
+
+CHECK_INTERVAL_SECONDS = 1
 
 
 class HealthServicer(health.aio.HealthServicer):
@@ -25,3 +35,44 @@ class HealthServicer(health.aio.HealthServicer):
             for name in self._names
         }
         return health_pb2.HealthListResponse(statuses=statuses)  # type: ignore[attr-defined]
+
+
+class HealthMonitor:
+    """Reports SERVING while the database is reachable and migrated, else NOT_SERVING."""
+
+    def __init__(self, servicer: HealthServicer, probe: schema.Probe, db: Database):
+        self._servicer = servicer
+        self._probe = probe
+        self._db = db
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Report NOT_SERVING, and start to check the database."""
+        await self._servicer.set_all(serving=False)
+        self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        """Stop the checks. The last report stays."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        last_problem = None
+        while True:
+            try:
+                missing = await self._probe.missing()
+                problem = f"the database lacks {', '.join(missing)}" if missing else ""
+                if last_problem and not problem:
+                    await self._db.check()  # the pool may take longer than the probe to recover
+            except Exception as error:  # any error: the server is not healthy
+                problem = str(error) if isinstance(error, DomainError) else type(error).__qualname__
+            if problem != last_problem:
+                last_problem = problem
+                if problem:
+                    await self._servicer.set_all(serving=False)
+                    log.warning("not serving", problem=problem)
+                else:
+                    await self._servicer.set_all(serving=True)
+                    log.info("serving")
+            await asyncio.sleep(CHECK_INTERVAL_SECONDS)

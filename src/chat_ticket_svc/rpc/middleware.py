@@ -1,4 +1,7 @@
-"""The middleware around every method: admission, deadlines, write timeouts, statuses, the drain.
+"""The middleware around every method: admission, deadlines, statuses, the drain.
+
+It also enforces the write timeout of slow readers: a stream that its client does not read ends with
+the reason SLOW_READER.
 
 Services raise domain errors. Only this middleware aborts calls.
 """
@@ -33,8 +36,9 @@ class _MalformedRequest:
 def _safe_deserializer(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     """Return `deserialize` without its errors.
 
-    gRPC does not get to call it, for two reasons. It would send the text of an error to the caller.
-    And it would parse before admission, when 4 KiB of request can become two million messages.
+    gRPC is not given this function, because it would parse requests before admission: 4 KiB of
+    compressed request can become two million messages. It would also send the text of an error to
+    the caller.
     """
 
     def deserialize_safely(data: bytes) -> Any:

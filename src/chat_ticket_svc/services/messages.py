@@ -58,7 +58,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         validator = Validator(self._limits, self._url_schemes)
         session_id = validator.id("session_id", request.session_id)
         new = [validator.new_message("message", request.message)]
-        validator.batch("message", new)
+        validator.messages_together("message", new)
         validator.raise_if_invalid()
         [message] = await self._append(tenant_id, session_id, new)
         return pb.CreateChatMessageResponse(message=convert.message(message))
@@ -70,7 +70,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         validator = Validator(self._limits, self._url_schemes)
         session_id = validator.id("session_id", request.session_id)
         new = validator.new_messages("messages", request.messages)
-        validator.batch("messages", new)
+        validator.messages_together("messages", new)
         validator.raise_if_invalid()
         created = await self._append(tenant_id, session_id, new)
         return pb.BatchCreateChatMessagesResponse(
@@ -151,11 +151,13 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     ) -> AsyncGenerator[tuple[sessions.Session | None, list[message_listing.Row]]]:
         """Yield pages that double in size. Only the first one has the session.
 
-        From the third on, a page is read while the caller takes the one before. The pages end at
-        the revision that the session has in the first.
+        From the third on, each page is read while the caller handles the previous one. The second
+        is read after the caller has handled the first, so that it does not delay the first.
         """
 
-        def read(page_size: int, *, first: bool = False) -> asyncio.Task[message_listing.Page]:
+        def read(
+            page_size: int, *, first: bool = False
+        ) -> asyncio.Task[message_listing.MessagePage]:
             return asyncio.create_task(
                 message_listing.page(
                     self._db,
@@ -175,7 +177,10 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         try:
             while True:
                 session, rows, more = await reading
+                is_first = session is not None
                 if session is not None:
+                    # The list ends at the session's revision in the first page. Messages that are
+                    # created during the list do not prolong it.
                     before = min(before, session.revision + 1)
                 limit -= len(rows)
                 if more and limit:
@@ -184,14 +189,14 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                     else:
                         after = message_listing.sequence(rows[-1])
                     page_size = min(2 * page_size, paging.MAX_STREAM_PAGE)
-                    if session is None:
+                    if not is_first:
                         reading = read(page_size)
                         await asyncio.sleep(0)  # sends the statement before this page is encoded
-                if rows or session is not None:
+                if rows or is_first:
                     yield session, rows
                 if not more or not limit:
                     return
-                if session is not None:  # the first page goes out before the next is read
+                if is_first:
                     reading = read(page_size)
         finally:
             # When the caller has left, nobody needs the page that is being read.
@@ -278,7 +283,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                 role=convert.MESSAGE_ROLE[hit.role],
                 create_time=convert.timestamp(hit.created_at),
                 score=hit.score,
-                snippet=_snippet(hit.headline, start_marker, stop_marker),
+                snippet=_snippet_parts(hit.snippet, start_marker, stop_marker),
             )
 
         def token(last: search.Hit) -> str:
@@ -292,14 +297,14 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         )
 
 
-def _snippet(
-    headline: str, start_marker: str, stop_marker: str
+def _snippet_parts(
+    snippet: str, start_marker: str, stop_marker: str
 ) -> list[pb.SearchChatMessagesResponse.SnippetPart]:
-    if len(headline) == search.HEADLINE_CHARACTERS:  # truncated, perhaps within a marker
-        headline = re.sub(f"{start_marker[0]}[0-9a-f]*$|{stop_marker[0]}[0-9a-f]*$", "", headline)
+    if len(snippet) == search.SNIPPET_CHARACTERS:  # truncated, perhaps within a marker
+        snippet = re.sub(f"{start_marker[0]}[0-9a-f]*$|{stop_marker[0]}[0-9a-f]*$", "", snippet)
     parts = []
     hit = False
-    for text in re.split(f"({start_marker}|{stop_marker})", headline):
+    for text in re.split(f"({start_marker}|{stop_marker})", snippet):
         if text in (start_marker, stop_marker):
             hit = text == start_marker
         elif text:

@@ -157,7 +157,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
 
     async def _read_page(
         self, tenant_id: str, session_id: str, after: int, limit: int | None = None
-    ) -> "_Page":
+    ) -> "_SerializedPage":
         """Read the changes after a revision: `limit` of them, or as many as a page may hold.
 
         Without a limit it reads a small page first, because there are rarely more changes.
@@ -166,16 +166,16 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         page = await read(limit=limit or paging.MIN_STREAM_PAGE)
         if limit is None and page is not None and page.more:
             page = await read(limit=paging.MAX_STREAM_PAGE)
-        return _Page(after, page)
+        return _SerializedPage(after, page)
 
 
-class _Page:
+class _SerializedPage:
     """The changes after a revision, serialised once for all streams that send them."""
 
     position: Position | None = None  # None when the session does not exist; nothing else is set
     has_more = False
 
-    def __init__(self, after: int, page: session_changes.Page | None):
+    def __init__(self, after: int, page: session_changes.ChangePage | None):
         if page is None:
             return
         self.position = Position(page.session.created_at, page.revision)
@@ -203,7 +203,7 @@ class _WatchStream:
         self.is_caught_up = False
         self.is_finished = False
 
-    def advance(self, page: _Page | None) -> list[bytes]:
+    def advance(self, page: _SerializedPage | None) -> list[bytes]:
         """Move to the end of a page, and return its events. None stands for a heartbeat."""
         if page is None:
             return [_event(self.revision, heartbeat=Event.Heartbeat())]
@@ -239,7 +239,7 @@ def _event(revision: int, **event: Any) -> bytes:
     return Event(revision=revision, **event).SerializeToString()
 
 
-def _events(page: session_changes.Page) -> Iterator[Event]:
+def _events(page: session_changes.ChangePage) -> Iterator[Event]:
     """Convert the changes of a page. Consecutive new messages share an event.
 
     The last event has the revision of the page, which may be beyond its last change.

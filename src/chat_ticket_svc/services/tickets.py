@@ -31,7 +31,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
         tenant_id = request_context.tenant_id()
         validator = Validator(self._limits)
         session_id = validator.id("session_id", request.session_id)
-        link_id = validator.new_id("chat_ticket_id", request.chat_ticket_id)
+        chat_ticket_id = validator.new_id("chat_ticket_id", request.chat_ticket_id)
         target: str | tickets.NewTicket = ""
         match request.WhichOneof("target"):
             case "ticket_id":
@@ -41,9 +41,9 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
             case None:
                 validator.add_violation("target", "required: ticket_id or ticket")
         validator.raise_if_invalid()
-        link = await tickets.link(self._db, tenant_id, session_id, link_id, target)
+        chat_ticket = await tickets.link(self._db, tenant_id, session_id, chat_ticket_id, target)
         self._watch_hub.notify_changed(tenant_id, session_id)
-        return pb.CreateChatTicketResponse(chat_ticket=convert.chat_ticket(link))
+        return pb.CreateChatTicketResponse(chat_ticket=convert.chat_ticket(chat_ticket))
 
     def _new_ticket(self, validator: Validator, ticket: resources_pb2.Ticket) -> tickets.NewTicket:
         status = "open"
@@ -63,8 +63,8 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
         validator = Validator(self._limits)
         chat_ticket_id = validator.id("chat_ticket_id", request.chat_ticket_id)
         validator.raise_if_invalid()
-        link = await tickets.get_link(self._db, tenant_id, chat_ticket_id)
-        return pb.GetChatTicketResponse(chat_ticket=convert.chat_ticket(link))
+        chat_ticket = await tickets.get_chat_ticket(self._db, tenant_id, chat_ticket_id)
+        return pb.GetChatTicketResponse(chat_ticket=convert.chat_ticket(chat_ticket))
 
     async def ListChatTickets(
         self, request: pb.ListChatTicketsRequest, context: Context
@@ -83,7 +83,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
             paging.parse_id,
         )
         validator.raise_if_invalid()
-        rows = await tickets.link_page(
+        rows = await tickets.chat_ticket_page(
             self._db,
             tenant_id,
             parent_id,

@@ -51,7 +51,7 @@ def new_id() -> str:
 class Validator:
     """Collects the violations of one request, which `raise_if_invalid` raises together.
 
-    Each method takes the path of a field in the request and its value. It returns the value in the
+    Most methods take the path of a field in the request and its value, and return the value in the
     form that the store takes. The result for an invalid value has no meaning.
     """
 
@@ -223,8 +223,8 @@ class Validator:
             self.new_message(f"{field}[{index}]", message) for index, message in enumerate(messages)
         ]
 
-    def batch(self, field: str, messages: Sequence[NewMessage]) -> None:
-        """Check the messages of a request together: the number of attachments, and distinct ids."""
+    def messages_together(self, field: str, messages: Sequence[NewMessage]) -> None:
+        """Check the messages of a request as a whole: the number of attachments, distinct ids."""
         attachments = [attachment for message in messages for attachment in message.attachments]
         self.has_at_most(f"{field}.attachments", attachments, self._limits.attachments)
         for kind, ids in (

@@ -162,7 +162,7 @@ async def find_repeat(
 
     Raises AlreadyExistsError if the id belongs to a different attachment.
     """
-    stored = await db.fetch_one(GET, {"tenant_id": tenant_id, "id": new.id}, Attachment)
+    stored = await db.fetch_by_key(GET, {"tenant_id": tenant_id, "id": new.id}, Attachment)
     return _checked_repeat(new, message_id, stored)
 
 
@@ -219,7 +219,9 @@ async def id_taken_error(
 
 
 async def get(db: Database, tenant_id: str, attachment_id: str) -> Attachment:
-    attachment = await db.fetch_one(GET, {"tenant_id": tenant_id, "id": attachment_id}, Attachment)
+    attachment = await db.fetch_by_key(
+        GET, {"tenant_id": tenant_id, "id": attachment_id}, Attachment
+    )
     if attachment is None:
         raise not_found(attachment_id)
     return attachment

@@ -53,11 +53,14 @@ PIPELINED_MAX_BYTES = 64 * 1024
 PIPELINED_CONNECTIONS = 2
 
 
-class _Attempt:
-    """Whether the statements sent so far may have been committed."""
+class _Outcome:
+    """What is known of the outcome of an operation, over all its attempts.
 
-    def __init__(self, *, outcome_unknown: bool = False):
-        self.outcome_unknown = outcome_unknown
+    `is_unknown` says that the statements sent so far may have been committed.
+    """
+
+    def __init__(self, *, is_unknown: bool = False):
+        self.is_unknown = is_unknown
 
 
 class Database:
@@ -136,7 +139,7 @@ class Database:
         prepared statement it may use one generic plan, which fits a tenant of average size.
         """
 
-        async def work(transaction: Transaction, _: _Attempt) -> list[T]:
+        async def work(transaction: Transaction, _: _Outcome) -> list[T]:
             return await transaction.fetch_all(sql, params, make_row, prepare=prepare)
 
         return await self._run_with_retries(self._with_lease(work), idempotent=True)
@@ -149,12 +152,12 @@ class Database:
     ) -> list[tuple[Any, ...]]:
         """As `fetch_all`, but return tuples, with the columns decoded as `types`."""
 
-        async def work(transaction: Transaction, _: _Attempt) -> list[tuple[Any, ...]]:
+        async def work(transaction: Transaction, _: _Outcome) -> list[tuple[Any, ...]]:
             return await transaction.fetch_typed(sql, params, types)
 
         return await self._run_with_retries(self._with_lease(work), idempotent=True)
 
-    async def fetch_one(
+    async def fetch_by_key(
         self, sql: LiteralString, params: Params, make_row: Callable[..., T]
     ) -> T | None:
         """Read one row by its key, or None, on the pipelined connection."""
@@ -170,8 +173,8 @@ class Database:
         PIPELINED_MAX_BYTES, as the calls behind them wait.
         """
 
-        async def work(attempt: _Attempt) -> list[tuple[Any, ...]]:
-            return await self._run_pipelined(self._reads, sql, params, attempt, types)
+        async def work(outcome: _Outcome) -> list[tuple[Any, ...]]:
+            return await self._run_pipelined(self._reads, sql, params, outcome, types)
 
         return await self._run_with_retries(work, idempotent=True)
 
@@ -190,8 +193,8 @@ class Database:
         earlier attempt may have committed it.
         """
 
-        async def work(transaction: Transaction, attempt: _Attempt) -> list[T]:
-            attempt.outcome_unknown = True
+        async def work(transaction: Transaction, outcome: _Outcome) -> list[T]:
+            outcome.is_unknown = True
             return await transaction.fetch_all(sql, params, make_row)
 
         return await self._run_with_retries(
@@ -204,7 +207,7 @@ class Database:
         It is not retried. After ConnectionLost it may have been committed.
         """
         try:
-            return await self._run_pipelined(self._writes, sql, params, _Attempt())
+            return await self._run_pipelined(self._writes, sql, params, _Outcome())
         except psycopg.Error as error:
             raise self._translated(error) from error
 
@@ -216,7 +219,7 @@ class Database:
         `idempotent` says that `body` can be repeated safely after it was committed.
         """
 
-        async def work(transaction: Transaction, attempt: _Attempt) -> T:
+        async def work(transaction: Transaction, outcome: _Outcome) -> T:
             await transaction.execute("BEGIN", {})
             try:
                 result = await body(transaction)
@@ -224,30 +227,30 @@ class Database:
                 with contextlib.suppress(psycopg.Error):
                     await transaction.execute("ROLLBACK", {})
                 raise
-            attempt.outcome_unknown = True
+            outcome.is_unknown = True
             await transaction.execute("COMMIT", {})
             return result
 
         return await self._run_with_retries(self._with_lease(work), idempotent=idempotent)
 
     def _with_lease(
-        self, work: Callable[[Transaction, _Attempt], Awaitable[T]]
-    ) -> Callable[[_Attempt], Awaitable[T]]:
+        self, work: Callable[[Transaction, _Outcome], Awaitable[T]]
+    ) -> Callable[[_Outcome], Awaitable[T]]:
         """`work`, run on a leased connection."""
 
-        async def leased(attempt: _Attempt) -> T:
+        async def leased(outcome: _Outcome) -> T:
             try:
                 async with self._queue.lease(request_context.tenant_id_or_none()) as connection:
                     try:
-                        return await work(Transaction(connection), attempt)
+                        return await work(Transaction(connection), outcome)
                     except (psycopg.OperationalError, psycopg.InterfaceError) as error:
                         if is_lost(error, connection):
                             raise ConnectionLost from error
                         raise
             except QueueFull:
-                raise self._queue_full(attempt) from None
+                raise self._queue_full(outcome) from None
             except NoConnection as error:
-                raise self._unavailable(attempt) from error
+                raise self._unavailable(outcome) from error
 
         return leased
 
@@ -256,62 +259,63 @@ class Database:
         connection: PipelinedConnection,
         sql: LiteralString,
         params: Params,
-        attempt: _Attempt,
+        outcome: _Outcome,
         types: Sequence[int] | None = None,
     ) -> list[tuple[Any, ...]]:
         if connection.pending >= MAX_PIPELINED_CALLS:
-            raise self._queue_full(attempt)
+            raise self._queue_full(outcome)
         try:
             with tracing.statement(sql):
                 return await connection.fetch(sql, params, types)
         except pg_errors.ConnectionFailure as error:
             raise ConnectionLost from error
         except psycopg_pool.PoolTimeout as error:
-            raise self._unavailable(attempt) from error
+            raise self._unavailable(outcome) from error
 
     async def _run_with_retries(
         self,
-        work: Callable[[_Attempt], Awaitable[T]],
+        work: Callable[[_Outcome], Awaitable[T]],
         *,
         idempotent: bool,
         outcome_unknown: bool = False,
     ) -> T:
-        attempt = _Attempt(outcome_unknown=outcome_unknown)
+        outcome = _Outcome(is_unknown=outcome_unknown)
         conflicts = 0
         retried = False
-        # A conflict rolls back its own attempt only, not one that lost its connection before.
+        # A conflict undoes this attempt. An earlier one, whose connection was lost, may still have
+        # committed.
         earlier_outcome_unknown = outcome_unknown
         while True:
             try:
-                return await work(attempt)
+                return await work(outcome)
             except (pg_errors.SerializationFailure, pg_errors.DeadlockDetected) as error:
-                attempt.outcome_unknown = earlier_outcome_unknown
+                outcome.is_unknown = earlier_outcome_unknown
                 conflicts += 1
                 if conflicts > CONTENTION_RETRIES:
                     if earlier_outcome_unknown:
-                        raise self._unavailable(attempt) from error
+                        raise self._unavailable(outcome) from error
                     raise errors.ContentionError from error
             except ConnectionLost as error:
-                if retried or (attempt.outcome_unknown and not idempotent):
-                    raise self._unavailable(attempt) from error
+                if retried or (outcome.is_unknown and not idempotent):
+                    raise self._unavailable(outcome) from error
                 retried = True
-                earlier_outcome_unknown = attempt.outcome_unknown
+                earlier_outcome_unknown = outcome.is_unknown
             except psycopg.Error as error:
                 raise self._translated(error) from error
             if retried:
-                await self._check_pool(attempt)
+                await self._check_pool(outcome)
             else:
                 await asyncio.sleep(random.uniform(0, 0.01 * 2**conflicts))  # noqa: S311 - jitter
 
-    def _queue_full(self, attempt: _Attempt) -> errors.DomainError:
-        if attempt.outcome_unknown:
-            return self._unavailable(attempt)
+    def _queue_full(self, outcome: _Outcome) -> errors.DomainError:
+        if outcome.is_unknown:
+            return self._unavailable(outcome)
         return errors.ResourceExhaustedError(
             "too many calls wait for a database connection", reason="POOL_QUEUE_FULL"
         )
 
-    def _unavailable(self, attempt: _Attempt) -> errors.UnavailableError:
-        if attempt.outcome_unknown:
+    def _unavailable(self, outcome: _Outcome) -> errors.UnavailableError:
+        if outcome.is_unknown:
             return errors.OutcomeUnknownError()
         return errors.UnavailableError(
             "the database is unreachable, or no connection became free in time",
@@ -337,11 +341,11 @@ class Database:
         self._reads.release_connection()
         self._writes.release_connection()
 
-    async def _check_pool(self, attempt: _Attempt) -> None:
+    async def _check_pool(self, outcome: _Outcome) -> None:
         """Drop broken connections; concurrent calls share one check."""
         if self._pool_check is None or self._pool_check.done():
             self._pool_check = asyncio.create_task(self._pool.check())
         try:
             await asyncio.shield(self._pool_check)
         except psycopg.Error as error:
-            raise self._unavailable(attempt) from error
+            raise self._unavailable(outcome) from error

@@ -24,7 +24,7 @@ sequence, content, size = itemgetter(1), itemgetter(4), itemgetter(8)
 SESSION_TYPES = type_ids(Session)
 
 
-class Page(NamedTuple):
+class MessagePage(NamedTuple):
     """Messages in order, and whether more may follow.
 
     The first page also has the session, read in the same snapshot.
@@ -35,9 +35,9 @@ class Page(NamedTuple):
     more: bool
 
 
-# The first read of a page omits the contents of messages over this size. So the largest page has at
-# most PAGE_BYTES, and ends before the first large message. A page that begins with one is read
-# again without this limit, up to PAGE_BYTES.
+# The first read of a page omits the contents of messages over this size, and the page ends before
+# the first of them. So the largest page, 500 messages of 2,048 bytes, is smaller than PAGE_BYTES.
+# A page that begins with a large message is read again without this limit, up to PAGE_BYTES.
 FIRST_READ_MESSAGE_BYTES = 2048
 UNLIMITED_BYTES = 2**31 - 1
 
@@ -99,7 +99,7 @@ async def page(
     descending: bool,
     roles: list[str] | None,
     limit: int,
-) -> Page:
+) -> MessagePage:
     """The messages with after < sequence < before, in order; fewer than `limit` if large."""
     params = {
         "tenant_id": tenant_id,
@@ -134,10 +134,10 @@ async def page(
     session, rows = await read(limit=limit, message_bytes=FIRST_READ_MESSAGE_BYTES)
     if rows and content(rows[0]) is None:
         session, rows = await read(limit=_count_that_fits(rows), message_bytes=UNLIMITED_BYTES)
-        return Page(session, rows, more=bool(rows))
+        return MessagePage(session, rows, more=bool(rows))
     contents = list(map(content, rows))
     end = contents.index(None) if None in contents else len(rows)
-    return Page(session, rows[:end], more=end < len(rows) or len(rows) == limit)
+    return MessagePage(session, rows[:end], more=end < len(rows) or len(rows) == limit)
 
 
 def _count_that_fits(rows: list[Row]) -> int:

@@ -112,7 +112,7 @@ def attachments_from_json(rows: list[list[Any]] | None) -> tuple[Attachment, ...
 
 
 async def get(db: Database, tenant_id: str, message_id: str) -> Message:
-    message = await db.fetch_one(GET, {"tenant_id": tenant_id, "id": message_id}, from_row)
+    message = await db.fetch_by_key(GET, {"tenant_id": tenant_id, "id": message_id}, from_row)
     if message is None:
         raise not_found(message_id)
     return message

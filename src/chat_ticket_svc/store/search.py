@@ -4,6 +4,9 @@ There are two strategies. Each reads and ranks a bounded amount, and reports whe
 incomplete. By index: read the messages that match. If too many match, an arbitrary part of them is
 ranked. By session: read the messages of the newest sessions. That finds many matches of a common
 word and few of a rare one. If both are incomplete, the page has the best matches of both.
+
+A query of stop words alone matches nothing, because websearch_to_tsquery turns it into an empty
+query.
 """
 
 from datetime import datetime
@@ -17,7 +20,7 @@ from chat_ticket_svc.store.transaction import Params, Transaction
 
 
 class Hit(NamedTuple):
-    """A message that matches. In `headline`, the caller's markers enclose the matching words."""
+    """A message that matches. In `snippet`, the caller's markers enclose the matching words."""
 
     message_id: str
     session_id: str
@@ -25,10 +28,10 @@ class Hit(NamedTuple):
     role: str
     created_at: int
     score: float
-    headline: str
+    snippet: str
 
 
-class Page(NamedTuple):
+class SearchPage(NamedTuple):
     """The best matches in order, the number of all matches, and whether there may be more."""
 
     hits: list[Hit]
@@ -37,7 +40,7 @@ class Page(NamedTuple):
 
 
 # A search result shows a part of a message. One endless word must not return the whole message.
-HEADLINE_CHARACTERS = 8000
+SNIPPET_CHARACTERS = 8000
 
 # Limits of each strategy. Parsing text into words takes 6 microseconds for a chat message, and
 # 0.1 s per MiB of long messages.
@@ -80,9 +83,9 @@ CANDIDATES_BY_INDEX = f"""
      LIMIT %(messages)s + 1
 """
 
-# A message is not older than its session, nor newer than the session's last change. A session
-# without messages is also a row, so that it counts towards the limit. The first session beyond the
-# limit is a row too, which reports that the search is incomplete.
+# A message is not older than its session, nor newer than the session's last change. LEFT JOIN keeps
+# empty sessions, so they count. LIMIT + 1 returns one session too many, which shows that the search
+# is incomplete.
 CANDIDATES_BY_SESSION = """
     SELECT m.*, s.position
       FROM (SELECT id, created_at, updated_at,
@@ -137,7 +140,7 @@ SELECT coalesce((SELECT count(*) > %(messages)s OR max(position) > %(sessions)s
        page.id::text, page.session_id::text, page.sequence, page.role,
        (extract(epoch FROM page.created_at) * 1000000)::bigint, page.score,
        left(ts_headline('english', page.content, websearch_to_tsquery('english', %(query)s),
-                        %(headline)s), %(characters)s)
+                        %(snippet_options)s), %(snippet_characters)s)
   FROM (SELECT) AS one_row LEFT JOIN page ON true
  ORDER BY page.score DESC, page.created_at DESC, page.id DESC
 """
@@ -164,7 +167,7 @@ async def page(
     start_marker: str,
     stop_marker: str,
     limit: int,
-) -> Page:
+) -> SearchPage:
     """A page of matches, best first, after (score, time, id), with the markers around the words.
 
     Raises InvalidArgumentError if PostgreSQL cannot parse the query.
@@ -182,11 +185,11 @@ async def page(
         "after_score": after_score,
         "after_time": after_time,
         "after_id": after_id,
-        "headline": f"StartSel={start_marker}, StopSel={stop_marker}",
-        "characters": HEADLINE_CHARACTERS,
+        "snippet_options": f"StartSel={start_marker}, StopSel={stop_marker}",
+        "snippet_characters": SNIPPET_CHARACTERS,
         "limit": limit,
     }
-    pages: list[Page] = []
+    pages: list[SearchPage] = []
     try:
         [expected] = await db.fetch_all(ESTIMATE, params, lambda plan: plan[0]["Plan"]["Plan Rows"])
         is_common = expected > TOO_MANY_MATCHES
@@ -208,15 +211,15 @@ async def page(
     hits = {hit.message_id: hit for result in pages for hit in result.hits}
     best_hits = sorted(hits.values(), key=_rank, reverse=True)
     matches = sum(result.matches for result in pages)
-    return Page(best_hits[:limit], matches, incomplete=True)
+    return SearchPage(best_hits[:limit], matches, incomplete=True)
 
 
 def _rank(hit: Hit) -> tuple[float, int, str]:
     return hit.score, hit.created_at, hit.message_id
 
 
-async def _search(db: Database, params: Params, *, by_index: bool) -> Page:
-    async def body(transaction: Transaction) -> Page:
+async def _search(db: Database, params: Params, *, by_index: bool) -> SearchPage:
+    async def body(transaction: Transaction) -> SearchPage:
         await transaction.execute(
             SETTINGS, {"timeout": str(INDEX_TIMEOUT_MS) if by_index else None}
         )
@@ -225,11 +228,11 @@ async def _search(db: Database, params: Params, *, by_index: bool) -> Page:
         )
         incomplete, matches, *_ = rows[0]
         hits = [Hit(*hit) for _, _, *hit in rows if hit[0] is not None]
-        return Page(hits, matches, incomplete)
+        return SearchPage(hits, matches, incomplete)
 
     try:
         return await db.transaction(body, idempotent=True)
     except errors.DeadlineExceededError:
         if not by_index:
             raise
-        return Page([], 0, incomplete=True)
+        return SearchPage([], 0, incomplete=True)

@@ -60,7 +60,7 @@ class Change(NamedTuple):
     message: Message | None
 
 
-class Page(NamedTuple):
+class ChangePage(NamedTuple):
     """Changes in order, the session in the same snapshot, and whether more changes follow."""
 
     session: Session
@@ -75,7 +75,7 @@ class Page(NamedTuple):
 
 async def page(
     db: Database, tenant_id: str, session_id: str, *, after: int, limit: int
-) -> Page | None:
+) -> ChangePage | None:
     """The first changes after a revision, or None if the session does not exist."""
     is_pipelined = limit <= PIPELINED_MAX_ROWS
     params = {
@@ -94,11 +94,11 @@ async def page(
     width = len(Session._fields)
     session = Session._make(rows[0][:width])
     if rows[0][width] is None:
-        return Page(session, [], more=False)
+        return ChangePage(session, [], more=False)
     fetched = rows[0][-3]
     changes = []
     for row in rows:
         kind, revision, *columns, _, _, _ = row[width:]
         message = None if kind == "deleted" else messages.from_row(*columns)
         changes.append(Change(kind, revision, columns[0], message))
-    return Page(session, changes, more=len(rows) < fetched or fetched == limit)
+    return ChangePage(session, changes, more=len(rows) < fetched or fetched == limit)

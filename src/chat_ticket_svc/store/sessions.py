@@ -107,7 +107,7 @@ SELECT {COLUMNS} FROM chat_sessions
 """
 
 # For 10,000 sessions, psycopg takes far longer to encode arrays than PostgreSQL to split strings.
-REVISIONS = """
+FIND_MOVED = """
 SELECT watched.tenant_id, watched.id::text, s.revision
   FROM unnest(string_to_array(%(tenant_ids)s::text, chr(10)),
               string_to_array(%(ids)s::text, chr(10))::uuid[],
@@ -128,14 +128,14 @@ async def create(db: Database, tenant_id: str, session_id: str, status: str) -> 
     created = await db.write(CREATE, params, Session, idempotent=True)
     if created:
         return created[0]
-    existing = await db.fetch_one(GET, params, Session)
+    existing = await db.fetch_by_key(GET, params, Session)
     if existing is None:  # deleted between the two statements
         raise errors.AlreadyExistsError.id_taken("chat_session", session_id)
     return existing
 
 
 async def get(db: Database, tenant_id: str, session_id: str) -> Session:
-    session = await db.fetch_one(GET, {"tenant_id": tenant_id, "id": session_id}, Session)
+    session = await db.fetch_by_key(GET, {"tenant_id": tenant_id, "id": session_id}, Session)
     if session is None:
         raise not_found(session_id)
     return session
@@ -227,7 +227,7 @@ async def delete(db: Database, tenant_id: str, session_id: str, etag: int | None
         ) from violation
 
 
-async def revisions(
+async def find_moved(
     db: Database, cursors: Sequence[tuple[str, str, int]]
 ) -> list[tuple[str, str, int | None]]:
     """The (tenant, session, current revision) of the cursors whose revision is out of date.
@@ -239,4 +239,4 @@ async def revisions(
         "ids": "\n".join(session_id for _, session_id, _ in cursors),
         "revisions": "\n".join(str(revision) for _, _, revision in cursors),
     }
-    return await db.fetch_all(REVISIONS, params, lambda *row: row)
+    return await db.fetch_all(FIND_MOVED, params, lambda *row: row)

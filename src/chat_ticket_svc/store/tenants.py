@@ -53,7 +53,8 @@ SELECT id::text FROM chat_sessions
    FOR UPDATE
 """
 
-# A ticket may have been linked or reopened since the links were deleted. The lock keeps its status.
+# A ticket may have been linked or reopened since the chat tickets were deleted. The lock keeps its
+# status.
 STATUSES_OF_LINKED_TICKETS = """
 SELECT t.status
   FROM chat_tickets ct
@@ -92,7 +93,7 @@ DELETE FROM chat_sessions
 """
 
 # The lock keeps the ticket from being reopened by a concurrent call.
-DELETE_LINKS = """
+DELETE_CHAT_TICKETS = """
 WITH deleted AS (
     DELETE FROM chat_tickets
      WHERE tenant_id = %(tenant_id)s AND id IN (
@@ -179,7 +180,7 @@ async def erase(db: Database, tenant_id: str, *, active_tickets: bool) -> AsyncI
     of them. Each batch is a transaction, so after an interruption, another call continues.
     """
     params = {"tenant_id": tenant_id, "active": active_tickets, "limit": ROWS_PER_BATCH}
-    while deleted := sum(await db.write(DELETE_LINKS, params, int, idempotent=True)):
+    while deleted := sum(await db.write(DELETE_CHAT_TICKETS, params, int, idempotent=True)):
         yield deleted
     while deleted := sum(await db.write(DELETE_TICKETS, params, int, idempotent=True)):
         yield deleted

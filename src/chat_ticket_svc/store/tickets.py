@@ -44,22 +44,22 @@ class NewTicket(NamedTuple):
     status: str
 
 
-LINK_COLUMNS = column_list(ChatTicket)
+CHAT_TICKET_COLUMNS = column_list(ChatTicket)
 
-GET_LINK = f"""
-SELECT {LINK_COLUMNS}
+GET_CHAT_TICKET = f"""
+SELECT {CHAT_TICKET_COLUMNS}
   FROM chat_tickets ct JOIN tickets t ON t.tenant_id = ct.tenant_id AND t.id = ct.ticket_id
  WHERE ct.tenant_id = %(tenant_id)s AND ct.id = %(id)s::uuid
 """
 
-GET_LINK_OF_SESSION = f"""
-SELECT {LINK_COLUMNS}
+GET_CHAT_TICKET_OF_SESSION = f"""
+SELECT {CHAT_TICKET_COLUMNS}
   FROM chat_tickets ct JOIN tickets t ON t.tenant_id = ct.tenant_id AND t.id = ct.ticket_id
  WHERE ct.tenant_id = %(tenant_id)s AND ct.session_id = %(session_id)s::uuid
 """
 
-LIST_LINKS_OF_SESSION = f"""
-SELECT {LINK_COLUMNS}
+LIST_CHAT_TICKETS_OF_SESSION = f"""
+SELECT {CHAT_TICKET_COLUMNS}
   FROM chat_tickets ct JOIN tickets t ON t.tenant_id = ct.tenant_id AND t.id = ct.ticket_id
  WHERE ct.tenant_id = %(tenant_id)s AND ct.session_id = %(parent_id)s::uuid
    AND (ct.created_at, ct.id) > (%(after_time)s::timestamptz, %(after_id)s::uuid)
@@ -67,8 +67,8 @@ SELECT {LINK_COLUMNS}
  LIMIT %(limit)s
 """
 
-LIST_LINKS_OF_TICKET = f"""
-SELECT {LINK_COLUMNS}
+LIST_CHAT_TICKETS_OF_TICKET = f"""
+SELECT {CHAT_TICKET_COLUMNS}
   FROM chat_tickets ct JOIN tickets t ON t.tenant_id = ct.tenant_id AND t.id = ct.ticket_id
  WHERE ct.tenant_id = %(tenant_id)s AND ct.ticket_id = %(parent_id)s::uuid
    AND (ct.created_at, ct.id) > (%(after_time)s::timestamptz, %(after_id)s::uuid)
@@ -81,12 +81,12 @@ INSERT INTO tickets (tenant_id, id, title, status)
 VALUES (%(tenant_id)s, %(ticket_id)s::uuid, %(title)s, %(status)s)
 """
 
-CREATE_LINK = """
+CREATE_CHAT_TICKET = """
 INSERT INTO chat_tickets (tenant_id, id, session_id, ticket_id)
 VALUES (%(tenant_id)s, %(id)s::uuid, %(session_id)s::uuid, %(ticket_id)s::uuid)
 """
 
-LOCK_SESSION_OF_LINK = """
+LOCK_SESSION_OF_CHAT_TICKET = """
 SELECT s.id::text
   FROM chat_tickets ct
   JOIN chat_sessions s ON s.tenant_id = ct.tenant_id AND s.id = ct.session_id
@@ -94,7 +94,7 @@ SELECT s.id::text
    FOR UPDATE OF s
 """
 
-DELETE_LINK = """
+DELETE_CHAT_TICKET = """
 DELETE FROM chat_tickets
  WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
 RETURNING session_id::text
@@ -137,50 +137,53 @@ def ticket_not_found(ticket_id: str) -> errors.NotFoundError:
     return errors.NotFoundError("ticket", ticket_id)
 
 
-def link_not_found(chat_ticket_id: str) -> errors.NotFoundError:
+def chat_ticket_not_found(chat_ticket_id: str) -> errors.NotFoundError:
     return errors.NotFoundError("chat_ticket", chat_ticket_id)
 
 
 _TICKET_START = ChatTicket._fields.index("ticket")
 
 
-def _link_from_row(*row: Any) -> ChatTicket:
+def _chat_ticket_from_row(*row: Any) -> ChatTicket:
     return ChatTicket._make((*row[:_TICKET_START], Ticket(*row[_TICKET_START:])))
 
 
-def _is_repeat(link: ChatTicket, session_id: str, target: str | NewTicket) -> bool:
-    """Whether `link` is the result of an earlier request to link the session to `target`."""
-    if link.session_id != session_id:
+def _is_repeat(chat_ticket: ChatTicket, session_id: str, target: str | NewTicket) -> bool:
+    """Whether `chat_ticket` is the result of an earlier request to link the session to `target`."""
+    if chat_ticket.session_id != session_id:
         return False
     if isinstance(target, str):
-        return link.ticket_id == target
-    is_unchanged = link.ticket.created_at == link.ticket.updated_at
-    return (not target.has_client_id or target.id == link.ticket_id) and (
-        not is_unchanged or (target.title, target.status) == (link.ticket.title, link.ticket.status)
+        return chat_ticket.ticket_id == target
+    is_unchanged = chat_ticket.ticket.created_at == chat_ticket.ticket.updated_at
+    return (not target.has_client_id or target.id == chat_ticket.ticket_id) and (
+        not is_unchanged
+        or (target.title, target.status) == (chat_ticket.ticket.title, chat_ticket.ticket.status)
     )
 
 
 async def link(
-    db: Database, tenant_id: str, session_id: str, link_id: str, target: str | NewTicket
+    db: Database, tenant_id: str, session_id: str, chat_ticket_id: str, target: str | NewTicket
 ) -> ChatTicket:
     """Link a session to an existing ticket, given by id, or to a new one.
 
     A new ticket is opened in the same transaction.
     """
-    params = {"tenant_id": tenant_id, "id": link_id, "session_id": session_id}
+    params = {"tenant_id": tenant_id, "id": chat_ticket_id, "session_id": session_id}
 
     async def body(transaction: Transaction) -> ChatTicket:
         await sessions.lock(transaction, tenant_id, session_id)
-        existing = await transaction.fetch_one(GET_LINK, params, _link_from_row)
+        existing = await transaction.fetch_one(GET_CHAT_TICKET, params, _chat_ticket_from_row)
         if existing is not None:
             if _is_repeat(existing, session_id, target):
                 return existing
-            raise errors.AlreadyExistsError.id_taken("chat_ticket", link_id)
+            raise errors.AlreadyExistsError.id_taken("chat_ticket", chat_ticket_id)
         if isinstance(target, str):
             ticket_id = target
         else:
             ticket_id = target.id
-            current = await transaction.fetch_one(GET_LINK_OF_SESSION, params, _link_from_row)
+            current = await transaction.fetch_one(
+                GET_CHAT_TICKET_OF_SESSION, params, _chat_ticket_from_row
+            )
             if (
                 current is not None
                 and current.ticket_id == target.id
@@ -196,18 +199,18 @@ async def link(
                     "status": target.status,
                 },
             )
-        await transaction.execute(CREATE_LINK, {**params, "ticket_id": ticket_id})
-        [created] = await transaction.fetch_all(GET_LINK, params, _link_from_row)
+        await transaction.execute(CREATE_CHAT_TICKET, {**params, "ticket_id": ticket_id})
+        [created] = await transaction.fetch_all(GET_CHAT_TICKET, params, _chat_ticket_from_row)
         return created
 
     try:
         return await db.transaction(body, idempotent=True)
     except ConstraintViolation as violation:
-        raise _translated(violation, session_id, link_id, target) from violation
+        raise _translated(violation, session_id, chat_ticket_id, target) from violation
 
 
 def _translated(
-    violation: ConstraintViolation, session_id: str, link_id: str, target: str | NewTicket
+    violation: ConstraintViolation, session_id: str, chat_ticket_id: str, target: str | NewTicket
 ) -> Exception:
     ticket_id = target if isinstance(target, str) else target.id
     match violation.constraint:
@@ -229,24 +232,26 @@ def _translated(
         case "tickets_pkey":
             return errors.AlreadyExistsError.id_taken("ticket", ticket_id)
         case "chat_tickets_pkey":
-            return errors.AlreadyExistsError.id_taken("chat_ticket", link_id)
+            return errors.AlreadyExistsError.id_taken("chat_ticket", chat_ticket_id)
     return violation
 
 
-async def get_link(db: Database, tenant_id: str, chat_ticket_id: str) -> ChatTicket:
+async def get_chat_ticket(db: Database, tenant_id: str, chat_ticket_id: str) -> ChatTicket:
     params = {"tenant_id": tenant_id, "id": chat_ticket_id}
-    chat_ticket = await db.fetch_one(GET_LINK, params, _link_from_row)
+    chat_ticket = await db.fetch_by_key(GET_CHAT_TICKET, params, _chat_ticket_from_row)
     if chat_ticket is None:
-        raise link_not_found(chat_ticket_id)
+        raise chat_ticket_not_found(chat_ticket_id)
     return chat_ticket
 
 
-async def link_of_session(db: Database, tenant_id: str, session_id: str) -> ChatTicket | None:
+async def chat_ticket_of_session(
+    db: Database, tenant_id: str, session_id: str
+) -> ChatTicket | None:
     params = {"tenant_id": tenant_id, "session_id": session_id}
-    return await db.fetch_one(GET_LINK_OF_SESSION, params, _link_from_row)
+    return await db.fetch_by_key(GET_CHAT_TICKET_OF_SESSION, params, _chat_ticket_from_row)
 
 
-async def link_page(
+async def chat_ticket_page(
     db: Database,
     tenant_id: str,
     parent_id: str,
@@ -256,7 +261,7 @@ async def link_page(
     after_id: str,
     limit: int,
 ) -> list[ChatTicket]:
-    """A page of the links of a session or a ticket, oldest first, after (time, id)."""
+    """A page of the chat tickets of a session or a ticket, oldest first, after (time, id)."""
     params = {
         "tenant_id": tenant_id,
         "parent_id": parent_id,
@@ -265,7 +270,9 @@ async def link_page(
         "limit": limit,
     }
     return await db.fetch_all(
-        LIST_LINKS_OF_SESSION if of_session else LIST_LINKS_OF_TICKET, params, _link_from_row
+        LIST_CHAT_TICKETS_OF_SESSION if of_session else LIST_CHAT_TICKETS_OF_TICKET,
+        params,
+        _chat_ticket_from_row,
     )
 
 
@@ -274,18 +281,18 @@ async def unlink(db: Database, tenant_id: str, chat_ticket_id: str) -> str:
 
     async def body(transaction: Transaction) -> str:
         params = {"tenant_id": tenant_id, "id": chat_ticket_id}
-        session_id = await transaction.fetch_one(LOCK_SESSION_OF_LINK, params, str)
+        session_id = await transaction.fetch_one(LOCK_SESSION_OF_CHAT_TICKET, params, str)
         if session_id is not None:
-            session_id = await transaction.fetch_one(DELETE_LINK, params, str)
+            session_id = await transaction.fetch_one(DELETE_CHAT_TICKET, params, str)
         if session_id is None:
-            raise link_not_found(chat_ticket_id)
+            raise chat_ticket_not_found(chat_ticket_id)
         return session_id
 
     return await db.transaction(body, idempotent=False)
 
 
 async def get(db: Database, tenant_id: str, ticket_id: str) -> Ticket:
-    ticket = await db.fetch_one(GET_TICKET, {"tenant_id": tenant_id, "id": ticket_id}, Ticket)
+    ticket = await db.fetch_by_key(GET_TICKET, {"tenant_id": tenant_id, "id": ticket_id}, Ticket)
     if ticket is None:
         raise ticket_not_found(ticket_id)
     return ticket

@@ -37,7 +37,7 @@ class Position(NamedTuple):
     revision: int
 
 
-class Page(Protocol):
+class WatchPage(Protocol):
     """The changes after a position."""
 
     @property
@@ -49,8 +49,8 @@ class Page(Protocol):
         """Whether the session already had further changes when the page was read."""
 
 
-P = TypeVar("P", bound=Page)
-P_co = TypeVar("P_co", bound=Page, covariant=True)
+P = TypeVar("P", bound=WatchPage)
+P_co = TypeVar("P_co", bound=WatchPage, covariant=True)
 
 
 class PageReader(Protocol[P_co]):
@@ -70,8 +70,8 @@ class CursorGroup(Generic[P]):
         self.waiters: set[asyncio.Future[P | None]] = set()
         self.next_page: P | None = None
         self.read_task: asyncio.Task[None] | None = None
-        # The session's `change_count` when the last read, from this position or up to it, began.
-        # No read is due while they are equal.
+        # The changes already read for this position: the session's `change_count` when the read
+        # that ended here, or started here, began. -1: none, so a read is due.
         self.covered_changes = -1
 
     def deliver(self, page: P | None) -> None:
@@ -317,7 +317,7 @@ class WatchHub:
         if session_hub and any(at.revision != revision for at in session_hub.groups):
             session_hub.wake()
 
-    def revisions(self) -> list[tuple[str, str, int]]:
+    def cursors(self) -> list[tuple[str, str, int]]:
         return [(*key, hub.revision) for key, hub in self._session_hubs.items()]
 
     def _send_heartbeat(self, group: CursorGroup[Any]) -> None:

@@ -55,7 +55,7 @@ class WatchedSessions(Protocol):
     def wake_if_moved(self, key: SessionKey, revision: int | None) -> None:
         """Read the session's changes if a watcher is not at this revision. None: it is deleted."""
 
-    def revisions(self) -> list[tuple[str, str, int]]:
+    def cursors(self) -> list[tuple[str, str, int]]:
         """Tenant id, session id and the watchers' revision of each watched session.
 
         The revision is -1 when the watchers of a session are at several.
@@ -161,11 +161,11 @@ class Notifications:
                 async with asyncio.timeout(self._poll_interval_seconds):
                     await self._poll_now.wait()
             self._poll_now.clear()
-            watched = self._watched.revisions()
-            if not watched:
+            cursors = self._watched.cursors()
+            if not cursors:
                 continue
             try:
-                moved = await sessions.revisions(self._db, watched)
+                moved = await sessions.find_moved(self._db, cursors)
             except Exception as error:  # any error: a poll that ended could leave watchers stuck
                 log.warning("could not poll the watched sessions", error=type(error).__qualname__)
                 continue

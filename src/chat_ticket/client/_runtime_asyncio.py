@@ -1,4 +1,4 @@
-"""The parts of AsyncChatTicketClient that only asyncio has. `_threads` has the same names."""
+"""The asyncio runtime of AsyncChatTicketClient. `_runtime_threads` has the same names."""
 
 import asyncio
 import inspect
@@ -35,7 +35,7 @@ def open_channel(
 
 
 class ResponseReader(Generic[Response]):
-    """The responses of a stream, each within `silence_seconds` of the request for it."""
+    """The responses of a stream, each awaited for at most `silence_seconds`."""
 
     def __init__(self, call: Any, silence_seconds: float):
         self._call = call
@@ -52,7 +52,7 @@ class ResponseReader(Generic[Response]):
         self._call.cancel()
 
 
-async def _completed(
+async def _with_metadata(
     details: grpc.aio.ClientCallDetails,
     metadata: CallMetadata[str | Awaitable[str]],
     timeout: float | None,
@@ -78,7 +78,9 @@ class _UnaryInterceptor(grpc.aio.UnaryUnaryClientInterceptor):
         self._timeout = timeout
 
     async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
-        call = await continuation(await _completed(details, self._metadata, self._timeout), request)
+        call = await continuation(
+            await _with_metadata(details, self._metadata, self._timeout), request
+        )
         try:
             await call
         except grpc.aio.AioRpcError as error:
@@ -91,7 +93,7 @@ class _StreamInterceptor(grpc.aio.UnaryStreamClientInterceptor):
         self._metadata = metadata
 
     async def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
-        call = await continuation(await _completed(details, self._metadata, None), request)
+        call = await continuation(await _with_metadata(details, self._metadata, None), request)
         return self._responses(call)
 
     async def _responses(self, call: Any) -> AsyncIterator[Any]:

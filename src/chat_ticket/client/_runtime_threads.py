@@ -1,4 +1,4 @@
-"""The parts of ChatTicketClient that only threads have. `_asyncio` has the same names."""
+"""The threading runtime of ChatTicketClient. `_runtime_asyncio` has the same names."""
 
 import threading
 import time
@@ -34,7 +34,7 @@ def open_channel(
 
 
 class ResponseReader(Generic[Response]):
-    """The responses of a stream, each within `silence_seconds` of the request for it.
+    """The responses of a stream, each awaited for at most `silence_seconds`.
 
     A blocked read cannot time out by itself. A thread watches the time, one for each stream, and
     cancels the call.
@@ -104,12 +104,12 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInter
         self._timeout = timeout
 
     def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
-        return _Call(continuation(self._completed(details, self._timeout), request))
+        return _Call(continuation(self._with_metadata(details, self._timeout), request))
 
     def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
-        return _Call(continuation(self._completed(details, None), request))
+        return _Call(continuation(self._with_metadata(details, None), request))
 
-    def _completed(self, details: Any, timeout: float | None) -> _Details:
+    def _with_metadata(self, details: Any, timeout: float | None) -> _Details:
         get_token = self._metadata.get_token
         token = None if get_token is None else get_token()
         return _Details(
