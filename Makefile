@@ -14,8 +14,9 @@ help: ## list the targets
 
 ##@ To use the service
 
+# env, as an assignment before the command would start a shell, which keeps signals to itself.
 run: venv ## serve on PORT= or 50051, with an embedded PostgreSQL in .data; AUTH=jwt requires tokens
-	@$(if $(AUTH),CHAT_TICKET_AUTH=$(AUTH)) $(BIN)/chat-ticket-svc serve $(if $(PORT),--port $(PORT)) --embedded .data/postgres
+	@$(if $(AUTH),env CHAT_TICKET_AUTH=$(AUTH)) $(BIN)/chat-ticket-svc serve $(if $(PORT),--port $(PORT)) --embedded .data/postgres
 
 demo: venv ## load real conversations through the API and show what the service does; ALL=1 loads every one
 	@$(BIN)/python scripts/demo.py $(if $(ALL),--all)

@@ -52,12 +52,17 @@ SECTIONS = {
 }
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """A table which phones show as one block for each row; `kind` is a class of its style."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table which phones show as one block for each row, with labels before most cells."""
     lines = [head, ["---"] * len(head), *rows]
     text = "".join(f"| {' | '.join(cell or ' ' for cell in line)} |\n" for line in lines)
-    classes = f"stacked {kind}".strip()
-    return f'<div class="{classes}" markdown>\n\n{text}\n</div>\n\n'
+    labels = "; ".join(
+        f"--{place}: '{name}: '"
+        for place, name in zip(("second", "third", "fourth"), head[1:], strict=False)
+        if name != "Meaning"
+    )
+    style = f' style="{labels}"' if labels else ""
+    return f'<div class="stacked"{style} markdown>\n\n{text}\n</div>\n\n'
 
 
 # Settings
@@ -77,12 +82,12 @@ def settings_page() -> str:
     for name, field in config.Settings.model_fields.items():
         if name in SECTIONS:
             if rows:
-                parts.append(table(["Variable", "Default", "Meaning"], rows, "settings"))
+                parts.append(table(["Variable", "Default", "Meaning"], rows))
                 rows = []
             parts.append(f"## {SECTIONS[name]}\n\n")
         if name not in ("limits", "quotas"):
             rows.append(_setting_row(_variable(name, field), field))
-    parts.append(table(["Variable", "Default", "Meaning"], rows, "settings"))
+    parts.append(table(["Variable", "Default", "Meaning"], rows))
     for name, title, text in (
         ("limits", "Limits", "What a request may contain."),
         (
@@ -98,7 +103,7 @@ def settings_page() -> str:
             _setting_row(f"{config.variable(name)}__{nested.upper()}", field)
             for nested, field in group.model_fields.items()
         ]
-        parts.append(table(["Variable", "Default", "Meaning"], rows, "settings"))
+        parts.append(table(["Variable", "Default", "Meaning"], rows))
     return "".join(parts)
 
 
@@ -135,7 +140,7 @@ def _values(field: FieldInfo) -> str:
         for name in ("ge", "le")
         if getattr(bound, name, None) is not None
     }
-    return f" {bounds['ge']} to {bounds['le']}." if len(bounds) == 2 else ""
+    return f" Range: {bounds['ge']} to {bounds['le']}." if len(bounds) == 2 else ""
 
 
 # Errors
@@ -239,6 +244,14 @@ WELL_KNOWN = ".google.protobuf."
 PACKAGE_STATEMENT, MESSAGES, ENUMS, SERVICES = 2, 4, 5, 6
 FIELDS, NESTED_MESSAGES, NESTED_ENUMS, VALUES, METHODS = 2, 3, 4, 2, 2
 
+# What comments name and the site has, with its place as seen from a page of the API.
+LINKS = {
+    "the common errors": "resources.md#errors",
+    "resources.proto": "resources.md",
+    "docs/security.md": "../../security.md",
+    "docs/reference/errors.md": "../errors.md",
+}
+
 Comments = Mapping[tuple[int, ...], str]
 
 
@@ -314,6 +327,8 @@ class ApiPage:
         """A comment, which is Markdown."""
         lines = self._comments.get(path, "").splitlines()
         text = "\n".join(line.removeprefix(" ") for line in lines).strip()
+        for name, target in LINKS.items():
+            text = text.replace(name, f"[{name}]({target})")
         return f"{text}\n\n" if text else ""
 
     def _cell(self, *path: int) -> str:

@@ -2,13 +2,13 @@
 //
 // Start the service by `make run`, and then, in another terminal:
 //
-//   make node-client
+//   make node-client     (once: it builds the package that this program imports)
 //   node examples/node/support_chat.mjs [ADDRESS]
 //
 // ADDRESS is localhost:50051 by default.
 import { randomUUID } from 'node:crypto'
 
-// In your own program: import { … } from 'chat-ticket-client'
+// In your own project, install the package and import it: from 'chat-ticket-client'
 import { ChatTicketClient, ChatTicketError } from '../../clients/node/dist/index.js'
 
 async function createSession(client) {
@@ -109,7 +109,7 @@ try {
   }
 
   const watching = watch(client, sessionId)
-  await say(client, sessionId, 'USER', 'Since a month. Let me talk to you!')
+  await say(client, sessionId, 'USER', 'For a month. Let me talk to you!')
   const { ticketId } = await escalate(client, sessionId)
   await showRefusal(() => say(client, sessionId, 'USER', '', '["not", "an", "object"]'))
   await showRefusal(() => client.retry(client.sessions.deleteChatSession, { sessionId }))

@@ -4,8 +4,12 @@ Start the service by `make run`, and then, in another terminal:
 
     .venv/bin/python examples/python/support_chat.py [ADDRESS]
 
-ADDRESS is localhost:50051 by default. A program of your own needs the wheel that
-`pip wheel --no-deps clients/python` builds, and for type checking types-grpcio and types-protobuf.
+ADDRESS is localhost:50051 by default. A program of your own needs the package chat-ticket-client:
+
+    .venv/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist clients/python
+    pip install dist/chat_ticket_client-0.1.0-py3-none-any.whl
+
+To check its types, it also needs types-grpcio and types-protobuf.
 """
 
 import asyncio
@@ -148,7 +152,7 @@ async def main(address: str) -> None:
             print(f"{message.sequence} {role}: {message.content}")
 
         watching = asyncio.create_task(watch(client, session_id))
-        await say(client, session_id, CHAT_MESSAGE_ROLE_USER, "Since a month. Let me talk to you!")
+        await say(client, session_id, CHAT_MESSAGE_ROLE_USER, "For a month. Let me talk to you!")
         chat_ticket = await escalate(client, session_id)
         await be_refused(client, session_id)
         await resolve(client, session_id, chat_ticket.ticket_id)

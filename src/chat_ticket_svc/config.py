@@ -125,20 +125,20 @@ class Settings(BaseSettings):
         default="",
         validation_alias="DATABASE_URL",
         description="Required, except with `--embedded`. "
-        "`postgresql://user:password@host:port/name`; `?host=/dir` for a Unix socket. It may name "
+        "`postgresql://user:password@host:port/db`; `?host=/dir` for a Unix socket. It may name "
         "several hosts, as in `one:5432,other:5432`: the first that accepts writes is used.",
     )
     database_listen_url: str = Field(
         default="",
         validation_alias="DATABASE_LISTEN_URL",
-        description="A direct connection for LISTEN and NOTIFY. Needed when `DATABASE_URL` is a "
-        "connection pooler. The default is `DATABASE_URL`.",
+        description="The URL of a direct connection for LISTEN and NOTIFY. Needed when "
+        "`DATABASE_URL` is a connection pooler. The default is `DATABASE_URL`.",
     )
     migrate_database_url: str = Field(
         default="",
         validation_alias="MIGRATE_DATABASE_URL",
-        description="A direct connection to one host, for migrations. Required when "
-        "`DATABASE_URL` names several hosts; needed when it is a connection pooler. The default "
+        description="The URL of a direct connection to one host, for migrations. Required when "
+        "`DATABASE_URL` names several hosts. Needed when it is a connection pooler. The default "
         "is `DATABASE_URL`.",
     )
     pool_size: int = Field(
@@ -146,9 +146,9 @@ class Settings(BaseSettings):
         ge=1,
         le=1000,
         description="Connections in the database pool of a process. One tenant may use half of "
-        "them. Four times as many calls may wait for a connection, for at most two seconds each, "
-        "over all tenants; each tenant is guaranteed a fair share of this queue. Two more "
-        "connections are shared by all tenants: one for reads by id, one for small messages.",
+        "them. Up to 4 times this many calls, of all tenants together, may wait for one, for at "
+        "most 2 seconds each. Each tenant is guaranteed a fair share of this queue. All tenants "
+        "share 2 more connections: one for reads by id, one for small messages.",
     )
     prepare_statements: bool = Field(
         default=True,
@@ -175,7 +175,7 @@ class Settings(BaseSettings):
         "credentials and TLS.",
     )
     port: int = Field(
-        default=50051, ge=0, le=65535, description="The port to listen on. 0 takes a free port."
+        default=50051, ge=0, le=65535, description="The port to listen on. 0 means any free port."
     )
     workers: int = Field(
         default=1,
@@ -192,8 +192,8 @@ class Settings(BaseSettings):
         ge=0,
         le=65535,
         description="Serve Prometheus metrics at `/metrics` on this port of `CHAT_TICKET_HOST`, "
-        "without credentials. 0 takes a free port. With several workers, the first uses this port "
-        "and the others use the following ones. Off when empty.",
+        "without credentials. 0 means any free port. With several workers, the first uses this "
+        "port and the others use the following ones. Not set: no metrics.",
     )
     drain_seconds: float = Field(
         default=10, ge=0, description="How long calls may continue after SIGTERM."
@@ -229,8 +229,10 @@ class Settings(BaseSettings):
         default="",
         description="The JSON Web Key Set: a file, or an `https://` URL (`http://` on loopback).",
     )
-    jwt_issuer: str = Field(default="", description="The required value of `iss`.")
-    jwt_audience: str = Field(default="", description="The value that `aud` must equal or contain.")
+    jwt_issuer: str = Field(default="", description="The value that the token's `iss` must equal.")
+    jwt_audience: str = Field(
+        default="", description="The value that the token's `aud` must equal or contain."
+    )
     jwt_algorithms: CommaSeparated = Field(
         default=("RS256", "ES256", "EdDSA"),
         description="The allowed signature algorithms, separated by commas. Only public-key "
@@ -242,7 +244,7 @@ class Settings(BaseSettings):
     watch_heartbeat_seconds: float = Field(
         default=15,
         gt=0,
-        description="How long a watched session is silent before the stream sends a heartbeat.",
+        description="A watch sends a heartbeat when its session has not changed for this long.",
     )
     stream_write_timeout_seconds: float = Field(
         default=30,

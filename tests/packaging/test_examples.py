@@ -31,7 +31,7 @@ SHOWN = [
 WATCHED_MESSAGES = [
     "message 1: Where is my order?",
     "message 2: On its way.",
-    "message 3: Since a month. Let me talk to you!",
+    "message 3: For a month. Let me talk to you!",
 ]
 WATCHED_SESSION = [
     "CHAT_SESSION_STATUS_ACTIVE, has ticket: false",

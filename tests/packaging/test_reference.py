@@ -67,6 +67,12 @@ def test_site_needs_no_network(site: Path) -> None:
             assert (path.parent / each.partition("?")[0]).exists(), f"{path} loads {each}"
 
 
+def test_search_works_from_disk(site: Path) -> None:
+    """A page that is opened from disk can load scripts, but no JSON and no worker."""
+    assert (site / "search" / "search_index.js").read_text().startswith("var __index = ")
+    assert "assets/iframe-worker.js" in (site / "guides" / "python.html").read_text()
+
+
 @pytest.mark.parametrize("link", ["nothing.md", "security.md#nothing", "/security.md"])
 def test_build_fails_on_a_broken_link(tmp_path: Path, link: str) -> None:
     """A page, a heading, or an absolute path that is not there."""
@@ -97,6 +103,7 @@ def descriptors(directory: Path) -> FileDescriptorSet:
 
 def words(text: str) -> str:
     """As they are read: without tags, marks of code and lists, and line breaks."""
+    text = re.sub(r"</?a\b[^>]*>", "", text)  # a link may be followed by a full stop
     text = html.unescape(re.sub(r"<[^>]*>", " ", text))
     return " ".join(re.sub("[`¶•]", " ", text).split())
 

@@ -33,7 +33,7 @@ rejected, as is NUL in text. A repeated filter has at most 20 values. An update 
 one and at most 20 paths; the wildcard `*` is rejected. Timestamps have microsecond precision and
 are in the years 1 to 9999; filters round nanoseconds up.
 
-Limits and durations in these comments are the defaults of the server. The operator can change
+All limits and durations given here are the defaults of the server. The operator can change
 most of them. A request has at most 4 MiB and its metadata at most 8 KiB. A unary response has at
 most 3 MiB.
 
