@@ -241,7 +241,7 @@ class TestDevelopment:
         No shell is in between: it would keep signals from the server.
         """
         result = subprocess.run(
-            ["make", "--dry-run", "run", "AUTH=jwt"],
+            ["make", "--no-print-directory", "--dry-run", "run", "AUTH=jwt"],
             cwd=ROOT,
             env={**os.environ, "MAKEFLAGS": ""},
             capture_output=True,
