@@ -1,0 +1,60 @@
+"""Checks the database: its version, its migrations and its clock."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from chat_ticket_svc.commands.check.line import FAILED, OK, WARNING, CheckFailed, Line, run_check
+from chat_ticket_svc.config import Settings
+from chat_ticket_svc.store import schema
+from chat_ticket_svc.store.connection import require_valid_url
+
+MIN_POSTGRESQL_VERSION = 15
+# Tokens are valid to the second, and ids and times of rows come from both clocks.
+MAX_CLOCK_DIFFERENCE_SECONDS = 1.0
+
+
+async def check_database(settings: Settings) -> AsyncIterator[Line]:
+    if not settings.database_url:
+        yield Line(FAILED, "database", "DATABASE_URL: required")
+        return
+    reading = asyncio.create_task(_read_facts("DATABASE_URL", settings.database_url))
+
+    async def database() -> Line:
+        facts = await reading
+        text = f"PostgreSQL {facts.version}, responds in {1000 * facts.seconds:.1f} ms"
+        if facts.version_number < MIN_POSTGRESQL_VERSION * 10_000:
+            raise CheckFailed(f"{text}: version {MIN_POSTGRESQL_VERSION} or newer is required")
+        if facts.is_read_only:
+            raise CheckFailed(f"{text}: is read-only, perhaps a standby")
+        return Line(OK, "database", text)
+
+    async def migrations() -> Line:
+        facts = await reading
+        if facts.missing:
+            names = ", ".join(facts.missing)
+            raise CheckFailed(f"lacks migrations {names}: run chat-ticket-svc migrate")
+        newer = f", and {facts.newer} of a newer version" if facts.newer else ""
+        return Line(OK, "schema", f"has all migrations of this version{newer}")
+
+    async def clock() -> Line:
+        facts = await reading
+        is_close = abs(facts.clock_ahead) < MAX_CLOCK_DIFFERENCE_SECONDS
+        text = f"{facts.clock_ahead:+.3f} s compared to the database's clock"
+        return Line(OK if is_close else WARNING, "clock", text)
+
+    yield await run_check("database", database())
+    if reading.done() and not reading.cancelled() and reading.exception() is None:
+        yield await run_check("schema", migrations())
+        yield await run_check("clock", clock())
+    if settings.listen_url != settings.database_url:
+
+        async def listen() -> Line:
+            facts = await _read_facts("DATABASE_LISTEN_URL", settings.listen_url)
+            return Line(OK, "listen", f"responds in {1000 * facts.seconds:.1f} ms")
+
+        yield await run_check("listen", listen())
+
+
+async def _read_facts(variable: str, url: str) -> schema.Facts:
+    require_valid_url(variable, url)
+    return await schema.facts(url)
