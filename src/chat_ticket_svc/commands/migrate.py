@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 
 from chat_ticket_svc import config
 from chat_ticket_svc.config import ConfigurationError
+from chat_ticket_svc.store import schema
+from chat_ticket_svc.store.connection import require_valid_url
 from chat_ticket_svc.store.schema import MIGRATIONS
 
 
@@ -36,6 +38,8 @@ def database_url() -> str:
             "MIGRATE_DATABASE_URL: required when DATABASE_URL names several hosts:"
             " set it to the primary's URL"
         )
+    if not settings.migrate_database_url:  # which may have parameters of dbmate's driver
+        require_valid_url("DATABASE_URL", settings.database_url)
     return settings.migrate_url
 
 
@@ -43,6 +47,7 @@ def up(url: str, *, quiet: bool = False) -> int:
     """Create the database if it does not exist, and apply the pending migrations."""
     # The result is ignored: of several concurrent runs, only one succeeds in creating the database.
     _run(url, "create", capture_output=True)
+    schema.require_utf8_database(url)
     return dbmate(url, "migrate", quiet=quiet)
 
 

@@ -1,7 +1,7 @@
-"""Checks the database: its version, its migrations and its clock."""
+"""Checks the database: its version, its migrations, the settings of a session and its clock."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 from chat_ticket_svc.commands.check.line import FAILED, OK, WARNING, CheckFailed, Line, run_check
 from chat_ticket_svc.config import Settings
@@ -11,13 +11,24 @@ from chat_ticket_svc.store.connection import require_valid_url
 MIN_POSTGRESQL_VERSION = 15
 # Tokens are valid to the second, and ids and times of rows come from both clocks.
 MAX_CLOCK_DIFFERENCE_SECONDS = 1.0
+# With another value of these, rules may be broken or acknowledged writes lost. The others change
+# when a call fails.
+UNSAFE_SETTINGS = {
+    "default_transaction_isolation",
+    "session_replication_role",
+    "synchronous_commit",
+}
 
 
 async def check_database(settings: Settings) -> AsyncIterator[Line]:
     if not settings.database_url:
         yield Line(FAILED, "database", "DATABASE_URL: required")
         return
-    reading = asyncio.create_task(_read_facts("DATABASE_URL", settings.database_url))
+    timeouts = {
+        "statement_timeout": settings.statement_timeout_ms,
+        "lock_timeout": settings.lock_timeout_ms,
+    }
+    reading = asyncio.create_task(_read_facts("DATABASE_URL", settings.database_url, **timeouts))
 
     async def database() -> Line:
         facts = await reading
@@ -25,7 +36,9 @@ async def check_database(settings: Settings) -> AsyncIterator[Line]:
         if facts.version_number < MIN_POSTGRESQL_VERSION * 10_000:
             raise CheckFailed(f"{text}: version {MIN_POSTGRESQL_VERSION} or newer is required")
         if facts.is_read_only:
-            raise CheckFailed(f"{text}: is read-only, perhaps a standby")
+            raise CheckFailed(
+                f"{text}: is read-only: a standby, or by default_transaction_read_only"
+            )
         return Line(OK, "database", text)
 
     async def migrations() -> Line:
@@ -36,6 +49,10 @@ async def check_database(settings: Settings) -> AsyncIterator[Line]:
         newer = f", and {facts.newer} of a newer version" if facts.newer else ""
         return Line(OK, "schema", f"has all migrations of this version{newer}")
 
+    async def session() -> Line:
+        facts = await reading
+        return _session_line("session", facts.differing_settings)
+
     async def clock() -> Line:
         facts = await reading
         is_close = abs(facts.clock_ahead) < MAX_CLOCK_DIFFERENCE_SECONDS
@@ -45,6 +62,7 @@ async def check_database(settings: Settings) -> AsyncIterator[Line]:
     yield await run_check("database", database())
     if reading.done() and not reading.cancelled() and reading.exception() is None:
         yield await run_check("schema", migrations())
+        yield await run_check("session", session())
         yield await run_check("clock", clock())
     if settings.listen_url != settings.database_url:
 
@@ -55,6 +73,14 @@ async def check_database(settings: Settings) -> AsyncIterator[Line]:
         yield await run_check("listen", listen())
 
 
-async def _read_facts(variable: str, url: str) -> schema.Facts:
+def _session_line(subject: str, differing: Mapping[str, str]) -> Line:
+    if not differing:
+        return Line(OK, subject, "has the settings that this service relies on")
+    settings = ", ".join(f"{name} {text}" for name, text in sorted(differing.items()))
+    text = f"a pooler, or a superuser, sets what this service relies on: {settings}"
+    return Line(FAILED if differing.keys() & UNSAFE_SETTINGS else WARNING, subject, text)
+
+
+async def _read_facts(variable: str, url: str, **session_settings: int) -> schema.Facts:
     require_valid_url(variable, url)
-    return await schema.facts(url)
+    return await schema.facts(url, **session_settings)
