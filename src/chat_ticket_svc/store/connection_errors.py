@@ -99,7 +99,8 @@ def cause(error: BaseException) -> str:
     if not isinstance(error, psycopg.Error):
         return type(error).__qualname__
     if error.sqlstate:
-        return _SQLSTATES.get(error.sqlstate, f"SQLSTATE {error.sqlstate}")
+        unknown = f"{type(error).__qualname__}, SQLSTATE {error.sqlstate}"
+        return _SQLSTATES.get(error.sqlstate, unknown)
     text = str(error)
     causes = [cause for pattern, cause in _PATTERNS.items() if pattern.search(text)]
     if causes:

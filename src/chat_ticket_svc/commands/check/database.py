@@ -77,7 +77,7 @@ def _session_line(subject: str, differing: Mapping[str, str]) -> Line:
     if not differing:
         return Line(OK, subject, "has the settings that this service relies on")
     settings = ", ".join(f"{name} {text}" for name, text in sorted(differing.items()))
-    text = f"a pooler, or a superuser, sets what this service relies on: {settings}"
+    text = f"has other settings than this service needs, as a pooler drops them: {settings}"
     return Line(FAILED if differing.keys() & UNSAFE_SETTINGS else WARNING, subject, text)
 
 
