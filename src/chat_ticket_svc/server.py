@@ -128,7 +128,10 @@ class Server:
         self._health_monitor = HealthMonitor(self._health, self._schema_probe, self._db)
         # gRPC shares ports by default: a second server would start on the same port unnoticed.
         share_port = ("grpc.so_reuseport", int(settings.workers > 1))
-        self._grpc = aio_server.create_server(options=[*OPTIONS, share_port])
+        self._grpc = aio_server.create_server(
+            request_timeout_seconds=settings.unary_timeout_seconds,
+            options=[*OPTIONS, share_port],
+        )
         self._metrics: HTTPServer | None = None
 
     async def start(self) -> None:

@@ -168,6 +168,13 @@ class TestDatabaseErrors:
                 metadata=[("x-tenant-id", api.tenant)],
             )
         assert (await api.message(session.id)).sequence == 1
+        for method in (
+            "/chat_ticket.v1.ChatSessionService/GetChatSession",
+            "/chat_ticket.v1.ChatSessionService/WatchChatSession",
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await api.channel.stream_unary(method)()  # which never sends its request
+            assert caught.value.code() is StatusCode.DEADLINE_EXCEEDED
 
     async def test_write_without_enough_time_left_is_not_started(self, api: Api) -> None:
         """With less than 50 ms until the deadline. A read is still started."""
