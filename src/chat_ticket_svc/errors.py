@@ -204,7 +204,8 @@ REASONS = (
         "INVALID_ARGUMENT",
         "INVALID_ARGUMENT",
         "A field is malformed or over its limit, or a field mask, page token or tenant id is "
-        "malformed. `BadRequest` lists every violation.",
+        "malformed. `BadRequest` lists up to 100 violations, in at most 3,500 bytes. The metadata "
+        "counts the others as `omitted_violations`.",
         _FIX_REQUEST,
     ),
     Reason(

@@ -154,7 +154,9 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
 _HANDLE_REQUEST_STREAM = (cygrpc._handle_stream_unary_rpc, cygrpc._handle_stream_stream_rpc)
 
 
-async def _abort(context: Any, code: grpc.StatusCode, details: str) -> NoReturn:
+async def _abort(
+    context: grpc.aio.ServicerContext[Any, Any], code: grpc.StatusCode, details: str
+) -> NoReturn:
     try:
         await context.abort(code, details)
     except grpc.aio.AbortError:

@@ -58,7 +58,6 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         validator = Validator(self._limits, self._url_schemes)
         session_id = validator.id("session_id", request.session_id)
         new = [validator.new_message("message", request.message)]
-        validator.messages_together("message", new)
         validator.raise_if_invalid()
         [message] = await self._append(tenant_id, session_id, new)
         return pb.CreateChatMessageResponse(message=convert.message(message))
@@ -70,7 +69,6 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         validator = Validator(self._limits, self._url_schemes)
         session_id = validator.id("session_id", request.session_id)
         new = validator.new_messages("messages", request.messages)
-        validator.messages_together("messages", new)
         validator.raise_if_invalid()
         created = await self._append(tenant_id, session_id, new)
         return pb.BatchCreateChatMessagesResponse(
