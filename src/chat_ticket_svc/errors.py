@@ -159,6 +159,13 @@ class OutcomeUnknownError(UnavailableError):
         )
 
 
+class StatementCanceledError(UnavailableError):
+    """Somebody canceled the statement in the database before its timeout."""
+
+    def __init__(self) -> None:
+        super().__init__("the statement was canceled in the database", reason="STATEMENT_CANCELED")
+
+
 class DeadlineExceededError(DomainError):
     """The deadline of the caller, or the service's own timeout, has passed."""
 
@@ -366,6 +373,13 @@ REASONS = (
         "DATABASE_READ_ONLY",
         "UNAVAILABLE",
         "The database is read-only: a standby, or a failover under way. Nothing was done.",
+        _RETRY,
+    ),
+    Reason(
+        "STATEMENT_CANCELED",
+        "UNAVAILABLE",
+        "Somebody canceled the statement in the database, for example with `pg_cancel_backend`. "
+        "Nothing was done.",
         _RETRY,
     ),
     Reason(

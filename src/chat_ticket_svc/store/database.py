@@ -30,7 +30,7 @@ from chat_ticket_svc.store.connection_queue import (
     NoConnection,
     QueueFull,
 )
-from chat_ticket_svc.store.driver_errors import ConnectionLost, translate
+from chat_ticket_svc.store.driver_errors import CancellationDetector, ConnectionLost, translate
 from chat_ticket_svc.store.pipelined_connection import PipelinedConnection
 from chat_ticket_svc.store.transaction import Params, Transaction
 from chat_ticket_svc.telemetry import metrics, tracing
@@ -91,6 +91,7 @@ class Database:
             open=False,
         )
         self._queue = ConnectionQueue(self._pool, pool_size=pool_size)
+        self._statement_timeout_seconds = statement_timeout_ms / 1000
         self._reads, self._writes = (
             PipelinedConnection(
                 self._pool,
@@ -242,7 +243,10 @@ class Database:
             try:
                 async with self._queue.lease(request_context.tenant_id_or_none()) as connection:
                     try:
-                        return await work(Transaction(connection), outcome)
+                        transaction = Transaction(
+                            connection, statement_timeout_seconds=self._statement_timeout_seconds
+                        )
+                        return await work(transaction, outcome)
                     except (psycopg.OperationalError, psycopg.InterfaceError) as error:
                         if is_lost(error, connection):
                             raise ConnectionLost from error
@@ -265,7 +269,7 @@ class Database:
         if connection.pending >= MAX_PIPELINED_CALLS:
             raise self._queue_full(outcome)
         try:
-            with tracing.statement(sql):
+            with tracing.statement(sql), CancellationDetector(self._statement_timeout_seconds):
                 return await connection.fetch(sql, params, types)
         except pg_errors.ConnectionFailure as error:
             raise ConnectionLost from error
