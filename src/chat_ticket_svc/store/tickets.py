@@ -114,16 +114,20 @@ SELECT {TICKET_COLUMNS} FROM tickets t
  LIMIT %(limit)s
 """
 
-# An update that waits for a concurrent one compares with the values that that one committed. Equal
-# values leave the row as it is.
-UPDATE_TICKET = """
-UPDATE tickets
+# One statement, so that the row it returns is the one it wrote: another update or the deletion of the
+# ticket comes before it or after it. Equal values leave the row as it is, its time included.
+UPDATE_TICKET = f"""
+UPDATE tickets t
    SET title = coalesce(%(title)s, title),
        status = coalesce(%(status)s, status),
-       updated_at = next_change_time(updated_at)
+       updated_at = CASE
+           WHEN (title, status)
+                IS DISTINCT FROM (coalesce(%(title)s, title), coalesce(%(status)s, status))
+           THEN next_change_time(updated_at)
+           ELSE updated_at
+       END
  WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
-   AND (title, status) IS DISTINCT FROM (coalesce(%(title)s, title), coalesce(%(status)s, status))
-RETURNING id::text
+RETURNING {TICKET_COLUMNS}
 """
 
 DELETE_TICKET = """
@@ -323,8 +327,10 @@ async def update(
 ) -> Ticket:
     """Set the title, the status, or both. Setting the current values changes nothing."""
     params = {"tenant_id": tenant_id, "id": ticket_id, "title": title, "status": status}
-    await db.write(UPDATE_TICKET, params, str, idempotent=True)
-    return await get(db, tenant_id, ticket_id)
+    updated = await db.write(UPDATE_TICKET, params, Ticket, idempotent=True)
+    if not updated:
+        raise ticket_not_found(ticket_id)
+    return updated[0]
 
 
 async def delete(db: Database, tenant_id: str, ticket_id: str) -> None:
