@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from grpc import StatusCode
 from support.client import Api, an_id, refused
-from support.database import execute, raise_on_insert, session_locked
+from support.database import raise_on_insert, session_locked, terminate_at_commit
 from support.messages import session_with_messages
 
 from chat_ticket.v1.chat_message_pb2 import (
@@ -104,18 +104,11 @@ class TestDatabaseAway:
         """A delete that may have happened is OUTCOME_UNKNOWN; a create is retried by its id."""
         api = await start_server(fresh_database, pool_size=2)
         session = await api.session()
-        execute(
-            fresh_database,
-            "CREATE FUNCTION hang_up() RETURNS trigger LANGUAGE plpgsql AS"
-            " $$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$",
-            "CREATE CONSTRAINT TRIGGER hang_up AFTER DELETE ON chat_sessions"
-            " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION hang_up()",
-        )
+        terminate_at_commit(fresh_database, "chat_sessions", "DELETE")
         with refused(StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN") as refusal:
             request = DeleteChatSessionRequest(session_id=session.id)
             await api.sessions.DeleteChatSession(request)
         assert "RetryInfo" in refusal.details
-        execute(fresh_database, "CREATE SEQUENCE attempts")
         raise_on_insert(
             fresh_database,
             "IF nextval('attempts') = 1 THEN PERFORM pg_terminate_backend(pg_backend_pid());"

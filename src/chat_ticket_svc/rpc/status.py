@@ -19,6 +19,7 @@ from google.rpc import error_details_pb2 as details_pb2
 from google.rpc import status_pb2
 
 from chat_ticket_svc import errors
+from chat_ticket_svc.access import request_context
 from chat_ticket_svc.rpc.instrumentation import CallRecord
 from chat_ticket_svc.telemetry import metrics, redaction
 
@@ -52,7 +53,14 @@ def status_code(error: errors.DomainError) -> grpc.StatusCode:
 
 
 def _details(error: errors.DomainError) -> Iterator[Message]:
-    yield details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    metadata = error.metadata
+    retry_seconds = error.retry_seconds
+    if isinstance(error, errors.OutcomeUnknownError | errors.DeadlineExceededError):
+        assigned_ids = request_context.not_repeatable()
+        if assigned_ids is not None:
+            metadata = {**metadata, **assigned_ids}
+            retry_seconds = None
+    yield details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
     match error:
         case errors.InvalidArgumentError():
             yield _bad_request(error)
@@ -72,9 +80,9 @@ def _details(error: errors.DomainError) -> Iterator[Message]:
                 subject=error.subject, description=str(error)
             )
             yield details_pb2.QuotaFailure(violations=[quota])
-    if error.retry_seconds is not None:
+    if retry_seconds is not None:
         delay = Duration()
-        delay.FromMilliseconds(math.ceil(1000 * error.retry_seconds))
+        delay.FromMilliseconds(math.ceil(1000 * retry_seconds))
         yield details_pb2.RetryInfo(retry_delay=delay)
 
 

@@ -53,6 +53,15 @@ PIPELINED_MAX_BYTES = 64 * 1024
 PIPELINED_CONNECTIONS = 2
 
 
+# After these errors callers take it that nothing was written.
+_NOTHING_WRITTEN = (
+    errors.ContentionError,
+    errors.ResourceExhaustedError,
+    errors.UnavailableError,
+    errors.UnsupportedError,
+)
+
+
 class _Outcome:
     """What is known of the outcome of an operation, over all its attempts.
 
@@ -61,6 +70,12 @@ class _Outcome:
 
     def __init__(self, *, is_unknown: bool = False):
         self.is_unknown = is_unknown
+
+    def or_unknown(self, error: Exception) -> Exception:
+        """`error`, unless it tells the caller that nothing was written, which is not known."""
+        if self.is_unknown and isinstance(error, _NOTHING_WRITTEN):
+            return errors.OutcomeUnknownError()
+        return error
 
 
 class Database:
@@ -132,17 +147,22 @@ class Database:
         make_row: Callable[..., T],
         *,
         prepare: bool | None = None,
+        outcome_unknown: bool = False,
     ) -> list[T]:
         """Read rows in one statement, and return `make_row(*columns)` for each.
 
         With `prepare=False`, PostgreSQL plans the statement for its parameters each time. For a
         prepared statement it may use one generic plan, which fits a tenant of average size.
+        `outcome_unknown` says that this looks for what an earlier statement of the call may have
+        committed.
         """
 
         async def work(transaction: Transaction, _: _Outcome) -> list[T]:
             return await transaction.fetch_all(sql, params, make_row, prepare=prepare)
 
-        return await self._run_with_retries(self._with_lease(work), idempotent=True)
+        return await self._run_with_retries(
+            self._with_lease(work), idempotent=True, outcome_unknown=outcome_unknown
+        )
 
     async def fetch_typed(
         self,
@@ -158,14 +178,27 @@ class Database:
         return await self._run_with_retries(self._with_lease(work), idempotent=True)
 
     async def fetch_by_key(
-        self, sql: LiteralString, params: Params, make_row: Callable[..., T]
+        self,
+        sql: LiteralString,
+        params: Params,
+        make_row: Callable[..., T],
+        *,
+        outcome_unknown: bool = False,
     ) -> T | None:
-        """Read one row by its key, or None, on the pipelined connection."""
-        rows = await self.fetch_pipelined(sql, params)
+        """Read one row by its key, or None, on the pipelined connection.
+
+        `outcome_unknown` is that of `fetch_all`.
+        """
+        rows = await self.fetch_pipelined(sql, params, outcome_unknown=outcome_unknown)
         return make_row(*rows[0]) if rows else None
 
     async def fetch_pipelined(
-        self, sql: LiteralString, params: Params, types: Sequence[int] | None = None
+        self,
+        sql: LiteralString,
+        params: Params,
+        types: Sequence[int] | None = None,
+        *,
+        outcome_unknown: bool = False,
     ) -> list[tuple[Any, ...]]:
         """As `fetch_all` or `fetch_typed`, on the pipelined connection.
 
@@ -176,7 +209,7 @@ class Database:
         async def work(outcome: _Outcome) -> list[tuple[Any, ...]]:
             return await self._run_pipelined(self._reads, sql, params, outcome, types)
 
-        return await self._run_with_retries(work, idempotent=True)
+        return await self._run_with_retries(work, idempotent=True, outcome_unknown=outcome_unknown)
 
     async def write(
         self,
@@ -282,8 +315,8 @@ class Database:
         outcome = _Outcome(is_unknown=outcome_unknown)
         conflicts = 0
         retried = False
-        # A conflict undoes this attempt. An earlier one, whose connection was lost, may still have
-        # committed.
+        # An error of the database undoes this attempt. An earlier one, whose connection was lost,
+        # may still have committed.
         earlier_outcome_unknown = outcome_unknown
         while True:
             try:
@@ -292,34 +325,33 @@ class Database:
                 outcome.is_unknown = earlier_outcome_unknown
                 conflicts += 1
                 if conflicts > CONTENTION_RETRIES:
-                    if earlier_outcome_unknown:
-                        raise self._unavailable(outcome) from error
-                    raise errors.ContentionError from error
+                    raise outcome.or_unknown(errors.ContentionError()) from error
             except ConnectionLost as error:
                 if retried or (outcome.is_unknown and not idempotent):
                     raise self._unavailable(outcome) from error
                 retried = True
                 earlier_outcome_unknown = outcome.is_unknown
             except psycopg.Error as error:
-                raise self._translated(error) from error
+                outcome.is_unknown = earlier_outcome_unknown
+                raise outcome.or_unknown(self._translated(error)) from error
             if retried:
                 await self._check_pool(outcome)
             else:
                 await asyncio.sleep(random.uniform(0, 0.01 * 2**conflicts))  # noqa: S311 - jitter
 
-    def _queue_full(self, outcome: _Outcome) -> errors.DomainError:
-        if outcome.is_unknown:
-            return self._unavailable(outcome)
-        return errors.ResourceExhaustedError(
-            "too many calls wait for a database connection", reason="POOL_QUEUE_FULL"
+    def _queue_full(self, outcome: _Outcome) -> Exception:
+        return outcome.or_unknown(
+            errors.ResourceExhaustedError(
+                "too many calls wait for a database connection", reason="POOL_QUEUE_FULL"
+            )
         )
 
-    def _unavailable(self, outcome: _Outcome) -> errors.UnavailableError:
-        if outcome.is_unknown:
-            return errors.OutcomeUnknownError()
-        return errors.UnavailableError(
-            "the database is unreachable, or no connection became free in time",
-            reason="DATABASE_UNAVAILABLE",
+    def _unavailable(self, outcome: _Outcome) -> Exception:
+        return outcome.or_unknown(
+            errors.UnavailableError(
+                "the database is unreachable, or no connection became free in time",
+                reason="DATABASE_UNAVAILABLE",
+            )
         )
 
     def _translated(self, error: psycopg.Error) -> Exception:

@@ -128,7 +128,7 @@ async def create(db: Database, tenant_id: str, session_id: str, status: str) -> 
     created = await db.write(CREATE, params, Session, idempotent=True)
     if created:
         return created[0]
-    existing = await db.fetch_by_key(GET, params, Session)
+    existing = await db.fetch_by_key(GET, params, Session, outcome_unknown=True)
     if existing is None:  # deleted between the two statements
         raise errors.AlreadyExistsError.id_taken("chat_session", session_id)
     return existing

@@ -114,8 +114,8 @@ SELECT {TICKET_COLUMNS} FROM tickets t
  LIMIT %(limit)s
 """
 
-# One statement, so that the row it returns is the one it wrote: another update or the deletion of the
-# ticket comes before it or after it. Equal values leave the row as it is, its time included.
+# One statement, so that the row it returns is the one it wrote: another update, or the deletion of
+# the ticket, comes before it or after it. Equal values leave the row as it is, its time included.
 UPDATE_TICKET = f"""
 UPDATE tickets t
    SET title = coalesce(%(title)s, title),
