@@ -334,6 +334,13 @@ REASONS = (
         "Too many calls wait for a database connection.",
         _RETRY,
     ),
+    Reason(
+        "POOL_TIMEOUT",
+        "RESOURCE_EXHAUSTED",
+        "The database connections that the tenant may use were busy for 2 seconds. Nothing was "
+        "done.",
+        _RETRY,
+    ),
     Reason("DISK_FULL", "RESOURCE_EXHAUSTED", "The database's disk is full.", _RETRY),
     Reason(
         "DATABASE_RESOURCES",
@@ -356,7 +363,7 @@ REASONS = (
     Reason(
         "DATABASE_UNAVAILABLE",
         "UNAVAILABLE",
-        "The database cannot be reached, or no connection became free in time. Nothing was done.",
+        "The database cannot be reached. Nothing was done.",
         _RETRY,
     ),
     Reason(

@@ -45,10 +45,12 @@ def terminate_at_commit(
 
 
 @contextmanager
-def session_locked(database_url: str, session_id: str) -> Iterator[None]:
-    """Hold the row lock of a session, as a slow writer would."""
+def session_locked(database_url: str, *session_ids: str) -> Iterator[None]:
+    """Hold the row locks of sessions, as a slow writer would."""
     with psycopg.connect(database_url) as connection:
-        connection.execute("SELECT FROM chat_sessions WHERE id = %s FOR UPDATE", [session_id])
+        connection.execute(
+            "SELECT FROM chat_sessions WHERE id = ANY (%s::uuid[]) FOR UPDATE", [list(session_ids)]
+        )
         yield
 
 

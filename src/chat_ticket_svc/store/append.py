@@ -151,7 +151,12 @@ async def append_messages(
     id_violation = None
     try:
         rows = await db.write(
-            APPEND, params, lambda *row: row, idempotent=True, outcome_unknown=outcome_unknown
+            APPEND,
+            params,
+            lambda *row: row,
+            idempotent=True,
+            outcome_unknown=outcome_unknown,
+            locks_session=session_id,
         )
         if rows:
             return [

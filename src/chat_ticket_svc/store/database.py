@@ -28,7 +28,9 @@ from chat_ticket_svc.store.connection_queue import (
     LEASE_TIMEOUT_SECONDS,
     ConnectionQueue,
     NoConnection,
+    PoolBusy,
     QueueFull,
+    SessionBusy,
 )
 from chat_ticket_svc.store.driver_errors import ConnectionLost, translate
 from chat_ticket_svc.store.pipelined_connection import PipelinedConnection
@@ -105,7 +107,9 @@ class Database:
             max_lifetime=POOL_MAX_LIFETIME_SECONDS,
             open=False,
         )
-        self._queue = ConnectionQueue(self._pool, pool_size=pool_size)
+        self._queue = ConnectionQueue(
+            self._pool, pool_size=pool_size, lock_timeout_seconds=lock_timeout_ms / 1000
+        )
         self._reads, self._writes = (
             PipelinedConnection(
                 self._pool,
@@ -219,11 +223,13 @@ class Database:
         *,
         idempotent: bool,
         outcome_unknown: bool = False,
+        locks_session: str | None = None,
     ) -> list[T]:
         """Write in one statement, which is a transaction of its own, and return its rows.
 
-        `idempotent` says that the statement can be repeated safely. `outcome_unknown` says that an
-        earlier attempt may have committed it.
+        `locks_session` is the id of the session that it locks, if any. `idempotent` says that the
+        statement can be repeated safely. `outcome_unknown` says that an earlier attempt may have
+        committed it.
         """
 
         async def work(transaction: Transaction, outcome: _Outcome) -> list[T]:
@@ -231,7 +237,9 @@ class Database:
             return await transaction.fetch_all(sql, params, make_row)
 
         return await self._run_with_retries(
-            self._with_lease(work), idempotent=idempotent, outcome_unknown=outcome_unknown
+            self._with_lease(work, locks_session=locks_session),
+            idempotent=idempotent,
+            outcome_unknown=outcome_unknown,
         )
 
     async def write_pipelined(self, sql: LiteralString, params: Params) -> list[tuple[Any, ...]]:
@@ -245,10 +253,15 @@ class Database:
             raise self._translated(error) from error
 
     async def transaction(
-        self, body: Callable[[Transaction], Awaitable[T]], *, idempotent: bool
+        self,
+        body: Callable[[Transaction], Awaitable[T]],
+        *,
+        idempotent: bool,
+        locks_session: str | None = None,
     ) -> T:
         """Run `body` in a READ COMMITTED transaction, again after a conflict.
 
+        `locks_session` is the id of the session that it locks first, if any.
         `idempotent` says that `body` can be repeated safely after it was committed.
         """
 
@@ -264,24 +277,39 @@ class Database:
             await transaction.execute("COMMIT", {})
             return result
 
-        return await self._run_with_retries(self._with_lease(work), idempotent=idempotent)
+        return await self._run_with_retries(
+            self._with_lease(work, locks_session=locks_session), idempotent=idempotent
+        )
 
     def _with_lease(
-        self, work: Callable[[Transaction, _Outcome], Awaitable[T]]
+        self,
+        work: Callable[[Transaction, _Outcome], Awaitable[T]],
+        *,
+        locks_session: str | None = None,
     ) -> Callable[[_Outcome], Awaitable[T]]:
         """`work`, run on a leased connection."""
 
         async def leased(outcome: _Outcome) -> T:
             try:
-                async with self._queue.lease(request_context.tenant_id_or_none()) as connection:
+                async with self._queue.lease(
+                    request_context.tenant_id_or_none(), locks_session=locks_session
+                ) as connection:
                     try:
                         return await work(Transaction(connection), outcome)
                     except (psycopg.OperationalError, psycopg.InterfaceError) as error:
                         if is_lost(error, connection):
                             raise ConnectionLost from error
                         raise
+            except SessionBusy:
+                raise outcome.or_unknown(errors.ContentionError()) from None
             except QueueFull:
                 raise self._queue_full(outcome) from None
+            except PoolBusy:
+                raise outcome.or_unknown(
+                    errors.ResourceExhaustedError(
+                        "no database connection became free in time", reason="POOL_TIMEOUT"
+                    )
+                ) from None
             except NoConnection as error:
                 raise self._unavailable(outcome) from error
 
@@ -348,10 +376,7 @@ class Database:
 
     def _unavailable(self, outcome: _Outcome) -> Exception:
         return outcome.or_unknown(
-            errors.UnavailableError(
-                "the database is unreachable, or no connection became free in time",
-                reason="DATABASE_UNAVAILABLE",
-            )
+            errors.UnavailableError("the database cannot be reached", reason="DATABASE_UNAVAILABLE")
         )
 
     def _translated(self, error: psycopg.Error) -> Exception:

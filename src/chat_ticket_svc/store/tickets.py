@@ -86,6 +86,11 @@ INSERT INTO chat_tickets (tenant_id, id, session_id, ticket_id)
 VALUES (%(tenant_id)s, %(id)s::uuid, %(session_id)s::uuid, %(ticket_id)s::uuid)
 """
 
+SESSION_OF_CHAT_TICKET = """
+SELECT session_id::text FROM chat_tickets
+ WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
+"""
+
 LOCK_SESSION_OF_CHAT_TICKET = """
 SELECT s.id::text
   FROM chat_tickets ct
@@ -208,7 +213,7 @@ async def link(
         return created
 
     try:
-        return await db.transaction(body, idempotent=True)
+        return await db.transaction(body, idempotent=True, locks_session=session_id)
     except ConstraintViolation as violation:
         raise _translated(violation, session_id, chat_ticket_id, target) from violation
 
@@ -283,8 +288,9 @@ async def chat_ticket_page(
 async def unlink(db: Database, tenant_id: str, chat_ticket_id: str) -> str:
     """Unlink a session from its ticket; return the session's id."""
 
+    params = {"tenant_id": tenant_id, "id": chat_ticket_id}
+
     async def body(transaction: Transaction) -> str:
-        params = {"tenant_id": tenant_id, "id": chat_ticket_id}
         session_id = await transaction.fetch_one(LOCK_SESSION_OF_CHAT_TICKET, params, str)
         if session_id is not None:
             session_id = await transaction.fetch_one(DELETE_CHAT_TICKET, params, str)
@@ -292,7 +298,10 @@ async def unlink(db: Database, tenant_id: str, chat_ticket_id: str) -> str:
             raise chat_ticket_not_found(chat_ticket_id)
         return session_id
 
-    return await db.transaction(body, idempotent=False)
+    session_id = await db.fetch_by_key(SESSION_OF_CHAT_TICKET, params, str)
+    if session_id is None:
+        raise chat_ticket_not_found(chat_ticket_id)
+    return await db.transaction(body, idempotent=False, locks_session=session_id)
 
 
 async def get(db: Database, tenant_id: str, ticket_id: str) -> Ticket:
