@@ -56,6 +56,6 @@ def describe(sqlstate: str, message: str) -> str:
 
     `message` is the primary message; DETAIL and HINT quote rows and must not be part of it.
     """
-    if not sqlstate.startswith(_SAFE_STATES):
+    if not message or not sqlstate.startswith(_SAFE_STATES):
         return f"SQLSTATE {sqlstate}"
     return f"{message} (SQLSTATE {sqlstate})"

@@ -78,8 +78,8 @@ def _collation(collation: schema.Collation) -> Line:
     return Line(
         WARNING,
         "collation",
-        f"version {actual or 'none'}, but {recorded} was recorded: indexes of text may be out of order,"
-        f" {indexes} of the service; REINDEX the database, then"
+        f"version {actual or 'none'}, but {recorded} was recorded: indexes of text may be out of"
+        f" order, {indexes} of the service; REINDEX the database, then"
         " ALTER DATABASE ... REFRESH COLLATION VERSION",
     )
 
