@@ -26,6 +26,7 @@ CONNECTION_OPTIONS = {
 }
 
 ENCODING = "UTF8"
+ESCAPED_BLANK = "\\ "  # in `options`, which PostgreSQL splits at blanks
 
 # What the service relies on in every session, in the form of pg_settings; times in milliseconds.
 # They are sent when the connection starts, so they override those of the role and the database.
@@ -101,10 +102,7 @@ def connection_string(url: str, **session_settings: str | int) -> str:
     The session settings override those of the URL.
     """
     url_options = conninfo.conninfo_to_dict(url)
-    options = [str(url_options["options"])] if "options" in url_options else []
-    for name, value in {**SESSION_SETTINGS, **session_settings}.items():
-        escaped = str(value).replace(" ", "\\ ")
-        options.append(f"-c {name}={escaped}")
+    own = session_options({**SESSION_SETTINGS, **session_settings})
     defaults = dict(CONNECTION_OPTIONS)
     if "," in f"{url_options.get('host')}{url_options.get('hostaddr')}":
         # With several hosts, connect to the primary. Writes and LISTEN need it.
@@ -114,9 +112,16 @@ def connection_string(url: str, **session_settings: str | int) -> str:
         **url_options,
         # The pipelined connection sends UTF-8. Not among the options, as poolers honour this one.
         "client_encoding": ENCODING,
-        "options": " ".join(options),
+        "options": f"{url_options.get('options', '')} {own}".lstrip(),
     }
     return conninfo.make_conninfo(**settings)  # type: ignore[arg-type]
+
+
+def session_options(settings: Mapping[str, str | int]) -> str:
+    """Settings as the startup parameter `options` of PostgreSQL."""
+    return " ".join(
+        f"-c {name}={str(value).replace(' ', ESCAPED_BLANK)}" for name, value in settings.items()
+    )
 
 
 async def connect(conninfo: str) -> psycopg.AsyncConnection[Any]:

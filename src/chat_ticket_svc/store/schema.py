@@ -41,6 +41,18 @@ SELECT EXISTS (
        AND nspname = ANY (string_to_array(replace(current_setting('search_path'), ' ', ''), ',')))
 """
 
+# The indexes of the service that order text by the database's collation, whose version was
+# recorded when the database was created. PostgreSQL has the functions since version 15.
+COLLATION = """
+SELECT datcollversion, pg_database_collation_actual_version(oid),
+       (SELECT count(*) FROM pg_index JOIN pg_class t ON t.oid = indrelid
+         WHERE '"default"'::regcollation = ANY (indcollation)
+           AND relnamespace = (
+               SELECT relnamespace FROM pg_class WHERE oid = to_regclass('chat_sessions')))
+  FROM pg_database WHERE datname = current_database()
+"""
+COLLATION_VERSIONS_SINCE = 150_000
+
 
 class StaleSchemaError(ConfigurationError):
     """The database lacks migrations that this version of the service needs. The text names them."""
@@ -51,13 +63,27 @@ class StaleSchemaError(ConfigurationError):
         )
 
 
+class Collation(NamedTuple):
+    """The default collation of a database.
+
+    `recorded_version` is that of the order in which its indexes were built, and `actual_version`
+    that of the machine's library. A collation such as C has none. `indexes` counts the indexes of
+    the service that depend on it.
+    """
+
+    recorded_version: str | None
+    actual_version: str | None
+    indexes: int
+
+
 class Facts(NamedTuple):
     """The state of a database and its server.
 
     `clock_ahead` is by how many seconds the local clock is ahead of the server's. `missing` names
     the migrations that the database lacks. `newer` counts those that this version does not know.
     `seconds` is the round trip of a statement. `differing_settings` names the settings that a
-    pooler keeps from what the service needs, each with a text.
+    pooler keeps from what the service needs, each with a text. `collation` is None before
+    PostgreSQL 15.
     """
 
     version: str
@@ -68,6 +94,7 @@ class Facts(NamedTuple):
     newer: int
     seconds: float
     differing_settings: dict[str, str]
+    collation: Collation | None
 
 
 async def facts(url: str, **session_settings: int) -> Facts:
@@ -84,6 +111,10 @@ async def facts(url: str, **session_settings: int) -> Facts:
             finished = time.time()
             applied = await _applied(connection)
             differing = await differing_settings(connection, **settings)
+            collation = None
+            if number >= COLLATION_VERSIONS_SINCE:
+                cursor = await connection.execute(COLLATION)
+                collation = Collation(*(await cursor.fetchall())[0])
     except psycopg.Error as error:
         raise unreachable(error) from error
     missing = _missing(applied)
@@ -96,6 +127,7 @@ async def facts(url: str, **session_settings: int) -> Facts:
         newer=len(applied) - (len(_files()) - len(missing)),
         seconds=finished - started,
         differing_settings=differing,
+        collation=collation,
     )
 
 
