@@ -97,8 +97,8 @@ OPTIONS = [
     ("grpc.max_connection_idle_ms", 900_000),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # Pings of clients, also while they have no calls. Clients of gRPC-Java and grpc-go ping every ten
-    # seconds at most. The network may bring two of those pings closer together.
+    # Pings of clients, also while they have no calls. Clients of gRPC-Java and grpc-go send one
+    # every ten seconds at most. The network may bring two of those pings closer together.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 ]
@@ -144,7 +144,10 @@ class Server:
         self._health_monitor = HealthMonitor(self._health, self._schema_probe, self._db)
         # gRPC shares ports by default: a second server would start on the same port unnoticed.
         share_port = ("grpc.so_reuseport", int(settings.workers > 1))
-        self._grpc = aio_server.create_server(options=[*OPTIONS, share_port])
+        self._grpc = aio_server.create_server(
+            request_timeout_seconds=settings.unary_timeout_seconds,
+            options=[*OPTIONS, share_port],
+        )
         self._metrics: HTTPServer | None = None
 
     async def start(self) -> None:

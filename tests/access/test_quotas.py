@@ -75,20 +75,19 @@ class TestConnections:
         api = await start_server(fresh_database, pool_size=2, lock_timeout_ms=9000)
         async with contextlib.AsyncExitStack() as stack:
             tenants = [await stack.enter_async_context(another_tenant(api)) for _ in range(5)]
-            sessions = [(await tenant.session()).id for tenant in tenants]
+            # Two sessions each, as calls on one session take turns before they enter the queue.
+            sessions = [(tenant, (await tenant.session()).id) for tenant in tenants * 2]
+            free = await tenants[0].session()
             await api.session()
-            with contextlib.ExitStack() as locks:
-                for session_id in sessions:
-                    locks.enter_context(session_locked(fresh_database, session_id))
+            with session_locked(fresh_database, *(session_id for _, session_id in sessions)):
                 waiting = [
                     asyncio.create_task(tenant.message(session_id))
-                    for tenant, session_id in zip(tenants, sessions, strict=True)
-                    for _ in range(2)
+                    for tenant, session_id in sessions
                 ]
                 await asyncio.sleep(0.5)
                 assert not any(task.done() for task in waiting), "ten places are theirs"
                 with refused(StatusCode.RESOURCE_EXHAUSTED, "POOL_QUEUE_FULL"):
-                    await tenants[0].message(sessions[0])
+                    await tenants[0].message(free.id, "x" * 9000)
                 newcomer = asyncio.create_task(api.session())
                 await asyncio.sleep(0.2)
                 assert not newcomer.done()
