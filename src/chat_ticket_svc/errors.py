@@ -153,8 +153,7 @@ class OutcomeUnknownError(UnavailableError):
 
     def __init__(self) -> None:
         super().__init__(
-            "connection to the database lost during the write, which may have succeeded: "
-            "retry with the same id",
+            "connection to the database lost during the write, which may have succeeded",
             reason="OUTCOME_UNKNOWN",
         )
 
@@ -203,7 +202,6 @@ _FIX_REQUEST = "Correct the request. Repeating it unchanged fails again."
 _NEW_CREDENTIAL = "Get a new credential, then retry."
 _OTHER_CREDENTIAL = "Use a credential that allows it. Retrying with this one fails again."
 _RETRY = "Retry after the delay in `RetryInfo`."
-_RETRY_SAME_ID = "Retry with the same ids."
 
 # Every reason, in the order of the statuses. A test compares it with the code that raises them.
 REASONS = (
@@ -344,6 +342,13 @@ REASONS = (
         "Too many calls wait for a database connection.",
         _RETRY,
     ),
+    Reason(
+        "POOL_TIMEOUT",
+        "RESOURCE_EXHAUSTED",
+        "The database connections that the tenant may use were busy for 2 seconds. Nothing was "
+        "done.",
+        _RETRY,
+    ),
     Reason("DISK_FULL", "RESOURCE_EXHAUSTED", "The database's disk is full.", _RETRY),
     Reason(
         "DATABASE_RESOURCES",
@@ -366,7 +371,7 @@ REASONS = (
     Reason(
         "DATABASE_UNAVAILABLE",
         "UNAVAILABLE",
-        "The database cannot be reached, or no connection became free in time. Nothing was done.",
+        "The database cannot be reached. Nothing was done.",
         _RETRY,
     ),
     Reason(
@@ -397,16 +402,18 @@ REASONS = (
     Reason(
         "OUTCOME_UNKNOWN",
         "UNAVAILABLE",
-        "The connection to the database broke during a write, which may have succeeded.",
-        _RETRY_SAME_ID,
+        "The connection to the database broke during a write, which may have succeeded. The "
+        "metadata has the ids that the server chose, if the request had none.",
+        "With `RetryInfo`, repeat the request as it is. Without it, repeat it with the ids in the "
+        "metadata, or read what is stored.",
     ),
     Reason(
         "DEADLINE_EXCEEDED",
         "DEADLINE_EXCEEDED",
         "The deadline passed: the caller's, or the server's for calls without one. A write that "
         "arrives with less than 50 ms left is not begun. A write that has begun may have "
-        "succeeded.",
-        _RETRY_SAME_ID,
+        "succeeded. The metadata has the ids that the server chose, if the request had none.",
+        "Retry with the same ids, or with those in the metadata.",
     ),
     Reason(
         "UNSUPPORTED_BY_DATABASE",

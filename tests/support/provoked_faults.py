@@ -16,7 +16,7 @@ from chat_ticket.v1 import chat_session_pb2 as s
 from chat_ticket.v1 import chat_session_pb2_grpc
 from chat_ticket_svc.embedded import EmbeddedPostgres
 from support.client import Api, an_id
-from support.database import execute, raise_on_insert
+from support.database import execute, raise_on_insert, terminate_at_commit
 from support.process import ServerProcess
 from support.provoked_errors import (
     ServerOutput,
@@ -170,13 +170,7 @@ async def provoke_database_errors(output: ServerOutput, api: Api, database: str)
     assert len((await listing.read()).messages) == 32, "the stream has begun"
     await output.expect_internal_error("KeyError in a stream", read_all(listing))
 
-    execute(
-        database,
-        "CREATE FUNCTION hang_up() RETURNS trigger LANGUAGE plpgsql AS"
-        " $$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$",
-        "CREATE CONSTRAINT TRIGGER hang_up AFTER DELETE ON chat_sessions"
-        " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION hang_up()",
-    )
+    terminate_at_commit(database, "chat_sessions", "DELETE")
     delete = s.DeleteChatSessionRequest(session_id=session.id)
     await output.expect_error("OUTCOME_UNKNOWN", api.sessions.DeleteChatSession(delete))
 

@@ -19,6 +19,7 @@ from google.rpc import error_details_pb2 as details_pb2
 from google.rpc import status_pb2
 
 from chat_ticket_svc import errors
+from chat_ticket_svc.access import request_context
 from chat_ticket_svc.rpc.instrumentation import CallRecord
 from chat_ticket_svc.telemetry import metrics, redaction
 
@@ -60,6 +61,12 @@ def _details(error: errors.DomainError) -> Iterator[Message]:
             info.metadata["omitted_violations"] = str(omitted)
         yield from (info, bad_request)
         return
+    retry_seconds = error.retry_seconds
+    if isinstance(error, errors.OutcomeUnknownError | errors.DeadlineExceededError):
+        assigned_ids = request_context.not_repeatable()
+        if assigned_ids is not None:
+            info.metadata.update(assigned_ids)
+            retry_seconds = None
     yield info
     match error:
         case errors.FailedPreconditionError():
@@ -78,9 +85,9 @@ def _details(error: errors.DomainError) -> Iterator[Message]:
                 subject=error.subject, description=str(error)
             )
             yield details_pb2.QuotaFailure(violations=[quota])
-    if error.retry_seconds is not None:
+    if retry_seconds is not None:
         delay = Duration()
-        delay.FromMilliseconds(math.ceil(1000 * error.retry_seconds))
+        delay.FromMilliseconds(math.ceil(1000 * retry_seconds))
         yield details_pb2.RetryInfo(retry_delay=delay)
 
 

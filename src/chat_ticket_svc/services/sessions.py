@@ -41,6 +41,8 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
                 "session.status", request.session.status, convert.SESSION_STATUS
             )
         validator.raise_if_invalid()
+        if not request.session.id:
+            request_context.set_not_repeatable(session_id=session_id)
         session = await sessions.create(self._db, tenant_id, session_id, status)
         return pb.CreateChatSessionResponse(session=convert.session(session))
 
@@ -114,6 +116,9 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
                 "session.status", request.session.status, convert.SESSION_STATUS
             )
         validator.raise_if_invalid()
+        if etag is not None:
+            # Repeated after its own success, the call meets a revision that is not its etag.
+            request_context.set_not_repeatable()
         session = await sessions.set_status(self._db, tenant_id, session_id, status, etag)
         self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.UpdateChatSessionResponse(session=convert.session(session))

@@ -77,3 +77,18 @@ def translate(error: psycopg.Error) -> Exception:
                 [errors.Violation("", "a value that the database cannot store")]
             )
     return error
+
+
+# Messages of these SQLSTATEs name objects, rights, locks or resources, and never quote a row.
+# Those of a class like 22 (`invalid input syntax for type integer: "…"`) do.
+_SAFE_STATES = ("0A", "23", "2BP01", "25006", "3F", "40", "42", "53", "54", "55", "57")
+
+
+def describe(sqlstate: str, message: str) -> str:
+    """An error of PostgreSQL for an operator: its message, unless that may quote a row.
+
+    `message` is the primary message; DETAIL and HINT quote rows and must not be part of it.
+    """
+    if not message or not sqlstate.startswith(_SAFE_STATES):
+        return f"SQLSTATE {sqlstate}"
+    return f"{message} (SQLSTATE {sqlstate})"

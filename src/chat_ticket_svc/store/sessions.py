@@ -15,7 +15,7 @@ class Session(NamedTuple):
     """A row of chat_sessions; times are microseconds since the Unix epoch."""
 
     id: Annotated[str, "chat_sessions.id::text"]
-    tenant_id: Annotated[str, "chat_sessions.tenant_id"]
+    tenant_id: Annotated[str, 'chat_sessions.tenant_id COLLATE "C"']
     status: Annotated[str, "chat_sessions.status"]
     has_ticket: Annotated[bool, "chat_sessions.has_ticket"]
     revision: Annotated[int, "chat_sessions.revision"]
@@ -52,6 +52,11 @@ LOCK = f"""
 SELECT {COLUMNS} FROM chat_sessions
  WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
    FOR UPDATE
+"""
+
+OF_MESSAGE = """
+SELECT session_id::text FROM chat_messages
+ WHERE tenant_id = %(tenant_id)s AND id = %(message_id)s::uuid
 """
 
 LOCK_OF_MESSAGE = """
@@ -128,7 +133,7 @@ async def create(db: Database, tenant_id: str, session_id: str, status: str) -> 
     created = await db.write(CREATE, params, Session, idempotent=True)
     if created:
         return created[0]
-    existing = await db.fetch_by_key(GET, params, Session)
+    existing = await db.fetch_by_key(GET, params, Session, outcome_unknown=True)
     if existing is None:  # deleted between the two statements
         raise errors.AlreadyExistsError.id_taken("chat_session", session_id)
     return existing
@@ -180,6 +185,15 @@ async def lock(
     return session
 
 
+async def of_message(db: Database, tenant_id: str, message_id: str) -> str:
+    """The id of the session of a message. It never changes."""
+    params = {"tenant_id": tenant_id, "message_id": message_id}
+    session_id = await db.fetch_by_key(OF_MESSAGE, params, str)
+    if session_id is None:
+        raise errors.NotFoundError("chat_message", message_id)
+    return session_id
+
+
 async def lock_of_message(transaction: Transaction, tenant_id: str, message_id: str) -> str:
     """Lock the session of a message, like `lock`, and return the session's id.
 
@@ -205,7 +219,7 @@ async def set_status(
         [changed] = await transaction.fetch_all(SET_STATUS, params, Session)
         return changed
 
-    return await db.transaction(body, idempotent=etag is None)
+    return await db.transaction(body, idempotent=etag is None, locks_session=session_id)
 
 
 async def delete(db: Database, tenant_id: str, session_id: str, etag: int | None) -> None:
@@ -216,7 +230,7 @@ async def delete(db: Database, tenant_id: str, session_id: str, etag: int | None
         await transaction.execute(DELETE, {"tenant_id": tenant_id, "id": session_id})
 
     try:
-        await db.transaction(body, idempotent=False)
+        await db.transaction(body, idempotent=False, locks_session=session_id)
     except ConstraintViolation as violation:
         if violation.constraint != "chat_sessions_ticket_status_check":
             raise
