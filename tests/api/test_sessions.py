@@ -1,12 +1,18 @@
 """Chat sessions through the API."""
 
 import asyncio
+import re
+from collections.abc import Iterator
+from typing import Any
 
+import psycopg
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import StatusCode
 from support.client import Api, an_id, refused
+from support.cluster import Cluster
+from support.database import execute
 from support.sessions import ACTIVE, ARCHIVED, RESOLVED, get_session, set_status
 
 from chat_ticket.v1 import resources_pb2 as r
@@ -17,6 +23,8 @@ from chat_ticket.v1.chat_session_pb2 import (
     ListChatSessionsRequest,
     UpdateChatSessionRequest,
 )
+from chat_ticket_svc.services.validate import MAX_UUID
+from chat_ticket_svc.store import sessions, tickets
 
 NIL = "00000000-0000-0000-0000-000000000000"
 
@@ -30,6 +38,23 @@ async def list_all_ids(api: Api, request: ListChatSessionsRequest) -> list[str]:
         if not page.next_page_token:
             return ids
         request.page_token = page.next_page_token
+
+
+@pytest.fixture(scope="module")
+def many_of_one_status(cluster: Cluster) -> Iterator[tuple[str, str]]:
+    """A database, and its tenant with 20,000 active sessions and closed tickets."""
+    url = cluster.create()
+    execute(
+        url,
+        "INSERT INTO chat_sessions (tenant_id, created_at, updated_at)"
+        " SELECT 'large', time, time FROM generate_series(timestamptz '2026-01-01',"
+        " '2026-01-01'::timestamptz + interval '19999 minutes', '1 minute') AS time",
+        "INSERT INTO tickets (tenant_id, title, status, created_at)"
+        " SELECT 'large', 't', 'closed', created_at FROM chat_sessions",
+        "VACUUM ANALYZE",
+    )
+    yield url, "large"
+    cluster.drop(url)
 
 
 class TestCreate:
@@ -236,6 +261,36 @@ class TestList:
         ):
             request = ListChatSessionsRequest(statuses=statuses, has_ticket=has_ticket)
             assert await list_all_ids(api, request) == expected
+
+    @pytest.mark.parametrize(
+        ("statement", "statuses", "has_ticket"),
+        [
+            (sessions.LIST_OF_KIND_BY_CREATE_TIME, ["archived"], None),
+            (sessions.LIST_OF_KIND_BY_UPDATE_TIME, ["archived", "resolved"], None),
+            (sessions.LIST_OF_KIND_BY_UPDATE_TIME, None, True),
+            (tickets.LIST_TICKETS_OF_STATUSES, ["pending", "open"], None),
+        ],
+        ids=["by create time", "by update time", "with a ticket", "tickets"],
+    )
+    def test_page_of_a_rare_status_reads_only_its_rows(
+        self, many_of_one_status: tuple[str, str], statement: Any, statuses: Any, has_ticket: Any
+    ) -> None:
+        """However many others the tenant has: the plan has an index whose order begins with it."""
+        database, tenant = many_of_one_status
+        params = {
+            **dict.fromkeys(sessions.Filter._fields),
+            "tenant_id": tenant,
+            "statuses": statuses,
+            "has_ticket": has_ticket,
+            "limit": 51,
+            "after_time": "infinity",
+            "after_id": MAX_UUID,
+        }
+        with psycopg.connect(database) as connection:
+            explain = f"EXPLAIN (ANALYZE, BUFFERS) {statement}"
+            plan = "\n".join(line for (line,) in connection.execute(explain, params))  # type: ignore[call-overload]
+        assert "Rows Removed by Filter" not in plan, plan
+        assert int(re.findall(r"Buffers: shared hit=(\d+)", plan)[0]) < 50, plan
 
     async def test_time_ranges_include_their_start_and_not_their_end(self, api: Api) -> None:
         """A range is [start, end), by creation or by last change."""
