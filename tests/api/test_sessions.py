@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import grpc.aio
 import psycopg
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -13,8 +14,11 @@ from grpc import StatusCode
 from support.client import Api, an_id, refused
 from support.cluster import Cluster
 from support.database import execute
+from support.messages import sequences
 from support.sessions import ACTIVE, ARCHIVED, RESOLVED, get_session, set_status
+from support.tickets import SOLVED, update_ticket
 
+from chat_ticket.v1 import chat_session_pb2_grpc
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_session_pb2 import (
     CHAT_SESSION_ORDER_UPDATE_TIME,
@@ -205,6 +209,41 @@ class TestDelete:
     async def delete(self, api: Api, session_id: str, etag: str = "") -> None:
         request = DeleteChatSessionRequest(session_id=session_id, etag=etag)
         await api.sessions.DeleteChatSession(request)
+
+    async def test_large_session_is_deleted_however_long_it_takes(
+        self, start_server: Any, fresh_database: str
+    ) -> None:
+        """The deletion goes on when its caller's deadline has passed, and a repeat waits for it.
+
+        No part of the session is gone before the whole. Its ticket protects it as any other.
+        """
+        api = await start_server(fresh_database, statement_timeout_ms=300)
+        session = await api.session()
+        await api.message(session.id)
+        link = await api.escalate(session.id)
+        execute(
+            fresh_database,
+            "UPDATE chat_sessions SET revision = 1000000",
+            "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN PERFORM pg_sleep(1); RETURN OLD; END $$",
+            "CREATE TRIGGER wait BEFORE DELETE ON chat_messages"
+            " FOR EACH ROW EXECUTE FUNCTION wait()",
+        )
+        with refused(StatusCode.FAILED_PRECONDITION, "SESSION_HAS_ACTIVE_TICKET"):
+            await self.delete(api, session.id)
+        await update_ticket(api, link.ticket_id, status=SOLVED)
+        stub = chat_session_pb2_grpc.ChatSessionServiceStub(api.channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.DeleteChatSession(
+                DeleteChatSessionRequest(session_id=session.id),
+                metadata=api.sessions._metadata,
+                timeout=0.3,
+            )
+        assert caught.value.code() is StatusCode.DEADLINE_EXCEEDED
+        assert await sequences(api, session.id) == [1]
+        await self.delete(api, session.id)
+        with refused(StatusCode.NOT_FOUND):
+            await get_session(api, session.id)
 
     async def test_deleted_session_is_gone(self, api: Api) -> None:
         """A repeat of the delete is NOT_FOUND."""

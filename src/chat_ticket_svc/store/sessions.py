@@ -23,6 +23,10 @@ class Session(NamedTuple):
     updated_at: Annotated[int, microseconds("chat_sessions.updated_at")]
 
 
+class LargeSession(Exception):  # noqa: N818 - a signal to SessionDeleter, never to a caller
+    """The session may have so many messages that its deletion takes seconds."""
+
+
 class Filter(NamedTuple):
     """Which sessions to list. None does not filter. Ranges include the start, not the end."""
 
@@ -35,6 +39,9 @@ class Filter(NamedTuple):
 
 
 COLUMNS = column_list(Session)
+
+# A session has no more messages than revisions. The deletion of so many takes about a second.
+LARGE_REVISION = 100_000
 
 STATUSES: tuple[LiteralString, ...] = ("active", "resolved", "archived")
 
@@ -77,6 +84,9 @@ UPDATE chat_sessions
  WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
 RETURNING {COLUMNS}
 """
+
+# Until the transaction ends.
+NO_STATEMENT_TIMEOUT = "SELECT set_config('statement_timeout', '0', true)"
 
 DELETE = """
 DELETE FROM chat_sessions WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
@@ -268,11 +278,26 @@ async def set_status(
     return await db.transaction(body, idempotent=etag is None, locks_session=session_id)
 
 
-async def delete(db: Database, tenant_id: str, session_id: str, etag: int | None) -> None:
-    """Delete a session and its contents, unless its ticket is open or pending."""
+async def delete(
+    db: Database,
+    tenant_id: str,
+    session_id: str,
+    etag: int | None,
+    *,
+    may_be_large: bool = False,
+) -> None:
+    """Delete a session and its contents, unless its ticket is open or pending.
+
+    Raises LargeSession, and deletes nothing, if it is large. With `may_be_large`, deletes it
+    without a statement timeout.
+    """
 
     async def body(transaction: Transaction) -> None:
-        await lock(transaction, tenant_id, session_id, etag)
+        session = await lock(transaction, tenant_id, session_id, etag)
+        if may_be_large:
+            await transaction.execute(NO_STATEMENT_TIMEOUT, {})
+        elif session.revision > LARGE_REVISION:
+            raise LargeSession
         await transaction.execute(DELETE, {"tenant_id": tenant_id, "id": session_id})
 
     try:
