@@ -158,6 +158,13 @@ class OutcomeUnknownError(UnavailableError):
         )
 
 
+class StatementCanceledError(UnavailableError):
+    """Somebody canceled the statement in the database before its timeout."""
+
+    def __init__(self) -> None:
+        super().__init__("the statement was canceled in the database", reason="STATEMENT_CANCELED")
+
+
 class DeadlineExceededError(DomainError):
     """The deadline of the caller, or the service's own timeout, has passed."""
 
@@ -202,7 +209,8 @@ REASONS = (
         "INVALID_ARGUMENT",
         "INVALID_ARGUMENT",
         "A field is malformed or over its limit, or a field mask, page token or tenant id is "
-        "malformed. `BadRequest` lists every violation.",
+        "malformed. `BadRequest` lists up to 100 violations, in at most 3,500 bytes. The metadata "
+        "counts the others as `omitted_violations`.",
         _FIX_REQUEST,
     ),
     Reason(
@@ -370,6 +378,13 @@ REASONS = (
         "DATABASE_READ_ONLY",
         "UNAVAILABLE",
         "The database is read-only: a standby, or a failover under way. Nothing was done.",
+        _RETRY,
+    ),
+    Reason(
+        "STATEMENT_CANCELED",
+        "UNAVAILABLE",
+        "Somebody canceled the statement in the database, for example with `pg_cancel_backend`. "
+        "Nothing was done.",
         _RETRY,
     ),
     Reason(

@@ -108,7 +108,8 @@ def catalog(url: str) -> list[str]:
     """All that is in a database, as definitions that can be compared with another's."""
     statement = """
         SELECT concat_ws(' ', relkind, relname, attname, attnotnull,
-                         format_type(atttypid, atttypmod), pg_get_expr(adbin, adrelid))
+                         format_type(atttypid, atttypmod), attcollation::regcollation,
+                         pg_get_expr(adbin, adrelid))
           FROM pg_class c
           LEFT JOIN pg_attribute ON attrelid = c.oid AND attnum > 0 AND NOT attisdropped
           LEFT JOIN pg_attrdef ON adrelid = c.oid AND adnum = attnum

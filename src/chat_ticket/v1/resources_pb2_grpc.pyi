@@ -73,15 +73,16 @@ Every RPC can return these errors, in addition to those in its own comment:
 - PERMISSION_DENIED (PERMISSION_REQUIRED, TENANT_NOT_ALLOWED): the credential lacks the
   permission for the method, or is not valid for the tenant.
 - ABORTED (CONTENTION): a write conflicted with concurrent writes and the retries of the server
-  are exhausted, or it waited 2 seconds for a lock.
+  are exhausted, or it waited 2 seconds for a lock. Behind other calls on the same session, it may
+  wait 2 seconds for its turn and then 2 seconds for the lock.
 - RESOURCE_EXHAUSTED (QUOTA_EXCEEDED): a quota of the tenant or of the server is used up.
   google.rpc.QuotaFailure says whose. The ErrorInfo metadata names the `quota` and its `limit`.
-- RESOURCE_EXHAUSTED (POOL_QUEUE_FULL, DATABASE_RESOURCES, DISK_FULL): the server or its database
-  is overloaded or full.
+- RESOURCE_EXHAUSTED (POOL_QUEUE_FULL, POOL_TIMEOUT, DATABASE_RESOURCES, DISK_FULL): the server or
+  its database is overloaded or full.
 - UNAVAILABLE (DATABASE_UNAVAILABLE, DATABASE_READ_ONLY, KEYS_UNAVAILABLE): the database, or the
   key set for tokens, cannot be used now.
 - UNAVAILABLE (OUTCOME_UNKNOWN): the database connection broke during a write. The write may have
-  been committed.
+  been committed. It has RetryInfo only if the request can be repeated as it is.
 - DEADLINE_EXCEEDED (DEADLINE_EXCEEDED): the deadline has passed, or the database needed more
   than 10 seconds for a statement. A write may have been committed.
 - UNIMPLEMENTED (UNSUPPORTED_BY_DATABASE): the database server lacks a required feature.
@@ -95,6 +96,13 @@ Reads are always safe to retry. A write may have been committed when it ends wit
 idempotent when the caller chooses the id of the new resource: a retry with the same content
 returns the stored resource as it is now. The id of a deleted resource must not be used again.
 The server enforces this for messages only.
+
+A create without an id is not idempotent. After OUTCOME_UNKNOWN or DEADLINE_EXCEEDED, the
+ErrorInfo metadata has the id that the server chose: `session_id`, `message_id`, `attachment_id`
+or `chat_ticket_id`. A retry with this id is safe. For a batch of at most 100 messages, some of
+which have no id, `message_ids` has the ids of all its messages, in order, separated by commas. A
+larger batch has no `message_ids`: read the session before a retry. An update with an etag fails
+with ETAG_MISMATCH when it is retried after its own success.
 """
 
 from collections import abc as _abc

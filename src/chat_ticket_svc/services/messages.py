@@ -60,7 +60,6 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         validator = Validator(self._limits, self._url_schemes)
         session_id = validator.id("session_id", request.session_id)
         new = [validator.new_message("message", request.message)]
-        validator.messages_together("message", new)
         validator.raise_if_invalid()
         if not request.message.id:
             request_context.set_not_repeatable(message_id=new[0].id)
@@ -74,7 +73,6 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         validator = Validator(self._limits, self._url_schemes)
         session_id = validator.id("session_id", request.session_id)
         new = validator.new_messages("messages", request.messages)
-        validator.messages_together("messages", new)
         validator.raise_if_invalid()
         if not all(message.id for message in request.messages):
             _set_assigned_message_ids(new)

@@ -32,7 +32,7 @@ from chat_ticket_svc.store.connection_queue import (
     QueueFull,
     SessionBusy,
 )
-from chat_ticket_svc.store.driver_errors import ConnectionLost, translate
+from chat_ticket_svc.store.driver_errors import CancellationDetector, ConnectionLost, translate
 from chat_ticket_svc.store.pipelined_connection import PipelinedConnection
 from chat_ticket_svc.store.transaction import Params, Transaction
 from chat_ticket_svc.telemetry import metrics, tracing
@@ -107,6 +107,7 @@ class Database:
             max_lifetime=POOL_MAX_LIFETIME_SECONDS,
             open=False,
         )
+        self._statement_timeout_seconds = statement_timeout_ms / 1000
         self._queue = ConnectionQueue(
             self._pool, pool_size=pool_size, lock_timeout_seconds=lock_timeout_ms / 1000
         )
@@ -295,7 +296,10 @@ class Database:
                     request_context.tenant_id_or_none(), locks_session=locks_session
                 ) as connection:
                     try:
-                        return await work(Transaction(connection), outcome)
+                        transaction = Transaction(
+                            connection, statement_timeout_seconds=self._statement_timeout_seconds
+                        )
+                        return await work(transaction, outcome)
                     except (psycopg.OperationalError, psycopg.InterfaceError) as error:
                         if is_lost(error, connection):
                             raise ConnectionLost from error
@@ -326,7 +330,7 @@ class Database:
         if connection.pending >= MAX_PIPELINED_CALLS:
             raise self._queue_full(outcome)
         try:
-            with tracing.statement(sql):
+            with tracing.statement(sql), CancellationDetector(self._statement_timeout_seconds):
                 return await connection.fetch(sql, params, types)
         except pg_errors.ConnectionFailure as error:
             raise ConnectionLost from error

@@ -15,7 +15,7 @@ class Session(NamedTuple):
     """A row of chat_sessions; times are microseconds since the Unix epoch."""
 
     id: Annotated[str, "chat_sessions.id::text"]
-    tenant_id: Annotated[str, "chat_sessions.tenant_id"]
+    tenant_id: Annotated[str, 'chat_sessions.tenant_id COLLATE "C"']
     status: Annotated[str, "chat_sessions.status"]
     has_ticket: Annotated[bool, "chat_sessions.has_ticket"]
     revision: Annotated[int, "chat_sessions.revision"]

@@ -15,7 +15,7 @@ class Ticket(NamedTuple):
     """A row of tickets; times are in microseconds since the Unix epoch."""
 
     id: Annotated[str, "t.id::text"]
-    tenant_id: Annotated[str, "t.tenant_id"]
+    tenant_id: Annotated[str, 't.tenant_id COLLATE "C"']
     title: Annotated[str, "t.title"]
     status: Annotated[str, "t.status"]
     created_at: Annotated[int, microseconds("t.created_at")]
