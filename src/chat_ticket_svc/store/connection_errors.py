@@ -19,6 +19,9 @@ _CAUSES = {
     "[Tt]imeout expired": "the host does not respond in time",
     "No route to host|Network is unreachable": "there is no route to the host",
     "on socket .* failed: Permission denied": "this process may not open the socket",
+    "invalid [a-z_]+ value|invalid integer value|bad value for": (
+        "the URL has a parameter with an invalid value"
+    ),
     "no password supplied": "the server asks for a password, and the URL has none",
     "server does not support SSL": "the URL requires TLS, and the server has none",
     "certificate verify failed": "TLS: the authority of the server's certificate is not trusted",
