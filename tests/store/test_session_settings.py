@@ -17,6 +17,7 @@ from support.process import command
 
 from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest, SearchChatMessagesRequest
 from chat_ticket.v1.chat_session_pb2 import ListChatSessionsRequest
+from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.store import schema
 from chat_ticket_svc.store.connection import connect, connection_string
 
@@ -144,6 +145,15 @@ async def test_settings_that_a_pooler_drops_are_found(
         "idle_in_transaction_session_timeout": "is 0ms, must be 10000ms",
         "synchronous_commit": "is off, must be on",
     }
+
+
+def test_migrate_works_in_another_encoding(
+    fresh_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dbmate's driver refuses an environment with another encoding or style of dates."""
+    monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+    monkeypatch.setenv("PGDATESTYLE", "German, DMY")
+    assert migrate.up(fresh_database, quiet=True) == 0
 
 
 @pytest.fixture

@@ -209,7 +209,13 @@ def _start(
             command,
         ],
         # In the environment, because every user can read arguments, and the URL holds a password.
-        env={**os.environ, "DATABASE_URL": _with_session(url, settings, application_name)},
+        env={
+            **os.environ,
+            "DATABASE_URL": _with_session(url, settings, application_name),
+            # dbmate's driver refuses any others.
+            "PGCLIENTENCODING": "UTF8",
+            "PGDATESTYLE": "ISO, MDY",
+        },
         **streams,
     )
 
