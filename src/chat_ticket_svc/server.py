@@ -97,10 +97,10 @@ OPTIONS = [
     ("grpc.max_connection_idle_ms", 900_000),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # Pings of clients, also while they have no calls. gRPC-Java and grpc-go ping every ten seconds
-    # at most. The network may bring two of those pings closer together.
+    # Pings of clients, also while they have no calls. Clients of gRPC-Java and grpc-go send one
+    # every ten seconds at most. The network may bring two of those pings closer together.
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 ]
 
 

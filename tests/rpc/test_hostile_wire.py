@@ -6,7 +6,9 @@ never says of itself, it is pinned here, one by one.
 """
 
 import asyncio
+import contextlib
 import gzip
+import re
 import socket
 import zlib
 from collections.abc import AsyncIterator, Iterator
@@ -384,6 +386,23 @@ class TestConnections:
                     connection.flush()
                 except Exception:  # as many as the server allows at once, or it has hung up
                     break
+
+    async def test_streams_reset_faster_than_they_are_served(self, address: str) -> None:
+        """Rapid resets: gRPC refuses most of the streams before any code of ours runs."""
+        with Http2(address) as connection:
+            for _ in range(2000):
+                stream = connection.h2.get_next_available_stream_id()
+                connection.h2.send_headers(stream, headers(path=WATCH))
+                connection.h2.reset_stream(stream)
+            connection.socket.settimeout(0.5)
+            received = b""
+            with contextlib.suppress(TimeoutError):
+                connection.socket.sendall(connection.h2.data_to_send())
+                while data := connection.socket.recv(65536):
+                    received += data
+        # The beginning of an RST_STREAM frame, and the code at its end.
+        refused = re.findall(rb"\x00\x00\x04\x03\x00....\x00\x00\x00\x07", received, re.DOTALL)
+        assert len(refused) > 1000
 
     async def test_pings(self, address: str) -> None:
         """Too many of them end the connection, and only that."""

@@ -94,6 +94,12 @@ class ChatSessionServiceStub:
     The ticket itself is kept. Watchers of the session receive `session_deleted`, and their streams
     end.
 
+    All of it is deleted at once, and readers see the whole session until then. A session whose
+    revision is above 100,000 can take longer than the call: a second for about 100,000 messages.
+    Its deletion goes on when the deadline has passed. Repeat the call until it is OK or NOT_FOUND.
+    Meanwhile, other writes to the session are ABORTED (CONTENTION), and so is a repeat that reaches
+    another server process.
+
     Errors:
 
     - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
@@ -223,6 +229,12 @@ class ChatSessionServiceAsyncStub(ChatSessionServiceStub):
 
     The ticket itself is kept. Watchers of the session receive `session_deleted`, and their streams
     end.
+
+    All of it is deleted at once, and readers see the whole session until then. A session whose
+    revision is above 100,000 can take longer than the call: a second for about 100,000 messages.
+    Its deletion goes on when the deadline has passed. Repeat the call until it is OK or NOT_FOUND.
+    Meanwhile, other writes to the session are ABORTED (CONTENTION), and so is a repeat that reaches
+    another server process.
 
     Errors:
 
@@ -380,6 +392,12 @@ class ChatSessionServiceServicer(metaclass=_abc_1.ABCMeta):
 
         The ticket itself is kept. Watchers of the session receive `session_deleted`, and their streams
         end.
+
+        All of it is deleted at once, and readers see the whole session until then. A session whose
+        revision is above 100,000 can take longer than the call: a second for about 100,000 messages.
+        Its deletion goes on when the deadline has passed. Repeat the call until it is OK or NOT_FOUND.
+        Meanwhile, other writes to the session are ABORTED (CONTENTION), and so is a repeat that reaches
+        another server process.
 
         Errors:
 

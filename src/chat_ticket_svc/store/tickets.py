@@ -1,7 +1,7 @@
 """Tickets, and chat tickets. A chat ticket links a session to a ticket."""
 
 from datetime import datetime
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, LiteralString, NamedTuple
 
 from chat_ticket_svc import errors
 from chat_ticket_svc.store import sessions
@@ -23,6 +23,8 @@ class Ticket(NamedTuple):
 
 
 TICKET_COLUMNS = column_list(Ticket)
+
+STATUSES: tuple[LiteralString, ...] = ("open", "pending", "solved", "closed")
 
 
 class ChatTicket(NamedTuple):
@@ -113,8 +115,26 @@ SELECT {TICKET_COLUMNS} FROM tickets t
 LIST_TICKETS = f"""
 SELECT {TICKET_COLUMNS} FROM tickets t
  WHERE t.tenant_id = %(tenant_id)s
-   AND (%(statuses)s::text[] IS NULL OR t.status = ANY (%(statuses)s::text[]))
    AND (t.created_at, t.id) < (%(after_time)s::timestamptz, %(after_id)s::uuid)
+ ORDER BY t.created_at DESC, t.id DESC
+ LIMIT %(limit)s
+"""
+
+# The page of each status is a range of an index. In the order of all tickets, PostgreSQL reads all
+# of them to find those of a rare status. The statuses are constants, and the statement is not
+# prepared, so that the planner knows which are rare, and drops those that are not wanted.
+_PAGES_OF_STATUSES: list[LiteralString] = [
+    f"""(
+SELECT * FROM tickets
+ WHERE tenant_id = %(tenant_id)s AND status = '{status}'
+   AND '{status}' = ANY (%(statuses)s::text[])
+   AND (created_at, id) < (%(after_time)s::timestamptz, %(after_id)s::uuid)
+ ORDER BY created_at DESC, id DESC
+ LIMIT %(limit)s)"""
+    for status in STATUSES
+]
+LIST_TICKETS_OF_STATUSES = f"""
+SELECT {TICKET_COLUMNS} FROM ({" UNION ALL ".join(_PAGES_OF_STATUSES)}) AS t
  ORDER BY t.created_at DESC, t.id DESC
  LIMIT %(limit)s
 """
@@ -328,7 +348,12 @@ async def page(
         "after_id": after_id,
         "limit": limit,
     }
-    return await db.fetch_all(LIST_TICKETS, params, Ticket)
+    return await db.fetch_all(
+        LIST_TICKETS if statuses is None else LIST_TICKETS_OF_STATUSES,
+        params,
+        Ticket,
+        prepare=None if statuses is None else False,
+    )
 
 
 async def update(

@@ -10,7 +10,8 @@ from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.store.connection import connection_string
 from chat_ticket_svc.store.driver_errors import describe
 
-TIMEOUT_MS = 2000  # of each statement, and of its wait for a lock
+STATEMENT_TIMEOUT_MS = 2000
+LOCK_TIMEOUT_MS = 1000
 
 # Each right on each table that the service needs, and each trigger.
 STATEMENTS = (
@@ -59,7 +60,9 @@ async def try_write(url: str, tenant_id: str) -> None:
     if a statement is refused, and UnavailableError if the database cannot be reached.
     """
     ids = {name: uuid.uuid4() for name in ("session_id", "message_id", "ticket_id")}
-    conninfo = connection_string(url, statement_timeout=TIMEOUT_MS, lock_timeout=TIMEOUT_MS)
+    conninfo = connection_string(
+        url, statement_timeout=STATEMENT_TIMEOUT_MS, lock_timeout=LOCK_TIMEOUT_MS
+    )
     try:
         async with (
             await psycopg.AsyncConnection.connect(
