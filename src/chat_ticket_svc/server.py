@@ -151,7 +151,10 @@ class Server:
         self._metrics: HTTPServer | None = None
 
     async def start(self) -> None:
-        """Start to serve. Raises schema.StaleSchemaError when the database lacks migrations.
+        """Start to serve.
+
+        Raises StaleSchemaError when the database lacks migrations, and EncodingError when it does
+        not store UTF-8.
 
         An unreachable database raises nothing: the health service reports NOT_SERVING until the
         database can be reached.
@@ -261,7 +264,7 @@ class Server:
         try:
             missing = await self._schema_probe.missing()
         except DomainError as error:
-            log.warning("database is not reachable yet", reason=error.reason)
+            log.warning("starting without a database", problem=str(error))
             return
         if missing:
             raise schema.StaleSchemaError(missing)

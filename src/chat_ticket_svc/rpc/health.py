@@ -7,8 +7,8 @@ from typing import Any
 import structlog
 from grpc_health.v1 import health, health_pb2
 
-from chat_ticket_svc.errors import DomainError
 from chat_ticket_svc.store import schema
+from chat_ticket_svc.store.connection_errors import cause
 from chat_ticket_svc.store.database import Database
 
 log = structlog.get_logger()
@@ -66,7 +66,7 @@ class HealthMonitor:
                 if last_problem and not problem:
                     await self._db.check()  # the pool may take longer than the probe to recover
             except Exception as error:  # any error: the server is not healthy
-                problem = str(error) if isinstance(error, DomainError) else type(error).__qualname__
+                problem = cause(error)
             if problem != last_problem:
                 last_problem = problem
                 if problem:

@@ -23,7 +23,7 @@ from psycopg import errors as pg_errors
 
 from chat_ticket_svc import errors
 from chat_ticket_svc.access import request_context
-from chat_ticket_svc.store.connection import connection_string, is_lost
+from chat_ticket_svc.store.connection import connection_string, is_lost, prepare_session
 from chat_ticket_svc.store.connection_queue import (
     LEASE_TIMEOUT_SECONDS,
     ConnectionQueue,
@@ -97,8 +97,8 @@ class Database:
                 url,
                 statement_timeout=statement_timeout_ms,
                 lock_timeout=lock_timeout_ms,
-                idle_in_transaction_session_timeout="10s",
             ),
+            configure=prepare_session,
             kwargs={"autocommit": True, "prepare_threshold": 0 if prepare_statements else None},
             min_size=min(pool_size, 2),
             max_size=pool_size + PIPELINED_CONNECTIONS,
@@ -267,7 +267,7 @@ class Database:
         """
 
         async def work(transaction: Transaction, outcome: _Outcome) -> T:
-            await transaction.execute("BEGIN", {})
+            await transaction.execute("BEGIN ISOLATION LEVEL READ COMMITTED", {})
             try:
                 result = await body(transaction)
             except BaseException:
