@@ -238,6 +238,18 @@ class Settings(BaseSettings):
         description="The allowed signature algorithms, separated by commas. Only public-key "
         "algorithms are supported.",
     )
+    jwt_tenants_claim: str = Field(
+        default="tenants",
+        description="The claim that lists the token's tenants: a list of ids, or `*` for all.",
+    )
+    jwt_permissions_claim: str = Field(
+        default="scope",
+        description="The claim that lists the token's permissions: a text separated by spaces, as "
+        "in `scope`, or a list, as in Auth0's `permissions`.",
+    )
+    jwt_subject_claim: str = Field(
+        default="sub", description="The claim that names the caller in the log."
+    )
     quotas: Quotas = Quotas()
 
     # Streams

@@ -275,14 +275,7 @@ def _authenticators(settings: Settings, jwks_client: "JwksClient | None") -> lis
     if jwks_client is not None:
         from chat_ticket_svc.access.jwt_authenticator import JwtAuthenticator
 
-        authenticators.append(
-            JwtAuthenticator(
-                jwks_client,
-                issuer=settings.jwt_issuer,
-                audience=settings.jwt_audience,
-                algorithms=settings.jwt_algorithms,
-            )
-        )
+        authenticators.append(JwtAuthenticator.from_settings(jwks_client, settings))
     return authenticators
 
 

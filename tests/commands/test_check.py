@@ -143,6 +143,32 @@ class TestTokens:
         )
         assert line(done, "call")[0] == state
         assert done.status == (0 if state == "ok" else 1)
+        assert line(done, "token")[0] == state
+        if state == "ok":
+            assert re.match(
+                r"subject not named; permissions: .*; tenants: acme; expires in \d",
+                line(done, "token")[1],
+            )
+
+    @pytest.mark.parametrize(
+        ("claims", "text"),
+        [
+            ({"aud": "other"}, "aud: expected chat-ticket-svc, found other"),
+            ({"tenants": None}, 'tenants: expected a list of tenant ids, or "*", found nothing'),
+        ],
+        ids=["aud", "tenants"],
+    )
+    async def test_a_wrong_claim_is_named(
+        self, tmp_path: Path, key: Key, claims: dict[str, Any], text: str
+    ) -> None:
+        """Without the server, by the settings and the keys."""
+        token = key.token(**claims)
+        (tmp_path / "token").write_text(token)
+        settings = {"auth": "jwt", "port": "1", **key.trusted(tmp_path)}
+        names = {f"CHAT_TICKET_{name.upper()}": value for name, value in settings.items()}
+        done = await command("check", "--token-file", str(tmp_path / "token"), **names)
+        assert line(done, "token") == ("FAILED", f"{text}, in a token of key of-the-issuer")
+        assert token not in done.output + done.errors
 
     async def test_a_server_with_other_settings_can_be_called(
         self, start_server: Any, database: str, tmp_path: Path, key: Key

@@ -5,7 +5,7 @@ import functools
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -17,6 +17,7 @@ from chat_ticket_svc.access import request_context
 from chat_ticket_svc.access.credential import Metadata, metadata_values
 from chat_ticket_svc.access.method_permissions import UNAUTHENTICATED_METHODS
 from chat_ticket_svc.telemetry import metrics, tracing
+from chat_ticket_svc.telemetry.log_sampler import LogSampler
 from chat_ticket_svc.telemetry.log_writer import log_deferred
 
 log = structlog.get_logger()
@@ -41,6 +42,10 @@ SERVER_ERROR_CODES = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DATA_LOSS,
 }
+
+
+REJECTION_LOG_SECONDS = 10
+_rejected_credentials = LogSampler(REJECTION_LOG_SECONDS)
 
 
 class CallRecord:
@@ -70,17 +75,32 @@ class CallRecord:
     def request_id(self) -> str:
         return self._fields["request_id"]
 
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """What identifies the call in other log lines."""
+        return {**self._fields, **request_context.log_fields()}
+
+    def log_rejected_credential(self, diagnosis: Mapping[str, str]) -> None:
+        """Log why the call's credential was rejected, unless there was such a line just now.
+
+        Anybody can send invalid tokens, so the lines are sampled by the part that is wrong. Without
+        a key of the issuer nobody can hide the lines about claims.
+        """
+        omitted = _rejected_credentials.sample(diagnosis["part"])
+        if omitted is not None:
+            log.info("credential rejected", **self.log_fields, **diagnosis, omitted=omitted)
+
     def log_started(self, session_id: str | None) -> None:
         """Log that a stream was admitted; `session_id` is a UUID."""
         if session_id is not None:
             self._fields["session_id"] = session_id
         if self._write is not None:
-            log_deferred(self._write, "started call", self._fields | _tenant_field())
+            log_deferred(self._write, "started call", self._fields | request_context.log_fields())
 
     def log_finished(self, code: grpc.StatusCode, seconds: float) -> None:
         if self._write is None:
             return
-        fields: dict[str, Any] = self._fields | _tenant_field()
+        fields: dict[str, Any] = self._fields | request_context.log_fields()
         fields["code"] = code.name
         if self.reason is not None:
             fields["reason"] = self.reason
@@ -90,12 +110,6 @@ class CallRecord:
         fields["responses"] = self.responses
         fields["response_bytes"] = self.response_bytes
         log_deferred(self._write, "finished call", fields)
-
-
-def _tenant_field() -> dict[str, str]:
-    """Empty until the call is admitted."""
-    tenant_id = request_context.tenant_id_or_none()
-    return {} if tenant_id is None else {"tenant": tenant_id}
 
 
 Behavior = Callable[[Any, Context, CallRecord], Awaitable[Any]]

@@ -190,7 +190,7 @@ class RpcMiddleware:
                 record.responses, record.response_bytes = 1, len(response)
                 return response
             except BaseException as error:
-                await self._abort(method, context, record, task, error)
+                await self._abort(context, record, task, error)
             finally:
                 self._in_flight.discard(task)
 
@@ -239,7 +239,7 @@ class RpcMiddleware:
                             record.responses += 1
                             record.response_bytes += len(message)
             except BaseException as error:
-                await self._abort(method, context, record, task, error)
+                await self._abort(context, record, task, error)
             finally:
                 self._in_flight.discard(task)
                 self._write_timeouts.stop(task)
@@ -259,7 +259,6 @@ class RpcMiddleware:
 
     async def _abort(
         self,
-        method: str,
         context: grpc.aio.ServicerContext[Any, Any],
         record: CallRecord,
         task: asyncio.Task[Any],
@@ -282,7 +281,7 @@ class RpcMiddleware:
             case asyncio.CancelledError() if task.cancelling():  # by the caller, or by the drain
                 raise error
             case asyncio.CancelledError() | Exception():
-                await abort_with_internal_error(context, record, method, error)
+                await abort_with_internal_error(context, record, error)
             case _:
                 raise error
 

@@ -55,7 +55,7 @@ async def check(
     return await _print_lines(
         check_settings(settings, environment),
         check_database(settings),
-        check_credentials(settings),
+        check_credentials(settings, token),
         check_service(settings, lambda channel: check_call(channel, settings, token, tenant_id)),
     )
 
