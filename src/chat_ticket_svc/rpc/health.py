@@ -10,6 +10,7 @@ from grpc_health.v1 import health, health_pb2
 from chat_ticket_svc.errors import DomainError
 from chat_ticket_svc.store import schema
 from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.telemetry import metrics
 
 log = structlog.get_logger()
 
@@ -67,6 +68,7 @@ class HealthMonitor:
                     await self._db.check()  # the pool may take longer than the probe to recover
             except Exception as error:  # any error: the server is not healthy
                 problem = str(error) if isinstance(error, DomainError) else type(error).__qualname__
+            metrics.DATABASE_UP.set(not problem)
             if problem != last_problem:
                 last_problem = problem
                 if problem:

@@ -5,7 +5,7 @@ import functools
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -53,6 +53,7 @@ class CallRecord:
 
     __slots__ = (
         "_fields",
+        "_sent",
         "_write",
         "metadata",
         "reason",
@@ -62,9 +63,14 @@ class CallRecord:
     )
 
     def __init__(
-        self, metadata: Metadata, write: Callable[..., None] | None, fields: dict[str, str]
+        self,
+        metadata: Metadata,
+        write: Callable[..., None] | None,
+        fields: dict[str, str],
+        sent: Counter,
     ):
         self.metadata = metadata
+        self._sent = sent
         self._write = write
         self._fields = fields
         self.request_bytes: int | None = None  # None for a stream of requests
@@ -89,6 +95,12 @@ class CallRecord:
         omitted = _rejected_credentials.sample(diagnosis["part"])
         if omitted is not None:
             log.info("credential rejected", **self.log_fields, **diagnosis, omitted=omitted)
+
+    def count_response(self, size: int) -> None:
+        """Count a message that was sent to the caller."""
+        self.responses += 1
+        self.response_bytes += size
+        self._sent.inc()
 
     def log_started(self, session_id: str | None) -> None:
         """Log that a stream was admitted; `session_id` is a UUID."""
@@ -128,6 +140,10 @@ def instrumented(
     _, service, name = method.split("/")
     metrics_for = functools.cache(functools.partial(_metrics_for, grpc_type, service, name))
     open_streams = metrics.STREAMS.labels(service, name) if grpc_type != "unary" else None
+    of_method = (grpc_type, service, name)
+    started, received, sent = (
+        metric.labels(*of_method) for metric in (metrics.STARTED, metrics.RECEIVED, metrics.SENT)
+    )
     write = None
     if access_log:
         # Health checks come every few seconds, for as long as the server runs.
@@ -137,8 +153,13 @@ def instrumented(
         started_at = time.perf_counter()
         metadata: Metadata = context.invocation_metadata() or ()  # type: ignore[assignment]
         fields = {"method": method[1:], "request_id": _request_id(metadata)}
-        record = CallRecord(metadata, write, fields)
+        record = CallRecord(metadata, write, fields, sent)
         code = grpc.StatusCode.CANCELLED
+        started.inc()
+        if isinstance(request, bytes):
+            received.inc()
+        else:
+            request = _counted(request, received)
         if open_streams is not None:
             open_streams.inc()
         with tracing.call(method, metadata) as span:
@@ -171,6 +192,12 @@ def instrumented(
                 record.log_finished(code, seconds)
 
     return handle
+
+
+async def _counted(requests: AsyncIterable[Any], received: Counter) -> AsyncIterator[Any]:
+    async for request in requests:
+        received.inc()
+        yield request
 
 
 def _request_id(metadata: Metadata) -> str:

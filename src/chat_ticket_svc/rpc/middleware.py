@@ -187,7 +187,7 @@ class RpcMiddleware:
                         response = serialize(await behavior(request, context))
                 except TimeoutError as error:
                     raise errors.DeadlineExceededError from error
-                record.responses, record.response_bytes = 1, len(response)
+                record.count_response(len(response))
                 return response
             except BaseException as error:
                 await self._abort(context, record, task, error)
@@ -236,8 +236,7 @@ class RpcMiddleware:
                             self._write_timeouts.start(task)
                             await context.write(message)
                             self._write_timeouts.stop(task)
-                            record.responses += 1
-                            record.response_bytes += len(message)
+                            record.count_response(len(message))
             except BaseException as error:
                 await self._abort(context, record, task, error)
             finally:
