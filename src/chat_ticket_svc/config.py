@@ -42,6 +42,8 @@ URL_CHARACTERS = re.compile(r"([A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=]|%[0-9A-Fa-f]
 # The scheme and user info of a URL, and its hosts.
 HOSTS = re.compile(r"([a-z]+://(?:[^/?#]*@)?)([^/?#]*)")
 
+MAX_WORKERS = 128
+
 KIB = 1024
 MIB = 1024 * KIB
 
@@ -180,7 +182,7 @@ class Settings(BaseSettings):
     workers: int = Field(
         default=1,
         ge=1,
-        le=128,
+        le=MAX_WORKERS,
         description="Server processes that share the port. `serve --workers N` overrides it.",
     )
     reflection: bool = Field(default=True, description="Serve gRPC reflection.")
