@@ -1,12 +1,15 @@
-"""The tenant and the caller of the current call, as context variables.
+"""What belongs to the current call, in context variables.
 
-Admission sets them; shared watch reads set the tenant.
+Admission sets the tenant and the subject, shared watch reads the tenant. Services note which calls
+are not repeatable.
 """
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 
 _TENANT_ID: ContextVar[str] = ContextVar("tenant_id")
 _SUBJECT: ContextVar[str | None] = ContextVar("subject", default=None)
+_NOT_REPEATABLE: ContextVar[Mapping[str, str] | None] = ContextVar("not_repeatable", default=None)
 
 
 def set_tenant(tenant_id: str) -> None:
@@ -37,3 +40,17 @@ def log_fields() -> dict[str, str]:
     if (subject := _SUBJECT.get()) is not None:
         fields["subject"] = subject
     return fields
+
+
+def set_not_repeatable(**assigned_ids: str) -> None:
+    """Note that this call, repeated as it is, may write a second time or fail for its own write.
+
+    `assigned_ids` are the ids that the service has chosen for it, as the caller has not. Repeated
+    with them, the call is safe.
+    """
+    _NOT_REPEATABLE.set(assigned_ids)
+
+
+def not_repeatable() -> Mapping[str, str] | None:
+    """The assigned ids of a call that is not repeatable as it is. None: it is repeatable."""
+    return _NOT_REPEATABLE.get()
