@@ -11,9 +11,8 @@ export is not one snapshot: each session is read separately.
 
 import argparse
 import contextlib
+import io
 import json
-import os
-import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -58,18 +57,17 @@ def run(options: argparse.Namespace) -> int:
 async def _export_to_file(
     db: Database, tenant_id: str, session_id: str | None, output: Path | None
 ) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # JSON is UTF-8, whatever the terminal's encoding
+        sys.stdout.reconfigure(encoding="utf-8")
     target = contextlib.nullcontext(sys.stdout) if output is None else atomic_write(output)
     try:
         with target as file:
             if not await export(db, tenant_id, session_id, file):
                 raise ConfigurationError(f"tenant {tenant_id} has no data")
     except OSError as error:
-        if output is None:  # otherwise Python fails to flush at exit, and prints a traceback
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has closed the pipe
-            return 128 + signal.SIGPIPE
-        name = output or "standard output"
-        print(f"chat-ticket-svc: cannot write {name}: {error.strerror}", file=sys.stderr)
+        if output is None:  # the command line reports it, as for every command
+            raise
+        print(f"chat-ticket-svc: cannot write {output}: {error.strerror}", file=sys.stderr)
         return 1
     return 0
 
