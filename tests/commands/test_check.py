@@ -164,8 +164,8 @@ async def test_a_collation_that_changed_is_a_warning(fresh_database: str) -> Non
     state, text = line(done, "collation")
     assert state == "warning"
     assert re.fullmatch(
-        r"version .*, but old was recorded: indexes of text may be out of order, \d+ of the service;"
-        " REINDEX the database, then ALTER DATABASE ... REFRESH COLLATION VERSION",
+        r"version .*, but old was recorded: indexes of text may be out of order, \d+ of the"
+        " service; REINDEX the database, then ALTER DATABASE ... REFRESH COLLATION VERSION",
         text,
     )
 
