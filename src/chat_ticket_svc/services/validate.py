@@ -174,18 +174,33 @@ class Validator:
                 )
         return set(mask.paths)
 
-    def time(self, field: str, is_set: bool, value: Timestamp) -> datetime | None:
-        """A timestamp rounded up to microseconds; None when it is not set."""
-        if not is_set:
+    def start_time(self, field: str, request: Any) -> datetime | None:
+        """The optional first time of a filter. The first microsecond of year 1 is no limit."""
+        microseconds = self._microseconds(field, request)
+        if microseconds is None or microseconds == convert.MIN_MICROSECONDS:
             return None
+        return convert.to_datetime(min(microseconds, convert.MAX_MICROSECONDS))
+
+    def end_time(self, field: str, request: Any) -> datetime | None:
+        """The optional time that a filter ends before. The last microsecond of 9999 is no limit."""
+        microseconds = self._microseconds(field, request)
+        if microseconds is None or microseconds >= convert.MAX_MICROSECONDS:
+            return None
+        return convert.to_datetime(microseconds)
+
+    def _microseconds(self, field: str, request: Any) -> int | None:
+        """A timestamp rounded up to microseconds since the Unix epoch; None when it is not set."""
+        if not request.HasField(field):
+            return None
+        value: Timestamp = getattr(request, field)
         if not 0 <= value.nanos < 1_000_000_000:
             self.add_violation(field, f"{value.nanos:,} nanoseconds, from 0 to 999,999,999")
             return None
-        try:
-            return convert.to_datetime(value.seconds * 1_000_000 + -(-value.nanos // 1000))
-        except OverflowError:
+        microseconds = value.seconds * 1_000_000
+        if not convert.MIN_MICROSECONDS <= microseconds <= convert.MAX_MICROSECONDS:
             self.add_violation(field, "timestamp outside the years 1 to 9999")
             return None
+        return microseconds + -(-value.nanos // 1000)
 
     def metadata(self, field: str, value: str) -> str | None:
         """The text of a JSON object; None when it is empty."""
