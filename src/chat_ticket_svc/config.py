@@ -60,7 +60,7 @@ class Limits(BaseModel):
     )
     metadata_bytes: PositiveInt = Field(
         default=64 * KIB,
-        description="Bytes of UTF-8 in the metadata of a message, without blanks between its tokens.",
+        description="Bytes of UTF-8 in the metadata of a message, without blanks between tokens.",
     )
     metadata_depth: PositiveInt = Field(
         default=20, description="How deep the metadata of a message may nest."
