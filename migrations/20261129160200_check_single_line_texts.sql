@@ -78,6 +78,15 @@ ALTER TABLE chat_attachments
         CHECK (file_url ~* '^https?://[^/?#[:space:]][^[:space:]]*$') NOT VALID,
     ADD CONSTRAINT chat_attachments_file_type_check
         CHECK (file_type ~ '^[!-.0-~]+/[!-.0-~]+$') NOT VALID;
+DO $$
+BEGIN
+    ALTER TABLE chat_attachments
+        VALIDATE CONSTRAINT chat_attachments_file_url_check,
+        VALIDATE CONSTRAINT chat_attachments_file_type_check;
+EXCEPTION
+    WHEN check_violation THEN NULL;
+END
+$$;
 DROP TRIGGER chat_attachments_check_file_name_update ON chat_attachments;
 DROP TRIGGER chat_attachments_check_file_name_insert ON chat_attachments;
 DROP TRIGGER tickets_check_title_update ON tickets;

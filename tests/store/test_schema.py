@@ -80,7 +80,7 @@ class TestValues:
         """As a data exception, which an older server too answers with INVALID_ARGUMENT."""
         row = us.add(table, **{column: "\u202aa\u2067б\u2069\u202c"})
         unpaired = ["a\u202eb", "\u2066\u202c", "\u202c\u202a", "\u202a\u2067\u202c\u2069"]
-        bad = ["a\nb", "\x01", "\x1f", "a\x7f", "\x85", "\x9f", "a\u2028b", " ", "a ", "\u3000a"]
+        bad = ["a\nb", "\x01", "\x1f", "a\x7f", "\x85", "\x9f", "a\u2028b", " ", "a "]
         for value in [*bad, *unpaired]:
             with rejected_by(InvalidParameterValue, f"{table}_{column}_check"):
                 us.add(table, **{column: value})
