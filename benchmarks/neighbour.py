@@ -208,7 +208,7 @@ def measure(bench: Bench) -> list[Figure]:
             details={
                 "calls_per_second": CALLS_PER_SECOND,
                 "flooding_callers": CALLERS,
-                "tenant_calls_per_second": config.Quotas().tenant_calls_per_second,
+                "tenant_calls_per_second": config.Settings().tenant_calls_per_second,
                 "phase": results[phase],
                 "alone": results[ALONE],
             },

@@ -110,7 +110,7 @@ def _also_register(add: Callable[[Any, Any], None]) -> Callable[[Any, Any], None
 
 
 async def _serve_bare() -> None:
-    bare = aio_server.create_server(options=server.OPTIONS)
+    bare = aio_server.create_server(request_timeout_seconds=10, options=server.OPTIONS)
     _register(bare)
     _InMemoryChat().register(bare)
     port = bare.add_insecure_port("127.0.0.1:0")

@@ -4,7 +4,9 @@ Settings are immutable. All errors are reported together, and without the values
 the values are secrets.
 """
 
+import os
 import re
+import sys
 from collections.abc import Iterable
 from ipaddress import ip_address
 from pathlib import Path
@@ -41,6 +43,12 @@ URL_CHARACTERS = re.compile(r"([A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=]|%[0-9A-Fa-f]
 
 # The scheme and user info of a URL, and its hosts.
 HOSTS = re.compile(r"([a-z]+://(?:[^/?#]*@)?)([^/?#]*)")
+
+# The default rate of a tenant: a small part of what a core serves, so that other tenants hardly
+# notice a flood (`make bench PARTS=neighbour`). With more cores than these the rate stays the same,
+# because a process does most of its work in one thread.
+CALLS_PER_SECOND_AND_CORE = 200
+MAX_CORES_OF_PROCESS = 8
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -87,13 +95,18 @@ class Limits(BaseModel):
 class Quotas(BaseModel):
     """Limits of what callers may use of one server process.
 
+    Calls beyond the rate or the calls in flight wait for up to 2 seconds before they are refused.
     ListChatMessages and WatchChatSession streams both count as streams.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tenant_calls_per_second: PositiveFloat = Field(
-        default=200, description="Calls a second of one tenant, on average."
+    tenant_calls_per_second: PositiveFloat | None = Field(
+        default=None,
+        description="Calls a second of one tenant, on average. Not set: "
+        f"{CALLS_PER_SECOND_AND_CORE} for each core that the process has, at most "
+        f"{CALLS_PER_SECOND_AND_CORE * MAX_CORES_OF_PROCESS}. Workers share the cores of a "
+        "machine.",
     )
     tenant_burst: PositiveInt = Field(
         default=400, description="Calls that a tenant may make at once after a pause."
@@ -366,6 +379,13 @@ class Settings(BaseSettings):
         return self
 
     @property
+    def tenant_calls_per_second(self) -> float:
+        """The rate of a tenant in this process: as set, or what suits the machine."""
+        if self.quotas.tenant_calls_per_second is not None:
+            return self.quotas.tenant_calls_per_second
+        return CALLS_PER_SECOND_AND_CORE * min(_cores() / self.workers, MAX_CORES_OF_PROCESS)
+
+    @property
     def exposure(self) -> str:
         """What anyone on the network could do to this server. Empty for a safe configuration."""
         if is_loopback(self.host):
@@ -382,6 +402,13 @@ class Settings(BaseSettings):
     @property
     def migrate_url(self) -> str:
         return self.migrate_database_url or self.database_url
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def is_loopback(host: str) -> bool:

@@ -153,10 +153,16 @@ class OutcomeUnknownError(UnavailableError):
 
     def __init__(self) -> None:
         super().__init__(
-            "connection to the database lost during the write, which may have succeeded: "
-            "retry with the same id",
+            "connection to the database lost during the write, which may have succeeded",
             reason="OUTCOME_UNKNOWN",
         )
+
+
+class StatementCanceledError(UnavailableError):
+    """Somebody canceled the statement in the database before its timeout."""
+
+    def __init__(self) -> None:
+        super().__init__("the statement was canceled in the database", reason="STATEMENT_CANCELED")
 
 
 class DeadlineExceededError(DomainError):
@@ -196,7 +202,6 @@ _FIX_REQUEST = "Correct the request. Repeating it unchanged fails again."
 _NEW_CREDENTIAL = "Get a new credential, then retry."
 _OTHER_CREDENTIAL = "Use a credential that allows it. Retrying with this one fails again."
 _RETRY = "Retry after the delay in `RetryInfo`."
-_RETRY_SAME_ID = "Retry with the same ids."
 
 # Every reason, in the order of the statuses. A test compares it with the code that raises them.
 REASONS = (
@@ -204,7 +209,8 @@ REASONS = (
         "INVALID_ARGUMENT",
         "INVALID_ARGUMENT",
         "A field is malformed or over its limit, or a field mask, page token or tenant id is "
-        "malformed. `BadRequest` lists every violation.",
+        "malformed. `BadRequest` lists up to 100 violations, in at most 3,500 bytes. The metadata "
+        "counts the others as `omitted_violations`.",
         _FIX_REQUEST,
     ),
     Reason(
@@ -336,6 +342,13 @@ REASONS = (
         "Too many calls wait for a database connection.",
         _RETRY,
     ),
+    Reason(
+        "POOL_TIMEOUT",
+        "RESOURCE_EXHAUSTED",
+        "The database connections that the tenant may use were busy for 2 seconds. Nothing was "
+        "done.",
+        _RETRY,
+    ),
     Reason("DISK_FULL", "RESOURCE_EXHAUSTED", "The database's disk is full.", _RETRY),
     Reason(
         "DATABASE_RESOURCES",
@@ -358,13 +371,20 @@ REASONS = (
     Reason(
         "DATABASE_UNAVAILABLE",
         "UNAVAILABLE",
-        "The database cannot be reached, or no connection became free in time. Nothing was done.",
+        "The database cannot be reached. Nothing was done.",
         _RETRY,
     ),
     Reason(
         "DATABASE_READ_ONLY",
         "UNAVAILABLE",
         "The database is read-only: a standby, or a failover under way. Nothing was done.",
+        _RETRY,
+    ),
+    Reason(
+        "STATEMENT_CANCELED",
+        "UNAVAILABLE",
+        "Somebody canceled the statement in the database, for example with `pg_cancel_backend`. "
+        "Nothing was done.",
         _RETRY,
     ),
     Reason(
@@ -382,16 +402,18 @@ REASONS = (
     Reason(
         "OUTCOME_UNKNOWN",
         "UNAVAILABLE",
-        "The connection to the database broke during a write, which may have succeeded.",
-        _RETRY_SAME_ID,
+        "The connection to the database broke during a write, which may have succeeded. The "
+        "metadata has the ids that the server chose, if the request had none.",
+        "With `RetryInfo`, repeat the request as it is. Without it, repeat it with the ids in the "
+        "metadata, or read what is stored.",
     ),
     Reason(
         "DEADLINE_EXCEEDED",
         "DEADLINE_EXCEEDED",
         "The deadline passed: the caller's, or the server's for calls without one. A write that "
         "arrives with less than 50 ms left is not begun. A write that has begun may have "
-        "succeeded.",
-        _RETRY_SAME_ID,
+        "succeeded. The metadata has the ids that the server chose, if the request had none.",
+        "Retry with the same ids, or with those in the metadata.",
     ),
     Reason(
         "UNSUPPORTED_BY_DATABASE",

@@ -74,18 +74,33 @@ DRAIN_HOLD_SECONDS = 0.5
 # The time that gRPC gets to send the GOAWAY, before the paused calls go on.
 GOAWAY_SEND_SECONDS = 0.05
 
+# Calls and streams of one connection.
+MAX_CONCURRENT_STREAMS = 200
+
 OPTIONS = [
     ("grpc.max_receive_message_length", 4 * MIB),
     # gRPC rejects sizes between these two limits at random. Equal limits leave nothing in between.
     ("grpc.max_metadata_size", 8192),
     ("grpc.absolute_max_metadata_size", 8192),
-    ("grpc.max_concurrent_streams", 200),
+    # Calls beyond this wait in the client. gRPC also refuses calls while a connection has more than
+    # both numbers together in memory, as those that were answered stay there for a moment. This is
+    # the protection against rapid resets. Without the second number, a client that replaces each
+    # answered call with the next one is refused.
+    ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+    ("grpc.http2.max_deallocating_streams", MAX_CONCURRENT_STREAMS),
+    # gRPC cancels calls at random while so many wait for the event loop. The quotas should be what
+    # refuses calls, because callers are told to retry then. The default is 1,000: five connections.
+    ("grpc.server.max_pending_requests", 5_000),
+    ("grpc.server.max_pending_requests_hard_limit", 10_000),
     ("grpc.max_connection_age_ms", 1_800_000),
     ("grpc.max_connection_age_grace_ms", 60_000),
     ("grpc.max_connection_idle_ms", 900_000),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+    # Pings of clients, also while they have no calls. Clients of gRPC-Java and grpc-go send one
+    # every ten seconds at most. The network may bring two of those pings closer together.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 ]
 
 
@@ -118,7 +133,8 @@ class Server:
         self._jwks_client = _jwks_client(settings)
         self._middleware = RpcMiddleware(
             AdmissionController(
-                _authenticators(settings, self._jwks_client), QuotaEnforcer(settings.quotas)
+                _authenticators(settings, self._jwks_client),
+                QuotaEnforcer(settings.quotas, settings.tenant_calls_per_second),
             ),
             unary_timeout_seconds=settings.unary_timeout_seconds,
             stream_write_timeout_seconds=settings.stream_write_timeout_seconds,
@@ -128,7 +144,10 @@ class Server:
         self._health_monitor = HealthMonitor(self._health, self._schema_probe, self._db)
         # gRPC shares ports by default: a second server would start on the same port unnoticed.
         share_port = ("grpc.so_reuseport", int(settings.workers > 1))
-        self._grpc = aio_server.create_server(options=[*OPTIONS, share_port])
+        self._grpc = aio_server.create_server(
+            request_timeout_seconds=settings.unary_timeout_seconds,
+            options=[*OPTIONS, share_port],
+        )
         self._metrics: HTTPServer | None = None
 
     async def start(self) -> None:

@@ -46,10 +46,16 @@ def fast_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def start_with_quotas(start_server: Any, database: str) -> Callable[..., Awaitable[Api]]:
-    """`await start_with_quotas(**quotas)`: a client of a new server that has these quotas."""
+def start_with_quotas(
+    start_server: Any, database: str, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Awaitable[Api]]:
+    """`await start_with_quotas(**quotas)`: a client of a new server that has these quotas.
 
-    async def start(**quotas: float) -> Api:
+    Calls beyond the quotas are rejected at once, unless `wait_seconds` is given.
+    """
+
+    async def start(*, wait_seconds: float = 0, **quotas: float) -> Api:
+        monkeypatch.setattr("chat_ticket_svc.access.quotas.MAX_WAIT_SECONDS", wait_seconds)
         # Longer than any test holds a lock.
         return await start_server(database, quotas=quotas, lock_timeout_ms=9000)  # type: ignore[no-any-return]
 

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import gc
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc.aio
@@ -74,20 +75,19 @@ class TestConnections:
         api = await start_server(fresh_database, pool_size=2, lock_timeout_ms=9000)
         async with contextlib.AsyncExitStack() as stack:
             tenants = [await stack.enter_async_context(another_tenant(api)) for _ in range(5)]
-            sessions = [(await tenant.session()).id for tenant in tenants]
+            # Two sessions each, as calls on one session take turns before they enter the queue.
+            sessions = [(tenant, (await tenant.session()).id) for tenant in tenants * 2]
+            free = await tenants[0].session()
             await api.session()
-            with contextlib.ExitStack() as locks:
-                for session_id in sessions:
-                    locks.enter_context(session_locked(fresh_database, session_id))
+            with session_locked(fresh_database, *(session_id for _, session_id in sessions)):
                 waiting = [
                     asyncio.create_task(tenant.message(session_id))
-                    for tenant, session_id in zip(tenants, sessions, strict=True)
-                    for _ in range(2)
+                    for tenant, session_id in sessions
                 ]
                 await asyncio.sleep(0.5)
                 assert not any(task.done() for task in waiting), "ten places are theirs"
                 with refused(StatusCode.RESOURCE_EXHAUSTED, "POOL_QUEUE_FULL"):
-                    await tenants[0].message(sessions[0])
+                    await tenants[0].message(free.id, "x" * 9000)
                 newcomer = asyncio.create_task(api.session())
                 await asyncio.sleep(0.2)
                 assert not newcomer.done()
@@ -331,42 +331,46 @@ class TestStreams:
 class TestMemory:
     """Mostly of the counters alone, because thousands of calls through a channel would be slow."""
 
-    def quotas(self, **limits: float) -> QuotaEnforcer:
-        return QuotaEnforcer(config.Quotas.model_validate(limits))
+    def quotas(self, *, calls_per_second: float = 1_000_000, **limits: float) -> QuotaEnforcer:
+        return QuotaEnforcer(config.Quotas.model_validate(limits), calls_per_second)
 
-    def many(self, quotas: QuotaEnforcer, count: int = 10 * PRUNE_THRESHOLD_TENANTS) -> None:
+    async def call(self, quotas: QuotaEnforcer, tenant_id: str) -> AbstractContextManager[None]:
+        return await quotas.acquire_call(tenant_id, wait_seconds=0, request_bytes=0)
+
+    async def stream(self, quotas: QuotaEnforcer, tenant_id: str) -> AbstractContextManager[None]:
+        return await quotas.acquire_stream(tenant_id, an_id(), wait_seconds=0, request_bytes=0)
+
+    async def many(self, quotas: QuotaEnforcer, count: int = 10 * PRUNE_THRESHOLD_TENANTS) -> None:
         for n in range(count):
-            with quotas.acquire_call(f"{an_id()} {n}"):
+            with await self.call(quotas, f"{an_id()} {n}"):
                 pass
 
     async def test_idle_tenants_are_pruned(self) -> None:
         """Memory does not grow with the number of tenants that have ever called."""
-        quotas = self.quotas(tenant_calls_per_second=1_000_000)
-        self.many(quotas)
+        quotas = self.quotas()
+        await self.many(quotas)
         assert len(quotas._usages) <= 2 * PRUNE_THRESHOLD_TENANTS
 
     async def test_active_tenants_are_not_pruned(self) -> None:
         """A call or stream in progress stays counted, whoever else calls."""
-        quotas = self.quotas(
-            tenant_calls_per_second=1_000_000, tenant_calls_in_flight=1, tenant_streams=1
-        )
-        with quotas.acquire_call("calls"), quotas.acquire_stream("streams", an_id()):
-            self.many(quotas)
-            with pytest.raises(QuotaExceededError), quotas.acquire_call("calls"):
-                pass
-            with pytest.raises(QuotaExceededError), quotas.acquire_stream("streams", an_id()):
-                pass
-        self.many(quotas)
+        quotas = self.quotas(tenant_calls_in_flight=1, tenant_streams=1)
+        with await self.call(quotas, "calls"), await self.stream(quotas, "streams"):
+            await self.many(quotas)
+            with pytest.raises(QuotaExceededError):
+                await self.call(quotas, "calls")
+            with pytest.raises(QuotaExceededError):
+                await self.stream(quotas, "streams")
+        await self.many(quotas)
         assert not {"calls", "streams"} & quotas._usages.keys()
 
     async def test_tenants_with_a_used_rate_are_not_pruned(self) -> None:
         """Pruning does not grant a new burst."""
-        quotas = self.quotas(tenant_calls_per_second=0.1, tenant_burst=1)
-        with quotas.acquire_call("spent"):
+        quotas = self.quotas(calls_per_second=0.1, tenant_burst=1)
+        with await self.call(quotas, "spent"):
             pass
-        self.many(quotas)
-        with pytest.raises(QuotaExceededError), quotas.acquire_call("spent"):
-            pass
+        await self.many(quotas)
+        with pytest.raises(QuotaExceededError):
+            await self.call(quotas, "spent")
 
     async def test_rejected_calls_leave_no_reference_cycles(
         self, start_with_quotas: Callable[..., Awaitable[Api]]

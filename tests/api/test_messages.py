@@ -312,24 +312,32 @@ class TestBatch:
         session = await api.session()
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await create_batch(api, session.id, [user_message("x", attachments=[a_file()] * 7)] * 3)
-        assert list(refusal.fields) == ["messages.attachments"]
+        assert refusal.fields == {"messages": "21 attachments, at most 20"}
 
     async def test_same_id_twice_is_rejected(self, api: Api) -> None:
-        """A batch cannot hold a message twice."""
-        session = await api.session()
+        """A batch cannot hold a message twice. Each repetition is named, in either case."""
+        session, message = await api.session(), user_message("x", id=an_id())
+        upper = user_message("x", id=message.id.upper())
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
-            await create_batch(api, session.id, [user_message("x", id=an_id())] * 2)
-        assert refusal.fields == {"messages": "duplicate message id"}
+            await create_batch(api, session.id, [user_message("x"), message, upper, message])
+        assert refusal.fields == {
+            "messages[2].id": "the same id as messages[1].id",
+            "messages[3].id": "the same id as messages[1].id",
+        }
 
     async def test_same_attachment_id_twice_is_rejected(self, api: Api) -> None:
         """In one message, and in two of a batch."""
         session, file = await api.session(), a_file(id=an_id())
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await api.message(session.id, attachments=[file, file])
-        assert refusal.fields == {"message": "duplicate attachment id"}
+        assert refusal.fields == {
+            "message.attachments[1].id": "the same id as message.attachments[0].id"
+        }
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await create_batch(api, session.id, [user_message("a", attachments=[file])] * 2)
-        assert refusal.fields == {"messages": "duplicate attachment id"}
+        assert refusal.fields == {
+            "messages[1].attachments[0].id": "the same id as messages[0].attachments[0].id"
+        }
 
     async def test_repeat_returns_what_is_stored(self, api: Api) -> None:
         """Sixteen repeats at once are one batch."""
@@ -354,13 +362,15 @@ class TestBatch:
         assert await get_revision(api, session.id) == 3
 
     async def test_violations_of_a_full_batch_fit_into_the_error(self, api: Api) -> None:
-        """500 bad messages fail with as many violations as fit into the trailers."""
+        """500 bad messages fail with as many violations as fit; the others are counted."""
         session = await api.session()
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await create_batch(api, session.id, [r.ChatMessage()] * 500)
         violations = refusal.details["BadRequest"].field_violations
         assert violations[0].field == "messages[0].role"
-        assert violations[-1].description == f"and {1000 - len(violations) + 1} more violations"
+        assert all(violation.field for violation in violations)
+        assert 50 < len(violations) <= 100
+        assert refusal.info.metadata == {"omitted_violations": str(1000 - len(violations))}
 
 
 class TestUpdate:

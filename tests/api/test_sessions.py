@@ -1,14 +1,24 @@
 """Chat sessions through the API."""
 
 import asyncio
+import re
+from collections.abc import Iterator
+from typing import Any
 
+import grpc.aio
+import psycopg
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import StatusCode
 from support.client import Api, an_id, refused
+from support.cluster import Cluster
+from support.database import execute
+from support.messages import sequences
 from support.sessions import ACTIVE, ARCHIVED, RESOLVED, get_session, set_status
+from support.tickets import SOLVED, update_ticket
 
+from chat_ticket.v1 import chat_session_pb2_grpc
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_session_pb2 import (
     CHAT_SESSION_ORDER_UPDATE_TIME,
@@ -17,6 +27,8 @@ from chat_ticket.v1.chat_session_pb2 import (
     ListChatSessionsRequest,
     UpdateChatSessionRequest,
 )
+from chat_ticket_svc.services.validate import MAX_UUID
+from chat_ticket_svc.store import sessions, tickets
 
 NIL = "00000000-0000-0000-0000-000000000000"
 
@@ -30,6 +42,23 @@ async def list_all_ids(api: Api, request: ListChatSessionsRequest) -> list[str]:
         if not page.next_page_token:
             return ids
         request.page_token = page.next_page_token
+
+
+@pytest.fixture(scope="module")
+def many_of_one_status(cluster: Cluster) -> Iterator[tuple[str, str]]:
+    """A database, and its tenant with 20,000 active sessions and closed tickets."""
+    url = cluster.create()
+    execute(
+        url,
+        "INSERT INTO chat_sessions (tenant_id, created_at, updated_at)"
+        " SELECT 'large', time, time FROM generate_series(timestamptz '2026-01-01',"
+        " '2026-01-01'::timestamptz + interval '19999 minutes', '1 minute') AS time",
+        "INSERT INTO tickets (tenant_id, title, status, created_at)"
+        " SELECT 'large', 't', 'closed', created_at FROM chat_sessions",
+        "VACUUM ANALYZE",
+    )
+    yield url, "large"
+    cluster.drop(url)
 
 
 class TestCreate:
@@ -181,6 +210,41 @@ class TestDelete:
         request = DeleteChatSessionRequest(session_id=session_id, etag=etag)
         await api.sessions.DeleteChatSession(request)
 
+    async def test_large_session_is_deleted_however_long_it_takes(
+        self, start_server: Any, fresh_database: str
+    ) -> None:
+        """The deletion goes on when its caller's deadline has passed, and a repeat waits for it.
+
+        No part of the session is gone before the whole. Its ticket protects it as any other.
+        """
+        api = await start_server(fresh_database, statement_timeout_ms=300)
+        session = await api.session()
+        await api.message(session.id)
+        link = await api.escalate(session.id)
+        execute(
+            fresh_database,
+            "UPDATE chat_sessions SET revision = 1000000",
+            "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$ BEGIN PERFORM pg_sleep(1); RETURN OLD; END $$",
+            "CREATE TRIGGER wait BEFORE DELETE ON chat_messages"
+            " FOR EACH ROW EXECUTE FUNCTION wait()",
+        )
+        with refused(StatusCode.FAILED_PRECONDITION, "SESSION_HAS_ACTIVE_TICKET"):
+            await self.delete(api, session.id)
+        await update_ticket(api, link.ticket_id, status=SOLVED)
+        stub = chat_session_pb2_grpc.ChatSessionServiceStub(api.channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.DeleteChatSession(
+                DeleteChatSessionRequest(session_id=session.id),
+                metadata=api.sessions._metadata,
+                timeout=0.3,
+            )
+        assert caught.value.code() is StatusCode.DEADLINE_EXCEEDED
+        assert await sequences(api, session.id) == [1]
+        await self.delete(api, session.id)
+        with refused(StatusCode.NOT_FOUND):
+            await get_session(api, session.id)
+
     async def test_deleted_session_is_gone(self, api: Api) -> None:
         """A repeat of the delete is NOT_FOUND."""
         session = await api.session()
@@ -236,6 +300,36 @@ class TestList:
         ):
             request = ListChatSessionsRequest(statuses=statuses, has_ticket=has_ticket)
             assert await list_all_ids(api, request) == expected
+
+    @pytest.mark.parametrize(
+        ("statement", "statuses", "has_ticket"),
+        [
+            (sessions.LIST_OF_KIND_BY_CREATE_TIME, ["archived"], None),
+            (sessions.LIST_OF_KIND_BY_UPDATE_TIME, ["archived", "resolved"], None),
+            (sessions.LIST_OF_KIND_BY_UPDATE_TIME, None, True),
+            (tickets.LIST_TICKETS_OF_STATUSES, ["pending", "open"], None),
+        ],
+        ids=["by create time", "by update time", "with a ticket", "tickets"],
+    )
+    def test_page_of_a_rare_status_reads_only_its_rows(
+        self, many_of_one_status: tuple[str, str], statement: Any, statuses: Any, has_ticket: Any
+    ) -> None:
+        """However many others the tenant has: the plan has an index whose order begins with it."""
+        database, tenant = many_of_one_status
+        params = {
+            **dict.fromkeys(sessions.Filter._fields),
+            "tenant_id": tenant,
+            "statuses": statuses,
+            "has_ticket": has_ticket,
+            "limit": 51,
+            "after_time": "infinity",
+            "after_id": MAX_UUID,
+        }
+        with psycopg.connect(database) as connection:
+            explain = f"EXPLAIN (ANALYZE, BUFFERS) {statement}"
+            plan = "\n".join(line for (line,) in connection.execute(explain, params))  # type: ignore[call-overload]
+        assert "Rows Removed by Filter" not in plan, plan
+        assert int(re.findall(r"Buffers: shared hit=(\d+)", plan)[0]) < 50, plan
 
     async def test_time_ranges_include_their_start_and_not_their_end(self, api: Api) -> None:
         """A range is [start, end), by creation or by last change."""

@@ -89,7 +89,7 @@ class TestEscalate:
         """A target is required; a new ticket has a title of 1 to 500 characters."""
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await api.tickets.CreateChatTicket(CreateChatTicketRequest(chat_ticket_id="x"))
-        assert set(refusal.fields) == {"session_id", "chat_ticket_id", "target"}
+        assert set(refusal.fields) == {"session_id", "chat_ticket_id", "ticket_id", "ticket"}
         session = await api.session()
         for title, status in (("", 9), ("a" * 501, -1), ("a\0", 5)):
             ticket = r.Ticket(title=title, status=status, id="x")  # type: ignore[arg-type]
@@ -366,7 +366,8 @@ class TestListLinks:
         """No parent is invalid; an absent or foreign one NOT_FOUND; an empty one an empty page."""
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await api.tickets.ListChatTickets(ListChatTicketsRequest())
-        assert list(refusal.fields) == ["parent"]
+        required = "required: session_id or ticket_id"
+        assert refusal.fields == {"session_id": required, "ticket_id": required}
         theirs = await other.escalate((await other.session()).id)
         for session_id in (theirs.session_id, an_id()):
             with refused(StatusCode.NOT_FOUND, "CHAT_SESSION_NOT_FOUND"):

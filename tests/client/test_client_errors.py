@@ -119,7 +119,7 @@ class TestErrors:
         self, database: str, connect: NewClient
     ) -> None:
         """Each with its subject."""
-        quotas = {"tenant_calls_per_second": 1, "tenant_burst": 3}
+        quotas = {"tenant_calls_per_second": 0.1, "tenant_burst": 3}
         async with serving(database, quotas=quotas) as server:
             client = connect(server.port)
             session_id = await create_session_id(client)
@@ -286,8 +286,11 @@ class TestRetry:
             await client.retry(counted, GetChatSessionRequest(session_id=an_id()))
         assert calls == 1
 
-    async def test_quota_is_waited_for(self, database: str, connect: NewClient) -> None:
+    async def test_quota_is_waited_for(
+        self, database: str, connect: NewClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """As long as the server asks for."""
+        monkeypatch.setattr("chat_ticket_svc.access.quotas.MAX_WAIT_SECONDS", 0)
         quotas = {"tenant_calls_per_second": 20, "tenant_burst": 1}
         async with serving(database, quotas=quotas) as server:
             client = connect(server.port)

@@ -1,5 +1,6 @@
 """`chat-ticket-svc check`: one screen that shows an operator what is wrong."""
 
+import contextlib
 import re
 import socket
 from pathlib import Path
@@ -10,6 +11,7 @@ import psycopg
 import pytest
 from support.authority import Authority, Key
 from support.client import Api
+from support.plain_rows import PARENTS
 from support.process import Finished, command
 from support.secrets import leaks, secret
 
@@ -36,7 +38,9 @@ async def test_everything_is_ok(start_server: Any, database: str) -> None:
     assert (done.status, done.errors) == (0, "")
     states, about = zip(*re.findall(r"^(\S+) +(\S+)", done.output, re.MULTILINE), strict=True)
     assert set(states) == {"ok"}
-    assert about == ("settings", "database", "schema", "clock", "service", "call")
+    assert about == (
+        *("settings", "database", "schema", "write", "collation", "clock", "service", "call"),
+    )
     assert re.fullmatch(r"PostgreSQL \d+\.\d+, responds in \d+\.\d ms", line(done, "database")[1])
     assert re.fullmatch(r"[+-]0\.\d{3} s compared to the database's clock", line(done, "clock")[1])
     assert re.fullmatch(r"ListChatSessions took \d+\.\d ms", line(done, "call")[1])
@@ -101,6 +105,70 @@ async def test_a_read_only_database_fails(fresh_database: str) -> None:
     state, text = line(done, "database")
     assert state == "FAILED"
     assert "is read-only" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            "REVOKE DELETE ON chat_messages FROM app",
+            "permission denied for table chat_messages (SQLSTATE 42501)",
+        ),
+        (
+            "ALTER FUNCTION chat_tickets_link() SET search_path = elsewhere",
+            'relation "chat_sessions" does not exist (SQLSTATE 42P01),'
+            " in public.chat_tickets_link()",
+        ),
+        (
+            "LOCK TABLE chat_tickets",
+            "canceling statement due to lock timeout (SQLSTATE 55P03)",
+        ),
+    ],
+)
+async def test_a_write_that_is_refused_is_reported(
+    fresh_database: str, change: str, reason: str
+) -> None:
+    """With the table or the function. A lock of somebody else is not waited for."""
+    url = urlsplit(fresh_database)
+    app = url._replace(netloc="app@").geturl()
+    with psycopg.connect(fresh_database) as connection:
+        with contextlib.suppress(psycopg.errors.DuplicateObject), connection.transaction():
+            connection.execute("CREATE ROLE app LOGIN")
+        connection.execute("GRANT ALL ON ALL TABLES IN SCHEMA public TO app")
+        connection.commit()
+        connection.execute(change)  # type: ignore[arg-type]
+        if not change.startswith("LOCK"):
+            connection.commit()
+        done = await command("check", DATABASE_URL=app, CHAT_TICKET_PORT="1")
+        assert line(done, "write") == ("FAILED", f"a write is refused: {reason}")
+
+
+async def test_the_write_leaves_nothing(fresh_database: str) -> None:
+    done = await command("check", DATABASE_URL=fresh_database, CHAT_TICKET_PORT="1")
+    state, text = line(done, "write")
+    assert state == "ok"
+    assert re.fullmatch(r"a row of each table, rolled back, took \d+\.\d ms", text)
+    with psycopg.connect(fresh_database) as connection:
+        for table in PARENTS:
+            assert connection.execute(f"SELECT FROM {table}").fetchall() == []  # type: ignore[arg-type]
+
+
+async def test_a_collation_that_changed_is_a_warning(fresh_database: str) -> None:
+    """As after an upgrade of the C library: indexes of text may be out of order."""
+    name = urlsplit(fresh_database).path[1:]
+    with psycopg.connect(fresh_database, autocommit=True) as connection:
+        connection.execute(
+            "UPDATE pg_database SET datcollversion = 'old' WHERE datname = %s", [name]
+        )
+    done = await command("check", DATABASE_URL=fresh_database, CHAT_TICKET_PORT="1")
+    state, text = line(done, "collation")
+    assert state == "warning"
+    # The one of the service is that of schema_migrations, which is dbmate's.
+    assert re.fullmatch(
+        "version .*, but old was recorded: indexes of text may be out of order, 1 of the service;"
+        " REINDEX the database, then ALTER DATABASE ... REFRESH COLLATION VERSION",
+        text,
+    )
 
 
 class TestTokens:

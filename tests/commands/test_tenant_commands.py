@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pty
+import signal
 import sys
 import termios
 from collections.abc import AsyncIterator, Iterator
@@ -370,9 +371,35 @@ class TestErase:
             assert await process.wait() == (0 if is_erased else 1)
         assert any(counts(database, tenant).values()) != is_erased
 
+    @pytest.mark.usefixtures("filled")
+    async def test_ctrl_c_at_the_prompt_ends_the_command(self, database: str, tenant: str) -> None:
+        """The first one, and nothing is deleted."""
+        before = counts(database, tenant)
+        with terminal() as (ours, theirs):
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "chat_ticket_svc", "erase", "--active-tickets"),
+                *("--tenant", tenant),
+                env={**os.environ, "DATABASE_URL": database},
+                stdin=theirs,
+                stdout=theirs,
+                stderr=theirs,
+            )
+            output = b""
+            async with asyncio.timeout(20):
+                while b"type the tenant's id" not in output:
+                    await asyncio.sleep(0.05)
+                    with contextlib.suppress(BlockingIOError):
+                        output += os.read(ours, 1000)
+                process.send_signal(signal.SIGINT)
+                assert await process.wait() == 128 + signal.SIGINT
+            with contextlib.suppress(BlockingIOError):
+                assert b"Traceback" not in os.read(ours, 1000)
+        assert counts(database, tenant) == before
+
     async def test_erase_resumes_after_it_was_killed(
         self, api: Api, database: str, tenant: str
     ) -> None:
+        """A session is erased whole: what is left has all of its messages."""
         sessions = [await api.session() for _ in range(3)]
         for session in sessions:
             many_messages(database, tenant, session.id, 10_000)
@@ -384,7 +411,15 @@ class TestErase:
             await asyncio.sleep(0.01)
         process.kill()
         await process.wait()
-        assert 0 < counts(database, tenant)["chat_messages"] < 30_000
+        with psycopg.connect(database) as connection:
+            whole = connection.execute(
+                "SELECT count(*) FILTER (WHERE m.tenant_id IS NOT NULL) FROM chat_sessions s"
+                " LEFT JOIN chat_messages m ON m.tenant_id = s.tenant_id AND m.session_id = s.id"
+                " WHERE s.tenant_id = %s GROUP BY s.id",
+                [tenant],
+            ).fetchall()
+        assert set(whole) == {(10_000,)}, "each session has all of its messages, or is gone"
+        assert len(whole) < 3
         assert (await erase(database, tenant, "--yes")).status == 0
         assert not any(counts(database, tenant).values())
 
@@ -403,7 +438,7 @@ class TestErase:
     async def test_a_transaction_deletes_a_bounded_number_of_rows(
         self, api: Api, database: str, tenant: str
     ) -> None:
-        """With a large session, and with many sessions."""
+        """With many sessions. A large session has a transaction of its own."""
         for _ in range(tenants.SESSIONS_PER_BATCH + 5):
             await api.session()
         session = await api.session()
@@ -411,7 +446,7 @@ class TestErase:
         async with store_database(database) as db:
             deleted = [n async for n in tenants.erase(db, tenant, active_tickets=False)]
         assert sum(deleted) == tenants.SESSIONS_PER_BATCH + 6 + 3 * tenants.ROWS_PER_BATCH + 7
-        assert max(deleted) <= tenants.ROWS_PER_BATCH + tenants.SESSIONS_PER_BATCH
+        assert deleted == [tenants.SESSIONS_PER_BATCH, 5, 3 * tenants.ROWS_PER_BATCH + 8]
 
     async def test_ticket_created_during_the_erase_stays(
         self, filled: Filled, database: str, tenant: str

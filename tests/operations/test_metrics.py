@@ -7,11 +7,11 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psycopg
 import pytest
 from grpc import StatusCode
 from prometheus_client.parser import text_string_to_metric_families
 from support.client import Api, an_id, refused
+from support.database import session_locked
 from support.process import ServerProcess, server_process
 from support.watching import watching
 
@@ -129,10 +129,9 @@ async def test_rejected_by_limit(process: ServerProcess, tenant: str) -> None:
 async def test_pool(process: ServerProcess, tenant: str, database: str) -> None:
     """Its size, the calls that wait for a connection, and the time that they waited."""
     async with Api(process.address, tenant) as api:
-        session = await api.session()
-        with psycopg.connect(database) as connection:
-            connection.execute("SELECT FROM chat_sessions WHERE id = %s FOR UPDATE", [session.id])
-            calls = [asyncio.create_task(api.message(session.id)) for _ in range(5)]
+        locked = [(await api.session()).id for _ in range(5)]
+        with session_locked(database, *locked):
+            calls = [asyncio.create_task(api.message(session_id)) for session_id in locked]
             await asyncio.sleep(0.5)
             under_load = Metrics(process)
         await asyncio.gather(*calls)

@@ -8,10 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import grpc_tools
 import pytest
-from google.protobuf.descriptor_pb2 import FileDescriptorProto, FileDescriptorSet
-from grpc_tools import protoc
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from support.proto_comments import descriptors
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,17 +87,6 @@ def test_build_fails_on_a_broken_link(tmp_path: Path, link: str) -> None:
     )
     assert done.returncode != 0
     assert f"'{link}'" in done.stderr
-
-
-def descriptors(directory: Path) -> FileDescriptorSet:
-    """Those of the protos, with their comments."""
-    out = directory / "descriptors"
-    protos = [str(path) for path in (ROOT / "protos" / "chat_ticket" / "v1").glob("*.proto")]
-    includes = [ROOT / "protos", Path(grpc_tools.__file__).parent / "_proto"]
-    arguments = [f"-I{include}" for include in includes]
-    arguments += ["--include_source_info", f"--descriptor_set_out={out}"]
-    assert protoc.main(["protoc", *arguments, *protos]) == 0
-    return FileDescriptorSet.FromString(out.read_bytes())
 
 
 def words(text: str) -> str:

@@ -8,9 +8,17 @@ from typing import Any
 import psycopg
 import pytest
 from grpc import StatusCode
-from support.client import Api, an_id, refused
-from support.database import execute, raise_on_insert, session_locked
-from support.messages import session_with_messages
+from support.attachments import delete_attachment
+from support.client import Api, a_file, an_id, refused
+from support.database import (
+    raise_on_insert,
+    session_locked,
+    terminate_at_commit,
+    wait_for_lock_waiters,
+)
+from support.messages import delete_message, session_with_messages, set_metadata
+from support.sessions import ACTIVE, ARCHIVED, RESOLVED, set_status
+from support.tickets import unlink
 
 from chat_ticket.v1.chat_message_pb2 import (
     ListChatMessagesRequest,
@@ -22,6 +30,7 @@ from chat_ticket.v1.chat_session_pb2 import (
     ListChatSessionsRequest,
 )
 from chat_ticket_svc.embedded import EmbeddedPostgres
+from chat_ticket_svc.store import connection_queue
 
 
 class TestDatabaseAway:
@@ -104,18 +113,11 @@ class TestDatabaseAway:
         """A delete that may have happened is OUTCOME_UNKNOWN; a create is retried by its id."""
         api = await start_server(fresh_database, pool_size=2)
         session = await api.session()
-        execute(
-            fresh_database,
-            "CREATE FUNCTION hang_up() RETURNS trigger LANGUAGE plpgsql AS"
-            " $$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$",
-            "CREATE CONSTRAINT TRIGGER hang_up AFTER DELETE ON chat_sessions"
-            " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION hang_up()",
-        )
+        terminate_at_commit(fresh_database, "chat_sessions", "DELETE")
         with refused(StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN") as refusal:
             request = DeleteChatSessionRequest(session_id=session.id)
             await api.sessions.DeleteChatSession(request)
         assert "RetryInfo" in refusal.details
-        execute(fresh_database, "CREATE SEQUENCE attempts")
         raise_on_insert(
             fresh_database,
             "IF nextval('attempts') = 1 THEN PERFORM pg_terminate_backend(pg_backend_pid());"
@@ -129,9 +131,9 @@ class TestDatabaseAway:
     ) -> None:
         """Beyond the calls that may wait for a connection, the next is RESOURCE_EXHAUSTED."""
         api = await start_server(fresh_database, pool_size=1)
-        session = await api.session()
-        with session_locked(fresh_database, session.id):
-            calls = [asyncio.create_task(api.message(session.id)) for _ in range(8)]
+        locked = [(await api.session()).id for _ in range(8)]
+        with session_locked(fresh_database, *locked):
+            calls = [asyncio.create_task(api.message(session_id)) for session_id in locked]
             done, waiting = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
             for call in done:
                 with refused(StatusCode.RESOURCE_EXHAUSTED, "POOL_QUEUE_FULL") as refusal:
@@ -139,7 +141,60 @@ class TestDatabaseAway:
                 assert "RetryInfo" in refusal.details
         answers = await asyncio.gather(*waiting, return_exceptions=True)
         stored = [answer for answer in answers if not isinstance(answer, BaseException)]
-        assert sorted(message.sequence for message in stored) == list(range(1, len(stored) + 1))
+        assert stored
+        assert {message.sequence for message in stored} == {1}
+
+    async def test_busy_pool_is_no_dead_database(
+        self, start_server: Any, fresh_database: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A call that waits too long for the tenant's busy connections is POOL_TIMEOUT."""
+        monkeypatch.setattr(connection_queue, "LEASE_TIMEOUT_SECONDS", 0.2)
+        api = await start_server(fresh_database, pool_size=1)
+        locked, free = await api.session(), await api.session()
+        with session_locked(fresh_database, locked.id):
+            waiting = asyncio.create_task(set_status(api, locked.id, RESOLVED))
+            await wait_for_lock_waiters(fresh_database, 1)
+            with refused(StatusCode.RESOURCE_EXHAUSTED, "POOL_TIMEOUT") as refusal:
+                await set_status(api, free.id, RESOLVED)
+            assert "RetryInfo" in refusal.details
+        assert (await waiting).status == RESOLVED
+
+    async def test_locked_session_leaves_connections_to_others(
+        self, start_server: Any, fresh_database: str
+    ) -> None:
+        """However many calls wait for one session, its tenant's other calls are answered at once.
+
+        Those that wait are served in their order when the lock is gone, or are CONTENTION when it
+        is held for longer than the lock timeout.
+        """
+        api = await start_server(fresh_database, pool_size=6, lock_timeout_ms=1000)
+        session, free = await api.session(), await api.session()
+        files = [a_file(id=an_id()) for _ in range(2)]
+        message = await api.message(session.id, attachments=files)
+        doomed = await api.message(session.id)
+        link = await api.escalate(session.id)
+        changes = [
+            *(api.message(session.id) for _ in range(8)),
+            *(api.message(session.id, attachments=[a_file()]) for _ in range(8)),
+            *(set_metadata(api, message.id, f'{{"a": {n}}}') for n in range(4)),
+            *(api.attachment(message.id) for _ in range(4)),
+            delete_attachment(api, files[0].id),
+            delete_message(api, doomed.id),
+            unlink(api, link.id),
+        ]
+        with session_locked(fresh_database, session.id):
+            waiting = [asyncio.create_task(change) for change in changes]
+            await wait_for_lock_waiters(fresh_database, 2)
+            async with asyncio.timeout(0.8):
+                for n in range(10):
+                    await set_status(api, free.id, RESOLVED if n % 2 else ACTIVE)
+            assert not any(task.done() for task in waiting)
+        await asyncio.gather(*waiting)
+        with session_locked(fresh_database, session.id):
+            waiting = [asyncio.create_task(set_status(api, session.id, ARCHIVED)) for _ in range(9)]
+            for task in waiting:
+                with refused(StatusCode.ABORTED, "CONTENTION"):
+                    await task
 
     async def test_cancelled_calls_do_not_fill_the_queue(
         self, start_server: Any, fresh_database: str

@@ -17,7 +17,13 @@ import pytest
 from grpc import StatusCode
 from psycopg.conninfo import conninfo_to_dict
 from support.client import Api, a_file, an_id, refused
-from support.database import execute, raise_on_insert, session_locked, set_read_only
+from support.database import (
+    execute,
+    raise_on_insert,
+    session_locked,
+    set_read_only,
+    wait_for_lock_waiters,
+)
 from support.sessions import create_session_when_possible
 
 from chat_ticket.v1 import chat_message_pb2_grpc, chat_session_pb2_grpc
@@ -42,7 +48,7 @@ class TestDatabaseErrors:
             ("40P01", StatusCode.ABORTED, "CONTENTION"),
             ("53100", StatusCode.RESOURCE_EXHAUSTED, "DISK_FULL"),
             ("53200", StatusCode.RESOURCE_EXHAUSTED, "DATABASE_RESOURCES"),
-            ("57014", StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+            ("57014", StatusCode.UNAVAILABLE, "STATEMENT_CANCELED"),
             ("25006", StatusCode.UNAVAILABLE, "DATABASE_READ_ONLY"),
             ("0A000", StatusCode.UNIMPLEMENTED, "UNSUPPORTED_BY_DATABASE"),
             ("22003", StatusCode.INVALID_ARGUMENT, "INVALID_ARGUMENT"),
@@ -152,6 +158,25 @@ class TestDatabaseErrors:
         ):
             await api.message(session.id)
 
+    async def test_statement_that_an_operator_cancels_can_be_retried(
+        self, start_server: Any, fresh_database: str
+    ) -> None:
+        """It did not time out, and nothing was written."""
+        api = await start_server(fresh_database)
+        session = await api.session()
+        with session_locked(fresh_database, session.id):
+            call = asyncio.create_task(api.message(session.id))
+            await wait_for_lock_waiters(fresh_database, 1)
+            execute(
+                fresh_database,
+                "SELECT pg_cancel_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND wait_event_type = 'Lock'",
+            )
+            with refused(StatusCode.UNAVAILABLE, "STATEMENT_CANCELED") as refusal:
+                await call
+        assert "RetryInfo" in refusal.details
+        assert (await api.message(session.id)).sequence == 1
+
     async def test_call_without_a_deadline_gets_one(
         self, start_server: Any, fresh_database: str
     ) -> None:
@@ -168,6 +193,13 @@ class TestDatabaseErrors:
                 metadata=[("x-tenant-id", api.tenant)],
             )
         assert (await api.message(session.id)).sequence == 1
+        for method in (
+            "/chat_ticket.v1.ChatSessionService/GetChatSession",
+            "/chat_ticket.v1.ChatSessionService/WatchChatSession",
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await api.channel.stream_unary(method)()  # which never sends its request
+            assert caught.value.code() is StatusCode.DEADLINE_EXCEEDED
 
     async def test_write_without_enough_time_left_is_not_started(self, api: Api) -> None:
         """With less than 50 ms until the deadline. A read is still started."""

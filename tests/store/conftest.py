@@ -22,11 +22,14 @@ EMBEDDED = 18
 
 
 @pytest.fixture(scope="session")
-def system_cluster() -> Iterator[Cluster]:
-    """A private server of the oldest supported PostgreSQL that the system has.
+def binaries() -> Path:
+    """The directory of the programs of the embedded PostgreSQL."""
+    return embedded._binaries()
 
-    Its template was migrated up, down to nothing, and up again.
-    """
+
+@pytest.fixture(scope="session")
+def system_binaries() -> Path:
+    """The directory of the programs of the oldest supported PostgreSQL that the system has."""
     found = {
         int(path.parts[-3]): path.parent
         for path in Path("/usr/lib/postgresql").glob("*/bin/postgres")
@@ -34,13 +37,23 @@ def system_cluster() -> Iterator[Cluster]:
     }
     if not found:
         pytest.skip(f"PostgreSQL {OLDEST_SUPPORTED} is not on this machine: skipped")
+    return found[min(found)]
+
+
+@pytest.fixture(scope="session")
+def system_cluster(system_binaries: Path) -> Iterator[Cluster]:
+    """A private server of that PostgreSQL, which can replicate logically.
+
+    Its template was migrated up, down to nothing, and up again.
+    """
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(
             tempfile.TemporaryDirectory(prefix="chat-ticket-schema-", ignore_cleanup_errors=True)
         )
         Path(directory).chmod(0o711)  # for `nobody`, where there are no user namespaces
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(embedded, "_binaries", lambda: found[min(found)])
+            patch.setattr(embedded, "_binaries", lambda: system_binaries)
+            patch.setitem(embedded._SETTINGS, "wal_level", "logical")
             postgres = EmbeddedPostgres(Path(directory, "data"), durable=False)
             cluster = Cluster(stack.enter_context(postgres).url("postgres"))
         downs = ["rollback"] * len(list(MIGRATIONS.glob("*.sql")))

@@ -1,6 +1,7 @@
 """Calls that wait for a lock, lose a commit, or exceed their deadline."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import psycopg
@@ -8,12 +9,19 @@ import pytest
 from grpc import StatusCode
 from support.attachments import delete_attachment
 from support.client import a_file, an_id, refused
-from support.database import execute, raise_on_insert, session_locked, wait_for_lock_waiters
-from support.messages import delete_message, set_metadata
+from support.database import (
+    execute,
+    raise_on_insert,
+    session_locked,
+    terminate_at_commit,
+    wait_for_lock_waiters,
+)
+from support.messages import delete_message, set_metadata, user_message
 from support.sessions import ACTIVE, RESOLVED, delete_session, get_session, set_status
 from support.tickets import delete_ticket, unlink, update_ticket
 
 from chat_ticket.v1 import resources_pb2 as r
+from chat_ticket.v1.chat_message_pb2 import BatchCreateChatMessagesRequest
 
 
 @pytest.mark.parametrize(
@@ -90,7 +98,11 @@ async def test_message_deleted_while_its_change_waited(
 async def test_lost_commit_is_repeated_only_if_that_is_safe(
     start_server: Any, fresh_database: str, change: str, table: str, event: str, safe: bool
 ) -> None:
-    """An idempotent call is retried and succeeds; any other fails with OUTCOME_UNKNOWN."""
+    """An idempotent call is retried and succeeds; any other fails with OUTCOME_UNKNOWN.
+
+    It has RetryInfo unless the call, repeated as it is, would fail for its own success. A deletion
+    that is repeated is NOT_FOUND, which callers take as success.
+    """
     api = await start_server(fresh_database, pool_size=2)
     session, empty = await api.session(), await api.session()
     message = await api.message(session.id, attachments=[a_file()])
@@ -112,20 +124,13 @@ async def test_lost_commit_is_repeated_only_if_that_is_safe(
         "drop": lambda: delete_session(api, empty.id),
         "delete ticket": lambda: delete_ticket(api, gone.ticket_id),
     }[change]
-    execute(
-        fresh_database,
-        "CREATE SEQUENCE attempts",
-        "CREATE FUNCTION hang_up() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-        " IF nextval('attempts') = 1 THEN PERFORM pg_terminate_backend(pg_backend_pid()); END IF;"
-        " RETURN NULL; END $$",
-        f"CREATE CONSTRAINT TRIGGER hang_up AFTER {event} ON {table}"
-        " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION hang_up()",
-    )
+    terminate_at_commit(fresh_database, table, event, only_first=True)
     if safe:
         await operation()
     else:
-        with refused(StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN"):
+        with refused(StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN") as refusal:
             await operation()
+        assert ("RetryInfo" in refusal.details) == (change != "status of a revision")
 
 
 async def test_etag_is_compared_after_waiting_for_a_concurrent_change(
@@ -184,12 +189,70 @@ async def test_callers_deadline_applies_before_ours(start_server: Any, fresh_dat
     assert (await waiting).sequence == 1
 
 
-async def test_connection_lost_every_time_is_not_tried_for_ever(
+async def test_create_with_an_unknown_outcome_names_the_id_to_repeat_it_with(
     start_server: Any, fresh_database: str
 ) -> None:
-    """An idempotent call is retried once."""
+    """Retried once by the server, an id-less create has no RetryInfo, but the id that it got.
+
+    Repeated with this id it is safe. So a create with an id has RetryInfo. A batch of more messages
+    than an error can name has neither.
+    """
     api = await start_server(fresh_database, pool_size=2)
-    raise_on_insert(fresh_database, "PERFORM pg_terminate_backend(pg_backend_pid())")
-    with refused(StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN"):
-        async with asyncio.timeout(10):
+    session = await api.session()
+    parent = await api.message(session.id)
+
+    async def batch(size: int, message_ids: str = "") -> str:
+        ids = message_ids.split(",") if message_ids else [""] * size
+        messages = [user_message("a", id=message_id) for message_id in ids]
+        request = BatchCreateChatMessagesRequest(session_id=session.id, messages=messages)
+        created = (await api.messages.BatchCreateChatMessages(request)).messages
+        return ",".join(message.id for message in created)
+
+    creates: dict[str, tuple[str, Callable[[str], Awaitable[Any]]]] = {
+        "session_id": ("chat_sessions", lambda id_: api.session(id=id_)),
+        "message_id": ("chat_messages", lambda id_: api.message(session.id, id=id_)),
+        "message_ids": ("chat_messages", lambda ids: batch(3, ids)),
+        "attachment_id": ("chat_attachments", lambda id_: api.attachment(parent.id, id=id_)),
+        "chat_ticket_id": (
+            "chat_tickets",
+            lambda id_: api.escalate(session.id, chat_ticket_id=id_),
+        ),
+    }
+    for key, (table, create) in creates.items():
+        terminate_at_commit(fresh_database, table, "INSERT")
+        with refused(StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN") as refusal:
+            async with asyncio.timeout(10):
+                await create("")
+        assert list(refusal.info.metadata) == [key]
+        assert "RetryInfo" not in refusal.details
+        assigned = refusal.info.metadata[key]
+        with refused(StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN") as refusal:
+            await create(assigned)
+        assert not refusal.info.metadata
+        assert "RetryInfo" in refusal.details
+        if key == "message_ids":
+            with refused(StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN") as refusal:
+                await batch(101)
+            assert not refusal.info.metadata
+            assert "RetryInfo" not in refusal.details
+        execute(fresh_database, f"DROP TRIGGER hang_up ON {table}")
+        created = await create(assigned)
+        assert created == await create(assigned)
+        assert (created if key == "message_ids" else created.id) == assigned
+
+
+async def test_write_that_may_have_been_stored_is_never_said_to_have_failed(
+    start_server: Any, fresh_database: str
+) -> None:
+    """What the second attempt meets says nothing of the first, whose connection was lost."""
+    api = await start_server(fresh_database, pool_size=2)
+    execute(fresh_database, "CREATE SEQUENCE attempts")
+    for sqlstate in ("40001", "55P03", "25006", "53100", "0A000"):
+        raise_on_insert(
+            fresh_database,
+            "IF nextval('attempts') = 1 THEN PERFORM pg_terminate_backend(pg_backend_pid());"
+            f" ELSE RAISE 'x' USING ERRCODE = '{sqlstate}'; END IF",
+        )
+        with refused(StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN"):
             await api.session()
+        execute(fresh_database, "ALTER SEQUENCE attempts RESTART")

@@ -4,16 +4,21 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import termios
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, LiteralString
 
 import psycopg
 import pytest
 from support.cluster import Cluster
+from support.plain_rows import Rows
 from support.process import START_SECONDS, server_process
+from support.sessions import get_session
 
 from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.store.schema import MIGRATIONS
@@ -108,7 +113,8 @@ def catalog(url: str) -> list[str]:
     """All that is in a database, as definitions that can be compared with another's."""
     statement = """
         SELECT concat_ws(' ', relkind, relname, attname, attnotnull,
-                         format_type(atttypid, atttypmod), pg_get_expr(adbin, adrelid))
+                         format_type(atttypid, atttypmod), attcollation::regcollation,
+                         pg_get_expr(adbin, adrelid))
           FROM pg_class c
           LEFT JOIN pg_attribute ON attrelid = c.oid AND attnum > 0 AND NOT attisdropped
           LEFT JOIN pg_attrdef ON adrelid = c.oid AND adnum = attnum
@@ -329,6 +335,168 @@ class TestUpAndDown:
         assert migrate.up(fresh_database, quiet=True) == 0
         assert applied(fresh_database) == [*VERSIONS, "99990101000000"]
         assert set(catalog(fresh_database)) > set(before)
+
+    def test_failure_says_what_and_where(
+        self, fresh_database: str, directory: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        """The file, the SQLSTATE and PostgreSQL's message, unless it may quote a row."""
+        shutil.copytree(MIGRATIONS, directory, dirs_exist_ok=True)
+        file = directory / "99990101000000_fails.sql"
+        for statement, reason in (
+            (
+                "ALTER TABLE chat_sessions ADD COLUMN status text",
+                'column "status" of relation "chat_sessions" already exists (SQLSTATE 42701)',
+            ),
+            (
+                "INSERT INTO schema_migrations VALUES ('a secret'), ('a secret')",
+                "duplicate key value violates unique constraint"
+                ' "schema_migrations_pkey" (SQLSTATE 23505)',
+            ),
+            ("SELECT 'a secret'::integer", "line: 2, column: 8, SQLSTATE 22P02"),
+            (
+                "SELEC 1",
+                'line: 2, column: 1, syntax error at or near "SELEC" (SQLSTATE 42601)',
+            ),
+        ):
+            file.write_text(f"-- migrate:up\n{statement};\n-- migrate:down\n")
+            assert migrate.up(fresh_database) != 0
+            expected = f"chat-ticket-svc: migrate failed in {file.name}: {reason}\n"
+            assert capfd.readouterr().err == expected
+
+
+class TestRun:
+    @pytest.fixture(autouse=True)
+    def often(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(migrate, "POLL_SECONDS", 0.05)
+
+    def test_settings_of_a_role_do_not_end_a_migration(
+        self, empty_database: str, directory: Path
+    ) -> None:
+        """Neither its timeouts, nor transactions that are read-only or serializable."""
+        settings = {
+            "statement_timeout": "50ms",
+            "lock_timeout": "50ms",
+            "idle_in_transaction_session_timeout": "50ms",
+            "idle_session_timeout": "50ms",
+            "default_transaction_read_only": "on",
+            "default_transaction_isolation": "serializable",
+        }
+        with psycopg.connect(empty_database, autocommit=True) as connection:
+            if connection.info.server_version >= 170_000:
+                settings["transaction_timeout"] = "50ms"
+            for name, value in settings.items():
+                connection.execute(
+                    f"ALTER DATABASE {connection.info.dbname} SET {name} = '{value}'"  # type: ignore[arg-type]
+                )
+        (directory / "20200101000000_slow.sql").write_text(
+            "-- migrate:up\nCREATE TABLE slow AS SELECT current_setting('transaction_isolation'),"
+            " pg_sleep(0.2)::text;\n-- migrate:down\n"
+        )
+        assert migrate.up(empty_database, quiet=True) == 0
+        assert ask(empty_database, "SELECT current_setting FROM slow") == [("read committed",)]
+
+    def test_says_what_it_waits_for_and_who_waits_for_it(
+        self, empty_database: str, directory: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        """By process, program and role, without the text of a statement; and by table."""
+        name = "20200101000000_locks.sql"
+        (directory / name).write_text(
+            "-- migrate:up\nLOCK TABLE held, shared IN SHARE MODE;\nLOCK TABLE held;\n"
+            "SELECT pg_sleep(0.3);\n-- migrate:down\n"
+        )
+        with (
+            ThreadPoolExecutor(1) as pool,
+            psycopg.connect(empty_database, application_name="nightly report") as holder,
+        ):
+            pid = holder.info.backend_pid
+            holder.execute("CREATE TABLE held (); CREATE TABLE shared ()")
+            holder.commit()
+            holder.execute("SELECT 'a secret' FROM held")
+            running = pool.submit(migrate.up, empty_database)
+            written = ""
+            deadline = time.monotonic() + 30
+            while "waits for" not in written:
+                assert time.monotonic() < deadline, written
+                time.sleep(0.05)
+                written += capfd.readouterr().err
+            holder.rollback()
+            assert running.result() == 0
+        written += capfd.readouterr().err
+        waiting = f"waits for a lock of process {pid}, nightly report, postgres"
+        assert f"chat-ticket-svc: {waiting}, idle in transaction\n" in written
+        assert f"{name}: reads and writes of held wait for it\n" in written
+        assert f"{name}: writes of held, shared wait for it\n" in written
+        assert "secret" not in written
+
+    def test_says_that_another_run_goes_first(
+        self, empty_database: str, directory: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        (directory / "20200101000000_slow.sql").write_text(
+            "-- migrate:up\nSELECT pg_sleep(1);\n-- migrate:down\n"
+        )
+        with ThreadPoolExecutor(2) as pool:
+            runs = [pool.submit(migrate.up, empty_database) for _ in range(2)]
+            assert [run.result() for run in runs] == [0, 0]
+        expected = (
+            r"chat-ticket-svc: waits for another run, of process \d+, chat-ticket-svc migrate"
+        )
+        assert re.search(expected, capfd.readouterr().err)
+
+    def test_shows_the_progress_of_an_index_on_a_terminal(
+        self, empty_database: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with psycopg.connect(empty_database, autocommit=True) as connection:
+            connection.execute(
+                "CREATE TABLE pages (n int, padding char(5000));"
+                "ALTER TABLE pages ALTER padding SET STORAGE PLAIN;"
+                "INSERT INTO pages SELECT n, 'x' FROM generate_series(1, 50) n;"
+                "CREATE FUNCTION slow(n int) RETURNS int LANGUAGE plpgsql IMMUTABLE AS"
+                " 'BEGIN PERFORM pg_sleep(0.02); RETURN n; END'"
+            )
+        (directory / "20200101000000_index.sql").write_text(
+            "-- migrate:up\nCREATE INDEX ON pages (slow(n));\n-- migrate:down\n"
+        )
+        ours, theirs = os.openpty()
+        termios.tcsetwinsize(theirs, (30, 100))
+        with os.fdopen(theirs, "w") as terminal, os.fdopen(ours, "rb") as screen:
+            monkeypatch.setattr(sys, "stderr", terminal)
+            assert migrate.up(empty_database) == 0
+            shown = screen.read1().decode()
+        done = re.findall(r"index of pages, building index: scanning table: +(\d+)%", shown)
+        assert {0} < set(map(int, done)) <= set(range(100)), shown
+
+
+class TestCollation:
+    COLLATIONS = """
+        SELECT DISTINCT collname::text FROM pg_attribute
+          JOIN pg_class c ON c.oid = attrelid JOIN pg_collation k ON k.oid = attcollation
+         WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' AND attname = 'tenant_id'
+    """
+
+    def test_empty_tables_order_tenants_by_bytes(self, database: str) -> None:
+        """Every index that starts with the tenant is in an order that no library changes."""
+        assert ask(database, self.COLLATIONS) == [("C",)]
+
+    async def test_tables_with_rows_change_when_an_operator_says_so(
+        self, fresh_database: str, start_server: Callable[..., Any]
+    ) -> None:
+        """The migration leaves them. The servers of this version go on when they are changed."""
+        while ask(fresh_database, self.COLLATIONS) != [("default",)]:
+            assert migrate.dbmate(fresh_database, "rollback", quiet=True) == 0
+        with psycopg.connect(fresh_database, autocommit=True) as connection:
+            Rows(connection, "somebody").add("chat_sessions")
+            assert migrate.up(fresh_database, quiet=True) == 0
+            assert ask(fresh_database, self.COLLATIONS) == [("default",)]
+            before = ours(fresh_database)
+            api = await start_server(fresh_database, pool_size=1)
+            session = await api.session()
+            for change in ("C", "default", "C"):
+                assert await get_session(api, session.id) == session
+                connection.execute("SELECT set_tenant_collation(%s)", [change])
+                assert (ours(fresh_database) == before) == (change == "default")
+            assert await get_session(api, session.id) == session
+            await api.message(session.id, "hello")
+        assert ask(fresh_database, self.COLLATIONS) == [("C",)]
 
 
 class TestMake:

@@ -1,18 +1,56 @@
-"""The service on every supported version of PostgreSQL."""
+"""The service on every supported version of PostgreSQL, and in every schema."""
+
+import re
+import uuid
+from urllib.parse import urlsplit
 
 from google.protobuf.field_mask_pb2 import FieldMask
 from grpc import StatusCode
 from support.client import Api, a_file, refused
+from support.cluster import Cluster
+from support.database import execute
+from support.process import command
 from support.server import serving
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest, SearchChatMessagesRequest
 from chat_ticket.v1.chat_session_pb2 import DeleteChatSessionRequest, WatchChatSessionRequest
 from chat_ticket.v1.chat_ticket_pb2 import UpdateTicketRequest
+from chat_ticket_svc.commands import migrate
 
 
 async def test_service_runs_on_every_supported_postgresql(url: str, tenant: str) -> None:
     """All steps of a conversation work on the oldest version and on the newest."""
+    await converse(url, tenant)
+
+
+async def test_service_runs_in_a_schema_of_its_own(cluster: Cluster, tenant: str) -> None:
+    """A role that owns nothing but a schema migrates, checks, serves and erases."""
+    name = f"own_{uuid.uuid4().hex}"
+    cluster.execute(f"CREATE ROLE {name} LOGIN")
+    cluster.execute(f"CREATE DATABASE {name}")
+    url = cluster.url(name)
+    execute(
+        url,
+        "CREATE EXTENSION btree_gin",
+        f'CREATE SCHEMA "Its ""own" AUTHORIZATION {name}',
+        f'ALTER ROLE {name} IN DATABASE {name} SET search_path = "Its ""own"',
+    )
+    own = urlsplit(url)._replace(netloc=f"{name}@").geturl()
+    try:
+        assert migrate.up(own, quiet=True) == 0
+        await converse(own, tenant)
+        checked = await command("check", DATABASE_URL=own, CHAT_TICKET_PORT="1")
+        assert re.search(r"^ok +schema .*\nok +write ", checked.output, re.MULTILINE)
+        erased = await command("erase", "--tenant", tenant, "--yes", DATABASE_URL=own)
+        assert erased.status == 0, erased
+    finally:
+        cluster.drop(url)
+        cluster.execute(f"DROP ROLE {name}")
+
+
+async def converse(url: str, tenant: str) -> None:
+    """Take all steps of a conversation on a server on this database."""
     async with serving(url) as server, Api(f"127.0.0.1:{server.port}", tenant) as api:
         session = await api.session()
         content = "my invoice is wrong"

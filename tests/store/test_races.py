@@ -17,7 +17,7 @@ from grpc import StatusCode
 from support.client import Api, an_id
 from support.messages import delete_message, set_metadata, user_message
 from support.sessions import ARCHIVED, get_session, set_status
-from support.tickets import CLOSED, OPEN, unlink
+from support.tickets import CLOSED, OPEN, unlink, update_ticket
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import BatchCreateChatMessagesRequest
@@ -197,6 +197,19 @@ async def test_delete_against_reopened_ticket(callers: list[Api]) -> None:
         assert reopen is StatusCode.OK
         assert drop in (StatusCode.OK, StatusCode.FAILED_PRECONDITION)
         assert await exists(one, session_id) == (drop is StatusCode.FAILED_PRECONDITION)
+
+
+async def test_answer_of_an_update_is_of_that_update(callers: list[Api]) -> None:
+    """The answer has the title that the call set, whatever others set just after."""
+    ticket_id = (await callers[0].escalate((await callers[0].session()).id)).ticket_id
+    answered: list[bool] = []
+
+    async def rename(api: Api, title: str) -> None:
+        answered.append((await update_ticket(api, ticket_id, title=title)).title == title)
+
+    for round_ in range(ROUNDS):
+        await asyncio.gather(*(rename(api, f"{round_} {n}") for n, api in enumerate(callers * 2)))
+    assert all(answered), f"{answered.count(False)} answers of {len(answered)} are of another call"
 
 
 async def test_unlink_against_delete(callers: list[Api], database: str) -> None:

@@ -78,7 +78,7 @@ class TestValues:
         self, us: Rows, table: str, column: str
     ) -> None:
         """As a data exception, which an older server too answers with INVALID_ARGUMENT."""
-        row = us.add(table, **{column: "\u202aa\u2067б\u2069\u202c"})
+        row = us.add(table, **{column: "\u202aa\u2067é\u2069\u202c"})
         unpaired = ["a\u202eb", "\u2066\u202c", "\u202c\u202a", "\u202a\u2067\u202c\u2069"]
         bad = ["a\nb", "\x01", "\x1f", "a\x7f", "\x85", "\x9f", "a\u2028b", " ", "a "]
         for value in [*bad, *unpaired]:

@@ -27,11 +27,30 @@ def raise_on_insert(database_url: str, raised: str, *, table: str = "chat_sessio
     )
 
 
+def terminate_at_commit(
+    database_url: str, table: str, event: str, *, only_first: bool = False
+) -> None:
+    """End the connection of each transaction, or of the first one, that does this to the table."""
+    terminate = "PERFORM pg_terminate_backend(pg_backend_pid())"
+    if only_first:
+        terminate = f"IF nextval('attempts') = 1 THEN {terminate}; END IF"
+    execute(
+        database_url,
+        "CREATE SEQUENCE IF NOT EXISTS attempts",
+        "CREATE OR REPLACE FUNCTION hang_up() RETURNS trigger LANGUAGE plpgsql AS"
+        f" $$ BEGIN {terminate}; RETURN NULL; END $$",
+        f"CREATE CONSTRAINT TRIGGER hang_up AFTER {event} ON {table}"
+        " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION hang_up()",
+    )
+
+
 @contextmanager
-def session_locked(database_url: str, session_id: str) -> Iterator[None]:
-    """Hold the row lock of a session, as a slow writer would."""
+def session_locked(database_url: str, *session_ids: str) -> Iterator[None]:
+    """Hold the row locks of sessions, as a slow writer would."""
     with psycopg.connect(database_url) as connection:
-        connection.execute("SELECT FROM chat_sessions WHERE id = %s FOR UPDATE", [session_id])
+        connection.execute(
+            "SELECT FROM chat_sessions WHERE id = ANY (%s::uuid[]) FOR UPDATE", [list(session_ids)]
+        )
         yield
 
 

@@ -74,13 +74,13 @@ class Http2:
             self.h2.local_settings.initial_window_size = window
         self.answers: dict[int, WireAnswer] = {}
         self._ended: set[int] = set()
-        self._goaway: int | None = None
-        self._closed = False
+        self.goaway: int | None = None
+        self.is_closed = False
         self._settled = False
         self.h2.initiate_connection()
         self.flush()
-        while acknowledges and not self._settled and not self._closed:
-            self._receive(5)
+        while acknowledges and not self._settled and not self.is_closed:
+            self.receive(5)
 
     def __enter__(self) -> Self:
         return self
@@ -92,7 +92,7 @@ class Http2:
         try:
             self.socket.sendall(self.h2.data_to_send())
         except OSError:
-            self._closed = True
+            self.is_closed = True
 
     def open(self, headers: Headers, *, end: bool = False) -> int:
         """Begin a stream; returns its id."""
@@ -108,7 +108,7 @@ class Http2:
         while data and not self._is_over(stream) and time.monotonic() < deadline:
             room = min(self.h2.local_flow_control_window(stream), self.h2.max_outbound_frame_size)
             if room <= 0:
-                self._receive(1)
+                self.receive(1)
                 continue
             part, data = data[:room], data[room:]
             self.h2.send_data(stream, part)
@@ -121,15 +121,16 @@ class Http2:
         """Wait until the stream has ended."""
         deadline = time.monotonic() + seconds
         while not self._is_over(stream) and time.monotonic() < deadline:
-            self._receive(max(0.01, deadline - time.monotonic()))
+            self.receive(max(0.01, deadline - time.monotonic()))
         answer = self.answers[stream]
-        answer.goaway, answer.disconnected = self._goaway, self._closed
+        answer.goaway, answer.disconnected = self.goaway, self.is_closed
         return answer
 
     def _is_over(self, stream: int) -> bool:
-        return stream in self._ended or self._closed
+        return stream in self._ended or self.is_closed
 
-    def _receive(self, seconds: float) -> None:
+    def receive(self, seconds: float) -> None:
+        """Handle what arrives next, within some seconds."""
         self.socket.settimeout(seconds)
         try:
             data = self.socket.recv(65536)
@@ -138,12 +139,12 @@ class Http2:
         except OSError:
             data = b""
         if not data:
-            self._closed = True
+            self.is_closed = True
             return
         try:
             events = self.h2.receive_data(data)
         except h2.exceptions.ProtocolError:
-            self._closed = True
+            self.is_closed = True
             return
         for event in events:
             self._handle(event)
@@ -167,4 +168,4 @@ class Http2:
                     self.answers[event.stream_id].reset = int(event.error_code or 0)
                 self._ended.add(event.stream_id)
             case h2.events.ConnectionTerminated():
-                self._goaway = int(event.error_code or 0)
+                self.goaway = int(event.error_code or 0)

@@ -285,14 +285,13 @@ async def provoke_rule_violations(
     await output.wait_for_output("could not poll")
     for call in watching:
         call.cancel()
-    with session_locked(database, session_id):
-        calls = [
-            asyncio.ensure_future(api.message(session_id, secret("content"))) for _ in "x" * 30
-        ]
+    locked = [(await api.session()).id for _ in range(12)]
+    with session_locked(database, *locked):
+        calls = [asyncio.ensure_future(api.message(id_, secret("content"))) for id_ in locked]
         await asyncio.wait(calls)
     for call in calls:
         if call.exception() is not None:
-            await output.expect_error("POOL_QUEUE_FULL CONTENTION DATABASE_UNAVAILABLE", call)
+            await output.expect_error("POOL_QUEUE_FULL POOL_TIMEOUT CONTENTION", call)
     long = await api.session()
     many = [r.ChatMessage(content=secret("x") * 300, role=r.CHAT_MESSAGE_ROLE_USER)] * 400
     batch = m.BatchCreateChatMessagesRequest(session_id=long.id, messages=many)

@@ -13,9 +13,10 @@ import psycopg
 
 from chat_ticket.v1 import chat_message_pb2 as m
 from chat_ticket.v1 import chat_session_pb2 as s
+from chat_ticket.v1 import chat_session_pb2_grpc
 from chat_ticket_svc.embedded import EmbeddedPostgres
 from support.client import Api, an_id
-from support.database import execute, raise_on_insert
+from support.database import execute, raise_on_insert, terminate_at_commit
 from support.process import ServerProcess
 from support.provoked_errors import (
     ServerOutput,
@@ -99,11 +100,29 @@ SQLSTATES = {
     "40001": "CONTENTION",
     "53100": "DISK_FULL",
     "53200": "DATABASE_RESOURCES",
-    "57014": "DEADLINE_EXCEEDED",
+    "57014": "STATEMENT_CANCELED",
     "25006": "DATABASE_READ_ONLY",
     "0A000": "UNSUPPORTED_BY_DATABASE",
     "22003": "INVALID_ARGUMENT",
 }
+
+
+async def provoke_deadline(output: ServerOutput, api: Api) -> None:
+    """Send a write with too little time left, and wait for the server's answer.
+
+    A deadline of the client's would end the call in the client. If the server is slow for a moment,
+    gRPC ends the call before the service does, without details.
+    """
+    create = chat_session_pb2_grpc.ChatSessionServiceStub(api.channel).CreateChatSession
+    metadata = [*api.sessions._metadata, ("grpc-timeout", "45m")]
+    for attempt in range(20):
+        try:
+            call = create(s.CreateChatSessionRequest(), metadata=metadata)
+            await output.expect_error("DEADLINE_EXCEEDED", call)
+            return
+        except AssertionError:
+            if attempt == 19:
+                raise
 
 
 async def provoke_database_errors(output: ServerOutput, api: Api, database: str) -> None:
@@ -118,6 +137,7 @@ async def provoke_database_errors(output: ServerOutput, api: Api, database: str)
     for sqlstate, reason in SQLSTATES.items():
         raise_on_insert(database, f"{raising} = '{sqlstate}'")
         await output.expect_error(reason, api.session())
+    await provoke_deadline(output, api)
     raise_on_insert(database, f"{raising} = 'XX000'")
     await output.expect_internal_error("XX000", api.session())
     raise_on_insert(database, "RETURN NULL")
@@ -150,13 +170,7 @@ async def provoke_database_errors(output: ServerOutput, api: Api, database: str)
     assert len((await listing.read()).messages) == 32, "the stream has begun"
     await output.expect_internal_error("KeyError in a stream", read_all(listing))
 
-    execute(
-        database,
-        "CREATE FUNCTION hang_up() RETURNS trigger LANGUAGE plpgsql AS"
-        " $$ BEGIN PERFORM pg_terminate_backend(pg_backend_pid()); RETURN NULL; END $$",
-        "CREATE CONSTRAINT TRIGGER hang_up AFTER DELETE ON chat_sessions"
-        " DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION hang_up()",
-    )
+    terminate_at_commit(database, "chat_sessions", "DELETE")
     delete = s.DeleteChatSessionRequest(session_id=session.id)
     await output.expect_error("OUTCOME_UNKNOWN", api.sessions.DeleteChatSession(delete))
 

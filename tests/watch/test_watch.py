@@ -124,6 +124,22 @@ class TestHistory:
         assert [m.id for m in events[2].messages_created.messages] == [four.id]
         assert events[3].message_updated.id == three.id
 
+    async def test_message_that_changed_twice_comes_once(self, api: Api) -> None:
+        """At its newest revision. Until then the watcher has it as it was before both changes."""
+        session = await api.session()
+        one, two = await api.message(session.id), await api.message(session.id)
+        await set_metadata(api, one.id, '{"a": 3}')
+        await set_metadata(api, two.id, '{"a": 4}')
+        await set_metadata(api, one.id, '{"a": 5}')
+        async with watching(api, session.id, after=2) as watcher:
+            watcher.messages = {one.id: one, two.id: two}
+            await watcher.until_revision(4)
+            assert watcher.messages[one.id] == one
+            assert watcher.messages[two.id].metadata_json == '{"a": 4}'
+            await watcher.until("caught_up")
+            assert watcher.kinds == ["session", "message_updated", "message_updated", "caught_up"]
+            await assert_same_state(api, watcher, session.id)
+
 
 class TestLive:
     @pytest.fixture

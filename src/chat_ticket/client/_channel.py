@@ -23,7 +23,7 @@ def channel_options() -> list[tuple[str, Any]]:
         ("grpc.service_config", config),
         # The default, pick_first, uses one address only.
         ("grpc.lb_policy_name", "round_robin"),
-        # The server allows one ping every 20 seconds. A watch sends nothing but pings.
+        # The server allows one ping every 5 seconds. A watch sends nothing but pings.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.max_pings_without_data", 0),

@@ -328,8 +328,8 @@ class UpdateChatMessageRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """The fields to update. Required. The only field is `metadata_json`; an empty value removes the
-        metadata.
+        """The fields to update. Required; at most 20 paths. The only field is `metadata_json`; an empty
+        value removes the metadata.
         """
 
     def __init__(

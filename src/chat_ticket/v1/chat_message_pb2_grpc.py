@@ -144,9 +144,10 @@ class ChatMessageServiceServicer:
         """Streams the messages of a session with their attachments, in batches, and ends.
 
         The end is fixed when the call begins: messages that are created later are not returned. The
-        batches are not one snapshot. A message is returned as it is when its batch is read, and a
-        message that is deleted before that is not returned. The first response has the session, even
-        when there are no messages.
+        batches are not one snapshot. A message is returned as it is when its batch is read, so its
+        `revision` can be above that of the session in the first response. A message that is deleted
+        before its batch is read is not returned. The first response has the session, even when there
+        are no messages.
 
         To continue after a break, call again. In ascending order, set `after_sequence` to the last
         sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
@@ -161,6 +162,8 @@ class ChatMessageServiceServicer:
         this error when the session is deleted during the call.
         - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
         could not send. Continue.
+        - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
+        it is about 30 minutes old, so a long list can end this way. Continue.
 
         Retry: safe.
         """

@@ -268,7 +268,7 @@ class UpdateChatSessionRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """The fields to update. Required. The only field is `status`."""
+        """The fields to update. Required; at most 20 paths. The only field is `status`."""
 
     def __init__(
         self,
@@ -319,7 +319,9 @@ class DeleteChatSessionRequest(_message.Message):
     session_id: _builtins.str
     """The id of the session. Required."""
     etag: _builtins.str
-    """The `etag` that the session must still have. Optional; empty means that it is not checked."""
+    """The `etag` that the session must still have: decimal text of at most 18 digits. Optional; empty
+    means that it is not checked.
+    """
     def __init__(
         self,
         *,
@@ -481,8 +483,8 @@ class WatchChatSessionResponse(_message.Message):
     CAUGHT_UP_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
-    """The position of the stream. Everything up to this revision has been delivered. The next
-    `after_revision` to resume from.
+    """The position of the stream: the `after_revision` to resume from. WatchChatSession says what the
+    caller has at a position.
     """
     @_builtins.property
     def session(self) -> _resources_pb2.ChatSession:

@@ -147,6 +147,12 @@ class ChatSessionServiceServicer:
         The ticket itself is kept. Watchers of the session receive `session_deleted`, and their streams
         end.
 
+        All of it is deleted at once, and readers see the whole session until then. A session whose
+        revision is above 100,000 can take longer than the call: a second for about 100,000 messages.
+        Its deletion goes on when the deadline has passed. Repeat the call until it is OK or NOT_FOUND.
+        Meanwhile, other writes to the session are ABORTED (CONTENTION), and so is a repeat that reaches
+        another server process.
+
         Errors:
 
         - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
@@ -178,9 +184,17 @@ class ChatSessionServiceServicer:
         - A deleted message is named by its id.
         - A change of `status` or `has_ticket` is delivered as the session.
 
-        The `revision` of a response is the position of the stream: everything up to this revision has
-        been delivered. To resume after any break, call again with `after_revision` set to the last
-        `revision` received.
+        The `revision` of a response is the position of the stream. To resume after any break, call
+        again with `after_revision` set to the last `revision` received: no change is lost.
+
+        At a position, the caller has the state of everything that has not changed since. What has
+        changed since comes in its newest state at its newest revision, and its earlier changes do not
+        come separately. For example, the metadata of a message changes at revisions 10 and 20, before
+        they are read. The message is delivered as updated at 20 only, so at position 15 the caller has
+        the metadata from before 10. Likewise, a message that is deleted at 20 may not be delivered
+        before, and a new message can come with the metadata of 20. With `caught_up` the caller has the
+        state of the session at `revision`, exactly. Later this is so whenever `revision` is the
+        current revision of the session.
 
         When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
         session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
@@ -202,6 +216,8 @@ class ChatSessionServiceServicer:
         server.
         - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
         Resume.
+        - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
+        it is about 30 minutes old. Resume.
 
         Retry: safe. Resume after the last `revision` received, or from the same `after_revision` when
         nothing was received.

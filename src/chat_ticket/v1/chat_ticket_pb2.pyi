@@ -369,7 +369,7 @@ class UpdateTicketRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """The fields to update: `title`, `status`, or both. Required."""
+        """The fields to update: `title`, `status`, or both. Required; at most 20 paths."""
 
     def __init__(
         self,

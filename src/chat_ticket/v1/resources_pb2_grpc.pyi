@@ -33,9 +33,12 @@ rejected, as is NUL in text. A repeated filter has at most 20 values. An update 
 one and at most 20 paths; the wildcard `*` is rejected. Timestamps have microsecond precision and
 are in the years 1 to 9999; filters round nanoseconds up.
 
-All limits and durations given here are the defaults of the server. The operator can change
-most of them. A request has at most 4 MiB and its metadata at most 8 KiB. A unary response has at
-most 3 MiB.
+A request has at most 4 MiB and its metadata at most 8 KiB. Metadata is measured as in HTTP/2:
+each entry counts with its name, its value and 32 bytes. The path of the method and the entries
+that gRPC adds count too. A unary response has at most 3 MiB.
+
+All limits and durations given here are the defaults of the server. The operator can change most
+of them. docs/reference/settings.md lists them, and the quotas on calls and streams.
 
 ## Pages
 
@@ -47,24 +50,41 @@ differ.
 
 ## Deadlines
 
-A unary call without a deadline has 10 seconds. A stream without a deadline has no time limit. A
-write is not started when less than 50 ms remain.
+A unary call without a deadline has 10 seconds. A stream without a deadline has no time limit, but
+its request must arrive within 10 seconds. A write is not started when less than 50 ms remain.
+
+The server closes every connection when it is about 30 minutes old. New calls use another
+connection, and calls in progress have 60 seconds to finish. A stream that is open for longer ends
+with UNAVAILABLE without ErrorInfo, and is to be continued on a new connection.
 
 ## Errors
 
-Every error carries google.rpc.ErrorInfo with the domain `chat-ticket-svc` and a reason, and
-google.rpc.RequestInfo with the `x-request-id` of the call's metadata (1 to 128 printable ASCII
-characters without spaces) or an id that the server generated. An error carries
+Every error of the service carries google.rpc.ErrorInfo with the domain `chat-ticket-svc` and a
+reason, and google.rpc.RequestInfo with the `x-request-id` of the call's metadata (1 to 128
+printable ASCII characters without spaces) or an id that the server generated. An error carries
 google.rpc.RetryInfo when the same call can succeed later. NOT_FOUND and ALREADY_EXISTS carry
-google.rpc.ResourceInfo, and FAILED_PRECONDITION carries google.rpc.PreconditionFailure. Only
-errors that gRPC itself raises have no details, for example RESOURCE_EXHAUSTED for a request over
-4 MiB. docs/reference/errors.md lists all reasons.
+google.rpc.ResourceInfo, and FAILED_PRECONDITION carries google.rpc.PreconditionFailure.
+docs/reference/errors.md lists all reasons.
+
+Errors of gRPC itself have no details:
+
+- RESOURCE_EXHAUSTED: the request or its metadata is too large.
+- UNIMPLEMENTED: the method does not exist.
+- INTERNAL: the framing, the compression or the metadata is broken, or the request ends before its
+  message.
+- DEADLINE_EXCEEDED: the deadline passed before the service could answer, or the request did not
+  arrive in time.
+- CANCELLED: the caller has cancelled the call, or the server stops and does not wait any longer.
+- UNAVAILABLE: there is no connection, or the connection of the call has ended.
 
 Every RPC can return these errors, in addition to those in its own comment:
 
 - INVALID_ARGUMENT (INVALID_ARGUMENT): the request or `x-tenant-id` is malformed or exceeds a
-  limit. google.rpc.BadRequest lists the violations of all fields at once, at most 100 of them.
-  Its last entry counts those that are not listed.
+  limit. google.rpc.BadRequest lists the violations of all fields at once: at most 100 of them, in
+  at most 3,500 bytes. The ErrorInfo metadata counts those that are not listed as
+  `omitted_violations`. Each `field` is a path in the request, such as `messages[3].id`, or
+  `x-tenant-id`. It is empty when the request cannot be parsed or PostgreSQL cannot store a value.
+  A missing oneof is a violation of each of its fields.
 - UNAUTHENTICATED (CREDENTIAL_REQUIRED, CREDENTIAL_INVALID): the call has no valid credential.
 - UNAUTHENTICATED (CREDENTIAL_EXPIRED): the credential has expired. A stream ends with this error
   when its credential expires.
@@ -73,15 +93,18 @@ Every RPC can return these errors, in addition to those in its own comment:
 - PERMISSION_DENIED (PERMISSION_REQUIRED, TENANT_NOT_ALLOWED): the credential lacks the
   permission for the method, or is not valid for the tenant.
 - ABORTED (CONTENTION): a write conflicted with concurrent writes and the retries of the server
-  are exhausted, or it waited 2 seconds for a lock.
+  are exhausted, or it waited 2 seconds for a lock. Behind other calls on the same session, it may
+  wait 2 seconds for its turn and then 2 seconds for the lock.
 - RESOURCE_EXHAUSTED (QUOTA_EXCEEDED): a quota of the tenant or of the server is used up.
   google.rpc.QuotaFailure says whose. The ErrorInfo metadata names the `quota` and its `limit`.
-- RESOURCE_EXHAUSTED (POOL_QUEUE_FULL, DATABASE_RESOURCES, DISK_FULL): the server or its database
-  is overloaded or full.
+- RESOURCE_EXHAUSTED (POOL_QUEUE_FULL, POOL_TIMEOUT, DATABASE_RESOURCES, DISK_FULL): the server or
+  its database is overloaded or full.
 - UNAVAILABLE (DATABASE_UNAVAILABLE, DATABASE_READ_ONLY, KEYS_UNAVAILABLE): the database, or the
   key set for tokens, cannot be used now.
+- UNAVAILABLE (STATEMENT_CANCELED): an operator canceled the statement in the database. Nothing
+  was done.
 - UNAVAILABLE (OUTCOME_UNKNOWN): the database connection broke during a write. The write may have
-  been committed.
+  been committed. It has RetryInfo only if the request can be repeated as it is.
 - DEADLINE_EXCEEDED (DEADLINE_EXCEEDED): the deadline has passed, or the database needed more
   than 10 seconds for a statement. A write may have been committed.
 - UNIMPLEMENTED (UNSUPPORTED_BY_DATABASE): the database server lacks a required feature.
@@ -95,6 +118,13 @@ Reads are always safe to retry. A write may have been committed when it ends wit
 idempotent when the caller chooses the id of the new resource: a retry with the same content
 returns the stored resource as it is now. The id of a deleted resource must not be used again.
 The server enforces this for messages only.
+
+A create without an id is not idempotent. After OUTCOME_UNKNOWN or DEADLINE_EXCEEDED, the
+ErrorInfo metadata has the id that the server chose: `session_id`, `message_id`, `attachment_id`
+or `chat_ticket_id`. A retry with this id is safe. For a batch of at most 100 messages, some of
+which have no id, `message_ids` has the ids of all its messages, in order, separated by commas. A
+larger batch has no `message_ids`: read the session before a retry. An update with an etag fails
+with ETAG_MISMATCH when it is retried after its own success.
 """
 
 from collections import abc as _abc

@@ -35,26 +35,45 @@ class AdmissionController:
         self._quotas = quotas
 
     async def admit_unary(
-        self, method: str, context: Context, metadata: Metadata
+        self,
+        method: str,
+        context: Context,
+        metadata: Metadata,
+        *,
+        wait_seconds: float,
+        request_bytes: int,
     ) -> contextlib.AbstractContextManager[None]:
-        """Admit a unary call. The caller enters the returned quota lease around the handler."""
+        """Admit a unary call. The caller enters the returned quota lease around the handler.
+
+        It may wait for its quotas, for `wait_seconds` at most.
+        """
         if method in UNAUTHENTICATED_METHODS:
             return contextlib.nullcontext()
         _, tenant_id = await self._authorize(method, context, metadata)
         request_context.set_tenant(tenant_id)
         try:
-            return self._quotas.acquire_call(tenant_id)
+            return await self._quotas.acquire_call(
+                tenant_id, wait_seconds=wait_seconds, request_bytes=request_bytes
+            )
         except QuotaExceededError:
             await self._quotas.delay_rejection(tenant_id, context.time_remaining())
             raise
 
     @contextlib.asynccontextmanager
     async def admit_stream(
-        self, method: str, context: Context, metadata: Metadata, session_id: Callable[[], str]
+        self,
+        method: str,
+        context: Context,
+        metadata: Metadata,
+        session_id: Callable[[], str],
+        *,
+        wait_seconds: float,
+        request_bytes: int,
     ) -> AsyncIterator[None]:
         """Admit a stream for the duration of the block, at most until its credential expires.
 
-        `session_id` is called once the caller is authorized, because it parses the request.
+        It may wait for its quotas, for `wait_seconds` at most. `session_id` is called once the
+        caller is authorized, because it parses the request.
         """
         if method in UNAUTHENTICATED_METHODS:
             with self._quotas.acquire_unauthenticated_stream(method):
@@ -63,7 +82,12 @@ class AdmissionController:
         credential, tenant_id = await self._authorize(method, context, metadata)
         request_context.set_tenant(tenant_id)
         try:
-            lease = self._quotas.acquire_stream(tenant_id, session_id().lower())
+            lease = await self._quotas.acquire_stream(
+                tenant_id,
+                session_id().lower(),
+                wait_seconds=wait_seconds,
+                request_bytes=request_bytes,
+            )
         except QuotaExceededError:
             await self._quotas.delay_rejection(tenant_id, context.time_remaining())
             raise

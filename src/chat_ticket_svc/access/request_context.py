@@ -1,8 +1,13 @@
-"""The tenant of the current call, a context variable. Admission and shared watch reads set it."""
+"""What belongs to the current call, in context variables.
 
+Admission and shared watch reads set the tenant. Services note which calls are not repeatable.
+"""
+
+from collections.abc import Mapping
 from contextvars import ContextVar
 
 _TENANT_ID: ContextVar[str] = ContextVar("tenant_id")
+_NOT_REPEATABLE: ContextVar[Mapping[str, str] | None] = ContextVar("not_repeatable", default=None)
 
 
 def set_tenant(tenant_id: str) -> None:
@@ -18,3 +23,17 @@ def tenant_id() -> str:
 def tenant_id_or_none() -> str | None:
     """The tenant of the current call, or None before admission and outside a call."""
     return _TENANT_ID.get(None)
+
+
+def set_not_repeatable(**assigned_ids: str) -> None:
+    """Note that this call, repeated as it is, may write a second time or fail for its own write.
+
+    `assigned_ids` are the ids that the service has chosen for it, as the caller has not. Repeated
+    with them, the call is safe.
+    """
+    _NOT_REPEATABLE.set(assigned_ids)
+
+
+def not_repeatable() -> Mapping[str, str] | None:
+    """The assigned ids of a call that is not repeatable as it is. None: it is repeatable."""
+    return _NOT_REPEATABLE.get()

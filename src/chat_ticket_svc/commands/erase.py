@@ -1,6 +1,7 @@
 """`chat-ticket-svc erase`: deletes a tenant and all its data."""
 
 import argparse
+import signal
 import sys
 
 from tqdm import tqdm
@@ -106,4 +107,11 @@ async def _print_active_tickets(db: Database, tenant_id: str, active: int) -> No
 def _ask_for_confirmation(tenant_id: str) -> bool:
     if not sys.stdin.isatty():
         return False
-    return input("type the tenant's id to delete all of this: ") == tenant_id
+    # asyncio's handler would cancel this task, which does not notice while it reads.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return input("type the tenant's id to delete all of this: ") == tenant_id
+    except EOFError:
+        return False
+    finally:
+        signal.signal(signal.SIGINT, handler)

@@ -4,18 +4,35 @@ Concurrent runs wait for one another: dbmate takes an advisory lock.
 """
 
 import argparse
+import contextlib
 import os
 import re
+import secrets
 import subprocess
 import sys
 import sysconfig
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from subprocess import DEVNULL, PIPE
+from typing import Any, NoReturn, Self
+from urllib.parse import quote, unquote, urlencode, urlsplit
+
+from tqdm import tqdm
 
 from chat_ticket_svc import config
 from chat_ticket_svc.config import ConfigurationError
+from chat_ticket_svc.store.driver_errors import describe
+from chat_ticket_svc.store.migration_progress import (
+    SESSION_SETTINGS,
+    Activity,
+    IndexBuild,
+    MigrationProgress,
+)
 from chat_ticket_svc.store.schema import MIGRATIONS
+
+POLL_SECONDS = 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,37 +59,142 @@ def database_url() -> str:
 def up(url: str, *, quiet: bool = False) -> int:
     """Create the database if it does not exist, and apply the pending migrations."""
     # The result is ignored: of several concurrent runs, only one succeeds in creating the database.
-    _run(url, "create", capture_output=True)
+    with _start(url, "create", SESSION_SETTINGS, stdout=DEVNULL, stderr=DEVNULL):
+        pass
     return dbmate(url, "migrate", quiet=quiet)
 
 
 def dbmate(url: str, command: str, *, quiet: bool = False) -> int:
-    """Run a dbmate command on the database of `url`; returns its exit status."""
-    streams = {"stdout": subprocess.DEVNULL if quiet else None, "stderr": subprocess.PIPE}
-    process = _run(url, command, **streams)
+    """Run a dbmate command on the database of `url`; returns its exit status.
+
+    Unless `quiet`, says what it waits for, who waits for it, and how far an index is.
+    """
+    name = f"chat-ticket-svc {command} {secrets.token_hex(4)}"
+    with (
+        contextlib.closing(MigrationProgress(url, name)) as progress,
+        tempfile.TemporaryFile() as errors,
+        _start(
+            url,
+            command,
+            progress.session_settings(),
+            application_name=name,
+            stdout=PIPE,
+            stderr=errors,
+        ) as process,
+        _Report(process, quiet=quiet) as report,
+    ):
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(POLL_SECONDS)
+                break
+            if not quiet:
+                report.show(progress.activities())
+        errors.seek(0)
+        output = errors.read().decode(errors="replace")
     if process.returncode != 0:
-        reason = _error_reason(process.stderr.decode(errors="replace"))
-        print(f"chat-ticket-svc: {command} failed: {reason}", file=sys.stderr)
+        where = f" in {report.file}" if report.file else ""
+        reason = _error_reason(output, has_begun=bool(report.file))
+        print(f"chat-ticket-svc: {command} failed{where}: {reason}", file=sys.stderr)
     return process.returncode
 
 
-def _error_reason(output: str) -> str:
+class _Report:
+    """Prints what dbmate prints, and in between what it waits for."""
+
+    def __init__(self, process: subprocess.Popen[bytes], *, quiet: bool):
+        self.file = ""  # the migration that was begun last
+        self._process = process
+        self._quiet = quiet
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._last: list[str] = []
+        self._said: set[str] = set()
+        self._bar: tqdm[NoReturn] | None = None
+        self._bar_of = ("", "")
+
+    def __enter__(self) -> Self:
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.join()
+        self._show_index(None)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None  # noqa: S101 - for the type checker
+        for line in map(bytes.decode, self._process.stdout):
+            if match := re.match(r"(?:Applying|Rolling back): (\S+)", line):
+                self.file = match[1]
+            if not self._quiet:
+                tqdm.write(line, file=sys.stdout, end="")
+                sys.stdout.flush()
+
+    def show(self, activities: list[Activity]) -> None:
+        """Say once what has lasted since the last call, and move the bar."""
+        now = [line for activity in activities for line in self._lines(activity)]
+        for line in now:
+            if line in self._last and line not in self._said:
+                self._said.add(line)
+                tqdm.write(f"chat-ticket-svc: {line}", file=sys.stderr)
+        self._last = now
+        self._show_index(next((a.index_build for a in activities if a.index_build), None))
+
+    def _lines(self, activity: Activity) -> Iterator[str]:
+        lock = "another run, of" if activity.waits_for_migration else "a lock of"
+        for blocker in activity.blockers:
+            yield f"waits for {lock} process {blocker}"
+        if activity.exclusive:
+            yield f"{self.file}: reads and writes of {', '.join(activity.exclusive)} wait for it"
+        if activity.shared:
+            yield f"{self.file}: writes of {', '.join(activity.shared)} wait for it"
+
+    def _show_index(self, index: IndexBuild | None) -> None:
+        if self._bar is not None and (index is None or self._bar_of != index[:2]):
+            self._bar.close()
+            self._bar = None
+        if index is None:
+            return
+        if self._bar is None:
+            self._bar_of = (index.table, index.phase)
+            self._bar = tqdm(
+                desc=f"index of {index.table}, {index.phase}",
+                bar_format="{desc}: {percentage:3.0f}% {bar} {elapsed}",
+                disable=None,
+                leave=False,
+            )
+        self._bar.total = index.total
+        self._bar.n = index.done
+        self._bar.refresh()
+
+
+def _error_reason(output: str, *, has_begun: bool) -> str:
     """The parts of dbmate's output that contain no secret. The rest may quote the URL or a row."""
     patterns = {
         "": r"\bline: \d+, column: \d+",  # in the migration
         "network: ": r"(?<=: )(?:no such host|i/o timeout|connect: [a-z ]+)$",
-        "SQLSTATE ": r"(?<=\()[0-9A-Z]{5}(?=\)$)",
     }
     reasons = [
         kind + match[0]
         for kind, pattern in patterns.items()
         if (match := re.search(pattern, output, re.MULTILINE))
     ]
+    error = r"(?:.*pq: (?P<text>.*?)(?: at position [\d:]+)? )?\((?P<state>[0-9A-Z]{5})\)\s*\Z"
+    if match := re.search(error, output, re.DOTALL):
+        # Before the first migration, names may be those of options in the URL.
+        may_quote_url = not has_begun and match["state"] != "42501"
+        text = "" if may_quote_url else (match["text"] or "")
+        reasons.append(describe(match["state"], " ".join(text.split())))
     return ", ".join(reasons) or "run dbmate directly for the reason; its output may show the URL"
 
 
-def _run(url: str, command: str, **streams: Any) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(  # noqa: S603 - our own binary
+def _start(
+    url: str,
+    command: str,
+    settings: Mapping[str, str],
+    *,
+    application_name: str = "",
+    **streams: Any,
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(  # noqa: S603 - our own binary
         [
             Path(sysconfig.get_path("scripts")) / "dbmate",
             "--migrations-dir",
@@ -82,10 +204,26 @@ def _run(url: str, command: str, **streams: Any) -> subprocess.CompletedProcess[
             command,
         ],
         # In the environment, because every user can read arguments, and the URL holds a password.
-        env={**os.environ, "DATABASE_URL": _with_libpq_tls_default(url)},
-        check=False,
+        env={**os.environ, "DATABASE_URL": _with_session(url, settings, application_name)},
         **streams,
     )
+
+
+def _with_session(url: str, settings: Mapping[str, str], application_name: str) -> str:
+    """The URL with settings for the session, after those of its own."""
+    parts = urlsplit(_with_libpq_tls_default(url))
+    options = os.environ.get("PGOPTIONS", "")
+    others = []
+    for parameter in filter(None, parts.query.split("&")):
+        key, _, value = parameter.partition("=")
+        if key == "options":
+            options = unquote(value)
+        elif key != "application_name":
+            others.append(parameter)
+    options = " ".join([options, *(f"-c {name}={value}" for name, value in settings.items())])
+    added = {"options": options.strip(), "application_name": application_name or "chat-ticket-svc"}
+    query = "&".join([*others, urlencode(added, quote_via=quote)])
+    return parts._replace(query=query).geturl()
 
 
 def _with_libpq_tls_default(url: str) -> str:

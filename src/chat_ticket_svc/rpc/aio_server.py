@@ -9,15 +9,23 @@ grpcio's loop also decodes the path of an unknown method as UTF-8. A path that i
 loop: after one such request, from anybody who can reach the port, the server accepts no more calls
 while its process lives on. gRPC's core routes the calls of registered methods itself, so only calls
 of unknown methods arrive that way. They are rejected without a look at their path.
+
+grpcio's handling of a request that ends before its message returns without a status. The caller
+would wait for ever, and the call would hold a stream of its connection that no quota sees. Here the
+request is read before the handler is called. A request that ends early is answered INTERNAL, and
+one that does not arrive in time DEADLINE_EXCEEDED.
 """
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc.aio
 from grpc._cython import cygrpc  # type: ignore[attr-defined] # has no stubs
+
+from chat_ticket_svc.timeouts import Timeout
 
 # The tasks of a method that wait for calls. Each accepts one call per turn of the event loop, and
 # calls beyond that queue inside gRPC, where no quota sees them. With one acceptor, a burst of ten
@@ -26,13 +34,14 @@ from grpc._cython import cygrpc  # type: ignore[attr-defined] # has no stubs
 ACCEPTORS_PER_METHOD = 16
 
 
-def create_server(**arguments: Any) -> grpc.aio.Server:
+def create_server(*, request_timeout_seconds: float, **arguments: Any) -> grpc.aio.Server:
     """Create a grpc.aio.Server with the arguments of grpc.aio.server.
 
-    It serves registered methods only, without interceptors and `maximum_concurrent_rpcs`.
+    It serves registered methods only, without interceptors and `maximum_concurrent_rpcs`. The
+    request of a call without a deadline must arrive within `request_timeout_seconds`.
     """
     original = cygrpc.AioServer
-    cygrpc.AioServer = _AioServer
+    cygrpc.AioServer = functools.partial(_AioServer, request_timeout_seconds)
     try:
         return grpc.aio.server(**arguments)
     finally:
@@ -40,8 +49,9 @@ def create_server(**arguments: Any) -> grpc.aio.Server:
 
 
 class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
-    def __init__(self, *arguments: Any):
+    def __init__(self, request_timeout_seconds: float, *arguments: Any):
         super().__init__(*arguments)
+        self._request_timeout_seconds = request_timeout_seconds
         self._handlers: dict[str, Any] = {}
         # The event loop holds only weak references to its tasks.
         self._tasks: set[asyncio.Task[None]] = set()
@@ -75,13 +85,58 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
         """Never return; raise the errors that gRPC's loop expects when the server stops."""
         loop, name = asyncio.get_running_loop(), method.decode()
         handler = self._handlers[name]
-        handle = _HANDLE[handler.request_streaming, handler.response_streaming]
         while True:
             call = await self._request_registered_call(method)
-            handling = handle(handler, call, loop)
+            handling = self._handle(handler, call, loop)
             self._spawn(cygrpc._schedule_rpc_coro(handling, call, loop, name))
             # They would keep this call in memory until the next one arrives.
             del call, handling
+
+    async def _handle(self, handler: Any, call: Any, loop: asyncio.AbstractEventLoop) -> None:
+        """Read the request and run the handler of a call.
+
+        This also breaks the reference cycle of an aborted call. gRPC's state of a call holds the
+        error that ended it, the error's traceback holds our frames, and these hold the call. Only
+        the garbage collector frees such a cycle. After a flood of rejected calls it stops every
+        call for 0.1 s to do so.
+        """
+        try:
+            if handler.request_streaming:
+                await _HANDLE_REQUEST_STREAM[handler.response_streaming](handler, call, loop)
+                return
+            context = cygrpc._ServicerContext(
+                call, handler.request_deserializer, handler.response_serializer, loop
+            )
+            request = await self._read_request(context)
+            if handler.response_streaming:
+                await cygrpc._finish_handler_with_stream_responses(
+                    call, handler.unary_stream, request, context, loop
+                )
+            else:
+                await cygrpc._finish_handler_with_unary_response(
+                    call, handler.unary_unary, request, context, handler.response_serializer, loop
+                )
+        except grpc.aio.AbortError as error:
+            error.__traceback__ = error.__context__ = None
+            raise
+
+    async def _read_request(self, context: Any) -> Any:
+        """Return the only message of a request, or abort the call."""
+        try:
+            # gRPC's core itself ends a call at the caller's deadline.
+            with (
+                Timeout(self._request_timeout_seconds)
+                if context.time_remaining() is None
+                else contextlib.nullcontext()
+            ):
+                request = await context.read()
+        except TimeoutError:
+            await _abort(
+                context, grpc.StatusCode.DEADLINE_EXCEEDED, "the request did not arrive in time"
+            )
+        if request is grpc.aio.EOF:
+            await _abort(context, grpc.StatusCode.INTERNAL, "the request ended before its message")
+        return request
 
     async def _reject_unknown_methods(self) -> None:
         """Never return; raise as _accept_calls does."""
@@ -95,13 +150,19 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
         return task
 
 
-# By whether requests and responses are streams.
-_HANDLE = {
-    (False, False): cygrpc._handle_unary_unary_rpc,
-    (False, True): cygrpc._handle_unary_stream_rpc,
-    (True, False): cygrpc._handle_stream_unary_rpc,
-    (True, True): cygrpc._handle_stream_stream_rpc,
-}
+# By whether responses are a stream.
+_HANDLE_REQUEST_STREAM = (cygrpc._handle_stream_unary_rpc, cygrpc._handle_stream_stream_rpc)
+
+
+async def _abort(
+    context: grpc.aio.ServicerContext[Any, Any], code: grpc.StatusCode, details: str
+) -> NoReturn:
+    try:
+        await context.abort(code, details)
+    except grpc.aio.AbortError:
+        raise
+    except grpc.aio.BaseError as error:  # the caller has left before the status
+        raise asyncio.CancelledError from error
 
 
 async def _abort_unimplemented(call: Any) -> None:

@@ -104,13 +104,7 @@ Behavior = Callable[[Any, Context, CallRecord], Awaitable[Any]]
 def instrumented(
     method: str, grpc_type: str, behavior: Behavior, *, access_log: bool
 ) -> Callable[[Any, Context], Awaitable[Any]]:
-    """Return `behavior` with metrics, the access log and a span around it.
-
-    The result also breaks the reference cycle of an aborted call. gRPC's state of a call holds the
-    error that ended it, the error's traceback holds our frames, and these hold the call. Only the
-    garbage collector frees such a cycle. After a flood of rejected calls it stops every call for
-    0.1 s to do so.
-    """
+    """Return `behavior` with metrics, the access log and a span around it."""
     _, service, name = method.split("/")
     metrics_for = functools.cache(functools.partial(_metrics_for, grpc_type, service, name))
     open_streams = metrics.STREAMS.labels(service, name) if grpc_type != "unary" else None
@@ -134,9 +128,8 @@ def instrumented(
                 response = await behavior(request, context, record)
                 code = grpc.StatusCode.OK
                 return response
-            except grpc.aio.AbortError as error:
+            except grpc.aio.AbortError:
                 code = context.code()
-                error.__traceback__ = error.__context__ = None
                 raise
             except asyncio.CancelledError:
                 # gRPC also cancels the handler when the deadline has passed.

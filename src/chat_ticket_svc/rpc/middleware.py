@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import math
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, NoReturn
 
@@ -27,6 +28,8 @@ from chat_ticket_svc.timeouts import Timeout, TimeoutQueue
 
 # A write with less time left than this is not started: its caller would not learn the outcome.
 MIN_WRITE_SECONDS = 0.05
+# A call may wait for its quotas for this part of its time. The rest is for the call itself.
+MAX_QUOTA_WAIT = 0.5
 
 
 class _MalformedRequest:
@@ -180,7 +183,13 @@ class RpcMiddleware:
                 try:
                     with (
                         Timeout(timeout),
-                        await self._admission.admit_unary(method, context, record.metadata),
+                        await self._admission.admit_unary(
+                            method,
+                            context,
+                            record.metadata,
+                            wait_seconds=(timeout - min_seconds) * MAX_QUOTA_WAIT,
+                            request_bytes=len(data),
+                        ),
                     ):
                         request = parse(data)
                         _raise_if_malformed(request)
@@ -219,8 +228,14 @@ class RpcMiddleware:
                 def session_id() -> str:
                     return getattr(parsed(), "session_id", "")
 
+                remaining = context.time_remaining()
                 async with self._admission.admit_stream(
-                    method, context, record.metadata, session_id
+                    method,
+                    context,
+                    record.metadata,
+                    session_id,
+                    wait_seconds=math.inf if remaining is None else remaining * MAX_QUOTA_WAIT,
+                    request_bytes=record.request_bytes or 0,
                 ):
                     request = parsed()
                     _raise_if_malformed(request)

@@ -19,6 +19,7 @@ from google.rpc import error_details_pb2 as details_pb2
 from google.rpc import status_pb2
 
 from chat_ticket_svc import errors
+from chat_ticket_svc.access import request_context
 from chat_ticket_svc.rpc.instrumentation import CallRecord
 from chat_ticket_svc.telemetry import metrics, redaction
 
@@ -52,10 +53,22 @@ def status_code(error: errors.DomainError) -> grpc.StatusCode:
 
 
 def _details(error: errors.DomainError) -> Iterator[Message]:
-    yield details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    info = details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    if isinstance(error, errors.InvalidArgumentError):
+        bad_request = _bad_request(error)
+        omitted = len(error.violations) + error.unlisted - len(bad_request.field_violations)
+        if omitted:
+            info.metadata["omitted_violations"] = str(omitted)
+        yield from (info, bad_request)
+        return
+    retry_seconds = error.retry_seconds
+    if isinstance(error, errors.OutcomeUnknownError | errors.DeadlineExceededError):
+        assigned_ids = request_context.not_repeatable()
+        if assigned_ids is not None:
+            info.metadata.update(assigned_ids)
+            retry_seconds = None
+    yield info
     match error:
-        case errors.InvalidArgumentError():
-            yield _bad_request(error)
         case errors.FailedPreconditionError():
             violation = details_pb2.PreconditionFailure.Violation(
                 type=error.reason, subject=error.subject, description=str(error)
@@ -72,23 +85,20 @@ def _details(error: errors.DomainError) -> Iterator[Message]:
                 subject=error.subject, description=str(error)
             )
             yield details_pb2.QuotaFailure(violations=[quota])
-    if error.retry_seconds is not None:
+    if retry_seconds is not None:
         delay = Duration()
-        delay.FromMilliseconds(math.ceil(1000 * error.retry_seconds))
+        delay.FromMilliseconds(math.ceil(1000 * retry_seconds))
         yield details_pb2.RetryInfo(retry_delay=delay)
 
 
 def _bad_request(error: errors.InvalidArgumentError) -> details_pb2.BadRequest:
+    """As many of the violations as fit."""
     details = details_pb2.BadRequest()
-    for index, violation in enumerate(error.violations):
+    for violation in error.violations:
         details.field_violations.add(field=violation.field, description=violation.description)
         if details.ByteSize() > MAX_BAD_REQUEST_BYTES:
             del details.field_violations[-1]
-            omitted = len(error.violations) - index + error.unlisted
-            details.field_violations.add(field="", description=f"and {omitted} more violations")
-            return details
-    if error.unlisted:
-        details.field_violations.add(field="", description=f"and {error.unlisted} more violations")
+            break
     return details
 
 

@@ -44,6 +44,8 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
         message_id = validator.id("message_id", request.message_id)
         new = validator.new_attachment("attachment", request.attachment)
         validator.raise_if_invalid()
+        if not new.has_client_id:
+            request_context.set_not_repeatable(attachment_id=new.id)
         attachment = await attachment_access.find_stored_or_check_urls(
             self._url_checker,
             tenant_id,

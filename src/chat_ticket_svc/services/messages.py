@@ -27,6 +27,8 @@ if TYPE_CHECKING:  # imported at run time only when URLs are checked
 Context = grpc.aio.ServicerContext[Any, Any]
 
 MAX_SEQUENCE = 2**63 - 1
+# An error names the ids of at most this many messages, as its details are limited to 8 KiB.
+MAX_NAMED_IDS = 100
 
 
 class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
@@ -58,8 +60,9 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         validator = Validator(self._limits, self._url_schemes)
         session_id = validator.id("session_id", request.session_id)
         new = [validator.new_message("message", request.message)]
-        validator.messages_together("message", new)
         validator.raise_if_invalid()
+        if not request.message.id:
+            request_context.set_not_repeatable(message_id=new[0].id)
         [message] = await self._append(tenant_id, session_id, new)
         return pb.CreateChatMessageResponse(message=convert.message(message))
 
@@ -70,8 +73,9 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         validator = Validator(self._limits, self._url_schemes)
         session_id = validator.id("session_id", request.session_id)
         new = validator.new_messages("messages", request.messages)
-        validator.messages_together("messages", new)
         validator.raise_if_invalid()
+        if not all(message.id for message in request.messages):
+            _set_assigned_message_ids(new)
         created = await self._append(tenant_id, session_id, new)
         return pb.BatchCreateChatMessagesResponse(
             messages=[
@@ -291,6 +295,13 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         return pb.SearchChatMessagesResponse(
             hits=hits, next_page_token=next_page_token, incomplete_results=page.incomplete
         )
+
+
+def _set_assigned_message_ids(new: list[messages.NewMessage]) -> None:
+    if len(new) > MAX_NAMED_IDS:
+        request_context.set_not_repeatable()
+    else:
+        request_context.set_not_repeatable(message_ids=",".join(message.id for message in new))
 
 
 def _snippet_parts(

@@ -15,6 +15,7 @@ from chat_ticket_svc.services import convert, paging
 from chat_ticket_svc.services.validate import MAX_UUID, Validator
 from chat_ticket_svc.store import session_changes, sessions
 from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store.session_deletion import SessionDeleter
 from chat_ticket_svc.watch.hub import Position, WatchHub
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -27,6 +28,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     def __init__(self, db: Database, watch_hub: WatchHub, settings: Settings):
         self._db = db
         self._watch_hub = watch_hub
+        self._deleter = SessionDeleter(db, watch_hub.notify_changed)
         self._limits = settings.limits
 
     async def CreateChatSession(
@@ -41,6 +43,8 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
                 "session.status", request.session.status, convert.SESSION_STATUS
             )
         validator.raise_if_invalid()
+        if not request.session.id:
+            request_context.set_not_repeatable(session_id=session_id)
         session = await sessions.create(self._db, tenant_id, session_id, status)
         return pb.CreateChatSessionResponse(session=convert.session(session))
 
@@ -110,6 +114,9 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
                 "session.status", request.session.status, convert.SESSION_STATUS
             )
         validator.raise_if_invalid()
+        if etag is not None:
+            # Repeated after its own success, the call meets a revision that is not its etag.
+            request_context.set_not_repeatable()
         session = await sessions.set_status(self._db, tenant_id, session_id, status, etag)
         self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.UpdateChatSessionResponse(session=convert.session(session))
@@ -122,8 +129,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         session_id = validator.id("session_id", request.session_id)
         etag = validator.etag("etag", request.etag)
         validator.raise_if_invalid()
-        await sessions.delete(self._db, tenant_id, session_id, etag)
-        self._watch_hub.notify_changed(tenant_id, session_id)
+        await self._deleter.delete(tenant_id, session_id, etag)
         return pb.DeleteChatSessionResponse()
 
     def WatchChatSession(

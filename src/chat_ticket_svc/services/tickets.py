@@ -33,14 +33,15 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
         session_id = validator.id("session_id", request.session_id)
         chat_ticket_id = validator.new_id("chat_ticket_id", request.chat_ticket_id)
         target: str | tickets.NewTicket = ""
-        match request.WhichOneof("target"):
+        match validator.one_of(request, "target"):
             case "ticket_id":
                 target = validator.id("ticket_id", request.ticket_id)
             case "ticket":
                 target = self._new_ticket(validator, request.ticket)
-            case None:
-                validator.add_violation("target", "required: ticket_id or ticket")
         validator.raise_if_invalid()
+        if not request.chat_ticket_id and not request.ticket.id:
+            # With this id a repeated call is recognised, whatever the ticket's own id.
+            request_context.set_not_repeatable(chat_ticket_id=chat_ticket_id)
         chat_ticket = await tickets.link(self._db, tenant_id, session_id, chat_ticket_id, target)
         self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.CreateChatTicketResponse(chat_ticket=convert.chat_ticket(chat_ticket))

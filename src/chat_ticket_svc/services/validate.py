@@ -91,14 +91,19 @@ class Validator:
             return new_id()
         return self.id(field, value)
 
+    def one_of(self, request: Any, name: str) -> str | None:
+        """The field that is set of the required oneof `name`. Without one, all are violations."""
+        field: str | None = request.WhichOneof(name)
+        if field is None:
+            members = [member.name for member in request.DESCRIPTOR.oneofs_by_name[name].fields]
+            for member in members:
+                self.add_violation(member, f"required: {' or '.join(members)}")
+        return field
+
     def parent(self, request: Any) -> tuple[str, str]:
         """The field of the oneof `parent` that a list request has set, and the id in it."""
-        field = request.WhichOneof("parent")
-        if field is None:
-            fields = request.DESCRIPTOR.oneofs_by_name["parent"].fields
-            self.add_violation("parent", f"required: {' or '.join(field.name for field in fields)}")
-            return "", ""
-        return field, self.id(field, getattr(request, field))
+        field = self.one_of(request, "parent")
+        return (field, self.id(field, getattr(request, field))) if field else ("", "")
 
     def text(self, field: str, value: str, limit: int) -> str:
         """Required text of at most `limit` characters."""
@@ -222,6 +227,28 @@ class Validator:
         return value
 
     def new_message(self, field: str, message: pb.ChatMessage) -> NewMessage:
+        new = self._message(field, message)
+        self._distinct_ids({field: new})
+        return new
+
+    def new_messages(self, field: str, messages: Sequence[pb.ChatMessage]) -> list[NewMessage]:
+        if not messages:
+            self.add_violation(field, "required")
+        if not self.has_at_most(field, messages, self._limits.batch_messages):
+            return []
+        new = {
+            f"{field}[{index}]": self._message(f"{field}[{index}]", message)
+            for index, message in enumerate(messages)
+        }
+        attachments = sum(len(message.attachments) for message in new.values())
+        if attachments > self._limits.attachments:
+            self.add_violation(
+                field, f"{attachments:,} attachments, at most {self._limits.attachments:,}"
+            )
+        self._distinct_ids(new)
+        return list(new.values())
+
+    def _message(self, field: str, message: pb.ChatMessage) -> NewMessage:
         attachments: tuple[NewAttachment, ...] = ()
         if self.has_at_most(f"{field}.attachments", message.attachments, self._limits.attachments):
             attachments = tuple(
@@ -236,25 +263,19 @@ class Validator:
             attachments=attachments,
         )
 
-    def new_messages(self, field: str, messages: Sequence[pb.ChatMessage]) -> list[NewMessage]:
-        if not messages:
-            self.add_violation(field, "required")
-        if not self.has_at_most(field, messages, self._limits.batch_messages):
-            return []
-        return [
-            self.new_message(f"{field}[{index}]", message) for index, message in enumerate(messages)
+    def _distinct_ids(self, messages: Mapping[str, NewMessage]) -> None:
+        """Check that no id in these messages, by their path in the request, is there twice."""
+        message_ids = [(f"{path}.id", message.id) for path, message in messages.items()]
+        attachment_ids = [
+            (f"{path}.attachments[{index}].id", attachment.id)
+            for path, message in messages.items()
+            for index, attachment in enumerate(message.attachments)
         ]
-
-    def messages_together(self, field: str, messages: Sequence[NewMessage]) -> None:
-        """Check the messages of a request as a whole: the number of attachments, distinct ids."""
-        attachments = [attachment for message in messages for attachment in message.attachments]
-        self.has_at_most(f"{field}.attachments", attachments, self._limits.attachments)
-        for kind, ids in (
-            ("message", [message.id for message in messages]),
-            ("attachment", [attachment.id for attachment in attachments]),
-        ):
-            if len(set(ids)) < len(ids):
-                self.add_violation(field, f"duplicate {kind} id")
+        for ids in (message_ids, attachment_ids):
+            first: dict[str, str] = {}
+            for field, value in ids:
+                if value and first.setdefault(value, field) != field:
+                    self.add_violation(field, f"the same id as {first[value]}")
 
     def new_attachment(self, field: str, attachment: pb.ChatAttachment) -> NewAttachment:
         file_type = self.single_line(

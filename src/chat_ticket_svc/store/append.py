@@ -151,7 +151,12 @@ async def append_messages(
     id_violation = None
     try:
         rows = await db.write(
-            APPEND, params, lambda *row: row, idempotent=True, outcome_unknown=outcome_unknown
+            APPEND,
+            params,
+            lambda *row: row,
+            idempotent=True,
+            outcome_unknown=outcome_unknown,
+            locks_session=session_id,
         )
         if rows:
             return [
@@ -162,7 +167,7 @@ async def append_messages(
         if violation.constraint not in ID_CONSTRAINTS:
             raise
         id_violation = violation
-    stored = await find_repeat(db, tenant_id, session_id, new)
+    stored = await find_repeat(db, tenant_id, session_id, new, outcome_unknown=True)
     if stored is not None:
         return stored
     if id_violation is not None and id_violation.constraint == "chat_attachments_pkey":
@@ -175,14 +180,22 @@ async def append_messages(
 
 
 async def find_repeat(
-    db: Database, tenant_id: str, session_id: str, new: Sequence[NewMessage]
+    db: Database,
+    tenant_id: str,
+    session_id: str,
+    new: Sequence[NewMessage],
+    *,
+    outcome_unknown: bool = False,
 ) -> list[Message] | None:
     """The stored messages that an earlier request for `new` created, or None if no id exists.
 
     Raises AlreadyExistsError, with the index, if an id exists and this is not a repeated request.
+    `outcome_unknown` says that the call itself may have stored them.
     """
     params = _message_params(tenant_id, session_id, new)
-    rows = await db.fetch_all(FIND_REPEATS, params, lambda *row: row)
+    rows = await db.fetch_all(
+        FIND_REPEATS, params, lambda *row: row, outcome_unknown=outcome_unknown
+    )
     stored: list[Message] = []
     taken_index: int | None = None
     for index, (message, row) in enumerate(zip(new, rows, strict=True)):

@@ -85,6 +85,13 @@ SELECT %(tenant_id)s, %(id)s::uuid, message.id, %(file_url)s, %(file_name)s, %(f
   FROM message
 RETURNING """ + COLUMNS  # fmt: skip
 
+SESSION = """
+SELECT m.session_id::text
+  FROM chat_attachments a
+  JOIN chat_messages m ON m.tenant_id = a.tenant_id AND m.id = a.message_id
+ WHERE a.tenant_id = %(tenant_id)s AND a.id = %(id)s::uuid
+"""
+
 LOCK_SESSION = """
 SELECT s.id::text
   FROM chat_attachments a
@@ -200,8 +207,9 @@ async def create(
             raise errors.NotFoundError("chat_message", message_id)
         return created, session_id
 
+    session_id = await sessions.of_message(db, tenant_id, message_id)
     try:
-        return await db.transaction(body, idempotent=True)
+        return await db.transaction(body, idempotent=True, locks_session=session_id)
     except ConstraintViolation as violation:
         if violation.constraint != "chat_attachments_pkey":
             raise
@@ -257,8 +265,9 @@ async def page(
 async def delete(db: Database, tenant_id: str, attachment_id: str) -> str:
     """Delete an attachment; return the id of its session."""
 
+    params = {"tenant_id": tenant_id, "id": attachment_id}
+
     async def body(transaction: Transaction) -> str:
-        params = {"tenant_id": tenant_id, "id": attachment_id}
         session_id = await transaction.fetch_one(LOCK_SESSION, params, str)
         if session_id is not None:
             session_id = await transaction.fetch_one(
@@ -268,4 +277,7 @@ async def delete(db: Database, tenant_id: str, attachment_id: str) -> str:
             raise not_found(attachment_id)
         return session_id
 
-    return await db.transaction(body, idempotent=False)
+    session_id = await db.fetch_by_key(SESSION, params, str)
+    if session_id is None:
+        raise not_found(attachment_id)
+    return await db.transaction(body, idempotent=False, locks_session=session_id)

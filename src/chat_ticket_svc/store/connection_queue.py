@@ -1,4 +1,7 @@
-"""The queue for connections of the pool: bounded in length and in time, and fair to tenants."""
+"""The queue for connections of the pool: bounded in length and in time, and fair to tenants.
+
+Before it, the calls that lock the same session take turns.
+"""
 
 import asyncio
 import contextlib
@@ -16,14 +19,24 @@ Connection = psycopg.AsyncConnection[Any]
 
 LEASE_TIMEOUT_SECONDS = 2
 WAITING_CALLS_PER_CONNECTION = 4
+# One has the session's lock and commits, the other waits for it: more would not be faster.
+CALLS_PER_SESSION = 2
 
 
 class QueueFull(Exception):  # noqa: N818 - a signal to Database, never to a caller
     """Too many calls have or wait for a connection."""
 
 
+class PoolBusy(Exception):  # noqa: N818 - as above
+    """The call waited LEASE_TIMEOUT_SECONDS while other calls had the connections."""
+
+
+class SessionBusy(Exception):  # noqa: N818 - as above
+    """The call waited for its turn to lock its session as long as it may wait for a lock."""
+
+
 class NoConnection(Exception):  # noqa: N818 - as above
-    """The call waited LEASE_TIMEOUT_SECONDS for a connection, or the pool cannot connect."""
+    """The pool cannot connect to the database."""
 
 
 class TenantShare:
@@ -38,19 +51,35 @@ class ConnectionQueue:
     """Leases connections of a pool to calls.
 
     A tenant has at most half of the connections. So if its calls hang, or many come at once, only
-    its own calls wait for them.
+    its own calls wait for them. Of the calls that lock one session, CALLS_PER_SESSION at most have
+    or wait for a connection. So when something holds the session's lock for long, the tenant's
+    other calls still get connections.
     """
 
-    def __init__(self, pool: psycopg_pool.AsyncConnectionPool[Connection], *, pool_size: int):
+    def __init__(
+        self,
+        pool: psycopg_pool.AsyncConnectionPool[Connection],
+        *,
+        pool_size: int,
+        lock_timeout_seconds: float,
+    ):
         self._pool = pool
-        # The calls that have or wait for a connection. The pool's own count of waiting calls
-        # includes cancelled ones.
+        self._lock_timeout_seconds = lock_timeout_seconds
+        # The pool has more connections: those that are never leased. So a call that has this
+        # semaphore and gets no connection knows that the pool cannot connect.
+        self._connections = asyncio.Semaphore(pool_size)
+        # The calls that have or wait for a connection.
         self._calls = 0
         self._leased = 0
         self._max_calls = pool_size * (1 + WAITING_CALLS_PER_CONNECTION)
         self._max_tenant_connections = (pool_size + 1) // 2
-        # Weak references, so that tenants without calls are forgotten.
+        # Leaves the tenant a connection for its other calls, if it has more than one.
+        self._max_session_calls = min(CALLS_PER_SESSION, max(1, self._max_tenant_connections - 1))
+        # Weak references, so that tenants and sessions without calls are forgotten.
         self._shares: weakref.WeakValueDictionary[str | None, TenantShare] = (
+            weakref.WeakValueDictionary()
+        )
+        self._sessions: weakref.WeakValueDictionary[tuple[str | None, str], asyncio.Semaphore] = (
             weakref.WeakValueDictionary()
         )
 
@@ -60,21 +89,47 @@ class ConnectionQueue:
         return self._calls - self._leased
 
     @contextlib.asynccontextmanager
-    async def lease(self, tenant_id: str | None) -> AsyncIterator[Connection]:
-        """A connection for a call of the tenant. Raises QueueFull or NoConnection."""
-        share = self._shares.setdefault(tenant_id, TenantShare(self._max_tenant_connections))
-        with self._counted(share):
-            with tracing.pool_wait():
-                connection = await self._acquire(share)
-            self._leased += 1
-            try:
-                yield connection
-            finally:
-                self._leased -= 1
+    async def lease(
+        self, tenant_id: str | None, *, locks_session: str | None = None
+    ) -> AsyncIterator[Connection]:
+        """A connection for a call of the tenant, which may begin by locking a session.
+
+        Raises SessionBusy, QueueFull, PoolBusy or NoConnection.
+        """
+        async with self._turn(tenant_id, locks_session):
+            share = self._shares.setdefault(tenant_id, TenantShare(self._max_tenant_connections))
+            with self._counted(share):
+                with tracing.pool_wait():
+                    connection = await self._acquire(share)
+                self._leased += 1
                 try:
-                    await self._pool.putconn(connection)
+                    yield connection
                 finally:
-                    share.connections.release()
+                    self._leased -= 1
+                    try:
+                        await self._pool.putconn(connection)
+                    finally:
+                        self._connections.release()
+                        share.connections.release()
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, tenant_id: str | None, session_id: str | None) -> AsyncIterator[None]:
+        """Wait, without a connection, until few enough other calls lock this session."""
+        if session_id is None:
+            yield
+            return
+        session = self._sessions.setdefault(
+            (tenant_id, session_id), asyncio.Semaphore(self._max_session_calls)
+        )
+        try:
+            with Timeout(self._lock_timeout_seconds):
+                await session.acquire()
+        except TimeoutError as error:
+            raise SessionBusy from error
+        try:
+            yield
+        finally:
+            session.release()
 
     async def _acquire(self, share: TenantShare) -> Connection:
         """Wait for the tenant's share, then for the pool; LEASE_TIMEOUT_SECONDS in all."""
@@ -83,12 +138,18 @@ class ConnectionQueue:
         try:
             with Timeout(LEASE_TIMEOUT_SECONDS):
                 await share.connections.acquire()
+                try:
+                    await self._connections.acquire()
+                except BaseException:
+                    share.connections.release()
+                    raise
         except TimeoutError as error:
-            raise NoConnection from error
+            raise PoolBusy from error
         try:
             remaining = started + LEASE_TIMEOUT_SECONDS - clock()
             connection = await self._pool.getconn(max(remaining, 0.001))
         except BaseException as error:
+            self._connections.release()
             share.connections.release()
             if isinstance(error, psycopg.Error):
                 raise NoConnection from error

@@ -28,9 +28,11 @@ from chat_ticket_svc.store.connection_queue import (
     LEASE_TIMEOUT_SECONDS,
     ConnectionQueue,
     NoConnection,
+    PoolBusy,
     QueueFull,
+    SessionBusy,
 )
-from chat_ticket_svc.store.driver_errors import ConnectionLost, translate
+from chat_ticket_svc.store.driver_errors import CancellationDetector, ConnectionLost, translate
 from chat_ticket_svc.store.pipelined_connection import PipelinedConnection
 from chat_ticket_svc.store.transaction import Params, Transaction
 from chat_ticket_svc.telemetry import metrics, tracing
@@ -53,6 +55,15 @@ PIPELINED_MAX_BYTES = 64 * 1024
 PIPELINED_CONNECTIONS = 2
 
 
+# After these errors callers take it that nothing was written.
+_NOTHING_WRITTEN = (
+    errors.ContentionError,
+    errors.ResourceExhaustedError,
+    errors.UnavailableError,
+    errors.UnsupportedError,
+)
+
+
 class _Outcome:
     """What is known of the outcome of an operation, over all its attempts.
 
@@ -61,6 +72,12 @@ class _Outcome:
 
     def __init__(self, *, is_unknown: bool = False):
         self.is_unknown = is_unknown
+
+    def or_unknown(self, error: Exception) -> Exception:
+        """`error`, unless it tells the caller that nothing was written, which is not known."""
+        if self.is_unknown and isinstance(error, _NOTHING_WRITTEN):
+            return errors.OutcomeUnknownError()
+        return error
 
 
 class Database:
@@ -90,7 +107,10 @@ class Database:
             max_lifetime=POOL_MAX_LIFETIME_SECONDS,
             open=False,
         )
-        self._queue = ConnectionQueue(self._pool, pool_size=pool_size)
+        self._statement_timeout_seconds = statement_timeout_ms / 1000
+        self._queue = ConnectionQueue(
+            self._pool, pool_size=pool_size, lock_timeout_seconds=lock_timeout_ms / 1000
+        )
         self._reads, self._writes = (
             PipelinedConnection(
                 self._pool,
@@ -132,17 +152,22 @@ class Database:
         make_row: Callable[..., T],
         *,
         prepare: bool | None = None,
+        outcome_unknown: bool = False,
     ) -> list[T]:
         """Read rows in one statement, and return `make_row(*columns)` for each.
 
         With `prepare=False`, PostgreSQL plans the statement for its parameters each time. For a
         prepared statement it may use one generic plan, which fits a tenant of average size.
+        `outcome_unknown` says that this looks for what an earlier statement of the call may have
+        committed.
         """
 
         async def work(transaction: Transaction, _: _Outcome) -> list[T]:
             return await transaction.fetch_all(sql, params, make_row, prepare=prepare)
 
-        return await self._run_with_retries(self._with_lease(work), idempotent=True)
+        return await self._run_with_retries(
+            self._with_lease(work), idempotent=True, outcome_unknown=outcome_unknown
+        )
 
     async def fetch_typed(
         self,
@@ -158,14 +183,27 @@ class Database:
         return await self._run_with_retries(self._with_lease(work), idempotent=True)
 
     async def fetch_by_key(
-        self, sql: LiteralString, params: Params, make_row: Callable[..., T]
+        self,
+        sql: LiteralString,
+        params: Params,
+        make_row: Callable[..., T],
+        *,
+        outcome_unknown: bool = False,
     ) -> T | None:
-        """Read one row by its key, or None, on the pipelined connection."""
-        rows = await self.fetch_pipelined(sql, params)
+        """Read one row by its key, or None, on the pipelined connection.
+
+        `outcome_unknown` is that of `fetch_all`.
+        """
+        rows = await self.fetch_pipelined(sql, params, outcome_unknown=outcome_unknown)
         return make_row(*rows[0]) if rows else None
 
     async def fetch_pipelined(
-        self, sql: LiteralString, params: Params, types: Sequence[int] | None = None
+        self,
+        sql: LiteralString,
+        params: Params,
+        types: Sequence[int] | None = None,
+        *,
+        outcome_unknown: bool = False,
     ) -> list[tuple[Any, ...]]:
         """As `fetch_all` or `fetch_typed`, on the pipelined connection.
 
@@ -176,7 +214,7 @@ class Database:
         async def work(outcome: _Outcome) -> list[tuple[Any, ...]]:
             return await self._run_pipelined(self._reads, sql, params, outcome, types)
 
-        return await self._run_with_retries(work, idempotent=True)
+        return await self._run_with_retries(work, idempotent=True, outcome_unknown=outcome_unknown)
 
     async def write(
         self,
@@ -186,11 +224,13 @@ class Database:
         *,
         idempotent: bool,
         outcome_unknown: bool = False,
+        locks_session: str | None = None,
     ) -> list[T]:
         """Write in one statement, which is a transaction of its own, and return its rows.
 
-        `idempotent` says that the statement can be repeated safely. `outcome_unknown` says that an
-        earlier attempt may have committed it.
+        `locks_session` is the id of the session that it locks, if any. `idempotent` says that the
+        statement can be repeated safely. `outcome_unknown` says that an earlier attempt may have
+        committed it.
         """
 
         async def work(transaction: Transaction, outcome: _Outcome) -> list[T]:
@@ -198,7 +238,9 @@ class Database:
             return await transaction.fetch_all(sql, params, make_row)
 
         return await self._run_with_retries(
-            self._with_lease(work), idempotent=idempotent, outcome_unknown=outcome_unknown
+            self._with_lease(work, locks_session=locks_session),
+            idempotent=idempotent,
+            outcome_unknown=outcome_unknown,
         )
 
     async def write_pipelined(self, sql: LiteralString, params: Params) -> list[tuple[Any, ...]]:
@@ -212,10 +254,15 @@ class Database:
             raise self._translated(error) from error
 
     async def transaction(
-        self, body: Callable[[Transaction], Awaitable[T]], *, idempotent: bool
+        self,
+        body: Callable[[Transaction], Awaitable[T]],
+        *,
+        idempotent: bool,
+        locks_session: str | None = None,
     ) -> T:
         """Run `body` in a READ COMMITTED transaction, again after a conflict.
 
+        `locks_session` is the id of the session that it locks first, if any.
         `idempotent` says that `body` can be repeated safely after it was committed.
         """
 
@@ -231,7 +278,9 @@ class Database:
             await transaction.execute("COMMIT", {})
             return result
 
-        return await self._run_with_retries(self._with_lease(work), idempotent=idempotent)
+        return await self._run_with_retries(
+            self._with_lease(work, locks_session=locks_session), idempotent=idempotent
+        )
 
     @contextlib.asynccontextmanager
     async def snapshot(self) -> AsyncIterator[Transaction]:
@@ -260,21 +309,37 @@ class Database:
             raise self._translated(error) from error
 
     def _with_lease(
-        self, work: Callable[[Transaction, _Outcome], Awaitable[T]]
+        self,
+        work: Callable[[Transaction, _Outcome], Awaitable[T]],
+        *,
+        locks_session: str | None = None,
     ) -> Callable[[_Outcome], Awaitable[T]]:
         """`work`, run on a leased connection."""
 
         async def leased(outcome: _Outcome) -> T:
             try:
-                async with self._queue.lease(request_context.tenant_id_or_none()) as connection:
+                async with self._queue.lease(
+                    request_context.tenant_id_or_none(), locks_session=locks_session
+                ) as connection:
                     try:
-                        return await work(Transaction(connection), outcome)
+                        transaction = Transaction(
+                            connection, statement_timeout_seconds=self._statement_timeout_seconds
+                        )
+                        return await work(transaction, outcome)
                     except (psycopg.OperationalError, psycopg.InterfaceError) as error:
                         if is_lost(error, connection):
                             raise ConnectionLost from error
                         raise
+            except SessionBusy:
+                raise outcome.or_unknown(errors.ContentionError()) from None
             except QueueFull:
                 raise self._queue_full(outcome) from None
+            except PoolBusy:
+                raise outcome.or_unknown(
+                    errors.ResourceExhaustedError(
+                        "no database connection became free in time", reason="POOL_TIMEOUT"
+                    )
+                ) from None
             except NoConnection as error:
                 raise self._unavailable(outcome) from error
 
@@ -291,7 +356,7 @@ class Database:
         if connection.pending >= MAX_PIPELINED_CALLS:
             raise self._queue_full(outcome)
         try:
-            with tracing.statement(sql):
+            with tracing.statement(sql), CancellationDetector(self._statement_timeout_seconds):
                 return await connection.fetch(sql, params, types)
         except pg_errors.ConnectionFailure as error:
             raise ConnectionLost from error
@@ -308,8 +373,8 @@ class Database:
         outcome = _Outcome(is_unknown=outcome_unknown)
         conflicts = 0
         retried = False
-        # A conflict undoes this attempt. An earlier one, whose connection was lost, may still have
-        # committed.
+        # An error of the database undoes this attempt. An earlier one, whose connection was lost,
+        # may still have committed.
         earlier_outcome_unknown = outcome_unknown
         while True:
             try:
@@ -318,34 +383,30 @@ class Database:
                 outcome.is_unknown = earlier_outcome_unknown
                 conflicts += 1
                 if conflicts > CONTENTION_RETRIES:
-                    if earlier_outcome_unknown:
-                        raise self._unavailable(outcome) from error
-                    raise errors.ContentionError from error
+                    raise outcome.or_unknown(errors.ContentionError()) from error
             except ConnectionLost as error:
                 if retried or (outcome.is_unknown and not idempotent):
                     raise self._unavailable(outcome) from error
                 retried = True
                 earlier_outcome_unknown = outcome.is_unknown
             except psycopg.Error as error:
-                raise self._translated(error) from error
+                outcome.is_unknown = earlier_outcome_unknown
+                raise outcome.or_unknown(self._translated(error)) from error
             if retried:
                 await self._check_pool(outcome)
             else:
                 await asyncio.sleep(random.uniform(0, 0.01 * 2**conflicts))  # noqa: S311 - jitter
 
-    def _queue_full(self, outcome: _Outcome) -> errors.DomainError:
-        if outcome.is_unknown:
-            return self._unavailable(outcome)
-        return errors.ResourceExhaustedError(
-            "too many calls wait for a database connection", reason="POOL_QUEUE_FULL"
+    def _queue_full(self, outcome: _Outcome) -> Exception:
+        return outcome.or_unknown(
+            errors.ResourceExhaustedError(
+                "too many calls wait for a database connection", reason="POOL_QUEUE_FULL"
+            )
         )
 
-    def _unavailable(self, outcome: _Outcome) -> errors.UnavailableError:
-        if outcome.is_unknown:
-            return errors.OutcomeUnknownError()
-        return errors.UnavailableError(
-            "the database is unreachable, or no connection became free in time",
-            reason="DATABASE_UNAVAILABLE",
+    def _unavailable(self, outcome: _Outcome) -> Exception:
+        return outcome.or_unknown(
+            errors.UnavailableError("the database cannot be reached", reason="DATABASE_UNAVAILABLE")
         )
 
     def _translated(self, error: psycopg.Error) -> Exception:

@@ -1,6 +1,10 @@
 """Maps the errors of psycopg to domain errors. rpc/status.py maps these to gRPC statuses."""
 
+import time
+from typing import Self
+
 import psycopg
+from psycopg import errors as pg_errors
 
 from chat_ticket_svc import errors
 
@@ -17,6 +21,33 @@ class ConnectionLost(Exception):  # noqa: N818 - as above
     """The connection broke while a statement was in flight."""
 
 
+class StatementCanceled(pg_errors.QueryCanceled):
+    """A statement that was canceled before its timeout."""
+
+
+class CancellationDetector:
+    """Turns QueryCanceled into StatementCanceled when the statement in the block had time left.
+
+    PostgreSQL gives both causes the same SQLSTATE, and their texts depend on its language.
+    """
+
+    __slots__ = ("_started_at", "_timeout_seconds")
+
+    _started_at: float
+
+    def __init__(self, timeout_seconds: float):
+        self._timeout_seconds = timeout_seconds
+
+    def __enter__(self) -> Self:
+        self._started_at = time.monotonic()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        has_time_left = time.monotonic() < self._started_at + self._timeout_seconds
+        if isinstance(error, pg_errors.QueryCanceled) and has_time_left:
+            raise StatementCanceled from error
+
+
 def translate(error: psycopg.Error) -> Exception:
     """The domain error or ConstraintViolation for a driver error; unknown errors are unchanged."""
     match error.sqlstate or "":
@@ -24,6 +55,8 @@ def translate(error: psycopg.Error) -> Exception:
             return ConstraintViolation(error.diag.constraint_name or "")
         case "55P03":  # lock_not_available
             return errors.ContentionError()
+        case "57014" if isinstance(error, StatementCanceled):
+            return errors.StatementCanceledError()
         case "57014":  # query_canceled, by statement_timeout; our own deadlines cancel the task
             return errors.DeadlineExceededError()
         case "53100":  # disk_full
@@ -44,3 +77,18 @@ def translate(error: psycopg.Error) -> Exception:
                 [errors.Violation("", "a value that the database cannot store")]
             )
     return error
+
+
+# Messages of these SQLSTATEs name objects, rights, locks or resources, and never quote a row.
+# Those of a class like 22 (`invalid input syntax for type integer: "…"`) do.
+_SAFE_STATES = ("0A", "23", "2BP01", "25006", "3F", "40", "42", "53", "54", "55", "57")
+
+
+def describe(sqlstate: str, message: str) -> str:
+    """An error of PostgreSQL for an operator: its message, unless that may quote a row.
+
+    `message` is the primary message; DETAIL and HINT quote rows and must not be part of it.
+    """
+    if not message or not sqlstate.startswith(_SAFE_STATES):
+        return f"SQLSTATE {sqlstate}"
+    return f"{message} (SQLSTATE {sqlstate})"

@@ -185,6 +185,8 @@ class GroupCommitWriter:
         except ConnectionLost:
             for pending in batch:
                 pending.outcome_unknown = True
+        except errors.StatementCanceledError:
+            pass  # the callers did not ask for it: each message is appended alone
         except errors.UnavailableError as error:  # nothing was sent, and a retry would fail too
             for pending in batch:
                 if not pending.row.done():

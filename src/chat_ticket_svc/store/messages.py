@@ -134,7 +134,8 @@ async def set_metadata(
             raise not_found(message_id)
         return message
 
-    return await db.transaction(body, idempotent=True)
+    session_id = await sessions.of_message(db, tenant_id, message_id)
+    return await db.transaction(body, idempotent=True, locks_session=session_id)
 
 
 async def delete(db: Database, tenant_id: str, message_id: str) -> str:
@@ -148,4 +149,5 @@ async def delete(db: Database, tenant_id: str, message_id: str) -> str:
             raise not_found(message_id)
         return session_id
 
-    return await db.transaction(body, idempotent=False)
+    session_id = await sessions.of_message(db, tenant_id, message_id)
+    return await db.transaction(body, idempotent=False, locks_session=session_id)

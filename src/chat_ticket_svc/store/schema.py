@@ -36,6 +36,18 @@ SELECT current_setting('server_version'), current_setting('server_version_num'):
        to_regclass('schema_migrations') IS NOT NULL
 """
 
+# The indexes of the service that order text by the database's collation, whose version was
+# recorded when the database was created. PostgreSQL has the functions since version 15.
+COLLATION = """
+SELECT datcollversion, pg_database_collation_actual_version(oid),
+       (SELECT count(*) FROM pg_index JOIN pg_class t ON t.oid = indrelid
+         WHERE '"default"'::regcollation = ANY (indcollation)
+           AND relnamespace = (
+               SELECT relnamespace FROM pg_class WHERE oid = to_regclass('chat_sessions')))
+  FROM pg_database WHERE datname = current_database()
+"""
+COLLATION_VERSIONS_SINCE = 150_000
+
 
 class StaleSchemaError(ConfigurationError):
     """The database lacks migrations that this version of the service needs. The text names them."""
@@ -46,12 +58,25 @@ class StaleSchemaError(ConfigurationError):
         )
 
 
+class Collation(NamedTuple):
+    """The default collation of a database.
+
+    `recorded_version` is that of the order in which its indexes were built, and `actual_version`
+    that of the machine's library. A collation such as C has none. `indexes` counts the indexes of
+    the service that depend on it.
+    """
+
+    recorded_version: str | None
+    actual_version: str | None
+    indexes: int
+
+
 class Facts(NamedTuple):
     """The state of a database and its server.
 
     `clock_ahead` is by how many seconds the local clock is ahead of the server's. `missing` names
     the migrations that the database lacks. `newer` counts those that this version does not know.
-    `seconds` is the round trip of a statement.
+    `seconds` is the round trip of a statement. `collation` is None before PostgreSQL 15.
     """
 
     version: str
@@ -61,6 +86,7 @@ class Facts(NamedTuple):
     missing: list[str]
     newer: int
     seconds: float
+    collation: Collation | None
 
 
 async def facts(url: str) -> Facts:
@@ -74,6 +100,10 @@ async def facts(url: str) -> Facts:
             cursor = await connection.execute(FACTS)
             [(version, number, is_read_only, clock, has_migrations)] = await cursor.fetchall()
             finished = time.time()
+            collation = None
+            if number >= COLLATION_VERSIONS_SINCE:
+                cursor = await connection.execute(COLLATION)
+                collation = Collation(*(await cursor.fetchall())[0])
             applied: set[str] = set()
             if has_migrations:
                 cursor = await connection.execute(APPLIED)
@@ -95,6 +125,7 @@ async def facts(url: str) -> Facts:
         missing=missing,
         newer=len(applied) - (len(_files()) - len(missing)),
         seconds=finished - started,
+        collation=collation,
     )
 
 

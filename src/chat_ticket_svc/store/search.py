@@ -232,7 +232,8 @@ async def _search(db: Database, params: Params, *, by_index: bool) -> SearchPage
 
     try:
         return await db.transaction(body, idempotent=True)
-    except errors.DeadlineExceededError:
+    # The search by index has a timeout of its own, which is shorter than that of the connection.
+    except (errors.DeadlineExceededError, errors.StatementCanceledError):
         if not by_index:
             raise
         return SearchPage([], 0, incomplete=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, NamedTuple
+from typing import Annotated, LiteralString, NamedTuple
 
 from chat_ticket_svc import errors
 from chat_ticket_svc.store.columns import column_list, microseconds
@@ -15,12 +15,16 @@ class Session(NamedTuple):
     """A row of chat_sessions; times are microseconds since the Unix epoch."""
 
     id: Annotated[str, "chat_sessions.id::text"]
-    tenant_id: Annotated[str, "chat_sessions.tenant_id"]
+    tenant_id: Annotated[str, 'chat_sessions.tenant_id COLLATE "C"']
     status: Annotated[str, "chat_sessions.status"]
     has_ticket: Annotated[bool, "chat_sessions.has_ticket"]
     revision: Annotated[int, "chat_sessions.revision"]
     created_at: Annotated[int, microseconds("chat_sessions.created_at")]
     updated_at: Annotated[int, microseconds("chat_sessions.updated_at")]
+
+
+class LargeSession(Exception):  # noqa: N818 - a signal to SessionDeleter, never to a caller
+    """The session may have so many messages that its deletion takes seconds."""
 
 
 class Filter(NamedTuple):
@@ -35,6 +39,11 @@ class Filter(NamedTuple):
 
 
 COLUMNS = column_list(Session)
+
+# A session has no more messages than revisions. The deletion of so many takes about a second.
+LARGE_REVISION = 100_000
+
+STATUSES: tuple[LiteralString, ...] = ("active", "resolved", "archived")
 
 CREATE = f"""
 INSERT INTO chat_sessions (tenant_id, id, status)
@@ -54,6 +63,11 @@ SELECT {COLUMNS} FROM chat_sessions
    FOR UPDATE
 """
 
+OF_MESSAGE = """
+SELECT session_id::text FROM chat_messages
+ WHERE tenant_id = %(tenant_id)s AND id = %(message_id)s::uuid
+"""
+
 LOCK_OF_MESSAGE = """
 SELECT s.id::text
   FROM chat_messages m
@@ -71,38 +85,82 @@ UPDATE chat_sessions
 RETURNING {COLUMNS}
 """
 
+# Until the transaction ends.
+NO_STATEMENT_TIMEOUT = "SELECT set_config('statement_timeout', '0', true)"
+
 DELETE = """
 DELETE FROM chat_sessions WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
 """
 
-# The conditions on updated_hour are implied by those on updated_at. They let its index be used.
-FILTER = """
-   AND (%(statuses)s::text[] IS NULL OR status = ANY (%(statuses)s::text[]))
-   AND (%(has_ticket)s::boolean IS NULL OR has_ticket = %(has_ticket)s::boolean)
-   AND (%(created_from)s::timestamptz IS NULL OR created_at >= %(created_from)s::timestamptz)
+# A session is created before it is updated. This and the conditions on updated_hour are implied by
+# the others. They let the indexes be used.
+RANGES = """
+   AND (%(created_from)s::timestamptz IS NULL
+        OR (created_at >= %(created_from)s::timestamptz
+            AND updated_hour > %(created_from)s::timestamptz - interval '1 hour'))
    AND (%(created_to)s::timestamptz IS NULL OR created_at < %(created_to)s::timestamptz)
    AND (%(updated_from)s::timestamptz IS NULL
         OR (updated_at >= %(updated_from)s::timestamptz
             AND updated_hour > %(updated_from)s::timestamptz - interval '1 hour'))
    AND (%(updated_to)s::timestamptz IS NULL
         OR (updated_at < %(updated_to)s::timestamptz
+            AND created_at < %(updated_to)s::timestamptz
             AND updated_hour < %(updated_to)s::timestamptz))
 """
 
-LIST_BY_CREATE_TIME = f"""
-SELECT {COLUMNS} FROM chat_sessions
- WHERE tenant_id = %(tenant_id)s {FILTER}
+PAGE_BY_CREATE_TIME = f"""
+   {RANGES}
    AND (created_at, id) < (%(after_time)s::timestamptz, %(after_id)s::uuid)
  ORDER BY chat_sessions.created_at DESC, chat_sessions.id DESC
  LIMIT %(limit)s
 """
 
-LIST_BY_UPDATE_TIME = f"""
-SELECT {COLUMNS} FROM chat_sessions
- WHERE tenant_id = %(tenant_id)s {FILTER}
+PAGE_BY_UPDATE_TIME = f"""
+   {RANGES}
    AND (updated_at, id) < (%(after_time)s::timestamptz, %(after_id)s::uuid)
    AND updated_hour <= %(after_time)s::timestamptz
- ORDER BY updated_hour DESC, chat_sessions.updated_at DESC, chat_sessions.id DESC
+ ORDER BY chat_sessions.updated_hour DESC, chat_sessions.updated_at DESC, chat_sessions.id DESC
+ LIMIT %(limit)s
+"""
+
+LIST_BY_CREATE_TIME = f"""
+SELECT {COLUMNS} FROM chat_sessions WHERE tenant_id = %(tenant_id)s {PAGE_BY_CREATE_TIME}
+"""
+
+LIST_BY_UPDATE_TIME = f"""
+SELECT {COLUMNS} FROM chat_sessions WHERE tenant_id = %(tenant_id)s {PAGE_BY_UPDATE_TIME}
+"""
+
+
+def _of_each_kind(page: LiteralString) -> LiteralString:
+    """The pages of sessions of each status, with and without a ticket: what the filter admits.
+
+    Each page is a range of an index. In the order of all sessions, PostgreSQL reads all of them to
+    find those of a rare status. The kinds are constants, and the statement is not prepared, so that
+    the planner knows which are rare, and drops those that the filter does not admit.
+    """
+    kinds: list[LiteralString] = [
+        f"""(
+SELECT * FROM chat_sessions
+ WHERE tenant_id = %(tenant_id)s AND status = '{status}' AND has_ticket = {has_ticket}
+   AND (%(statuses)s::text[] IS NULL OR '{status}' = ANY (%(statuses)s::text[]))
+   AND (%(has_ticket)s::boolean IS NULL OR {has_ticket} = %(has_ticket)s::boolean)
+   {page})"""
+        for status in STATUSES
+        for has_ticket in ("true", "false")
+    ]
+    return " UNION ALL ".join(kinds)
+
+
+LIST_OF_KIND_BY_CREATE_TIME = f"""
+SELECT {COLUMNS} FROM ({_of_each_kind(PAGE_BY_CREATE_TIME)}) AS chat_sessions
+ ORDER BY chat_sessions.created_at DESC, chat_sessions.id DESC
+ LIMIT %(limit)s
+"""
+
+LIST_OF_KIND_BY_UPDATE_TIME = f"""
+SELECT {COLUMNS} FROM ({_of_each_kind(PAGE_BY_UPDATE_TIME)}) AS chat_sessions
+ ORDER BY chat_sessions.updated_hour DESC, chat_sessions.updated_at DESC, chat_sessions.id DESC
  LIMIT %(limit)s
 """
 
@@ -128,7 +186,7 @@ async def create(db: Database, tenant_id: str, session_id: str, status: str) -> 
     created = await db.write(CREATE, params, Session, idempotent=True)
     if created:
         return created[0]
-    existing = await db.fetch_by_key(GET, params, Session)
+    existing = await db.fetch_by_key(GET, params, Session, outcome_unknown=True)
     if existing is None:  # deleted between the two statements
         raise errors.AlreadyExistsError.id_taken("chat_session", session_id)
     return existing
@@ -162,8 +220,11 @@ async def page(
 ) -> list[Session]:
     """A page of sessions, newest first, that starts after (after_time, after_id) in this order."""
     params = {"after_time": after_time, "after_id": after_id, "limit": limit}
+    of_kind = session_filter.statuses is not None or session_filter.has_ticket is not None
     return await db.fetch_all(
-        LIST_BY_UPDATE_TIME if by_update_time else LIST_BY_CREATE_TIME,
+        (LIST_OF_KIND_BY_UPDATE_TIME if of_kind else LIST_BY_UPDATE_TIME)
+        if by_update_time
+        else (LIST_OF_KIND_BY_CREATE_TIME if of_kind else LIST_BY_CREATE_TIME),
         {"tenant_id": tenant_id, **params, **session_filter._asdict()},
         Session,
         prepare=False,
@@ -187,6 +248,15 @@ async def lock(
             f"the session is at revision {session.revision}, not {etag}", reason="ETAG_MISMATCH"
         )
     return session
+
+
+async def of_message(db: Database, tenant_id: str, message_id: str) -> str:
+    """The id of the session of a message. It never changes."""
+    params = {"tenant_id": tenant_id, "message_id": message_id}
+    session_id = await db.fetch_by_key(OF_MESSAGE, params, str)
+    if session_id is None:
+        raise errors.NotFoundError("chat_message", message_id)
+    return session_id
 
 
 async def lock_of_message(transaction: Transaction, tenant_id: str, message_id: str) -> str:
@@ -214,18 +284,33 @@ async def set_status(
         [changed] = await transaction.fetch_all(SET_STATUS, params, Session)
         return changed
 
-    return await db.transaction(body, idempotent=etag is None)
+    return await db.transaction(body, idempotent=etag is None, locks_session=session_id)
 
 
-async def delete(db: Database, tenant_id: str, session_id: str, etag: int | None) -> None:
-    """Delete a session and its contents, unless its ticket is open or pending."""
+async def delete(
+    db: Database,
+    tenant_id: str,
+    session_id: str,
+    etag: int | None,
+    *,
+    may_be_large: bool = False,
+) -> None:
+    """Delete a session and its contents, unless its ticket is open or pending.
+
+    Raises LargeSession, and deletes nothing, if it is large. With `may_be_large`, deletes it
+    without a statement timeout.
+    """
 
     async def body(transaction: Transaction) -> None:
-        await lock(transaction, tenant_id, session_id, etag)
+        session = await lock(transaction, tenant_id, session_id, etag)
+        if may_be_large:
+            await transaction.execute(NO_STATEMENT_TIMEOUT, {})
+        elif session.revision > LARGE_REVISION:
+            raise LargeSession
         await transaction.execute(DELETE, {"tenant_id": tenant_id, "id": session_id})
 
     try:
-        await db.transaction(body, idempotent=False)
+        await db.transaction(body, idempotent=False, locks_session=session_id)
     except ConstraintViolation as violation:
         if violation.constraint != "chat_sessions_ticket_status_check":
             raise

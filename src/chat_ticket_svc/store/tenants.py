@@ -1,5 +1,10 @@
-"""All data of a tenant: counting it, reading it from the oldest on, and deleting it in batches."""
+"""All data of a tenant: counting it, reading it from the oldest on, and deleting it in batches.
 
+A session is deleted whole, in one transaction. So whatever interrupts the deletion, each session
+that is left has all that its revision stands for.
+"""
+
+import itertools
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 from uuid import UUID
@@ -7,11 +12,12 @@ from uuid import UUID
 from chat_ticket_svc import errors
 from chat_ticket_svc.store import sessions, tickets
 from chat_ticket_svc.store.database import Database
-from chat_ticket_svc.store.sessions import Session
+from chat_ticket_svc.store.sessions import NO_STATEMENT_TIMEOUT, Session
 from chat_ticket_svc.store.tickets import Ticket
 from chat_ticket_svc.store.transaction import Transaction
 
-# Limits of one page, and of one transaction that deletes: for sessions, and for all other rows.
+# Limits of one page, and of one transaction that deletes: for sessions, and for all other rows. A
+# session with more rows has a transaction of its own.
 SESSIONS_PER_BATCH = 20
 ROWS_PER_BATCH = 500
 
@@ -46,7 +52,7 @@ SELECT {tickets.TICKET_COLUMNS} FROM tickets t
 """
 
 LOCK_OLDEST_SESSIONS = """
-SELECT id::text FROM chat_sessions
+SELECT id::text, revision FROM chat_sessions
  WHERE tenant_id = %(tenant_id)s
  ORDER BY created_at, id
  LIMIT %(limit)s
@@ -66,10 +72,7 @@ SELECT t.status
 DELETE_MESSAGES = """
 WITH deleted AS (
     DELETE FROM chat_messages
-     WHERE tenant_id = %(tenant_id)s AND id IN (
-         SELECT id FROM chat_messages
-          WHERE tenant_id = %(tenant_id)s AND session_id = ANY (%(session_ids)s::uuid[])
-          LIMIT %(limit)s)
+     WHERE tenant_id = %(tenant_id)s AND session_id = ANY (%(session_ids)s::uuid[])
     RETURNING id
 )
 SELECT count(*) FROM deleted
@@ -78,10 +81,7 @@ SELECT count(*) FROM deleted
 DELETE_TOMBSTONES = """
 WITH deleted AS (
     DELETE FROM chat_message_tombstones
-     WHERE tenant_id = %(tenant_id)s AND message_id IN (
-         SELECT message_id FROM chat_message_tombstones
-          WHERE tenant_id = %(tenant_id)s AND session_id = ANY (%(session_ids)s::uuid[])
-          LIMIT %(limit)s)
+     WHERE tenant_id = %(tenant_id)s AND session_id = ANY (%(session_ids)s::uuid[])
     RETURNING message_id
 )
 SELECT count(*) FROM deleted
@@ -189,12 +189,17 @@ async def erase(db: Database, tenant_id: str, *, active_tickets: bool) -> AsyncI
 
 
 async def _erase_oldest_sessions(db: Database, tenant_id: str) -> int:
-    """Delete up to ROWS_PER_BATCH messages and tombstones; if there are fewer, the sessions too."""
+    """Delete some of the oldest sessions with their contents; return the number of deleted rows."""
 
     async def body(transaction: Transaction) -> int:
         page = {"tenant_id": tenant_id, "limit": SESSIONS_PER_BATCH}
-        ids = await transaction.fetch_all(LOCK_OLDEST_SESSIONS, page, str)
-        params = {"tenant_id": tenant_id, "session_ids": ids, "limit": ROWS_PER_BATCH}
+        oldest = await transaction.fetch_all(LOCK_OLDEST_SESSIONS, page, lambda *row: row)
+        # A session has no more messages and tombstones than revisions.
+        rows = list(itertools.accumulate(revision for _, revision in oldest))
+        ids = [
+            id_ for (id_, _), total in zip(oldest, rows, strict=True) if total <= ROWS_PER_BATCH
+        ] or [id_ for id_, _ in oldest[:1]]
+        params = {"tenant_id": tenant_id, "session_ids": ids}
         statuses = await transaction.fetch_all(STATUSES_OF_LINKED_TICKETS, params, str)
         if not {"open", "pending"}.isdisjoint(statuses):
             raise errors.FailedPreconditionError(
@@ -202,13 +207,10 @@ async def _erase_oldest_sessions(db: Database, tenant_id: str) -> int:
                 reason="SESSION_HAS_ACTIVE_TICKET",
                 subject="chat_sessions",
             )
+        await transaction.execute(NO_STATEMENT_TIMEOUT, {})
         deleted = sum(await transaction.fetch_all(DELETE_MESSAGES, params, int))
-        if deleted == ROWS_PER_BATCH:
-            return deleted
-        tombstones = sum(await transaction.fetch_all(DELETE_TOMBSTONES, params, int))
-        if tombstones == ROWS_PER_BATCH:
-            return deleted + tombstones
+        deleted += sum(await transaction.fetch_all(DELETE_TOMBSTONES, params, int))
         await transaction.execute(DELETE_SESSIONS, params)
-        return deleted + tombstones + len(ids)
+        return deleted + len(ids)
 
     return await db.transaction(body, idempotent=True)

@@ -1,7 +1,7 @@
 """Tickets, and chat tickets. A chat ticket links a session to a ticket."""
 
 from datetime import datetime
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, LiteralString, NamedTuple
 
 from chat_ticket_svc import errors
 from chat_ticket_svc.store import sessions
@@ -15,7 +15,7 @@ class Ticket(NamedTuple):
     """A row of tickets; times are in microseconds since the Unix epoch."""
 
     id: Annotated[str, "t.id::text"]
-    tenant_id: Annotated[str, "t.tenant_id"]
+    tenant_id: Annotated[str, 't.tenant_id COLLATE "C"']
     title: Annotated[str, "t.title"]
     status: Annotated[str, "t.status"]
     created_at: Annotated[int, microseconds("t.created_at")]
@@ -23,6 +23,8 @@ class Ticket(NamedTuple):
 
 
 TICKET_COLUMNS = column_list(Ticket)
+
+STATUSES: tuple[LiteralString, ...] = ("open", "pending", "solved", "closed")
 
 
 class ChatTicket(NamedTuple):
@@ -86,6 +88,11 @@ INSERT INTO chat_tickets (tenant_id, id, session_id, ticket_id)
 VALUES (%(tenant_id)s, %(id)s::uuid, %(session_id)s::uuid, %(ticket_id)s::uuid)
 """
 
+SESSION_OF_CHAT_TICKET = """
+SELECT session_id::text FROM chat_tickets
+ WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
+"""
+
 LOCK_SESSION_OF_CHAT_TICKET = """
 SELECT s.id::text
   FROM chat_tickets ct
@@ -108,22 +115,44 @@ SELECT {TICKET_COLUMNS} FROM tickets t
 LIST_TICKETS = f"""
 SELECT {TICKET_COLUMNS} FROM tickets t
  WHERE t.tenant_id = %(tenant_id)s
-   AND (%(statuses)s::text[] IS NULL OR t.status = ANY (%(statuses)s::text[]))
    AND (t.created_at, t.id) < (%(after_time)s::timestamptz, %(after_id)s::uuid)
  ORDER BY t.created_at DESC, t.id DESC
  LIMIT %(limit)s
 """
 
-# An update that waits for a concurrent one compares with the values that that one committed. Equal
-# values leave the row as it is.
-UPDATE_TICKET = """
-UPDATE tickets
+# The page of each status is a range of an index. In the order of all tickets, PostgreSQL reads all
+# of them to find those of a rare status. The statuses are constants, and the statement is not
+# prepared, so that the planner knows which are rare, and drops those that are not wanted.
+_PAGES_OF_STATUSES: list[LiteralString] = [
+    f"""(
+SELECT * FROM tickets
+ WHERE tenant_id = %(tenant_id)s AND status = '{status}'
+   AND '{status}' = ANY (%(statuses)s::text[])
+   AND (created_at, id) < (%(after_time)s::timestamptz, %(after_id)s::uuid)
+ ORDER BY created_at DESC, id DESC
+ LIMIT %(limit)s)"""
+    for status in STATUSES
+]
+LIST_TICKETS_OF_STATUSES = f"""
+SELECT {TICKET_COLUMNS} FROM ({" UNION ALL ".join(_PAGES_OF_STATUSES)}) AS t
+ ORDER BY t.created_at DESC, t.id DESC
+ LIMIT %(limit)s
+"""
+
+# One statement, so that the row it returns is the one it wrote: another update, or the deletion of
+# the ticket, comes before it or after it. Equal values leave the row as it is, its time included.
+UPDATE_TICKET = f"""
+UPDATE tickets t
    SET title = coalesce(%(title)s, title),
        status = coalesce(%(status)s, status),
-       updated_at = next_change_time(updated_at)
+       updated_at = CASE
+           WHEN (title, status)
+                IS DISTINCT FROM (coalesce(%(title)s, title), coalesce(%(status)s, status))
+           THEN next_change_time(updated_at)
+           ELSE updated_at
+       END
  WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
-   AND (title, status) IS DISTINCT FROM (coalesce(%(title)s, title), coalesce(%(status)s, status))
-RETURNING id::text
+RETURNING {TICKET_COLUMNS}
 """
 
 DELETE_TICKET = """
@@ -204,7 +233,7 @@ async def link(
         return created
 
     try:
-        return await db.transaction(body, idempotent=True)
+        return await db.transaction(body, idempotent=True, locks_session=session_id)
     except ConstraintViolation as violation:
         raise _translated(violation, session_id, chat_ticket_id, target) from violation
 
@@ -279,8 +308,9 @@ async def chat_ticket_page(
 async def unlink(db: Database, tenant_id: str, chat_ticket_id: str) -> str:
     """Unlink a session from its ticket; return the session's id."""
 
+    params = {"tenant_id": tenant_id, "id": chat_ticket_id}
+
     async def body(transaction: Transaction) -> str:
-        params = {"tenant_id": tenant_id, "id": chat_ticket_id}
         session_id = await transaction.fetch_one(LOCK_SESSION_OF_CHAT_TICKET, params, str)
         if session_id is not None:
             session_id = await transaction.fetch_one(DELETE_CHAT_TICKET, params, str)
@@ -288,7 +318,10 @@ async def unlink(db: Database, tenant_id: str, chat_ticket_id: str) -> str:
             raise chat_ticket_not_found(chat_ticket_id)
         return session_id
 
-    return await db.transaction(body, idempotent=False)
+    session_id = await db.fetch_by_key(SESSION_OF_CHAT_TICKET, params, str)
+    if session_id is None:
+        raise chat_ticket_not_found(chat_ticket_id)
+    return await db.transaction(body, idempotent=False, locks_session=session_id)
 
 
 async def get(db: Database, tenant_id: str, ticket_id: str) -> Ticket:
@@ -315,7 +348,12 @@ async def page(
         "after_id": after_id,
         "limit": limit,
     }
-    return await db.fetch_all(LIST_TICKETS, params, Ticket)
+    return await db.fetch_all(
+        LIST_TICKETS if statuses is None else LIST_TICKETS_OF_STATUSES,
+        params,
+        Ticket,
+        prepare=None if statuses is None else False,
+    )
 
 
 async def update(
@@ -323,8 +361,10 @@ async def update(
 ) -> Ticket:
     """Set the title, the status, or both. Setting the current values changes nothing."""
     params = {"tenant_id": tenant_id, "id": ticket_id, "title": title, "status": status}
-    await db.write(UPDATE_TICKET, params, str, idempotent=True)
-    return await get(db, tenant_id, ticket_id)
+    updated = await db.write(UPDATE_TICKET, params, Ticket, idempotent=True)
+    if not updated:
+        raise ticket_not_found(ticket_id)
+    return updated[0]
 
 
 async def delete(db: Database, tenant_id: str, ticket_id: str) -> None:

@@ -7,6 +7,7 @@ import psycopg
 from psycopg import pq
 from psycopg.adapt import Transformer
 
+from chat_ticket_svc.store.driver_errors import CancellationDetector
 from chat_ticket_svc.telemetry import tracing
 
 T = TypeVar("T")
@@ -16,8 +17,11 @@ Params = Mapping[str, Any]
 class Transaction:
     """Runs the statements of one transaction, each in a span of its own."""
 
-    def __init__(self, connection: psycopg.AsyncConnection[Any]):
+    def __init__(
+        self, connection: psycopg.AsyncConnection[Any], *, statement_timeout_seconds: float
+    ):
         self._connection = connection
+        self._statement_timeout_seconds = statement_timeout_seconds
 
     async def fetch_all(
         self,
@@ -27,7 +31,7 @@ class Transaction:
         *,
         prepare: bool | None = None,
     ) -> list[T]:
-        with tracing.statement(sql):
+        with tracing.statement(sql), CancellationDetector(self._statement_timeout_seconds):
             async with self._connection.cursor(binary=True) as cursor:
                 await cursor.execute(sql, params, prepare=prepare)
                 return [make_row(*row) for row in await cursor.fetchall()]
@@ -46,7 +50,7 @@ class Transaction:
     ) -> list[tuple[Any, ...]]:
         """The rows, with each column decoded as the type of this id, whatever its own type is."""
         async with self._connection.cursor(binary=True) as cursor:
-            with tracing.statement(sql):
+            with tracing.statement(sql), CancellationDetector(self._statement_timeout_seconds):
                 await cursor.execute(sql, params)
             result = cursor.pgresult
             transformer = Transformer(self._connection)
@@ -55,5 +59,5 @@ class Transaction:
             return transformer.load_rows(0, cursor.rowcount, tuple)
 
     async def execute(self, sql: LiteralString, params: Params) -> None:
-        with tracing.statement(sql):
+        with tracing.statement(sql), CancellationDetector(self._statement_timeout_seconds):
             await self._connection.execute(sql, params)

@@ -1,11 +1,13 @@
-"""Checks the database: its version, its migrations and its clock."""
+"""Checks the database: its version, its migrations, a write, its collation and its clock."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 from chat_ticket_svc.commands.check.line import FAILED, OK, WARNING, CheckFailed, Line, run_check
+from chat_ticket_svc.commands.check.service import DEFAULT_TENANT
 from chat_ticket_svc.config import Settings
-from chat_ticket_svc.store import schema
+from chat_ticket_svc.store import schema, trial_write
 from chat_ticket_svc.store.connection import require_valid_url
 
 MIN_POSTGRESQL_VERSION = 15
@@ -36,6 +38,13 @@ async def check_database(settings: Settings) -> AsyncIterator[Line]:
         newer = f", and {facts.newer} of a newer version" if facts.newer else ""
         return Line(OK, "schema", f"has all migrations of this version{newer}")
 
+    async def write() -> Line:
+        started_at = time.perf_counter()
+        await trial_write.try_write(settings.database_url, DEFAULT_TENANT)
+        milliseconds = 1000 * (time.perf_counter() - started_at)
+        text = f"a row of each table, rolled back, took {milliseconds:.1f} ms"
+        return Line(OK, "write", text)
+
     async def clock() -> Line:
         facts = await reading
         is_close = abs(facts.clock_ahead) < MAX_CLOCK_DIFFERENCE_SECONDS
@@ -44,7 +53,12 @@ async def check_database(settings: Settings) -> AsyncIterator[Line]:
 
     yield await run_check("database", database())
     if reading.done() and not reading.cancelled() and reading.exception() is None:
+        facts = reading.result()
         yield await run_check("schema", migrations())
+        if not facts.missing and not facts.is_read_only:
+            yield await run_check("write", write())
+        if facts.collation is not None:
+            yield _collation(facts.collation)
         yield await run_check("clock", clock())
     if settings.listen_url != settings.database_url:
 
@@ -53,6 +67,21 @@ async def check_database(settings: Settings) -> AsyncIterator[Line]:
             return Line(OK, "listen", f"responds in {1000 * facts.seconds:.1f} ms")
 
         yield await run_check("listen", listen())
+
+
+def _collation(collation: schema.Collation) -> Line:
+    recorded, actual, indexes = collation
+    if recorded == actual:
+        return Line(
+            OK, "collation", f"version {actual}, as recorded" if actual else "has no versions"
+        )
+    return Line(
+        WARNING,
+        "collation",
+        f"version {actual or 'none'}, but {recorded} was recorded: indexes of text may be out of"
+        f" order, {indexes} of the service; REINDEX the database, then"
+        " ALTER DATABASE ... REFRESH COLLATION VERSION",
+    )
 
 
 async def _read_facts(variable: str, url: str) -> schema.Facts:

@@ -200,8 +200,8 @@ export interface UpdateChatMessageRequest {
     | ChatMessage
     | undefined;
   /**
-   * The fields to update. Required. The only field is `metadata_json`; an empty value removes the
-   * metadata.
+   * The fields to update. Required; at most 20 paths. The only field is `metadata_json`; an empty
+   * value removes the metadata.
    */
   updateMask: string[] | undefined;
 }
@@ -2151,9 +2151,10 @@ export const ChatMessageServiceDefinition = {
      * Streams the messages of a session with their attachments, in batches, and ends.
      *
      * The end is fixed when the call begins: messages that are created later are not returned. The
-     * batches are not one snapshot. A message is returned as it is when its batch is read, and a
-     * message that is deleted before that is not returned. The first response has the session, even
-     * when there are no messages.
+     * batches are not one snapshot. A message is returned as it is when its batch is read, so its
+     * `revision` can be above that of the session in the first response. A message that is deleted
+     * before its batch is read is not returned. The first response has the session, even when there
+     * are no messages.
      *
      * To continue after a break, call again. In ascending order, set `after_sequence` to the last
      * sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
@@ -2168,6 +2169,8 @@ export const ChatMessageServiceDefinition = {
      *   this error when the session is deleted during the call.
      * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
      *   could not send. Continue.
+     * - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
+     *   it is about 30 minutes old, so a long list can end this way. Continue.
      *
      * Retry: safe.
      */
@@ -2342,9 +2345,10 @@ export const ChatMessageServiceService = {
    * Streams the messages of a session with their attachments, in batches, and ends.
    *
    * The end is fixed when the call begins: messages that are created later are not returned. The
-   * batches are not one snapshot. A message is returned as it is when its batch is read, and a
-   * message that is deleted before that is not returned. The first response has the session, even
-   * when there are no messages.
+   * batches are not one snapshot. A message is returned as it is when its batch is read, so its
+   * `revision` can be above that of the session in the first response. A message that is deleted
+   * before its batch is read is not returned. The first response has the session, even when there
+   * are no messages.
    *
    * To continue after a break, call again. In ascending order, set `after_sequence` to the last
    * sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
@@ -2359,6 +2363,8 @@ export const ChatMessageServiceService = {
    *   this error when the session is deleted during the call.
    * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
    *   could not send. Continue.
+   * - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
+   *   it is about 30 minutes old, so a long list can end this way. Continue.
    *
    * Retry: safe.
    */
@@ -2507,9 +2513,10 @@ export interface ChatMessageServiceServer extends UntypedServiceImplementation {
    * Streams the messages of a session with their attachments, in batches, and ends.
    *
    * The end is fixed when the call begins: messages that are created later are not returned. The
-   * batches are not one snapshot. A message is returned as it is when its batch is read, and a
-   * message that is deleted before that is not returned. The first response has the session, even
-   * when there are no messages.
+   * batches are not one snapshot. A message is returned as it is when its batch is read, so its
+   * `revision` can be above that of the session in the first response. A message that is deleted
+   * before its batch is read is not returned. The first response has the session, even when there
+   * are no messages.
    *
    * To continue after a break, call again. In ascending order, set `after_sequence` to the last
    * sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
@@ -2524,6 +2531,8 @@ export interface ChatMessageServiceServer extends UntypedServiceImplementation {
    *   this error when the session is deleted during the call.
    * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
    *   could not send. Continue.
+   * - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
+   *   it is about 30 minutes old, so a long list can end this way. Continue.
    *
    * Retry: safe.
    */
@@ -2674,9 +2683,10 @@ export interface ChatMessageServiceClient extends Client {
    * Streams the messages of a session with their attachments, in batches, and ends.
    *
    * The end is fixed when the call begins: messages that are created later are not returned. The
-   * batches are not one snapshot. A message is returned as it is when its batch is read, and a
-   * message that is deleted before that is not returned. The first response has the session, even
-   * when there are no messages.
+   * batches are not one snapshot. A message is returned as it is when its batch is read, so its
+   * `revision` can be above that of the session in the first response. A message that is deleted
+   * before its batch is read is not returned. The first response has the session, even when there
+   * are no messages.
    *
    * To continue after a break, call again. In ascending order, set `after_sequence` to the last
    * sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
@@ -2691,6 +2701,8 @@ export interface ChatMessageServiceClient extends Client {
    *   this error when the session is deleted during the call.
    * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
    *   could not send. Continue.
+   * - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
+   *   it is about 30 minutes old, so a long list can end this way. Continue.
    *
    * Retry: safe.
    */

@@ -184,7 +184,7 @@ export interface UpdateChatSessionRequest {
   session:
     | ChatSession
     | undefined;
-  /** The fields to update. Required. The only field is `status`. */
+  /** The fields to update. Required; at most 20 paths. The only field is `status`. */
   updateMask: string[] | undefined;
 }
 
@@ -198,7 +198,10 @@ export interface UpdateChatSessionResponse {
 export interface DeleteChatSessionRequest {
   /** The id of the session. Required. */
   sessionId: string;
-  /** The `etag` that the session must still have. Optional; empty means that it is not checked. */
+  /**
+   * The `etag` that the session must still have: decimal text of at most 18 digits. Optional; empty
+   * means that it is not checked.
+   */
   etag: string;
 }
 
@@ -220,8 +223,8 @@ export interface WatchChatSessionRequest {
 /** Response message for ChatSessionService.WatchChatSession: one event. */
 export interface WatchChatSessionResponse {
   /**
-   * The position of the stream. Everything up to this revision has been delivered. The next
-   * `after_revision` to resume from.
+   * The position of the stream: the `after_revision` to resume from. WatchChatSession says what the
+   * caller has at a position.
    */
   revision: bigint;
   /** The event. */
@@ -2005,6 +2008,12 @@ export const ChatSessionServiceDefinition = {
      * The ticket itself is kept. Watchers of the session receive `session_deleted`, and their streams
      * end.
      *
+     * All of it is deleted at once, and readers see the whole session until then. A session whose
+     * revision is above 100,000 can take longer than the call: a second for about 100,000 messages.
+     * Its deletion goes on when the deadline has passed. Repeat the call until it is OK or NOT_FOUND.
+     * Meanwhile, other writes to the session are ABORTED (CONTENTION), and so is a repeat that reaches
+     * another server process.
+     *
      * Errors:
      *
      * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
@@ -2040,9 +2049,17 @@ export const ChatSessionServiceDefinition = {
      * - A deleted message is named by its id.
      * - A change of `status` or `has_ticket` is delivered as the session.
      *
-     * The `revision` of a response is the position of the stream: everything up to this revision has
-     * been delivered. To resume after any break, call again with `after_revision` set to the last
-     * `revision` received.
+     * The `revision` of a response is the position of the stream. To resume after any break, call
+     * again with `after_revision` set to the last `revision` received: no change is lost.
+     *
+     * At a position, the caller has the state of everything that has not changed since. What has
+     * changed since comes in its newest state at its newest revision, and its earlier changes do not
+     * come separately. For example, the metadata of a message changes at revisions 10 and 20, before
+     * they are read. The message is delivered as updated at 20 only, so at position 15 the caller has
+     * the metadata from before 10. Likewise, a message that is deleted at 20 may not be delivered
+     * before, and a new message can come with the metadata of 20. With `caught_up` the caller has the
+     * state of the session at `revision`, exactly. Later this is so whenever `revision` is the
+     * current revision of the session.
      *
      * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
      * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
@@ -2064,6 +2081,8 @@ export const ChatSessionServiceDefinition = {
      *   server.
      * - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
      *   Resume.
+     * - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
+     *   it is about 30 minutes old. Resume.
      *
      * Retry: safe. Resume after the last `revision` received, or from the same `after_revision` when
      * nothing was received.
@@ -2186,6 +2205,12 @@ export const ChatSessionServiceService = {
    * The ticket itself is kept. Watchers of the session receive `session_deleted`, and their streams
    * end.
    *
+   * All of it is deleted at once, and readers see the whole session until then. A session whose
+   * revision is above 100,000 can take longer than the call: a second for about 100,000 messages.
+   * Its deletion goes on when the deadline has passed. Repeat the call until it is OK or NOT_FOUND.
+   * Meanwhile, other writes to the session are ABORTED (CONTENTION), and so is a repeat that reaches
+   * another server process.
+   *
    * Errors:
    *
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
@@ -2224,9 +2249,17 @@ export const ChatSessionServiceService = {
    * - A deleted message is named by its id.
    * - A change of `status` or `has_ticket` is delivered as the session.
    *
-   * The `revision` of a response is the position of the stream: everything up to this revision has
-   * been delivered. To resume after any break, call again with `after_revision` set to the last
-   * `revision` received.
+   * The `revision` of a response is the position of the stream. To resume after any break, call
+   * again with `after_revision` set to the last `revision` received: no change is lost.
+   *
+   * At a position, the caller has the state of everything that has not changed since. What has
+   * changed since comes in its newest state at its newest revision, and its earlier changes do not
+   * come separately. For example, the metadata of a message changes at revisions 10 and 20, before
+   * they are read. The message is delivered as updated at 20 only, so at position 15 the caller has
+   * the metadata from before 10. Likewise, a message that is deleted at 20 may not be delivered
+   * before, and a new message can come with the metadata of 20. With `caught_up` the caller has the
+   * state of the session at `revision`, exactly. Later this is so whenever `revision` is the
+   * current revision of the session.
    *
    * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
    * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
@@ -2248,6 +2281,8 @@ export const ChatSessionServiceService = {
    *   server.
    * - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
    *   Resume.
+   * - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
+   *   it is about 30 minutes old. Resume.
    *
    * Retry: safe. Resume after the last `revision` received, or from the same `after_revision` when
    * nothing was received.
@@ -2326,6 +2361,12 @@ export interface ChatSessionServiceServer extends UntypedServiceImplementation {
    * The ticket itself is kept. Watchers of the session receive `session_deleted`, and their streams
    * end.
    *
+   * All of it is deleted at once, and readers see the whole session until then. A session whose
+   * revision is above 100,000 can take longer than the call: a second for about 100,000 messages.
+   * Its deletion goes on when the deadline has passed. Repeat the call until it is OK or NOT_FOUND.
+   * Meanwhile, other writes to the session are ABORTED (CONTENTION), and so is a repeat that reaches
+   * another server process.
+   *
    * Errors:
    *
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
@@ -2354,9 +2395,17 @@ export interface ChatSessionServiceServer extends UntypedServiceImplementation {
    * - A deleted message is named by its id.
    * - A change of `status` or `has_ticket` is delivered as the session.
    *
-   * The `revision` of a response is the position of the stream: everything up to this revision has
-   * been delivered. To resume after any break, call again with `after_revision` set to the last
-   * `revision` received.
+   * The `revision` of a response is the position of the stream. To resume after any break, call
+   * again with `after_revision` set to the last `revision` received: no change is lost.
+   *
+   * At a position, the caller has the state of everything that has not changed since. What has
+   * changed since comes in its newest state at its newest revision, and its earlier changes do not
+   * come separately. For example, the metadata of a message changes at revisions 10 and 20, before
+   * they are read. The message is delivered as updated at 20 only, so at position 15 the caller has
+   * the metadata from before 10. Likewise, a message that is deleted at 20 may not be delivered
+   * before, and a new message can come with the metadata of 20. With `caught_up` the caller has the
+   * state of the session at `revision`, exactly. Later this is so whenever `revision` is the
+   * current revision of the session.
    *
    * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
    * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
@@ -2378,6 +2427,8 @@ export interface ChatSessionServiceServer extends UntypedServiceImplementation {
    *   server.
    * - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
    *   Resume.
+   * - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
+   *   it is about 30 minutes old. Resume.
    *
    * Retry: safe. Resume after the last `revision` received, or from the same `after_revision` when
    * nothing was received.
@@ -2502,6 +2553,12 @@ export interface ChatSessionServiceClient extends Client {
    * The ticket itself is kept. Watchers of the session receive `session_deleted`, and their streams
    * end.
    *
+   * All of it is deleted at once, and readers see the whole session until then. A session whose
+   * revision is above 100,000 can take longer than the call: a second for about 100,000 messages.
+   * Its deletion goes on when the deadline has passed. Repeat the call until it is OK or NOT_FOUND.
+   * Meanwhile, other writes to the session are ABORTED (CONTENTION), and so is a repeat that reaches
+   * another server process.
+   *
    * Errors:
    *
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
@@ -2544,9 +2601,17 @@ export interface ChatSessionServiceClient extends Client {
    * - A deleted message is named by its id.
    * - A change of `status` or `has_ticket` is delivered as the session.
    *
-   * The `revision` of a response is the position of the stream: everything up to this revision has
-   * been delivered. To resume after any break, call again with `after_revision` set to the last
-   * `revision` received.
+   * The `revision` of a response is the position of the stream. To resume after any break, call
+   * again with `after_revision` set to the last `revision` received: no change is lost.
+   *
+   * At a position, the caller has the state of everything that has not changed since. What has
+   * changed since comes in its newest state at its newest revision, and its earlier changes do not
+   * come separately. For example, the metadata of a message changes at revisions 10 and 20, before
+   * they are read. The message is delivered as updated at 20 only, so at position 15 the caller has
+   * the metadata from before 10. Likewise, a message that is deleted at 20 may not be delivered
+   * before, and a new message can come with the metadata of 20. With `caught_up` the caller has the
+   * state of the session at `revision`, exactly. Later this is so whenever `revision` is the
+   * current revision of the session.
    *
    * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
    * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
@@ -2568,6 +2633,8 @@ export interface ChatSessionServiceClient extends Client {
    *   server.
    * - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
    *   Resume.
+   * - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
+   *   it is about 30 minutes old. Resume.
    *
    * Retry: safe. Resume after the last `revision` received, or from the same `after_revision` when
    * nothing was received.

@@ -160,7 +160,7 @@ export interface UpdateTicketRequest {
   ticket:
     | Ticket
     | undefined;
-  /** The fields to update: `title`, `status`, or both. Required. */
+  /** The fields to update: `title`, `status`, or both. Required; at most 20 paths. */
   updateMask: string[] | undefined;
 }
 

@@ -257,7 +257,7 @@ export function ticketStatusToNumber(object: TicketStatus): number {
 export interface ChatSession {
   /** The id of the session. Optional on create; see CreateChatSession for retries. Immutable. */
   id: string;
-  /** The tenant of the session. Output only. */
+  /** The tenant of the session: 1 to 255 characters, as in `x-tenant-id`. Output only. */
   tenantId: string;
   /** The status. Optional on create; the default is ACTIVE. */
   status: ChatSessionStatus;
@@ -369,7 +369,7 @@ export interface Ticket {
    * of a deleted ticket must not be used again.
    */
   id: string;
-  /** The tenant of the ticket. Output only. */
+  /** The tenant of the ticket: 1 to 255 characters, as in `x-tenant-id`. Output only. */
   tenantId: string;
   /** The title. Required; at most 500 characters. */
   title: string;

@@ -1,0 +1,191 @@
+"""Dumps and logical replication end in rows that are identical to the originals."""
+
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.errors import CheckViolation
+from support.cluster import Cluster
+from support.plain_rows import PARENTS, Rows, rejected_by
+
+# pg_dump's order is by name, but for foreign keys.
+DATA = ("--data-only", "--exclude-table=schema_migrations")
+
+
+def fill(url: str) -> None:
+    """Rows in every table, with sessions whose links were made in every state."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        rows = Rows(connection, "us")
+        for status in ("active", "resolved", "archived"):
+            linked = rows.add("chat_sessions", revision=7, updated_at="2999-01-01Z")
+            rows.add("chat_tickets", session_id=linked)
+            rows.set("chat_sessions", linked, status=status)
+        unlinked = rows.add("chat_sessions")
+        rows.delete("chat_tickets", rows.add("chat_tickets", session_id=unlinked))
+        message = rows.add("chat_messages", session_id=linked)
+        rows.add("chat_attachments", message_id=message)
+        rows.add("chat_message_tombstones", session_id=linked)
+
+
+def content(url: str) -> dict[str, list[Any]]:
+    """All rows of all tables."""
+    with psycopg.connect(url) as connection:
+        return {
+            table: connection.execute(
+                sql.SQL("SELECT * FROM {} AS t ORDER BY t::text").format(sql.Identifier(table))
+            ).fetchall()
+            for table in PARENTS
+        }
+
+
+@pytest.fixture
+def cluster_of(of: Callable[[str], Cluster]) -> Cluster:
+    return of("cluster")
+
+
+@pytest.fixture
+def create(cluster_of: Cluster) -> Iterator[Callable[..., str]]:
+    """`create()` clones a migrated database, and `create("template0")` an empty one."""
+    urls = []
+
+    def create(*template: str) -> str:
+        urls.append(cluster_of.create(*template))
+        return urls[-1]
+
+    yield create
+    for url in urls:
+        cluster_of.drop(url)
+
+
+@pytest.fixture
+def run(of: Callable[[str], Any]) -> Callable[..., None]:
+    """Run a program of the same version as the server."""
+    directory = of("binaries")
+
+    def run(program: str, *arguments: str | Path) -> None:
+        done = subprocess.run(
+            [directory / program, *arguments], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+
+    return run
+
+
+def test_dumps_are_restored_exactly(
+    create: Callable[..., str], run: Callable[..., None], tmp_path: Path
+) -> None:
+    """Whole, of the data only, as inserts, and table by table."""
+    source = create()
+    fill(source)
+    expected = content(source)
+    assert [len(rows) for rows in expected.values()] == [4, 1, 1, 1, 4, 3]
+    whole, data, inserts, archive = (
+        tmp_path / name for name in ("whole", "data.sql", "inserts.sql", "archive")
+    )
+    run("pg_dump", "-Fc", "-f", whole, source)
+    run("pg_dump", *DATA, "-f", data, source)
+    run("pg_dump", *DATA, "--inserts", "-f", inserts, source)
+    run("pg_dump", *DATA, "-Fc", "-f", archive, source)
+
+    def psql(target: str, script: Path) -> None:
+        run("psql", "-q", "-X", "-v", "ON_ERROR_STOP=1", "-o", "/dev/null", "-f", script, target)
+
+    def restore(target: str, *arguments: str | Path) -> None:
+        run("pg_restore", "--exit-on-error", "-d", target, *arguments)
+
+    def table_by_table(target: str) -> None:
+        # A table comes after those that it refers to.
+        for table in PARENTS:
+            restore(target, "--data-only", "-t", table, whole)
+
+    for template, restored in (
+        (["template0"], lambda target: restore(target, whole)),
+        ([], lambda target: psql(target, data)),
+        ([], lambda target: psql(target, inserts)),
+        ([], lambda target: restore(target, "--data-only", archive)),
+        ([], lambda target: restore(target, "--data-only", "--disable-triggers", archive)),
+        ([], table_by_table),
+    ):
+        target = create(*template)
+        restored(target)
+        assert content(target) == expected
+        with psycopg.connect(target, autocommit=True) as connection:
+            us = Rows(connection, "us")
+            assert us.wrong_flags() == []
+            with rejected_by(CheckViolation, "chat_sessions_has_ticket_check"):
+                us.add("chat_sessions", has_ticket=True)
+
+
+def test_lost_links_are_restored_alone(
+    create: Callable[..., str], run: Callable[..., None], tmp_path: Path
+) -> None:
+    """Each is a change to its session, as the session no longer has it."""
+    source = create()
+    fill(source)
+    expected = content(source)
+    run("pg_dump", *DATA, "-t", "chat_tickets", "-Fc", "-f", tmp_path / "links", source)
+    with psycopg.connect(source, autocommit=True) as connection:
+        us = Rows(connection, "us")
+        connection.execute("UPDATE chat_sessions SET status = 'active'")
+        connection.execute("DELETE FROM chat_tickets")
+        run("pg_restore", "-d", source, "--data-only", tmp_path / "links")
+        assert us.wrong_flags() == []
+        assert content(source)["chat_tickets"] == expected["chat_tickets"]
+        revisions = "SELECT revision FROM chat_sessions ORDER BY revision"
+        assert connection.execute(revisions).fetchall() == [(2,), (10,), (10,), (10,)]
+
+
+@pytest.mark.parametrize("setting", ["search_path = ''", "check_function_bodies = off"])
+def test_half_a_restore_is_none(us: Rows, setting: str) -> None:
+    """A session with one of the settings of a restore is held to the rules."""
+    us.connection.execute(f"SET {setting}")  # type: ignore[arg-type]
+    with rejected_by(CheckViolation, "chat_sessions_has_ticket_check"):
+        us.connection.execute(
+            "INSERT INTO public.chat_sessions (tenant_id, has_ticket) VALUES ('t', true)"
+        )
+
+
+def test_logical_replication_is_exact(system_cluster: Cluster) -> None:
+    """Rows that were there and those that change later; triggers do not fire on the subscriber."""
+    source, target = system_cluster.create(), system_cluster.create()
+    parts = urlsplit(source)
+    [host] = parse_qs(parts.query)["host"]
+    name = f"s{uuid.uuid4().hex}"
+    fill(source)
+    with (
+        psycopg.connect(source, autocommit=True) as publisher,
+        psycopg.connect(target, autocommit=True) as subscriber,
+    ):
+        tables = ", ".join(PARENTS)
+        publisher.execute(f"CREATE PUBLICATION p FOR TABLE {tables}")  # type: ignore[arg-type]
+        # Within one server, CREATE SUBSCRIPTION would wait for itself to create the slot.
+        publisher.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [name])
+        subscriber.execute(
+            f"CREATE SUBSCRIPTION {name} CONNECTION"  # type: ignore[arg-type]
+            f" 'host={host} port=5432 user=postgres dbname={parts.path[1:]}'"
+            " PUBLICATION p WITH (create_slot = false)"
+        )
+        try:
+            deadline = time.monotonic() + 30
+            while content(target) != content(source):
+                assert time.monotonic() < deadline, "the copy did not end"
+                time.sleep(0.05)
+            fill(source)
+            publisher.execute(
+                "DELETE FROM chat_tickets WHERE session_id IN"
+                " (SELECT id FROM chat_sessions WHERE status = 'active')"
+            )
+            publisher.execute("DELETE FROM chat_messages")
+            while content(target) != content(source):
+                assert time.monotonic() < deadline, "the changes did not arrive"
+                time.sleep(0.05)
+            assert Rows(subscriber, "us").wrong_flags() == []
+        finally:
+            subscriber.execute(f"DROP SUBSCRIPTION {name}")  # type: ignore[arg-type]

@@ -1,0 +1,43 @@
+"""The descriptors of the protos, with their comments."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc_tools
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorSet
+from grpc_tools import protoc
+
+ROOT = Path(__file__).parents[2]
+
+
+def descriptors(directory: Path) -> FileDescriptorSet:
+    """Those of the protos, with their comments. The directory is for a temporary file."""
+    out = directory / "descriptors"
+    protos = [str(path) for path in (ROOT / "protos" / "chat_ticket" / "v1").glob("*.proto")]
+    includes = [ROOT / "protos", Path(grpc_tools.__file__).parent / "_proto"]
+    arguments = [f"-I{include}" for include in includes]
+    arguments += ["--include_source_info", f"--descriptor_set_out={out}"]
+    assert protoc.main(["protoc", *arguments, *protos]) == 0
+    return FileDescriptorSet.FromString(out.read_bytes())
+
+
+def package_comment(files: FileDescriptorSet) -> str:
+    """What holds for all methods."""
+    return " ".join(
+        " ".join(location.leading_comments.split())
+        for file in files.file
+        for location in file.source_code_info.location
+        if list(location.path) == [2]  # `package` of a file
+    )
+
+
+def field_comments(files: FileDescriptorSet) -> Iterator[tuple[str, FieldDescriptorProto, str]]:
+    """`Message.field`, the field and its comment, of the messages that are not nested."""
+    for file in files.file:
+        for location in file.source_code_info.location:
+            match list(location.path):
+                case [4, message, 2, field]:  # `message_type` of a file, `field` of a message
+                    kind = file.message_type[message]
+                    descriptor = kind.field[field]
+                    comment = " ".join(location.leading_comments.split())
+                    yield f"{kind.name}.{descriptor.name}", descriptor, comment
