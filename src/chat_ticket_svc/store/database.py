@@ -290,7 +290,9 @@ class Database:
         """
         try:
             async with self._queue.lease(request_context.tenant_id_or_none()) as connection:
-                transaction = Transaction(connection)
+                transaction = Transaction(
+                    connection, statement_timeout_seconds=self._statement_timeout_seconds
+                )
                 await transaction.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", {})
                 try:
                     yield transaction
