@@ -301,6 +301,10 @@ class Database:
                         await transaction.execute("ROLLBACK", {})
         except QueueFull:
             raise self._queue_full(_Outcome()) from None
+        except PoolBusy:
+            raise errors.ResourceExhaustedError(
+                "no database connection became free in time", reason="POOL_TIMEOUT"
+            ) from None
         except NoConnection as error:
             raise self._unavailable(_Outcome()) from error
         except (psycopg.OperationalError, psycopg.InterfaceError) as error:
