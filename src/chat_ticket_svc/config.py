@@ -69,7 +69,8 @@ class Limits(BaseModel):
         default=256 * KIB, description="Bytes of UTF-8 in the content of a message."
     )
     metadata_bytes: PositiveInt = Field(
-        default=64 * KIB, description="Bytes of UTF-8 in the metadata of a message."
+        default=64 * KIB,
+        description="Bytes of UTF-8 in the metadata of a message, without blanks between tokens.",
     )
     metadata_depth: PositiveInt = Field(
         default=20, description="How deep the metadata of a message may nest."
