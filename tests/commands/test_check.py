@@ -3,12 +3,14 @@
 import contextlib
 import re
 import socket
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
 import pytest
+from cryptography import x509
 from support.authority import Authority, Key
 from support.client import Api
 from support.plain_rows import PARENTS
@@ -162,10 +164,9 @@ async def test_a_collation_that_changed_is_a_warning(fresh_database: str) -> Non
     done = await command("check", DATABASE_URL=fresh_database, CHAT_TICKET_PORT="1")
     state, text = line(done, "collation")
     assert state == "warning"
-    # The one of the service is that of schema_migrations, which is dbmate's.
     assert re.fullmatch(
-        "version .*, but old was recorded: indexes of text may be out of order, 1 of the service;"
-        " REINDEX the database, then ALTER DATABASE ... REFRESH COLLATION VERSION",
+        r"version .*, but old was recorded: indexes of text may be out of order, \d+ of the"
+        " service; REINDEX the database, then ALTER DATABASE ... REFRESH COLLATION VERSION",
         text,
     )
 
@@ -210,6 +211,32 @@ class TestTokens:
         )
         assert line(done, "call")[0] == state
         assert done.status == (0 if state == "ok" else 1)
+        assert line(done, "token")[0] == state
+        if state == "ok":
+            assert re.match(
+                r"subject not named; permissions: .*; tenants: acme; expires in \d",
+                line(done, "token")[1],
+            )
+
+    @pytest.mark.parametrize(
+        ("claims", "text"),
+        [
+            ({"aud": "other"}, "aud: expected chat-ticket-svc, found other"),
+            ({"tenants": None}, 'tenants: expected a list of tenant ids, or "*", found nothing'),
+        ],
+        ids=["aud", "tenants"],
+    )
+    async def test_a_wrong_claim_is_named(
+        self, tmp_path: Path, key: Key, claims: dict[str, Any], text: str
+    ) -> None:
+        """Without the server, by the settings and the keys."""
+        token = key.token(**claims)
+        (tmp_path / "token").write_text(token)
+        settings = {"auth": "jwt", "port": "1", **key.trusted(tmp_path)}
+        names = {f"CHAT_TICKET_{name.upper()}": value for name, value in settings.items()}
+        done = await command("check", "--token-file", str(tmp_path / "token"), **names)
+        assert line(done, "token") == ("FAILED", f"{text}, in a token of key of-the-issuer")
+        assert token not in done.output + done.errors
 
     async def test_a_server_with_other_settings_can_be_called(
         self, start_server: Any, database: str, tmp_path: Path, key: Key
@@ -246,11 +273,54 @@ async def test_a_server_with_tls_is_called_by_its_certificate(
     assert line(done, "service")[0] == "FAILED"
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        [x509.IPAddress(ip_address("10.1.2.3"))],
+        [x509.UniformResourceIdentifier("spiffe://example.org/chat-ticket-svc")],
+        [x509.DNSName("*.example.org")],
+        [],
+    ],
+    ids=["ip", "spiffe", "wildcard", "common name"],
+)
+async def test_a_server_with_another_kind_of_name_is_probed(
+    start_server: Any, database: str, tmp_path: Path, names: list[x509.GeneralName]
+) -> None:
+    """By the port of the option, and with a client certificate where the server requires one."""
+    (tmp_path / "callers.toml").write_text('["a.internal"]\ntenants = "*"\npermissions = ["read"]')
+    settings = {
+        **CA.issue(names).write(tmp_path / "tls"),
+        "auth": "mtls",
+        "tls_client_ca": str(tmp_path / "authority.pem"),
+        "mtls_policy": str(tmp_path / "callers.toml"),
+    }
+    (tmp_path / "authority.pem").write_bytes(CA.certificate)
+    client = CA.caller(names=["a.internal"]).write(tmp_path / "client")
+    api = await start_server(database, **settings)
+    variables = {**environment(api, database, **settings), "CHAT_TICKET_PORT": "1"}
+    done = await command(
+        "check",
+        *("--probe", "--port", api.address.rpartition(":")[2]),
+        *("--client-certificate", client["tls_certificate"], "--client-key", client["tls_key"]),
+        **variables,
+    )
+    assert line(done, "service")[0] == "ok", done
+    assert done.status == 0
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"two tokens", b""])
+async def test_a_file_without_a_token_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "token").write_bytes(content)
+    done = await command("check", "--token-file", str(tmp_path / "token"), "--port", "1")
+    expected = "chat-ticket-svc: --token-file: must contain one token, and nothing else\n"
+    assert (done.status, done.errors) == (1, expected)
+
+
 @pytest.mark.parametrize(("arguments", "state"), [((), "warning"), (("--probe",), "FAILED")])
 async def test_a_server_that_asks_for_certificates_is_not_called(
     tmp_path: Path, arguments: tuple[str, ...], state: str
 ) -> None:
-    """The command has none. A probe fails, because one that cannot fail is useless."""
+    """Without --client-certificate. A probe fails, because one that cannot fail is useless."""
     (tmp_path / "callers.toml").write_text('["a.internal"]\ntenants = "*"\npermissions = ["read"]')
     settings = {
         **CA.server().write(tmp_path / "tls"),

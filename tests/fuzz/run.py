@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 import grpc.aio
 from google.protobuf import descriptor_pool, text_format
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc import StatusCode
@@ -236,10 +237,16 @@ def violations(method: Method, requests: Sequence[bytes], answer: Answer) -> lis
         if answer.code not in EXPECTED_CODES:
             findings.append(f"{answer.code}: {answer.text}")
         elif (method.path, answer.code) not in WITHOUT_DETAILS:
+            refusal = Refusal()
             try:
-                Refusal().read(answer.error)
+                refusal.read(answer.error)
             except (AssertionError, DecodeError, AttributeError, KeyError) as error:
                 findings.append(f"{answer.code} without proper details: {error!r}")
+            findings += [
+                f"a violation of {field}, which is no field"
+                for field in refusal.fields
+                if not _is_field(method.request.DESCRIPTOR, field)
+            ]
     parts = [answer.text.encode(), *answer.responses]
     for key, value in answer.metadata:
         parts += [key.encode(), value if isinstance(value, bytes) else str(value).encode()]
@@ -255,6 +262,17 @@ def violations(method: Method, requests: Sequence[bytes], answer: Answer) -> lis
     secrets = itertools.chain([CANARY], *SECRET.values())
     findings += [f"tells {secret}" for secret in secrets if secret.encode() in received]
     return findings
+
+
+def _is_field(descriptor: Descriptor | None, path: str) -> bool:
+    """Whether `path` leads to a field of the message. Empty, it stands for the message."""
+    for part in path.split(".") if path else ():
+        name, bracket, _ = part.partition("[")
+        field = descriptor.fields_by_name.get(name) if descriptor is not None else None
+        if field is None or (bracket and not field.is_repeated):
+            return False
+        descriptor = field.message_type
+    return True
 
 
 def _is_rejected_by_grpc(requests: Sequence[bytes], answer: Answer) -> bool:

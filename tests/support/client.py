@@ -149,7 +149,8 @@ class Refusal:
     @property
     def fields(self) -> dict[str, str]:
         """The description of each violated field."""
-        return {v.field: v.description for v in self.details["BadRequest"].field_violations}
+        bad_request = self.details.get("BadRequest", details_pb2.BadRequest())
+        return {v.field: v.description for v in bad_request.field_violations}
 
 
 @contextlib.contextmanager

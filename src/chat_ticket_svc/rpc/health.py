@@ -10,6 +10,7 @@ from grpc_health.v1 import health, health_pb2
 from chat_ticket_svc.store import schema
 from chat_ticket_svc.store.connection_errors import cause
 from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.telemetry import metrics
 
 log = structlog.get_logger()
 
@@ -67,6 +68,7 @@ class HealthMonitor:
                     await self._db.check()  # the pool may take longer than the probe to recover
             except Exception as error:  # any error: the server is not healthy
                 problem = cause(error)
+            metrics.DATABASE_UP.set(not problem)
             if problem != last_problem:
                 last_problem = problem
                 if problem:

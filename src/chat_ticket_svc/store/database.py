@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import math
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, LiteralString, TypeVar
 
 import psycopg
@@ -281,6 +281,38 @@ class Database:
         return await self._run_with_retries(
             self._with_lease(work, locks_session=locks_session), idempotent=idempotent
         )
+
+    @contextlib.asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[Transaction]:
+        """A read-only transaction whose statements all see the database as at the first of them.
+
+        Nothing is retried, because the caller may have used what was read.
+        """
+        try:
+            async with self._queue.lease(request_context.tenant_id_or_none()) as connection:
+                transaction = Transaction(
+                    connection, statement_timeout_seconds=self._statement_timeout_seconds
+                )
+                await transaction.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", {})
+                try:
+                    yield transaction
+                finally:
+                    with contextlib.suppress(psycopg.Error):
+                        await transaction.execute("ROLLBACK", {})
+        except QueueFull:
+            raise self._queue_full(_Outcome()) from None
+        except PoolBusy:
+            raise errors.ResourceExhaustedError(
+                "no database connection became free in time", reason="POOL_TIMEOUT"
+            ) from None
+        except NoConnection as error:
+            raise self._unavailable(_Outcome()) from error
+        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+            if is_lost(error, connection):
+                raise self._unavailable(_Outcome()) from error
+            raise self._translated(error) from error
+        except psycopg.Error as error:
+            raise self._translated(error) from error
 
     def _with_lease(
         self,
