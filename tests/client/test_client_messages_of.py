@@ -28,6 +28,7 @@ class CuttingProxy:
         self.port = 0
         self.bytes_until_cut = 1024 * 1024
         self.cuts = 0
+        self._connections: set[asyncio.Task[None]] = set()
 
     @contextlib.asynccontextmanager
     async def listening(self) -> AsyncIterator["CuttingProxy"]:
@@ -37,19 +38,28 @@ class CuttingProxy:
             yield self
         finally:
             listener.close()
+            for connection in self._connections:
+                connection.cancel()
+            await asyncio.gather(*self._connections, return_exceptions=True)
 
-    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._connections.add(asyncio.create_task(self._connected(reader, writer)))
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         to_reader, to_writer = await asyncio.open_connection("127.0.0.1", self._server_port)
         requests = asyncio.create_task(self._pass_on(reader, to_writer))
         left = self.bytes_until_cut
-        while left > 0 and (data := await to_reader.read(64 * 1024)):
-            writer.write(data)
-            await writer.drain()
-            left -= len(data)
-        self.cuts += left <= 0
-        requests.cancel()
-        writer.transport.abort()
-        to_writer.transport.abort()
+        try:
+            while left > 0 and (data := await to_reader.read(64 * 1024)):
+                writer.write(data)
+                await writer.drain()
+                left -= len(data)
+            self.cuts += left <= 0
+        finally:
+            writer.transport.abort()
+            to_writer.transport.abort()
+            requests.cancel()
+            await asyncio.gather(requests, return_exceptions=True)
 
     @staticmethod
     async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
