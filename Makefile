@@ -62,7 +62,7 @@ lint: venv ## check the style of Python, protos, the Containerfile and migration
 	@$(BIN)/hadolint Containerfile
 	@for file in migrations/*.sql; do \
 		sed '/^-- migrate:down/,$$d' "$$file" \
-		| $(BIN)/squawk --config migrations/.squawk.toml --stdin-filepath "$$file" || exit 1; done
+		| $(BIN)/squawk --config .squawk.toml --stdin-filepath "$$file" || exit 1; done
 
 typecheck: venv ## run mypy --strict over everything but the tests
 	@$(BIN)/mypy

@@ -57,10 +57,14 @@ def installed():
         return ""
 
 
+def say(text):
+    print(text, flush=True)
+
+
 def install():
     if os.path.exists(VENV):
         shutil.rmtree(VENV)
-    print("Setting up %s (once; about a minute) ..." % NAME, flush=True)
+    say("Setting up %s (once; it takes some minutes if the network is slow) ..." % NAME)
     # The base Python: this one may be that of .venv, if activated, which was just deleted.
     python = getattr(sys, "_base_executable", sys.executable)
     if subprocess.call([python, "-m", "venv", VENV]) != 0:
@@ -71,9 +75,12 @@ def install():
         os.path.join(VENV, "bin", "python"),
         "-m",
         "pip",
-        "--quiet",
         "--disable-pip-version-check",
     ]
+    # A terminal shows what is being downloaded, and how far.
+    if not sys.stdout.isatty():
+        pip.append("--quiet")
+    say("Installing what %s names ..." % LOCKS[NAME])
     # Without --use-pep517, older pips write scripts that fail in a path with a space.
     subprocess.check_call(
         pip
@@ -86,6 +93,7 @@ def install():
         ]
     )
     for package in PACKAGES if NAME == PROJECT else []:
+        say("Installing %s ..." % os.path.relpath(package, os.path.dirname(ROOT)))
         subprocess.check_call(
             pip + ["install", "--no-deps", "--no-build-isolation", "--editable", package]
         )

@@ -209,8 +209,6 @@ def commands_page() -> str:
         '`fish`: `eval "$(chat-ticket-svc --print-completion bash)"`.\n\n',
     ]
     for name, text in cli.COMMANDS.items():
-        if not text:
-            continue
         parts.append(f"## {name}\n\n{text[0].upper()}{text[1:]}.\n\n")
         rows = [
             [_option(action), _help(action)]

@@ -44,6 +44,8 @@ URL_CHARACTERS = re.compile(r"([A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=]|%[0-9A-Fa-f]
 # The scheme and user info of a URL, and its hosts.
 HOSTS = re.compile(r"([a-z]+://(?:[^/?#]*@)?)([^/?#]*)")
 
+MAX_WORKERS = 128
+
 # The default rate of a tenant: a small part of what a core serves, so that other tenants hardly
 # notice a flood (`make bench PARTS=neighbour`). With more cores than these the rate stays the same,
 # because a process does most of its work in one thread.
@@ -67,7 +69,8 @@ class Limits(BaseModel):
         default=256 * KIB, description="Bytes of UTF-8 in the content of a message."
     )
     metadata_bytes: PositiveInt = Field(
-        default=64 * KIB, description="Bytes of UTF-8 in the metadata of a message."
+        default=64 * KIB,
+        description="Bytes of UTF-8 in the metadata of a message, without blanks between tokens.",
     )
     metadata_depth: PositiveInt = Field(
         default=20, description="How deep the metadata of a message may nest."
@@ -193,7 +196,7 @@ class Settings(BaseSettings):
     workers: int = Field(
         default=1,
         ge=1,
-        le=128,
+        le=MAX_WORKERS,
         description="Server processes that share the port. `serve --workers N` overrides it.",
     )
     reflection: bool = Field(default=True, description="Serve gRPC reflection.")
@@ -250,6 +253,18 @@ class Settings(BaseSettings):
         default=("RS256", "ES256", "EdDSA"),
         description="The allowed signature algorithms, separated by commas. Only public-key "
         "algorithms are supported.",
+    )
+    jwt_tenants_claim: str = Field(
+        default="tenants",
+        description="The claim that lists the token's tenants: a list of ids, or `*` for all.",
+    )
+    jwt_permissions_claim: str = Field(
+        default="scope",
+        description="The claim that lists the token's permissions: a text separated by spaces, as "
+        "in `scope`, or a list, as in Auth0's `permissions`.",
+    )
+    jwt_subject_claim: str = Field(
+        default="sub", description="The claim that names the caller in the log."
     )
     quotas: Quotas = Quotas()
 

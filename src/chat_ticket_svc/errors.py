@@ -47,7 +47,14 @@ class InvalidArgumentError(DomainError):
 
 
 class UnauthenticatedError(DomainError):
-    """The call has no valid credential."""
+    """The call has no valid credential.
+
+    `diagnosis` says why, for the log alone: whoever forges credentials must not learn it.
+    """
+
+    def __init__(self, text: str, *, reason: str, diagnosis: Mapping[str, str] | None = None):
+        super().__init__(text, reason=reason)
+        self.diagnosis = diagnosis or {}
 
 
 class PermissionDeniedError(DomainError):

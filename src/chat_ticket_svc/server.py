@@ -21,6 +21,7 @@ from chat_ticket.v1 import (
     chat_ticket_pb2,
     chat_ticket_pb2_grpc,
 )
+from chat_ticket_svc import workers
 from chat_ticket_svc.access import method_permissions
 from chat_ticket_svc.access.admission import AdmissionController
 from chat_ticket_svc.access.authenticator import Authenticator
@@ -151,7 +152,10 @@ class Server:
         self._metrics: HTTPServer | None = None
 
     async def start(self) -> None:
-        """Start to serve. Raises schema.StaleSchemaError when the database lacks migrations.
+        """Start to serve.
+
+        Raises StaleSchemaError when the database lacks migrations, and EncodingError when it does
+        not store UTF-8.
 
         An unreachable database raises nothing: the health service reports NOT_SERVING until the
         database can be reached.
@@ -210,7 +214,12 @@ class Server:
         await self._db.close()
 
     def _listen(self) -> None:
-        address = format_address(self._settings.host, self._settings.port)
+        settings = self._settings
+        address = format_address(settings.host, settings.port)
+        if settings.port and settings.workers == 1:
+            # gRPC prints a line of its own for a port that is not free. Workers have theirs.
+            with workers.reserve_port(settings.host, settings.port):
+                pass
         try:
             if self._certificates is None:
                 self.port = self._grpc.add_insecure_port(address)
@@ -225,6 +234,11 @@ class Server:
         # exit when a server that was never started still exists.
         watch_hub = self._watch_hub
         metrics.WATCHERS.set_function(lambda: watch_hub.watcher_count)
+        certificates = self._certificates
+        if certificates is not None:
+            metrics.TLS_CERTIFICATE_NOT_AFTER.set_function(
+                lambda: certificates.certificate.not_valid_after_utc.timestamp()
+            )
         host, port = self._settings.host, self._settings.metrics_port
         if port is None:
             return
@@ -261,7 +275,7 @@ class Server:
         try:
             missing = await self._schema_probe.missing()
         except DomainError as error:
-            log.warning("database is not reachable yet", reason=error.reason)
+            log.warning("starting without a database", problem=str(error))
             return
         if missing:
             raise schema.StaleSchemaError(missing)
@@ -294,14 +308,7 @@ def _authenticators(settings: Settings, jwks_client: "JwksClient | None") -> lis
     if jwks_client is not None:
         from chat_ticket_svc.access.jwt_authenticator import JwtAuthenticator
 
-        authenticators.append(
-            JwtAuthenticator(
-                jwks_client,
-                issuer=settings.jwt_issuer,
-                audience=settings.jwt_audience,
-                algorithms=settings.jwt_algorithms,
-            )
-        )
+        authenticators.append(JwtAuthenticator.from_settings(jwks_client, settings))
     return authenticators
 
 

@@ -139,7 +139,7 @@ FORGED = {
     "tenants that are no list": KEY.token(tenants="acme"),
     "tenant that is no text": KEY.token(tenants=[1]),
     "tenant that is no tenant id": KEY.token(tenants=["acme", " a "]),
-    "scope that is no text": KEY.token(scope=["read"]),
+    "scope that is neither text nor a list of texts": KEY.token(scope=["read", 1]),
     "deep header": base64.urlsafe_b64encode(b"[" * 3000).decode() + ".e30.AA",
 }
 

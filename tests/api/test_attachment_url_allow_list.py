@@ -77,7 +77,16 @@ async def test_allowed_name_to_metadata(address: str, attempts: list[str]) -> No
     assert attempts == ["10.0.0.1 443"]
 
 
-WELL_FORMED = ["a", "a.test:8080", "A.Test.", "127.0.0.1:9000", "[::1]:9000", "[fc00::1]", "é.test"]
+WELL_FORMED = [
+    "a",
+    "a.test:8080",
+    "A.Test.",
+    "127.0.0.1:9000",
+    "[::1]:9000",
+    "[fc00::1]",
+    "é.test",
+    "proj_minio_1:9000",
+]
 MALFORMED = [
     *("", ":", ":80", "a:", "a:0", "a:65536", "a:x", "a:1:2", "*", "*.a", "a b", " a", "a\n"),
     *("http://a", "a/b", "a?b", "a#b", "u@a", "u:p@a", "@a", "[::1", "::1", "a..b", "é" * 70),

@@ -44,8 +44,12 @@ class TestCreate:
             ("file_url", ""),
             ("file_url", "files.example/a"),
             ("file_url", "https:///a"),
-            ("file_url", "https://files.example/a b"),
-            ("file_url", "https://files.example/é"),
+            ("file_url", "https:files.example/a"),
+            ("file_url", "https://files.example\\@b/"),
+            ("file_url", "https://files.example/a "),
+            ("file_url", "https://files.example/a\tb"),
+            ("file_url", "https://files.example/\u202e"),
+            ("file_url", "https://a|b.example/"),
             ("file_url", "https://files.example:99999/"),
             ("file_url", "https://[::1/"),
             ("file_url", "https://[::1].files.example/"),
@@ -63,7 +67,16 @@ class TestCreate:
             ("file_type", ""),
             ("file_type", "png"),
             ("file_type", "image/"),
-            ("file_type", "image/png; a=b"),
+            ("file_type", "image/png; a"),
+            ("file_type", "image/png; a=b c"),
+            ("file_type", 'image/png; a="b'),
+            ("file_type", "image/png; a=é"),
+            ("file_type", "image/png" + "; " * 120 + "a"),
+            ("file_type", "image/png "),
+            ("file_name", " "),
+            ("file_name", "a.png "),
+            ("file_name", "a\u2028b"),
+            ("file_name", "a\u202egnp.exe"),
             ("file_type", "a/" + "b" * 254),
         ],
     )
@@ -80,7 +93,9 @@ class TestCreate:
     async def test_limits_themselves_are_accepted(self, api: Api, message: r.ChatMessage) -> None:
         """A URL of 2,048 characters, a name and a type of 255."""
         url = "https://files.example/" + "a" * (2048 - 22)
-        file = a_file(file_url=url, file_name="é/\\\u2028" + "é" * 251, file_type="a/" + "b" * 253)
+        file = a_file(
+            file_url=url, file_name="é/\\\u2067\u2069" + "é" * 250, file_type="a/" + "b" * 253
+        )
         stored = await api.attachment(
             message.id, file_url=file.file_url, file_name=file.file_name, file_type=file.file_type
         )
@@ -89,6 +104,25 @@ class TestCreate:
             file.file_name,
             file.file_type,
         )
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("file_url", "https://files.example/a.png?f=a|b"),
+            ("file_url", "https://bücher.example/a.png"),
+            ("file_url", "https://example.com/é a.png?q=“ü”#ß"),
+            ("file_url", "https://my_bucket.example/100%.png"),
+            ("file_type", "audio/ogg; codecs=opus"),
+            ("file_type", 'text/plain ;charset=utf-8; name="a \\"b\\"/c;d"'),
+        ],
+    )
+    async def test_what_programs_make_is_stored_as_sent(
+        self, api: Api, message: r.ChatMessage, field: str, value: str
+    ) -> None:
+        """URLs as WHATWG reads them and types with parameters, alone and with a message."""
+        assert getattr(await api.attachment(message.id, **{field: value}), field) == value
+        with_message = await api.message(message.session_id, attachments=[a_file(**{field: value})])
+        assert getattr(with_message.attachments[0], field) == value
 
     async def test_scheme_in_capitals(self, api: Api, message: r.ChatMessage) -> None:
         """A scheme is the same in any case; the URL is kept as sent."""

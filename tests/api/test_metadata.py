@@ -85,14 +85,44 @@ class TestMetadata:
         assert await get_revision(api, session.id) == 0
 
     async def test_limited_to_64_kib(self, api: Api) -> None:
-        """At the limit it is stored, one more byte is rejected."""
+        """At the limit it is stored, one more byte is rejected; blanks between tokens are free."""
         session = await api.session()
         text = json.dumps({"a": "x" * (64 * KIB - 9)})
         assert len(text) == 64 * KIB
         assert (await api.message(session.id, metadata_json=text)).metadata_json == text
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
-            await api.message(session.id, metadata_json=text + " ")
+            await api.message(session.id, metadata_json=text.replace("x", "xxx", 1))
         assert list(refusal.fields) == ["message.metadata_json"]
+        spaced = text.replace("{", " { ").replace(":", "\n:\t") + " " * 99_999
+        assert (await api.message(session.id, metadata_json=spaced)).metadata_json == text
+        for blanks in ("", " " * 99_999):
+            longer = (
+                json.dumps({f"k{n:05}": 0 for n in range(6000)}, separators=(",", ":")) + blanks
+            )
+            with refused(StatusCode.INVALID_ARGUMENT) as refusal:
+                await api.message(session.id, metadata_json=longer)
+            assert "66,001 bytes" in refusal.fields["message.metadata_json"]
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            # 65,521 bytes, which jsonb writes with 13,103 blanks more.
+            "{" + ",".join(f'"k{n:04}":0' for n in range(6552)) + "}",
+            '{"a":[' + ",".join(["1e290"] * 220) + "]}",
+            '{"a":[' + ",".join(["-1.5E-290"] * 210) + "]}",
+            '{"a":[' + ",".join(["0"] * 32_764) + "]}",
+            '{"a": "' + ": , " * 16_000 + '"}',
+            '{"\\"":"' + "é\\n\\u0001" * 6000 + '"}',
+        ],
+        ids=["members", "numbers", "fractions", "elements", "blanks in strings", "escapes"],
+    )
+    async def test_what_is_returned_can_be_sent_back(self, api: Api, text: str) -> None:
+        """At the limit, too: sending it back as it was returned changes nothing."""
+        session = await api.session()
+        message = await api.message(session.id, metadata_json=text)
+        assert await set_metadata(api, message.id, message.metadata_json) == message
+        again = await api.message(session.id, id=message.id, metadata_json=message.metadata_json)
+        assert again == message
 
     async def test_number_written_differently_is_a_change(self, api: Api) -> None:
         """1 and 1.0 are equal as jsonb, and different as sent."""

@@ -118,6 +118,16 @@ async def test_content_cannot_imitate_a_hit(api: Api) -> None:
     assert "[[lemon]] **lime** StartSel=lime" in text
 
 
+async def test_widest_times_are_no_limit(api: Api) -> None:
+    """Programs send the first and the last time that they can express for no limit."""
+    message = await api.message((await api.session()).id, "needle")
+    widest = {
+        "start_create_time": Timestamp(seconds=-62_135_596_800),
+        "end_create_time": Timestamp(seconds=253_402_300_799, nanos=999_999_999),
+    }
+    assert [hit.message_id for hit in await search(api, "needle", **widest)] == [message.id]
+
+
 async def test_snippet_is_short_however_long_the_message(api: Api) -> None:
     """A hit in 256 KiB, or next to a very long word, has a short snippet."""
     session = await api.session()

@@ -344,6 +344,17 @@ class TestList:
         request = ListChatSessionsRequest(end_update_time=changed)
         assert await list_all_ids(api, request) == [sessions[2].id, sessions[1].id]
 
+    @pytest.mark.parametrize("nanos", [999_999_000, 999_999_900, 999_999_999])
+    async def test_widest_times_are_no_limit(self, api: Api, nanos: int) -> None:
+        """Programs send the first and the last time that they can express for no limit."""
+        ids = [(await api.session()).id]
+        first, last = Timestamp(seconds=-62_135_596_800), Timestamp(seconds=253_402_300_799)
+        last.nanos = nanos
+        for kind in ("create", "update"):
+            for start, end, expected in ((first, last, ids), (last, last, []), (first, first, [])):
+                filters = {f"start_{kind}_time": start, f"end_{kind}_time": end}
+                assert await list_all_ids(api, ListChatSessionsRequest(**filters)) == expected
+
     async def test_range_is_exact_below_a_microsecond(self, api: Api) -> None:
         """A nanosecond after the creation is after it."""
         session = await api.session()

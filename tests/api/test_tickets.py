@@ -98,6 +98,32 @@ class TestEscalate:
             assert set(refusal.fields) == {"ticket.id", "ticket.title", "ticket.status"}
         assert (await api.escalate(session.id, ticket=r.Ticket(title="é" * 500))).ticket.title
 
+    @pytest.mark.parametrize(
+        "title",
+        [
+            *("Refund\r\nBcc: x@example.com", "\n", " ", "\u3000", "a\u202eb", "a\u2028b", "a\x7f"),
+            *(" a", "a\u00a0", "\x85", "\u2066\u202c", "\u202a\u2067\u202c\u2069", "\u202c\u202a"),
+        ],
+    )
+    async def test_title_is_one_line(self, api: Api, title: str) -> None:
+        """Others are refused, on create and update."""
+        link = await api.escalate((await api.session()).id)
+        for refused_call in (
+            api.escalate((await api.session()).id, ticket=r.Ticket(title=title)),
+            update_ticket(api, link.ticket_id, title=title),
+        ):
+            with refused(StatusCode.INVALID_ARGUMENT) as refusal:
+                await refused_call
+            assert list(refusal.fields) == ["ticket.title"]
+
+    @pytest.mark.parametrize(
+        "title", ["a b", "\u202aa\u2067b\u2069\u202c", "\u200fא\u200e", "Ω 🙂", "e\u0301"]
+    )
+    async def test_title_is_stored_as_sent(self, api: Api, title: str) -> None:
+        """Bidirectional controls in pairs are text as any other."""
+        link = await api.escalate((await api.session()).id, ticket=r.Ticket(title=title))
+        assert link.ticket.title == title
+
 
 class TestRepeat:
     async def test_repeat_with_the_links_id(self, api: Api) -> None:

@@ -382,7 +382,14 @@ class AllowListCase:
     tried: str = ""  # is connected to, and does not speak https
 
 
-STORE = ("http://localhost:{port}/", "http://LocalHost:{port}/b?c#d")
+# An allowed address is one in each of its notations.
+ADDRESS = (f"http://{PRIVATE}:{{port}}/", "http://2130706433:{port}/")
+STORE = (
+    "http://localhost:{port}/",
+    "http://LocalHost:{port}/b?c#d",
+    "http://%6cocalhost:{port}/",
+    "http://\uff4cocalhost:{port}/",
+)
 OTHERS = (
     *STORE,
     "http://localhost:{other}/",
@@ -395,7 +402,6 @@ OTHERS = (
     "http://alocalhost:{port}/",
     "http://localhost.test:{port}/",
     "http://localhos:{port}/",
-    "http://%6cocalhost:{port}/",
     "http://private.test:{port}/",
     f"http://{PUBLIC}:{{port}}/to-store",
     f"http://{PUBLIC}:{{port}}/to-address",
@@ -407,7 +413,7 @@ ALLOWED = {
     "name and other port": AllowListCase(
         "localhost:{other}", ("http://localhost:{other}/",), tried="https://localhost:{other}/"
     ),
-    "address": AllowListCase(f"{PRIVATE}:{{port}}", (f"http://{PRIVATE}:{{port}}/",)),
+    "address": AllowListCase(f"{PRIVATE}:{{port}}", ADDRESS),
     "IPv6 address": AllowListCase("[::1]:{port}", ("http://[::1]:{port}/",)),
     "another name": AllowListCase("store.test:{port}", ()),
 }

@@ -3,12 +3,14 @@
 import contextlib
 import re
 import socket
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
 import pytest
+from cryptography import x509
 from support.authority import Authority, Key
 from support.client import Api
 from support.plain_rows import PARENTS
@@ -38,9 +40,8 @@ async def test_everything_is_ok(start_server: Any, database: str) -> None:
     assert (done.status, done.errors) == (0, "")
     states, about = zip(*re.findall(r"^(\S+) +(\S+)", done.output, re.MULTILINE), strict=True)
     assert set(states) == {"ok"}
-    assert about == (
-        *("settings", "database", "schema", "write", "collation", "clock", "service", "call"),
-    )
+    checked = "settings database schema session write collation clock service call"
+    assert " ".join(about) == checked
     assert re.fullmatch(r"PostgreSQL \d+\.\d+, responds in \d+\.\d ms", line(done, "database")[1])
     assert re.fullmatch(r"[+-]0\.\d{3} s compared to the database's clock", line(done, "clock")[1])
     assert re.fullmatch(r"ListChatSessions took \d+\.\d ms", line(done, "call")[1])
@@ -56,21 +57,21 @@ async def test_nothing_is_reachable() -> None:
         CHAT_TICKET_POOLSIZE="3",
     )
     assert done.status == 1
-    assert line(done, "database") == ("FAILED", "cannot be reached: Connection refused")
+    assert line(done, "database") == (
+        "FAILED",
+        "the database cannot be reached: connection refused: nothing listens at the host and port",
+    )
     assert line(done, "service") == ("FAILED", "127.0.0.1:1 does not respond: UNAVAILABLE")
     assert "warning  settings     unknown, without effect: CHAT_TICKET_POOLSIZE" in done.output
     assert "CHAT_TICKET_QUOTAS__TENANT_BURST=7\n" in done.output
     assert "DATABASE_URL=postgresql://***@127.0.0.1:1/chats\n" in done.output
 
 
-@pytest.mark.parametrize("absent", ["database", "role"])
-async def test_missing_database_or_role_is_named(database: str, absent: str) -> None:
-    url = urlsplit(database)
-    user = "nobody_at_all" if absent == "role" else "postgres"
-    path = "/nothing_at_all" if absent == "database" else url.path
-    wrong = url._replace(netloc=f"{user}@", path=path).geturl()
+async def test_cause_is_named(database: str) -> None:
+    """tests/store/test_connection_errors.py has all causes."""
+    wrong = urlsplit(database)._replace(path="/nothing_at_all").geturl()
     done = await command("check", DATABASE_URL=wrong, CHAT_TICKET_PORT="1")
-    expected = f"cannot be reached: the {absent} does not exist"
+    expected = "the database cannot be reached: the database does not exist"
     assert line(done, "database") == ("FAILED", expected)
 
 
@@ -163,10 +164,9 @@ async def test_a_collation_that_changed_is_a_warning(fresh_database: str) -> Non
     done = await command("check", DATABASE_URL=fresh_database, CHAT_TICKET_PORT="1")
     state, text = line(done, "collation")
     assert state == "warning"
-    # The one of the service is that of schema_migrations, which is dbmate's.
     assert re.fullmatch(
-        "version .*, but old was recorded: indexes of text may be out of order, 1 of the service;"
-        " REINDEX the database, then ALTER DATABASE ... REFRESH COLLATION VERSION",
+        r"version .*, but old was recorded: indexes of text may be out of order, \d+ of the"
+        " service; REINDEX the database, then ALTER DATABASE ... REFRESH COLLATION VERSION",
         text,
     )
 
@@ -211,6 +211,32 @@ class TestTokens:
         )
         assert line(done, "call")[0] == state
         assert done.status == (0 if state == "ok" else 1)
+        assert line(done, "token")[0] == state
+        if state == "ok":
+            assert re.match(
+                r"subject not named; permissions: .*; tenants: acme; expires in \d",
+                line(done, "token")[1],
+            )
+
+    @pytest.mark.parametrize(
+        ("claims", "text"),
+        [
+            ({"aud": "other"}, "aud: expected chat-ticket-svc, found other"),
+            ({"tenants": None}, 'tenants: expected a list of tenant ids, or "*", found nothing'),
+        ],
+        ids=["aud", "tenants"],
+    )
+    async def test_a_wrong_claim_is_named(
+        self, tmp_path: Path, key: Key, claims: dict[str, Any], text: str
+    ) -> None:
+        """Without the server, by the settings and the keys."""
+        token = key.token(**claims)
+        (tmp_path / "token").write_text(token)
+        settings = {"auth": "jwt", "port": "1", **key.trusted(tmp_path)}
+        names = {f"CHAT_TICKET_{name.upper()}": value for name, value in settings.items()}
+        done = await command("check", "--token-file", str(tmp_path / "token"), **names)
+        assert line(done, "token") == ("FAILED", f"{text}, in a token of key of-the-issuer")
+        assert token not in done.output + done.errors
 
     async def test_a_server_with_other_settings_can_be_called(
         self, start_server: Any, database: str, tmp_path: Path, key: Key
@@ -247,11 +273,54 @@ async def test_a_server_with_tls_is_called_by_its_certificate(
     assert line(done, "service")[0] == "FAILED"
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        [x509.IPAddress(ip_address("10.1.2.3"))],
+        [x509.UniformResourceIdentifier("spiffe://example.org/chat-ticket-svc")],
+        [x509.DNSName("*.example.org")],
+        [],
+    ],
+    ids=["ip", "spiffe", "wildcard", "common name"],
+)
+async def test_a_server_with_another_kind_of_name_is_probed(
+    start_server: Any, database: str, tmp_path: Path, names: list[x509.GeneralName]
+) -> None:
+    """By the port of the option, and with a client certificate where the server requires one."""
+    (tmp_path / "callers.toml").write_text('["a.internal"]\ntenants = "*"\npermissions = ["read"]')
+    settings = {
+        **CA.issue(names).write(tmp_path / "tls"),
+        "auth": "mtls",
+        "tls_client_ca": str(tmp_path / "authority.pem"),
+        "mtls_policy": str(tmp_path / "callers.toml"),
+    }
+    (tmp_path / "authority.pem").write_bytes(CA.certificate)
+    client = CA.caller(names=["a.internal"]).write(tmp_path / "client")
+    api = await start_server(database, **settings)
+    variables = {**environment(api, database, **settings), "CHAT_TICKET_PORT": "1"}
+    done = await command(
+        "check",
+        *("--probe", "--port", api.address.rpartition(":")[2]),
+        *("--client-certificate", client["tls_certificate"], "--client-key", client["tls_key"]),
+        **variables,
+    )
+    assert line(done, "service")[0] == "ok", done
+    assert done.status == 0
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"two tokens", b""])
+async def test_a_file_without_a_token_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "token").write_bytes(content)
+    done = await command("check", "--token-file", str(tmp_path / "token"), "--port", "1")
+    expected = "chat-ticket-svc: --token-file: must contain one token, and nothing else\n"
+    assert (done.status, done.errors) == (1, expected)
+
+
 @pytest.mark.parametrize(("arguments", "state"), [((), "warning"), (("--probe",), "FAILED")])
 async def test_a_server_that_asks_for_certificates_is_not_called(
     tmp_path: Path, arguments: tuple[str, ...], state: str
 ) -> None:
-    """The command has none. A probe fails, because one that cannot fail is useless."""
+    """Without --client-certificate. A probe fails, because one that cannot fail is useless."""
     (tmp_path / "callers.toml").write_text('["a.internal"]\ntenants = "*"\npermissions = ["read"]')
     settings = {
         **CA.server().write(tmp_path / "tls"),

@@ -1,8 +1,13 @@
 """The command line as people meet it: its help, and its completion in a shell."""
 
 import asyncio
+import os
 import re
+import signal
 import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from support.process import command
@@ -25,9 +30,82 @@ async def test_every_command_has_a_help(name: str) -> None:
 
 
 async def test_unknown_command_is_rejected() -> None:
+    """With the commands that there are, but for the one that is for `serve` alone."""
     done = await command("destroy")
     assert done.status == 2
     assert "destroy" in done.errors
+    assert "erase" in done.errors
+    assert "worker" not in done.errors
+
+
+async def test_version() -> None:
+    done = await command("--version")
+    assert (done.status, done.output) == (0, f"chat-ticket-svc {version('chat-ticket-svc')}\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("serve", "--port", "99999"), ("check", "--port", "x"), ("serve", "--workers", "0")],
+)
+async def test_wrong_number_is_blamed_on_its_option(arguments: tuple[str, ...]) -> None:
+    """Not on the variable that the option overrides."""
+    done = await command(*arguments)
+    assert done.status == 2
+    assert f"argument {arguments[1]}: not a whole number from" in done.errors
+    assert "CHAT_TICKET" not in done.errors
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "errors"),
+    [
+        (
+            ">/dev/full",
+            1,
+            "chat-ticket-svc: cannot write standard output: No space left on device\n",
+        ),
+        (">&-", 1, "chat-ticket-svc: cannot write standard output: Bad file descriptor\n"),
+        ("2>&- <&-", 1, ""),
+        ("| true", 128 + signal.SIGPIPE, ""),
+    ],
+)
+def test_unusable_stream_is_one_line(redirection: str, status: int, errors: str) -> None:
+    """Of every command: no traceback, and a status that tells."""
+    done = subprocess.run(
+        [
+            "bash",
+            "-c",
+            f'"$0" -m chat_ticket_svc check --port 1 {redirection}; exit $PIPESTATUS',
+            sys.executable,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (status, errors)
+
+
+async def test_text_that_the_encoding_lacks_is_escaped() -> None:
+    settings = {"CHAT_TICKET_JWT_ISSUER": "Ωmega", "PYTHONIOENCODING": "latin-1"}
+    done = await command("check", "--port", "1", **settings)
+    assert "CHAT_TICKET_JWT_ISSUER=\\u03a9mega\n" in done.output
+    assert done.errors == ""
+
+
+def test_interrupted_import_is_silent(tmp_path: Path) -> None:
+    """Ctrl-C while the command loads ends it, without a traceback."""
+    (tmp_path / "pydantic.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise ImportError\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "chat_ticket_svc", "serve"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        # It is ignored where the tests run in the background of a shell.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 @pytest.mark.parametrize(

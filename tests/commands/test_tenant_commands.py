@@ -23,6 +23,7 @@ from support.watching import watching
 from chat_ticket.v1 import chat_message_pb2 as m
 from chat_ticket.v1 import chat_ticket_pb2 as t
 from chat_ticket.v1 import resources_pb2 as r
+from chat_ticket_svc.commands.export import _session_messages
 from chat_ticket_svc.errors import FailedPreconditionError
 from chat_ticket_svc.store import tenants
 from chat_ticket_svc.store.database import Database
@@ -93,7 +94,7 @@ class Filled:
 
     async def fill(self) -> None:
         self.first, self.second = await self.api.session(), await self.api.session()
-        content = "two\nlines, “quotes” and 漢字"
+        content = "two\nlines,\v\u2028a\u0085b\u2029c\x1c “quotes” and 漢字"
         await self.api.message(self.first.id, content, metadata_json='{"a": [1, null]}')
         last = await self.api.message(self.first.id, "last")
         await self.api.attachment(last.id)
@@ -266,6 +267,26 @@ class TestExport:
             assert b"2.00k" in os.read(ours, 10_000)
         assert output.count(b"\n") == 2001
         assert output == (await export(database, tenant)).output.encode()
+
+    async def test_session_is_one_snapshot_with_what_follows_it(
+        self, api: Api, filled: Filled, database: str, tenant: str
+    ) -> None:
+        """What changes after the session was read is not in the export, wherever it is."""
+        session = filled.first
+        last = await api.message(session.id, "unchanged")
+        async with store_database(database) as db:
+            items = _session_messages(db, tenant, session.id)
+            _, before = await anext(items)
+            await api.attachment(last.id)
+            await api.message(session.id, "new")
+            await api.tickets.DeleteChatTicket(
+                t.DeleteChatTicketRequest(chat_ticket_id=filled.link.id)
+            )
+            rest = [item async for item in items]
+        assert [kind for kind, _ in rest] == ["chatMessage"] * 3 + ["chatTicket"]
+        assert rest[2][1] == last
+        assert before.has_ticket
+        assert before.revision == last.revision
 
     async def test_closed_pipe_ends_the_export_without_an_error(
         self, api: Api, database: str, tenant: str

@@ -179,8 +179,12 @@ async def test_out_of_reach(guarded_postgres: EmbeddedPostgres, tmp_path: Path) 
         async with Api(await address_of(process), "acme") as api:
             api.sessions._metadata += bearer(keys)
             await faulty_server_output.expect_error("KEYS_UNAVAILABLE", api.session())
-        for event in ("not serving", "listener lost its connection"):
-            await asyncio.to_thread(process.wait_for, event)
+        for event, problem in {
+            "not serving": "the URL's options name a parameter that the server does not know",
+            "listener cannot connect": "the server refuses the user or its password",
+        }.items():
+            line = await asyncio.to_thread(process.wait_for, event)
+            assert line["problem"].endswith(problem)
         for about in ("could not fetch the key set", "error connecting in"):
             await faulty_server_output.wait_for_output(about)
         assert process.stop() == 0

@@ -3,13 +3,16 @@
 import asyncio
 import json
 import re
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from grpc import StatusCode
 from prometheus_client.parser import text_string_to_metric_families
+from support.authority import Authority
 from support.client import Api, an_id, refused
 from support.database import session_locked
 from support.process import ServerProcess, server_process
@@ -81,6 +84,41 @@ async def test_calls_are_counted_and_timed_by_method_and_status(
         for name in ("grpc_server_handled_total", "grpc_server_handling_seconds_count"):
             labels = {**of, "grpc_code": code}
             await until(process, name, before(name, **labels) + count, **labels)
+
+
+async def test_started_calls_and_their_messages_are_counted(
+    process: ServerProcess, tenant: str
+) -> None:
+    """Of unary calls and of streams that are still open, by method."""
+    create = {"grpc_type": "unary", "grpc_service": SESSIONS, "grpc_method": "CreateChatSession"}
+    watch = {**create, "grpc_type": "server_stream", "grpc_method": "WatchChatSession"}
+    before = Metrics(process)
+    async with Api(process.address, tenant) as api:
+        session = await api.session()
+        async with watching(api, session.id) as watcher:
+            await watcher.until("caught_up")
+            now = Metrics(process)
+    for labels, least_sent in ((create, 1), (watch, 2)):
+        for name in ("grpc_server_started_total", "grpc_server_msg_received_total"):
+            assert now(name, **labels) == before(name, **labels) + 1, name
+        name = "grpc_server_msg_sent_total"
+        assert now(name, **labels) >= before(name, **labels) + least_sent
+
+
+def test_database_is_up_or_down(process: ServerProcess) -> None:
+    assert Metrics(process)("chat_ticket_database_up") == 1
+    assert Metrics(process)("chat_ticket_tls_certificate_not_after_timestamp_seconds") == 0
+    away = {"CHAT_TICKET_METRICS_PORT": "0"}
+    certificate = Authority().server(seconds=5000)
+    with TemporaryDirectory() as directory:
+        for name, value in certificate.write(Path(directory)).items():
+            away[f"CHAT_TICKET_{name.upper()}"] = value
+        with server_process("postgresql://nobody@127.0.0.1:1/none", **away) as other:
+            other.wait_for("not serving")
+            down = Metrics(other)
+    assert down("chat_ticket_database_up") == 0
+    left = down("chat_ticket_tls_certificate_not_after_timestamp_seconds") - time.time()
+    assert 4000 < left < 5000
 
 
 async def test_cancelled_calls_are_counted(process: ServerProcess, tenant: str) -> None:

@@ -254,6 +254,45 @@ async def test_unresponsive_collector_delays_shutdown_by_a_second(
             assert time.monotonic() - began < 7
 
 
+async def test_dead_collector_is_reported_once(database: str, tenant: str) -> None:
+    """However many batches it loses, and once more when it works again."""
+    statuses = {"now": 400}
+    received: list[bytes] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(statuses["now"])
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    async def make_call(process: ServerProcess) -> None:
+        count = len(received)
+        async with Api(process.address, tenant) as api:
+            await api.session()
+        async with asyncio.timeout(10):
+            while len(received) == count:
+                await asyncio.sleep(0.05)
+
+    with http_server(Handler) as endpoint:
+        settings = {**TRACES, "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
+        with server_process(database, **settings) as process:
+            process.wait_for("serving")
+            for _ in range(3):
+                await make_call(process)
+            statuses["now"] = 200
+            await make_call(process)
+            again = process.wait_for("spans exported again")
+            process.stop()
+    lines = [line for line in process.log if line.get("level") in ("warning", "error")]
+    assert [line["event"] for line in lines if "logger" not in line] == ["spans not exported"]
+    [own] = [line for line in lines if "logger" in line]
+    assert "code: 400" in own["event"]
+    assert again["lost_spans"] > lines[-1]["lost_spans"]
+
+
 def test_missing_extra_is_reported(database: str, tmp_path: Path) -> None:
     (tmp_path / "opentelemetry.py").write_text("raise ImportError\n")
     with server_process(database, CHAT_TICKET_TRACES="true", PYTHONPATH=str(tmp_path)) as process:

@@ -1,6 +1,7 @@
 """The service while its database is stopped, restarts, or has no connection to spare."""
 
 import asyncio
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,15 +98,21 @@ class TestDatabaseAway:
         assert sequences == list(range(21, 31)), "each created once"
 
     async def test_starts_without_a_database(
-        self, start_server: Any, postgres: EmbeddedPostgres
+        self, start_server: Any, postgres: EmbeddedPostgres, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """The server starts as NOT_SERVING, and serves when the database is up."""
+        """The server starts as NOT_SERVING, and serves when the database is up. The log says so."""
         postgres.stop()
         api = await start_server(postgres.url("chat_ticket"))
         assert await self.health(api) == 2
         postgres.start()
         await self.until_health(api, 1)
         assert (await api.session()).revision == 0
+        await asyncio.sleep(1)  # until the listener connects again
+        captured = capsys.readouterr()
+        logged = captured.out + captured.err
+        assert re.search(r"listener cannot connect .*no server has this socket", logged)
+        assert re.search(r"listener is connected .*failed_attempts=\d+", logged)
+        assert "lost its connection" not in logged
 
     async def test_connection_lost_in_a_write_is_an_unknown_outcome(
         self, start_server: Any, fresh_database: str

@@ -444,11 +444,15 @@ class SearchChatMessagesRequest(_message.Message):
 
     @_builtins.property
     def start_create_time(self) -> _timestamp_pb2.Timestamp:
-        """Finds only messages created at or after this time. Optional."""
+        """Finds only messages created at or after this time. Optional; unset and 0001-01-01T00:00:00Z
+        mean no limit.
+        """
 
     @_builtins.property
     def end_create_time(self) -> _timestamp_pb2.Timestamp:
-        """Finds only messages created before this time. Optional."""
+        """Finds only messages created before this time. Optional; unset and the last microsecond of the
+        year 9999 mean no limit.
+        """
 
     def __init__(
         self,

@@ -179,19 +179,27 @@ class ListChatSessionsRequest(_message.Message):
 
     @_builtins.property
     def start_create_time(self) -> _timestamp_pb2.Timestamp:
-        """Returns only sessions created at or after this time. Optional."""
+        """Returns only sessions created at or after this time. Optional; unset and 0001-01-01T00:00:00Z
+        mean no limit.
+        """
 
     @_builtins.property
     def end_create_time(self) -> _timestamp_pb2.Timestamp:
-        """Returns only sessions created before this time. Optional."""
+        """Returns only sessions created before this time. Optional; unset and the last microsecond of the
+        year 9999 mean no limit.
+        """
 
     @_builtins.property
     def start_update_time(self) -> _timestamp_pb2.Timestamp:
-        """Returns only sessions last changed at or after this time. Optional."""
+        """Returns only sessions last changed at or after this time. Optional; unset and
+        0001-01-01T00:00:00Z mean no limit.
+        """
 
     @_builtins.property
     def end_update_time(self) -> _timestamp_pb2.Timestamp:
-        """Returns only sessions last changed before this time. Optional."""
+        """Returns only sessions last changed before this time. Optional; unset and the last microsecond
+        of the year 9999 mean no limit.
+        """
 
     def __init__(
         self,

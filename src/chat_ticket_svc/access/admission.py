@@ -112,5 +112,7 @@ class AdmissionController:
         credential = FULL_ACCESS
         for authenticator in self._authenticators:
             credential &= await authenticator.authenticate(context, metadata)
+            # After each, so that a later refusal is logged with what is known of the caller.
+            request_context.set_subject(credential.subject)
         credential.require_permission(METHOD_PERMISSIONS[method])
         return credential, credential.select_tenant(metadata_values(metadata, TENANT_KEY))

@@ -32,6 +32,7 @@ from chat_ticket_svc.access.credential import (
 )
 from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.errors import UnauthenticatedError
+from chat_ticket_svc.telemetry.redaction import quote
 
 # A subject alternative name: its type and its value.
 Name = tuple[type[x509.GeneralName], str]
@@ -88,17 +89,26 @@ class ClientCertificateAuthenticator:
     async def authenticate(self, context: Context, _: Metadata) -> Credential:
         pem = next(iter(context.auth_context().get("x509_pem_cert", ())), b"")
         names, expires_at = _identity(pem)
-        grant = next((self._grants[name] for name in names if name in self._grants), None)
-        if grant is None:
+        name = next((name for name in names if name in self._grants), None)
+        if name is None:
             raise UnauthenticatedError(
                 "client certificate has no name that the policy lists",
                 reason="CREDENTIAL_INVALID",
+                diagnosis={
+                    "part": "certificate",
+                    "expected": "a name that the policy lists",
+                    "found": quote([text for _, text in names]),
+                },
             )
+        grant = self._grants[name]
         # The handshake checked this too, but the connection may be old.
         if expires_at <= time.time():
             raise credential_expired()
         return Credential(
-            tenants=grant.tenants, permissions=grant.permissions, expires_at=expires_at
+            tenants=grant.tenants,
+            permissions=grant.permissions,
+            expires_at=expires_at,
+            subject=name[1],
         )
 
 

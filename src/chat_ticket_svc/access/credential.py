@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -43,12 +43,13 @@ class Permission(StrEnum):
 class Credential:
     """The tenants that a caller may act for (None means any), its permissions, and its expiry.
 
-    `expires_at` is in seconds since the epoch.
+    `expires_at` is in seconds since the epoch. `subject` is who the caller is, for the log.
     """
 
     tenants: frozenset[str] | None
     permissions: frozenset[Permission]
     expires_at: float = math.inf
+    subject: str | None = None
 
     def __and__(self, other: Credential) -> Credential:
         """A credential that allows only what both allow."""
@@ -61,6 +62,7 @@ class Credential:
             tenants=tenants,
             permissions=self.permissions & other.permissions,
             expires_at=min(self.expires_at, other.expires_at),
+            subject=", ".join(filter(None, (self.subject, other.subject))) or None,
         )
 
     def require_permission(self, permission: Permission) -> None:
@@ -103,8 +105,10 @@ class Credential:
         return tenant
 
 
-def credential_expired() -> UnauthenticatedError:
-    return UnauthenticatedError("credential has expired", reason="CREDENTIAL_EXPIRED")
+def credential_expired(diagnosis: Mapping[str, str] | None = None) -> UnauthenticatedError:
+    return UnauthenticatedError(
+        "credential has expired", reason="CREDENTIAL_EXPIRED", diagnosis=diagnosis
+    )
 
 
 # For every caller of a server without authenticators.

@@ -1,6 +1,7 @@
 """Arguments that several commands share."""
 
 import argparse
+from collections.abc import Callable
 from uuid import UUID
 
 from chat_ticket_svc.access.credential import TENANT_ID
@@ -21,3 +22,21 @@ def uuid(text: str) -> str:
         return str(UUID(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError("not a UUID") from error
+
+
+def integer(lowest: int, highest: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number within these bounds."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = lowest - 1
+        if not lowest <= number <= highest:
+            raise argparse.ArgumentTypeError(f"not a whole number from {lowest} to {highest}")
+        return number
+
+    return parse
+
+
+port = integer(0, 65535)

@@ -5,17 +5,20 @@ Each line is an object with one field, which names the type of its value: `ticke
 mapping, which every protobuf library can parse.
 
 Tickets come first, because chat tickets refer to them. Then come the sessions, oldest first. Each
-is followed by its messages, in order and with their attachments, and by its chat ticket. The
-export is not one snapshot: each session is read separately.
+is followed by its messages, in order and with their attachments, and by its chat ticket. A session
+is one snapshot together with all that follows it. The export is not: each session is read
+separately.
+
+The only line break within the file is the one at the end of each line. Other characters that some
+readers take for line breaks, such as U+2028, are escaped.
 """
 
 import argparse
 import contextlib
+import io
 import json
-import os
-import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -31,9 +34,13 @@ from chat_ticket_svc.errors import NotFoundError
 from chat_ticket_svc.services import convert
 from chat_ticket_svc.store import message_listing, sessions, tenants, tickets
 from chat_ticket_svc.store.database import Database
-from chat_ticket_svc.store.sessions import Session
+
+Items = AsyncGenerator[tuple[str, Message], None]
 
 PAGE_SIZE = 500
+
+# JSON escapes the line breaks below U+0020, and these are left to us: see str.splitlines.
+LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,18 +65,17 @@ def run(options: argparse.Namespace) -> int:
 async def _export_to_file(
     db: Database, tenant_id: str, session_id: str | None, output: Path | None
 ) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # JSON is UTF-8, whatever the terminal's encoding
+        sys.stdout.reconfigure(encoding="utf-8")
     target = contextlib.nullcontext(sys.stdout) if output is None else atomic_write(output)
     try:
         with target as file:
             if not await export(db, tenant_id, session_id, file):
                 raise ConfigurationError(f"tenant {tenant_id} has no data")
     except OSError as error:
-        if output is None:  # otherwise Python fails to flush at exit, and prints a traceback
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has closed the pipe
-            return 128 + signal.SIGPIPE
-        name = output or "standard output"
-        print(f"chat-ticket-svc: cannot write {name}: {error.strerror}", file=sys.stderr)
+        if output is None:  # the command line reports it, as for every command
+            raise
+        print(f"chat-ticket-svc: cannot write {output}: {error.strerror}", file=sys.stderr)
         return 1
     return 0
 
@@ -102,20 +108,21 @@ async def export(db: Database, tenant_id: str, session_id: str | None, output: T
         total = counts.tickets + counts.sessions + counts.messages + counts.chat_tickets
         items = _tenant_messages(db, tenant_id)
     else:
-        session = await sessions.get(db, tenant_id, session_id)
         total = None  # unknown: a revision does not count messages
-        items = _session_messages(db, session)
+        items = _session_messages(db, tenant_id, session_id)
     with tqdm(total=total, unit=" lines", unit_scale=True, disable=None, leave=False) as bar:
-        async for name, message in items:
-            line = {name: MessageToDict(message)}
-            output.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
-            bar.update()
-            lines += 1
+        async with contextlib.aclosing(items):
+            async for name, message in items:
+                line = {name: MessageToDict(message)}
+                text = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+                output.write(text.translate(LINE_BREAKS) + "\n")
+                bar.update()
+                lines += 1
     output.flush()
     return lines
 
 
-async def _tenant_messages(db: Database, tenant_id: str) -> AsyncIterator[tuple[str, Message]]:
+async def _tenant_messages(db: Database, tenant_id: str) -> Items:
     last_ticket = None
     while page := await tenants.oldest_tickets(db, tenant_id, last_ticket):
         for ticket in page:
@@ -125,31 +132,35 @@ async def _tenant_messages(db: Database, tenant_id: str) -> AsyncIterator[tuple[
     while batch := await tenants.oldest_sessions(db, tenant_id, last_session):
         for session in batch:
             with contextlib.suppress(NotFoundError):  # deleted meanwhile
-                async for item in _session_messages(db, session):
-                    yield item
+                items = _session_messages(db, tenant_id, session.id)
+                async with contextlib.aclosing(items):
+                    async for item in items:
+                        yield item
         last_session = batch[-1]
 
 
-async def _session_messages(db: Database, session: Session) -> AsyncIterator[tuple[str, Message]]:
-    yield "chatSession", convert.session(session)
-    after, has_more = 0, True
-    while has_more:
-        page = await message_listing.page(
-            db,
-            session.tenant_id,
-            session.id,
-            first=False,
-            after=after,
-            before=session.revision + 1,
-            descending=False,
-            roles=None,
-            limit=PAGE_SIZE,
-        )
-        response = ListChatMessagesResponse.FromString(convert.messages(session.id, page.rows))
-        for message in response.messages:
-            yield "chatMessage", message
-            after = message.sequence
-        has_more = page.more
-    chat_ticket = await tickets.chat_ticket_of_session(db, session.tenant_id, session.id)
-    if chat_ticket is not None:
-        yield "chatTicket", convert.chat_ticket(chat_ticket)
+async def _session_messages(db: Database, tenant_id: str, session_id: str) -> Items:
+    async with db.snapshot() as snapshot:
+        session = await sessions.get_in(snapshot, tenant_id, session_id)
+        yield "chatSession", convert.session(session)
+        after, has_more = 0, True
+        while has_more:
+            page = await message_listing.page(
+                snapshot,
+                tenant_id,
+                session_id,
+                first=False,
+                after=after,
+                before=session.revision + 1,
+                descending=False,
+                roles=None,
+                limit=PAGE_SIZE,
+            )
+            response = ListChatMessagesResponse.FromString(convert.messages(session_id, page.rows))
+            for message in response.messages:
+                yield "chatMessage", message
+                after = message.sequence
+            has_more = page.more
+        chat_ticket = await tickets.chat_ticket_of_session(snapshot, tenant_id, session_id)
+        if chat_ticket is not None:
+            yield "chatTicket", convert.chat_ticket(chat_ticket)

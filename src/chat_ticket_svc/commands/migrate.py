@@ -23,6 +23,8 @@ from tqdm import tqdm
 
 from chat_ticket_svc import config
 from chat_ticket_svc.config import ConfigurationError
+from chat_ticket_svc.store import schema
+from chat_ticket_svc.store.connection import require_valid_url, session_options
 from chat_ticket_svc.store.driver_errors import describe
 from chat_ticket_svc.store.migration_progress import (
     SESSION_SETTINGS,
@@ -53,6 +55,8 @@ def database_url() -> str:
             "MIGRATE_DATABASE_URL: required when DATABASE_URL names several hosts:"
             " set it to the primary's URL"
         )
+    if not settings.migrate_database_url:  # which may have parameters of dbmate's driver
+        require_valid_url("DATABASE_URL", settings.database_url)
     return settings.migrate_url
 
 
@@ -61,6 +65,7 @@ def up(url: str, *, quiet: bool = False) -> int:
     # The result is ignored: of several concurrent runs, only one succeeds in creating the database.
     with _start(url, "create", SESSION_SETTINGS, stdout=DEVNULL, stderr=DEVNULL):
         pass
+    schema.require_utf8_database(url)
     return dbmate(url, "migrate", quiet=quiet)
 
 
@@ -220,7 +225,7 @@ def _with_session(url: str, settings: Mapping[str, str], application_name: str) 
             options = unquote(value)
         elif key != "application_name":
             others.append(parameter)
-    options = " ".join([options, *(f"-c {name}={value}" for name, value in settings.items())])
+    options = f"{options} {session_options(settings)}"
     added = {"options": options.strip(), "application_name": application_name or "chat-ticket-svc"}
     query = "&".join([*others, urlencode(added, quote_via=quote)])
     return parts._replace(query=query).geturl()

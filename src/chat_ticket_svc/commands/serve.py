@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 
 from chat_ticket_svc import config, workers
-from chat_ticket_svc.commands import migrate
+from chat_ticket_svc.commands import arguments, migrate
 from chat_ticket_svc.config import ConfigurationError, Settings
 from chat_ticket_svc.embedded import EmbeddedPostgres, EmbeddedPostgresError
 from chat_ticket_svc.shutdown import ShutdownSignals, run_until_shutdown
@@ -24,11 +24,11 @@ log = structlog.get_logger()
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--port", type=int, help="the port to listen on; overrides CHAT_TICKET_PORT"
+        "--port", type=arguments.port, help="the port to listen on; overrides CHAT_TICKET_PORT"
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=arguments.integer(1, config.MAX_WORKERS),
         metavar="N",
         help="the number of server processes; overrides CHAT_TICKET_WORKERS",
     )
@@ -41,10 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    arguments = {"port": options.port, "workers": options.workers}
-    overrides: dict[str, Any] = {
-        name: value for name, value in arguments.items() if value is not None
-    }
+    given = {"port": options.port, "workers": options.workers}
+    overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     shutdown = ShutdownSignals(with_terminal=options.embedded is not None)
     with _embedded_settings(options.embedded) as embedded:
         overrides |= embedded

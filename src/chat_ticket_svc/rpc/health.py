@@ -7,9 +7,10 @@ from typing import Any
 import structlog
 from grpc_health.v1 import health, health_pb2
 
-from chat_ticket_svc.errors import DomainError
 from chat_ticket_svc.store import schema
+from chat_ticket_svc.store.connection_errors import cause
 from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.telemetry import metrics
 
 log = structlog.get_logger()
 
@@ -66,7 +67,8 @@ class HealthMonitor:
                 if last_problem and not problem:
                     await self._db.check()  # the pool may take longer than the probe to recover
             except Exception as error:  # any error: the server is not healthy
-                problem = str(error) if isinstance(error, DomainError) else type(error).__qualname__
+                problem = cause(error)
+            metrics.DATABASE_UP.set(not problem)
             if problem != last_problem:
                 last_problem = problem
                 if problem:

@@ -5,7 +5,7 @@ import functools
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -17,6 +17,7 @@ from chat_ticket_svc.access import request_context
 from chat_ticket_svc.access.credential import Metadata, metadata_values
 from chat_ticket_svc.access.method_permissions import UNAUTHENTICATED_METHODS
 from chat_ticket_svc.telemetry import metrics, tracing
+from chat_ticket_svc.telemetry.log_sampler import LogSampler
 from chat_ticket_svc.telemetry.log_writer import log_deferred
 
 log = structlog.get_logger()
@@ -43,11 +44,16 @@ SERVER_ERROR_CODES = {
 }
 
 
+REJECTION_LOG_SECONDS = 10
+_rejected_credentials = LogSampler(REJECTION_LOG_SECONDS)
+
+
 class CallRecord:
     """What the access log says about one call. Sizes are those of the messages, in bytes."""
 
     __slots__ = (
         "_fields",
+        "_sent",
         "_write",
         "metadata",
         "reason",
@@ -57,9 +63,14 @@ class CallRecord:
     )
 
     def __init__(
-        self, metadata: Metadata, write: Callable[..., None] | None, fields: dict[str, str]
+        self,
+        metadata: Metadata,
+        write: Callable[..., None] | None,
+        fields: dict[str, str],
+        sent: Counter,
     ):
         self.metadata = metadata
+        self._sent = sent
         self._write = write
         self._fields = fields
         self.request_bytes: int | None = None  # None for a stream of requests
@@ -70,17 +81,38 @@ class CallRecord:
     def request_id(self) -> str:
         return self._fields["request_id"]
 
+    @property
+    def log_fields(self) -> dict[str, str]:
+        """What identifies the call in other log lines."""
+        return {**self._fields, **request_context.log_fields()}
+
+    def log_rejected_credential(self, diagnosis: Mapping[str, str]) -> None:
+        """Log why the call's credential was rejected, unless there was such a line just now.
+
+        Anybody can send invalid tokens, so the lines are sampled by the part that is wrong. Without
+        a key of the issuer nobody can hide the lines about claims.
+        """
+        omitted = _rejected_credentials.sample(diagnosis["part"])
+        if omitted is not None:
+            log.info("credential rejected", **self.log_fields, **diagnosis, omitted=omitted)
+
+    def count_response(self, size: int) -> None:
+        """Count a message that was sent to the caller."""
+        self.responses += 1
+        self.response_bytes += size
+        self._sent.inc()
+
     def log_started(self, session_id: str | None) -> None:
         """Log that a stream was admitted; `session_id` is a UUID."""
         if session_id is not None:
             self._fields["session_id"] = session_id
         if self._write is not None:
-            log_deferred(self._write, "started call", self._fields | _tenant_field())
+            log_deferred(self._write, "started call", self._fields | request_context.log_fields())
 
     def log_finished(self, code: grpc.StatusCode, seconds: float) -> None:
         if self._write is None:
             return
-        fields: dict[str, Any] = self._fields | _tenant_field()
+        fields: dict[str, Any] = self._fields | request_context.log_fields()
         fields["code"] = code.name
         if self.reason is not None:
             fields["reason"] = self.reason
@@ -90,12 +122,6 @@ class CallRecord:
         fields["responses"] = self.responses
         fields["response_bytes"] = self.response_bytes
         log_deferred(self._write, "finished call", fields)
-
-
-def _tenant_field() -> dict[str, str]:
-    """Empty until the call is admitted."""
-    tenant_id = request_context.tenant_id_or_none()
-    return {} if tenant_id is None else {"tenant": tenant_id}
 
 
 Behavior = Callable[[Any, Context, CallRecord], Awaitable[Any]]
@@ -108,6 +134,10 @@ def instrumented(
     _, service, name = method.split("/")
     metrics_for = functools.cache(functools.partial(_metrics_for, grpc_type, service, name))
     open_streams = metrics.STREAMS.labels(service, name) if grpc_type != "unary" else None
+    of_method = (grpc_type, service, name)
+    started, received, sent = (
+        metric.labels(*of_method) for metric in (metrics.STARTED, metrics.RECEIVED, metrics.SENT)
+    )
     write = None
     if access_log:
         # Health checks come every few seconds, for as long as the server runs.
@@ -117,8 +147,13 @@ def instrumented(
         started_at = time.perf_counter()
         metadata: Metadata = context.invocation_metadata() or ()  # type: ignore[assignment]
         fields = {"method": method[1:], "request_id": _request_id(metadata)}
-        record = CallRecord(metadata, write, fields)
+        record = CallRecord(metadata, write, fields, sent)
         code = grpc.StatusCode.CANCELLED
+        started.inc()
+        if isinstance(request, bytes):
+            received.inc()
+        else:
+            request = _counted(request, received)
         if open_streams is not None:
             open_streams.inc()
         with tracing.call(method, metadata) as span:
@@ -150,6 +185,12 @@ def instrumented(
                 record.log_finished(code, seconds)
 
     return handle
+
+
+async def _counted(requests: AsyncIterable[Any], received: Counter) -> AsyncIterator[Any]:
+    async for request in requests:
+        received.inc()
+        yield request
 
 
 def _request_id(metadata: Metadata) -> str:

@@ -196,10 +196,10 @@ class RpcMiddleware:
                         response = serialize(await behavior(request, context))
                 except TimeoutError as error:
                     raise errors.DeadlineExceededError from error
-                record.responses, record.response_bytes = 1, len(response)
+                record.count_response(len(response))
                 return response
             except BaseException as error:
-                await self._abort(method, context, record, task, error)
+                await self._abort(context, record, task, error)
             finally:
                 self._in_flight.discard(task)
 
@@ -251,10 +251,9 @@ class RpcMiddleware:
                             self._write_timeouts.start(task)
                             await context.write(message)
                             self._write_timeouts.stop(task)
-                            record.responses += 1
-                            record.response_bytes += len(message)
+                            record.count_response(len(message))
             except BaseException as error:
-                await self._abort(method, context, record, task, error)
+                await self._abort(context, record, task, error)
             finally:
                 self._in_flight.discard(task)
                 self._write_timeouts.stop(task)
@@ -274,7 +273,6 @@ class RpcMiddleware:
 
     async def _abort(
         self,
-        method: str,
         context: grpc.aio.ServicerContext[Any, Any],
         record: CallRecord,
         task: asyncio.Task[Any],
@@ -297,7 +295,7 @@ class RpcMiddleware:
             case asyncio.CancelledError() if task.cancelling():  # by the caller, or by the drain
                 raise error
             case asyncio.CancelledError() | Exception():
-                await abort_with_internal_error(context, record, method, error)
+                await abort_with_internal_error(context, record, error)
             case _:
                 raise error
 

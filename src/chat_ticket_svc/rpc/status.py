@@ -132,6 +132,8 @@ async def abort_with_domain_error(
     context: grpc.aio.ServicerContext[Any, Any], record: CallRecord, error: errors.DomainError
 ) -> NoReturn:
     record.reason = error.reason
+    if isinstance(error, errors.UnauthenticatedError) and error.diagnosis:
+        record.log_rejected_credential(error.diagnosis)
     if isinstance(error, errors.ResourceExhaustedError):
         metrics.REJECTED.labels(error.metadata.get("quota", error.reason)).inc()
     status = status_pb2.Status(code=status_code(error).value[0], message=_truncate(str(error)))
@@ -139,18 +141,14 @@ async def abort_with_domain_error(
 
 
 async def abort_with_internal_error(
-    context: grpc.aio.ServicerContext[Any, Any],
-    record: CallRecord,
-    method: str,
-    error: BaseException,
+    context: grpc.aio.ServicerContext[Any, Any], record: CallRecord, error: BaseException
 ) -> NoReturn:
     """Log the error and its origin, and abort the call with nothing but a correlation id."""
     correlation_id = uuid.uuid4().hex
     log.error(
         "internal error",
         correlation_id=correlation_id,
-        request_id=record.request_id,
-        method=method,
+        **record.log_fields,
         errors=redaction.exception_chain(error),
     )
     status = status_pb2.Status(

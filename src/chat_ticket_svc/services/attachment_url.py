@@ -22,8 +22,9 @@ from ssrfguard.httpx import AsyncSafeBackend
 from ssrfguard.resolvers import UdpResolver
 
 from chat_ticket_svc import errors
-from chat_ticket_svc.services import attachment_url_policy
+from chat_ticket_svc.services import attachment_url_policy, web_url
 from chat_ticket_svc.services.attachment_url_policy import DEFAULT_PORTS
+from chat_ticket_svc.services.web_url import WebUrl
 
 _HEADERS = {
     "Accept": "*/*",
@@ -49,11 +50,11 @@ class AttachmentUrlChecker:
     credentials, and ignore the proxies of the environment. Only a name lookup that hangs outlives
     its check, so there is nothing to close.
 
-    `allowed_hosts` permits internal stores. An entry is `host` or `host:port`, compared exactly but
-    for case. It permits any port and private addresses to URLs that name it, and only to these: a
-    redirect to it from another URL is checked as if it were not listed, and its own redirects must
-    stay on it. ValueError names the positions, from 1, of the entries that are malformed or that no
-    URL could match.
+    `allowed_hosts` permits internal stores. An entry is `host` or `host:port`, compared with the
+    host of the URL in its serialised form. It permits any port and private addresses to URLs that
+    name it, and only to these: a redirect to it from another URL is checked as if it were not
+    listed, and its own redirects must stay on it. ValueError names the positions, from 1, of the
+    entries that are malformed or that no URL could match.
 
     Server certificates are verified against certifi's authorities, or those of `SSL_CERT_FILE`.
     `resolver` replaces all name lookups, in tests.
@@ -125,21 +126,18 @@ class AttachmentUrlChecker:
             return None
         try:
             async with asyncio.timeout_at(deadline):
-                parsed = httpx.URL(url)
-                port = parsed.port or DEFAULT_PORTS.get(parsed.scheme)
-                host = parsed.raw_host.decode("ascii").rstrip(".")
+                parsed = web_url.parse(url)
+                key = (parsed.host.removesuffix("."), attachment_url_policy.port_of(parsed))
                 policy, resolver = self._public
-                if (host, port) in self._allowed:
-                    policy, resolver = self._allowed[host, port], self._allowed_resolver
-                # The URL as the caller wrote it; `_responds` checks it as httpx reads it.
-                policy.check_url(url)
+                if key in self._allowed:
+                    policy, resolver = self._allowed[key], self._allowed_resolver
                 return await self._responds(parsed, policy, slot.hold_during(resolver))
         except Exception:
             return False
         finally:
             slot.release()
 
-    async def _responds(self, url: httpx.URL, policy: Policy, resolver: Resolver) -> bool:
+    async def _responds(self, url: WebUrl, policy: Policy, resolver: Resolver) -> bool:
         """Return whether a GET of the URL, or of what it redirects to, succeeds."""
         # Not httpx's client: it reads and decompresses the body of each redirect it follows, keeps
         # cookies and logs URLs.
@@ -148,14 +146,17 @@ class AttachmentUrlChecker:
             network_backend=_CappedBackend(policy=policy, resolver=resolver),
         ) as pool:
             for _ in range(1 + policy.max_redirects):
-                policy.check_url(str(url))
+                attachment_url_policy.check_url(policy, url)
                 async with pool.stream(
                     "GET",
                     httpcore.URL(
-                        scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path
+                        scheme=url.scheme,
+                        host=url.host,
+                        port=attachment_url_policy.port_of(url),
+                        target=url.target,
                     ),
                     # httpcore's own Host header lacks the brackets around an IPv6 address.
-                    headers=[("Host", url.netloc), *_HEADERS.items()],
+                    headers=[("Host", url.authority), *_HEADERS.items()],
                     # When the first address does not answer, there is time left for the next.
                     extensions={"timeout": {"connect": self._timeout / 2}},
                 ) as stream:
@@ -163,7 +164,7 @@ class AttachmentUrlChecker:
                 if not response.has_redirect_location:
                     # 416 means an empty file, which does not have the range of a first byte.
                     return response.is_success or response.status_code == 416
-                url = url.join(response.headers["Location"])
+                url = web_url.join(url, response.headers["Location"])
         return False
 
     def _query_dns(self, *query: Any) -> Iterable[Any]:

@@ -1,11 +1,14 @@
 """Which file URLs the server may request, and which addresses they may lead to."""
 
+import re
 from collections.abc import Collection
-from ipaddress import ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any
-from urllib.parse import urlsplit
 
 from ssrfguard import DEFAULT_DENIED, AddressTable, Block, Policy, Reach, SSRFGuardError
+
+from chat_ticket_svc.services import web_url
+from chat_ticket_svc.services.web_url import WebUrl
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -40,12 +43,47 @@ INTERNAL_NETWORKS = tuple(
     )
 )
 
+# Names of Compose services and of Windows machines have underscores, which ssrfguard refuses.
+MAX_HOST_NAME = 253
+HOST_NAME = re.compile(r"([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_-]{1,63}\.?")
+
+ALLOWED_HOST = re.compile(r"(\[[^\[\]@]+\]|[^\s:/?#\\@\[\]]+)(?::([0-9]+))?")
+
 HostAndPort = tuple[str, int | None]
 
 
 def public_policy(schemes: Collection[str]) -> Policy:
     """The policy for all hosts that are not allowed by name: public addresses and default ports."""
     return _policy(schemes, allowed_ports=_default_ports(schemes))
+
+
+def check_url(policy: Policy, url: WebUrl) -> None:
+    """Raise ValueError or SSRFGuardError unless the policy permits a request of the URL.
+
+    A name may still lead to an address that the policy denies. ssrfguard checks each address when
+    it connects.
+    """
+    if url.scheme not in policy.allowed_schemes or url.has_user_info:
+        raise ValueError("scheme or user info")
+    if port_of(url) not in policy.allowed_ports:
+        raise ValueError("port")
+    address = _address(url.host)
+    if address is not None:
+        policy.check_address(address)
+    elif len(url.host) > MAX_HOST_NAME or not HOST_NAME.fullmatch(url.host):
+        raise ValueError("no name of a host")
+    policy.check_host(url.host)
+
+
+def port_of(url: WebUrl) -> int:
+    return url.port or DEFAULT_PORTS[url.scheme]
+
+
+def _address(host: str) -> IPv4Address | IPv6Address | None:
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None
 
 
 def allowed_host_policies(
@@ -73,17 +111,22 @@ def allowed_host_policies(
 
 
 def _allowed_host_policy(entry: str, schemes: Collection[str]) -> Policy:
-    parts = urlsplit(f"//{entry}")
-    if parts.netloc != entry or entry.endswith(":"):
+    found = ALLOWED_HOST.fullmatch(entry)
+    if found is None:
         raise ValueError("not host or host:port")
+    host, port = found[1], found[2]
+    urls = [web_url.parse(f"{scheme}://{entry}") for scheme in schemes]
+    serialised = urls[0].host
+    if isinstance(_address(serialised), IPv4Address) and serialised != host:
+        raise ValueError("an address in another notation than 127.0.0.1")
     policy = _policy(
         schemes,
-        allowed_ports=_default_ports(schemes) if parts.port is None else frozenset({parts.port}),
-        allowed_hosts=frozenset({parts.hostname or ""}),
+        allowed_ports=frozenset({int(port)}) if port else _default_ports(schemes),
+        allowed_hosts=frozenset({serialised}),
         allowed_networks=INTERNAL_NETWORKS,
     )
-    for scheme in schemes:
-        policy.check_url(f"{scheme}://{entry}")
+    for url in urls:
+        check_url(policy, url)
     return policy
 
 

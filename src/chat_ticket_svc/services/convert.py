@@ -14,6 +14,9 @@ from chat_ticket_svc.store.sessions import Session
 from chat_ticket_svc.store.tickets import ChatTicket, Ticket
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# The microseconds of the years 1 to 9999, which protobuf and Python can express.
+MIN_MICROSECONDS = -62_135_596_800_000_000
+MAX_MICROSECONDS = 253_402_300_799_999_999
 POSTGRESQL_EPOCH_MICROSECONDS = 946_684_800_000_000  # 2000-01-01, since 1970-01-01
 
 # The names of enum values in the database, and their numbers in protobuf.

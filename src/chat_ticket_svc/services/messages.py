@@ -240,12 +240,8 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         query = validator.text("query", request.query, self._limits.query)
         session_id = validator.optional_id("session_id", request.session_id)
         roles = validator.enum_filter("roles", request.roles, convert.MESSAGE_ROLE)
-        created_from = validator.time(
-            "start_create_time", request.HasField("start_create_time"), request.start_create_time
-        )
-        created_to = validator.time(
-            "end_create_time", request.HasField("end_create_time"), request.end_create_time
-        )
+        created_from = validator.start_time("start_create_time", request)
+        created_to = validator.end_time("end_create_time", request)
         page_size = validator.page_size(request.page_size)
         after_score, after_time, after_id = paging.decode_token(
             validator,

@@ -2,20 +2,29 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
 # PostgreSQL's `numeric` keeps this many digits after the decimal point.
 MAX_SCALE = 16383
+# A string, or blanks between the tokens, of valid JSON.
+STRING_OR_BLANKS = re.compile(r'("[^"\\]*(?:\\.[^"\\]*)*")|[ \t\n\r]+')
 # The exponent of any double has at most this many characters, its sign included.
 MAX_EXPONENT_CHARACTERS = 5
 
 
 def violations(text: str, *, max_bytes: int, max_depth: int) -> Iterator[str]:
-    """Describe what is wrong with `text`."""
+    """Describe what is wrong with `text`.
+
+    `max_bytes` limits the text without blanks between its tokens and with its numbers written out.
+    This size never grows by storing: jsonb adds blanks and writes numbers out, and else shortens.
+    So what was stored can be sent back as it was returned.
+    """
     size = len(text.encode())
-    if size > max_bytes:
-        yield f"{size:,} bytes of UTF-8, at most {max_bytes:,}"
+    tokens_size = size - sum(map(text.count, " \t\n\r"))
+    if tokens_size > max_bytes:  # not worth parsing
+        yield f"{tokens_size:,} bytes of UTF-8, at most {max_bytes:,}"
         return
     numbers = _Numbers()
     try:
@@ -41,9 +50,14 @@ def violations(text: str, *, max_bytes: int, max_depth: int) -> Iterator[str]:
         yield _too_deep(max_depth)
     elif not _is_storable(document):
         yield "contains a NUL character or an unpaired surrogate"
-    stored_size = size + numbers.growth
-    if stored_size > max_bytes:
-        yield f"{stored_size:,} bytes with all numbers written out, at most {max_bytes:,}"
+    if size + numbers.growth <= max_bytes:
+        return
+    measured = len(STRING_OR_BLANKS.sub(r"\1", text).encode()) + numbers.growth
+    if measured > max_bytes:
+        yield (
+            f"{measured:,} bytes without blanks and with all numbers written out, "
+            f"at most {max_bytes:,}"
+        )
 
 
 def _too_deep(max_depth: int) -> str:

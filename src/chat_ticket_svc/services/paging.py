@@ -21,7 +21,7 @@ RowT = TypeVar("RowT")
 MessageT = TypeVar("MessageT", bound=Message)
 
 # Where a list in descending order of time starts.
-END_OF_TIME = convert.to_datetime(253_402_300_799_999_999)  # the last microsecond of 9999
+END_OF_TIME = convert.to_datetime(convert.MAX_MICROSECONDS)
 
 # The pages of a stream double in size, so that the first one arrives early.
 MIN_STREAM_PAGE = 32

@@ -63,17 +63,13 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     ) -> pb.ListChatSessionsResponse:
         tenant_id = request_context.tenant_id()
         validator = Validator(self._limits)
-
-        def time(field: str) -> Any:
-            return validator.time(field, request.HasField(field), getattr(request, field))  # type: ignore[arg-type]
-
         filters = sessions.Filter(
             statuses=validator.enum_filter("statuses", request.statuses, convert.SESSION_STATUS),
             has_ticket=request.has_ticket if request.HasField("has_ticket") else None,
-            created_from=time("start_create_time"),
-            created_to=time("end_create_time"),
-            updated_from=time("start_update_time"),
-            updated_to=time("end_update_time"),
+            created_from=validator.start_time("start_create_time", request),
+            created_to=validator.end_time("end_create_time", request),
+            updated_from=validator.start_time("start_update_time", request),
+            updated_to=validator.end_time("end_update_time", request),
         )
         if request.order_by not in pb.ChatSessionOrder.values():
             validator.add_violation("order_by", f"unknown enum value {request.order_by}")

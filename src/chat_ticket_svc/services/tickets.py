@@ -53,7 +53,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
         return tickets.NewTicket(
             id=validator.new_id("ticket.id", ticket.id),
             has_client_id=bool(ticket.id),
-            title=validator.text("ticket.title", ticket.title, self._limits.title),
+            title=validator.single_line("ticket.title", ticket.title, self._limits.title),
             status=status,
         )
 
@@ -168,7 +168,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
         named = validator.update_mask(request.update_mask, ["title", "status"])
         title = status = None
         if "title" in named:
-            title = validator.text("ticket.title", request.ticket.title, self._limits.title)
+            title = validator.single_line("ticket.title", request.ticket.title, self._limits.title)
         if "status" in named:
             status = validator.enum("ticket.status", request.ticket.status, convert.TICKET_STATUS)
         validator.raise_if_invalid()

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import UUID
 
 import uuid_utils
@@ -14,16 +13,16 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from chat_ticket.v1 import resources_pb2 as pb
 from chat_ticket_svc.config import Limits
 from chat_ticket_svc.errors import InvalidArgumentError, Violation
-from chat_ticket_svc.services import convert, metadata_json
+from chat_ticket_svc.services import convert, metadata_json, single_line, web_url
 from chat_ticket_svc.store.attachments import NewAttachment
 from chat_ticket_svc.store.messages import NewMessage
 
 UUID_TEXT = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
-URL_TEXT = re.compile(r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=%]+")
-# The urlsplit of older Pythons ignores text between the closing bracket and the port.
-BRACKETED_HOST = re.compile(r"(.*@)?\[[^\[\]]+\](:[0-9]*)?")
-MIME_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]+/[A-Za-z0-9!#$&^_.+-]+")
-CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# A media type with parameters, as RFC 9110 has them, in ASCII.
+_WORD = r"[A-Za-z0-9!#$%&'*+.^_`|~-]++"
+MIME_TYPE = re.compile(
+    rf"""{_WORD}/{_WORD}([ ]*+;[ ]*+({_WORD}=({_WORD}|"([ !#-\[\]-~]|\\[ -~])*+"))?)*+"""
+)
 ETAG = re.compile(r"[0-9]{1,18}")
 
 # An error lists this many violations, and the number of the others.
@@ -116,6 +115,14 @@ class Validator:
             self.add_violation(field, "contains a NUL character")
         return value
 
+    def single_line(self, field: str, value: str, limit: int) -> str:
+        """Required text of one line, of at most `limit` characters."""
+        self.text(field, value, limit)
+        if len(value) <= limit:
+            for description in single_line.violations(value):
+                self.add_violation(field, description)
+        return value
+
     def content(self, field: str, value: str) -> str:
         size = len(value.encode())
         if not value:
@@ -179,18 +186,33 @@ class Validator:
                 )
         return set(mask.paths)
 
-    def time(self, field: str, is_set: bool, value: Timestamp) -> datetime | None:
-        """A timestamp rounded up to microseconds; None when it is not set."""
-        if not is_set:
+    def start_time(self, field: str, request: Any) -> datetime | None:
+        """The optional first time of a filter. The first microsecond of year 1 is no limit."""
+        microseconds = self._microseconds(field, request)
+        if microseconds is None or microseconds == convert.MIN_MICROSECONDS:
             return None
+        return convert.to_datetime(min(microseconds, convert.MAX_MICROSECONDS))
+
+    def end_time(self, field: str, request: Any) -> datetime | None:
+        """The optional time that a filter ends before. The last microsecond of 9999 is no limit."""
+        microseconds = self._microseconds(field, request)
+        if microseconds is None or microseconds >= convert.MAX_MICROSECONDS:
+            return None
+        return convert.to_datetime(microseconds)
+
+    def _microseconds(self, field: str, request: Any) -> int | None:
+        """A timestamp rounded up to microseconds since the Unix epoch; None when it is not set."""
+        if not request.HasField(field):
+            return None
+        value: Timestamp = getattr(request, field)
         if not 0 <= value.nanos < 1_000_000_000:
             self.add_violation(field, f"{value.nanos:,} nanoseconds, from 0 to 999,999,999")
             return None
-        try:
-            return convert.to_datetime(value.seconds * 1_000_000 + -(-value.nanos // 1000))
-        except OverflowError:
+        microseconds = value.seconds * 1_000_000
+        if not convert.MIN_MICROSECONDS <= microseconds <= convert.MAX_MICROSECONDS:
             self.add_violation(field, "timestamp outside the years 1 to 9999")
             return None
+        return microseconds + -(-value.nanos // 1000)
 
     def metadata(self, field: str, value: str) -> str | None:
         """The text of a JSON object; None when it is empty."""
@@ -256,17 +278,18 @@ class Validator:
                     self.add_violation(field, f"the same id as {first[value]}")
 
     def new_attachment(self, field: str, attachment: pb.ChatAttachment) -> NewAttachment:
-        file_type = self.text(f"{field}.file_type", attachment.file_type, self._limits.file_type)
-        if file_type and not MIME_TYPE.fullmatch(file_type):
+        file_type = self.single_line(
+            f"{field}.file_type", attachment.file_type, self._limits.file_type
+        )
+        if 0 < len(file_type) <= self._limits.file_type and not MIME_TYPE.fullmatch(file_type):
             self.add_violation(f"{field}.file_type", "not a MIME type such as text/plain")
-        file_name = self.text(f"{field}.file_name", attachment.file_name, self._limits.file_name)
-        if CONTROL_CHARACTER.search(file_name.replace("\0", "")):
-            self.add_violation(f"{field}.file_name", "contains a control character")
         return NewAttachment(
             id=self.new_id(f"{field}.id", attachment.id),
             has_client_id=bool(attachment.id),
             file_url=self._file_url(f"{field}.file_url", attachment.file_url),
-            file_name=file_name,
+            file_name=self.single_line(
+                f"{field}.file_name", attachment.file_name, self._limits.file_name
+            ),
             file_type=file_type,
         )
 
@@ -274,19 +297,18 @@ class Validator:
         self.text(field, value, self._limits.file_url)
         if not value or len(value) > self._limits.file_url:
             return value
+        for description in single_line.violations(value):
+            self.add_violation(field, description)
+            return value
         try:
-            parts = urlsplit(value)
-            has_host = bool(parts.hostname) and parts.port != 0
-            if "[" in parts.netloc or "]" in parts.netloc:
-                has_host = has_host and BRACKETED_HOST.fullmatch(parts.netloc) is not None
+            url = web_url.parse(value)
         except ValueError:
-            has_host = False
-        if not URL_TEXT.fullmatch(value) or not has_host:
             self.add_violation(field, "not a URL")
-        elif parts.scheme not in self._url_schemes:
+            return value
+        if url.scheme not in self._url_schemes:
             self.add_violation(
                 field, f"URL with a scheme other than {' or '.join(self._url_schemes)}"
             )
-        elif "@" in parts.netloc:
+        elif url.has_user_info:
             self.add_violation(field, "URL with user info")
         return value

@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import math
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, LiteralString, TypeVar
 
 import psycopg
@@ -23,7 +23,7 @@ from psycopg import errors as pg_errors
 
 from chat_ticket_svc import errors
 from chat_ticket_svc.access import request_context
-from chat_ticket_svc.store.connection import connection_string, is_lost
+from chat_ticket_svc.store.connection import connection_string, is_lost, prepare_session
 from chat_ticket_svc.store.connection_queue import (
     LEASE_TIMEOUT_SECONDS,
     ConnectionQueue,
@@ -97,8 +97,8 @@ class Database:
                 url,
                 statement_timeout=statement_timeout_ms,
                 lock_timeout=lock_timeout_ms,
-                idle_in_transaction_session_timeout="10s",
             ),
+            configure=prepare_session,
             kwargs={"autocommit": True, "prepare_threshold": 0 if prepare_statements else None},
             min_size=min(pool_size, 2),
             max_size=pool_size + PIPELINED_CONNECTIONS,
@@ -267,7 +267,7 @@ class Database:
         """
 
         async def work(transaction: Transaction, outcome: _Outcome) -> T:
-            await transaction.execute("BEGIN", {})
+            await transaction.execute("BEGIN ISOLATION LEVEL READ COMMITTED", {})
             try:
                 result = await body(transaction)
             except BaseException:
@@ -281,6 +281,38 @@ class Database:
         return await self._run_with_retries(
             self._with_lease(work, locks_session=locks_session), idempotent=idempotent
         )
+
+    @contextlib.asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[Transaction]:
+        """A read-only transaction whose statements all see the database as at the first of them.
+
+        Nothing is retried, because the caller may have used what was read.
+        """
+        try:
+            async with self._queue.lease(request_context.tenant_id_or_none()) as connection:
+                transaction = Transaction(
+                    connection, statement_timeout_seconds=self._statement_timeout_seconds
+                )
+                await transaction.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", {})
+                try:
+                    yield transaction
+                finally:
+                    with contextlib.suppress(psycopg.Error):
+                        await transaction.execute("ROLLBACK", {})
+        except QueueFull:
+            raise self._queue_full(_Outcome()) from None
+        except PoolBusy:
+            raise errors.ResourceExhaustedError(
+                "no database connection became free in time", reason="POOL_TIMEOUT"
+            ) from None
+        except NoConnection as error:
+            raise self._unavailable(_Outcome()) from error
+        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+            if is_lost(error, connection):
+                raise self._unavailable(_Outcome()) from error
+            raise self._translated(error) from error
+        except psycopg.Error as error:
+            raise self._translated(error) from error
 
     def _with_lease(
         self,

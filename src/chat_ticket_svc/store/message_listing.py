@@ -12,6 +12,7 @@ from chat_ticket_svc.store import messages, sessions
 from chat_ticket_svc.store.columns import BYTES, INTEGER, type_ids
 from chat_ticket_svc.store.database import PIPELINED_MAX_ROWS, Database
 from chat_ticket_svc.store.sessions import Session
+from chat_ticket_svc.store.transaction import Transaction
 
 # id, sequence, revision, role, content, metadata, created_at, attachments, size. `created_at` is in
 # microseconds since PostgreSQL's epoch, 2000-01-01. `attachments` is a JSON array of the columns of
@@ -89,7 +90,7 @@ LIST_DESC = _statement("", "DESC")
 
 
 async def page(
-    db: Database,
+    db: Database | Transaction,
     tenant_id: str,
     session_id: str,
     *,
@@ -114,12 +115,15 @@ async def page(
         session = None
         if first:
             # A filter on roles may skip many messages. That is too slow for a shared connection.
-            is_pipelined = (
-                limit <= PIPELINED_MAX_ROWS
+            fetch = db.fetch_typed
+            if (
+                isinstance(db, Database)
+                and limit <= PIPELINED_MAX_ROWS
                 and message_bytes <= FIRST_READ_MESSAGE_BYTES
                 and roles is None
-            )
-            session_rows = await (db.fetch_pipelined if is_pipelined else db.fetch_typed)(
+            ):
+                fetch = db.fetch_pipelined
+            session_rows = await fetch(
                 FIRST_DESC if descending else FIRST_ASC, bounds, SESSION_TYPES + ROW_TYPES
             )
             width = len(SESSION_TYPES)

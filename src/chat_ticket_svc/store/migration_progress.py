@@ -15,7 +15,7 @@ SESSION_SETTINGS = {
     "idle_in_transaction_session_timeout": "0",
     "idle_session_timeout": "0",  # of the connection that holds the lock of dbmate
     "default_transaction_read_only": "off",
-    "default_transaction_isolation": "read\\ committed",
+    "default_transaction_isolation": "read committed",
 }
 STATEMENT_TIMEOUT_MS = 2000  # of what this module reads
 TRANSACTION_TIMEOUT_SINCE = 170_000

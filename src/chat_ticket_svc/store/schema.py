@@ -1,7 +1,6 @@
 """Compares the migrations of a database with those that this version of the service needs."""
 
 import contextlib
-import re
 import time
 from collections.abc import Container
 from pathlib import Path
@@ -9,9 +8,15 @@ from typing import Any, NamedTuple
 
 import psycopg
 
-from chat_ticket_svc import errors
 from chat_ticket_svc.config import ConfigurationError
-from chat_ticket_svc.store.connection import connection_string, is_read_only
+from chat_ticket_svc.store.connection import (
+    connect,
+    connection_string,
+    differing_settings,
+    is_read_only,
+    require_utf8,
+)
+from chat_ticket_svc.store.connection_errors import unreachable
 
 # In an installed package they are in the package. In a checkout they are at its root.
 DIRECTORIES = [Path(__file__).parents[level] / "migrations" for level in (1, 3)]
@@ -21,19 +26,19 @@ APPLIED = "SELECT version FROM schema_migrations"
 PROBE_TIMEOUT_MS = 2000
 
 
-# The parts of libpq's errors that are shown. The rest may quote the URL.
-REASONS = re.compile(
-    "password authentication failed|no password supplied|no pg_hba.conf entry"
-    '|(?P<absent>database|role) "[^"]*" does not exist'
-    "|could not translate host name|Connection refused|No such file or directory"
-    "|timeout expired|starting up|shutting down|too many clients|certificate verify failed"
-)
-
 FACTS = """
 SELECT current_setting('server_version'), current_setting('server_version_num')::integer,
        pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean,
-       extract(epoch FROM clock_timestamp())::float8,
-       to_regclass('schema_migrations') IS NOT NULL
+       extract(epoch FROM clock_timestamp())::float8
+"""
+
+
+# Tables in a schema that the role may not use look absent to it.
+HIDDEN = """
+SELECT EXISTS (
+    SELECT FROM pg_class AS relation JOIN pg_namespace AS schema ON schema.oid = relnamespace
+     WHERE relname = 'schema_migrations' AND NOT has_schema_privilege(schema.oid, 'USAGE')
+       AND nspname = ANY (string_to_array(replace(current_setting('search_path'), ' ', ''), ',')))
 """
 
 # The indexes of the service that order text by the database's collation, whose version was
@@ -76,7 +81,9 @@ class Facts(NamedTuple):
 
     `clock_ahead` is by how many seconds the local clock is ahead of the server's. `missing` names
     the migrations that the database lacks. `newer` counts those that this version does not know.
-    `seconds` is the round trip of a statement. `collation` is None before PostgreSQL 15.
+    `seconds` is the round trip of a statement. `differing_settings` names the settings that a
+    pooler keeps from what the service needs, each with a text. `collation` is None before
+    PostgreSQL 15.
     """
 
     version: str
@@ -86,36 +93,30 @@ class Facts(NamedTuple):
     missing: list[str]
     newer: int
     seconds: float
+    differing_settings: dict[str, str]
     collation: Collation | None
 
 
-async def facts(url: str) -> Facts:
-    """The facts about a database. Raises UnavailableError, with the cause if it holds no secret."""
+async def facts(url: str, **session_settings: int) -> Facts:
+    """The facts about a database, read with these settings of the session.
+
+    Raises UnavailableError with the cause, and EncodingError.
+    """
+    settings = {"statement_timeout": PROBE_TIMEOUT_MS, **session_settings}
     try:
-        connection = await psycopg.AsyncConnection.connect(
-            connection_string(url, statement_timeout=PROBE_TIMEOUT_MS), autocommit=True
-        )
-        async with connection:
+        async with await connect(connection_string(url, **settings)) as connection:
             started = time.time()
             cursor = await connection.execute(FACTS)
-            [(version, number, is_read_only, clock, has_migrations)] = await cursor.fetchall()
+            [(version, number, is_read_only, clock)] = await cursor.fetchall()
             finished = time.time()
+            applied = await _applied(connection)
+            differing = await differing_settings(connection, **settings)
             collation = None
             if number >= COLLATION_VERSIONS_SINCE:
                 cursor = await connection.execute(COLLATION)
                 collation = Collation(*(await cursor.fetchall())[0])
-            applied: set[str] = set()
-            if has_migrations:
-                cursor = await connection.execute(APPLIED)
-                applied = {version for (version,) in await cursor.fetchall()}
     except psycopg.Error as error:
-        match = REASONS.search(str(error))
-        cause = match[0] if match else type(error).__qualname__
-        if match and match["absent"]:
-            cause = f"the {match['absent']} does not exist"
-        raise errors.UnavailableError(
-            f"cannot be reached: {cause}", reason="DATABASE_UNAVAILABLE"
-        ) from error
+        raise unreachable(error) from error
     missing = _missing(applied)
     return Facts(
         version=version.partition(" ")[0],
@@ -125,8 +126,41 @@ async def facts(url: str) -> Facts:
         missing=missing,
         newer=len(applied) - (len(_files()) - len(missing)),
         seconds=finished - started,
+        differing_settings=differing,
         collation=collation,
     )
+
+
+def require_utf8_database(url: str) -> None:
+    """Raise EncodingError if the database is not in UTF-8, and UnavailableError with the cause.
+
+    Blocks, so it is only for commands. A URL with parameters that only dbmate's driver knows is
+    left to dbmate.
+    """
+    try:
+        conninfo = connection_string(url)
+    except psycopg.ProgrammingError:
+        return
+    try:
+        with psycopg.connect(conninfo) as connection:
+            require_utf8(connection)
+    except psycopg.Error as error:
+        raise unreachable(error) from error
+
+
+async def _applied(connection: psycopg.AsyncConnection[Any]) -> set[str]:
+    """The versions of the applied migrations.
+
+    Raises InsufficientPrivilege also if the role may not see their table.
+    """
+    try:
+        cursor = await connection.execute(APPLIED)
+        return {version for (version,) in await cursor.fetchall()}
+    except psycopg.errors.UndefinedTable:
+        cursor = await connection.execute(HIDDEN)
+        if await cursor.fetchone() == (True,):
+            raise psycopg.errors.InsufficientPrivilege from None
+        return set()
 
 
 def _files() -> list[str]:
@@ -151,25 +185,17 @@ class Probe:
         """The file names of the migrations that the database lacks, oldest first.
 
         Newer migrations are accepted, as a database is migrated before the service is upgraded.
-        Raises UnavailableError if the database cannot be reached.
+        Raises UnavailableError if the database cannot be reached, and EncodingError.
         """
         try:
             if self._connection is not None and is_read_only(self._connection):
                 await self.close()  # after a failover, the primary is elsewhere
             if self._connection is None:
-                self._connection = await psycopg.AsyncConnection.connect(
-                    self._conninfo, autocommit=True
-                )
-            cursor = await self._connection.execute(APPLIED)
-            applied = {version for (version,) in await cursor.fetchall()}
-        except psycopg.errors.UndefinedTable:
-            applied = set()
+                self._connection = await connect(self._conninfo)
+            return _missing(await _applied(self._connection))
         except psycopg.Error as error:
             await self.close()
-            raise errors.UnavailableError(
-                "the database cannot be reached", reason="DATABASE_UNAVAILABLE"
-            ) from error
-        return _missing(applied)
+            raise unreachable(error) from error
 
     async def close(self) -> None:
         connection, self._connection = self._connection, None

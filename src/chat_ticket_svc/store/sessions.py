@@ -199,6 +199,15 @@ async def get(db: Database, tenant_id: str, session_id: str) -> Session:
     return session
 
 
+async def get_in(transaction: Transaction, tenant_id: str, session_id: str) -> Session:
+    """As `get`, as the transaction sees it."""
+    params = {"tenant_id": tenant_id, "id": session_id}
+    session = await transaction.fetch_one(GET, params, Session)
+    if session is None:
+        raise not_found(session_id)
+    return session
+
+
 async def page(
     db: Database,
     tenant_id: str,

@@ -274,10 +274,10 @@ async def get_chat_ticket(db: Database, tenant_id: str, chat_ticket_id: str) -> 
 
 
 async def chat_ticket_of_session(
-    db: Database, tenant_id: str, session_id: str
+    transaction: Transaction, tenant_id: str, session_id: str
 ) -> ChatTicket | None:
     params = {"tenant_id": tenant_id, "session_id": session_id}
-    return await db.fetch_by_key(GET_CHAT_TICKET_OF_SESSION, params, _chat_ticket_from_row)
+    return await transaction.fetch_one(GET_CHAT_TICKET_OF_SESSION, params, _chat_ticket_from_row)
 
 
 async def chat_ticket_page(

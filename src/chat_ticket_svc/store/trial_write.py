@@ -5,9 +5,9 @@ import uuid
 
 import psycopg
 
-from chat_ticket_svc import errors
 from chat_ticket_svc.config import ConfigurationError
-from chat_ticket_svc.store.connection import connection_string
+from chat_ticket_svc.store.connection import connect, connection_string
+from chat_ticket_svc.store.connection_errors import unreachable
 from chat_ticket_svc.store.driver_errors import describe
 
 STATEMENT_TIMEOUT_MS = 2000
@@ -65,18 +65,14 @@ async def try_write(url: str, tenant_id: str) -> None:
     )
     try:
         async with (
-            await psycopg.AsyncConnection.connect(
-                conninfo, autocommit=True, prepare_threshold=None
-            ) as connection,
+            await connect(conninfo) as connection,
             connection.transaction(force_rollback=True),
         ):
             for statement in STATEMENTS:
                 await connection.execute(statement, {"tenant_id": tenant_id, **ids})
     except psycopg.Error as error:
         if error.sqlstate is None:
-            raise errors.UnavailableError(
-                "the database cannot be reached", reason="DATABASE_UNAVAILABLE"
-            ) from error
+            raise unreachable(error) from error
         function = re.search(r"function (.+?\(\))", error.diag.context or "")
         where = f", in {function[1]}" if function else ""
         reason = describe(error.sqlstate, error.diag.message_primary or "")

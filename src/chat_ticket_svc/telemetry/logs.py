@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -17,8 +18,11 @@ import structlog
 from chat_ticket_svc.config import Settings
 from chat_ticket_svc.telemetry import log_writer
 from chat_ticket_svc.telemetry.redaction import exception_chain, redact_arguments, redact_exc_info
+from chat_ticket_svc.telemetry.repeats import RepeatCounter
 
 log = structlog.get_logger()
+
+REPETITIVE_LOGGERS = {"psycopg.pool"}
 
 
 def configure(settings: Settings) -> None:
@@ -45,6 +49,7 @@ def configure(settings: Settings) -> None:
     atexit.register(log_writer.flush_at_exit)
     handler = logging.StreamHandler(log_writer.writer)
     handler.addFilter(redact_arguments)
+    handler.addFilter(_hold_back_repeats())
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*common, structlog.stdlib.add_logger_name, redact_exc_info],
@@ -53,6 +58,21 @@ def configure(settings: Settings) -> None:
     )
     # The DEBUG and INFO lines of libraries quote the data that they handle.
     logging.basicConfig(handlers=[handler], level=max(level, logging.WARNING))
+
+
+def _hold_back_repeats() -> Callable[[logging.LogRecord], bool]:
+    """A logging filter for libraries that warn of each attempt while something is away."""
+    counter = RepeatCounter()
+
+    def is_logged(record: logging.LogRecord) -> bool:
+        if record.name not in REPETITIVE_LOGGERS:
+            return True
+        repeats = counter.count((record.name, record.msg))
+        if repeats:
+            record.msg = f"{record.msg} ({repeats} times more since it was last logged)"
+        return repeats is not None
+
+    return is_logged
 
 
 def install_excepthooks() -> None:

@@ -23,8 +23,16 @@ REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-CALL = ("grpc_type", "grpc_service", "grpc_method", "grpc_code")
+METHOD = ("grpc_type", "grpc_service", "grpc_method")
+CALL = (*METHOD, "grpc_code")
 
+STARTED = Counter(
+    "grpc_server_started", "Unary calls and streams that began.", METHOD, registry=REGISTRY
+)
+RECEIVED = Counter(
+    "grpc_server_msg_received", "Messages received from callers.", METHOD, registry=REGISTRY
+)
+SENT = Counter("grpc_server_msg_sent", "Messages sent to callers.", METHOD, registry=REGISTRY)
 HANDLED = Counter(
     "grpc_server_handled", "Unary calls and streams that ended, by status.", CALL, registry=REGISTRY
 )
@@ -75,6 +83,16 @@ POOL_WAIT_SECONDS = Histogram(
     "chat_ticket_pool_wait_seconds",
     "Time that calls waited for a connection, when they got one.",
     buckets=SECONDS,
+    registry=REGISTRY,
+)
+DATABASE_UP = Gauge(
+    "chat_ticket_database_up",
+    "1 while the database can be reached and has all migrations, else 0.",
+    registry=REGISTRY,
+)
+TLS_CERTIFICATE_NOT_AFTER = Gauge(
+    "chat_ticket_tls_certificate_not_after_timestamp_seconds",
+    "When the server's TLS certificate expires, in seconds since the epoch. 0 without TLS.",
     registry=REGISTRY,
 )
 BUILD = Info(

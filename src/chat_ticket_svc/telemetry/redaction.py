@@ -4,6 +4,7 @@ The text of an exception may quote content, SQL parameters, URLs or credentials.
 therefore holds the type of each exception and where it was raised, but not its text.
 """
 
+import json
 import logging
 import re
 import traceback
@@ -13,6 +14,22 @@ import structlog
 
 # The name of a table or constraint. A trigger can raise an error with any text in its place.
 IDENTIFIER = re.compile(r"[a-z_][a-z0-9_]*")
+
+
+MAX_QUOTED_CHARACTERS = 200
+
+
+def quote(value: object) -> str:
+    """A value that is no secret, for one log line: escaped, and cut at MAX_QUOTED_CHARACTERS."""
+    if value is None:
+        return "nothing"
+    # Lists are cut by their elements first, so that a large one costs no more than a small one.
+    if isinstance(value, list):
+        value = [str(element)[: MAX_QUOTED_CHARACTERS + 1] for element in value[:20]]
+    text = value[: MAX_QUOTED_CHARACTERS + 1] if isinstance(value, str) else json.dumps(value)
+    if not text.isprintable():
+        text = json.dumps(text)[1:-1]
+    return text if len(text) <= MAX_QUOTED_CHARACTERS else f"{text[:MAX_QUOTED_CHARACTERS]}..."
 
 
 def exception_chain(error: BaseException) -> list[dict[str, Any]]:

@@ -7,13 +7,22 @@ hold no values and no exception texts. SQL statements are constants of the sourc
 """
 
 import contextlib
+import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import structlog
+
 from chat_ticket_svc.config import ConfigurationError
+from chat_ticket_svc.telemetry.log_sampler import LogSampler
+
+log = structlog.get_logger()
+
+# While a collector does not accept spans, a line says so this often.
+FAILURE_LOG_SECONDS = 60
 
 # The collector may not answer.
 SHUTDOWN_SECONDS = 1.0
@@ -39,8 +48,45 @@ def configure() -> None:
     os.environ.setdefault("OTEL_SERVICE_NAME", "chat-ticket-svc")
     name = {SERVICE_NAME: os.environ["OTEL_SERVICE_NAME"]}
     _provider = TracerProvider(resource=Resource.create(name), shutdown_on_exit=False)
-    _provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    # No subclass of theirs: this module is imported where OpenTelemetry is not installed.
+    exporter: Any = _ReportingExporter(OTLPSpanExporter())
+    _provider.add_span_processor(BatchSpanProcessor(exporter))
     _tracer = _provider.get_tracer("chat_ticket_svc")
+
+
+class _ReportingExporter:
+    """An exporter that logs when the collector begins to fail, and when it works again.
+
+    OpenTelemetry's own exporter logs several lines for each batch.
+    """
+
+    def __init__(self, exporter: Any):
+        self._exporter = exporter
+        self._sampler = LogSampler(FAILURE_LOG_SECONDS)
+        self._lost_spans = 0
+        exporter_log = logging.getLogger(type(exporter).__module__)
+        # Its last line about the first batch that fails has the HTTP status.
+        exporter_log.addFilter(lambda line: line.levelno >= logging.ERROR and not self._lost_spans)
+
+    def export(self, spans: Sequence[Any]) -> Any:
+        from opentelemetry.sdk.trace.export import SpanExportResult
+
+        result = self._exporter.export(spans)
+        if result is not SpanExportResult.SUCCESS:
+            self._lost_spans += len(spans)
+            if self._sampler.sample("export") is not None:
+                log.warning("spans not exported", lost_spans=self._lost_spans)
+        elif self._lost_spans:
+            log.info("spans exported again", lost_spans=self._lost_spans)
+            self._lost_spans = 0
+            self._sampler = LogSampler(FAILURE_LOG_SECONDS)
+        return result
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        return bool(self._exporter.force_flush(timeout_millis))
 
 
 def shutdown() -> None:

@@ -7,18 +7,22 @@ put into the wrong variable.
 import argparse
 import asyncio
 import os
+import re
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
 from chat_ticket_svc import config
-from chat_ticket_svc.commands.arguments import tenant_id
+from chat_ticket_svc.commands import arguments
 from chat_ticket_svc.commands.check.credentials import check_credentials
 from chat_ticket_svc.commands.check.database import check_database
 from chat_ticket_svc.commands.check.line import FAILED, Line
-from chat_ticket_svc.commands.check.service import check_call, check_service
+from chat_ticket_svc.commands.check.service import ClientCertificate, check_call, check_service
 from chat_ticket_svc.commands.check.settings import check_settings
-from chat_ticket_svc.config import Settings
+from chat_ticket_svc.config import ConfigurationError, Settings
 from chat_ticket_svc.telemetry import logs
+
+# Of printable ASCII, as it travels in metadata.
+TOKEN = re.compile(r"[!-~]+")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +33,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a file with a token, for a test call to the server",
     )
     parser.add_argument(
-        "--tenant", type=tenant_id, metavar="ID", help="the tenant of the test call"
+        "--tenant", type=arguments.tenant_id, metavar="ID", help="the tenant of the test call"
     )
+    parser.add_argument(
+        "--port",
+        type=arguments.port,
+        help="the port of the server, if `serve --port` chose it; overrides CHAT_TICKET_PORT",
+    )
+    parser.add_argument(
+        "--client-certificate",
+        type=Path,
+        metavar="FILE",
+        help="a PEM file with a client certificate, for a server that requires one",
+    )
+    parser.add_argument("--client-key", type=Path, metavar="FILE", help="a PEM file with its key")
     parser.add_argument(
         "--probe", action="store_true", help="only call the server's health service"
     )
@@ -38,31 +54,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     logs.configure(config.Settings.model_construct(log_level="error", log_format="console"))
-    settings = config.load()
+    settings = config.load(**({} if options.port is None else {"port": options.port}))
+    client = _client_certificate(options.client_certificate, options.client_key)
     if options.probe:
-        return 0 if asyncio.run(probe(settings)) else 1
-    token = ""
-    if options.token_file is not None:
-        token = config.read_file("--token-file", options.token_file).decode().strip()
-    is_ok = asyncio.run(check(settings, os.environ, token=token, tenant_id=options.tenant))
+        return 0 if asyncio.run(probe(settings, client)) else 1
+    token = "" if options.token_file is None else _read_token(options.token_file)
+    is_ok = asyncio.run(
+        check(settings, os.environ, token=token, tenant_id=options.tenant, client=client)
+    )
     return 0 if is_ok else 1
 
 
+def _read_token(path: Path) -> str:
+    token = config.read_file("--token-file", path).decode(errors="replace").strip()
+    if not TOKEN.fullmatch(token):
+        raise ConfigurationError("--token-file: must contain one token, and nothing else")
+    return token
+
+
+def _client_certificate(certificate: Path | None, key: Path | None) -> ClientCertificate | None:
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise ConfigurationError("--client-certificate: required with --client-key, and vice versa")
+    return ClientCertificate(
+        certificate=config.read_file("--client-certificate", certificate),
+        key=config.read_file("--client-key", key),
+    )
+
+
 async def check(
-    settings: Settings, environment: Mapping[str, str], *, token: str, tenant_id: str | None
+    settings: Settings,
+    environment: Mapping[str, str],
+    *,
+    token: str,
+    tenant_id: str | None,
+    client: ClientCertificate | None,
 ) -> bool:
     """Run and print all checks. Returns whether none has failed; a warning is no failure."""
     return await _print_lines(
         check_settings(settings, environment),
         check_database(settings),
-        check_credentials(settings),
-        check_service(settings, lambda channel: check_call(channel, settings, token, tenant_id)),
+        check_credentials(settings, token),
+        check_service(
+            settings, client, lambda channel: check_call(channel, settings, token, tenant_id)
+        ),
     )
 
 
-async def probe(settings: Settings) -> bool:
+async def probe(settings: Settings, client: ClientCertificate | None) -> bool:
     """Check only the server's health service: cheap enough to run every few seconds."""
-    return await _print_lines(check_service(settings))
+    return await _print_lines(check_service(settings, client))
 
 
 async def _print_lines(*checks: AsyncIterator[Line]) -> bool:

@@ -1,8 +1,8 @@
-"""Checks the database: its version, its migrations, a write, its collation and its clock."""
+"""Checks the database: its version, migrations, sessions, a write, its collation and its clock."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 
 from chat_ticket_svc.commands.check.line import FAILED, OK, WARNING, CheckFailed, Line, run_check
 from chat_ticket_svc.commands.check.service import DEFAULT_TENANT
@@ -13,13 +13,24 @@ from chat_ticket_svc.store.connection import require_valid_url
 MIN_POSTGRESQL_VERSION = 15
 # Tokens are valid to the second, and ids and times of rows come from both clocks.
 MAX_CLOCK_DIFFERENCE_SECONDS = 1.0
+# With another value of these, rules may be broken or acknowledged writes lost. The others change
+# when a call fails.
+UNSAFE_SETTINGS = {
+    "default_transaction_isolation",
+    "session_replication_role",
+    "synchronous_commit",
+}
 
 
 async def check_database(settings: Settings) -> AsyncIterator[Line]:
     if not settings.database_url:
         yield Line(FAILED, "database", "DATABASE_URL: required")
         return
-    reading = asyncio.create_task(_read_facts("DATABASE_URL", settings.database_url))
+    timeouts = {
+        "statement_timeout": settings.statement_timeout_ms,
+        "lock_timeout": settings.lock_timeout_ms,
+    }
+    reading = asyncio.create_task(_read_facts("DATABASE_URL", settings.database_url, **timeouts))
 
     async def database() -> Line:
         facts = await reading
@@ -27,7 +38,9 @@ async def check_database(settings: Settings) -> AsyncIterator[Line]:
         if facts.version_number < MIN_POSTGRESQL_VERSION * 10_000:
             raise CheckFailed(f"{text}: version {MIN_POSTGRESQL_VERSION} or newer is required")
         if facts.is_read_only:
-            raise CheckFailed(f"{text}: is read-only, perhaps a standby")
+            raise CheckFailed(
+                f"{text}: is read-only: a standby, or by default_transaction_read_only"
+            )
         return Line(OK, "database", text)
 
     async def migrations() -> Line:
@@ -37,6 +50,10 @@ async def check_database(settings: Settings) -> AsyncIterator[Line]:
             raise CheckFailed(f"lacks migrations {names}: run chat-ticket-svc migrate")
         newer = f", and {facts.newer} of a newer version" if facts.newer else ""
         return Line(OK, "schema", f"has all migrations of this version{newer}")
+
+    async def session() -> Line:
+        facts = await reading
+        return _session_line("session", facts.differing_settings)
 
     async def write() -> Line:
         started_at = time.perf_counter()
@@ -55,6 +72,7 @@ async def check_database(settings: Settings) -> AsyncIterator[Line]:
     if reading.done() and not reading.cancelled() and reading.exception() is None:
         facts = reading.result()
         yield await run_check("schema", migrations())
+        yield await run_check("session", session())
         if not facts.missing and not facts.is_read_only:
             yield await run_check("write", write())
         if facts.collation is not None:
@@ -67,6 +85,14 @@ async def check_database(settings: Settings) -> AsyncIterator[Line]:
             return Line(OK, "listen", f"responds in {1000 * facts.seconds:.1f} ms")
 
         yield await run_check("listen", listen())
+
+
+def _session_line(subject: str, differing: Mapping[str, str]) -> Line:
+    if not differing:
+        return Line(OK, subject, "has the settings that this service relies on")
+    settings = ", ".join(f"{name} {text}" for name, text in sorted(differing.items()))
+    text = f"has other settings than this service needs, as a pooler drops them: {settings}"
+    return Line(FAILED if differing.keys() & UNSAFE_SETTINGS else WARNING, subject, text)
 
 
 def _collation(collation: schema.Collation) -> Line:
@@ -84,6 +110,6 @@ def _collation(collation: schema.Collation) -> Line:
     )
 
 
-async def _read_facts(variable: str, url: str) -> schema.Facts:
+async def _read_facts(variable: str, url: str, **session_settings: int) -> schema.Facts:
     require_valid_url(variable, url)
-    return await schema.facts(url)
+    return await schema.facts(url, **session_settings)

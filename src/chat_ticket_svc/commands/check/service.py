@@ -1,13 +1,16 @@
 """Checks the running server: its health service, and a call."""
 
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import grpc.aio
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from chat_ticket.v1 import chat_session_pb2, chat_session_pb2_grpc
@@ -28,22 +31,31 @@ from chat_ticket_svc.config import ConfigurationError, Settings
 DEFAULT_TENANT = "chat-ticket-svc-check"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClientCertificate:
+    """A certificate of a caller, and its key, as PEM."""
+
+    certificate: bytes
+    key: bytes
+
+
 async def check_service(
-    settings: Settings, call: Callable[[grpc.aio.Channel], Awaitable[Line]] | None = None
+    settings: Settings,
+    client: ClientCertificate | None = None,
+    call: Callable[[grpc.aio.Channel], Awaitable[Line]] | None = None,
 ) -> AsyncIterator[Line]:
     """Call the health service of the server that has these settings, and then `call`."""
     address = format_address(_client_host(settings.host), settings.port)
-    if "mtls" in settings.auth:
+    if "mtls" in settings.auth and client is None:
         # A probe that succeeded without calling the server would never fail.
         state = FAILED if call is None else WARNING
-        text = f"{address} was not called: it accepts only the client certificates of its policy"
+        text = f"{address} was not called: pass --client-certificate and --client-key to call it"
         yield Line(state, "service", text)
         return
     try:
-        channel = _open_channel(settings, address)
-    except (ConfigurationError, x509.ExtensionNotFound):
-        text = f"{address} was not called: its certificate is invalid or has no alternative name"
-        yield Line(FAILED, "service", text)
+        channel = _open_channel(settings, address, client)
+    except ConfigurationError as error:
+        yield Line(FAILED, "service", f"{address} was not called: {error}")
         return
     async with channel:
         health = await run_check("service", _check_health(channel, address))
@@ -57,17 +69,38 @@ def _client_host(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "::": "[::1]"}.get(host, host)  # noqa: S104
 
 
-def _open_channel(settings: Settings, address: str) -> grpc.aio.Channel:
+def _open_channel(
+    settings: Settings, address: str, client: ClientCertificate | None
+) -> grpc.aio.Channel:
     """A channel to the server. With TLS, it trusts only the certificate in the server's file."""
     certificates = ServerCertificates.from_settings(settings)
     if certificates is None:
         return grpc.aio.insecure_channel(address)
     own = certificates.certificate
-    names = own.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    [name, *_] = names.get_values_for_type(x509.DNSName) or [settings.host]
     pem = own.public_bytes(Encoding.PEM)
-    options = [("grpc.ssl_target_name_override", name)]
-    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(pem), options=options)
+    credentials = (
+        grpc.ssl_channel_credentials(pem)
+        if client is None
+        else grpc.ssl_channel_credentials(pem, client.key, client.certificate)
+    )
+    options = [("grpc.ssl_target_name_override", _name(own))]
+    return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+def _name(certificate: x509.Certificate) -> str:
+    """A name that gRPC accepts the certificate for. Its key alone says which server it is."""
+    with contextlib.suppress(x509.ExtensionNotFound):
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        for name in names.get_values_for_type(x509.DNSName):
+            return name.replace("*", "any", 1)
+        for address in names.get_values_for_type(x509.IPAddress):
+            return str(address)
+    # gRPC compares no URIs, such as SPIFFE ids.
+    for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME):
+        return str(attribute.value)
+    raise ConfigurationError(
+        "CHAT_TICKET_TLS_CERTIFICATE: has no DNS name, IP address or common name"
+    )
 
 
 async def _check_health(channel: grpc.aio.Channel, address: str) -> Line:
