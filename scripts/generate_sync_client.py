@@ -52,15 +52,15 @@ TEXTS = [
     ),
     (
         """\
-        The watch ends after `session_deleted`. When you leave the loop or cancel the task, the
-        stream ends at the server too. If you hold the iterator itself, close it with `aclose` or
-        contextlib.aclosing.
+        The watch ends after `session_deleted`, and by CallCancelledError when the client is
+        closed. When you leave the loop or cancel the task, the stream ends at the server too. If
+        you hold the iterator itself, close it with `aclose` or contextlib.aclosing.
 """,
         """\
-        The watch ends after `session_deleted`. When you leave the loop, the stream ends at the
-        server too. If you hold the iterator itself, close it with `close` or contextlib.closing,
-        in the thread that reads it. To stop a watch from another thread, close the client: the
-        watch then raises ValueError, at the latest at its next attempt.
+        The watch ends after `session_deleted`, and by CallCancelledError when the client is
+        closed, by whichever thread. When you leave the loop, the stream ends at the server too. If
+        you hold the iterator itself, close it with `close` or contextlib.closing, in the thread
+        that reads it.
 """,
     ),
 ]

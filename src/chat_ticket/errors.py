@@ -231,3 +231,8 @@ def _details(error: grpc.RpcError, code: grpc.StatusCode, message: str) -> tuple
                 return ()
             return details if (status, text) == (code.value[0], message) else ()
     return ()
+
+
+def client_closed() -> CallCancelledError:
+    """The exception of what closing the client ends."""
+    return CallCancelledError(grpc.StatusCode.CANCELLED, "the client is closed")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import pickle
+import re
 import socket
 from collections.abc import Awaitable
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from google.protobuf import any_pb2
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2, status_pb2
-from support.client import an_id
+from support.client import a_file, an_id
 from support.client_calls import NewClient, create_message, create_session_id, only_asyncio
 from support.client_servers import free_port
 from support.server import serving
@@ -21,7 +22,10 @@ from chat_ticket import errors
 from chat_ticket.client import AsyncChatTicketClient, channel_options
 from chat_ticket.v1 import chat_session_pb2_grpc
 from chat_ticket.v1 import resources_pb2 as r
+from chat_ticket.v1.chat_attachment_pb2 import CreateChatAttachmentRequest
 from chat_ticket.v1.chat_message_pb2 import (
+    BatchCreateChatMessagesRequest,
+    CreateChatMessageRequest,
     ListChatMessagesRequest,
 )
 from chat_ticket.v1.chat_session_pb2 import (
@@ -268,10 +272,66 @@ class TestRetry:
     async def test_retry_stops_at_its_timeout_with_the_last_error(self, connect: NewClient) -> None:
         """By the last error."""
         client = connect(free_port())
+        request = DeleteChatSessionRequest(session_id=an_id())
+        with pytest.raises(errors.UnavailableError):
+            await client.retry(client.sessions.DeleteChatSession, request, timeout=0.5)
+
+    async def test_retry_ends_in_time_when_nothing_answers(self, connect: NewClient) -> None:
+        """Each attempt is bounded by what is left, whoever makes the call."""
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            client = connect(silent.getsockname()[1], timeout=60)
+            async with asyncio.timeout(20):
+                for method in (
+                    client.sessions.ListChatSessions,
+                    lambda request: client.sessions.ListChatSessions(request),
+                ):
+                    with pytest.raises(errors.DeadlineExceededError):
+                        await client.retry(method, ListChatSessionsRequest(), timeout=0.5)
+
+    async def test_first_failure_is_logged_at_once(
+        self, connect: NewClient, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Once, and not each attempt."""
+        client = connect(free_port())
         with pytest.raises(errors.UnavailableError):
             await client.retry(
-                client.sessions.CreateChatSession, CreateChatSessionRequest(), timeout=0.5
+                client.sessions.DeleteChatSession,
+                DeleteChatSessionRequest(session_id=an_id()),
+                timeout=1,
             )
+        [record] = [record for record in caplog.records if record.name == "chat_ticket.client"]
+        assert record.levelname == "WARNING"
+        assert record.getMessage().startswith("DeleteChatSession: attempt 1 failed, retrying for 1")
+        assert "UNAVAILABLE" in record.getMessage()
+
+    @pytest.mark.parametrize(
+        ("request_", "field"),
+        [
+            (CreateChatSessionRequest(), "session.id"),
+            (CreateChatMessageRequest(message=r.ChatMessage(content="hello")), "message.id"),
+            (
+                BatchCreateChatMessagesRequest(
+                    messages=[r.ChatMessage(id=an_id()), r.ChatMessage()]
+                ),
+                "messages[1].id",
+            ),
+            (CreateChatAttachmentRequest(attachment=a_file()), "attachment.id"),
+            (CreateChatTicketRequest(ticket_id=an_id()), "chat_ticket_id"),
+            (CreateChatTicketRequest(ticket=r.Ticket(title="help")), "chat_ticket_id"),
+            (UpdateChatSessionRequest(session=r.ChatSession(etag="7")), "session.etag"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    async def test_what_is_not_safe_to_repeat_is_not_sent(
+        self, connect: NewClient, request_: Any, field: str
+    ) -> None:
+        """A create without ids could create twice; an etag could only mismatch after a success."""
+
+        def sent(_: Any) -> Awaitable[Any]:
+            pytest.fail("sent")
+
+        with pytest.raises(ValueError, match=f"^{re.escape(field)}: "):
+            await connect(free_port()).retry(sent, request_)
 
     async def test_permanent_errors_are_not_retried(self, client: AsyncChatTicketClient) -> None:
         """A permanent error is raised at once."""

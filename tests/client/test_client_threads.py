@@ -24,6 +24,7 @@ from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest, ListChatMessagesRequest
 from chat_ticket.v1.chat_session_pb2 import (
     CreateChatSessionRequest,
+    DeleteChatSessionRequest,
     GetChatSessionRequest,
     ListChatSessionsRequest,
 )
@@ -170,6 +171,17 @@ def test_silence_resumes_the_watch(
     assert re.search(r"resumes after revision 0 in [\d.]+ s: no response for 0.6 s", caplog.text)
 
 
+def test_calls_do_not_wait_behind_watches(client: ChatTicketClient) -> None:
+    """More of them than a connection has streams."""
+    session_ids = [session_of(client) for _ in range(3)]
+    with contextlib.ExitStack() as stack:
+        for number in range(220):
+            watch = client.watch(session_ids[number % 3])
+            events = stack.enter_context(contextlib.closing(watch))
+            assert next(events).WhichOneof("event") == "session"
+        session_of(client)
+
+
 def test_leaving_the_loop_ends_the_thread_that_watches_the_time(client: ChatTicketClient) -> None:
     """And an iterator that is dropped unread starts none."""
     session_id = session_of(client)
@@ -182,7 +194,7 @@ def test_leaving_the_loop_ends_the_thread_that_watches_the_time(client: ChatTick
 
 
 def test_closing_the_client_ends_a_watch_in_another_thread(target: str, tenant: str) -> None:
-    """By ValueError, which no retry solves."""
+    """By CallCancelledError, and at once."""
     client = ChatTicketClient(target, tenant=tenant, options=OPTIONS)
     session_id = session_of(client)
     caught_up = threading.Event()
@@ -196,7 +208,7 @@ def test_closing_the_client_ends_a_watch_in_another_thread(target: str, tenant: 
         watching = threads.submit(watch)
         assert caught_up.wait(10)
         client.close()
-        with pytest.raises(ValueError, match=r"(?i)closed"):
+        with pytest.raises(errors.CallCancelledError, match="the client is closed"):
             watching.result(timeout=20)
 
 
@@ -204,6 +216,7 @@ def test_first_call_of_a_closed_client_raises() -> None:
     """In a process of its own: gRPC crashed it for a method that was not called before."""
     program = """
 from chat_ticket.client import ChatTicketClient
+from chat_ticket.errors import CallCancelledError
 from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest
 client = ChatTicketClient("127.0.0.1:1", tenant="acme")
 client.close()
@@ -213,7 +226,7 @@ for call in (
 ):
     try:
         call()
-    except ValueError:
+    except (ValueError, CallCancelledError):
         print("refused")
 """
     done = subprocess.run(
@@ -226,8 +239,9 @@ def test_retry_gives_up_in_time(tenant: str) -> None:
     """By the last error."""
     with ChatTicketClient(f"127.0.0.1:{free_port()}", tenant=tenant, options=OPTIONS) as client:
         start = time.monotonic()
+        request = DeleteChatSessionRequest(session_id=an_id())
         with pytest.raises(errors.UnavailableError):
-            client.retry(client.sessions.CreateChatSession, CreateChatSessionRequest(), timeout=0.5)
+            client.retry(client.sessions.DeleteChatSession, request, timeout=0.5)
         assert time.monotonic() - start < 5
 
 

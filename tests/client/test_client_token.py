@@ -101,6 +101,7 @@ class TestToken:
             "chat.example:443",
             "dns:///chat.example:443",
             "dns://127.0.0.1/chat.example",
+            "dns://8.8.8.8/localhost",  # an answer of another DNS server
             "10.0.0.1:50051",
             "ipv4:127.0.0.1:1,10.0.0.1:1",
             "localhost.example:50051",

@@ -3,11 +3,11 @@
 import asyncio
 import re
 
-import grpc
 import pytest
 from support.client import an_id
 from support.client_calls import (
     NewClient,
+    contents_of,
     create_message,
     create_session_id,
     event_kind,
@@ -18,6 +18,7 @@ from support.client_calls import (
 from support.client_servers import free_port
 from support.server import serving
 
+from chat_ticket import errors
 from chat_ticket.client import AsyncChatTicketClient
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import (
@@ -221,5 +222,37 @@ class TestWatch:
             await asyncio.sleep(0.1)
             await client.close()
             async with asyncio.timeout(10):
-                with pytest.raises((asyncio.CancelledError, grpc.aio.UsageError, ValueError)):
+                with pytest.raises(errors.CallCancelledError, match="the client is closed"):
                     await waiting
+
+    @only_asyncio
+    async def test_one_client_watches_a_thousand_sessions(
+        self, client: AsyncChatTicketClient
+    ) -> None:
+        """As many as the tenant's quota; the synchronous client has a test in the threads' file."""
+
+        async def watch_first(session_id: str) -> str:
+            kinds = []
+            async for event in client.watch(session_id):
+                kinds.append(event_kind(event))
+                if kinds[-1] == "caught_up":
+                    watching.append(session_id)
+                if kinds[-1] == "messages_created":
+                    return contents_of([event])[0]
+            return ""
+
+        watching: list[str] = []
+        session_ids: list[str] = []
+        for _ in range(50):  # fewer at once than the quota of calls in flight
+            session_ids += await asyncio.gather(*(create_session_id(client) for _ in range(20)))
+        async with asyncio.timeout(60):
+            watches = [asyncio.create_task(watch_first(each)) for each in session_ids]
+            while len(watching) < 1000:
+                assert not any(watch.done() for watch in watches)
+                await asyncio.sleep(0.05)
+            for number in range(0, 1000, 90):
+                await create_message(client, session_ids[number], f"message {number}")
+                assert await watches[number] == f"message {number}"
+            for watch in watches:
+                watch.cancel()
+            await asyncio.gather(*watches, return_exceptions=True)

@@ -96,6 +96,25 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_clone_without_symbolic_links_builds_no_empty_wheel(tmp_path: Path) -> None:
+    """git writes links as files there (core.symlinks=false). The build fails and says so."""
+    for path in CLIENT.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+    (tmp_path / "chat_ticket").write_text("../../src/chat_ticket")
+    done = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path / "dist"],
+        cwd=tmp_path,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    assert "clients/python/chat_ticket is no directory" in done.stderr
+    assert not list(tmp_path.glob("dist/*.whl"))
+
+
 def files(wheel: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(wheel) as archive:
         return {name: archive.read(name) for name in archive.namelist()}

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import contextvars
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
@@ -54,9 +55,15 @@ class ThreadedClient:
     def watch(self, *arguments: Any, **keywords: Any) -> AsyncIterator[Any]:
         return self._read(self.client.watch, *arguments, **keywords)
 
+    def messages_of(self, *arguments: Any, **keywords: Any) -> AsyncIterator[Any]:
+        return self._read(self.client.messages_of, *arguments, **keywords)
+
     async def _run(self, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, lambda: function(*arguments, **keywords))
+        context = contextvars.copy_context()
+        return await loop.run_in_executor(
+            self._threads, lambda: context.run(function, *arguments, **keywords)
+        )
 
     async def _read(
         self, stream: Callable[..., Iterator[Any]], *arguments: Any, **keywords: Any

@@ -1,7 +1,7 @@
-import { Client, Metadata, type ChannelCredentials, type ServiceError } from '@grpc/grpc-js'
+import { Client, Metadata, status, type ChannelCredentials, type ServiceError } from '@grpc/grpc-js'
 import type { BinaryWriter } from '@bufbuild/protobuf/wire'
 
-import { fromServiceError } from './errors.js'
+import { ChatTicketError, fromServiceError } from './errors.js'
 import { channelOptions, type ClientOptions } from './options.js'
 
 interface MessageType<Message> {
@@ -53,20 +53,51 @@ interface Cancellable {
   cancel(): void
 }
 
-/** A channel, with the identity of its caller. */
+// A call beyond the server's limit of concurrent streams waits in its connection until another one
+// ends, and a watch does not end. RFC 9113 recommends a limit of at least 100, which many proxies
+// have. So half of them are left for calls with one response.
+const STREAMS_PER_CHANNEL = 50
+
+const MAX_TIMER_MS = 2 ** 31 - 1
+
+interface Channel {
+  readonly client: Client
+  streams: number
+}
+
+const unaryMethods = new WeakMap<object, string>()
+
+/** The name of the type of a method's request, when it is one of a client with one response. */
+export const requestTypeOf = (method: object): string | undefined => unaryMethods.get(method)
+
+/**
+ * The channels to the service, with the identity of their caller.
+ *
+ * The first channel has all calls with one response, and streams up to STREAMS_PER_CHANNEL. Each
+ * further channel has as many streams.
+ */
 export class Connection {
-  readonly #client: Client
+  readonly #channels: Channel[] = []
+  readonly #first: Channel
+  readonly #open: () => Channel
+  readonly timeoutMs: number
   readonly #token: ClientOptions['token']
   readonly #tenant: string | undefined
-  readonly #timeoutMs: number
   readonly #running = new Set<Cancellable>()
   readonly #closing = new AbortController()
 
   constructor(target: string, credentials: ChannelCredentials, options: ClientOptions) {
     this.#tenant = options.tenant === undefined ? undefined : sendable('tenant', options.tenant)
     this.#token = typeof options.token === 'string' ? sendable('token', options.token) : options.token
-    this.#timeoutMs = options.timeoutMs ?? 10_000
-    this.#client = new Client(target, credentials, channelOptions(target, options.options))
+    this.timeoutMs = options.timeoutMs ?? 10_000
+    // Channels with equal options would otherwise share one connection, and its limit of streams.
+    const own = { 'grpc.use_local_subchannel_pool': 1, ...options.options }
+    this.#open = () => {
+      const channel = { client: new Client(target, credentials, channelOptions(target, own)), streams: 0 }
+      this.#channels.push(channel)
+      return channel
+    }
+    this.#first = this.#open()
   }
 
   /** Whether an expired token can be replaced by a new one. */
@@ -83,32 +114,37 @@ export class Connection {
   close(): void {
     this.#closing.abort(new Error('the client is closed'))
     for (const call of this.#running) call.cancel()
-    this.#client.close()
+    for (const { client } of this.#channels) client.close()
   }
 
   calls<Service extends ServiceDefinition>(service: Service): Calls<Service> {
     const calls: Record<string, unknown> = {}
     for (const [name, method] of Object.entries(service.methods)) {
       const path = `/${service.fullName}/${method.name}`
-      calls[name] = method.responseStream
-        ? (request: unknown, options?: CallOptions) => this.#stream(path, method, request, options)
-        : (request: unknown, options?: CallOptions) => this.#unary(path, method, request, options)
+      if (method.responseStream) {
+        calls[name] = (request: unknown, options?: CallOptions) => this.#stream(path, method, request, options)
+      } else {
+        const call = (request: unknown, options?: CallOptions) => this.#unary(path, method, request, options)
+        unaryMethods.set(call, `${method.name}Request`)
+        calls[name] = call
+      }
     }
     return calls as Calls<Service>
   }
 
   async #unary(path: string, method: Method, request: unknown, options: CallOptions = {}): Promise<unknown> {
-    const { signal, timeoutMs = this.#timeoutMs } = options
-    const metadata = await this.#metadata(options)
+    const { signal, timeoutMs = this.timeoutMs } = options
+    const deadline = Date.now() + timeoutMs
+    const metadata = await this.#metadata(options, timeoutMs)
     this.#throwIfEnded(signal)
     return await new Promise((resolve, reject) => {
-      const call = this.#client.makeUnaryRequest(
+      const call = this.#first.client.makeUnaryRequest(
         path,
         serializer(method),
         deserializer(method),
         method.requestType.fromPartial(request),
         metadata,
-        { deadline: Date.now() + timeoutMs },
+        { deadline },
         (error, response) => {
           release()
           if (error) reject(this.#failure(error, signal))
@@ -135,16 +171,19 @@ export class Connection {
     options: CallOptions,
   ): AsyncGenerator<unknown, void, void> {
     const { signal, timeoutMs } = options
-    const metadata = await this.#metadata(options)
+    const deadline = timeoutMs === undefined ? undefined : Date.now() + timeoutMs
+    const metadata = await this.#metadata(options, timeoutMs)
     this.#throwIfEnded(signal)
-    const call = this.#client.makeServerStreamRequest(
+    const channel = this.#channels.find(({ streams }) => streams < STREAMS_PER_CHANNEL) ?? this.#open()
+    const call = channel.client.makeServerStreamRequest(
       path,
       serializer(method),
       deserializer(method),
       method.requestType.fromPartial(request),
       metadata,
-      timeoutMs === undefined ? {} : { deadline: Date.now() + timeoutMs },
+      deadline === undefined ? {} : { deadline },
     )
+    channel.streams += 1
     call.on('error', () => {}) // The loop below throws it, unless it has ended already.
     const release = this.#track(call, signal)
     try {
@@ -152,21 +191,39 @@ export class Connection {
     } catch (error) {
       throw this.#failure(error as ServiceError, signal)
     } finally {
+      channel.streams -= 1
       release()
       call.cancel()
     }
   }
 
-  async #metadata({ signal, metadata: given }: CallOptions): Promise<Metadata> {
+  async #metadata({ signal, metadata: given }: CallOptions, timeoutMs: number | undefined): Promise<Metadata> {
     signal?.throwIfAborted()
     const metadata = given?.clone() ?? new Metadata()
     if (this.#tenant !== undefined) metadata.set('x-tenant-id', this.#tenant)
     if (this.#token !== undefined) {
-      const token =
-        typeof this.#token === 'string' ? this.#token : sendable('token', await abortable(this.#token(), signal))
+      const token = typeof this.#token === 'string' ? this.#token : await this.#newToken(this.#token, signal, timeoutMs)
       metadata.set('authorization', `Bearer ${token}`)
     }
     return metadata
+  }
+
+  /** What the function returns, unless the call ends before. */
+  async #newToken(
+    get: () => string | Promise<string>,
+    signal: AbortSignal | undefined,
+    timeoutMs: number | undefined,
+  ): Promise<string> {
+    const late = new AbortController()
+    const fail = () =>
+      late.abort(new ChatTicketError(status.DEADLINE_EXCEEDED, `token: its function took over ${timeoutMs} ms`))
+    const timer = timeoutMs === undefined ? undefined : setTimeout(fail, Math.min(timeoutMs, MAX_TIMER_MS))
+    try {
+      const ends = [this.closing, late.signal]
+      return sendable('token', await abortable(get(), AbortSignal.any(signal ? [signal, ...ends] : ends)))
+    } finally {
+      clearTimeout(timer)
+    }
   }
 
   /** Throws if the call was ended while its metadata was awaited: no listener noticed that. */
@@ -217,9 +274,10 @@ export function leavable<Item>(
       await inner.return()
       return { done: true as const, value: undefined }
     },
-    throw: (error: unknown) => {
+    throw: async (error: unknown) => {
       left.abort()
-      return inner.throw(error)
+      await inner.return()
+      throw error
     },
     [Symbol.asyncIterator]: () => generator,
   } as AsyncGenerator<Item, void, void>
@@ -231,8 +289,8 @@ const serializer = (method: Method) => (request: unknown) => Buffer.from(method.
 const deserializer = (method: Method) => (bytes: Buffer) => method.responseType.decode(bytes) as unknown
 
 /** What a promise settles with, or the reason of a signal that is aborted before. */
-async function abortable<Value>(promise: Value | Promise<Value>, signal: AbortSignal | undefined): Promise<Value> {
-  if (signal === undefined) return await promise
+async function abortable<Value>(promise: Value | Promise<Value>, signal: AbortSignal): Promise<Value> {
+  signal.throwIfAborted()
   let abort = () => {}
   const aborted = new Promise<never>((_, reject) => {
     abort = () => reject(signal.reason)
@@ -246,7 +304,8 @@ async function abortable<Value>(promise: Value | Promise<Value>, signal: AbortSi
 }
 
 /** Fails for text that gRPC would refuse without saying which value it is. */
-function sendable(name: string, text: string): string {
+function sendable(name: string, text: unknown): string {
+  if (typeof text !== 'string') throw new TypeError(`${name}: ${typeof text}, must be a string`)
   if (!/^[\x20-\x7e]*$/.test(text)) {
     throw new TypeError(`${name}: not printable ASCII; does it end in a line break?`)
   }

@@ -3,14 +3,18 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { credentials } from '@grpc/grpc-js'
 
 import { isRetryable, pauseMs } from './backoff.js'
-import { Connection, leavable, type Calls, type CallOptions } from './calls.js'
+import { Connection, leavable, requestTypeOf, type Calls, type CallOptions } from './calls.js'
 import { ChatAttachmentServiceDefinition } from './generated/chat_ticket/v1/chat_attachment.js'
 import { ChatMessageServiceDefinition } from './generated/chat_ticket/v1/chat_message.js'
 import { ChatSessionServiceDefinition } from './generated/chat_ticket/v1/chat_session.js'
 import { ChatTicketServiceDefinition } from './generated/chat_ticket/v1/chat_ticket.js'
+import type { ChatMessage } from './generated/chat_ticket/v1/resources.js'
+import { ListProgress, type MessagesOfOptions } from './messages.js'
 import type { ClientOptions } from './options.js'
+import { requireRepeatable } from './repeatable.js'
+import { resumed } from './resume.js'
 import { isLoopbackTarget } from './target.js'
-import { watchSession, type WatchEvent, type WatchOptions } from './watch.js'
+import { SILENCE_MS, WatchProgress, type WatchEvent, type WatchOptions } from './watch.js'
 
 export interface RetryOptions {
   /** How long to try. 60,000 by default. */
@@ -30,6 +34,9 @@ export interface RetryOptions {
  * `sessions.watchChatSession` return an async generator. A call that fails throws a
  * `ChatTicketError`. gRPC itself retries reads that fail with UNAVAILABLE, until their deadline.
  * Writes are not retried: use `retry`.
+ *
+ * The client has connections of its own, and one more for every 50 open streams. So calls with one
+ * response do not wait behind streams, and the number of streams is limited by quotas only.
  *
  * The constructor throws a TypeError for a token that would be sent in plain text to another
  * machine, and for a tenant or token that is not printable ASCII.
@@ -64,22 +71,30 @@ export class ChatTicketClient {
    *
    *     await client.retry(client.messages.createChatMessage, request)
    *
-   * Use it for calls that are safe to repeat: reads, creates whose request sets the ids of all new
-   * resources, and updates without an etag. A repeated delete fails with NOT_FOUND when the first
-   * attempt succeeded. The call is repeated, after a pause, when it fails with UNAVAILABLE,
-   * DEADLINE_EXCEEDED or CANCELLED, with INTERNAL or UNKNOWN without a reason, or with an error that
-   * has `retrySeconds`.
+   * Use it for calls that are safe to repeat: reads, deletes, updates without an etag, and creates
+   * whose request sets the ids. It throws a TypeError, before anything is sent, for a create without
+   * them and an update with an etag, when `method` is one of the client's. The ids are `session.id`,
+   * `message.id`, `messages[i].id`, `attachment.id`, and `chatTicketId` or that of the new ticket. A
+   * repeated delete fails with NOT_FOUND when the first attempt succeeded.
+   *
+   * The call is repeated when it fails with UNAVAILABLE, DEADLINE_EXCEEDED or CANCELLED, with INTERNAL
+   * or UNKNOWN without a reason, or with an error that has `retrySeconds`: after a pause, and not
+   * before `retrySeconds`. `method` is called with the `signal` and a `timeoutMs` of at most what is
+   * left.
    */
   async retry<Request, Response>(
     method: (request: Request, options?: CallOptions) => Promise<Response>,
     request: NoInfer<Request>,
     { timeoutMs = 60_000, signal }: RetryOptions = {},
   ): Promise<Response> {
+    const requestType = requestTypeOf(method)
+    if (requestType) requireRepeatable(requestType, request as Record<string, unknown>)
+    const longest = requestType ? this.#connection.timeoutMs : Infinity
     const end = performance.now() + timeoutMs
     const ending = anyOf(signal, this.#connection.closing)
     for (let failures = 0; ; failures += 1) {
       try {
-        return await method(request, { signal })
+        return await method(request, { signal, timeoutMs: Math.min(longest, end - performance.now()) })
       } catch (error) {
         if (!isRetryable(error)) throw error
         const pause = pauseMs(failures, error)
@@ -113,10 +128,44 @@ export class ChatTicketClient {
    */
   watch(sessionId: string, options: WatchOptions = {}): AsyncGenerator<WatchEvent, void, void> {
     const { renewsToken, closing } = this.#connection
-    return leavable(
-      (signal) => watchSession(this.sessions.watchChatSession, sessionId, renewsToken, signal, options),
-      anyOf(options.signal, closing),
-    )
+    const { afterRevision = 0n, silenceMs = SILENCE_MS, onInterruption } = options
+    return leavable((signal) => {
+      const progress = new WatchProgress(sessionId, BigInt(afterRevision))
+      return resumed((each) => this.sessions.watchChatSession(progress.request, { signal: each }), progress, {
+        renewsToken,
+        signal,
+        silenceMs,
+        onBreak: (broken) => onInterruption?.({ revision: progress.revision, ...broken }),
+      })
+    }, anyOf(options.signal, closing))
+  }
+
+  /**
+   * The messages of a session after a sequence, in order, each exactly once.
+   *
+   *     for await (const message of client.messagesOf(sessionId)) ...
+   *
+   * It is one ListChatMessages stream that does not break: it resumes after the last message when the
+   * server stops or is unreachable, when the connection ends (a server may limit its age), and when
+   * a token expires that comes from a function. It ends where the first stream would have: at the
+   * messages that existed when it began. When nothing arrives for `timeoutMs` in spite of retries, the
+   * last error is thrown.
+   *
+   * Throws the errors that a retry cannot resolve, as `watch` does: NOT_FOUND also when the session is
+   * deleted meanwhile.
+   */
+  messagesOf(sessionId: string, options: MessagesOfOptions = {}): AsyncGenerator<ChatMessage, void, void> {
+    const { renewsToken, closing } = this.#connection
+    const { afterSequence = 0n, timeoutMs = 60_000 } = options
+    return leavable((signal) => {
+      const progress = new ListProgress(sessionId, BigInt(afterSequence))
+      return resumed((each) => this.messages.listChatMessages(progress.request, { signal: each }), progress, {
+        renewsToken,
+        signal,
+        silenceMs: Math.min(SILENCE_MS, timeoutMs),
+        timeoutMs,
+      })
+    }, anyOf(options.signal, closing))
   }
 }
 

@@ -10,7 +10,8 @@ export function isLoopbackTarget(target: string): boolean {
   if (scheme === 'unix') return true
   let addresses = target
   if (scheme === 'dns' || scheme === 'ipv4' || scheme === 'ipv6') {
-    addresses = target.slice(scheme.length + 1).replace(/^\/\/[^/]*\//, '')
+    // An authority is a DNS server, which can answer that localhost is anywhere.
+    addresses = target.slice(scheme.length + 1).replace(/^\/\/\//, '')
   }
   return addresses.split(',').every(isLoopbackAddress)
 }

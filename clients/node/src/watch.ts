@@ -1,19 +1,10 @@
-import { setTimeout as sleep } from 'node:timers/promises'
-
-import { status } from '@grpc/grpc-js'
-
-import { isRetryable, pauseMs } from './backoff.js'
-import type { StreamCall } from './calls.js'
-import { ChatTicketError } from './errors.js'
+import type { ChatTicketError } from './errors.js'
 import type { ChatSession } from './generated/chat_ticket/v1/resources.js'
 import type { WatchChatSessionRequest, WatchChatSessionResponse } from './generated/chat_ticket/v1/chat_session.js'
+import type { Progress } from './resume.js'
 
 // Three heartbeats at the server's default interval.
-const SILENCE_MS = 45_000
-
-// A token may expire on its way to the server. After this many expired tokens in a row the next one
-// ends the watch.
-const MAX_EXPIRED_TOKENS = 3
+export const SILENCE_MS = 45_000
 
 /** An event of a watched session: what happened, and the position after it. */
 export type WatchEvent = WatchChatSessionResponse
@@ -46,64 +37,37 @@ export interface WatchOptions {
   onInterruption?: ((interruption: WatchInterruption) => void) | undefined
 }
 
-type Watch = StreamCall<Partial<WatchChatSessionRequest>, WatchChatSessionResponse>
+/** What has been delivered of a watch. */
+export class WatchProgress implements Progress<WatchChatSessionResponse, WatchEvent> {
+  readonly #sessionId: string
+  readonly #state: ResumeState
 
-/** Watches a session, with a new stream after each interruption. See ChatTicketClient.watch. */
-export async function* watchSession(
-  watch: Watch,
-  sessionId: string,
-  renewsToken: boolean,
-  signal: AbortSignal,
-  { afterRevision = 0n, silenceMs = SILENCE_MS, onInterruption }: WatchOptions,
-): AsyncGenerator<WatchEvent, void, void> {
-  const state = new ResumeState(BigInt(afterRevision))
-  let expiredTokens = 0
-  for (let failures = 0; ; failures += 1) {
-    const silence = new AbortController()
-    const responses = watch(
-      { sessionId, afterRevision: state.revision },
-      { signal: AbortSignal.any([signal, silence.signal]) },
-    )
-    let failure: ChatTicketError | undefined
-    let message: string
-    try {
-      for (;;) {
-        const timer = setTimeout(() => silence.abort(), silenceMs)
-        const { done, value: response } = await responses.next().finally(() => clearTimeout(timer))
-        if (done) {
-          message = 'the stream ended'
-          break
-        }
-        expiredTokens = 0
-        const event = state.next(response)
-        if (event !== undefined) {
-          failures = 0
-          yield event
-        }
-        if (state.isDeleted) return
-      }
-    } catch (error) {
-      signal.throwIfAborted()
-      if (silence.signal.aborted) {
-        message = `the server sent nothing for ${silenceMs} ms`
-      } else if (!(error instanceof ChatTicketError)) {
-        throw error
-      } else if (error.code === status.NOT_FOUND && state.session !== undefined) {
-        yield state.deleted()
-        return
-      } else {
-        const isExpired = renewsToken && error.reason === 'CREDENTIAL_EXPIRED'
-        expiredTokens = isExpired ? expiredTokens + 1 : 0
-        if (!isRetryable(error) && (!isExpired || expiredTokens > MAX_EXPIRED_TOKENS)) throw error
-        failure = error
-        message = error.message
-      }
-    } finally {
-      await responses.return()
-    }
-    const pause = pauseMs(failures, failure)
-    onInterruption?.({ revision: state.revision, failures, pauseMs: pause, error: failure, message })
-    await sleep(pause, undefined, { signal }).catch(() => signal.throwIfAborted())
+  constructor(sessionId: string, afterRevision: bigint) {
+    this.#sessionId = sessionId
+    this.#state = new ResumeState(afterRevision)
+  }
+
+  get revision(): bigint {
+    return this.#state.revision
+  }
+
+  get request(): Partial<WatchChatSessionRequest> {
+    return { sessionId: this.#sessionId, afterRevision: this.#state.revision }
+  }
+
+  get hasEnded(): boolean {
+    return this.#state.isDeleted
+  }
+
+  items(response: WatchChatSessionResponse): readonly WatchEvent[] {
+    const event = this.#state.next(response)
+    return event === undefined ? [] : [event]
+  }
+
+  onStreamEnd(): void {} // it ends by itself only after sessionDeleted, or when a proxy ends it
+
+  onNotFound(): readonly WatchEvent[] {
+    return this.#state.session === undefined ? [] : [this.#state.deleted()]
   }
 }
 

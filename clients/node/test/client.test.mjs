@@ -270,6 +270,7 @@ suite('tokens', () => {
       'dns:///chat.example:443',
       'dns://127.0.0.1/chat.example',
       'dns:chat.example/localhost',
+      'dns://8.8.8.8/localhost', // an answer of another DNS server
       '10.0.0.1:50051',
       'ipv4:127.0.0.1:1,10.0.0.1:1',
       'localhost.example:50051',
@@ -318,6 +319,17 @@ suite('tokens', () => {
     await assert.rejects(client.sessions.getChatSession({ sessionId: 'x' }), TypeError)
     await assert.rejects(client.watch('x').next(), TypeError)
   })
+
+  test('must come, as a string, within the time of the call', async (t) => {
+    const absent = await serve(t, {}, { token: async () => undefined })
+    await assert.rejects(absent.sessions.getChatSession({ sessionId: 'x' }), /token: undefined, must be a string/)
+    const never = await serve(t, {}, { token: () => new Promise(() => {}) })
+    const error = await caught(never.sessions.getChatSession({ sessionId: 'x' }, { timeoutMs: 50 }))
+    assert.equal(error.code, status.DEADLINE_EXCEEDED)
+    const waiting = caught(never.sessions.getChatSession({ sessionId: 'x' }))
+    never.close()
+    assert.match((await waiting).message, /the client is closed/)
+  })
 })
 
 suite('retry', () => {
@@ -349,7 +361,8 @@ suite('retry', () => {
     const { handler, requests } = failing(...errors)
     const client = await serve(t, { createChatSession: handler })
     for (const { code } of errors) {
-      assert.equal((await caught(client.retry(client.sessions.createChatSession, {}))).code, code)
+      const request = { session: { id: 'an id' } }
+      assert.equal((await caught(client.retry(client.sessions.createChatSession, request))).code, code)
     }
     assert.equal(requests.length, errors.length)
   })
@@ -358,9 +371,41 @@ suite('retry', () => {
     const late = refusal(status.UNAVAILABLE, 'DRAINING', { retrySeconds: 60 })
     const client = await serve(t, { createChatSession: failing(late, late).handler })
     const create = client.sessions.createChatSession
-    const error = await caught(client.retry(create, {}, { timeoutMs: 1000 }))
+    const request = { session: { id: 'an id' } }
+    const error = await caught(client.retry(create, request, { timeoutMs: 1000 }))
     assert.equal(error.reason, 'DRAINING')
     const signal = AbortSignal.timeout(50)
-    assert.equal(await caught(client.retry(create, {}, { timeoutMs: 120_000, signal })), signal.reason)
+    assert.equal(await caught(client.retry(create, request, { timeoutMs: 120_000, signal })), signal.reason)
+  })
+
+  test('ends in time when the server does not answer', async (t) => {
+    const client = await serve(t, { createChatSession: () => {} })
+    const start = performance.now()
+    const request = { session: { id: 'an id' } }
+    const error = await caught(client.retry(client.sessions.createChatSession, request, { timeoutMs: 300 }))
+    assert.equal(error.code, status.DEADLINE_EXCEEDED)
+    assert.ok(performance.now() - start < 5_000, 'not the 10 seconds of a call')
+  })
+
+  test('sends nothing that is not safe to repeat', async (t) => {
+    const client = await serve(t, {})
+    const { sessions, messages, attachments, tickets } = client
+    const unsafe = [
+      [sessions.createChatSession, {}, 'session.id'],
+      [messages.createChatMessage, { message: { content: 'hello' } }, 'message.id'],
+      [messages.batchCreateChatMessages, { messages: [{ id: 'an id' }, {}] }, 'messages[1].id'],
+      [attachments.createChatAttachment, { attachment: {} }, 'attachment.id'],
+      [tickets.createChatTicket, { target: { $case: 'ticketId', value: 'x' } }, 'chatTicketId'],
+      [sessions.updateChatSession, { session: { id: 'an id', etag: '7' } }, 'session.etag'],
+    ]
+    for (const [method, request, field] of unsafe) {
+      const error = await caught(client.retry(method, request))
+      assert.ok(error instanceof TypeError, error)
+      assert.ok(error.message.startsWith(`${field}: `), error.message)
+    }
+    const ticket = { target: { $case: 'ticket', value: { id: 'an id' } } }
+    for (const [method, request] of [[tickets.createChatTicket, ticket], [tickets.createChatTicket, { chatTicketId: 'x' }]]) {
+      assert.equal((await caught(client.retry(method, request))).code, status.UNIMPLEMENTED)
+    }
   })
 })

@@ -3,9 +3,11 @@ import { once } from 'node:events'
 
 import { Metadata, Server, ServerCredentials, status } from '@grpc/grpc-js'
 import {
+  ChatAttachmentServiceService,
   ChatMessageServiceService,
   ChatSessionServiceService,
   ChatTicketClient,
+  ChatTicketServiceService,
 } from 'chat-ticket-client'
 
 import { Any } from '../dist/generated/google/protobuf/any.js'
@@ -13,11 +15,13 @@ import { ErrorInfo, RetryInfo } from '../dist/generated/google/rpc/error_details
 import { Status } from '../dist/generated/google/rpc/status.js'
 
 /** A client of a server with these handlers, both of which end with the test. */
-export async function serve(test, handlers, options = {}) {
-  const server = new Server()
+export async function serve(test, handlers, options = {}, serverOptions = {}) {
+  const server = new Server(serverOptions)
   const all = new Proxy(handlers, { get: (_, name) => handlers[name] ?? unimplemented })
   server.addService(ChatSessionServiceService, all)
   server.addService(ChatMessageServiceService, all)
+  server.addService(ChatAttachmentServiceService, all)
+  server.addService(ChatTicketServiceService, all)
   const port = await new Promise((resolve, reject) => {
     server.bindAsync('127.0.0.1:0', ServerCredentials.createInsecure(), (error, bound) =>
       error ? reject(error) : resolve(bound),

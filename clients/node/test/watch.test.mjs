@@ -3,9 +3,9 @@ import assert from 'node:assert/strict'
 import { mock, suite, test } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 
-import { status } from 'chat-ticket-client'
+import { ChatMessage, status } from 'chat-ticket-client'
 
-import { brief, cancelled, collect, deleted, event, refusal, scripted, serve, session } from './fake.mjs'
+import { BORN, brief, cancelled, collect, deleted, event, refusal, scripted, serve, session } from './fake.mjs'
 
 const random = mock.method(Math, 'random', () => 0)
 
@@ -223,5 +223,64 @@ suite('watch', () => {
     await third
     client.close()
     await assert.rejects(closed, /client is closed/)
+  })
+
+  test('rejects with what is thrown into it, waiting or not', async (t) => {
+    const client = await serve(t, scripted([session(0), 'hold'], [session(0), 'hold']))
+    for (const isWaiting of [true, false]) {
+      const watch = client.watch('an id')
+      await watch.next()
+      const waiting = isWaiting ? watch.next() : undefined
+      await assert.rejects(watch.throw(new Error('mine')), /mine/)
+      assert.equal((await waiting)?.done, isWaiting ? true : undefined)
+    }
+  })
+
+  test('leaves room for calls, however many there are', async (t) => {
+    const handlers = {
+      watchChatSession: (call) => call.write(session(0)),
+      getChatSession: (_, callback) => callback(null, {}),
+    }
+    const client = await serve(t, handlers, {}, { 'grpc.max_concurrent_streams': 100 })
+    const watches = Array.from({ length: 250 }, () => client.watch('an id'))
+    for (const { value } of await Promise.all(watches.map((watch) => watch.next()))) {
+      assert.equal(value.event.$case, 'session')
+    }
+    await client.sessions.getChatSession({ sessionId: 'an id' })
+    await Promise.all(watches.map((watch) => watch.return()))
+  })
+})
+
+suite('messagesOf', () => {
+  const message = (sequence) => ChatMessage.create({ id: `m${sequence}`, sequence: BigInt(sequence) })
+  const first = session(9).event.value
+
+  test('resumes after the last message, and ends where the first stream would have', async (t) => {
+    const scripts = [
+      [{ session: first, messages: [message(1), message(2)] }, unavailable],
+      [refusal(status.UNAVAILABLE, '')],
+      [{ session: { ...first, revision: 12n }, messages: [message(5)] }, { session: undefined, messages: [message(9)] }, 'end'],
+    ]
+    const { watchChatSession, requests } = scripted(...scripts)
+    const client = await serve(t, { listChatMessages: watchChatSession }, { options: { 'grpc.enable_retries': 0 } })
+    const found = []
+    for await (const { sequence } of client.messagesOf('an id')) found.push(sequence)
+    assert.deepEqual(found, [1n, 2n, 5n, 9n])
+    const bounds = requests.map(({ afterSequence, beforeSequence }) => [afterSequence, beforeSequence])
+    assert.deepEqual(bounds, [[0n, 0n], [2n, 10n], [2n, 10n]])
+  })
+
+  test('throws when the session is gone, and in time when nothing answers', async (t) => {
+    const absent = refusal(status.NOT_FOUND, 'CHAT_SESSION_NOT_FOUND')
+    const later = new Date(BORN.getTime() + 1)
+    for (const end of [[absent], [{ session: { ...first, createTime: later }, messages: [] }, 'hold']]) {
+      const { watchChatSession } = scripted([{ session: first, messages: [message(1)] }, unavailable], end)
+      const client = await serve(t, { listChatMessages: watchChatSession })
+      const messages = client.messagesOf('an id')
+      assert.equal((await messages.next()).value.sequence, 1n)
+      await assert.rejects(messages.next(), { code: status.NOT_FOUND })
+    }
+    const silent = await serve(t, { listChatMessages: () => {} })
+    await assert.rejects(silent.messagesOf('an id', { timeoutMs: 200 }).next(), { code: status.DEADLINE_EXCEEDED })
   })
 })

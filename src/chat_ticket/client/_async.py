@@ -1,5 +1,6 @@
 """The client for asyncio. The synchronous one is generated from this file (make proto)."""
 
+import functools
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -10,14 +11,21 @@ import grpc
 from chat_ticket import errors
 from chat_ticket.client import _runtime_asyncio as runtime
 from chat_ticket.client._channel import CallMetadata, options_for
-from chat_ticket.client._resume import ResumeState
-from chat_ticket.client._retry import backoff_seconds, is_retryable
+from chat_ticket.client._channel_pool import ChannelPool
+from chat_ticket.client._resume import ListProgress, Resumable, WatchProgress
+from chat_ticket.client._retry import (
+    backoff_seconds,
+    calls_bounded_by,
+    is_retryable,
+    require_repeatable,
+)
 from chat_ticket.errors import ChatTicketError
 from chat_ticket.v1.chat_attachment_pb2_grpc import ChatAttachmentServiceStub
 from chat_ticket.v1.chat_message_pb2_grpc import ChatMessageServiceStub
-from chat_ticket.v1.chat_session_pb2 import WatchChatSessionRequest, WatchChatSessionResponse
+from chat_ticket.v1.chat_session_pb2 import WatchChatSessionResponse
 from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
 from chat_ticket.v1.chat_ticket_pb2_grpc import ChatTicketServiceStub
+from chat_ticket.v1.resources_pb2 import ChatMessage
 
 if TYPE_CHECKING:  # the type stubs alone have these names
     from chat_ticket.v1.chat_attachment_pb2_grpc import ChatAttachmentServiceAsyncStub
@@ -29,6 +37,7 @@ log = logging.getLogger("chat_ticket.client")
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+Item = TypeVar("Item")
 
 # Three times the server's default interval of heartbeats.
 SILENCE_SECONDS = 45.0
@@ -37,6 +46,9 @@ SILENCE_SECONDS = 45.0
 # in a row than this are an error of their source.
 MAX_EXPIRED_TOKENS = 3
 
+# How often `retry` logs that it still fails.
+RETRY_LOG_SECONDS = 10.0
+
 
 class AsyncChatTicketClient:
     """A client of the chat ticket service, for one tenant.
@@ -44,6 +56,9 @@ class AsyncChatTicketClient:
     Its stubs are `sessions`, `messages`, `attachments` and `tickets`. Their calls raise the
     exceptions of `chat_ticket.errors`. gRPC retries reads on UNAVAILABLE until their deadline;
     writes are not retried: use `retry`.
+
+    The client has connections of its own, and one more for every 50 open streams. So calls with
+    one response do not wait behind streams, and the number of streams is limited by quotas only.
 
     Create the client inside the event loop that uses it, and close it. A cancelled task cancels
     its call and gets asyncio.CancelledError as usual.
@@ -89,17 +104,23 @@ class AsyncChatTicketClient:
             options=options,
         )
         self._renews_token = callable(token)
-        self._channel = runtime.open_channel(
-            target,
-            metadata=CallMetadata(tenant, token),
-            timeout=timeout,
-            credentials=credentials,
-            options=all_options,
+        self._closing = runtime.Closing()
+        self._channels: ChannelPool[runtime.Channel] = ChannelPool(
+            functools.partial(
+                runtime.open_channel,
+                target,
+                metadata=CallMetadata(tenant, token),
+                timeout=timeout,
+                credentials=credentials,
+                options=all_options,
+                closing=self._closing,
+            )
         )
-        self.sessions = ChatSessionServiceStub(self._channel)
-        self.messages = ChatMessageServiceStub(self._channel)
-        self.attachments = ChatAttachmentServiceStub(self._channel)
-        self.tickets = ChatTicketServiceStub(self._channel)
+        channel: Any = self._channels
+        self.sessions = ChatSessionServiceStub(channel)
+        self.messages = ChatMessageServiceStub(channel)
+        self.attachments = ChatAttachmentServiceStub(channel)
+        self.tickets = ChatTicketServiceStub(channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -108,8 +129,9 @@ class AsyncChatTicketClient:
         await self.close()
 
     async def close(self) -> None:
-        """Cancel all calls and close the connections."""
-        await self._channel.close()
+        """End all calls, by CallCancelledError, and close the connections."""
+        self._closing.begin()
+        await runtime.close(self._channels.close())
 
     async def retry(
         self,
@@ -122,27 +144,43 @@ class AsyncChatTicketClient:
 
             await client.retry(client.messages.CreateChatMessage, request)
 
-        Only for calls that are safe to repeat: reads, creates whose request sets the ids of all
-        new resources, and updates without an etag. (When a delete is repeated, it may raise
-        NotFoundError although it succeeded.)
+        Only for calls that are safe to repeat: reads, deletes, updates without an etag, and creates
+        whose request sets the ids. ValueError, before anything is sent, for a create without them
+        and an update with an etag. The ids are `session.id`, `message.id`, `messages[i].id`,
+        `attachment.id`, and `chat_ticket_id` or `ticket.id`. (When a delete is repeated, it may
+        raise NotFoundError although it succeeded.)
 
         Retries errors that have `retry_seconds`, UnavailableError, DeadlineExceededError and
-        CallCancelledError, with exponential backoff. Any other error is raised at once. After
-        `timeout` seconds the last error is raised.
+        CallCancelledError, with exponential backoff, and not before `retry_seconds`. Any other
+        error is raised at once. After `timeout` seconds the last error is raised: no attempt takes
+        longer than what is left of them. The logger `chat_ticket.client` warns of the first failure
+        at once, and then every ten seconds.
         """
+        require_repeatable(request)
         deadline = time.monotonic() + timeout
+        next_log = time.monotonic()
         failures = 0
         while True:
             try:
-                return await method(request)
+                with calls_bounded_by(deadline):
+                    return await method(request)
             except ChatTicketError as error:
-                pause = backoff_seconds(failures, error)
-                if not is_retryable(error) or time.monotonic() + pause > deadline:
+                now, pause = time.monotonic(), backoff_seconds(failures, error)
+                if not is_retryable(error) or self._closing.has_begun or now + pause > deadline:
                     raise
-            failures += 1
-            await runtime.sleep(pause)
+                failures += 1
+                if now >= next_log:
+                    next_log = now + RETRY_LOG_SECONDS
+                    log.warning(
+                        "%s: attempt %d failed, retrying for %.0f s more: %s",
+                        type(request).__name__.removesuffix("Request"),
+                        failures,
+                        deadline - now,
+                        error,
+                    )
+            await self._closing.sleep(pause)
 
-    async def watch(
+    def watch(
         self,
         session_id: str,
         after_revision: int = 0,
@@ -166,58 +204,119 @@ class AsyncChatTicketClient:
         the whole event, and pass it as `after_revision`. An event that was handled in part is
         delivered again, as a whole. Slow readers lose nothing: events are read on demand.
 
-        The watch ends after `session_deleted`. When you leave the loop or cancel the task, the
-        stream ends at the server too. If you hold the iterator itself, close it with `aclose` or
-        contextlib.aclosing.
+        The watch ends after `session_deleted`, and by CallCancelledError when the client is
+        closed. When you leave the loop or cancel the task, the stream ends at the server too. If
+        you hold the iterator itself, close it with `aclose` or contextlib.aclosing.
 
         Raises errors that a retry cannot solve: NotFoundError when the session does not exist,
         OutOfRangeError for a revision that it has not reached, InvalidArgumentError,
         PermissionDeniedError, UnauthenticatedError, UnimplementedError, and InternalError with a
         reason.
         """
-        state = ResumeState(after_revision)
+        progress = WatchProgress(session_id, after_revision)
+        return self._resumed(
+            lambda: self.sessions.WatchChatSession(progress.request()),
+            progress,
+            f"watch of session {session_id}",
+            silence_seconds=silence_seconds,
+        )
+
+    def messages_of(
+        self, session_id: str, after_sequence: int = 0, *, timeout: float = 60.0
+    ) -> AsyncGenerator[ChatMessage, None]:
+        """The messages of a session after a sequence, in order, each exactly once.
+
+        It is one ListChatMessages stream that does not break. It resumes after the last message
+        when the server stops or cannot be reached, when the connection ends (a server may limit its
+        age), and when the token expires and `token` is a function. It ends where the first stream
+        would have: at the messages that existed when it began.
+
+        When nothing arrives for `timeout` seconds in spite of retries, the last error is raised.
+        Each retry is logged by the logger `chat_ticket.client`.
+
+        Raises the errors that a retry cannot solve, as `watch` does: NotFoundError also when the
+        session is deleted meanwhile.
+        """
+        progress = ListProgress(session_id, after_sequence)
+        return self._resumed(
+            lambda: self.messages.ListChatMessages(progress.request()),
+            progress,
+            f"list of session {session_id}",
+            silence_seconds=min(SILENCE_SECONDS, timeout),
+            timeout=timeout,
+        )
+
+    async def _resumed(
+        self,
+        start: Callable[[], Any],
+        progress: Resumable[Any, Item],
+        name: str,
+        *,
+        silence_seconds: float,
+        timeout: float | None = None,
+    ) -> AsyncGenerator[Item, None]:
+        """What a stream delivers, and those that replace it when it breaks.
+
+        `timeout` limits the time without an item; None is no limit.
+        """
         failures = expired_tokens = 0
+        last_item = time.monotonic()
         while True:
-            request = WatchChatSessionRequest(session_id=session_id, after_revision=state.revision)
-            responses: runtime.ResponseReader[WatchChatSessionResponse] = runtime.ResponseReader(
-                self.sessions.WatchChatSession(request), silence_seconds
-            )
+            try:
+                call = start()
+            except ValueError:  # as gRPC calls a closed channel
+                if self._closing.has_begun:
+                    raise errors.client_closed() from None
+                raise
+            responses: runtime.ResponseReader[Any] = runtime.ResponseReader(call, silence_seconds)
             error: ChatTicketError | None = None
             try:
                 while True:
                     response = await responses.read()
                     if response is None:
+                        progress.on_stream_end()
                         cause = "the stream ended"
                         break
                     expired_tokens = 0
-                    if (event := state.accept(response)) is not None:
+                    for item in progress.items(response):
                         failures = 0
-                        yield event
-                    if state.ended:
+                        yield item
+                        last_item = time.monotonic()
+                    if progress.has_ended:
                         return
             except TimeoutError:
                 cause = f"no response for {silence_seconds:g} s"
+                error = errors.DeadlineExceededError(grpc.StatusCode.DEADLINE_EXCEEDED, cause)
             except errors.NotFoundError:
-                if state.session is None:
+                items = progress.on_not_found()
+                if not items:
                     raise
-                yield state.session_deleted()
+                for item in items:
+                    yield item
                 return
             except ChatTicketError as failure:
                 expired = self._renews_token and failure.reason == "CREDENTIAL_EXPIRED"
                 expired_tokens = expired_tokens + 1 if expired else 0
                 if not is_retryable(failure) and not 0 < expired_tokens <= MAX_EXPIRED_TOKENS:
                     raise
+                if self._closing.has_begun:
+                    raise errors.client_closed() from None
                 cause, error = str(failure), failure
             finally:
                 responses.cancel()
+            if progress.has_ended:
+                return
             pause = backoff_seconds(failures, error)
+            late = timeout is not None and time.monotonic() + pause > last_item + timeout
+            if late and error is not None:
+                raise error
             log.log(
                 logging.WARNING if failures else logging.INFO,
-                "watch of session %s resumes after revision %d in %.1f s: %s",
-                session_id,
-                state.revision,
+                "%s resumes after %s in %.1f s: %s",
+                name,
+                progress.position,
                 pause,
                 cause,
             )
             failures += 1
-            await runtime.sleep(pause)
+            await self._closing.sleep(pause)

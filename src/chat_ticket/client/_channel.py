@@ -51,7 +51,9 @@ def options_for(
         )
     # A proxy must not see what stays on this machine: it would see the token.
     proxy = [("grpc.enable_http_proxy", 0)] if local else []
-    return [*channel_options(), *proxy, *options]
+    # Channels with equal options would otherwise share one connection, and its limit of streams.
+    own_connection = ("grpc.use_local_subchannel_pool", 1)
+    return [*channel_options(), own_connection, *proxy, *options]
 
 
 class CallMetadata(Generic[TokenResult]):
@@ -72,11 +74,13 @@ class CallMetadata(Generic[TokenResult]):
         self, given: Iterable[tuple[str, str | bytes]] | None, token: str | None
     ) -> list[tuple[str, str | bytes]]:
         """The metadata of one call: its own, then the client's. `token` is what get_token gave."""
-        added = [] if token is None else [_authorization(token)]
+        added = [] if self.get_token is None else [_authorization(token)]
         return [*(given or ()), *self._fixed, *added]
 
 
-def _authorization(token: str) -> tuple[str, str]:
+def _authorization(token: str | None) -> tuple[str, str]:
+    if not isinstance(token, str):
+        raise TypeError(f"token: its function returned {type(token).__name__}, must return str")
     return "authorization", f"Bearer {printable_ascii('token', token)}"
 
 
@@ -95,13 +99,19 @@ def is_local(target: str) -> bool:
     scheme, _, rest = target.partition(":")
     if scheme in ("unix", "unix-abstract"):
         return True
-    addresses = rest.rpartition("/")[2] if scheme in ("dns", "ipv4", "ipv6") else target
+    addresses = target
+    if scheme in ("dns", "ipv4", "ipv6"):
+        # An authority is a DNS server, which can answer that localhost is anywhere.
+        addresses = rest.removeprefix("///")
     return all(_is_loopback(address) for address in addresses.split(","))
 
 
 def _is_loopback(address: str) -> bool:
     try:
-        host = urlsplit(f"//{address}").hostname or ""
+        parts = urlsplit(f"//{address}")
+        if parts.netloc != address or "@" in address:
+            return False  # gRPC reads it in another way
+        host = parts.hostname or ""
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False

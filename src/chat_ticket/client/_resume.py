@@ -1,13 +1,44 @@
-"""The state that makes many streams of a watch look like one."""
+"""The state that makes many streams look like one. It does no I/O, the same for both clients."""
 
-from chat_ticket.v1.chat_session_pb2 import WatchChatSessionResponse
-from chat_ticket.v1.resources_pb2 import ChatSession
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+import grpc
+
+from chat_ticket.errors import NotFoundError
+from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest, ListChatMessagesResponse
+from chat_ticket.v1.chat_session_pb2 import WatchChatSessionRequest, WatchChatSessionResponse
+from chat_ticket.v1.resources_pb2 import ChatMessage, ChatSession
+
+Response = TypeVar("Response", contravariant=True)
+Item = TypeVar("Item", covariant=True)
+
+
+class Resumable(Protocol[Response, Item]):
+    """What was delivered so far, of a stream that is started again after each break."""
+
+    @property
+    def position(self) -> str:
+        """After what the next stream starts, for the log."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is left to deliver."""
+
+    def items(self, response: Response) -> Sequence[Item]:
+        """What to deliver for a response."""
+
+    def on_stream_end(self) -> None:
+        """The server ended the stream without an error."""
+
+    def on_not_found(self) -> Sequence[Item]:
+        """What to deliver at last when the session is not found. Empty: that is an error."""
 
 
 class ResumeState:
     """What a watch has delivered so far, over all of its streams.
 
-    Pure: it does no I/O, and does not know which client uses it.
+    It does no I/O, and does not know which client uses it.
     """
 
     def __init__(self, revision: int):
@@ -63,3 +94,78 @@ class ResumeState:
         return WatchChatSessionResponse(
             revision=self.revision, session_deleted=WatchChatSessionResponse.ChatSessionDeleted()
         )
+
+
+class WatchProgress:
+    """The Resumable of WatchChatSession."""
+
+    def __init__(self, session_id: str, after_revision: int):
+        self._session_id = session_id
+        self._state = ResumeState(after_revision)
+
+    def request(self) -> WatchChatSessionRequest:
+        return WatchChatSessionRequest(
+            session_id=self._session_id, after_revision=self._state.revision
+        )
+
+    @property
+    def position(self) -> str:
+        return f"revision {self._state.revision}"
+
+    @property
+    def has_ended(self) -> bool:
+        return self._state.ended
+
+    def items(self, response: WatchChatSessionResponse) -> Sequence[WatchChatSessionResponse]:
+        event = self._state.accept(response)
+        return [] if event is None else [event]
+
+    def on_stream_end(self) -> None:
+        pass  # it ends by itself only after session_deleted, or when a proxy ends it
+
+    def on_not_found(self) -> Sequence[WatchChatSessionResponse]:
+        return [] if self._state.session is None else [self._state.session_deleted()]
+
+
+class ListProgress:
+    """The Resumable of ListChatMessages."""
+
+    def __init__(self, session_id: str, after_sequence: int):
+        self._session_id = session_id
+        self._sequence = after_sequence
+        self._session: ChatSession | None = None
+        self._is_complete = False
+
+    def request(self) -> ListChatMessagesRequest:
+        request = ListChatMessagesRequest(
+            session_id=self._session_id, after_sequence=self._sequence
+        )
+        if self._session is not None:
+            # As far as the first stream would have gone.
+            request.before_sequence = self._session.revision + 1
+        return request
+
+    @property
+    def position(self) -> str:
+        return f"sequence {self._sequence}"
+
+    @property
+    def has_ended(self) -> bool:
+        return self._is_complete
+
+    def items(self, response: ListChatMessagesResponse) -> Sequence[ChatMessage]:
+        if response.HasField("session"):
+            if self._session is None:
+                self._session = response.session
+            elif self._session.create_time != response.session.create_time:
+                # The id was used again, which callers must not do. The listed one is gone.
+                raise NotFoundError(grpc.StatusCode.NOT_FOUND, "the session was deleted meanwhile")
+        if response.messages:
+            self._sequence = response.messages[-1].sequence
+        return response.messages
+
+    def on_stream_end(self) -> None:
+        self._is_complete = True
+
+    def on_not_found(self) -> Sequence[ChatMessage]:
+        return []

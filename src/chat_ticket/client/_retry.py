@@ -1,10 +1,18 @@
-"""Which failures are worth another attempt, and how long to wait before it."""
+"""Which calls and failures are worth another attempt, when, and for how long."""
 
+import contextlib
 import random
+import time
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import grpc
 
 from chat_ticket.errors import ChatTicketError
+from chat_ticket.v1.chat_attachment_pb2 import CreateChatAttachmentRequest
+from chat_ticket.v1.chat_message_pb2 import BatchCreateChatMessagesRequest, CreateChatMessageRequest
+from chat_ticket.v1.chat_session_pb2 import CreateChatSessionRequest, UpdateChatSessionRequest
+from chat_ticket.v1.chat_ticket_pb2 import CreateChatTicketRequest
 
 RETRYABLE_CODES = frozenset(
     {
@@ -38,3 +46,51 @@ def backoff_seconds(failures: int, error: ChatTicketError | None) -> float:
     requested = None if error is None else error.retry_seconds
     limit = min(FIRST_BACKOFF_SECONDS * 2 ** min(failures, MAX_DOUBLINGS), MAX_BACKOFF_SECONDS)
     return (requested or 0) + random.uniform(0, limit)  # noqa: S311 - jitter
+
+
+def require_repeatable(request: object) -> None:
+    """ValueError for a request that could do something else when it is made again."""
+    match request:
+        case CreateChatSessionRequest():
+            _require_id("session.id", request.session.id)
+        case CreateChatMessageRequest():
+            _require_id("message.id", request.message.id)
+        case BatchCreateChatMessagesRequest():
+            for index, message in enumerate(request.messages):
+                _require_id(f"messages[{index}].id", message.id)
+        case CreateChatAttachmentRequest():
+            _require_id("attachment.id", request.attachment.id)
+        case CreateChatTicketRequest():
+            _require_id("chat_ticket_id", request.chat_ticket_id or request.ticket.id)
+        case UpdateChatSessionRequest() if request.session.etag:
+            raise ValueError(
+                "session.etag: must be empty in a call that is retried: when an attempt succeeds "
+                "and its answer is lost, the next one fails with ETAG_MISMATCH"
+            )
+
+
+def _require_id(field: str, value: str) -> None:
+    if not value:
+        raise ValueError(f"{field}: must be set in a call that is retried, so that it creates once")
+
+
+_deadline: ContextVar[float | None] = ContextVar("_deadline", default=None)
+
+
+@contextlib.contextmanager
+def calls_bounded_by(deadline: float) -> Iterator[None]:
+    """Calls within end by this time.monotonic(), also when the caller's function makes them."""
+    token = _deadline.set(deadline)
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
+def bounded(timeout: float | None) -> float | None:
+    """The timeout of a call, or what is left of the retries that it belongs to."""
+    deadline = _deadline.get()
+    if deadline is None:
+        return timeout
+    left = max(deadline - time.monotonic(), 0.0)
+    return left if timeout is None else min(timeout, left)

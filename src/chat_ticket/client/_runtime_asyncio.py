@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -10,17 +11,44 @@ import grpc.aio
 
 from chat_ticket import errors
 from chat_ticket.client._channel import CallMetadata
+from chat_ticket.client._retry import bounded
 
 Token = str | Callable[[], str | Awaitable[str]]
 Channel = grpc.aio.Channel
 Response = TypeVar("Response")
 
-sleep = asyncio.sleep
+
+class Closing:
+    """Whether the client is closed. Its streams, retries and pauses end when it is."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def begin(self) -> None:
+        self._event.set()
+
+    @property
+    def has_begun(self) -> bool:
+        return self._event.is_set()
+
+    async def sleep(self, seconds: float) -> None:
+        """CallCancelledError as soon as the client is closed."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._event.wait()
+        except TimeoutError:
+            return
+        raise errors.client_closed()
+
+
+async def close(channels: Sequence[Channel]) -> None:
+    await asyncio.gather(*(channel.close() for channel in channels))
 
 
 def open_channel(
     target: str,
     *,
+    closing: Closing,
     metadata: CallMetadata[str | Awaitable[str]],
     timeout: float,
     credentials: grpc.ChannelCredentials | None,
@@ -28,7 +56,10 @@ def open_channel(
 ) -> Channel:
     """A channel whose calls carry the metadata, and raise the exceptions of chat_ticket.errors."""
     asyncio.get_running_loop()  # gRPC would use another loop, in which no call ends
-    interceptors = [_UnaryInterceptor(metadata, timeout), _StreamInterceptor(metadata)]
+    interceptors = [
+        _UnaryInterceptor(metadata, timeout, closing),
+        _StreamInterceptor(metadata, closing),
+    ]
     if credentials is None:
         return grpc.aio.insecure_channel(target, options=options, interceptors=interceptors)
     return grpc.aio.secure_channel(target, credentials, options=options, interceptors=interceptors)
@@ -57,40 +88,65 @@ async def _with_metadata(
     metadata: CallMetadata[str | Awaitable[str]],
     timeout: float | None,
 ) -> grpc.aio.ClientCallDetails:
-    """The details of a call, with the metadata and the default timeout."""
+    """The details of a call, with the metadata, and the timeout that the token has left."""
+    timeout = bounded(timeout if details.timeout is None else details.timeout)
     token: str | None = None
     if metadata.get_token is not None:
+        start = time.monotonic()
         result = metadata.get_token()
-        token = await result if inspect.isawaitable(result) else result
+        token = await _within(timeout, result) if inspect.isawaitable(result) else result
+        if timeout is not None:
+            timeout -= time.monotonic() - start
     return grpc.aio.ClientCallDetails(
         details.method,
-        timeout if details.timeout is None else details.timeout,
+        timeout,
         grpc.aio.Metadata(*metadata.combine(details.metadata, token)),
         details.credentials,
         details.wait_for_ready,
     )
 
 
+async def _within(timeout: float | None, token: Awaitable[str]) -> str:
+    """The token; DeadlineExceededError when it takes as long as the call may."""
+    try:
+        async with asyncio.timeout(timeout) as limit:
+            return await token
+    except TimeoutError:
+        if not limit.expired():
+            raise  # the function's own
+        raise errors.DeadlineExceededError(
+            grpc.StatusCode.DEADLINE_EXCEEDED, f"token: its function took over {timeout:g} s"
+        ) from None
+
+
 # grpc.aio looks at the first kind that an interceptor has, so each kind needs its own class.
 class _UnaryInterceptor(grpc.aio.UnaryUnaryClientInterceptor):
-    def __init__(self, metadata: CallMetadata[str | Awaitable[str]], timeout: float):
+    def __init__(
+        self, metadata: CallMetadata[str | Awaitable[str]], timeout: float, closing: Closing
+    ):
         self._metadata = metadata
         self._timeout = timeout
+        self._closing = closing
 
     async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
-        call = await continuation(
-            await _with_metadata(details, self._metadata, self._timeout), request
-        )
         try:
+            call = await continuation(
+                await _with_metadata(details, self._metadata, self._timeout), request
+            )
             await call
         except grpc.aio.AioRpcError as error:
             raise errors.from_rpc_error(error) from error
+        except asyncio.CancelledError:  # of the call: the caller's task is another one
+            if self._closing.has_begun:
+                raise errors.client_closed() from None
+            raise
         return call
 
 
 class _StreamInterceptor(grpc.aio.UnaryStreamClientInterceptor):
-    def __init__(self, metadata: CallMetadata[str | Awaitable[str]]):
+    def __init__(self, metadata: CallMetadata[str | Awaitable[str]], closing: Closing):
         self._metadata = metadata
+        self._closing = closing
 
     async def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
         call = await continuation(await _with_metadata(details, self._metadata, None), request)
@@ -102,3 +158,8 @@ class _StreamInterceptor(grpc.aio.UnaryStreamClientInterceptor):
                 yield response
         except grpc.aio.AioRpcError as error:
             raise errors.from_rpc_error(error) from error
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._closing.has_begun and (task is None or not task.cancelling()):
+                raise errors.client_closed() from None
+            raise

@@ -9,6 +9,7 @@ import grpc
 
 from chat_ticket import errors
 from chat_ticket.client._channel import CallMetadata
+from chat_ticket.client._retry import bounded
 from chat_ticket.v1.chat_attachment_pb2_grpc import ChatAttachmentServiceStub
 from chat_ticket.v1.chat_message_pb2_grpc import ChatMessageServiceStub
 from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
@@ -18,8 +19,6 @@ Token = str | Callable[[], str]
 Channel = grpc.Channel
 Response = TypeVar("Response")
 
-sleep = time.sleep
-
 STUBS: Sequence[Callable[[grpc.Channel], object]] = (
     ChatAttachmentServiceStub,
     ChatMessageServiceStub,
@@ -28,9 +27,34 @@ STUBS: Sequence[Callable[[grpc.Channel], object]] = (
 )
 
 
+class Closing:
+    """Whether the client is closed. Its streams, retries and pauses end when it is."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def begin(self) -> None:
+        self._event.set()
+
+    @property
+    def has_begun(self) -> bool:
+        return self._event.is_set()
+
+    def sleep(self, seconds: float) -> None:
+        """CallCancelledError as soon as the client is closed."""
+        if self._event.wait(seconds):
+            raise errors.client_closed()
+
+
+def close(channels: Sequence[Channel]) -> None:
+    for channel in channels:
+        channel.close()
+
+
 def open_channel(
     target: str,
     *,
+    closing: Closing,  # noqa: ARG001 - grpc.aio alone has to be told
     metadata: CallMetadata[str],
     timeout: float,
     credentials: grpc.ChannelCredentials | None,
@@ -126,11 +150,17 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInter
         return _Call(continuation(self._with_metadata(details, None), request))
 
     def _with_metadata(self, details: Any, timeout: float | None) -> _Details:
+        timeout = bounded(timeout if details.timeout is None else details.timeout)
         get_token = self._metadata.get_token
-        token = None if get_token is None else get_token()
+        token: str | None = None
+        if get_token is not None:
+            start = time.monotonic()
+            token = get_token()
+            if timeout is not None:
+                timeout -= time.monotonic() - start
         return _Details(
             details.method,
-            timeout if details.timeout is None else details.timeout,
+            timeout,
             self._metadata.combine(details.metadata, token),
             details.credentials,
             details.wait_for_ready,
