@@ -236,11 +236,17 @@ export interface SearchChatMessagesRequest {
    * UNSPECIFIED is rejected.
    */
   roles: ChatMessageRole[];
-  /** Finds only messages created at or after this time. Optional. */
+  /**
+   * Finds only messages created at or after this time. Optional; unset and 0001-01-01T00:00:00Z
+   * mean no limit.
+   */
   startCreateTime:
     | Date
     | undefined;
-  /** Finds only messages created before this time. Optional. */
+  /**
+   * Finds only messages created before this time. Optional; unset and the last microsecond of the
+   * year 9999 mean no limit.
+   */
   endCreateTime:
     | Date
     | undefined;

@@ -137,19 +137,31 @@ export interface ListChatSessionsRequest {
   hasTicket?:
     | boolean
     | undefined;
-  /** Returns only sessions created at or after this time. Optional. */
+  /**
+   * Returns only sessions created at or after this time. Optional; unset and 0001-01-01T00:00:00Z
+   * mean no limit.
+   */
   startCreateTime:
     | Date
     | undefined;
-  /** Returns only sessions created before this time. Optional. */
+  /**
+   * Returns only sessions created before this time. Optional; unset and the last microsecond of the
+   * year 9999 mean no limit.
+   */
   endCreateTime:
     | Date
     | undefined;
-  /** Returns only sessions last changed at or after this time. Optional. */
+  /**
+   * Returns only sessions last changed at or after this time. Optional; unset and
+   * 0001-01-01T00:00:00Z mean no limit.
+   */
   startUpdateTime:
     | Date
     | undefined;
-  /** Returns only sessions last changed before this time. Optional. */
+  /**
+   * Returns only sessions last changed before this time. Optional; unset and the last microsecond
+   * of the year 9999 mean no limit.
+   */
   endUpdateTime:
     | Date
     | undefined;

@@ -310,8 +310,9 @@ export interface ChatMessage {
   /** The text, stored exactly as sent. Required; at most 256 KiB of UTF-8; no NUL. Immutable. */
   content: string;
   /**
-   * A JSON object as text. Optional; empty means no metadata. At most 64 KiB, also with all numbers
-   * written without an exponent, and at most 20 levels deep.
+   * A JSON object as text. Optional; empty means no metadata. At most 64 KiB, counted without
+   * blanks between its tokens and with all numbers written without an exponent, and at most 20
+   * levels deep. So a value can be sent back as it was returned.
    *
    * Numbers must be in the range of a double, with at most 16,383 digits after the decimal point.
    * NaN, Infinity, NUL and unpaired surrogates are rejected.
@@ -341,8 +342,13 @@ export interface ChatAttachment {
   /** The message of the attachment. Output only. */
   messageId: string;
   /**
-   * The URL of the file. Required; an `https` URL of at most 2,048 ASCII characters, without user
-   * info. Immutable.
+   * The URL of the file. Required; an `https` URL of at most 2,048 characters, without user info.
+   * Immutable.
+   *
+   * It is parsed as the WHATWG URL standard says, so a host may be an IDN, and a path may have
+   * blanks and characters beyond ASCII. It must begin with the scheme and `//`, be one line as a
+   * `Ticket.title` is, and have no backslash before its path. It is stored as sent, and requested
+   * in its serialised form.
    *
    * The server checks that the URL is accessible when the attachment is created, and never again. A
    * GET request for the first byte must be answered with a 2xx status, or with 416 for an empty
@@ -351,11 +357,14 @@ export interface ChatAttachment {
    * check off.
    */
   fileUrl: string;
-  /** The name of the file. Required; at most 255 characters; no control characters. Immutable. */
+  /**
+   * The name of the file. Required; at most 255 characters, of one line as a `Ticket.title` is.
+   * Immutable.
+   */
   fileName: string;
   /**
-   * The MIME type of the file, as `type/subtype` without parameters. Required; at most 255
-   * characters. Immutable.
+   * The MIME type of the file, with parameters as in RFC 9110, such as `audio/ogg; codecs=opus`.
+   * Required; at most 255 characters, of ASCII. Stored as sent. Immutable.
    */
   fileType: string;
   /** The time of creation. Output only. */
@@ -371,7 +380,10 @@ export interface Ticket {
   id: string;
   /** The tenant of the ticket: 1 to 255 characters, as in `x-tenant-id`. Output only. */
   tenantId: string;
-  /** The title. Required; at most 500 characters. */
+  /**
+   * The title. Required; at most 500 characters, of one line: no control characters or line breaks,
+   * no blank at its beginning or end, and bidirectional controls only in pairs. Stored as sent.
+   */
   title: string;
   /** The status. Optional on create; the default is OPEN. */
   status: TicketStatus;
