@@ -29,7 +29,9 @@ STATEMENTS: dict[str, LiteralString] = {
 
 # Besides them, only this is sent.
 OTHERS = {
-    *("store.database.'BEGIN'", "store.database.'COMMIT'", "store.database.'ROLLBACK'"),
+    "store.database.'BEGIN ISOLATION LEVEL READ COMMITTED'",
+    "store.database.'BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY'",
+    *("store.database.'COMMIT'", "store.database.'ROLLBACK'"),
     *("store.database.'SELECT 1'", "watch.notifications.f'LISTEN {CHANNEL}'"),
     *("store.database.sql", "store.transaction.sql"),  # which are passed through
     "store.search.ESTIMATE",  # which reads no table: it returns a plan

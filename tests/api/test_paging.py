@@ -314,8 +314,9 @@ async def test_updates_around_a_full_hour(api: Api, database: str) -> None:
     ]
     ids = [(await api.session()).id for _ in times]
     for session_id, time in zip(ids, times, strict=True):
-        change = f"UPDATE chat_sessions SET updated_at = '{time}' WHERE id = '{session_id}'"
-        execute(database, change)
+        # The list relies on it that a session is created before it is updated.
+        change = f"created_at = '{time}'::timestamptz - interval '1 day', updated_at = '{time}'"
+        execute(database, f"UPDATE chat_sessions SET {change} WHERE id = '{session_id}'")
     updated = [(await get_session(api, session_id)).update_time for session_id in ids]
     request = ListChatSessionsRequest(page_size=2)
     for first, last in itertools.combinations(range(len(ids)), 2):
@@ -324,10 +325,12 @@ async def test_updates_around_a_full_hour(api: Api, database: str) -> None:
         for request.order_by in (CHAT_SESSION_ORDER_CREATE_TIME, CHAT_SESSION_ORDER_UPDATE_TIME):
             found = []
             request.page_token = ""
-            while request.page_token or not found:
+            for _ in ids:
                 page = await api.sessions.ListChatSessions(request)
                 found += [session.id for session in page.sessions]
                 request.page_token = page.next_page_token
+                if not request.page_token:
+                    break
             assert found == ids[first:last][::-1]
 
 

@@ -236,11 +236,11 @@ for call in (
 
 
 def test_retry_gives_up_in_time(tenant: str) -> None:
-    """By the last error."""
+    """By the error of the last attempt, which may not have had the time to fail by itself."""
     with ChatTicketClient(f"127.0.0.1:{free_port()}", tenant=tenant, options=OPTIONS) as client:
         start = time.monotonic()
         request = DeleteChatSessionRequest(session_id=an_id())
-        with pytest.raises(errors.UnavailableError):
+        with pytest.raises((errors.UnavailableError, errors.DeadlineExceededError)):
             client.retry(client.sessions.DeleteChatSession, request, timeout=0.5)
         assert time.monotonic() - start < 5
 

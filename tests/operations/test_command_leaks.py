@@ -102,6 +102,7 @@ class TestCommands:
         # Any text does for these.
         text = {"HOST", "TLS_CERTIFICATE", "TLS_KEY", "TLS_CLIENT_CA", "MTLS_POLICY"}
         text |= {"JWKS", "JWT_ISSUER", "JWT_AUDIENCE", "ATTACHMENT_URL_ALLOWED_HOSTS"}
+        text |= {"JWT_TENANTS_CLAIM", "JWT_PERMISSIONS_CLAIM", "JWT_SUBJECT_CLAIM"}
         unnamed = {name for name in variables if f"{name}:" not in written}
         assert unnamed == {f"CHAT_TICKET_{name}" for name in text}
 

@@ -24,7 +24,7 @@ SETTINGS = {
         "BatchCreateChatMessagesRequest.messages",
         f"1 to {DEFAULTS.batch_messages}, with at most {DEFAULTS.attachments} attachments",
     ),
-    "file_url": ("ChatAttachment.file_url", f"at most {DEFAULTS.file_url:,} ASCII characters"),
+    "file_url": ("ChatAttachment.file_url", f"at most {DEFAULTS.file_url:,} characters"),
     "file_name": ("ChatAttachment.file_name", f"at most {DEFAULTS.file_name} characters"),
     "file_type": ("ChatAttachment.file_type", f"at most {DEFAULTS.file_type} characters"),
     "title": ("Ticket.title", f"at most {DEFAULTS.title} characters"),

@@ -463,7 +463,7 @@ class TestRun:
             assert migrate.up(empty_database) == 0
             shown = screen.read1().decode()
         done = re.findall(r"index of pages, building index: scanning table: +(\d+)%", shown)
-        assert {0} < set(map(int, done)) <= set(range(100)), shown
+        assert {0} < set(map(int, done)) <= set(range(101)), shown
 
 
 class TestCollation:
@@ -545,7 +545,7 @@ class TestMake:
     def test_failure_is_an_exit_status(self) -> None:
         """What make runs next does not run on a database that was not migrated."""
         process = make("migrate", url="postgresql://nobody@/none?host=/nonexistent")
-        assert "no such file or directory" in process.communicate(timeout=60)[0]
+        assert "no server has this socket" in process.communicate(timeout=60)[0]
         assert process.returncode != 0
 
     def test_new_migration_has_an_up_and_a_down(self, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ async def test_service_runs_in_a_schema_of_its_own(cluster: Cluster, tenant: str
         assert migrate.up(own, quiet=True) == 0
         await converse(own, tenant)
         checked = await command("check", DATABASE_URL=own, CHAT_TICKET_PORT="1")
-        assert re.search(r"^ok +schema .*\nok +write ", checked.output, re.MULTILINE)
+        assert re.search(r"^ok +schema .*^ok +write ", checked.output, re.MULTILINE | re.DOTALL)
         erased = await command("erase", "--tenant", tenant, "--yes", DATABASE_URL=own)
         assert erased.status == 0, erased
     finally:

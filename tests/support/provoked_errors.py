@@ -80,7 +80,7 @@ def token(directory: Path, **claims: Any) -> str:
         {
             "iss": token_command.ISSUER,
             "aud": token_command.AUDIENCE,
-            "sub": secret("sub"),
+            "sub": "somebody",  # who calls is logged
             "exp": int(time.time()) + 600,
             "tenants": "*",
             "scope": f"read write delete ticket {secret('scope')}",
@@ -140,13 +140,16 @@ async def provoke_request_errors(output: ServerOutput, api: Api) -> None:
 
 
 async def provoke_authentication_errors(output: ServerOutput, api: Api, keys: Path) -> None:
-    """Send invalid credentials and tenants, each a secret."""
+    """Send invalid credentials and tenants.
+
+    Each is a secret, but for what the log says of a token: its key id and a claim that is wrong.
+    """
     get = s.GetChatSessionRequest(session_id=an_id())
     valid = bearer(keys)
     forged = (
         f"{token(keys).rpartition('.')[0]}.{base64.b64encode(secret('sign').encode()).decode()}"
     )
-    unknown_key = jwt.encode({"sub": secret("sub")}, "0" * 32, headers={"kid": secret("kid")})
+    unknown_key = jwt.encode({"sub": secret("sub")}, "0" * 32, headers={"kid": "unknown"})
     cases: list[tuple[str, list[tuple[str, str]]]] = [
         ("CREDENTIAL_REQUIRED", []),
         ("CREDENTIAL_INVALID", [("authorization", f"Basic {secret('basic')}")]),
@@ -154,7 +157,7 @@ async def provoke_authentication_errors(output: ServerOutput, api: Api, keys: Pa
         ("CREDENTIAL_INVALID", [("authorization", f"Bearer {secret('malformed')}.x.y")]),
         ("CREDENTIAL_INVALID", [("authorization", f"Bearer {forged}")]),
         ("CREDENTIAL_INVALID", [("authorization", f"Bearer {unknown_key}")]),
-        ("CREDENTIAL_INVALID", bearer(keys, iss=secret("iss"))),
+        ("CREDENTIAL_INVALID", bearer(keys, iss="https://another-issuer.example")),
         ("CREDENTIAL_INVALID", bearer(keys, tenants=[f" {secret('claim')} "])),
         ("CREDENTIAL_INVALID", [*valid, *valid]),
         ("CREDENTIAL_EXPIRED", bearer(keys, exp=1)),

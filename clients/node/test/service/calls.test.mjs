@@ -82,8 +82,9 @@ test('a watch shows the history, and then what happens', async () => {
   const found = []
   for await (const { event, revision } of client.watch(sessionId)) {
     found.push([event.$case, revision, event.value.messages?.map(({ content }) => content)])
-    if (event.$case === 'caughtUp') {
-      await say(sessionId, 'live')
+    if (event.$case === 'caughtUp') await say(sessionId, 'live')
+    // Not before the message is seen: a watch shows the newest state of the session first.
+    if (event.$case === 'messagesCreated' && event.value.messages[0].content === 'live') {
       await client.tickets.createChatTicket({
         sessionId,
         target: { $case: 'ticket', value: { title: 'help' } },
