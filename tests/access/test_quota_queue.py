@@ -27,6 +27,7 @@ from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest, WatchChatSess
 from chat_ticket_svc import config
 from chat_ticket_svc.access import quotas as quotas_module
 from chat_ticket_svc.access.quotas import QuotaEnforcer
+from chat_ticket_svc.rpc.aio_server import ACCEPTORS_PER_METHOD
 
 pytestmark = pytest.mark.usefixtures("fast_shutdown")
 
@@ -63,7 +64,9 @@ async def test_burst_is_served_in_the_order_of_coming(
     api = await start_with_quotas(wait_seconds=10, **quotas)
     session = await api.session()
     messages = await asyncio.gather(*(api.message(session.id) for _ in range(100)))
-    assert [message.sequence for message in messages] == list(range(1, 101))
+    # gRPC hands over the calls of one moment in any order.
+    for position, message in enumerate(messages, 1):
+        assert abs(message.sequence - position) < ACCEPTORS_PER_METHOD
 
 
 async def test_streams_wait_for_the_rate(start_with_quotas: StartWithQuotas) -> None:

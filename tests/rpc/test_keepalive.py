@@ -21,31 +21,40 @@ SHORTEST_CLIENT_INTERVAL_SECONDS = 10
 ENHANCE_YOUR_CALM = 11
 
 
-def ping(address: str, count: int, seconds: float) -> int | None:
-    """Send pings, `seconds` apart, without any call. Returns the code of a GOAWAY."""
+def ping(address: str, count: int, seconds: float, wait_seconds: float) -> int | None:
+    """Send pings, `seconds` apart, without any call. Returns the code of a GOAWAY.
+
+    It is awaited for `wait_seconds` after the last ping.
+    """
     with Http2(address) as connection:
         for number in range(count):
             if connection.goaway is not None:
                 break
             connection.h2.ping(number.to_bytes(8, "big"))
             connection.flush()
-            end = time.monotonic() + seconds
+            is_last = number == count - 1
+            end = time.monotonic() + (wait_seconds if is_last else seconds)
             while (remaining := end - time.monotonic()) > 0 and not connection.is_closed:
                 connection.receive(remaining)
-        connection.receive(0.5)
         return connection.goaway
 
 
-@pytest.mark.parametrize(("seconds", "goaway"), [(0.15, None), (0, ENHANCE_YOUR_CALM)])
+@pytest.mark.parametrize(
+    ("seconds", "wait_seconds", "goaway"), [(0.15, 0.5, None), (0, 10, ENHANCE_YOUR_CALM)]
+)
 async def test_pings_without_calls(
-    database: str, monkeypatch: pytest.MonkeyPatch, seconds: float, goaway: int | None
+    database: str,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    wait_seconds: float,
+    goaway: int | None,
 ) -> None:
     """Allowed at the server's interval, which is short here. More frequent ones are not."""
     options = {**dict(server.OPTIONS), INTERVAL: 30}
     monkeypatch.setattr(server, "OPTIONS", list(options.items()))
     async with serving(database) as running:
         address = f"localhost:{running.port}"
-        assert await asyncio.to_thread(ping, address, 8, seconds) == goaway
+        assert await asyncio.to_thread(ping, address, 8, seconds, wait_seconds) == goaway
 
 
 def test_interval_suits_the_clients_that_ping_most_often() -> None:
