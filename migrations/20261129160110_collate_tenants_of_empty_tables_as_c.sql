@@ -37,12 +37,17 @@ BEGIN
 END
 $$;
 
--- Only in empty tables. Elsewhere it would stop all calls for as long as the indexes take, and end
--- the prepared statements of the servers of the version before, which return the column.
--- docs/operations/upgrade.md says how an operator does it for tables with rows.
+-- Only in empty tables that no server is connected to. Elsewhere it would stop all calls for as long
+-- as the indexes take, and end the prepared statements of the servers of the version before, which
+-- return the column. docs/operations/upgrade.md says how an operator does it for other tables.
 DO $$
 BEGIN
-    IF NOT EXISTS (SELECT FROM chat_sessions) AND NOT EXISTS (SELECT FROM tickets) THEN
+    IF NOT EXISTS (SELECT FROM chat_sessions) AND NOT EXISTS (SELECT FROM tickets)
+       AND NOT EXISTS (
+           SELECT FROM pg_stat_activity
+            WHERE datname = current_database() AND application_name = 'chat-ticket-svc'
+       )
+    THEN
         PERFORM set_tenant_collation('C');
     END IF;
 END

@@ -21,6 +21,7 @@ from support.process import START_SECONDS, server_process
 from support.sessions import get_session
 
 from chat_ticket_svc.commands import migrate
+from chat_ticket_svc.store.connection import connection_string
 from chat_ticket_svc.store.schema import MIGRATIONS
 
 ROOT = MIGRATIONS.parent
@@ -476,6 +477,16 @@ class TestCollation:
     def test_empty_tables_order_tenants_by_bytes(self, database: str) -> None:
         """Every index that starts with the tenant is in an order that no library changes."""
         assert ask(database, self.COLLATIONS) == [("C",)]
+
+    def test_servers_that_run_keep_their_prepared_statements(self, fresh_database: str) -> None:
+        """The migration leaves the tables of a server that may have prepared reads of them."""
+        while ask(fresh_database, self.COLLATIONS) != [("default",)]:
+            assert migrate.dbmate(fresh_database, "rollback", quiet=True) == 0
+        with psycopg.connect(connection_string(fresh_database), autocommit=True) as connection:
+            tenants = "SELECT tenant_id FROM chat_sessions"
+            connection.execute(tenants, prepare=True)
+            assert migrate.up(fresh_database, quiet=True) == 0
+            connection.execute(tenants)
 
     async def test_tables_with_rows_change_when_an_operator_says_so(
         self, fresh_database: str, start_server: Callable[..., Any]

@@ -25,6 +25,9 @@ CONNECTION_OPTIONS = {
     "application_name": "chat-ticket-svc",
 }
 
+# Of what connects for a migration. By the other name, migrations recognise servers.
+MIGRATION_APPLICATION_NAME = "chat-ticket-svc migrate"
+
 ENCODING = "UTF8"
 ESCAPED_BLANK = "\\ "  # in `options`, which PostgreSQL splits at blanks
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import psycopg
 
-from chat_ticket_svc.store.connection import connection_string
+from chat_ticket_svc.store.connection import MIGRATION_APPLICATION_NAME, connection_string
 
 # A role, a database or the environment may set these, for the short statements of services. A
 # migration takes as long as it takes. Its waits for locks are bounded by its own lock_timeout.
@@ -84,7 +84,11 @@ class MigrationProgress:
                 **SESSION_SETTINGS,
                 "statement_timeout": STATEMENT_TIMEOUT_MS,
             }
-            self._connection = psycopg.connect(connection_string(url, **settings), autocommit=True)
+            self._connection = psycopg.connect(
+                connection_string(url, **settings),
+                autocommit=True,
+                application_name=MIGRATION_APPLICATION_NAME,
+            )
 
     def session_settings(self) -> dict[str, str]:
         """The settings with which the migrations are to run on this server."""

@@ -10,6 +10,7 @@ import psycopg
 
 from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.store.connection import (
+    MIGRATION_APPLICATION_NAME,
     connect,
     connection_string,
     differing_settings,
@@ -142,7 +143,7 @@ def require_utf8_database(url: str) -> None:
     except psycopg.ProgrammingError:
         return
     try:
-        with psycopg.connect(conninfo) as connection:
+        with psycopg.connect(conninfo, application_name=MIGRATION_APPLICATION_NAME) as connection:
             require_utf8(connection)
     except psycopg.Error as error:
         raise unreachable(error) from error
