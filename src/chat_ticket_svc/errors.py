@@ -136,6 +136,8 @@ class ResourceExhaustedError(DomainError):
 class QuotaExceededError(ResourceExhaustedError):
     """A tenant, or without `tenant_id` the whole server, has used up `quota`, named as its setting.
 
+    The quotas of waiting calls and of their bytes are no settings.
+
     `retry_seconds` is the delay after which the quota may allow the call.
     """
 

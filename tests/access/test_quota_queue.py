@@ -143,12 +143,12 @@ async def test_tenants_take_turns(start_with_quotas: StartWithQuotas, database: 
 
 
 @pytest.mark.parametrize(
-    ("bound", "limit"),
+    ("bound", "limit", "quota"),
     [
-        ("MAX_WAITING_PER_TENANT", 2),
-        ("MAX_WAITING", 2),
-        ("MAX_WAITING_BYTES_PER_TENANT", 25_000),
-        ("MAX_WAITING_BYTES", 25_000),
+        ("MAX_WAITING_PER_TENANT", 2, "tenant_waiting_calls"),
+        ("MAX_WAITING", 2, "waiting_calls"),
+        ("MAX_WAITING_BYTES_PER_TENANT", 25_000, "tenant_waiting_bytes"),
+        ("MAX_WAITING_BYTES", 25_000, "waiting_bytes"),
     ],
 )
 async def test_number_and_size_of_waiting_calls_are_limited(
@@ -157,6 +157,7 @@ async def test_number_and_size_of_waiting_calls_are_limited(
     monkeypatch: pytest.MonkeyPatch,
     bound: str,
     limit: int,
+    quota: str,
 ) -> None:
     """So the memory that they hold is bounded. Callers that leave make room for others."""
     monkeypatch.setattr(quotas_module, bound, limit)
@@ -173,6 +174,9 @@ async def test_number_and_size_of_waiting_calls_are_limited(
             await asyncio.sleep(0.1)
             waiting = [task for task in calls if not task.done()]
             assert len(waiting) == 2
+            for task in calls:
+                if task not in waiting:
+                    assert f"quota {quota} exceeded" in str(task.exception())
             for task in waiting:
                 task.cancel()
             await asyncio.gather(*calls, return_exceptions=True)

@@ -34,8 +34,8 @@ MAX_WAIT_SECONDS = 2.0
 # A waiting call keeps its request in memory. What exceeds these numbers is rejected at once.
 MAX_WAITING_PER_TENANT = 1000
 MAX_WAITING = 4000
-MAX_WAITING_BYTES_PER_TENANT = 16 * config.MIB
-MAX_WAITING_BYTES = 64 * config.MIB
+MAX_WAITING_BYTES_PER_TENANT = 64 * config.MIB
+MAX_WAITING_BYTES = 128 * config.MIB
 
 REJECTION_DELAY_SECONDS = 0.1
 # A delayed rejection keeps its request in memory. Beyond these numbers rejections are immediate.
@@ -192,14 +192,16 @@ class QuotaEnforcer:
         request_bytes: int,
     ) -> _Lease:
         wait_seconds = min(wait_seconds, MAX_WAIT_SECONDS)
-        if (
-            self._rate_delay(usage, usage.waiting) >= wait_seconds
-            or usage.waiting >= MAX_WAITING_PER_TENANT
-            or self._waiting >= MAX_WAITING
-            or usage.waiting_bytes + request_bytes > MAX_WAITING_BYTES_PER_TENANT
-            or self._waiting_bytes + request_bytes > MAX_WAITING_BYTES
-        ):
+        if self._rate_delay(usage, usage.waiting) >= wait_seconds:
             raise self._exceeded(usage, queue)
+        waiting_bytes = self._waiting_bytes + request_bytes
+        tenant_id, tenant_bytes = usage.tenant_id, usage.waiting_bytes + request_bytes
+        _require_below("tenant_waiting_calls", MAX_WAITING_PER_TENANT, usage.waiting, tenant_id)
+        _require_below("waiting_calls", MAX_WAITING, self._waiting)
+        _require_below(
+            "tenant_waiting_bytes", MAX_WAITING_BYTES_PER_TENANT, tenant_bytes, tenant_id
+        )
+        _require_below("waiting_bytes", MAX_WAITING_BYTES, waiting_bytes)
         lease: asyncio.Future[_Lease] = asyncio.get_running_loop().create_future()
         queue[lease] = next(self._arrivals), take
         self._waiting += 1

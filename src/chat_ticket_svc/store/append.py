@@ -156,7 +156,7 @@ async def append_messages(
             lambda *row: row,
             idempotent=True,
             outcome_unknown=outcome_unknown,
-            locks_session=session_id,
+            locks=[session_id],
         )
         if rows:
             return [

@@ -209,7 +209,7 @@ async def create(
 
     session_id = await sessions.of_message(db, tenant_id, message_id)
     try:
-        return await db.transaction(body, idempotent=True, locks_session=session_id)
+        return await db.transaction(body, idempotent=True, locks=[session_id])
     except ConstraintViolation as violation:
         if violation.constraint != "chat_attachments_pkey":
             raise
@@ -280,4 +280,4 @@ async def delete(db: Database, tenant_id: str, attachment_id: str) -> str:
     session_id = await db.fetch_by_key(SESSION, params, str)
     if session_id is None:
         raise not_found(attachment_id)
-    return await db.transaction(body, idempotent=False, locks_session=session_id)
+    return await db.transaction(body, idempotent=False, locks=[session_id])

@@ -1,12 +1,12 @@
 """The queue for connections of the pool: bounded in length and in time, and fair to tenants.
 
-Before it, the calls that lock the same session take turns.
+Before it, the calls that lock the same session or ticket take turns.
 """
 
 import asyncio
 import contextlib
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import psycopg
@@ -19,8 +19,8 @@ Connection = psycopg.AsyncConnection[Any]
 
 LEASE_TIMEOUT_SECONDS = 2
 WAITING_CALLS_PER_CONNECTION = 4
-# One has the session's lock and commits, the other waits for it: more would not be faster.
-CALLS_PER_SESSION = 2
+# One has the row's lock and commits, the other waits for it: more would not be faster.
+CALLS_PER_ROW = 2
 
 
 class QueueFull(Exception):  # noqa: N818 - a signal to Database, never to a caller
@@ -31,8 +31,8 @@ class PoolBusy(Exception):  # noqa: N818 - as above
     """The call waited LEASE_TIMEOUT_SECONDS while other calls had the connections."""
 
 
-class SessionBusy(Exception):  # noqa: N818 - as above
-    """The call waited for its turn to lock its session as long as it may wait for a lock."""
+class RowBusy(Exception):  # noqa: N818 - as above
+    """The call waited for its turn to lock a row as long as it may wait for a lock."""
 
 
 class NoConnection(Exception):  # noqa: N818 - as above
@@ -51,9 +51,9 @@ class ConnectionQueue:
     """Leases connections of a pool to calls.
 
     A tenant has at most half of the connections. So if its calls hang, or many come at once, only
-    its own calls wait for them. Of the calls that lock one session, CALLS_PER_SESSION at most have
-    or wait for a connection. So when something holds the session's lock for long, the tenant's
-    other calls still get connections.
+    its own calls wait for them. Of the calls that lock one session or ticket, CALLS_PER_ROW at most
+    have or wait for a connection. So when something holds its lock for long, the tenant's other
+    calls still get connections.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class ConnectionQueue:
         self._max_calls = pool_size * (1 + WAITING_CALLS_PER_CONNECTION)
         self._max_tenant_connections = (pool_size + 1) // 2
         # Leaves the tenant a connection for its other calls, if it has more than one.
-        self._max_session_calls = min(CALLS_PER_SESSION, max(1, self._max_tenant_connections - 1))
-        # Weak references, so that tenants and sessions without calls are forgotten.
+        self._max_row_calls = min(CALLS_PER_ROW, max(1, self._max_tenant_connections - 1))
+        # Weak references, so that tenants and rows without calls are forgotten.
         self._shares: weakref.WeakValueDictionary[str | None, TenantShare] = (
             weakref.WeakValueDictionary()
         )
-        self._sessions: weakref.WeakValueDictionary[tuple[str | None, str], asyncio.Semaphore] = (
+        self._rows: weakref.WeakValueDictionary[tuple[str | None, str], asyncio.Semaphore] = (
             weakref.WeakValueDictionary()
         )
 
@@ -90,13 +90,16 @@ class ConnectionQueue:
 
     @contextlib.asynccontextmanager
     async def lease(
-        self, tenant_id: str | None, *, locks_session: str | None = None
+        self, tenant_id: str | None, *, locks: Sequence[str] = ()
     ) -> AsyncIterator[Connection]:
-        """A connection for a call of the tenant, which may begin by locking a session.
+        """A connection for a call of the tenant, which locks the sessions and tickets of these ids.
 
-        Raises SessionBusy, QueueFull, PoolBusy or NoConnection.
+        A call that locks a session and a ticket names the session first. Raises RowBusy, QueueFull,
+        PoolBusy or NoConnection.
         """
-        async with self._turn(tenant_id, locks_session):
+        async with contextlib.AsyncExitStack() as turns:
+            for row_id in locks:
+                await turns.enter_async_context(self._turn(tenant_id, row_id))
             share = self._shares.setdefault(tenant_id, TenantShare(self._max_tenant_connections))
             with self._counted(share):
                 with tracing.pool_wait():
@@ -113,23 +116,18 @@ class ConnectionQueue:
                         share.connections.release()
 
     @contextlib.asynccontextmanager
-    async def _turn(self, tenant_id: str | None, session_id: str | None) -> AsyncIterator[None]:
-        """Wait, without a connection, until few enough other calls lock this session."""
-        if session_id is None:
-            yield
-            return
-        session = self._sessions.setdefault(
-            (tenant_id, session_id), asyncio.Semaphore(self._max_session_calls)
-        )
+    async def _turn(self, tenant_id: str | None, row_id: str) -> AsyncIterator[None]:
+        """Wait, without a connection, until few enough other calls lock this row."""
+        row = self._rows.setdefault((tenant_id, row_id), asyncio.Semaphore(self._max_row_calls))
         try:
             with Timeout(self._lock_timeout_seconds):
-                await session.acquire()
+                await row.acquire()
         except TimeoutError as error:
-            raise SessionBusy from error
+            raise RowBusy from error
         try:
             yield
         finally:
-            session.release()
+            row.release()
 
     async def _acquire(self, share: TenantShare) -> Connection:
         """Wait for the tenant's share, then for the pool; LEASE_TIMEOUT_SECONDS in all."""

@@ -30,7 +30,7 @@ from chat_ticket_svc.store.connection_queue import (
     NoConnection,
     PoolBusy,
     QueueFull,
-    SessionBusy,
+    RowBusy,
 )
 from chat_ticket_svc.store.driver_errors import CancellationDetector, ConnectionLost, translate
 from chat_ticket_svc.store.pipelined_connection import PipelinedConnection
@@ -224,13 +224,13 @@ class Database:
         *,
         idempotent: bool,
         outcome_unknown: bool = False,
-        locks_session: str | None = None,
+        locks: Sequence[str] = (),
     ) -> list[T]:
         """Write in one statement, which is a transaction of its own, and return its rows.
 
-        `locks_session` is the id of the session that it locks, if any. `idempotent` says that the
-        statement can be repeated safely. `outcome_unknown` says that an earlier attempt may have
-        committed it.
+        `locks` has the ids of the session and of the ticket that it locks, if any. `idempotent`
+        says that the statement can be repeated safely. `outcome_unknown` says that an earlier
+        attempt may have committed it.
         """
 
         async def work(transaction: Transaction, outcome: _Outcome) -> list[T]:
@@ -238,7 +238,7 @@ class Database:
             return await transaction.fetch_all(sql, params, make_row)
 
         return await self._run_with_retries(
-            self._with_lease(work, locks_session=locks_session),
+            self._with_lease(work, locks=locks),
             idempotent=idempotent,
             outcome_unknown=outcome_unknown,
         )
@@ -258,11 +258,11 @@ class Database:
         body: Callable[[Transaction], Awaitable[T]],
         *,
         idempotent: bool,
-        locks_session: str | None = None,
+        locks: Sequence[str] = (),
     ) -> T:
         """Run `body` in a READ COMMITTED transaction, again after a conflict.
 
-        `locks_session` is the id of the session that it locks first, if any.
+        `locks` has the ids of the session and of the ticket that it locks first, if any.
         `idempotent` says that `body` can be repeated safely after it was committed.
         """
 
@@ -279,7 +279,7 @@ class Database:
             return result
 
         return await self._run_with_retries(
-            self._with_lease(work, locks_session=locks_session), idempotent=idempotent
+            self._with_lease(work, locks=locks), idempotent=idempotent
         )
 
     @contextlib.asynccontextmanager
@@ -318,14 +318,14 @@ class Database:
         self,
         work: Callable[[Transaction, _Outcome], Awaitable[T]],
         *,
-        locks_session: str | None = None,
+        locks: Sequence[str] = (),
     ) -> Callable[[_Outcome], Awaitable[T]]:
         """`work`, run on a leased connection."""
 
         async def leased(outcome: _Outcome) -> T:
             try:
                 async with self._queue.lease(
-                    request_context.tenant_id_or_none(), locks_session=locks_session
+                    request_context.tenant_id_or_none(), locks=locks
                 ) as connection:
                     try:
                         transaction = Transaction(
@@ -336,7 +336,7 @@ class Database:
                         if is_lost(error, connection):
                             raise ConnectionLost from error
                         raise
-            except SessionBusy:
+            except RowBusy:
                 raise outcome.or_unknown(errors.ContentionError()) from None
             except QueueFull:
                 raise self._queue_full(outcome) from None

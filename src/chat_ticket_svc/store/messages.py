@@ -135,7 +135,7 @@ async def set_metadata(
         return message
 
     session_id = await sessions.of_message(db, tenant_id, message_id)
-    return await db.transaction(body, idempotent=True, locks_session=session_id)
+    return await db.transaction(body, idempotent=True, locks=[session_id])
 
 
 async def delete(db: Database, tenant_id: str, message_id: str) -> str:
@@ -150,4 +150,4 @@ async def delete(db: Database, tenant_id: str, message_id: str) -> str:
         return session_id
 
     session_id = await sessions.of_message(db, tenant_id, message_id)
-    return await db.transaction(body, idempotent=False, locks_session=session_id)
+    return await db.transaction(body, idempotent=False, locks=[session_id])

@@ -284,7 +284,7 @@ async def set_status(
         [changed] = await transaction.fetch_all(SET_STATUS, params, Session)
         return changed
 
-    return await db.transaction(body, idempotent=etag is None, locks_session=session_id)
+    return await db.transaction(body, idempotent=etag is None, locks=[session_id])
 
 
 async def delete(
@@ -310,7 +310,7 @@ async def delete(
         await transaction.execute(DELETE, {"tenant_id": tenant_id, "id": session_id})
 
     try:
-        await db.transaction(body, idempotent=False, locks_session=session_id)
+        await db.transaction(body, idempotent=False, locks=[session_id])
     except ConstraintViolation as violation:
         if violation.constraint != "chat_sessions_ticket_status_check":
             raise

@@ -198,6 +198,8 @@ async def link(
     A new ticket is opened in the same transaction.
     """
     params = {"tenant_id": tenant_id, "id": chat_ticket_id, "session_id": session_id}
+    # A new ticket is locked by nobody else.
+    locks = [session_id, target] if isinstance(target, str) else [session_id]
 
     async def body(transaction: Transaction) -> ChatTicket:
         await sessions.lock(transaction, tenant_id, session_id)
@@ -233,7 +235,7 @@ async def link(
         return created
 
     try:
-        return await db.transaction(body, idempotent=True, locks_session=session_id)
+        return await db.transaction(body, idempotent=True, locks=locks)
     except ConstraintViolation as violation:
         raise _translated(violation, session_id, chat_ticket_id, target) from violation
 
@@ -321,7 +323,7 @@ async def unlink(db: Database, tenant_id: str, chat_ticket_id: str) -> str:
     session_id = await db.fetch_by_key(SESSION_OF_CHAT_TICKET, params, str)
     if session_id is None:
         raise chat_ticket_not_found(chat_ticket_id)
-    return await db.transaction(body, idempotent=False, locks_session=session_id)
+    return await db.transaction(body, idempotent=False, locks=[session_id])
 
 
 async def get(db: Database, tenant_id: str, ticket_id: str) -> Ticket:
@@ -361,7 +363,7 @@ async def update(
 ) -> Ticket:
     """Set the title, the status, or both. Setting the current values changes nothing."""
     params = {"tenant_id": tenant_id, "id": ticket_id, "title": title, "status": status}
-    updated = await db.write(UPDATE_TICKET, params, Ticket, idempotent=True)
+    updated = await db.write(UPDATE_TICKET, params, Ticket, idempotent=True, locks=[ticket_id])
     if not updated:
         raise ticket_not_found(ticket_id)
     return updated[0]
@@ -371,7 +373,7 @@ async def delete(db: Database, tenant_id: str, ticket_id: str) -> None:
     """Delete a ticket. FailedPreconditionError if a session is linked to it."""
     params = {"tenant_id": tenant_id, "id": ticket_id}
     try:
-        deleted = await db.write(DELETE_TICKET, params, str, idempotent=False)
+        deleted = await db.write(DELETE_TICKET, params, str, idempotent=False, locks=[ticket_id])
     except ConstraintViolation as violation:
         if violation.constraint != "fk_chat_tickets_ticket":
             raise
