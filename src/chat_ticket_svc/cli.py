@@ -1,6 +1,6 @@
 """The command line. Each command is a module of `commands`, with its own arguments.
 
-This module itself imports little: `main` first prepares signals and standard streams.
+This module itself imports little: `main` first prepares the standard streams.
 """
 
 import argparse
@@ -28,10 +28,6 @@ WORKER = "worker"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    is_interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if is_interruptible:
-        # During the imports Ctrl-C ends the process at once, instead of by a traceback.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
     _open_standard_streams()
     from chat_ticket_svc.addresses import ListenError
     from chat_ticket_svc.config import ConfigurationError
@@ -40,13 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from chat_ticket_svc.telemetry import logs
 
     logs.install_excepthooks()
-    if arguments is None:
-        arguments = sys.argv[1:]
-    options = _parser(arguments).parse_args(arguments)
     try:
-        if is_interruptible:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        status = options.run(options)
+        status = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except (ConfigurationError, DomainError, EmbeddedPostgresError, ListenError) as error:
         sys.exit(f"chat-ticket-svc: {error}")
@@ -60,6 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     sys.exit(status)
+
+
+def _run(arguments: Sequence[str]) -> str | int | None:
+    """Run the command, and return its exit status."""
+    try:
+        options = _parser(arguments).parse_args(arguments)
+    except SystemExit as end:  # of argparse, after the help or an error
+        return end.code
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by __main__ for the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    status: int = options.run(options)
+    return status
 
 
 class OutputError(OSError):

@@ -85,8 +85,9 @@ class EmbeddedPostgres:
                 self._process = self._start(cleanup)
                 self._cleanup = cleanup.pop_all()
         except OSError as error:
+            where = error.filename or self._data
             raise EmbeddedPostgresError(
-                f"cannot run PostgreSQL on {self._data}: {error}"
+                f"cannot run PostgreSQL: {where}: {error.strerror}"
             ) from error
 
     def stop(self) -> None:
@@ -124,6 +125,9 @@ class EmbeddedPostgres:
 
     def _start(self, cleanup: contextlib.ExitStack) -> subprocess.Popen[bytes]:
         binaries = _binaries()
+        for path in (self._data, *self._data.parents):
+            if path.exists() and not path.is_dir():
+                raise EmbeddedPostgresError(f"{path} is not a directory")
         self._data.parent.mkdir(parents=True, exist_ok=True)
         lock = self._acquire_lock(cleanup)
         identity = _identity(binaries)

@@ -225,7 +225,6 @@ class TestDevelopment:
             assert listed(tenant="acme").split() == ["{", "}"]
             assert "TENANT_NOT_ALLOWED" in listed("--tenant", "other", tenant="acme")
             assert "PERMISSION_REQUIRED" in listed("--tenant", "acme", "--permission", "write")
-            assert "CREDENTIAL_EXPIRED" in listed("--tenant", "acme", "--seconds", "0")
 
     @pytest.mark.parametrize("mistake", [("--permission", "reed"), ("--tenant", " acme")])
     def test_token_command_rejects_mistakes(self, tmp_path: Path, mistake: tuple[str, str]) -> None:

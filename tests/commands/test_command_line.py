@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from support.process import command
+from support.process import command, run_command
 
 COMMANDS = ("serve", "migrate", "migrate-status", "check", "token", "export", "erase")
 
@@ -45,7 +45,12 @@ async def test_version() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("serve", "--port", "99999"), ("check", "--port", "x"), ("serve", "--workers", "0")],
+    [
+        ("serve", "--port", "99999"),
+        ("check", "--port", "x"),
+        ("serve", "--workers", "0"),
+        ("token", "--seconds", "0"),
+    ],
 )
 async def test_wrong_number_is_blamed_on_its_option(arguments: tuple[str, ...]) -> None:
     """Not on the variable that the option overrides."""
@@ -55,33 +60,55 @@ async def test_wrong_number_is_blamed_on_its_option(arguments: tuple[str, ...]) 
     assert "CHAT_TICKET" not in done.errors
 
 
+NO_SPACE = "chat-ticket-svc: cannot write standard output: No space left on device\n"
+CLOSED = "chat-ticket-svc: cannot write standard output: Bad file descriptor\n"
+
+
 @pytest.mark.parametrize(
-    ("redirection", "status", "errors"),
+    ("arguments", "redirection", "status", "errors"),
     [
-        (
-            ">/dev/full",
-            1,
-            "chat-ticket-svc: cannot write standard output: No space left on device\n",
-        ),
-        (">&-", 1, "chat-ticket-svc: cannot write standard output: Bad file descriptor\n"),
-        ("2>&- <&-", 1, ""),
-        ("| true", 128 + signal.SIGPIPE, ""),
+        ("check --port 1", ">/dev/full", 1, NO_SPACE),
+        ("check --port 1", ">&-", 1, CLOSED),
+        ("check --port 1", "2>&- <&-", 1, ""),
+        ("check --port 1", "| true", 128 + signal.SIGPIPE, ""),
+        ("--version", ">/dev/full", 1, NO_SPACE),
+        ("--help", ">&-", 1, CLOSED),
+        ("migrate-status", ">/dev/full", 1, NO_SPACE),
+        ("migrate-status", "| true", 128 + signal.SIGPIPE, ""),
     ],
 )
-def test_unusable_stream_is_one_line(redirection: str, status: int, errors: str) -> None:
+def test_unusable_stream_is_one_line(
+    request: pytest.FixtureRequest, arguments: str, redirection: str, status: int, errors: str
+) -> None:
     """Of every command: no traceback, and a status that tells."""
+    needs_database = arguments.startswith("migrate")
+    url = request.getfixturevalue("database") if needs_database else ""
     done = subprocess.run(
         [
             "bash",
             "-c",
-            f'"$0" -m chat_ticket_svc check --port 1 {redirection}; exit $PIPESTATUS',
+            f'"$0" -m chat_ticket_svc {arguments} {redirection}; exit $PIPESTATUS',
             sys.executable,
         ],
+        env={**os.environ, "DATABASE_URL": url},
         capture_output=True,
         text=True,
         check=False,
     )
     assert (done.returncode, done.stderr) == (status, errors)
+
+
+@pytest.mark.parametrize("arguments", [("token", "--directory"), ("serve", "--embedded")])
+def test_file_in_place_of_a_directory_is_one_line(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    """And nothing is created beside it."""
+    (tmp_path / "file").touch()
+    done = run_command(*arguments, str(tmp_path / "file"))
+    assert done.returncode == 1
+    assert re.fullmatch(r"chat-ticket-svc: .*/file[ /].*\n", done.stderr)
+    assert "Errno" not in done.stderr
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 async def test_text_that_the_encoding_lacks_is_escaped() -> None:
@@ -91,13 +118,14 @@ async def test_text_that_the_encoding_lacks_is_escaped() -> None:
     assert done.errors == ""
 
 
-def test_interrupted_import_is_silent(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", ["argparse", "pydantic"])  # the first import, and a late one
+def test_interrupted_import_is_silent(tmp_path: Path, module: str) -> None:
     """Ctrl-C while the command loads ends it, without a traceback."""
-    (tmp_path / "pydantic.py").write_text(
+    (tmp_path / f"{module}.py").write_text(
         "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise ImportError\n"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "chat_ticket_svc", "serve"],
+        [Path(sys.executable).with_name("chat-ticket-svc"), "serve"],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,

@@ -35,6 +35,7 @@ from chat_ticket_svc.store.migration_progress import (
 from chat_ticket_svc.store.schema import MIGRATIONS
 
 POLL_SECONDS = 1.0
+DEFAULT_COLUMNS = 80
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,6 +101,8 @@ def dbmate(url: str, command: str, *, quiet: bool = False) -> int:
         where = f" in {report.file}" if report.file else ""
         reason = _error_reason(output, has_begun=bool(report.file))
         print(f"chat-ticket-svc: {command} failed{where}: {reason}", file=sys.stderr)
+    if report.output_error is not None:
+        raise report.output_error
     return process.returncode
 
 
@@ -108,6 +111,7 @@ class _Report:
 
     def __init__(self, process: subprocess.Popen[bytes], *, quiet: bool):
         self.file = ""  # the migration that was begun last
+        self.output_error: OSError | None = None  # standard output cannot be written to
         self._process = process
         self._quiet = quiet
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -129,9 +133,13 @@ class _Report:
         for line in map(bytes.decode, self._process.stdout):
             if match := re.match(r"(?:Applying|Rolling back): (\S+)", line):
                 self.file = match[1]
-            if not self._quiet:
+            if self._quiet or self.output_error is not None:
+                continue  # read all the same: dbmate must not be stopped by a full pipe
+            try:
                 tqdm.write(line, file=sys.stdout, end="")
                 sys.stdout.flush()
+            except OSError as error:
+                self.output_error = error
 
     def show(self, activities: list[Activity]) -> None:
         """Say once what has lasted since the last call, and move the bar."""
@@ -165,10 +173,19 @@ class _Report:
                 bar_format="{desc}: {percentage:3.0f}% {bar} {elapsed}",
                 disable=None,
                 leave=False,
+                ncols=_bar_columns(),
             )
         self._bar.total = index.total
         self._bar.n = index.done
         self._bar.refresh()
+
+
+def _bar_columns() -> int | None:
+    """The width of the bar. None means that of the terminal, unless the terminal has no size."""
+    with contextlib.suppress(OSError):  # not a terminal: no bar is shown
+        if os.get_terminal_size(sys.stderr.fileno()).columns == 0:
+            return DEFAULT_COLUMNS
+    return None
 
 
 def _error_reason(output: str, *, has_begun: bool) -> str:

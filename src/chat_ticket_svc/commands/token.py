@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from jwt.algorithms import ECAlgorithm
 
 from chat_ticket_svc.access.credential import ALL_TENANTS, Permission
-from chat_ticket_svc.commands.arguments import tenant_id
+from chat_ticket_svc.commands import arguments
 from chat_ticket_svc.config import ConfigurationError
 
 ISSUER = "chat-ticket-svc development"
@@ -22,6 +22,7 @@ AUDIENCE = "chat-ticket-svc"
 KEY_ID = "development"
 KEY_FILE = "development-key.pem"
 ALGORITHM = "ES256"
+MAX_SECONDS = 1_000_000_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tenant",
         action="append",
         default=[],
-        type=tenant_id,
+        type=arguments.tenant_id,
         metavar="ID",
         help="a tenant that the token is for; repeatable (default: all tenants)",
     )
@@ -41,7 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a permission of the token; repeatable (default: all permissions)",
     )
     parser.add_argument(
-        "--seconds", type=int, default=3600, help="the lifetime (default: %(default)s)"
+        "--seconds",
+        type=arguments.integer(1, MAX_SECONDS),
+        default=3600,
+        metavar="N",
+        help="the lifetime (default: %(default)s)",
     )
     parser.add_argument(
         "--directory",
@@ -65,7 +70,8 @@ def run(options: argparse.Namespace) -> int:
 
 def development_settings(directory: Path) -> dict[str, str]:
     """The settings of a server that accepts tokens signed with the key in `directory`."""
-    public = ECAlgorithm.to_jwk(_key(directory).public_key(), as_dict=True)
+    key, _ = _read_or_create_key(directory)
+    public = ECAlgorithm.to_jwk(key.public_key(), as_dict=True)
     keys = {"keys": [{**public, "kid": KEY_ID, "alg": ALGORITHM, "use": "sig"}]}
     path = directory / "development-keys.json"
     path.write_text(json.dumps(keys) + "\n")
@@ -84,7 +90,8 @@ def sign_token(
 
     Without `tenants` the token is for all tenants. Without `permissions` it grants all of them.
     """
-    if not (directory / KEY_FILE).exists():
+    key, is_new = _read_or_create_key(directory)
+    if is_new:
         print(f"created a key in {directory}; no running server trusts it", file=sys.stderr)
     now = int(time.time())
     claims = {
@@ -96,17 +103,20 @@ def sign_token(
         "tenants": list(tenants) or ALL_TENANTS,
         "scope": " ".join(permissions or Permission),
     }
-    return jwt.encode(claims, _key(directory), algorithm=ALGORITHM, headers={"kid": KEY_ID})
+    return jwt.encode(claims, key, algorithm=ALGORITHM, headers={"kid": KEY_ID})
 
 
-def _key(directory: Path) -> ec.EllipticCurvePrivateKey:
+def _read_or_create_key(directory: Path) -> tuple[ec.EllipticCurvePrivateKey, bool]:
+    """The key in `directory`, and whether it was created."""
     path = directory / KEY_FILE
     try:
-        if not path.exists():
+        is_new = not path.exists()
+        if is_new:
             _create_key(path)
-        return serialization.load_pem_private_key(path.read_bytes(), None)  # type: ignore[return-value]
+        key = serialization.load_pem_private_key(path.read_bytes(), None)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{path}: cannot read or create the key") from error
+    return key, is_new  # type: ignore[return-value]
 
 
 def _create_key(path: Path) -> None:
