@@ -270,7 +270,21 @@ async def test_a_server_with_tls_is_called_by_its_certificate(
     assert line(done, "call")[0] == "ok"
     other = CA.server().write(tmp_path / "other")
     done = await command("check", **environment(api, database, **other))
-    assert line(done, "service")[0] == "FAILED"
+    state, text = line(done, "service")
+    assert state == "FAILED"
+    assert "presents another certificate than the one in CHAT_TICKET_TLS_CERTIFICATE" in text
+
+
+async def test_client_key_of_another_certificate_is_named(tmp_path: Path) -> None:
+    """In one line, without those of gRPC."""
+    client, other = (CA.caller().write(tmp_path / name) for name in ("client", "other"))
+    done = await command(
+        "check",
+        "--probe",
+        *("--client-certificate", client["tls_certificate"], "--client-key", other["tls_key"]),
+    )
+    assert (done.status, done.output) == (1, "")
+    assert re.fullmatch("chat-ticket-svc: --client-certificate: .*--client-key.*\n", done.errors)
 
 
 @pytest.mark.parametrize(

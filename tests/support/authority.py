@@ -148,7 +148,9 @@ class Authority:
 
     def issue(self, names: Sequence[x509.GeneralName], *, seconds: float = 3600) -> Certificate:
         key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "anything")])
+        # As SPIFFE ids are issued, without a common name; a certificate needs some name.
+        kind = NameOID.ORGANIZATION_NAME if names else NameOID.COMMON_NAME
+        subject = x509.Name([x509.NameAttribute(kind, "anything")])
         return Certificate(
             certificate=self._sign(key, subject, names, seconds=seconds),
             key=key.private_bytes(

@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import os
 import re
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from chat_ticket_svc.commands import arguments
 from chat_ticket_svc.commands.check.credentials import check_credentials
 from chat_ticket_svc.commands.check.database import check_database
 from chat_ticket_svc.commands.check.line import FAILED, Line
-from chat_ticket_svc.commands.check.service import ClientCertificate, check_call, check_service
+from chat_ticket_svc.commands.check.service import check_call, check_service
 from chat_ticket_svc.commands.check.settings import check_settings
+from chat_ticket_svc.commands.check.tls_tunnel import client_context
 from chat_ticket_svc.config import ConfigurationError, Settings
 from chat_ticket_svc.telemetry import logs
 
@@ -72,15 +74,22 @@ def _read_token(path: Path) -> str:
     return token
 
 
-def _client_certificate(certificate: Path | None, key: Path | None) -> ClientCertificate | None:
+def _client_certificate(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
     if certificate is None and key is None:
         return None
     if certificate is None or key is None:
         raise ConfigurationError("--client-certificate: required with --client-key, and vice versa")
-    return ClientCertificate(
-        certificate=config.read_file("--client-certificate", certificate),
-        key=config.read_file("--client-key", key),
-    )
+    for option, path in {"--client-certificate": certificate, "--client-key": key}.items():
+        config.read_file(option, path)
+    context = client_context()
+    try:
+        context.load_cert_chain(certificate, key, password=lambda: "")
+    except ssl.SSLError as error:
+        raise ConfigurationError(
+            "--client-certificate: must contain PEM certificates, and --client-key their"
+            " unencrypted key"
+        ) from error
+    return context
 
 
 async def check(
@@ -89,7 +98,7 @@ async def check(
     *,
     token: str,
     tenant_id: str | None,
-    client: ClientCertificate | None,
+    client: ssl.SSLContext | None,
 ) -> bool:
     """Run and print all checks. Returns whether none has failed; a warning is no failure."""
     return await _print_lines(
@@ -102,7 +111,7 @@ async def check(
     )
 
 
-async def probe(settings: Settings, client: ClientCertificate | None) -> bool:
+async def probe(settings: Settings, client: ssl.SSLContext | None) -> bool:
     """Check only the server's health service: cheap enough to run every few seconds."""
     return await _print_lines(check_service(settings, client))
 

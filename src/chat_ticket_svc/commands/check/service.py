@@ -1,16 +1,14 @@
 """Checks the running server: its health service, and a call."""
 
+import asyncio
 import contextlib
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import grpc.aio
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from chat_ticket.v1 import chat_session_pb2, chat_session_pb2_grpc
@@ -26,22 +24,15 @@ from chat_ticket_svc.commands.check.line import (
     Line,
     run_check,
 )
+from chat_ticket_svc.commands.check.tls_tunnel import client_context, open_tunnel
 from chat_ticket_svc.config import ConfigurationError, Settings
 
 DEFAULT_TENANT = "chat-ticket-svc-check"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClientCertificate:
-    """A certificate of a caller, and its key, as PEM."""
-
-    certificate: bytes
-    key: bytes
-
-
 async def check_service(
     settings: Settings,
-    client: ClientCertificate | None = None,
+    client: ssl.SSLContext | None = None,
     call: Callable[[grpc.aio.Channel], Awaitable[Line]] | None = None,
 ) -> AsyncIterator[Line]:
     """Call the health service of the server that has these settings, and then `call`."""
@@ -53,15 +44,17 @@ async def check_service(
         yield Line(state, "service", text)
         return
     try:
-        channel = _open_channel(settings, address, client)
+        async with _open_channel(settings, client) as channel:
+            health = await run_check("service", _check_health(channel, address))
+            yield health
+            if health.state == OK and call is not None:
+                yield await run_check("call", call(channel))
     except ConfigurationError as error:
         yield Line(FAILED, "service", f"{address} was not called: {error}")
-        return
-    async with channel:
-        health = await run_check("service", _check_health(channel, address))
-        yield health
-        if health.state == OK and call is not None:
-            yield await run_check("call", call(channel))
+    except CheckFailed as error:
+        yield Line(FAILED, "service", f"{address} {error}")
+    except TimeoutError:
+        yield Line(FAILED, "service", f"no response within {TIMEOUT_SECONDS} seconds")
 
 
 def _client_host(host: str) -> str:
@@ -69,38 +62,26 @@ def _client_host(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "::": "[::1]"}.get(host, host)  # noqa: S104
 
 
-def _open_channel(
-    settings: Settings, address: str, client: ClientCertificate | None
-) -> grpc.aio.Channel:
+@contextlib.asynccontextmanager
+async def _open_channel(
+    settings: Settings, client: ssl.SSLContext | None
+) -> AsyncIterator[grpc.aio.Channel]:
     """A channel to the server. With TLS, it trusts only the certificate in the server's file."""
+    host = _client_host(settings.host)
     certificates = ServerCertificates.from_settings(settings)
-    if certificates is None:
-        return grpc.aio.insecure_channel(address)
-    own = certificates.certificate
-    pem = own.public_bytes(Encoding.PEM)
-    credentials = (
-        grpc.ssl_channel_credentials(pem)
-        if client is None
-        else grpc.ssl_channel_credentials(pem, client.key, client.certificate)
-    )
-    options = [("grpc.ssl_target_name_override", _name(own))]
-    return grpc.aio.secure_channel(address, credentials, options=options)
-
-
-def _name(certificate: x509.Certificate) -> str:
-    """A name that gRPC accepts the certificate for. Its key alone says which server it is."""
-    with contextlib.suppress(x509.ExtensionNotFound):
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        for name in names.get_values_for_type(x509.DNSName):
-            return name.replace("*", "any", 1)
-        for address in names.get_values_for_type(x509.IPAddress):
-            return str(address)
-    # gRPC compares no URIs, such as SPIFFE ids.
-    for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME):
-        return str(attribute.value)
-    raise ConfigurationError(
-        "CHAT_TICKET_TLS_CERTIFICATE: has no DNS name, IP address or common name"
-    )
+    async with contextlib.AsyncExitStack() as cleanup:
+        if certificates is None:
+            target = format_address(host, settings.port)
+        else:
+            tunnel = open_tunnel(
+                host.strip("[]"),
+                settings.port,
+                certificates.certificate,
+                client or client_context(),
+            )
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                target = await cleanup.enter_async_context(tunnel)
+        yield await cleanup.enter_async_context(grpc.aio.insecure_channel(target))
 
 
 async def _check_health(channel: grpc.aio.Channel, address: str) -> Line:
