@@ -98,14 +98,26 @@ async def test_missing_migrations_are_named(fresh_database: str) -> None:
     )
 
 
-async def test_a_read_only_database_fails(fresh_database: str) -> None:
+async def test_a_database_with_settings_of_its_own_fails(fresh_database: str) -> None:
+    """No pooler is blamed for what only a superuser sets. The clock is read exactly."""
     name = urlsplit(fresh_database).path[1:]
     with psycopg.connect(fresh_database, autocommit=True) as connection:
-        connection.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+        for setting in (
+            "default_transaction_read_only = on",
+            "session_replication_role = replica",
+            "extra_float_digits = -15",
+        ):
+            connection.execute(f'ALTER DATABASE "{name}" SET {setting}')
     done = await command("check", DATABASE_URL=fresh_database, CHAT_TICKET_PORT="1")
     state, text = line(done, "database")
     assert state == "FAILED"
     assert "is read-only" in text
+    assert line(done, "session") == (
+        "FAILED",
+        "has other settings than this service needs:"
+        " session_replication_role is replica, must be origin",
+    )
+    assert line(done, "clock")[0] == "ok"
 
 
 @pytest.mark.parametrize(

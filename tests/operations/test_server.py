@@ -119,7 +119,11 @@ class TestProcess:
             process.wait_for("listener cannot connect")
             time.sleep(2.5)  # two more attempts of each connection
             assert process.stop() == 0
-        assert any(line.get("logger") == "psycopg.pool" for line in process.log)
+        of_pool = {line["event"] for line in process.log if line.get("logger") == "psycopg.pool"}
+        assert (
+            "error connecting in the pool: connection refused: nothing listens at the host and port"
+            in of_pool
+        )
         assert all("level" in line and "timestamp" in line for line in process.log)
         events = Counter(line["event"] for line in process.log)
         assert max(events.values()) == 1, "a failure that goes on is logged once"

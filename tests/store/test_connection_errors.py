@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import uuid
+from argparse import Namespace
 from collections.abc import AsyncIterator, Iterator
 from urllib.parse import urlsplit
 
@@ -10,6 +11,7 @@ import pytest
 from support.database import execute
 from support.secrets import leaks, secret
 
+from chat_ticket_svc.commands import migrate_status
 from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.errors import UnavailableError
 from chat_ticket_svc.store import schema
@@ -78,16 +80,25 @@ async def test_role_does_not_exist(fresh_database: str) -> None:
     ],
 )
 async def test_role_lacks_rights(
-    cluster_url: str, fresh_database: str, role: str, statement: str, expected: str
+    cluster_url: str,
+    fresh_database: str,
+    role: str,
+    statement: str,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """To log in, to connect, to find the tables, or to read them."""
+    """To log in, to connect, to find the tables, or to read them. `migrate-status` says it too."""
     database = urlsplit(fresh_database).path[1:]
     execute(
         fresh_database if "SCHEMA" in statement else cluster_url,
         statement.format(role=role, database=database),
     )
     try:
-        assert await cause(named(fresh_database, user=role)) == expected
+        url = named(fresh_database, user=role)
+        assert await cause(url) == expected
+        monkeypatch.setenv("DATABASE_URL", url)
+        with pytest.raises(UnavailableError, match=expected):
+            await asyncio.to_thread(migrate_status.run, Namespace())
     finally:
         execute(cluster_url, f"ALTER DATABASE {database} ALLOW_CONNECTIONS true")
 
@@ -107,6 +118,7 @@ def cluster_url(fresh_database: str) -> str:
             "connection refused: nothing listens at the host and port",
         ),
         ("postgresql://u:{}@/x?host=/nowhere/{}", "no server has this socket"),
+        ("postgresql:///x?service={}", "the service file does not define the service"),
         (
             "postgresql://u:{}@127.0.0.1:1,nosuchhost.invalid/x",
             "connection refused: nothing listens at the host and port",

@@ -1,25 +1,37 @@
 """Every session has the encoding and the settings that the service relies on."""
 
 import asyncio
+import re
 import uuid
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import psycopg
 import pytest
 from grpc import StatusCode
 from grpc_health.v1.health_pb2 import HealthCheckRequest
+from support import pooler
 from support.client import Api, refused
 from support.cluster import Cluster
 from support.database import execute
 from support.process import command
 
-from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest, SearchChatMessagesRequest
+from chat_ticket.v1.chat_message_pb2 import (
+    BatchCreateChatMessagesRequest,
+    ListChatMessagesRequest,
+    SearchChatMessagesRequest,
+)
 from chat_ticket.v1.chat_session_pb2 import ListChatSessionsRequest
+from chat_ticket.v1.resources_pb2 import CHAT_MESSAGE_ROLE_USER, ChatMessage
 from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.store import schema
-from chat_ticket_svc.store.connection import connect, connection_string
+from chat_ticket_svc.store.connection import (
+    SESSION_SETTINGS,
+    connect,
+    connection_string,
+    differing_settings,
+)
 
 TEXT = "é € 😀"  # what LATIN1 has, what it has not, and four bytes
 # What a role may have, and what a session of the service has nevertheless.
@@ -38,6 +50,9 @@ SETTINGS = {
     "idle_session_timeout": ("20ms", "0"),
     "transaction_timeout": ("2s", "0"),
     "synchronous_commit": ("off", "on"),
+    "array_nulls": ("off", "on"),
+    "gin_fuzzy_search_limit": ("1", "0"),
+    "exit_on_error": ("on", "off"),
 }
 
 
@@ -71,6 +86,31 @@ async def test_settings_of_the_role_have_no_effect(
         assert await cursor.fetchone() == (of_service,)
 
 
+async def test_settings_of_the_environment_have_no_effect(
+    fresh_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libpq sends PGTZ and PGDATESTYLE by themselves. Other settings of PGOPTIONS stay."""
+    monkeypatch.setenv("PGTZ", "Asia/Kathmandu")
+    monkeypatch.setenv("PGDATESTYLE", "German, DMY")
+    monkeypatch.setenv("PGOPTIONS", "-c array_nulls=off -c search_path=of_the_environment")
+    async with await connect(connection_string(fresh_database)) as connection:
+        cursor = await connection.execute("SHOW search_path")
+        assert await cursor.fetchone() == ("of_the_environment",)
+        assert await differing_settings(connection) == {}
+    of_the_url = (
+        f"{fresh_database}{'&' if '?' in fresh_database else '?'}options=-csearch_path%3Durl"
+    )
+    async with await connect(connection_string(of_the_url)) as connection:
+        cursor = await connection.execute("SHOW search_path")
+        assert await cursor.fetchone() == ("url",)
+
+
+def test_the_pooler_is_told_to_set_each_one() -> None:
+    """In docs/pgbouncer.ini, as a pooler drops the options of a connection."""
+    of_pooler = set(re.findall(r"SET (\w+) =", pooler.CONF.read_text().partition("[pgbouncer]")[0]))
+    assert of_pooler - {"transaction_timeout"} == {*SESSION_SETTINGS, "synchronous_commit"}
+
+
 async def test_stronger_commits_stay(fresh_database: str, role: str) -> None:
     """Only `off`, which loses acknowledged writes in a crash, is overridden."""
     set_for_role(fresh_database, role, {"synchronous_commit": "remote_apply"})
@@ -101,8 +141,16 @@ async def test_service_works_with_a_hostile_role(
     listing = api.messages.ListChatMessages(ListChatMessagesRequest(session_id=session.id))
     listed = [message async for response in listing for message in response.messages]
     assert listed == [stored, large]
-    found = await api.messages.SearchChatMessages(SearchChatMessagesRequest(query="é"))
-    assert len(found.hits) == 2
+    search = SearchChatMessagesRequest(query="é", page_size=1)
+    first = await api.messages.SearchChatMessages(search)
+    search.page_token = first.next_page_token
+    second = await api.messages.SearchChatMessages(search)
+    assert {hit.message_id for hit in (*first.hits, *second.hits)} == {stored.id, large.id}
+    batch = BatchCreateChatMessagesRequest(
+        session_id=session.id,
+        messages=[ChatMessage(role=CHAT_MESSAGE_ROLE_USER, content="one of two")] * 2,
+    )
+    assert len((await api.messages.BatchCreateChatMessages(batch)).messages) == 2
     request = ListChatSessionsRequest(start_create_time=session.create_time)
     assert [s.id for s in (await api.sessions.ListChatSessions(request)).sessions] == [session.id]
 
@@ -147,13 +195,25 @@ async def test_settings_that_a_pooler_drops_are_found(
     }
 
 
-def test_migrate_works_in_another_encoding(
+def test_migrate_works_with_what_only_libpq_knows(
     fresh_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """dbmate's driver refuses an environment with another encoding or style of dates."""
+    """dbmate's driver refuses another encoding or style of dates, and what only libpq knows."""
     monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
     monkeypatch.setenv("PGDATESTYLE", "German, DMY")
-    assert migrate.up(fresh_database, quiet=True) == 0
+    monkeypatch.setenv("PGGSSENCMODE", "disable")
+    parameters = {
+        "client_encoding": "LATIN1",
+        "keepalives_idle": "10",
+        "tcp_user_timeout": "5000",
+        "channel_binding": "prefer",
+        "gssencmode": "prefer",
+        "connect_timeout": "9",
+        "target_session_attrs": "read-write",
+    }
+    separator = "&" if "?" in fresh_database else "?"
+    url = f"{fresh_database}{separator}{urlencode(parameters)}"
+    assert migrate.up(url, quiet=True) == 0
 
 
 @pytest.fixture
@@ -172,11 +232,11 @@ ASCII = "the database's encoding is SQL_ASCII, and must be UTF8"
 
 
 async def test_a_database_in_another_encoding_is_refused(ascii_database: str) -> None:
-    """By migrate, serve and check, in one line that names the encoding."""
+    """By the commands, in one line that names the encoding."""
     finished = await asyncio.gather(
         *(
             command(name, DATABASE_URL=ascii_database, CHAT_TICKET_PORT="0")
-            for name in ("migrate", "serve", "check")
+            for name in ("migrate", "migrate-status", "serve", "check")
         )
     )
     for done in finished:

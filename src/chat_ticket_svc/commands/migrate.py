@@ -24,7 +24,7 @@ from tqdm import tqdm
 from chat_ticket_svc import config
 from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.store import schema
-from chat_ticket_svc.store.connection import require_valid_url, session_options
+from chat_ticket_svc.store.connection import libpq_parameters, require_valid_url, start_options
 from chat_ticket_svc.store.driver_errors import describe
 from chat_ticket_svc.store.migration_progress import (
     SESSION_SETTINGS,
@@ -36,6 +36,17 @@ from chat_ticket_svc.store.schema import MIGRATIONS
 
 POLL_SECONDS = 1.0
 DEFAULT_COLUMNS = 80
+
+# The parameters of libpq that dbmate's driver, lib/pq, knows too. It sends others to PostgreSQL as
+# settings, which refuses them, and it refuses to start with most of their environment variables.
+DRIVER_PARAMETERS = {
+    *("application_name", "client_encoding", "connect_timeout", "dbname"),
+    *("fallback_application_name", "host", "hostaddr", "load_balance_hosts"),
+    *("max_protocol_version", "min_protocol_version", "options", "passfile", "password", "port"),
+    *("service", "servicefile", "ssl_max_protocol_version", "ssl_min_protocol_version"),
+    *("sslcert", "sslkey", "sslmode", "sslnegotiation", "sslrootcert", "sslsni"),
+    *("target_session_attrs", "user"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -216,6 +227,7 @@ def _start(
     application_name: str = "",
     **streams: Any,
 ) -> subprocess.Popen[bytes]:
+    variables = _parameters_of_libpq_alone().values()
     return subprocess.Popen(  # noqa: S603 - our own binary
         [
             Path(sysconfig.get_path("scripts")) / "dbmate",
@@ -227,7 +239,7 @@ def _start(
         ],
         # In the environment, because every user can read arguments, and the URL holds a password.
         env={
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name not in variables},
             "DATABASE_URL": _with_session(url, settings, application_name),
             # dbmate's driver refuses any others.
             "PGCLIENTENCODING": "UTF8",
@@ -238,20 +250,32 @@ def _start(
 
 
 def _with_session(url: str, settings: Mapping[str, str], application_name: str) -> str:
-    """The URL with settings for the session, after those of its own."""
+    """The URL with settings for the session, after those of its own.
+
+    Without the parameters that dbmate's driver would refuse.
+    """
     parts = urlsplit(_with_libpq_tls_default(url))
-    options = os.environ.get("PGOPTIONS", "")
+    dropped = {"application_name", "client_encoding", *_parameters_of_libpq_alone()}
+    url_options = None
     others = []
     for parameter in filter(None, parts.query.split("&")):
         key, _, value = parameter.partition("=")
         if key == "options":
-            options = unquote(value)
-        elif key != "application_name":
+            url_options = unquote(value)
+        elif key not in dropped:
             others.append(parameter)
-    options = f"{options} {session_options(settings)}"
-    added = {"options": options.strip(), "application_name": application_name or "chat-ticket-svc"}
+    added = {
+        "options": start_options(url_options, settings),
+        "application_name": application_name or "chat-ticket-svc",
+    }
     query = "&".join([*others, urlencode(added, quote_via=quote)])
     return parts._replace(query=query).geturl()
+
+
+def _parameters_of_libpq_alone() -> dict[str, str]:
+    """Each with its environment variable."""
+    known = libpq_parameters().items()
+    return {name: variable for name, variable in known if name not in DRIVER_PARAMETERS}
 
 
 def _with_libpq_tls_default(url: str) -> str:

@@ -3,6 +3,7 @@
 import argparse
 
 from chat_ticket_svc.commands import migrate
+from chat_ticket_svc.store import schema
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -10,4 +11,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(_: argparse.Namespace) -> int:
-    return migrate.dbmate(migrate.database_url(), "status")
+    url = migrate.database_url()
+    schema.require_readable_migrations(url)
+    return migrate.dbmate(url, "status")

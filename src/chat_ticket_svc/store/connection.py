@@ -5,12 +5,13 @@ another client. The service sets what it relies on, on every connection that it 
 `default_transaction_read_only` is left alone: operators use it to stop all writes.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
-from psycopg import conninfo
+from psycopg import conninfo, pq
 
 from chat_ticket_svc.config import ConfigurationError
 
@@ -39,6 +40,9 @@ SESSION_SETTINGS: Mapping[str, str | int] = {
     "TimeZone": "UTC",
     "standard_conforming_strings": "on",
     "bytea_output": "hex",
+    "array_nulls": "on",  # batches of rows are arrays, whose absent fields are nulls
+    "gin_fuzzy_search_limit": 0,
+    "exit_on_error": "off",
     # Triggers lock a session and then check its rules, in a statement that must see new commits.
     "default_transaction_isolation": "read committed",
     "default_transaction_deferrable": "off",
@@ -49,15 +53,20 @@ SESSION_SETTINGS: Mapping[str, str | int] = {
 }
 # What a connection start cannot set. Older servers do not know `transaction_timeout`, and the other
 # values of `synchronous_commit` are the operator's choice: only `off` loses acknowledged writes.
+# libpq sends PGDATESTYLE and PGTZ after the options, so they override SESSION_SETTINGS.
 # A pooler that drops SESSION_SETTINGS shares its sessions, so there nothing is set.
 SET_AFTER_START = """
 SELECT set_config(wanted.name, wanted.value, false)
-  FROM (VALUES ('transaction_timeout', '0'), ('synchronous_commit', 'on')) AS wanted (name, value)
+  FROM (VALUES ('transaction_timeout', '0'), ('synchronous_commit', 'on'),
+               ('DateStyle', 'ISO, MDY'), ('TimeZone', 'UTC')) AS wanted (name, value)
  WHERE (SELECT source = 'client' FROM pg_settings WHERE name = 'idle_session_timeout')
    AND CASE wanted.name
        WHEN 'synchronous_commit' THEN current_setting('synchronous_commit') = 'off'
        ELSE current_setting(wanted.name, true) <> wanted.value END
 """
+
+# What the service cannot set, and a role or a database may have.
+SET_BY_SUPERUSERS = frozenset({"session_replication_role"})
 
 # The settings of the session that differ from those that the service relies on. `$1` holds names
 # and values in turn. Only a superuser may set `session_replication_role`: `replica` switches the
@@ -102,10 +111,9 @@ def require_valid_url(variable: str, url: str) -> None:
 def connection_string(url: str, **session_settings: str | int) -> str:
     """`url` with CONNECTION_OPTIONS as defaults, and with SESSION_SETTINGS, some of them changed.
 
-    The session settings override those of the URL.
+    The session settings override those of the URL and of PGOPTIONS.
     """
     url_options = conninfo.conninfo_to_dict(url)
-    own = session_options({**SESSION_SETTINGS, **session_settings})
     defaults = dict(CONNECTION_OPTIONS)
     if "," in f"{url_options.get('host')}{url_options.get('hostaddr')}":
         # With several hosts, connect to the primary. Writes and LISTEN need it.
@@ -115,16 +123,32 @@ def connection_string(url: str, **session_settings: str | int) -> str:
         **url_options,
         # The pipelined connection sends UTF-8. Not among the options, as poolers honour this one.
         "client_encoding": ENCODING,
-        "options": f"{url_options.get('options', '')} {own}".lstrip(),
+        "options": start_options(
+            url_options.get("options"), {**SESSION_SETTINGS, **session_settings}
+        ),
     }
     return conninfo.make_conninfo(**settings)  # type: ignore[arg-type]
 
 
-def session_options(settings: Mapping[str, str | int]) -> str:
-    """Settings as the startup parameter `options` of PostgreSQL."""
-    return " ".join(
+def start_options(url_options: object, settings: Mapping[str, str | int]) -> str:
+    """Settings as the startup parameter `options` of PostgreSQL.
+
+    They come after the `options` of the URL, or after those of PGOPTIONS if the URL has None, and
+    override them. libpq reads PGOPTIONS only for a connection without options.
+    """
+    first = os.environ.get("PGOPTIONS", "") if url_options is None else url_options
+    own = (
         f"-c {name}={str(value).replace(' ', ESCAPED_BLANK)}" for name, value in settings.items()
     )
+    return " ".join([str(first), *own]).strip()
+
+
+def libpq_parameters() -> dict[str, str]:
+    """The parameters of a URL that libpq knows, each with its environment variable or nothing."""
+    return {
+        parameter.keyword.decode(): (parameter.envvar or b"").decode()
+        for parameter in pq.Conninfo.get_defaults()
+    }
 
 
 async def connect(conninfo: str) -> psycopg.AsyncConnection[Any]:
@@ -166,7 +190,7 @@ async def differing_settings(
     """The settings of the session that differ from SESSION_SETTINGS with these changes.
 
     Each name has a text with its value and the one that the service needs. Without a pooler there
-    are none, but for `session_replication_role`.
+    are none, but for SET_BY_SUPERUSERS.
     """
     wanted = {**SESSION_SETTINGS, **session_settings}
     parameters = {"names": list(wanted), "values": [str(value) for value in wanted.values()]}

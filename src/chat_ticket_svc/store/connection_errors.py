@@ -22,6 +22,8 @@ _CAUSES = {
     "invalid [a-z_]+ value|invalid integer value|bad value for": (
         "the URL has a parameter with an invalid value"
     ),
+    'definition of service "[^"]*" not found': "the service file does not define the service",
+    'service file "[^"]*" not found': "the service file does not exist",
     "no password supplied": "the server asks for a password, and the URL has none",
     "server does not support SSL": "the URL requires TLS, and the server has none",
     "certificate verify failed": "TLS: the authority of the server's certificate is not trusted",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -24,6 +25,7 @@ from psycopg import errors as pg_errors
 from chat_ticket_svc import errors
 from chat_ticket_svc.access import request_context
 from chat_ticket_svc.store.connection import connection_string, is_lost, prepare_session
+from chat_ticket_svc.store.connection_errors import cause
 from chat_ticket_svc.store.connection_queue import (
     LEASE_TIMEOUT_SECONDS,
     ConnectionQueue,
@@ -80,6 +82,18 @@ class _Outcome:
         return error
 
 
+def _name_cause(record: logging.LogRecord) -> bool:
+    """A logging filter that puts the cause into the pool's line about a failed connection.
+
+    The text of the error may quote the URL, so the log would show only its type.
+    """
+    if record.msg == "error connecting in %r: %s" and isinstance(record.args, tuple):
+        error = record.args[1]
+        if isinstance(error, Exception):
+            record.msg, record.args = f"error connecting in the pool: {cause(error)}", ()
+    return True
+
+
 class Database:
     """A pool of connections to one PostgreSQL database."""
 
@@ -92,6 +106,7 @@ class Database:
         statement_timeout_ms: int,
         lock_timeout_ms: int,
     ):
+        logging.getLogger("psycopg.pool").addFilter(_name_cause)  # once, however often it is added
         self._pool = psycopg_pool.AsyncConnectionPool(
             connection_string(
                 url,

@@ -7,8 +7,9 @@ import psycopg
 
 from chat_ticket_svc.store.connection import MIGRATION_APPLICATION_NAME, connection_string
 
-# A role, a database or the environment may set these, for the short statements of services. A
-# migration takes as long as it takes. Its waits for locks are bounded by its own lock_timeout.
+# A role, a database or the environment may set these, for the short statements of services or for
+# old programs. A migration takes as long as it takes. Its waits for locks are bounded by its own
+# lock_timeout.
 SESSION_SETTINGS = {
     "statement_timeout": "0",
     "lock_timeout": "0",
@@ -16,6 +17,7 @@ SESSION_SETTINGS = {
     "idle_session_timeout": "0",  # of the connection that holds the lock of dbmate
     "default_transaction_read_only": "off",
     "default_transaction_isolation": "read committed",
+    "standard_conforming_strings": "on",
 }
 STATEMENT_TIMEOUT_MS = 2000  # of what this module reads
 TRANSACTION_TIMEOUT_SINCE = 170_000

@@ -8,7 +8,7 @@ from chat_ticket_svc.commands.check.line import FAILED, OK, WARNING, CheckFailed
 from chat_ticket_svc.commands.check.service import DEFAULT_TENANT
 from chat_ticket_svc.config import Settings
 from chat_ticket_svc.store import schema, trial_write
-from chat_ticket_svc.store.connection import require_valid_url
+from chat_ticket_svc.store.connection import SET_BY_SUPERUSERS, require_valid_url
 
 MIN_POSTGRESQL_VERSION = 15
 # Tokens are valid to the second, and ids and times of rows come from both clocks.
@@ -91,7 +91,8 @@ def _session_line(subject: str, differing: Mapping[str, str]) -> Line:
     if not differing:
         return Line(OK, subject, "has the settings that this service relies on")
     settings = ", ".join(f"{name} {text}" for name, text in sorted(differing.items()))
-    text = f"has other settings than this service needs, as a pooler drops them: {settings}"
+    cause = ", as a pooler drops them" if differing.keys() - SET_BY_SUPERUSERS else ""
+    text = f"has other settings than this service needs{cause}: {settings}"
     return Line(FAILED if differing.keys() & UNSAFE_SETTINGS else WARNING, subject, text)
 
 
