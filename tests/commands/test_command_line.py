@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import pytest
 from support.process import command, run_command
+
+from chat_ticket_svc.commands import migrate
+from chat_ticket_svc.store.migration_progress import Activity, IndexBuild
 
 COMMANDS = ("serve", "migrate", "migrate-status", "check", "token", "export", "erase")
 
@@ -162,3 +166,18 @@ async def test_abbreviated_option_is_refused() -> None:
     """It would pass by what looks for the option by its name."""
     done = await command("--print-compl", "bash")
     assert done.status == 2
+
+
+def test_progress_bar_is_shown_on_a_terminal_without_a_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As those that a container or a CI gives, of 0 columns and 0 rows."""
+    reader, terminal = pty.openpty()
+    with os.fdopen(reader, "rb", 0) as screen, os.fdopen(terminal, "w") as errors:
+        monkeypatch.setattr(sys, "stderr", errors)
+        process = subprocess.Popen(["true"], stdout=subprocess.PIPE)
+        with process, migrate._Report(process, quiet=True) as report:
+            build = IndexBuild("chat_messages", "building", done=5, total=10)
+            report.show([Activity(False, [], [], [], build)])
+        os.set_blocking(reader, False)
+        assert b"index of chat_messages, building:  50%" in (screen.read() or b"")

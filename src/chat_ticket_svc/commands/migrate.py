@@ -35,7 +35,7 @@ from chat_ticket_svc.store.migration_progress import (
 from chat_ticket_svc.store.schema import MIGRATIONS
 
 POLL_SECONDS = 1.0
-DEFAULT_COLUMNS = 80
+DEFAULT_COLUMNS, DEFAULT_ROWS = 80, 24
 
 # The parameters of libpq that dbmate's driver, lib/pq, knows too. It sends others to PostgreSQL as
 # settings, which refuses them, and it refuses to start with most of their environment variables.
@@ -184,19 +184,19 @@ class _Report:
                 bar_format="{desc}: {percentage:3.0f}% {bar} {elapsed}",
                 disable=None,
                 leave=False,
-                ncols=_bar_columns(),
+                **_bar_size(),
             )
         self._bar.total = index.total
         self._bar.n = index.done
         self._bar.refresh()
 
 
-def _bar_columns() -> int | None:
-    """The width of the bar. None means that of the terminal, unless the terminal has no size."""
+def _bar_size() -> dict[str, Any]:
+    """The size for a bar on a terminal that has none. Otherwise tqdm takes the terminal's."""
     with contextlib.suppress(OSError):  # not a terminal: no bar is shown
-        if os.get_terminal_size(sys.stderr.fileno()).columns == 0:
-            return DEFAULT_COLUMNS
-    return None
+        if 0 in os.get_terminal_size(sys.stderr.fileno()):
+            return {"ncols": DEFAULT_COLUMNS, "nrows": DEFAULT_ROWS}
+    return {}
 
 
 def _error_reason(output: str, *, has_begun: bool) -> str:
