@@ -181,23 +181,23 @@ class TestCommands:
             assert not leaks(text)
 
     def test_migrations_that_fail(self, guarded_postgres: EmbeddedPostgres) -> None:
-        """dbmate's message may contain the URL. The error has the SQLSTATE or another cause."""
+        """libpq's message may contain the URL. The error has the cause in our own words."""
         socket = guarded_postgres.url("template_of_leaks").replace("postgres@", "guarded@")
         guarded = socket.replace("guarded", f"guarded:{secret('password')}")
         as_root = with_secrets(guarded_postgres.url("template_of_leaks"))
         closed = f"postgresql://u:{secret('p')}@127.0.0.1:1/x"
         cases = {
-            f"{closed}?application_name={secret('q')}": ("refused", "refused"),
-            f"{closed}?sslmode={secret('q')}": ("invalid value", "dbmate directly"),
-            f"{closed}?connect_timeout={secret('q')}": ("invalid value", "dbmate"),
-            f"{as_root}&options=-c%20{secret('q')}%3D1": ("does not know", "42704"),
-            as_root.replace("postgres:", f"{secret('user')}:"): ("role does not exist", "28000"),
-            guarded: ("refuses the user or its password", "28P01"),
+            f"{closed}?application_name={secret('q')}": "refused",
+            f"{closed}?sslmode={secret('q')}": "invalid value",
+            f"{closed}?connect_timeout={secret('q')}": "invalid value",
+            f"{as_root}&options=-c%20{secret('q')}%3D1": "does not know",
+            as_root.replace("postgres:", f"{secret('user')}:"): "role does not exist",
+            guarded: "refuses the user or its password",
         }
-        for n, name in enumerate(("migrate", "migrate-status")):
+        for name in ("migrate", "migrate-status"):
             written = commands(*(([name], {"MIGRATE_DATABASE_URL": url}) for url in cases))
             for text, expected in zip(written, cases.values(), strict=True):
-                assert expected[n] in text
+                assert expected in text
                 assert not leaks(text)
 
     def test_migration_that_fails_on_a_row(

@@ -329,7 +329,7 @@ def test_foreign_directory_is_rejected(directory: Path) -> None:
 def test_unusable_directory_is_reported(directory: Path) -> None:
     """An operating system error becomes an EmbeddedPostgresError with the directory."""
     (directory / "file").write_text("")
-    with pytest.raises(EmbeddedPostgresError, match="file/data"):
+    with pytest.raises(EmbeddedPostgresError, match="file is not a directory"):
         EmbeddedPostgres(directory / "file" / "data").start()
 
 
