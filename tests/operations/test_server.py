@@ -250,14 +250,15 @@ class TestEmbedded:
     def test_ends_with_its_terminal(self, tmp_path: Path) -> None:
         """In order, and PostgreSQL with it; unless it was started by nohup."""
         data = tmp_path / "data"
-        with server_process("", "--embedded", str(data)) as process:
-            process.wait_for("serving")
-            pid = int((data / "postmaster.pid").read_text().split()[0])
-            assert process.stop(signal.SIGHUP) == 0
-            assert not is_postgres_running(pid, data)
-            assert any(line["event"] == "draining" for line in process.log)
-        handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests
         try:
+            with server_process("", "--embedded", str(data)) as process:
+                process.wait_for("serving")
+                pid = int((data / "postmaster.pid").read_text().split()[0])
+                assert process.stop(signal.SIGHUP) == 0
+                assert not is_postgres_running(pid, data)
+                assert any(line["event"] == "draining" for line in process.log)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             with server_process("", "--embedded", str(data)) as process:
                 process.wait_for("serving")
                 process.popen.send_signal(signal.SIGHUP)
