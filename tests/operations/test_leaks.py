@@ -70,6 +70,7 @@ class TestServer:
         """The log has every fault, without its text."""
         for event in (
             "internal error",
+            "credential rejected",
             "error in the background",
             "unexpected error",
             "notifier lost its connection",
