@@ -3,8 +3,6 @@
 import asyncio
 import contextlib
 import math
-import re
-import secrets
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -253,8 +251,6 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             paging.parse_id,
         )
         validator.raise_if_invalid()
-        # Random, so that no message can contain them and fake a hit.
-        start_marker, stop_marker = secrets.token_hex(16), secrets.token_hex(16)
         tenant_searches = self._tenant_searches.setdefault(
             tenant_id, asyncio.Semaphore(max(1, self._max_searches - 1))
         )
@@ -263,6 +259,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                 self._db,
                 tenant_id,
                 query,
+                search_language="english",
                 session_id=session_id,
                 roles=roles,
                 created_from=created_from,
@@ -270,8 +267,6 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                 after_score=after_score,
                 after_time=after_time,
                 after_id=after_id,
-                start_marker=start_marker,
-                stop_marker=stop_marker,
                 limit=page_size + 1,
             )
 
@@ -283,7 +278,10 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                 role=convert.MESSAGE_ROLE[hit.role],
                 create_time=convert.timestamp(hit.created_at),
                 score=hit.score,
-                snippet=_snippet_parts(hit.snippet, start_marker, stop_marker),
+                snippet=[
+                    pb.SearchChatMessagesResponse.SnippetPart(text=part.text, hit=part.is_hit)
+                    for part in hit.snippet
+                ],
             )
 
         def token(last: search.Hit) -> str:
@@ -302,18 +300,3 @@ def _set_assigned_message_ids(new: list[messages.NewMessage]) -> None:
         request_context.set_not_repeatable()
     else:
         request_context.set_not_repeatable(message_ids=",".join(message.id for message in new))
-
-
-def _snippet_parts(
-    snippet: str, start_marker: str, stop_marker: str
-) -> list[pb.SearchChatMessagesResponse.SnippetPart]:
-    if len(snippet) == search.SNIPPET_CHARACTERS:  # truncated, perhaps within a marker
-        snippet = re.sub(f"{start_marker[0]}[0-9a-f]*$|{stop_marker[0]}[0-9a-f]*$", "", snippet)
-    parts = []
-    hit = False
-    for text in re.split(f"({start_marker}|{stop_marker})", snippet):
-        if text in (start_marker, stop_marker):
-            hit = text == start_marker
-        elif text:
-            parts.append(pb.SearchChatMessagesResponse.SnippetPart(text=text, hit=hit))
-    return parts

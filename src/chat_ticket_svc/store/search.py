@@ -5,22 +5,25 @@ incomplete. By index: read the messages that match. If too many match, an arbitr
 ranked. By session: read the messages of the newest sessions. That finds many matches of a common
 word and few of a rare one. If both are incomplete, the page has the best matches of both.
 
-A query of stop words alone matches nothing, because websearch_to_tsquery turns it into an empty
-query.
+search_query.py makes the tsqueries, and snippets.py the snippets.
 """
 
+import asyncio
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-import psycopg
-
 from chat_ticket_svc import errors
+from chat_ticket_svc.store import search_query
 from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store.search_query import QueryBuilder, Term, Tsquery, Word, Words
+from chat_ticket_svc.store.snippets import Part, Text
 from chat_ticket_svc.store.transaction import Params, Transaction
 
 
 class Hit(NamedTuple):
-    """A message that matches. In `snippet`, the caller's markers enclose the matching words."""
+    """A message that matches."""
 
     message_id: str
     session_id: str
@@ -28,22 +31,45 @@ class Hit(NamedTuple):
     role: str
     created_at: int
     score: float
-    snippet: str
+    snippet: Sequence[Part]
 
 
 class SearchPage(NamedTuple):
-    """The best matches in order, the number of all matches, and whether there may be more."""
+    """The best matches in order, and whether there may be more.
+
+    `ignored_words` are the parts of the query that the tenant's language does not search for.
+    """
 
     hits: list[Hit]
-    matches: int
+    incomplete: bool
+    ignored_words: list[str]
+
+
+class _Match(NamedTuple):
+    message_id: str
+    session_id: str
+    sequence: int
+    role: str
+    created_at: int
+    score: float
+    language: str
+    content: str
+
+    @property
+    def rank(self) -> tuple[float, int, str]:
+        return self.score, self.created_at, self.message_id
+
+
+class _Matches(NamedTuple):
+    """The best matches in order, the number of all, and whether there may be more."""
+
+    best: list[_Match]
+    total: int
     incomplete: bool
 
 
-# A search result shows a part of a message. One endless word must not return the whole message.
-SNIPPET_CHARACTERS = 8000
-
 # Limits of each strategy. Parsing text into words takes 6 microseconds for a chat message, and
-# 0.1 s per MiB of long messages.
+# 0.1 s per MiB of long messages. Text that is not ASCII takes thrice as long, and counts thrice.
 MAX_MESSAGES = 5000
 MAX_BYTES = 2 * 1024 * 1024
 # Includes sessions that are skipped because they have not changed since `created_from`.
@@ -69,16 +95,50 @@ SELECT set_config('plan_cache_mode', 'force_custom_plan', true),
                   coalesce(%(timeout)s::text, current_setting('statement_timeout')), true)
 """
 
+# Different words that are looked at for the snippets of a page.
+MAX_SNIPPET_WORDS = 50_000
+
+
+def _words(tsvector: str) -> str:
+    """The words of a tsvector as JSON, in the order of their positions."""
+    return f"""
+        (SELECT json_agg(json_build_array(position, lexeme) ORDER BY position)
+           FROM unnest({tsvector}), unnest(positions) AS position)
+    """
+
+
+# The words of each term, for all languages that find the same in it, and the tenant's language.
+TERM_WORDS = f"""
+SELECT coalesce((SELECT search_language FROM tenant_settings WHERE tenant_id = %(tenant_id)s),
+                %(search_language)s::text),
+       ordinal, array_agg(language), {_words("stemmed")}, {_words("unstemmed")},
+       tsvector_to_array(candidates)
+  FROM (SELECT term.ordinal, language.cfgname::text AS language,
+               search_vector(term.text, language.cfgname) AS stemmed,
+               CASE WHEN term.is_prefix
+                   THEN to_tsvector('simple', search_text(term.text, language.cfgname))
+               END AS unstemmed,
+               CASE WHEN term.is_prefix
+                   THEN search_vector(term.stem_candidates, language.cfgname)
+               END AS candidates
+          FROM unnest(%(texts)s::text[], %(prefixes)s::boolean[], %(stem_candidates)s::text[])
+                   WITH ORDINALITY AS term (text, is_prefix, stem_candidates, ordinal)
+         CROSS JOIN pg_ts_config AS language
+         WHERE language.cfgnamespace = 'pg_catalog'::regnamespace) AS each
+ GROUP BY ordinal, stemmed, unstemmed, candidates
+ ORDER BY ordinal
+"""
+
 MATCHES = """
       FROM chat_messages
      WHERE tenant_id = %(tenant_id)s
-       AND to_tsvector('english', content) @@ websearch_to_tsquery('english', %(query)s)
+       AND search_vector(content, search_language) @@ %(any_query)s::tsquery
 """
 
 ESTIMATE = f"EXPLAIN (FORMAT JSON) SELECT {MATCHES}"
 
 CANDIDATES_BY_INDEX = f"""
-    SELECT id, session_id, sequence, role, content, created_at, 0 AS position
+    SELECT id, session_id, sequence, role, content, search_language, created_at, 0 AS position
     {MATCHES}
      LIMIT %(messages)s + 1
 """
@@ -98,7 +158,7 @@ CANDIDATES_BY_SESSION = """
              ORDER BY created_at DESC, id DESC
              LIMIT %(sessions)s + 1) AS s
       LEFT JOIN LATERAL (
-           SELECT id, session_id, sequence, role, content, created_at
+           SELECT id, session_id, sequence, role, content, search_language, created_at
              FROM chat_messages
             WHERE tenant_id = %(tenant_id)s AND session_id = s.id
             ORDER BY sequence DESC
@@ -113,7 +173,7 @@ CANDIDATES_BY_SESSION = """
 # If there is more text than MAX_BYTES, the newest messages are ranked.
 RANKED = """
 ), allowed AS (
-    SELECT *, coalesce(sum(octet_length(content)) OVER (
+    SELECT *, coalesce(sum(4 * octet_length(content) - 3 * char_length(content)) OVER (
                            ORDER BY created_at DESC, id DESC
                            ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS bytes_before
       FROM candidates
@@ -121,11 +181,24 @@ RANKED = """
        AND (%(roles)s::text[] IS NULL OR role = ANY (%(roles)s::text[]))
        AND (%(created_from)s::timestamptz IS NULL OR created_at >= %(created_from)s::timestamptz)
        AND (%(created_to)s::timestamptz IS NULL OR created_at < %(created_to)s::timestamptz)
+), asked AS (
+    SELECT *
+      FROM unnest(%(languages)s::text[], %(indexed_queries)s::text[]::tsquery[],
+                  %(exact_queries)s::text[]::tsquery[]) AS asked (language, indexed, exact)
 ), matching AS (
-    SELECT allowed.*, ts_rank(words, websearch_to_tsquery('english', %(query)s)) AS score
+    SELECT allowed.*, ts_rank(exact_words, asked.exact) AS score
       FROM allowed
-     CROSS JOIN LATERAL (SELECT to_tsvector('english', content) AS words OFFSET 0) AS parsed
-     WHERE bytes_before < %(bytes)s AND words @@ websearch_to_tsquery('english', %(query)s)
+      JOIN asked ON asked.language = allowed.search_language
+     CROSS JOIN LATERAL (
+           SELECT search_vector(content, search_language) AS words OFFSET 0) AS stemmed
+     CROSS JOIN LATERAL (
+           SELECT CASE WHEN %(has_prefix)s
+                      THEN words || setweight(search_vector(content, 'simple'), 'A')
+                      ELSE words
+                  END AS exact_words OFFSET 0) AS also_unstemmed
+     WHERE bytes_before < %(bytes)s
+       AND (asked.indexed IS NULL OR words @@ asked.indexed)
+       AND exact_words @@ asked.exact
 ), page AS (
     SELECT * FROM matching
      WHERE (score, created_at, id)
@@ -139,8 +212,7 @@ SELECT coalesce((SELECT count(*) > %(messages)s OR max(position) > %(sessions)s
        (SELECT count(*) FROM matching),
        page.id::text, page.session_id::text, page.sequence, page.role,
        (extract(epoch FROM page.created_at) * 1000000)::bigint, page.score,
-       left(ts_headline('english', page.content, websearch_to_tsquery('english', %(query)s),
-                        %(snippet_options)s), %(snippet_characters)s)
+       page.search_language, page.content
   FROM (SELECT) AS one_row LEFT JOIN page ON true
  ORDER BY page.score DESC, page.created_at DESC, page.id DESC
 """
@@ -148,8 +220,18 @@ SELECT coalesce((SELECT count(*) > %(messages)s OR max(position) > %(sessions)s
 SEARCH_BY_INDEX = f"WITH candidates AS MATERIALIZED ({CANDIDATES_BY_INDEX} {RANKED}"
 SEARCH_BY_SESSION = f"WITH candidates AS MATERIALIZED ({CANDIDATES_BY_SESSION} {RANKED}"
 
-# Parses a query, to find out whether it is at fault.
-PARSE = "SELECT websearch_to_tsquery('english', %(query)s)::text"
+# Which words a snippet marks.
+MARKED_WORDS = """
+SELECT word.language, word.text
+  FROM unnest(%(word_languages)s::text[], %(words)s::text[]) AS word (language, text)
+  JOIN unnest(%(languages)s::text[], %(marked)s::text[]::tsquery[]) AS asked (language, query)
+    ON asked.language = word.language
+ WHERE search_vector(word.text, word.language)
+           || CASE WHEN %(has_prefix)s
+                  THEN setweight(search_vector(word.text, 'simple'), 'A')
+                  ELSE ''
+              END @@ asked.query
+"""
 
 
 async def page(
@@ -157,6 +239,7 @@ async def page(
     tenant_id: str,
     query: str,
     *,
+    search_language: str,
     session_id: str | None,
     roles: list[str] | None,
     created_from: datetime | None,
@@ -164,17 +247,32 @@ async def page(
     after_score: float,
     after_time: datetime,
     after_id: str,
-    start_marker: str,
-    stop_marker: str,
     limit: int,
 ) -> SearchPage:
-    """A page of matches, best first, after (score, time, id), with the markers around the words.
+    """A page of matches, best first, after (score, time, id).
 
-    Raises InvalidArgumentError if PostgreSQL cannot parse the query.
+    `search_language` is that of a tenant without a setting.
     """
+    alternatives = search_query.parse(query)
+    words_by_language, ignored_words = await _term_words(
+        db, tenant_id, search_language, alternatives
+    )
+    builder = QueryBuilder(alternatives)
+    queries = {
+        language: built
+        for language, words in words_by_language.items()
+        if (built := builder.build(words)) is not None
+    }
+    if not queries:
+        return SearchPage([], incomplete=False, ignored_words=ignored_words)
+    any_query = search_query.any_of(each.indexed for each in queries.values())
     params = {
         "tenant_id": tenant_id,
-        "query": query,
+        "any_query": any_query,
+        "languages": list(queries),
+        "indexed_queries": [each.indexed or None for each in queries.values()],
+        "exact_queries": [each.exact for each in queries.values()],
+        "has_prefix": builder.has_prefix,
         "session_id": session_id,
         "roles": roles,
         "created_from": created_from,
@@ -185,50 +283,80 @@ async def page(
         "after_score": after_score,
         "after_time": after_time,
         "after_id": after_id,
-        "snippet_options": f"StartSel={start_marker}, StopSel={stop_marker}",
-        "snippet_characters": SNIPPET_CHARACTERS,
         "limit": limit,
     }
-    pages: list[SearchPage] = []
-    try:
+    matches = await _matches(db, params)
+    hits = await _hits(db, matches.best, queries, has_prefix=builder.has_prefix)
+    return SearchPage(hits, matches.incomplete, ignored_words)
+
+
+async def _term_words(
+    db: Database, tenant_id: str, search_language: str, alternatives: Sequence[Sequence[Term]]
+) -> tuple[dict[str, dict[Term, Words]], list[str]]:
+    """The words of each term by language, and the terms that the tenant's language ignores."""
+    terms = list(dict.fromkeys(term for terms in alternatives for term in terms))
+    params = {
+        "tenant_id": tenant_id,
+        "search_language": search_language,
+        "texts": [term.text for term in terms],
+        "prefixes": [term.is_prefix for term in terms],
+        "stem_candidates": [term.stem_candidates for term in terms],
+    }
+    result: dict[str, dict[Term, Words]] = defaultdict(dict)
+    ignored: dict[str, None] = {}
+    for tenant_language, ordinal, languages, *found in await db.fetch_all(
+        TERM_WORDS, params, lambda *row: row
+    ):
+        stemmed, unstemmed, candidates = (each or () for each in found)
+        term = terms[ordinal - 1]
+        words = Words(
+            tuple(Word(*each) for each in stemmed),
+            tuple(Word(*each) for each in unstemmed),
+            tuple(candidates),
+        )
+        for language in languages:
+            result[language][term] = words
+        if tenant_language in languages and not words.stemmed and not words.unstemmed:
+            ignored[term.source] = None
+    return result, list(ignored)
+
+
+async def _matches(db: Database, params: Params) -> _Matches:
+    """The best matches that the strategies find."""
+    # Most sessions are short enough to be read completely.
+    strategies = [False, True]
+    is_common = False
+    if not params["any_query"]:
+        strategies = [False]
+    elif params["session_id"] is None:
         [expected] = await db.fetch_all(ESTIMATE, params, lambda plan: plan[0]["Plan"]["Plan Rows"])
         is_common = expected > TOO_MANY_MATCHES
-        # Most sessions are short enough to be read completely.
-        by_session_first = is_common or session_id is not None
-        for by_index in (not by_session_first, by_session_first):
-            result = await _search(db, params, by_index=by_index)
-            is_enough = is_common and not by_index and result.matches >= ENOUGH_MATCHES
-            if is_enough or not result.incomplete:
-                return result
-            pages.append(result)
-    except psycopg.errors.InternalError_:  # more than 32 nested operators, or an internal error
-        try:
-            await db.fetch_all(PARSE, params, str)
-        except psycopg.errors.InternalError_ as error:
-            violation = errors.Violation("query", "too many nested operators, at most 32")
-            raise errors.InvalidArgumentError([violation]) from error
-        raise
-    hits = {hit.message_id: hit for result in pages for hit in result.hits}
-    best_hits = sorted(hits.values(), key=_rank, reverse=True)
-    matches = sum(result.matches for result in pages)
-    return SearchPage(best_hits[:limit], matches, incomplete=True)
+        if not is_common:
+            strategies = [True, False]
+    found: list[_Matches] = []
+    for by_index in strategies:
+        result = await _search(db, params, by_index=by_index)
+        is_enough = is_common and not by_index and result.total >= ENOUGH_MATCHES
+        if is_enough or not result.incomplete:
+            return result
+        found.append(result)
+    matches = {match.message_id: match for result in found for match in result.best}
+    best = sorted(matches.values(), key=lambda match: match.rank, reverse=True)
+    total = sum(result.total for result in found)
+    return _Matches(best[: params["limit"]], total, incomplete=True)
 
 
-def _rank(hit: Hit) -> tuple[float, int, str]:
-    return hit.score, hit.created_at, hit.message_id
-
-
-async def _search(db: Database, params: Params, *, by_index: bool) -> SearchPage:
-    async def body(transaction: Transaction) -> SearchPage:
+async def _search(db: Database, params: Params, *, by_index: bool) -> _Matches:
+    async def body(transaction: Transaction) -> _Matches:
         await transaction.execute(
             SETTINGS, {"timeout": str(INDEX_TIMEOUT_MS) if by_index else None}
         )
         rows = await transaction.fetch_all(
             SEARCH_BY_INDEX if by_index else SEARCH_BY_SESSION, params, lambda *row: row
         )
-        incomplete, matches, *_ = rows[0]
-        hits = [Hit(*hit) for _, _, *hit in rows if hit[0] is not None]
-        return SearchPage(hits, matches, incomplete)
+        incomplete, total, *_ = rows[0]
+        best = [_Match(*match) for _, _, *match in rows if match[0] is not None]
+        return _Matches(best, total, incomplete)
 
     try:
         return await db.transaction(body, idempotent=True)
@@ -236,4 +364,43 @@ async def _search(db: Database, params: Params, *, by_index: bool) -> SearchPage
     except (errors.DeadlineExceededError, errors.StatementCanceledError):
         if not by_index:
             raise
-        return SearchPage([], 0, incomplete=True)
+        return _Matches([], 0, incomplete=True)
+
+
+async def _hits(
+    db: Database, matches: Sequence[_Match], queries: Mapping[str, Tsquery], *, has_prefix: bool
+) -> list[Hit]:
+    """The hits, with their snippets. Long messages take a while, and other calls must not wait."""
+    texts = await asyncio.to_thread(lambda: [Text(match.content) for match in matches])
+    words = await asyncio.to_thread(_different_words, matches, texts)
+    params = {
+        "word_languages": [language for language, _ in words],
+        "words": [word for _, word in words],
+        "languages": [language for language, query in queries.items() if query.marked],
+        "marked": [query.marked for query in queries.values() if query.marked],
+        "has_prefix": has_prefix,
+    }
+    marked: dict[str, set[str]] = defaultdict(set)
+    for language, word in await db.fetch_all(MARKED_WORDS, params, lambda *row: row):
+        marked[language].add(word)
+
+    def hits() -> list[Hit]:
+        return [
+            Hit(
+                *match[:6],
+                snippet=text.snippet(marked[match.language], queries[match.language].pairs),
+            )
+            for match, text in zip(matches, texts, strict=True)
+        ]
+
+    return await asyncio.to_thread(hits)
+
+
+def _different_words(matches: Sequence[_Match], texts: Sequence[Text]) -> list[tuple[str, str]]:
+    """The different words of each language, up to MAX_SNIPPET_WORDS."""
+    words: set[tuple[str, str]] = set()
+    for match, text in zip(matches, texts, strict=True):
+        words |= {(match.language, word) for word in text.words()}
+        if len(words) >= MAX_SNIPPET_WORDS:
+            break
+    return list(words)[:MAX_SNIPPET_WORDS]
