@@ -27,7 +27,14 @@ _PAIR_SCRIPTS = "[\\u0e01-\\u109f\\u1100-\\u11ff\\u1780-\\u17ff\\u3005-\\U0010ff
 _WORD = regex.compile(
     rf"(?V1)[[\p{{L}}\p{{M}}\p{{N}}]--{_PAIR_SCRIPTS}]++(?:(?<=[A-Za-z])(?:\+\+|\#))?"
 )
+# What the normalization form KC may change: a character, with the marks that it may compose with.
+_CHANGING = regex.compile(
+    r"[\u1100-\u11ff]+|.[\p{M}\uff9e\uff9f]+|[^\p{NFKC_Quick_Check=Yes}]" f"|{_INVISIBLE.pattern}",
+    regex.DOTALL,
+)
 _CHARACTER = regex.compile(r"\X")
+# The marks of the scripts without spaces belong to the character before.
+_NO_MARK = r"(?![\p{M}--[\u0300-\u036f]])"
 _WORD_BORDER = regex.compile(r"(?<=\s)(?=\S)|(?<=\S)(?=\s)")
 # What joins the parts of an address or a number, so that they are marked as one.
 _JOINT = regex.compile(r"[-./@_:&+?=#~%]{1,3}")
@@ -40,27 +47,50 @@ class Part(NamedTuple):
     is_hit: bool
 
 
+class _Piece(NamedTuple):
+    """A part of the folded text, and the part of the content that it is of."""
+
+    folded_start: int
+    folded_end: int
+    start: int
+    end: int
+
+    def original(self, folded_start: int, folded_end: int) -> tuple[int, int]:
+        """The span in the content of a span in this piece."""
+        if self.folded_end - self.folded_start != self.end - self.start:
+            return self.start, self.end
+        shift = self.start - self.folded_start
+        return folded_start + shift, folded_end + shift
+
+
 class Text:
     """A message's content, and its form without differences that a search ignores."""
 
     def __init__(self, content: str):
         self.content = content
         self._folded = content
-        # Where each folded character begins and ends in the content, unless they are the same.
-        self._starts: list[int] = []
-        self._ends: list[int] = []
-        is_folded = content.isascii() or (
-            unicodedata.is_normalized("NFKC", content) and not _INVISIBLE.search(content)
-        )
-        if not is_folded:
+        self._pieces = [_Piece(0, len(content), 0, len(content))]
+        if not content.isascii():
             self._folded = "".join(self._fold())
 
     def _fold(self) -> Iterator[str]:
-        for character in _CHARACTER.finditer(self.content):
-            folded = _INVISIBLE.sub("", unicodedata.normalize("NFKC", character[0]))
-            self._starts += [character.start()] * len(folded)
-            self._ends += [character.end()] * len(folded)
-            yield folded
+        """Yield the parts of the folded text, and set the pieces."""
+        self._pieces.clear()
+        folded_end = end = 0
+
+        def add(piece_end: int, folded: str) -> str:
+            nonlocal folded_end, end
+            piece = _Piece(folded_end, folded_end + len(folded), end, piece_end)
+            folded_end, end = piece.folded_end, piece_end
+            self._pieces.append(piece)
+            return folded
+
+        for match in _CHANGING.finditer(self.content):
+            folded = _INVISIBLE.sub("", unicodedata.normalize("NFKC", match[0]))
+            if folded != match[0]:
+                yield add(match.start(), self.content[end : match.start()])
+                yield add(match.end(), folded)
+        yield add(len(self.content), self.content[end:])
 
     def words(self) -> set[str]:
         return set(_WORD.findall(self._folded))
@@ -74,17 +104,25 @@ class Text:
         ]
         if pairs := sorted(pairs, key=len, reverse=True):
             any_pair = "|".join(map(regex.escape, pairs))
-            matches += [
-                (match.start(), match.end(1), match[1])
-                for match in regex.finditer(rf"(?=({any_pair})(?!\p{{M}}))", self._folded)
-            ]
+            found = regex.finditer(f"(?V1)(?=({any_pair}){_NO_MARK})", self._folded)
+            matches += [(match.start(), match.end(1), match[1]) for match in found]
             matches.sort()
         spans = [(*self._original(start, end), text) for start, end, text in matches]
         start, end = self._window(spans)
         return list(self._parts(_joined(self.content, spans), start, end))
 
-    def _original(self, start: int, end: int) -> tuple[int, int]:
-        return (self._starts[start], self._ends[end - 1]) if self._starts else (start, end)
+    def _original(self, folded_start: int, folded_end: int) -> tuple[int, int]:
+        """The span in the content of a span in the folded text."""
+        first = self._piece(folded_start)
+        last = self._piece(folded_end - 1)
+        return (
+            first.original(folded_start, folded_start)[0],
+            last.original(folded_end, folded_end)[1],
+        )
+
+    def _piece(self, folded_index: int) -> _Piece:
+        index = bisect.bisect_right(self._pieces, folded_index, key=lambda each: each.folded_start)
+        return self._pieces[index - 1]
 
     def _window(self, spans: Sequence[tuple[int, int, str]]) -> tuple[int, int]:
         """Where the snippet begins and ends."""
