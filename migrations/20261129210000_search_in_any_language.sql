@@ -72,10 +72,13 @@ BEGIN
         line := regexp_replace(line, '(?<=[A-Za-z])\+\+(?!\+)', E' \u1429\u1429 ', 'g');
     END IF;
     line := regexp_replace(line, '[<&./@+_~-]+', ' ', 'g');
-    -- "AB99812" is found by "99812" too.
-    IF line ~ '[A-Za-z][0-9]' THEN
+    -- "AB99812" is found by "99812" too, "30GB" by "30", and a timestamp by its date and time.
+    IF line ~ '[A-Za-z][0-9]|[0-9][A-Za-z]' THEN
+        line := regexp_replace(line, '(?<=[0-9])T(?=[0-9])', ' ', 'g');
         line := regexp_replace(line,
             '(?<![A-Za-z0-9])([A-Za-z]+)([0-9]+)(?![A-Za-z0-9])', '\1\2 \2', 'g');
+        line := regexp_replace(line,
+            '(?<![A-Za-z0-9])([0-9]+)([A-Za-z]+)(?![A-Za-z0-9])', '\1 \1\2', 'g');
     END IF;
     RETURN line;
 END
