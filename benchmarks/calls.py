@@ -185,6 +185,9 @@ def _scripts(directory: Path) -> dict[str, Path]:
                 "ids": "ARRAY[lpad(:message::text, 32, '0')]",
                 "roles": "ARRAY['user']",
                 "contents": f"ARRAY[{pgbench.texts(contents, ':text')}]",
+                "language_codes": "ARRAY[NULL]",
+                "search_languages": "ARRAY[NULL]",
+                "search_language": "'english'",
                 "metadatas": "ARRAY[NULL]",
                 "message_ticks": "ARRAY[0]",
                 **dict.fromkeys(

@@ -48,6 +48,7 @@ SECTIONS = {
     "auth": "Authentication and TLS",
     "watch_heartbeat_seconds": "Streams",
     "attachment_url_check": "Attachment URLs",
+    "search_language": "Search",
     "log_format": "Logs and traces",
 }
 

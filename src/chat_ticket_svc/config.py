@@ -25,6 +25,8 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
+from chat_ticket_svc.search_language import SEARCH_LANGUAGES
+
 # A comma-separated list in the environment, a tuple here.
 CommaSeparated = Annotated[tuple[str, ...], NoDecode]
 
@@ -303,6 +305,15 @@ class Settings(BaseSettings):
         "separated by commas.",
     )
 
+    # Search
+    search_language: str = Field(
+        default="english",
+        description="The search language of tenants that have none of their own: the text search "
+        "configuration of PostgreSQL that stems messages without a `language_code`. One of "
+        f"{', '.join(f'`{language}`' for language in SEARCH_LANGUAGES)}; `simple` does not stem. "
+        "All servers of a database need the same.",
+    )
+
     limits: Limits = Limits()
     log_format: Literal["auto", "json", "console"] = Field(
         default="auto",
@@ -346,6 +357,13 @@ class Settings(BaseSettings):
     def _validate_schemes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value or set(value) - {"http", "https"}:
             raise ValueError("must be https, http or both, separated by a comma")
+        return value
+
+    @field_validator("search_language")
+    @classmethod
+    def _validate_search_language(cls, value: str) -> str:
+        if value not in SEARCH_LANGUAGES:
+            raise ValueError(f"must be one of {', '.join(SEARCH_LANGUAGES)}")
         return value
 
     @field_validator("jwt_algorithms")

@@ -95,7 +95,8 @@ class Filled:
     async def fill(self) -> None:
         self.first, self.second = await self.api.session(), await self.api.session()
         content = "two\nlines,\v\u2028a\u0085b\u2029c\x1c “quotes” and 漢字"
-        await self.api.message(self.first.id, content, metadata_json='{"a": [1, null]}')
+        fields = {"language_code": "ja", "metadata_json": '{"a": [1, null]}'}
+        await self.api.message(self.first.id, content, **fields)
         last = await self.api.message(self.first.id, "last")
         await self.api.attachment(last.id)
         gone = await self.api.message(self.second.id)
@@ -164,6 +165,7 @@ class TestExport:
             filled.second.id,
         ]
         assert lines[3:5] == messages
+        assert lines[3].language_code == "ja"
         assert lines[4].attachments
         assert lines[5] == filled.link
 

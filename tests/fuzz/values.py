@@ -271,8 +271,16 @@ def _etag(draw: Draw, wild: bool) -> str:
     return draw(st.one_of(st.sampled_from(odd), TEXT))
 
 
+def _language_code(draw: Draw, wild: bool) -> str:
+    if not wild:
+        return draw(st.sampled_from(["", "", "de", "pt-BR", "zh-Hant-TW"]))
+    odd = ["x", "de-", "-de", "de_AT", "de\n", "d\u00e9", "a" * 9, "de-" + "x-" * 16, "a-" * 40]
+    return draw(st.one_of(st.sampled_from(odd), TEXT))
+
+
 STRINGS: dict[str, Callable[[Draw, bool], str]] = {
     "content": _text(LIMITS.content_bytes, ["hello", "where is my order"], in_bytes=True),
+    "language_code": _language_code,
     "query": _text(LIMITS.query, ["order", "hello or order", '"my order" -nothing']),
     "title": _text(LIMITS.title, ["help", "broken"]),
     "file_name": _text(LIMITS.file_name, ["a.png", "report 1.pdf"]),

@@ -26,6 +26,7 @@ LAYERS = [
     ["embedded", "telemetry"],
     ["errors"],
     ["addresses", "config", "timeouts"],
+    ["search_language"],
 ]
 SERVICERS = {"attachment_access", "attachments", "messages", "sessions", "tickets"}
 GRPC = {"access", "commands", "rpc", "server", "services"}

@@ -32,6 +32,7 @@ SETTINGS = {
 }
 CONSTANTS = [
     ("ChatMessage.metadata_json", f"{metadata_json.MAX_SCALE:,} digits"),
+    ("ChatMessage.language_code", f"at most {validate.MAX_LANGUAGE_CODE} characters"),
     ("ChatAttachment.file_url", "at most five redirects"),
     ("ListChatMessagesResponse.messages", f"at most {paging.MAX_STREAM_PAGE} and about 1 MiB"),
     (

@@ -61,7 +61,7 @@ class CreateChatMessageRequest(_message.Message):
     @_builtins.property
     def message(self) -> _resources_pb2.ChatMessage:
         """The message to create. Required. The server reads `id` (optional), `role`, `content`,
-        `metadata_json` and `attachments`.
+        `language_code`, `metadata_json` and `attachments`.
         """
 
     def __init__(
@@ -425,7 +425,9 @@ class SearchChatMessagesRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     query: _builtins.str
-    """The query. Required; at most 1,000 characters; no NUL."""
+    """The query: words, `"phrases"`, `or`, `-word` and `word*`, as SearchChatMessages says. Required;
+    at most 1,000 characters; no NUL.
+    """
     session_id: _builtins.str
     """Finds only messages of this session. Optional; empty means all sessions of the tenant."""
     page_size: _builtins.int
@@ -512,8 +514,8 @@ class SearchChatMessagesResponse(_message.Message):
 
         @_builtins.property
         def snippet(self) -> _containers.RepeatedCompositeFieldContainer[Global___SearchChatMessagesResponse.SnippetPart]:
-            """The part of the content that matches best, at most 8,000 characters, split into matching
-            words and the text between them. Text that looks like an XML tag is omitted.
+            """The part of the content that matches best, at most 8,000 characters, split into what matches
+            and the text between.
             """
 
         def __init__(
@@ -544,7 +546,7 @@ class SearchChatMessagesResponse(_message.Message):
         text: _builtins.str
         """The text, without escaping or markup."""
         hit: _builtins.bool
-        """Whether the text is a matching word."""
+        """Whether the text matches: a word, or characters of a script without spaces."""
         def __init__(
             self,
             *,
@@ -560,6 +562,7 @@ class SearchChatMessagesResponse(_message.Message):
     HITS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     INCOMPLETE_RESULTS_FIELD_NUMBER: _builtins.int
+    IGNORED_WORDS_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """The `page_token` of the next page. Empty on the last page."""
     incomplete_results: _builtins.bool
@@ -580,16 +583,25 @@ class SearchChatMessagesResponse(_message.Message):
         newest first, and then by id, highest first.
         """
 
+    @_builtins.property
+    def ignored_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The words of the query that were not searched for: those that the search language of the tenant
+        ignores because they are too common, such as `the` in English, and those without a letter or a
+        digit. Each is as in the query, in the order of the query. The same on every page. Empty when
+        all words were searched for.
+        """
+
     def __init__(
         self,
         *,
         hits: _abc.Iterable[Global___SearchChatMessagesResponse.Hit] | None = ...,
         next_page_token: _builtins.str = ...,
         incomplete_results: _builtins.bool = ...,
+        ignored_words: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hits", b"hits", "incomplete_results", b"incomplete_results", "next_page_token", b"next_page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hits", b"hits", "ignored_words", b"ignored_words", "incomplete_results", b"incomplete_results", "next_page_token", b"next_page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -100,9 +100,9 @@ class ChatMessageServiceServicer:
         - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
 
         Retry: safe when `message.id` is set. A retry with the same content returns the stored message
-        as it is now, without checking URLs. The session, role and content are always compared.
-        Metadata and attachments are compared only until the message changes. Without an id, a retry
-        can append a second message.
+        as it is now, without checking URLs. The session, role, content and language code are always
+        compared. Metadata and attachments are compared only until the message changes. Without an id,
+        a retry can append a second message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -176,7 +176,7 @@ class ChatMessageServiceServicer:
 
         The metadata is replaced as a whole. The revision of the message and of its session increases,
         and watchers of the session receive the message again. Setting equal metadata is not a change.
-        The content, the role and the sequence of a message never change.
+        The content, the language code, the role and the sequence of a message never change.
 
         Errors:
 
@@ -205,11 +205,25 @@ class ChatMessageServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SearchChatMessages(self, request, context):
-        """Searches the content of the tenant's messages as English text, best match first, in pages.
+        """Searches the content of the tenant's messages, best match first, in pages.
 
-        The query has the syntax of PostgreSQL's websearch_to_tsquery: `some words` finds messages with
-        all of them, `"a phrase"` finds the words in this order, `or` finds either side, and `-word`
-        excludes a word. Words are compared by their stem. A query of stop words alone finds nothing.
+        A query is made of:
+
+        - `some words`: messages with all of them, in any order.
+        - `"a phrase"`: messages with these words side by side, in this order. All double quotation
+        marks are equal, such as `“…”`, `„…“` and `«…»`.
+        - `or`: messages that match what is on its left, what is on its right, or both.
+        - `-word` or `-"a phrase"`: messages without it.
+        - `word*`: messages with a word that begins like this.
+
+        Words are compared by their stem, in the language of each message; see
+        `ChatMessage.language_code`. Case and Unicode's compatibility forms (NFKC) make no difference.
+        Punctuation separates words, in messages as in queries: `99812` and `AB-99812` both find
+        `order_id=AB-99812/7`. Han, kana, Hangul, Thai, Lao, Tibetan, Khmer and Burmese are found by
+        pairs of adjacent characters, as spaces do not separate their words.
+
+        Words that are too common to be searched for are left out of the query; see `ignored_words`. A
+        query of such words alone finds nothing.
 
         The work of a search is bounded, however many messages the tenant has. When more messages match
         than can be examined, the page has the best of those that were, and `incomplete_results` is
@@ -217,8 +231,7 @@ class ChatMessageServiceServicer:
 
         A `session_id` that does not exist is not an error: nothing is found.
 
-        Errors: the common errors only. A query that nests more than 32 operators, for example a run of
-        `-`, fails with INVALID_ARGUMENT.
+        Errors: the common errors only.
 
         Retry: safe.
         """

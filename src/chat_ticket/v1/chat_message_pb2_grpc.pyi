@@ -58,9 +58,9 @@ class ChatMessageServiceStub:
     - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
 
     Retry: safe when `message.id` is set. A retry with the same content returns the stored message
-    as it is now, without checking URLs. The session, role and content are always compared.
-    Metadata and attachments are compared only until the message changes. Without an id, a retry
-    can append a second message.
+    as it is now, without checking URLs. The session, role, content and language code are always
+    compared. Metadata and attachments are compared only until the message changes. Without an id,
+    a retry can append a second message.
     """
     BatchCreateChatMessages: _grpc.UnaryUnaryMultiCallable[_chat_message_pb2.BatchCreateChatMessagesRequest, _chat_message_pb2.BatchCreateChatMessagesResponse]
     """Appends up to 500 messages to one session, in one transaction.
@@ -118,7 +118,7 @@ class ChatMessageServiceStub:
 
     The metadata is replaced as a whole. The revision of the message and of its session increases,
     and watchers of the session receive the message again. Setting equal metadata is not a change.
-    The content, the role and the sequence of a message never change.
+    The content, the language code, the role and the sequence of a message never change.
 
     Errors:
 
@@ -139,11 +139,25 @@ class ChatMessageServiceStub:
     Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
     """
     SearchChatMessages: _grpc.UnaryUnaryMultiCallable[_chat_message_pb2.SearchChatMessagesRequest, _chat_message_pb2.SearchChatMessagesResponse]
-    """Searches the content of the tenant's messages as English text, best match first, in pages.
+    """Searches the content of the tenant's messages, best match first, in pages.
 
-    The query has the syntax of PostgreSQL's websearch_to_tsquery: `some words` finds messages with
-    all of them, `"a phrase"` finds the words in this order, `or` finds either side, and `-word`
-    excludes a word. Words are compared by their stem. A query of stop words alone finds nothing.
+    A query is made of:
+
+    - `some words`: messages with all of them, in any order.
+    - `"a phrase"`: messages with these words side by side, in this order. All double quotation
+      marks are equal, such as `“…”`, `„…“` and `«…»`.
+    - `or`: messages that match what is on its left, what is on its right, or both.
+    - `-word` or `-"a phrase"`: messages without it.
+    - `word*`: messages with a word that begins like this.
+
+    Words are compared by their stem, in the language of each message; see
+    `ChatMessage.language_code`. Case and Unicode's compatibility forms (NFKC) make no difference.
+    Punctuation separates words, in messages as in queries: `99812` and `AB-99812` both find
+    `order_id=AB-99812/7`. Han, kana, Hangul, Thai, Lao, Tibetan, Khmer and Burmese are found by
+    pairs of adjacent characters, as spaces do not separate their words.
+
+    Words that are too common to be searched for are left out of the query; see `ignored_words`. A
+    query of such words alone finds nothing.
 
     The work of a search is bounded, however many messages the tenant has. When more messages match
     than can be examined, the page has the best of those that were, and `incomplete_results` is
@@ -151,8 +165,7 @@ class ChatMessageServiceStub:
 
     A `session_id` that does not exist is not an error: nothing is found.
 
-    Errors: the common errors only. A query that nests more than 32 operators, for example a run of
-    `-`, fails with INVALID_ARGUMENT.
+    Errors: the common errors only.
 
     Retry: safe.
     """
@@ -185,9 +198,9 @@ class ChatMessageServiceAsyncStub(ChatMessageServiceStub):
     - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
 
     Retry: safe when `message.id` is set. A retry with the same content returns the stored message
-    as it is now, without checking URLs. The session, role and content are always compared.
-    Metadata and attachments are compared only until the message changes. Without an id, a retry
-    can append a second message.
+    as it is now, without checking URLs. The session, role, content and language code are always
+    compared. Metadata and attachments are compared only until the message changes. Without an id,
+    a retry can append a second message.
     """
     BatchCreateChatMessages: _aio.UnaryUnaryMultiCallable[_chat_message_pb2.BatchCreateChatMessagesRequest, _chat_message_pb2.BatchCreateChatMessagesResponse]  # type: ignore[assignment]
     """Appends up to 500 messages to one session, in one transaction.
@@ -245,7 +258,7 @@ class ChatMessageServiceAsyncStub(ChatMessageServiceStub):
 
     The metadata is replaced as a whole. The revision of the message and of its session increases,
     and watchers of the session receive the message again. Setting equal metadata is not a change.
-    The content, the role and the sequence of a message never change.
+    The content, the language code, the role and the sequence of a message never change.
 
     Errors:
 
@@ -266,11 +279,25 @@ class ChatMessageServiceAsyncStub(ChatMessageServiceStub):
     Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
     """
     SearchChatMessages: _aio.UnaryUnaryMultiCallable[_chat_message_pb2.SearchChatMessagesRequest, _chat_message_pb2.SearchChatMessagesResponse]  # type: ignore[assignment]
-    """Searches the content of the tenant's messages as English text, best match first, in pages.
+    """Searches the content of the tenant's messages, best match first, in pages.
 
-    The query has the syntax of PostgreSQL's websearch_to_tsquery: `some words` finds messages with
-    all of them, `"a phrase"` finds the words in this order, `or` finds either side, and `-word`
-    excludes a word. Words are compared by their stem. A query of stop words alone finds nothing.
+    A query is made of:
+
+    - `some words`: messages with all of them, in any order.
+    - `"a phrase"`: messages with these words side by side, in this order. All double quotation
+      marks are equal, such as `“…”`, `„…“` and `«…»`.
+    - `or`: messages that match what is on its left, what is on its right, or both.
+    - `-word` or `-"a phrase"`: messages without it.
+    - `word*`: messages with a word that begins like this.
+
+    Words are compared by their stem, in the language of each message; see
+    `ChatMessage.language_code`. Case and Unicode's compatibility forms (NFKC) make no difference.
+    Punctuation separates words, in messages as in queries: `99812` and `AB-99812` both find
+    `order_id=AB-99812/7`. Han, kana, Hangul, Thai, Lao, Tibetan, Khmer and Burmese are found by
+    pairs of adjacent characters, as spaces do not separate their words.
+
+    Words that are too common to be searched for are left out of the query; see `ignored_words`. A
+    query of such words alone finds nothing.
 
     The work of a search is bounded, however many messages the tenant has. When more messages match
     than can be examined, the page has the best of those that were, and `incomplete_results` is
@@ -278,8 +305,7 @@ class ChatMessageServiceAsyncStub(ChatMessageServiceStub):
 
     A `session_id` that does not exist is not an error: nothing is found.
 
-    Errors: the common errors only. A query that nests more than 32 operators, for example a run of
-    `-`, fails with INVALID_ARGUMENT.
+    Errors: the common errors only.
 
     Retry: safe.
     """
@@ -315,9 +341,9 @@ class ChatMessageServiceServicer(metaclass=_abc_1.ABCMeta):
         - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
 
         Retry: safe when `message.id` is set. A retry with the same content returns the stored message
-        as it is now, without checking URLs. The session, role and content are always compared.
-        Metadata and attachments are compared only until the message changes. Without an id, a retry
-        can append a second message.
+        as it is now, without checking URLs. The session, role, content and language code are always
+        compared. Metadata and attachments are compared only until the message changes. Without an id,
+        a retry can append a second message.
         """
 
     @_abc_1.abstractmethod
@@ -399,7 +425,7 @@ class ChatMessageServiceServicer(metaclass=_abc_1.ABCMeta):
 
         The metadata is replaced as a whole. The revision of the message and of its session increases,
         and watchers of the session receive the message again. Setting equal metadata is not a change.
-        The content, the role and the sequence of a message never change.
+        The content, the language code, the role and the sequence of a message never change.
 
         Errors:
 
@@ -432,11 +458,25 @@ class ChatMessageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_message_pb2.SearchChatMessagesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_chat_message_pb2.SearchChatMessagesResponse, _abc.Awaitable[_chat_message_pb2.SearchChatMessagesResponse]]:
-        """Searches the content of the tenant's messages as English text, best match first, in pages.
+        """Searches the content of the tenant's messages, best match first, in pages.
 
-        The query has the syntax of PostgreSQL's websearch_to_tsquery: `some words` finds messages with
-        all of them, `"a phrase"` finds the words in this order, `or` finds either side, and `-word`
-        excludes a word. Words are compared by their stem. A query of stop words alone finds nothing.
+        A query is made of:
+
+        - `some words`: messages with all of them, in any order.
+        - `"a phrase"`: messages with these words side by side, in this order. All double quotation
+          marks are equal, such as `“…”`, `„…“` and `«…»`.
+        - `or`: messages that match what is on its left, what is on its right, or both.
+        - `-word` or `-"a phrase"`: messages without it.
+        - `word*`: messages with a word that begins like this.
+
+        Words are compared by their stem, in the language of each message; see
+        `ChatMessage.language_code`. Case and Unicode's compatibility forms (NFKC) make no difference.
+        Punctuation separates words, in messages as in queries: `99812` and `AB-99812` both find
+        `order_id=AB-99812/7`. Han, kana, Hangul, Thai, Lao, Tibetan, Khmer and Burmese are found by
+        pairs of adjacent characters, as spaces do not separate their words.
+
+        Words that are too common to be searched for are left out of the query; see `ignored_words`. A
+        query of such words alone finds nothing.
 
         The work of a search is bounded, however many messages the tenant has. When more messages match
         than can be examined, the page has the best of those that were, and `incomplete_results` is
@@ -444,8 +484,7 @@ class ChatMessageServiceServicer(metaclass=_abc_1.ABCMeta):
 
         A `session_id` that does not exist is not an error: nothing is found.
 
-        Errors: the common errors only. A query that nests more than 32 operators, for example a run of
-        `-`, fails with INVALID_ARGUMENT.
+        Errors: the common errors only.
 
         Retry: safe.
         """

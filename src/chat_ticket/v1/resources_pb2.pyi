@@ -317,6 +317,7 @@ class ChatMessage(_message.Message):
     METADATA_JSON_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     ATTACHMENTS_FIELD_NUMBER: _builtins.int
+    LANGUAGE_CODE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The id of the message. Optional on create; see CreateChatMessage for retries. Immutable. The id
     of a deleted message is rejected until its session is deleted.
@@ -346,6 +347,17 @@ class ChatMessage(_message.Message):
     The value is stored as jsonb. Every digit of a number is kept. Spacing, key order and exponents
     are not kept. The last of duplicate keys wins.
     """
+    language_code: _builtins.str
+    """The language of the content, as a BCP 47 language tag such as `de` or `pt-BR`. Optional; empty
+    means that the message has the search language of its tenant. A language subtag of 2 to 8
+    letters, then any number of subtags of 1 to 8 letters or digits, each after a hyphen; together
+    at most 35 characters. Returned as sent. Immutable.
+
+    It decides how SearchChatMessages stems the words of the content. The language subtag chooses a
+    text search configuration of PostgreSQL, by the codes of ISO 639-1 and ISO 639-3: `de`, `deu`
+    and `de-AT` all mean `german`. Words of a language that has none are not stemmed. Subtags are
+    not looked up in IANA's registry: an unknown one is accepted.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """The time of creation. Increases with `sequence`. Output only."""
@@ -368,10 +380,11 @@ class ChatMessage(_message.Message):
         metadata_json: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         attachments: _abc.Iterable[Global___ChatAttachment] | None = ...,
+        language_code: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "content", b"content", "create_time", b"create_time", "id", b"id", "metadata_json", b"metadata_json", "revision", b"revision", "role", b"role", "sequence", b"sequence", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "content", b"content", "create_time", b"create_time", "id", b"id", "language_code", b"language_code", "metadata_json", b"metadata_json", "revision", b"revision", "role", b"role", "sequence", b"sequence", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

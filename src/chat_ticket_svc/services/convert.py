@@ -71,6 +71,7 @@ def message(row: Message) -> pb.ChatMessage:
         metadata_json=row.metadata or "",
         create_time=timestamp(row.created_at),
         attachments=[attachment(attached) for attached in row.attachments],
+        language_code=row.language_code or "",
     )
 
 
@@ -100,7 +101,9 @@ def messages(session_id: str, rows: Iterable[Row]) -> bytes:
     session_id_and_sequence_tag = b"\x12$" + session_id.encode() + b"\x18"
     time, time_seconds = b"", -1
     continued, final = CONTINUED, FINAL  # local names are faster
-    for id_, sequence, revision, role, content, metadata, created_at, attachments, _ in rows:
+    for (
+        id_, sequence, revision, role, content, metadata, created_at, attachments, language, _
+    ) in rows:  # fmt: skip
         if 0x4000 <= sequence < 0x10000000:
             number = continued[sequence & 0x3FFF] + final[sequence >> 14]
         else:
@@ -129,6 +132,8 @@ def messages(session_id: str, rows: Iterable[Row]) -> bytes:
         )
         if attachments is not None:
             message += _attachments(attachments)
+        if language is not None:
+            message += b"R%b%b" % (final[len(language)], language)
         size = len(message)
         parts += (b"\x12", final[size] if size < 0x4000 else _varint(size), message)
     return b"".join(parts)

@@ -40,7 +40,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         settings: Settings,
     ):
         self._db = db
-        self._group_commit = group_commit.GroupCommitWriter(db)
+        self._group_commit = group_commit.GroupCommitWriter(db, settings.search_language)
         self._watch_hub = watch_hub
         self._url_checker = url_checker
         self._limits = settings.limits

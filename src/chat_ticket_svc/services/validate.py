@@ -23,6 +23,11 @@ _WORD = r"[A-Za-z0-9!#$%&'*+.^_`|~-]++"
 MIME_TYPE = re.compile(
     rf"""{_WORD}/{_WORD}([ ]*+;[ ]*+({_WORD}=({_WORD}|"([ !#-\[\]-~]|\\[ -~])*+"))?)*+"""
 )
+# A language tag of BCP 47, without those that begin with "x-" or "i-". The database has the same
+# rule, as a constraint.
+LANGUAGE_CODE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*+")
+# What RFC 5646 recommends to allow, in section 4.4.1.
+MAX_LANGUAGE_CODE = 35
 ETAG = re.compile(r"[0-9]{1,18}")
 
 # An error lists this many violations, and the number of the others.
@@ -133,6 +138,16 @@ class Validator:
             )
         if "\0" in value:
             self.add_violation(field, "contains a NUL character")
+        return value
+
+    def language_code(self, field: str, value: str) -> str | None:
+        """A BCP 47 language tag; None when it is empty."""
+        if not value:
+            return None
+        if len(value) > MAX_LANGUAGE_CODE:
+            self.add_violation(field, f"{len(value):,} characters, at most {MAX_LANGUAGE_CODE}")
+        elif not LANGUAGE_CODE.fullmatch(value):
+            self.add_violation(field, "not a BCP 47 language tag such as de-AT")
         return value
 
     def enum(self, field: str, value: int, numbers: Mapping[str, int]) -> str:
@@ -259,6 +274,7 @@ class Validator:
             id=self.new_id(f"{field}.id", message.id),
             role=self.enum(f"{field}.role", message.role, convert.MESSAGE_ROLE),
             content=self.content(f"{field}.content", message.content),
+            language_code=self.language_code(f"{field}.language_code", message.language_code),
             metadata=self.metadata(f"{field}.metadata_json", message.metadata_json),
             attachments=attachments,
         )

@@ -7,7 +7,7 @@ if they equal the new ones, and fails otherwise.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from chat_ticket_svc import errors
+from chat_ticket_svc import errors, search_language
 from chat_ticket_svc.store import attachments, messages, sessions
 from chat_ticket_svc.store.attachments import Attachment, NewAttachment
 from chat_ticket_svc.store.database import Database
@@ -30,15 +30,22 @@ WITH session AS (
               updated_at - (%(ticks)s::integer - 1) * interval '1 microsecond' AS time
 ), message AS (
     INSERT INTO chat_messages
-           (tenant_id, id, session_id, sequence, revision, role, content, metadata, created_at)
+           (tenant_id, id, session_id, sequence, revision, role, content, language_code,
+            search_language, metadata, created_at)
     SELECT %(tenant_id)s, new.id, %(session_id)s::uuid,
            session.revision + new.ordinal, session.revision + new.ordinal,
-           new.role, new.content, new.metadata::jsonb,
-           session.time + new.tick * interval '1 microsecond'
+           new.role, new.content, new.language_code,
+           coalesce(new.search_language,
+                    (SELECT search_language FROM tenant_settings
+                      WHERE tenant_id = %(tenant_id)s),
+                    %(search_language)s::text),
+           new.metadata::jsonb, session.time + new.tick * interval '1 microsecond'
       FROM session,
            unnest(%(ids)s::uuid[], %(roles)s::text[], %(contents)s::text[],
+                  %(language_codes)s::text[], %(search_languages)s::text[],
                   %(metadatas)s::text[], %(message_ticks)s::integer[])
-               WITH ORDINALITY AS new (id, role, content, metadata, tick, ordinal)
+               WITH ORDINALITY
+               AS new (id, role, content, language_code, search_language, metadata, tick, ordinal)
     RETURNING sequence, metadata::text AS metadata,
               (extract(epoch FROM created_at) * 1000000)::bigint AS created_at
 ), attachment AS (
@@ -63,12 +70,14 @@ ID_CONSTRAINTS = {"chat_messages_pkey", "chat_message_tombstones_pkey", "chat_at
 FIND_REPEATS = f"""
 SELECT m.id IS NOT NULL, t.message_id IS NOT NULL,
        m.session_id = %(session_id)s::uuid AND m.role = new.role AND m.content = new.content
+           AND m.language_code IS NOT DISTINCT FROM new.language_code
            AND (m.revision > m.sequence
                 OR m.metadata::text IS NOT DISTINCT FROM new.metadata::jsonb::text),
        m.sequence, m.revision, m.metadata::text,
        (extract(epoch FROM m.created_at) * 1000000)::bigint, {messages.ATTACHMENTS}
-  FROM unnest(%(ids)s::uuid[], %(roles)s::text[], %(contents)s::text[], %(metadatas)s::text[])
-           WITH ORDINALITY AS new (id, role, content, metadata, ordinal)
+  FROM unnest(%(ids)s::uuid[], %(roles)s::text[], %(contents)s::text[],
+              %(language_codes)s::text[], %(metadatas)s::text[])
+           WITH ORDINALITY AS new (id, role, content, language_code, metadata, ordinal)
   LEFT JOIN chat_messages m ON m.tenant_id = %(tenant_id)s AND m.id = new.id
   LEFT JOIN chat_message_tombstones t ON t.tenant_id = %(tenant_id)s AND t.message_id = new.id
  ORDER BY new.ordinal
@@ -96,8 +105,14 @@ def _message_params(tenant_id: str, session_id: str, new: Sequence[NewMessage]) 
         "ids": array_literal(message.id for message in new),
         "roles": array_literal(message.role for message in new),
         "contents": array_literal(message.content for message in new),
+        "language_codes": array_literal(message.language_code for message in new),
         "metadatas": array_literal(message.metadata for message in new),
     }
+
+
+def search_language_literal(language_codes: Iterable[str | None]) -> str:
+    """The array of the search languages of these codes, with NULL where there is no code."""
+    return array_literal(code and search_language.of_language_code(code) for code in language_codes)
 
 
 def stored_message(
@@ -109,8 +124,8 @@ def stored_message(
         for tick, a in enumerate(new.attachments, start=1)
     )
     return Message(
-        new.id, session_id, sequence, sequence, new.role, new.content, metadata, created_at,
-        stored_attachments,
+        new.id, session_id, sequence, sequence, new.role, new.content, new.language_code,
+        metadata, created_at, stored_attachments,
     )  # fmt: skip
 
 
@@ -120,12 +135,14 @@ async def append_messages(
     session_id: str,
     new: Sequence[NewMessage],
     *,
+    default_search_language: str,
     outcome_unknown: bool,
 ) -> list[Message]:
     """Append messages to a session, in order, all or none, and return them as stored.
 
-    A repeated request with the same ids and content returns the stored messages. `outcome_unknown`
-    says that an earlier attempt lost its connection and may have stored them.
+    A repeated request with the same ids and content returns the stored messages. Messages without a
+    language code, of a tenant without a search language, get `default_search_language`.
+    `outcome_unknown` says that an earlier attempt lost its connection and may have stored them.
     """
     params = _message_params(tenant_id, session_id, new)
     ticks = 0
@@ -138,6 +155,8 @@ async def append_messages(
             new_attachments.append((attachment, message.id, ticks))
         ticks += 1
     params |= {
+        "search_languages": search_language_literal(message.language_code for message in new),
+        "search_language": default_search_language,
         "count": len(new),
         "ticks": ticks,
         "message_ticks": array_literal(message_ticks),
@@ -212,7 +231,7 @@ async def find_repeat(
             stored.append(
                 Message(
                     message.id, session_id, sequence, revision, message.role, message.content,
-                    metadata, created_at, stored_attachments,
+                    message.language_code, metadata, created_at, stored_attachments,
                 )
             )  # fmt: skip
     if taken_index is None and stored and len(stored) < len(new):

@@ -48,9 +48,11 @@ WITH new AS MATERIALIZED (
            count(*) OVER (PARTITION BY tenant_id, session_id) AS count
       FROM unnest((SELECT %(tenant_ids)s::text[]), (SELECT %(session_ids)s::uuid[]),
                   (SELECT %(ids)s::uuid[]), (SELECT %(roles)s::text[]),
-                  (SELECT %(contents)s::text[]), (SELECT %(metadatas)s::text[]))
+                  (SELECT %(contents)s::text[]), (SELECT %(language_codes)s::text[]),
+                  (SELECT %(search_languages)s::text[]), (SELECT %(metadatas)s::text[]))
                WITH ORDINALITY
-               AS new (tenant_id, session_id, id, role, content, metadata, ordinal)
+               AS new (tenant_id, session_id, id, role, content, language_code, search_language,
+                       metadata, ordinal)
      WHERE NOT EXISTS (
          SELECT FROM chat_messages m
           WHERE m.tenant_id = new.tenant_id AND m.id = new.id OFFSET 0)
@@ -71,11 +73,16 @@ WITH new AS MATERIALIZED (
               s.updated_at - (locked.count - 1) * interval '1 microsecond' AS time
 ), message AS (
     INSERT INTO chat_messages
-           (tenant_id, id, session_id, sequence, revision, role, content, metadata, created_at)
+           (tenant_id, id, session_id, sequence, revision, role, content, language_code,
+            search_language, metadata, created_at)
     SELECT new.tenant_id, new.id, new.session_id,
            session.revision + new.position, session.revision + new.position,
-           new.role, new.content, new.metadata::jsonb,
-           session.time + (new.position - 1) * interval '1 microsecond'
+           new.role, new.content, new.language_code,
+           coalesce(new.search_language,
+                    (SELECT t.search_language FROM tenant_settings t
+                      WHERE t.tenant_id = new.tenant_id),
+                    %(search_language)s::text),
+           new.metadata::jsonb, session.time + (new.position - 1) * interval '1 microsecond'
       FROM new
       JOIN session ON session.tenant_id = new.tenant_id AND session.id = new.session_id
     RETURNING tenant_id, id::text, sequence, metadata::text,
@@ -103,8 +110,9 @@ class _PendingAppend:
 class GroupCommitWriter:
     """Appends messages to sessions, for all callers of a process."""
 
-    def __init__(self, db: Database):
+    def __init__(self, db: Database, default_search_language: str):
         self._db = db
+        self._default_search_language = default_search_language
         self._pending: deque[_PendingAppend] = deque()
         self._writing: asyncio.Task[None] | None = None
         # The next statement is sent when so many messages are pending.
@@ -133,7 +141,12 @@ class GroupCommitWriter:
                 return [append.stored_message(session_id, new[0], *row)]
             outcome_unknown = pending.outcome_unknown
         return await append.append_messages(
-            self._db, tenant_id, session_id, new, outcome_unknown=outcome_unknown
+            self._db,
+            tenant_id,
+            session_id,
+            new,
+            default_search_language=self._default_search_language,
+            outcome_unknown=outcome_unknown,
         )
 
     async def _write(self) -> None:
@@ -167,6 +180,7 @@ class GroupCommitWriter:
 
     async def _write_batch(self, batch: list[_PendingAppend]) -> None:
         rows: dict[tuple[str, str], Sequence[Any]] = {}
+        language_codes = [pending.message.language_code for pending in batch]
         try:
             rows = {
                 (tenant_id, message_id): row
@@ -178,6 +192,9 @@ class GroupCommitWriter:
                         "ids": array_literal(pending.message.id for pending in batch),
                         "roles": array_literal(pending.message.role for pending in batch),
                         "contents": array_literal(pending.message.content for pending in batch),
+                        "language_codes": array_literal(language_codes),
+                        "search_languages": append.search_language_literal(language_codes),
+                        "search_language": self._default_search_language,
                         "metadatas": array_literal(pending.message.metadata for pending in batch),
                     },
                 )

@@ -34,6 +34,7 @@ class Message(NamedTuple):
     revision: Annotated[int, "m.revision"]
     role: Annotated[str, "m.role"]
     content: Annotated[str, "m.content"]
+    language_code: Annotated[str | None, "m.language_code"]
     metadata: Annotated[str | None, "m.metadata::text AS metadata"]
     created_at: Annotated[int, microseconds("m.created_at")]
     attachments: Annotated[tuple[Attachment, ...], f"{ATTACHMENTS} AS attachments"]
@@ -45,6 +46,7 @@ class NewMessage(NamedTuple):
     id: str
     role: str
     content: str
+    language_code: str | None
     metadata: str | None
     attachments: tuple[NewAttachment, ...]
 

@@ -105,7 +105,7 @@ export interface CreateChatMessageRequest {
   sessionId: string;
   /**
    * The message to create. Required. The server reads `id` (optional), `role`, `content`,
-   * `metadata_json` and `attachments`.
+   * `language_code`, `metadata_json` and `attachments`.
    */
   message: ChatMessage | undefined;
 }
@@ -227,7 +227,10 @@ export interface DeleteChatMessageResponse {
  * are set.
  */
 export interface SearchChatMessagesRequest {
-  /** The query. Required; at most 1,000 characters; no NUL. */
+  /**
+   * The query: words, `"phrases"`, `or`, `-word` and `word*`, as SearchChatMessages says. Required;
+   * at most 1,000 characters; no NUL.
+   */
   query: string;
   /** Finds only messages of this session. Optional; empty means all sessions of the tenant. */
   sessionId: string;
@@ -284,6 +287,13 @@ export interface SearchChatMessagesResponse {
    * The pages of incomplete results have the same order, and no hit is repeated.
    */
   incompleteResults: boolean;
+  /**
+   * The words of the query that were not searched for: those that the search language of the tenant
+   * ignores because they are too common, such as `the` in English, and those without a letter or a
+   * digit. Each is as in the query, in the order of the query. The same on every page. Empty when
+   * all words were searched for.
+   */
+  ignoredWords: string[];
 }
 
 /** A message that matches the query. */
@@ -309,8 +319,8 @@ export interface SearchChatMessagesResponse_Hit {
    */
   score: number;
   /**
-   * The part of the content that matches best, at most 8,000 characters, split into matching
-   * words and the text between them. Text that looks like an XML tag is omitted.
+   * The part of the content that matches best, at most 8,000 characters, split into what matches
+   * and the text between.
    */
   snippet: SearchChatMessagesResponse_SnippetPart[];
 }
@@ -319,7 +329,7 @@ export interface SearchChatMessagesResponse_Hit {
 export interface SearchChatMessagesResponse_SnippetPart {
   /** The text, without escaping or markup. */
   text: string;
-  /** Whether the text is a matching word. */
+  /** Whether the text matches: a word, or characters of a script without spaces. */
   hit: boolean;
 }
 
@@ -1686,7 +1696,7 @@ export const SearchChatMessagesRequest: MessageFns<SearchChatMessagesRequest> = 
 };
 
 function createBaseSearchChatMessagesResponse(): SearchChatMessagesResponse {
-  return { hits: [], nextPageToken: "", incompleteResults: false };
+  return { hits: [], nextPageToken: "", incompleteResults: false, ignoredWords: [] };
 }
 
 export const SearchChatMessagesResponse: MessageFns<SearchChatMessagesResponse> = {
@@ -1699,6 +1709,9 @@ export const SearchChatMessagesResponse: MessageFns<SearchChatMessagesResponse> 
     }
     if (message.incompleteResults !== false) {
       writer.uint32(24).bool(message.incompleteResults);
+    }
+    for (const v of message.ignoredWords) {
+      writer.uint32(34).string(v!);
     }
     return writer;
   },
@@ -1740,6 +1753,14 @@ export const SearchChatMessagesResponse: MessageFns<SearchChatMessagesResponse> 
             message.incompleteResults = reader.bool();
             continue;
           }
+          case 4: {
+            if (tag !== 34) {
+              break;
+            }
+
+            message.ignoredWords.push(reader.string());
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1767,6 +1788,11 @@ export const SearchChatMessagesResponse: MessageFns<SearchChatMessagesResponse> 
         : isSet(object.incomplete_results)
         ? globalThis.Boolean(object.incomplete_results)
         : false,
+      ignoredWords: globalThis.Array.isArray(object?.ignoredWords)
+        ? object.ignoredWords.map((e: any) => globalThis.String(e))
+        : globalThis.Array.isArray(object?.ignored_words)
+        ? object.ignored_words.map((e: any) => globalThis.String(e))
+        : [],
     };
   },
 
@@ -1781,6 +1807,9 @@ export const SearchChatMessagesResponse: MessageFns<SearchChatMessagesResponse> 
     if (message.incompleteResults !== false) {
       obj.incompleteResults = message.incompleteResults;
     }
+    if (message.ignoredWords?.length) {
+      obj.ignoredWords = message.ignoredWords;
+    }
     return obj;
   },
 
@@ -1792,6 +1821,7 @@ export const SearchChatMessagesResponse: MessageFns<SearchChatMessagesResponse> 
     message.hits = object.hits?.map((e) => SearchChatMessagesResponse_Hit.fromPartial(e)) || [];
     message.nextPageToken = object.nextPageToken ?? "";
     message.incompleteResults = object.incompleteResults ?? false;
+    message.ignoredWords = object.ignoredWords?.map((e) => e) || [];
     return message;
   },
 };
@@ -2101,9 +2131,9 @@ export const ChatMessageServiceDefinition = {
      * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
      *
      * Retry: safe when `message.id` is set. A retry with the same content returns the stored message
-     * as it is now, without checking URLs. The session, role and content are always compared.
-     * Metadata and attachments are compared only until the message changes. Without an id, a retry
-     * can append a second message.
+     * as it is now, without checking URLs. The session, role, content and language code are always
+     * compared. Metadata and attachments are compared only until the message changes. Without an id,
+     * a retry can append a second message.
      */
     createChatMessage: {
       name: "CreateChatMessage",
@@ -2193,7 +2223,7 @@ export const ChatMessageServiceDefinition = {
      *
      * The metadata is replaced as a whole. The revision of the message and of its session increases,
      * and watchers of the session receive the message again. Setting equal metadata is not a change.
-     * The content, the role and the sequence of a message never change.
+     * The content, the language code, the role and the sequence of a message never change.
      *
      * Errors:
      *
@@ -2230,11 +2260,25 @@ export const ChatMessageServiceDefinition = {
       options: {},
     },
     /**
-     * Searches the content of the tenant's messages as English text, best match first, in pages.
+     * Searches the content of the tenant's messages, best match first, in pages.
      *
-     * The query has the syntax of PostgreSQL's websearch_to_tsquery: `some words` finds messages with
-     * all of them, `"a phrase"` finds the words in this order, `or` finds either side, and `-word`
-     * excludes a word. Words are compared by their stem. A query of stop words alone finds nothing.
+     * A query is made of:
+     *
+     * - `some words`: messages with all of them, in any order.
+     * - `"a phrase"`: messages with these words side by side, in this order. All double quotation
+     *   marks are equal, such as `“…”`, `„…“` and `«…»`.
+     * - `or`: messages that match what is on its left, what is on its right, or both.
+     * - `-word` or `-"a phrase"`: messages without it.
+     * - `word*`: messages with a word that begins like this.
+     *
+     * Words are compared by their stem, in the language of each message; see
+     * `ChatMessage.language_code`. Case and Unicode's compatibility forms (NFKC) make no difference.
+     * Punctuation separates words, in messages as in queries: `99812` and `AB-99812` both find
+     * `order_id=AB-99812/7`. Han, kana, Hangul, Thai, Lao, Tibetan, Khmer and Burmese are found by
+     * pairs of adjacent characters, as spaces do not separate their words.
+     *
+     * Words that are too common to be searched for are left out of the query; see `ignored_words`. A
+     * query of such words alone finds nothing.
      *
      * The work of a search is bounded, however many messages the tenant has. When more messages match
      * than can be examined, the page has the best of those that were, and `incomplete_results` is
@@ -2242,8 +2286,7 @@ export const ChatMessageServiceDefinition = {
      *
      * A `session_id` that does not exist is not an error: nothing is found.
      *
-     * Errors: the common errors only. A query that nests more than 32 operators, for example a run of
-     * `-`, fails with INVALID_ARGUMENT.
+     * Errors: the common errors only.
      *
      * Retry: safe.
      */
@@ -2285,9 +2328,9 @@ export const ChatMessageServiceService = {
    * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
    *
    * Retry: safe when `message.id` is set. A retry with the same content returns the stored message
-   * as it is now, without checking URLs. The session, role and content are always compared.
-   * Metadata and attachments are compared only until the message changes. Without an id, a retry
-   * can append a second message.
+   * as it is now, without checking URLs. The session, role, content and language code are always
+   * compared. Metadata and attachments are compared only until the message changes. Without an id,
+   * a retry can append a second message.
    */
   createChatMessage: {
     path: "/chat_ticket.v1.ChatMessageService/CreateChatMessage" as const,
@@ -2390,7 +2433,7 @@ export const ChatMessageServiceService = {
    *
    * The metadata is replaced as a whole. The revision of the message and of its session increases,
    * and watchers of the session receive the message again. Setting equal metadata is not a change.
-   * The content, the role and the sequence of a message never change.
+   * The content, the language code, the role and the sequence of a message never change.
    *
    * Errors:
    *
@@ -2433,11 +2476,25 @@ export const ChatMessageServiceService = {
     responseDeserialize: (value: Buffer): DeleteChatMessageResponse => DeleteChatMessageResponse.decode(value),
   },
   /**
-   * Searches the content of the tenant's messages as English text, best match first, in pages.
+   * Searches the content of the tenant's messages, best match first, in pages.
    *
-   * The query has the syntax of PostgreSQL's websearch_to_tsquery: `some words` finds messages with
-   * all of them, `"a phrase"` finds the words in this order, `or` finds either side, and `-word`
-   * excludes a word. Words are compared by their stem. A query of stop words alone finds nothing.
+   * A query is made of:
+   *
+   * - `some words`: messages with all of them, in any order.
+   * - `"a phrase"`: messages with these words side by side, in this order. All double quotation
+   *   marks are equal, such as `“…”`, `„…“` and `«…»`.
+   * - `or`: messages that match what is on its left, what is on its right, or both.
+   * - `-word` or `-"a phrase"`: messages without it.
+   * - `word*`: messages with a word that begins like this.
+   *
+   * Words are compared by their stem, in the language of each message; see
+   * `ChatMessage.language_code`. Case and Unicode's compatibility forms (NFKC) make no difference.
+   * Punctuation separates words, in messages as in queries: `99812` and `AB-99812` both find
+   * `order_id=AB-99812/7`. Han, kana, Hangul, Thai, Lao, Tibetan, Khmer and Burmese are found by
+   * pairs of adjacent characters, as spaces do not separate their words.
+   *
+   * Words that are too common to be searched for are left out of the query; see `ignored_words`. A
+   * query of such words alone finds nothing.
    *
    * The work of a search is bounded, however many messages the tenant has. When more messages match
    * than can be examined, the page has the best of those that were, and `incomplete_results` is
@@ -2445,8 +2502,7 @@ export const ChatMessageServiceService = {
    *
    * A `session_id` that does not exist is not an error: nothing is found.
    *
-   * Errors: the common errors only. A query that nests more than 32 operators, for example a run of
-   * `-`, fails with INVALID_ARGUMENT.
+   * Errors: the common errors only.
    *
    * Retry: safe.
    */
@@ -2484,9 +2540,9 @@ export interface ChatMessageServiceServer extends UntypedServiceImplementation {
    * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
    *
    * Retry: safe when `message.id` is set. A retry with the same content returns the stored message
-   * as it is now, without checking URLs. The session, role and content are always compared.
-   * Metadata and attachments are compared only until the message changes. Without an id, a retry
-   * can append a second message.
+   * as it is now, without checking URLs. The session, role, content and language code are always
+   * compared. Metadata and attachments are compared only until the message changes. Without an id,
+   * a retry can append a second message.
    */
   createChatMessage: handleUnaryCall<CreateChatMessageRequest, CreateChatMessageResponse>;
   /**
@@ -2548,7 +2604,7 @@ export interface ChatMessageServiceServer extends UntypedServiceImplementation {
    *
    * The metadata is replaced as a whole. The revision of the message and of its session increases,
    * and watchers of the session receive the message again. Setting equal metadata is not a change.
-   * The content, the role and the sequence of a message never change.
+   * The content, the language code, the role and the sequence of a message never change.
    *
    * Errors:
    *
@@ -2571,11 +2627,25 @@ export interface ChatMessageServiceServer extends UntypedServiceImplementation {
    */
   deleteChatMessage: handleUnaryCall<DeleteChatMessageRequest, DeleteChatMessageResponse>;
   /**
-   * Searches the content of the tenant's messages as English text, best match first, in pages.
+   * Searches the content of the tenant's messages, best match first, in pages.
    *
-   * The query has the syntax of PostgreSQL's websearch_to_tsquery: `some words` finds messages with
-   * all of them, `"a phrase"` finds the words in this order, `or` finds either side, and `-word`
-   * excludes a word. Words are compared by their stem. A query of stop words alone finds nothing.
+   * A query is made of:
+   *
+   * - `some words`: messages with all of them, in any order.
+   * - `"a phrase"`: messages with these words side by side, in this order. All double quotation
+   *   marks are equal, such as `“…”`, `„…“` and `«…»`.
+   * - `or`: messages that match what is on its left, what is on its right, or both.
+   * - `-word` or `-"a phrase"`: messages without it.
+   * - `word*`: messages with a word that begins like this.
+   *
+   * Words are compared by their stem, in the language of each message; see
+   * `ChatMessage.language_code`. Case and Unicode's compatibility forms (NFKC) make no difference.
+   * Punctuation separates words, in messages as in queries: `99812` and `AB-99812` both find
+   * `order_id=AB-99812/7`. Han, kana, Hangul, Thai, Lao, Tibetan, Khmer and Burmese are found by
+   * pairs of adjacent characters, as spaces do not separate their words.
+   *
+   * Words that are too common to be searched for are left out of the query; see `ignored_words`. A
+   * query of such words alone finds nothing.
    *
    * The work of a search is bounded, however many messages the tenant has. When more messages match
    * than can be examined, the page has the best of those that were, and `incomplete_results` is
@@ -2583,8 +2653,7 @@ export interface ChatMessageServiceServer extends UntypedServiceImplementation {
    *
    * A `session_id` that does not exist is not an error: nothing is found.
    *
-   * Errors: the common errors only. A query that nests more than 32 operators, for example a run of
-   * `-`, fails with INVALID_ARGUMENT.
+   * Errors: the common errors only.
    *
    * Retry: safe.
    */
@@ -2612,9 +2681,9 @@ export interface ChatMessageServiceClient extends Client {
    * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
    *
    * Retry: safe when `message.id` is set. A retry with the same content returns the stored message
-   * as it is now, without checking URLs. The session, role and content are always compared.
-   * Metadata and attachments are compared only until the message changes. Without an id, a retry
-   * can append a second message.
+   * as it is now, without checking URLs. The session, role, content and language code are always
+   * compared. Metadata and attachments are compared only until the message changes. Without an id,
+   * a retry can append a second message.
    */
   createChatMessage(
     request: CreateChatMessageRequest,
@@ -2726,7 +2795,7 @@ export interface ChatMessageServiceClient extends Client {
    *
    * The metadata is replaced as a whole. The revision of the message and of its session increases,
    * and watchers of the session receive the message again. Setting equal metadata is not a change.
-   * The content, the role and the sequence of a message never change.
+   * The content, the language code, the role and the sequence of a message never change.
    *
    * Errors:
    *
@@ -2777,11 +2846,25 @@ export interface ChatMessageServiceClient extends Client {
     callback: (error: ServiceError | null, response: DeleteChatMessageResponse) => void,
   ): ClientUnaryCall;
   /**
-   * Searches the content of the tenant's messages as English text, best match first, in pages.
+   * Searches the content of the tenant's messages, best match first, in pages.
    *
-   * The query has the syntax of PostgreSQL's websearch_to_tsquery: `some words` finds messages with
-   * all of them, `"a phrase"` finds the words in this order, `or` finds either side, and `-word`
-   * excludes a word. Words are compared by their stem. A query of stop words alone finds nothing.
+   * A query is made of:
+   *
+   * - `some words`: messages with all of them, in any order.
+   * - `"a phrase"`: messages with these words side by side, in this order. All double quotation
+   *   marks are equal, such as `“…”`, `„…“` and `«…»`.
+   * - `or`: messages that match what is on its left, what is on its right, or both.
+   * - `-word` or `-"a phrase"`: messages without it.
+   * - `word*`: messages with a word that begins like this.
+   *
+   * Words are compared by their stem, in the language of each message; see
+   * `ChatMessage.language_code`. Case and Unicode's compatibility forms (NFKC) make no difference.
+   * Punctuation separates words, in messages as in queries: `99812` and `AB-99812` both find
+   * `order_id=AB-99812/7`. Han, kana, Hangul, Thai, Lao, Tibetan, Khmer and Burmese are found by
+   * pairs of adjacent characters, as spaces do not separate their words.
+   *
+   * Words that are too common to be searched for are left out of the query; see `ignored_words`. A
+   * query of such words alone finds nothing.
    *
    * The work of a search is bounded, however many messages the tenant has. When more messages match
    * than can be examined, the page has the best of those that were, and `incomplete_results` is
@@ -2789,8 +2872,7 @@ export interface ChatMessageServiceClient extends Client {
    *
    * A `session_id` that does not exist is not an error: nothing is found.
    *
-   * Errors: the common errors only. A query that nests more than 32 operators, for example a run of
-   * `-`, fails with INVALID_ARGUMENT.
+   * Errors: the common errors only.
    *
    * Retry: safe.
    */

@@ -330,6 +330,18 @@ export interface ChatMessage {
    * in an update: use ChatAttachmentService.
    */
   attachments: ChatAttachment[];
+  /**
+   * The language of the content, as a BCP 47 language tag such as `de` or `pt-BR`. Optional; empty
+   * means that the message has the search language of its tenant. A language subtag of 2 to 8
+   * letters, then any number of subtags of 1 to 8 letters or digits, each after a hyphen; together
+   * at most 35 characters. Returned as sent. Immutable.
+   *
+   * It decides how SearchChatMessages stems the words of the content. The language subtag chooses a
+   * text search configuration of PostgreSQL, by the codes of ISO 639-1 and ISO 639-3: `de`, `deu`
+   * and `de-AT` all mean `german`. Words of a language that has none are not stemmed. Subtags are
+   * not looked up in IANA's registry: an unknown one is accepted.
+   */
+  languageCode: string;
 }
 
 /** A file that is attached to a message. The service stores the URL of the file, not the file. */
@@ -636,6 +648,7 @@ function createBaseChatMessage(): ChatMessage {
     metadataJson: "",
     createTime: undefined,
     attachments: [],
+    languageCode: "",
   };
 }
 
@@ -673,6 +686,9 @@ export const ChatMessage: MessageFns<ChatMessage> = {
     }
     for (const v of message.attachments) {
       ChatAttachment.encode(v!, writer.uint32(74).fork()).join();
+    }
+    if (message.languageCode !== "") {
+      writer.uint32(82).string(message.languageCode);
     }
     return writer;
   },
@@ -762,6 +778,14 @@ export const ChatMessage: MessageFns<ChatMessage> = {
             message.attachments.push(ChatAttachment.decode(reader, reader.uint32()));
             continue;
           }
+          case 10: {
+            if (tag !== 82) {
+              break;
+            }
+
+            message.languageCode = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -799,6 +823,11 @@ export const ChatMessage: MessageFns<ChatMessage> = {
       attachments: globalThis.Array.isArray(object?.attachments)
         ? object.attachments.map((e: any) => ChatAttachment.fromJSON(e))
         : [],
+      languageCode: isSet(object.languageCode)
+        ? globalThis.String(object.languageCode)
+        : isSet(object.language_code)
+        ? globalThis.String(object.language_code)
+        : "",
     };
   },
 
@@ -831,6 +860,9 @@ export const ChatMessage: MessageFns<ChatMessage> = {
     if (message.attachments?.length) {
       obj.attachments = message.attachments.map((e) => ChatAttachment.toJSON(e));
     }
+    if (message.languageCode !== "") {
+      obj.languageCode = message.languageCode;
+    }
     return obj;
   },
 
@@ -848,6 +880,7 @@ export const ChatMessage: MessageFns<ChatMessage> = {
     message.metadataJson = object.metadataJson ?? "";
     message.createTime = object.createTime ?? undefined;
     message.attachments = object.attachments?.map((e) => ChatAttachment.fromPartial(e)) || [];
+    message.languageCode = object.languageCode ?? "";
     return message;
   },
 };
