@@ -12,6 +12,7 @@ from support.client import Api, an_id, refused
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import (
     BatchCreateChatMessagesRequest,
+    CreateChatMessageRequest,
     SearchChatMessagesRequest,
     SearchChatMessagesResponse,
 )
@@ -64,11 +65,15 @@ async def test_hit_has_the_message_and_a_snippet(api: Api) -> None:
         ("red apples", {"a red apple"}),
         ('"red pear"', {"the red pear"}),
         ("apple or plum", {"a red apple", "an apple", "plums"}),
+        ("apple -red or plum", {"an apple", "plums"}),
+        ("apple OR", {"a red apple", "an apple"}),
+        ('pear -"red pear"', {"pear red"}),
         ("apple -red", {"an apple"}),
         ("the", set()),
         ("!!!", set()),
         ("'); DROP TABLE chat_messages; --", set()),
         (":* & | ! ( \\ '", set()),
+        ("-" * 200 + "red apple" + " -pear" * 100, {"an apple"}),
     ],
 )
 async def test_web_search_syntax(api: Api, query: str, found: set[str]) -> None:
@@ -77,6 +82,25 @@ async def test_web_search_syntax(api: Api, query: str, found: set[str]) -> None:
     for content in ("a red apple", "an apple", "the red pear", "pear red", "plums"):
         await api.message(session.id, content)
     assert await contents(api, query) == found
+
+
+@pytest.mark.parametrize(
+    ("query", "ignored"),
+    [
+        ("the", ["the"]),
+        ("the refund of THE order", ["the", "of", "THE"]),
+        ('"to be" or refund -the', ['"to be"', "the"]),
+        ("refund !!! -- \N{THUMBS UP SIGN}", ["!!!", "-", "\N{THUMBS UP SIGN}"]),
+        ("the*", []),
+        ("refund", []),
+    ],
+)
+async def test_says_which_words_it_ignores(api: Api, query: str, ignored: list[str]) -> None:
+    """Stop words of the tenant's language, and what has no letter or digit; as they were sent."""
+    await api.message((await api.session()).id, "The refund of the order is to be made.")
+    response = await api.messages.SearchChatMessages(SearchChatMessagesRequest(query=query))
+    assert response.ignored_words == ignored
+    assert len(response.hits) == ("refund" in query)
 
 
 def _cases() -> Iterator[tuple[str, str, bool]]:
@@ -137,6 +161,92 @@ async def test_other_tenants_are_not_searched(api: Api, other: Api) -> None:
     """Only the caller's messages are found."""
     await other.message((await other.session()).id, "a secret mango")
     assert await search(api, "mango") == []
+
+
+@pytest.mark.parametrize(
+    ("content", "query", "marked"),
+    [
+        ("Type your <password> here", "password", "Type your <[password]> here"),
+        ("to jane.doe@example.com, or", "jane.doe@example.com", "to [jane.doe@example.com], or"),
+        ("to jane.doe@example.com", "example.com", "to jane.doe@[example.com]"),
+        ("apple, pear", "apple pear", "[apple], [pear]"),
+        ("order_id=AB-99812/7", "99812", "order_id=AB-[99812]/7"),
+        ("written in C++17", "C++", "written in [C++]17"),
+        ("organizations organize", "organizat*", "[organizations] organize"),
+        ("cafe\u0301 \uff21\uff22\uff23 re\u00adfund", "café abc refund",
+         "[cafe\u0301] [\uff21\uff22\uff23] [re\u00adfund]"),
+        ("注文番号が見つかりません", "注文番号", "[注文番号]が見つかりません"),
+        ("注文の在庫、注文", "注文", "[注文]の在庫、[注文]"),
+        ("在庫がない", "庫", "在[庫]がない"),
+        ("ขอคืนเงินค่ะ", "คืนเงิน", "ขอ[คืนเงิน]ค่ะ"),
+        ("배송이 언제 오나요", "배송", "[배송]이 언제 오나요"),
+        ("iPhone15の注文 \uff8a\uff9f\uff7f\uff7a\uff9d", "iphone15 注文 パソコン",
+         "[iPhone15]の[注文] [\uff8a\uff9f\uff7f\uff7a\uff9d]"),
+    ],
+)  # fmt: skip
+async def test_snippet_marks_what_matches(api: Api, content: str, query: str, marked: str) -> None:
+    """Whole words and addresses, or the characters of a pair; the text is as it was sent."""
+    await api.message((await api.session()).id, content)
+    [hit] = await search(api, query)
+    assert "".join(f"[{p.text}]" if p.hit else p.text for p in hit.snippet) == marked
+
+
+@pytest.mark.parametrize(
+    "character",
+    ["\N{THUMBS UP SIGN}\N{EMOJI MODIFIER FITZPATRICK TYPE-4}", "e\u0301\u0323", "คื่", "🇩🇪"],
+)
+async def test_snippet_is_cut_between_characters(api: Api, character: str) -> None:
+    """Never between a character and its marks, wherever the cut falls."""
+    session = await api.session()
+    for shift in range(4):
+        content = "x" * shift + character * 200 + " needle " + character * 200
+        message = await api.message(session.id, content)
+        [hit] = [hit for hit in await search(api, "needle") if hit.message_id == message.id]
+        text = "".join(part.text for part in hit.snippet)
+        assert "needle" in text
+        assert text in content
+        before, after = text.strip("x").split(" needle ")
+        assert before == character * (len(before) // len(character))
+        assert after == character * (len(after) // len(character))
+        assert 200 < len(text) <= 300
+
+
+async def test_adjacent_characters_rank_higher(api: Api) -> None:
+    """Pairs match wherever they are, but the message that has them together comes first."""
+    session = await api.session()
+    together = await api.message(session.id, "注文番号をお知らせください。ありがとうございます。")
+    apart = await api.message(session.id, "注文ありがとうございます。文番をお知らせください。番号")
+    hits = await search(api, "注文番号")
+    assert [hit.message_id for hit in hits] == [together.id, apart.id]
+    [hit] = await search(api, '"注文番号"')
+    assert hit.message_id == together.id
+
+
+@pytest.mark.parametrize(
+    ("code", "content", "query"),
+    [
+        ("de-AT", "Die Häuser wurden gestern geliefert", "haus gelieferten"),
+        ("fr", "Les commandes sont arrivées hier", "commande arrivée"),
+        ("ru", "Заказы были доставлены", "заказ доставлена"),
+        ("es", "Los pedidos llegaron rotos", "pedido roto"),
+        ("ja", "注文を running します", "注文 running"),
+    ],
+)
+async def test_stemmer_of_the_message_is_asked(
+    api: Api, code: str, content: str, query: str
+) -> None:
+    """Whatever the tenant's language, a message is found by the forms of its own language."""
+    session = await api.session()
+    request = CreateChatMessageRequest(
+        session_id=session.id,
+        message=r.ChatMessage(role=r.CHAT_MESSAGE_ROLE_USER, content=content, language_code=code),
+    )
+    created = await api.messages.CreateChatMessage(request)
+    english = await api.message(session.id, content)
+    hits = await search(api, query)
+    assert created.message.id in {hit.message_id for hit in hits}
+    exact = " ".join(content.split()[1:])
+    assert {hit.message_id for hit in await search(api, exact)} == {created.message.id, english.id}
 
 
 async def test_content_cannot_imitate_a_hit(api: Api) -> None:

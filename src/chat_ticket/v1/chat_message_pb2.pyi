@@ -514,8 +514,9 @@ class SearchChatMessagesResponse(_message.Message):
 
         @_builtins.property
         def snippet(self) -> _containers.RepeatedCompositeFieldContainer[Global___SearchChatMessagesResponse.SnippetPart]:
-            """The part of the content that matches best, at most 8,000 characters, split into what matches
-            and the text between.
+            """The part of the content that matches best, at most 300 characters, split into what matches and
+            the text between. No character is cut from its marks. What joins two matches is a part of
+            them, as in an e-mail address.
             """
 
         def __init__(

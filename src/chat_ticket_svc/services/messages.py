@@ -40,6 +40,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         settings: Settings,
     ):
         self._db = db
+        self._search_language = settings.search_language
         self._group_commit = group_commit.GroupCommitWriter(db, settings.search_language)
         self._watch_hub = watch_hub
         self._url_checker = url_checker
@@ -259,7 +260,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                 self._db,
                 tenant_id,
                 query,
-                search_language="english",
+                search_language=self._search_language,
                 session_id=session_id,
                 roles=roles,
                 created_from=created_from,
@@ -291,7 +292,10 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
 
         hits, next_page_token = paging.fill_page(page.hits, page_size, convert_hit, token)
         return pb.SearchChatMessagesResponse(
-            hits=hits, next_page_token=next_page_token, incomplete_results=page.incomplete
+            hits=hits,
+            next_page_token=next_page_token,
+            incomplete_results=page.incomplete,
+            ignored_words=page.ignored_words,
         )
 
 
