@@ -32,8 +32,12 @@ DECLARE
     characters CONSTANT text := '\u0e01-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\U0010ffff';
     letters CONSTANT text := '(?![' || marks || '])[' || characters || ']';
 BEGIN
-    -- Most messages are ASCII, and are spared the rest.
-    IF octet_length(line) <> char_length(line) THEN
+    IF octet_length(line) = char_length(line) THEN
+        -- Most messages have nothing to rewrite, and are spared the rest.
+        IF line !~ '[<&/@+~]|[._-][._0-9A-Za-z]|[A-Za-z][0-9#]|[0-9][A-Za-z]' THEN
+            RETURN line;
+        END IF;
+    ELSE
         IF line IS NOT NFKC NORMALIZED THEN
             line := normalize(line, NFKC);
         END IF;

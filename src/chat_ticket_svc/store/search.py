@@ -96,7 +96,7 @@ SELECT set_config('plan_cache_mode', 'force_custom_plan', true),
 """
 
 # Different words that are looked at for the snippets of a page.
-MAX_SNIPPET_WORDS = 50_000
+MAX_SNIPPET_WORDS = 20_000
 
 
 def _words(tsvector: str) -> str:
