@@ -572,7 +572,8 @@ class SearchChatMessagesResponse(_message.Message):
 
     An incomplete search has examined at least this part: the sessions that the session and time
     filters leave, newest first, and the messages of each, newest first, up to 5,000 messages, 2
-    MiB of text or 50,000 sessions. A narrower session or time filter makes the results complete
+    MiB of text or 50,000 sessions. A character that has 2, 3 or 4 bytes in UTF-8 counts as 5, 9 or
+    13. A narrower session or time filter makes the results complete
     when it leaves less than that. A role filter does not. Whatever the filters, the results are
     also complete when at most a few thousand messages of the tenant match the query.
 
