@@ -6,7 +6,7 @@ words of a message are found here, and PostgreSQL says which of them match (see 
 
 import bisect
 import unicodedata
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import regex
@@ -34,7 +34,7 @@ _CHANGING = regex.compile(
 )
 _CHARACTER = regex.compile(r"\X")
 # The marks of the scripts without spaces belong to the character before.
-_NO_MARK = r"(?![\p{M}--[\u0300-\u036f]])"
+_ANY_PAIR = r"(?V1)(?=(\L<pairs>)(?![\p{M}--[\u0300-\u036f]]))"
 _WORD_BORDER = regex.compile(r"(?<=\s)(?=\S)|(?<=\S)(?=\s)")
 # What joins the parts of an address or a number, so that they are marked as one.
 _JOINT = regex.compile(r"[-./@_:&+?=#~%]{1,3}")
@@ -95,16 +95,15 @@ class Text:
     def words(self) -> set[str]:
         return set(_WORD.findall(self._folded))
 
-    def snippet(self, words: Container[str], pairs: Iterable[str]) -> list[Part]:
+    def snippet(self, words: Container[str], pairs: Collection[str]) -> list[Part]:
         """The part with the most different matches, where these words and pairs match."""
         matches = [
             (match.start(), match.end(), match[0])
             for match in _WORD.finditer(self._folded)
             if match[0] in words
         ]
-        if pairs := sorted(pairs, key=len, reverse=True):
-            any_pair = "|".join(map(regex.escape, pairs))
-            found = regex.finditer(f"(?V1)(?=({any_pair}){_NO_MARK})", self._folded)
+        if pairs:
+            found = regex.finditer(_ANY_PAIR, self._folded, pairs=pairs)
             matches += [(match.start(), match.end(1), match[1]) for match in found]
             matches.sort()
         spans = [(*self._original(start, end), text) for start, end, text in matches]
@@ -133,7 +132,7 @@ class Text:
         ends = [end for _, end, _ in spans]
         best = most = 0
         for first, (start, _, _) in enumerate(spans[:_MAX_WINDOWS]):
-            last = bisect.bisect_right(ends, start + room)
+            last = bisect.bisect_right(ends, start + room, lo=first + 1)
             different = len({text for _, _, text in spans[first:last]})
             if different > most:
                 best, most = start, different
