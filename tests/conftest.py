@@ -22,9 +22,15 @@ from support.client import Api
 from support.cluster import Cluster, Run
 from support.npm import NODE_CLIENT, PLAIN_NODE_CLIENT, Npm, build, install, npm_runner
 from support.process import ServerProcess, server_process
+from support.scratch_directory import copied_data, scratch_directory
 from support.server import serving
 
+from chat_ticket_svc.commands import migrate
+from chat_ticket_svc.embedded import EmbeddedPostgres
 from chat_ticket_svc.server import Server
+
+# With the compiled modules of this tree kept, each server process starts in a sixth less time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 RUN = pytest.StashKey[Run]()
 
@@ -72,6 +78,25 @@ def fresh_database(cluster: Cluster) -> Iterator[str]:
     url = cluster.create()
     yield url
     cluster.drop(url)
+
+
+@pytest.fixture(scope="session")
+def migrated_data() -> Iterator[Path]:
+    """The data directory of an embedded PostgreSQL that was stopped, for copies: it takes a second.
+
+    Its database is `chat_ticket`, as that of `serve --embedded`.
+    """
+    with scratch_directory() as directory:
+        with EmbeddedPostgres(directory / "data", durable=False) as postgres:
+            assert migrate.up(postgres.url("chat_ticket"), quiet=True) == 0
+        yield directory / "data"
+
+
+@pytest.fixture
+def served_data(migrated_data: Path) -> Iterator[Path]:
+    """A data directory as `serve --embedded` leaves it, of the test's own."""
+    with copied_data(migrated_data) as data:
+        yield data
 
 
 @pytest_asyncio.fixture(scope="session")

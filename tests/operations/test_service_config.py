@@ -19,7 +19,9 @@ from chat_ticket_svc.access.method_permissions import READ_METHODS
 
 TESTS = Path(__file__).parents[1]
 OK, UNAVAILABLE = (code.value[0] for code in (StatusCode.OK, StatusCode.UNAVAILABLE))
-SECONDS = 0.5  # of calls, before and after one of the servers ends
+# Of calls, before and after one of the servers ends: at least so long, and so many from Python.
+SECONDS = 0.2
+ANSWERS = 20
 
 
 def test_service_config_retries_exactly_the_reads() -> None:
@@ -88,9 +90,9 @@ def end_one_under_load(
             python, js = Callers(*arguments), NodeCallers(node, *arguments)
             await js.start()
             python.start()
-            await asyncio.sleep(SECONDS)
+            await asyncio.gather(asyncio.sleep(SECONDS), python.answered(ANSWERS))
             await asyncio.to_thread(servers[0].stop, number)
-            await asyncio.sleep(SECONDS)
+            await asyncio.gather(asyncio.sleep(SECONDS), python.answered(ANSWERS))
             outcomes = await python.stop(), await js.stop()
             request = GetChatSessionRequest(session_id=session.id)
             found = await api.sessions.GetChatSession(request)

@@ -15,19 +15,20 @@ from chat_ticket_svc.addresses import ListenError
 
 
 class TestPort:
-    @pytest.mark.parametrize(("first", "second"), ["12", "21", "22"])
-    def test_second_server_is_rejected(self, database: str, first: str, second: str) -> None:
+    @pytest.mark.parametrize("first", ["1", "2"])
+    def test_second_server_is_rejected(self, database: str, first: str) -> None:
         """However many workers either has."""
         with server_process(database, CHAT_TICKET_WORKERS=first) as process:
             port = str(process.wait_for("listening")["port"])
-            result = run_command(
-                "serve", "--port", port, "--workers", second, DATABASE_URL=database
-            )
-        assert result.returncode == 1
-        assert printed(result) == [
-            f"chat-ticket-svc: cannot listen on 127.0.0.1:{port}: "
-            "the port is in use, or this machine lacks the address"
-        ]
+            for second in "12":
+                result = run_command(
+                    "serve", "--port", port, "--workers", second, DATABASE_URL=database
+                )
+                assert result.returncode == 1
+                assert printed(result) == [
+                    f"chat-ticket-svc: cannot listen on 127.0.0.1:{port}: "
+                    "the port is in use, or this machine lacks the address"
+                ]
 
     def test_port_stays_reserved_while_no_worker_listens(self, database: str) -> None:
         """Neither one server nor another parent takes it from the replacements."""

@@ -36,12 +36,9 @@ from chat_ticket_svc.store import connection_queue
 
 class TestDatabaseAway:
     @pytest.fixture
-    def postgres(self, tmp_path: Path) -> Iterator[EmbeddedPostgres]:
+    def postgres(self, served_data: Path) -> Iterator[EmbeddedPostgres]:
         """A PostgreSQL that the test may stop."""
-        from chat_ticket_svc.commands import migrate
-
-        with EmbeddedPostgres(tmp_path / "data", durable=False) as postgres:
-            assert migrate.up(postgres.url("chat_ticket"), quiet=True) == 0
+        with EmbeddedPostgres(served_data, durable=False) as postgres:
             yield postgres
 
     async def health(self, api: Api) -> int:

@@ -7,16 +7,18 @@ database is stopped.
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 from urllib.parse import quote, urlencode
 
 import grpc.aio
 import psycopg
 import pytest
+import pytest_asyncio
 from grpc import StatusCode
 from psycopg.conninfo import conninfo_to_dict
 from support.client import Api, a_file, an_id, refused
+from support.cluster import Cluster
 from support.database import (
     execute,
     raise_on_insert,
@@ -24,6 +26,7 @@ from support.database import (
     set_read_only,
     wait_for_lock_waiters,
 )
+from support.server import serving
 from support.sessions import create_session_when_possible
 
 from chat_ticket.v1 import chat_message_pb2_grpc, chat_session_pb2_grpc
@@ -38,6 +41,18 @@ from chat_ticket.v1.chat_session_pb2 import (
 )
 from chat_ticket_svc.errors import DomainError
 from chat_ticket_svc.rpc.status import STATUS_CODES, status_code
+
+
+@pytest_asyncio.fixture(scope="module")
+async def refusing(cluster: Cluster) -> AsyncIterator[tuple[str, Api]]:
+    """A database that is made to refuse sessions, and a client of its server."""
+    database = cluster.create()
+    async with (
+        serving(database) as server,
+        Api(f"127.0.0.1:{server.port}", "refused") as api,
+    ):
+        yield database, api
+    cluster.drop(database)
 
 
 class TestDatabaseErrors:
@@ -56,11 +71,11 @@ class TestDatabaseErrors:
         ],
     )
     async def test_sqlstate_becomes_its_status(
-        self, start_server: Any, fresh_database: str, sqlstate: str, code: StatusCode, reason: str
+        self, refusing: tuple[str, Api], sqlstate: str, code: StatusCode, reason: str
     ) -> None:
         """The caller gets a status and a reason, and no text of the database."""
-        api = await start_server(fresh_database)
-        raise_on_insert(fresh_database, f"RAISE 'CANARY' USING ERRCODE = '{sqlstate}'")
+        database, api = refusing
+        raise_on_insert(database, f"RAISE 'CANARY' USING ERRCODE = '{sqlstate}'")
         with refused(code, reason) as refusal:
             await api.session()
         assert "CANARY" not in refusal.text

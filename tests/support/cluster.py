@@ -2,9 +2,7 @@
 
 import contextlib
 import os
-import tempfile
 import uuid
-from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
@@ -12,6 +10,7 @@ import psycopg
 from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.embedded import EmbeddedPostgres
 from support import pooler
+from support.scratch_directory import scratch_directory
 
 TEMPLATE = "chat_ticket_template"
 
@@ -32,7 +31,8 @@ class Cluster:
     def create(self, template: str = TEMPLATE) -> str:
         """Clone a database and return its URL."""
         name = f"test_{uuid.uuid4().hex}"
-        self.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        # The default strategy writes the template to the WAL too.
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
         return self.url(name)
 
     def drop(self, url: str) -> None:
@@ -46,25 +46,18 @@ class Run:
         self._stack = contextlib.ExitStack()
         url = os.environ.get("TEST_DATABASE_URL", "")
         if not url:
-            directory = self._stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="chat-ticket-tests-", ignore_cleanup_errors=True)
-            )
-            # Where root may not use a user namespace, PostgreSQL runs as nobody.
-            Path(directory).chmod(0o711)
-            postgres = EmbeddedPostgres(Path(directory) / "data", durable=False)
+            directory = self._stack.enter_context(scratch_directory())
+            postgres = EmbeddedPostgres(directory / "data", durable=False)
             url = self._stack.enter_context(postgres).url("postgres")
         self.url = url
         cluster = Cluster(url)
         cluster.execute(f"DROP DATABASE IF EXISTS {TEMPLATE}")
         assert migrate.up(cluster.url(TEMPLATE), quiet=True) == 0
         if os.environ.get(pooler.WANTED):
-            directory = self._stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="chat-ticket-tests-", ignore_cleanup_errors=True)
-            )
-            Path(directory).chmod(0o711)
+            directory = self._stack.enter_context(scratch_directory())
             os.environ[pooler.BEHIND] = urlsplit(url)._replace(path="").geturl()
             os.environ[pooler.ADDRESS] = self._stack.enter_context(
-                pooler.pgbouncer(url, Path(directory) / "pgbouncer")
+                pooler.pgbouncer(url, directory / "pgbouncer")
             )
 
     def close(self) -> None:

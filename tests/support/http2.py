@@ -60,6 +60,8 @@ class Http2:
     def __init__(self, address: str, *, acknowledges: bool = True, window: int | None = None):
         host, _, port = address.rpartition(":")
         self.socket = socket.create_connection((host, int(port)), timeout=10)
+        # Otherwise each frame waits 40 ms for the acknowledgement of the one before it.
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.h2 = h2.connection.H2Connection(
             h2.config.H2Configuration(
                 header_encoding=None,

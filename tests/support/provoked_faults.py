@@ -261,9 +261,11 @@ async def provoke_everything(
     postgres.stop()
     try:
         gone = api.message(an_id(), secret("content"))
-        await output.expect_error("DATABASE_UNAVAILABLE OUTCOME_UNKNOWN", gone)
         search = m.SearchChatMessagesRequest(query=secret("query"))
-        await output.expect_error("DATABASE_UNAVAILABLE", api.messages.SearchChatMessages(search))
+        await asyncio.gather(
+            output.expect_error("DATABASE_UNAVAILABLE OUTCOME_UNKNOWN", gone),
+            output.expect_error("DATABASE_UNAVAILABLE", api.messages.SearchChatMessages(search)),
+        )
         await output.wait_for_output("the database cannot be reached")
         await output.wait_for_output("error connecting in")
     finally:

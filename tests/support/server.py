@@ -3,14 +3,20 @@
 import contextlib
 from collections.abc import AsyncIterator
 
-from chat_ticket_svc import config
+import pytest
+
+from chat_ticket_svc import config, server
 from chat_ticket_svc.server import Server
 from support import pooler
 
 
 @contextlib.asynccontextmanager
 async def serving(database_url: str, **settings: object) -> AsyncIterator[Server]:
-    """A server in this process, on a free port, with a short drain and high quotas."""
+    """A server in this process, on a free port, with high quotas.
+
+    Its drain is whole when the test sets `drain_seconds`. Otherwise balancers and callers, of which
+    there are none by then, get no time to notice it: half a second for each server.
+    """
     defaults = {
         "port": 0,
         "attachment_url_check": False,
@@ -21,9 +27,13 @@ async def serving(database_url: str, **settings: object) -> AsyncIterator[Server
         name.removeprefix(config.PREFIX).lower() if name.startswith(config.PREFIX) else name: value
         for name, value in pooler.environment(database_url).items()
     }
-    server = Server(config.load(**{**database, **defaults, **settings}))
-    await server.start()
+    started = Server(config.load(**{**database, **defaults, **settings}))
+    await started.start()
     try:
-        yield server
+        yield started
     finally:
-        await server.stop()
+        with pytest.MonkeyPatch.context() as patch:
+            if "drain_seconds" not in settings:
+                for name in ("DRAIN_NOTICE_SECONDS", "DRAIN_QUIET_SECONDS", "GOAWAY_SEND_SECONDS"):
+                    patch.setattr(server, name, 0)
+            await started.stop()

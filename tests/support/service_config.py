@@ -16,6 +16,7 @@ from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest
 from support.client import Api
 
 FILE = Path(__file__).parents[2] / "protos/chat_ticket/v1/chat_ticket_grpc_service_config.json"
+OK = StatusCode.OK.value[0]
 CALLERS_PER_KIND = 8  # of each kind, in each language
 
 
@@ -52,6 +53,13 @@ class Callers:
             for kind, call in kinds
             for _ in range(CALLERS_PER_KIND)
         ]
+
+    async def answered(self, count: int) -> None:
+        """Return when callers of each kind have got so many more answers."""
+        goals = {kind: of[OK] + count for kind, of in self._counts.items()}
+        async with asyncio.timeout(30):
+            while any(self._counts[kind][OK] < goal for kind, goal in goals.items()):
+                await asyncio.sleep(0.01)
 
     async def stop(self) -> Counts:
         self._stopped = True
