@@ -128,8 +128,8 @@ def test_interrupted_import_is_silent(tmp_path: Path, module: str) -> None:
     (tmp_path / f"{module}.py").write_text(
         "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise ImportError\n"
     )
-    # SIGINT is ignored where the tests run in the background of a shell. A preexec_fn would fork, and
-    # gRPC's threads, which live in this process, may then write to the child's stderr.
+    # SIGINT is ignored where the tests run in the background of a shell. A preexec_fn would fork,
+    # and gRPC's threads, which live in this process, may then write to the child's stderr.
     heeds_interrupts = (
         "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
         "os.execv(sys.argv[1], sys.argv[1:])"
