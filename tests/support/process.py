@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from support import pooler
+from support import fork_server, pooler
 
 START_SECONDS = 30
 
@@ -127,17 +128,17 @@ class Finished(NamedTuple):
 
 async def command(*arguments: str, **environment: str) -> Finished:
     """Run `chat-ticket-svc` with these arguments, to its end."""
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "chat_ticket_svc", *arguments),
-        env={**os.environ, **environment},
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=pipe,
-        stderr=pipe,
-    )
-    output, errors = await process.communicate()
-    assert process.returncode is not None
-    return Finished(process.returncode, output.decode(), errors.decode())
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        status = await asyncio.to_thread(
+            fork_server.run,
+            arguments,
+            {**os.environ, **environment},
+            output.fileno(),
+            errors.fileno(),
+        )
+        output.seek(0)
+        errors.seek(0)
+        return Finished(status, output.read().decode(), errors.read().decode())
 
 
 async def log_line(process: ServerProcess, event: str, **of: str) -> dict[str, Any]:
