@@ -116,8 +116,15 @@ def test_file_in_place_of_a_directory_is_one_line(
 
 
 def test_text_that_the_encoding_lacks_is_escaped() -> None:
+    """By a Python that starts with another encoding."""
     settings = {"CHAT_TICKET_JWT_ISSUER": "Ωmega", "PYTHONIOENCODING": "latin-1"}
-    done = run_command("check", "--port", "1", **settings)
+    done = subprocess.run(
+        [sys.executable, "-m", "chat_ticket_svc", "check", "--port", "1"],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "CHAT_TICKET_JWT_ISSUER=\\u03a9mega\n" in done.stdout
     assert done.stderr == ""
 
