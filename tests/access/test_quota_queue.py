@@ -29,8 +29,6 @@ from chat_ticket_svc.access import quotas as quotas_module
 from chat_ticket_svc.access.quotas import QuotaEnforcer
 from chat_ticket_svc.rpc.aio_server import ACCEPTORS_PER_METHOD
 
-pytestmark = pytest.mark.usefixtures("fast_shutdown")
-
 StartWithQuotas = Callable[..., Awaitable[Api]]
 
 

@@ -101,7 +101,7 @@ class TestWatch:
                     kinds.append(event_kind(event))
                     sequences += [m.sequence for m in event.messages_created.messages]
                     if len(kinds) == 1:
-                        await asyncio.sleep(2)
+                        await until(lambda: server._watch_hub.watcher_count == 0)
                     if event_kind(event) == "caught_up":
                         break
         assert "SLOW_READER" in caplog.text
