@@ -40,12 +40,6 @@ def rows(connection: psycopg.Connection[Any], tables: dict[str, list[str]]) -> T
 
 
 @pytest.fixture
-def fast_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Servers that drain without notice, because no caller is left."""
-    monkeypatch.setattr("chat_ticket_svc.server.DRAIN_NOTICE_SECONDS", 0)
-
-
-@pytest.fixture
 def start_with_quotas(
     start_server: Any, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Awaitable[Api]]:

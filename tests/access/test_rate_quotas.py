@@ -37,8 +37,6 @@ from chat_ticket_svc.access.quotas import (
 )
 from chat_ticket_svc.commands.token import development_settings, sign_token
 
-pytestmark = pytest.mark.usefixtures("fast_shutdown")
-
 
 class TestRate:
     async def test_rejection_after_the_burst_has_a_retry_delay(

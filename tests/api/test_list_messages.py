@@ -241,7 +241,7 @@ async def test_slow_reader_is_disconnected_from_list(start_server: Any, database
     session_id = await session_with_messages(api, 5000, "x" * 2000)
     call = api.messages.ListChatMessages(ListChatMessagesRequest(session_id=session_id))
     await call.read()
-    await asyncio.sleep(2)
+    await asyncio.sleep(1)
     with refused(StatusCode.RESOURCE_EXHAUSTED, "SLOW_READER") as refusal:
         await read_rest(call)
     assert "RetryInfo" in refusal.details

@@ -50,7 +50,24 @@ REFUSAL = "file_url not accessible: attachment 1 of the request"
 REASON = "ATTACHMENT_URL_NOT_ACCESSIBLE"
 
 # For cases that have to wait for it; `test_slow_urls_use_no_connection` has the real one.
+# Of a check, in seconds.
 TIMEOUT = 1.0
+# Of one that must end before: longer than it takes on a busy machine.
+LONG_TIMEOUT = 5.0
+# Attacks that only the timeout ends.
+HANGING = {
+    "HTTP 0.9",
+    "lookup that half fails",
+    "no HTTP",
+    "redirect to a silent name server",
+    "silence",
+    "silent handshake",
+    "silent name server",
+    "slow headers",
+    "slow interim responses",
+    "slow redirects",
+    "slow status",
+}
 
 
 _connects: list[str] | None = None
@@ -123,6 +140,7 @@ class World:
     ports: dict[str, int]
     names: Names
     pages: dict[str, Page]
+    checker: AttachmentUrlChecker
 
     def fill(self, template: str) -> str:
         return fill(self.ports, template)
@@ -184,8 +202,13 @@ async def world(database: str) -> AsyncIterator[World]:
         open_public(patches)
         patches.setitem(attachment_url_policy.DEFAULT_PORTS, "http", ports["port"])
         patches.setitem(attachment_url_policy.DEFAULT_PORTS, "https", ports["tls"])
-        checker = functools.partial(AttachmentUrlChecker, timeout=TIMEOUT)
-        patches.setattr(attachment_url, "AttachmentUrlChecker", checker)
+        checkers: list[AttachmentUrlChecker] = []
+
+        def new_checker(*arguments: Any, **keywords: Any) -> AttachmentUrlChecker:
+            checkers.append(AttachmentUrlChecker(*arguments, **keywords, timeout=TIMEOUT))
+            return checkers[-1]
+
+        patches.setattr(attachment_url, "AttachmentUrlChecker", new_checker)
         await stack.enter_async_context(name_server(patches, names.find))
 
         async def site(answer: Answer, host: str, port: str) -> Site:
@@ -205,7 +228,10 @@ async def world(database: str) -> AsyncIterator[World]:
         )
         message = await api.message((await api.session()).id)
         uniform = await refusal(api.attachment(message.id, file_url=f"http://{public.at}/gone"))
-        yield World(api, message, uniform, database, public, handshakes, traps, ports, names, pages)
+        yield World(
+            *(api, message, uniform, database, public, handshakes, traps, ports, names, pages),
+            *checkers,
+        )
 
 
 async def state(api: Api, message: r.ChatMessage) -> tuple[Any, ...]:
@@ -248,10 +274,15 @@ def environment(
 
 @pytest.mark.parametrize("kind", CHECKED)
 async def test_attack_is_rejected(
-    world: World, environment: Callable[..., None], kind: str
+    world: World,
+    environment: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
 ) -> None:
     """The error is the same for every kind, no trap is contacted, and nothing is stored."""
     attack = CHECKED[kind]
+    if kind not in HANGING:
+        monkeypatch.setattr(world.checker, "_timeout", LONG_TIMEOUT)
     environment(attack.environment)
     before = await state(world.api, world.message)
     world.expect(attack.pages)

@@ -87,12 +87,12 @@ class TestWatch:
         async with serving(database, stream_write_timeout_seconds=0.3) as server:
             client = connect(server.port)
             session_id = await create_session_id(client)
-            for number in range(10):  # more than gRPC keeps for who does not read
-                batch = [
-                    r.ChatMessage(role=r.CHAT_MESSAGE_ROLE_USER, content=f"{number} {i} " * 700)
-                    for i in range(200)
-                ]
-                request = BatchCreateChatMessagesRequest(session_id=session_id, messages=batch)
+            # One word, which costs the search little.
+            message = r.ChatMessage(role=r.CHAT_MESSAGE_ROLE_USER, content="x" * 5000)
+            for _ in range(10):  # more than gRPC keeps for who does not read
+                request = BatchCreateChatMessagesRequest(
+                    session_id=session_id, messages=[message] * 200
+                )
                 await client.messages.BatchCreateChatMessages(request)
             sequences: list[int] = []
             kinds: list[str] = []
@@ -101,7 +101,7 @@ class TestWatch:
                     kinds.append(event_kind(event))
                     sequences += [m.sequence for m in event.messages_created.messages]
                     if len(kinds) == 1:
-                        await asyncio.sleep(2)
+                        await until(lambda: server._watch_hub.watcher_count == 0)
                     if event_kind(event) == "caught_up":
                         break
         assert "SLOW_READER" in caplog.text

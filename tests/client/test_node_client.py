@@ -21,7 +21,7 @@ from support.process import ServerProcess, server_process
 ROOT = Path(__file__).parents[2]
 GENERATE = ROOT / "scripts" / "generate_node_client.py"
 SERVICE_CONFIG = ROOT / "protos/chat_ticket/v1/chat_ticket_grpc_service_config.json"
-TOKEN_SECONDS = 2
+TOKEN_SECONDS = 3
 
 
 @pytest.fixture(scope="module")

@@ -106,3 +106,21 @@ def alone(of: Callable[[str], Cluster]) -> Iterator[Rows]:
     with psycopg.connect(url, autocommit=True) as connection:
         yield Rows(connection, "alone")
     cluster.drop(url)
+
+
+@pytest.fixture
+def empty_database(cluster: Cluster) -> Iterator[str]:
+    """The URL of a database with nothing in it."""
+    name = f"test_{uuid.uuid4().hex}"
+    cluster.execute(f"CREATE DATABASE {name}")
+    yield cluster.url(name)
+    cluster.drop(cluster.url(name))
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where dbmate looks for migrations in this test; empty."""
+    path = tmp_path / "migrations"
+    path.mkdir()
+    monkeypatch.setattr(migrate, "MIGRATIONS", path)
+    return path

@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from support import pooler
+from support import fork_server, pooler
 
 START_SECONDS = 30
 
@@ -127,17 +128,16 @@ class Finished(NamedTuple):
 
 async def command(*arguments: str, **environment: str) -> Finished:
     """Run `chat-ticket-svc` with these arguments, to its end."""
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "chat_ticket_svc", *arguments),
-        env={**os.environ, **environment},
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=pipe,
-        stderr=pipe,
-    )
-    output, errors = await process.communicate()
-    assert process.returncode is not None
-    return Finished(process.returncode, output.decode(), errors.decode())
+    return await asyncio.to_thread(_run, arguments, environment)
+
+
+def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> Finished:
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        streams = output.fileno(), errors.fileno()
+        status = fork_server.run(arguments, {**os.environ, **environment}, *streams)
+        output.seek(0)
+        errors.seek(0)
+        return Finished(status, output.read().decode(), errors.read().decode())
 
 
 async def log_line(process: ServerProcess, event: str, **of: str) -> dict[str, Any]:
@@ -156,14 +156,8 @@ async def log_line(process: ServerProcess, event: str, **of: str) -> dict[str, A
 
 
 def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "chat_ticket_svc", *arguments],
-        env={**os.environ, "DATABASE_URL": "", **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = _run(arguments, {"DATABASE_URL": "", **environment})
+    return subprocess.CompletedProcess(arguments, done.status, done.output, done.errors)
 
 
 def is_postgres_running(pid: int, data: Path) -> bool:

@@ -370,7 +370,7 @@ class TestRefusals:
             await create_batch(api, session.id, [user_message("x" * 5000)] * 200)
         async with watching(api, session.id) as watcher:
             await watcher.next()
-            await asyncio.sleep(2)
+            await asyncio.sleep(1)
             with refused(StatusCode.RESOURCE_EXHAUSTED, "SLOW_READER"):
                 await watcher.end()
 

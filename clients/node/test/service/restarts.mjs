@@ -24,22 +24,27 @@ const client = new ChatTicketClient(address, {
 })
 const other = new ChatTicketClient(otherAddress, { tenant })
 
+async function retried(method, request) {
+  for (;;) {
+    try {
+      return await client.retry(method, request)
+    } catch (error) {
+      if (error.reason !== 'CREDENTIAL_EXPIRED') throw error // the file has another token soon
+      await sleep(50)
+    }
+  }
+}
+
 const sessionId = randomUUID()
-await client.retry(client.sessions.createChatSession, { session: { id: sessionId } })
+await retried(client.sessions.createChatSession, { session: { id: sessionId } })
 
 let isWriting = true
 async function write() {
   const written = []
   while (isWriting) {
     const message = { id: randomUUID(), role: 'CHAT_MESSAGE_ROLE_USER', content: `${written.length}` }
-    try {
-      await client.retry(client.messages.createChatMessage, { sessionId, message })
-      written.push(message.id)
-    } catch (error) {
-      if (error.reason !== 'CREDENTIAL_EXPIRED') throw error // the file has another token soon
-      await sleep(50)
-      continue
-    }
+    await retried(client.messages.createChatMessage, { sessionId, message })
+    written.push(message.id)
     await sleep(10)
   }
   return written
