@@ -183,15 +183,22 @@ $$;
 DROP INDEX IF EXISTS idx_chat_messages_content_new;
 DO $$
 BEGIN
-    IF to_regclass('idx_chat_messages_content_old') IS NOT NULL THEN
-        DROP INDEX idx_chat_messages_content;
+    -- One whose concurrent drop was interrupted is invalid.
+    IF EXISTS (SELECT FROM pg_index
+                WHERE indexrelid = to_regclass('idx_chat_messages_content_old') AND indisvalid)
+    THEN
+        DROP INDEX IF EXISTS idx_chat_messages_content;
         ALTER INDEX idx_chat_messages_content_old RENAME TO idx_chat_messages_content;
-    ELSIF pg_get_indexdef('idx_chat_messages_content'::regclass) LIKE '%search_vector(%' THEN
-        DROP INDEX idx_chat_messages_content;
-        CREATE INDEX idx_chat_messages_content ON chat_messages
-            USING gin (tenant_id, to_tsvector('english', content))
-            WITH (gin_pending_list_limit = 512);
+        RETURN;
     END IF;
+    DROP INDEX IF EXISTS idx_chat_messages_content_old;
+    IF pg_get_indexdef(to_regclass('idx_chat_messages_content')) NOT LIKE '%search_vector(%' THEN
+        RETURN;
+    END IF;
+    DROP INDEX IF EXISTS idx_chat_messages_content;
+    CREATE INDEX idx_chat_messages_content ON chat_messages
+        USING gin (tenant_id, to_tsvector('english', content))
+        WITH (gin_pending_list_limit = 512);
 END
 $$;
 DROP TABLE tenant_settings;

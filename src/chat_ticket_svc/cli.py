@@ -16,10 +16,12 @@ from typing import Any
 # Each module has `add_arguments(parser)` and `run(options)`, which returns the exit status.
 COMMANDS = {
     "serve": "run the server until SIGTERM or SIGINT",
-    "migrate": "apply the pending migrations to the database",
+    "migrate": "apply the pending migrations to the database, and build the search index",
     "migrate-status": "list the applied and the pending migrations",
     "check": "check the settings, the database, the keys and the running server",
     "token": "print a development token for a server with --embedded and jwt",
+    "tenant": "set or show the search language of a tenant",
+    "reindex": "bring messages to the search languages of their tenants; safe to repeat",
     "export": "write a tenant, or one of its sessions, as JSON Lines",
     "erase": "delete a tenant and all its data; safe to repeat",
 }

@@ -274,11 +274,16 @@ class Server:
     async def _check_schema(self) -> None:
         try:
             missing = await self._schema_probe.missing()
+            if missing:
+                raise schema.StaleSchemaError(missing)
+            search_index = await self._schema_probe.search_index()
         except DomainError as error:
             log.warning("starting without a database", problem=str(error))
             return
-        if missing:
-            raise schema.StaleSchemaError(missing)
+        if not search_index.is_built:
+            log.warning(
+                "the search index is missing, searches are slow: run chat-ticket-svc migrate"
+            )
 
 
 def _server_certificates(settings: Settings) -> "ServerCertificates | None":

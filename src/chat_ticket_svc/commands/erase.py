@@ -62,7 +62,7 @@ async def erase(
         print("chat-ticket-svc: nothing was deleted: not confirmed (see --yes)", file=sys.stderr)
         return 1
     total = counts.sessions + counts.messages + counts.tombstones
-    total += counts.chat_tickets + counts.tickets
+    total += counts.chat_tickets + counts.tickets + counts.settings
     with tqdm(total=total, unit=" rows", unit_scale=True, disable=None, leave=False) as bar:
         async for deleted in tenants.erase(db, tenant_id, active_tickets=active_tickets):
             bar.update(deleted)
@@ -86,6 +86,7 @@ def _describe(counts: Count) -> str:
         "tombstones": counts.tombstones,
         "chat tickets": counts.chat_tickets,
         f"tickets ({counts.active_tickets} of them active)": counts.tickets,
+        "rows of settings": counts.settings,
     }
     return ", ".join(f"{number:,} {name}" for name, number in names.items())
 

@@ -1,6 +1,8 @@
-"""`chat-ticket-svc migrate`: applies the pending migrations, with dbmate.
+"""`chat-ticket-svc migrate`: applies the pending migrations, with dbmate, and builds the search
+index where there are messages.
 
-Concurrent runs wait for one another: dbmate takes an advisory lock.
+Concurrent runs wait for one another: dbmate takes an advisory lock, and the build of the index
+another one.
 """
 
 import argparse
@@ -13,29 +15,30 @@ import sys
 import sysconfig
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from tqdm import tqdm
 
 from chat_ticket_svc import config
+from chat_ticket_svc.commands.migration_report import MigrationReport
 from chat_ticket_svc.config import ConfigurationError
-from chat_ticket_svc.store import schema
-from chat_ticket_svc.store.connection import libpq_parameters, require_valid_url, start_options
-from chat_ticket_svc.store.driver_errors import describe
-from chat_ticket_svc.store.migration_progress import (
-    SESSION_SETTINGS,
-    Activity,
-    IndexBuild,
-    MigrationProgress,
+from chat_ticket_svc.store import schema, search_index
+from chat_ticket_svc.store.connection import (
+    MIGRATION_APPLICATION_NAME,
+    libpq_parameters,
+    require_valid_url,
+    start_options,
 )
+from chat_ticket_svc.store.driver_errors import describe
+from chat_ticket_svc.store.migration_progress import SESSION_SETTINGS, MigrationProgress
 from chat_ticket_svc.store.schema import MIGRATIONS
 
 POLL_SECONDS = 1.0
-DEFAULT_COLUMNS, DEFAULT_ROWS = 80, 24
 
 # The parameters of libpq that dbmate's driver, lib/pq, knows too. It sends others to PostgreSQL as
 # settings, which refuses them, and it refuses to start with most of their environment variables.
@@ -47,6 +50,8 @@ DRIVER_PARAMETERS = {
     *("sslcert", "sslkey", "sslmode", "sslnegotiation", "sslrootcert", "sslsni"),
     *("target_session_attrs", "user"),
 }
+# How it sends values: not for the session.
+PARAMETERS_OF_DRIVER_ALONE = {"binary_parameters", "disable_prepared_binary_result"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,12 +78,78 @@ def database_url() -> str:
 
 
 def up(url: str, *, quiet: bool = False) -> int:
-    """Create the database if it does not exist, and apply the pending migrations."""
+    """Create the database if it does not exist, apply the pending migrations, and build the index.
+
+    Returns dbmate's exit status. Otherwise raises what `build_search_index` raises.
+    """
     # The result is ignored: of several concurrent runs, only one succeeds in creating the database.
     with _start(url, "create", SESSION_SETTINGS, stdout=DEVNULL, stderr=DEVNULL):
         pass
     schema.require_utf8_database(url)
-    return dbmate(url, "migrate", quiet=quiet)
+    status = dbmate(url, "migrate", quiet=quiet)
+    if status == 0:
+        build_search_index(url, quiet=quiet)
+    return status
+
+
+def build_search_index(url: str, *, quiet: bool = False) -> None:
+    """Build the search index, unless it is there. Reports as `dbmate` does.
+
+    Raises ConfigurationError and UnavailableError; then another run goes on.
+    """
+    url = _libpq_url(url)
+    with search_index.connect(url, MIGRATION_APPLICATION_NAME) as connection:
+        if not search_index.is_build_pending(connection):
+            return
+    with _turn(url, quiet=quiet) as connection:
+        if search_index.is_build_pending(connection):  # no other run has built it
+            _say(f"Building: {search_index.INDEX}", quiet=quiet)
+            started_at = time.monotonic()
+            search_index.build(connection)
+            seconds = time.monotonic() - started_at
+            _say(f"Built: {search_index.INDEX} in {seconds:.1f}s", quiet=quiet)
+
+
+def drop_old_search_index(url: str) -> None:
+    """Drop the search index of the version before, if it is there. Otherwise as above."""
+    with _turn(_libpq_url(url), quiet=False) as connection:
+        if search_index.drop_old(connection):
+            _say(f"Dropped: {search_index.OLD_INDEX}", quiet=False)
+
+
+def _say(line: str, *, quiet: bool) -> None:
+    if not quiet:
+        print(line, flush=True)
+
+
+@contextlib.contextmanager
+def _turn(url: str, *, quiet: bool) -> Iterator[search_index.Connection]:
+    """A connection that alone changes the search index. Unless `quiet`, reports what it does.
+
+    A thread reports, as Ctrl-C interrupts a statement of the main thread.
+    """
+    name = f"chat-ticket-svc migrate {secrets.token_hex(4)}"
+    if quiet:
+        with search_index.turn(url, name, lambda _: None) as connection:
+            yield connection
+        return
+    has_ended = threading.Event()
+    report = MigrationReport()
+
+    def show() -> None:
+        with contextlib.closing(MigrationProgress(url, name)) as progress:
+            while not has_ended.wait(POLL_SECONDS):
+                report.show(progress.activities())
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        with search_index.turn(url, name, report.say_waits_for_run) as connection:
+            yield connection
+    finally:
+        has_ended.set()
+        thread.join()
+        report.close()
 
 
 def dbmate(url: str, command: str, *, quiet: bool = False) -> int:
@@ -117,19 +188,15 @@ def dbmate(url: str, command: str, *, quiet: bool = False) -> int:
     return process.returncode
 
 
-class _Report:
+class _Report(MigrationReport):
     """Prints what dbmate prints, and in between what it waits for."""
 
     def __init__(self, process: subprocess.Popen[bytes], *, quiet: bool):
-        self.file = ""  # the migration that was begun last
+        super().__init__()
         self.output_error: OSError | None = None  # standard output cannot be written to
         self._process = process
         self._quiet = quiet
         self._reader = threading.Thread(target=self._read, daemon=True)
-        self._last: list[str] = []
-        self._said: set[str] = set()
-        self._bar: tqdm[NoReturn] | None = None
-        self._bar_of = ("", "")
 
     def __enter__(self) -> Self:
         self._reader.start()
@@ -137,7 +204,7 @@ class _Report:
 
     def __exit__(self, *_: object) -> None:
         self._reader.join()
-        self._show_index(None)
+        self.close()
 
     def _read(self) -> None:
         assert self._process.stdout is not None  # noqa: S101 - for the type checker
@@ -151,52 +218,6 @@ class _Report:
                 sys.stdout.flush()
             except OSError as error:
                 self.output_error = error
-
-    def show(self, activities: list[Activity]) -> None:
-        """Say once what has lasted since the last call, and move the bar."""
-        now = [line for activity in activities for line in self._lines(activity)]
-        for line in now:
-            if line in self._last and line not in self._said:
-                self._said.add(line)
-                tqdm.write(f"chat-ticket-svc: {line}", file=sys.stderr)
-        self._last = now
-        self._show_index(next((a.index_build for a in activities if a.index_build), None))
-
-    def _lines(self, activity: Activity) -> Iterator[str]:
-        lock = "another run, of" if activity.waits_for_migration else "a lock of"
-        for blocker in activity.blockers:
-            yield f"waits for {lock} process {blocker}"
-        if activity.exclusive:
-            yield f"{self.file}: reads and writes of {', '.join(activity.exclusive)} wait for it"
-        if activity.shared:
-            yield f"{self.file}: writes of {', '.join(activity.shared)} wait for it"
-
-    def _show_index(self, index: IndexBuild | None) -> None:
-        if self._bar is not None and (index is None or self._bar_of != index[:2]):
-            self._bar.close()
-            self._bar = None
-        if index is None:
-            return
-        if self._bar is None:
-            self._bar_of = (index.table, index.phase)
-            self._bar = tqdm(
-                desc=f"index of {index.table}, {index.phase}",
-                bar_format="{desc}: {percentage:3.0f}% {bar} {elapsed}",
-                disable=None,
-                leave=False,
-                **_bar_size(),
-            )
-        self._bar.total = index.total
-        self._bar.n = index.done
-        self._bar.refresh()
-
-
-def _bar_size() -> dict[str, Any]:
-    """The size for a bar on a terminal that has none. Otherwise tqdm takes the terminal's."""
-    with contextlib.suppress(OSError):  # not a terminal: no bar is shown
-        if 0 in os.get_terminal_size(sys.stderr.fileno()):
-            return {"ncols": DEFAULT_COLUMNS, "nrows": DEFAULT_ROWS}
-    return {}
 
 
 def _error_reason(output: str, *, has_begun: bool) -> str:
@@ -270,6 +291,24 @@ def _with_session(url: str, settings: Mapping[str, str], application_name: str) 
     }
     query = "&".join([*others, urlencode(added, quote_via=quote)])
     return parts._replace(query=query).geturl()
+
+
+def _libpq_url(url: str) -> str:
+    """A URL for dbmate's driver, as libpq can read it: what it does not know sets the session."""
+    parts = urlsplit(url)
+    options: list[str] = []
+    others = []
+    for parameter in filter(None, parts.query.split("&")):
+        key, _, value = parameter.partition("=")
+        if key == "options":
+            options.insert(0, unquote(value))
+        elif key in libpq_parameters():
+            others.append(parameter)
+        elif key not in PARAMETERS_OF_DRIVER_ALONE:
+            options.append(start_options("", {key: unquote(value)}))
+    if options:
+        others.append(urlencode({"options": " ".join(options)}, quote_via=quote))
+    return parts._replace(query="&".join(others)).geturl()
 
 
 def _parameters_of_libpq_alone() -> dict[str, str]:

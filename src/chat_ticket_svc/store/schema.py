@@ -19,6 +19,7 @@ from chat_ticket_svc.store.connection import (
     require_utf8,
 )
 from chat_ticket_svc.store.connection_errors import unreachable
+from chat_ticket_svc.store.search_index import SearchIndex, search_index
 
 # In an installed package they are in the package. In a checkout they are at its root.
 DIRECTORIES = [Path(__file__).parents[level] / "migrations" for level in (1, 3)]
@@ -85,7 +86,7 @@ class Facts(NamedTuple):
     the migrations that the database lacks. `newer` counts those that this version does not know.
     `seconds` is the round trip of a statement. `differing_settings` names the settings that a
     pooler keeps from what the service needs, each with a text. `collation` is None before
-    PostgreSQL 15.
+    PostgreSQL 15. `search_index` has no meaning while migrations are missing.
     """
 
     version: str
@@ -97,6 +98,7 @@ class Facts(NamedTuple):
     seconds: float
     differing_settings: dict[str, str]
     collation: Collation | None
+    search_index: SearchIndex
 
 
 async def facts(url: str, **session_settings: int) -> Facts:
@@ -113,6 +115,7 @@ async def facts(url: str, **session_settings: int) -> Facts:
             finished = time.time()
             applied = await _applied(connection)
             differing = await differing_settings(connection, **settings)
+            index = await search_index(connection)
             collation = None
             if number >= COLLATION_VERSIONS_SINCE:
                 cursor = await connection.execute(COLLATION)
@@ -130,6 +133,7 @@ async def facts(url: str, **session_settings: int) -> Facts:
         seconds=finished - started,
         differing_settings=differing,
         collation=collation,
+        search_index=index,
     )
 
 
@@ -207,6 +211,15 @@ class Probe:
             if self._connection is None:
                 self._connection = await connect(self._conninfo)
             return _missing(await _applied(self._connection))
+        except psycopg.Error as error:
+            await self.close()
+            raise unreachable(error) from error
+
+    async def search_index(self) -> SearchIndex:
+        """The state of the search index. Raises UnavailableError, after `missing`."""
+        try:
+            assert self._connection is not None  # noqa: S101 - for the type checker
+            return await search_index(self._connection)
         except psycopg.Error as error:
             await self.close()
             raise unreachable(error) from error

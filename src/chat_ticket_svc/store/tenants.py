@@ -29,7 +29,8 @@ SELECT (SELECT count(*) FROM chat_sessions WHERE tenant_id = %(tenant_id)s),
        (SELECT count(*) FROM chat_tickets WHERE tenant_id = %(tenant_id)s),
        (SELECT count(*) FROM tickets WHERE tenant_id = %(tenant_id)s),
        (SELECT count(*) FROM tickets
-         WHERE tenant_id = %(tenant_id)s AND status IN ('open', 'pending'))
+         WHERE tenant_id = %(tenant_id)s AND status IN ('open', 'pending')),
+       (SELECT count(*) FROM tenant_settings WHERE tenant_id = %(tenant_id)s)
 """
 
 OLDEST_SESSIONS = f"""
@@ -128,6 +129,15 @@ SELECT count(*) FROM deleted
 """
 
 
+DELETE_SETTINGS = """
+WITH deleted AS (
+    DELETE FROM tenant_settings WHERE tenant_id = %(tenant_id)s
+    RETURNING tenant_id
+)
+SELECT count(*) FROM deleted
+"""
+
+
 class Count(NamedTuple):
     """How many rows a tenant has in each table. `active_tickets` are open or pending."""
 
@@ -138,6 +148,7 @@ class Count(NamedTuple):
     chat_tickets: int
     tickets: int
     active_tickets: int
+    settings: int
 
 
 async def count(db: Database, tenant_id: str) -> Count:
@@ -185,6 +196,8 @@ async def erase(db: Database, tenant_id: str, *, active_tickets: bool) -> AsyncI
     while deleted := sum(await db.write(DELETE_TICKETS, params, int, idempotent=True)):
         yield deleted
     while deleted := await _erase_oldest_sessions(db, tenant_id):
+        yield deleted
+    if deleted := sum(await db.write(DELETE_SETTINGS, params, int, idempotent=True)):
         yield deleted
 
 

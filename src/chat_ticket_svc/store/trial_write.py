@@ -49,6 +49,8 @@ STATEMENTS = (
     INSERT INTO chat_message_tombstones (tenant_id, session_id, message_id, revision)
     VALUES (%(tenant_id)s, %(session_id)s, %(message_id)s, 1)
     """,
+    # A message takes the search language that is set for its tenant.
+    "SELECT FROM tenant_settings WHERE tenant_id = %(tenant_id)s",
     "DELETE FROM chat_sessions WHERE tenant_id = %(tenant_id)s AND id = %(session_id)s",
 )
 

@@ -1,4 +1,6 @@
-"""Checks the database: its version, migrations, sessions, a write, its collation and its clock."""
+"""Checks the database: its version, migrations and search index, its sessions, a write, its
+collation and its clock.
+"""
 
 import asyncio
 import time
@@ -9,6 +11,7 @@ from chat_ticket_svc.commands.check.service import DEFAULT_TENANT
 from chat_ticket_svc.config import Settings
 from chat_ticket_svc.store import schema, trial_write
 from chat_ticket_svc.store.connection import SET_BY_SUPERUSERS, require_valid_url
+from chat_ticket_svc.store.search_index import OLD_INDEX
 
 MIN_POSTGRESQL_VERSION = 15
 # Tokens are valid to the second, and ids and times of rows come from both clocks.
@@ -51,6 +54,19 @@ async def check_database(settings: Settings) -> AsyncIterator[Line]:
         newer = f", and {facts.newer} of a newer version" if facts.newer else ""
         return Line(OK, "schema", f"has all migrations of this version{newer}")
 
+    async def search_index() -> Line:
+        facts = await reading
+        if not facts.search_index.is_built:
+            text = "is missing or invalid, searches are slow: run chat-ticket-svc migrate"
+            return Line(WARNING, "index", text)
+        if facts.search_index.has_old:
+            text = (
+                f"that of the version before is still there, as {OLD_INDEX}:"
+                " run chat-ticket-svc reindex when every server is of this version"
+            )
+            return Line(WARNING, "index", text)
+        return Line(OK, "index", "the search index is built")
+
     async def session() -> Line:
         facts = await reading
         return _session_line("session", facts.differing_settings)
@@ -72,6 +88,8 @@ async def check_database(settings: Settings) -> AsyncIterator[Line]:
     if reading.done() and not reading.cancelled() and reading.exception() is None:
         facts = reading.result()
         yield await run_check("schema", migrations())
+        if not facts.missing:
+            yield await run_check("index", search_index())
         yield await run_check("session", session())
         if not facts.missing and not facts.is_read_only:
             yield await run_check("write", write())

@@ -1,0 +1,49 @@
+"""`chat-ticket-svc reindex`: brings messages to the search languages of their tenants."""
+
+import argparse
+
+from tqdm import tqdm
+
+from chat_ticket_svc import config
+from chat_ticket_svc.commands import arguments, migrate
+from chat_ticket_svc.commands.migrated_database import run_on_database
+from chat_ticket_svc.store import reindexing
+from chat_ticket_svc.store.database import Database
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tenant",
+        type=arguments.tenant_id,
+        metavar="ID",
+        help="reindex only this tenant; without it, all tenants, and the search index of servers of"
+        " the version before is dropped: run it when every server is of this version",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    url = migrate.database_url()
+    migrate.build_search_index(url)
+    if options.tenant is None:
+        migrate.drop_old_search_index(url)
+    default_language = config.load().search_language
+    return run_on_database(lambda db: reindex(db, options.tenant, default_language))
+
+
+async def reindex(db: Database, tenant_id: str | None, default_language: str) -> int:
+    """Reindex a tenant, or all of them, in batches. Returns the exit status.
+
+    After an interruption, run it again to reindex the rest.
+    """
+    read = changed = 0
+    total = await reindexing.count_messages(db, tenant_id)
+    tenant = await reindexing.next_tenant(db, "") if tenant_id is None else tenant_id
+    with tqdm(total=total, unit=" messages", unit_scale=True, disable=None, leave=False) as bar:
+        while tenant is not None:
+            async for batch in reindexing.reindex(db, tenant, default_language=default_language):
+                read += batch.read
+                changed += batch.changed
+                bar.update(batch.read)
+            tenant = await reindexing.next_tenant(db, tenant) if tenant_id is None else None
+    print(f"{changed:,} of {read:,} messages have another search language now")
+    return 0
