@@ -209,3 +209,34 @@ ALTER TABLE chat_messages
 DROP FUNCTION search_vector(text, text);
 DROP FUNCTION search_text(text, text);
 DROP FUNCTION search_configuration(text);
+
+CREATE OR REPLACE FUNCTION set_tenant_collation(collation_name text) RETURNS void
+    LANGUAGE plpgsql AS $$
+DECLARE
+    changed regclass;
+BEGIN
+    -- PostgreSQL changes no column that a trigger names.
+    DROP TRIGGER chat_messages_refuse_key_change ON chat_messages;
+    DROP TRIGGER chat_tickets_refuse_key_change ON chat_tickets;
+    FOREACH changed IN ARRAY ARRAY[
+        'chat_sessions', 'chat_messages', 'chat_message_tombstones', 'chat_attachments',
+        'tickets', 'chat_tickets'
+    ]::regclass[] LOOP
+        EXECUTE format(
+            'ALTER TABLE %s ALTER COLUMN tenant_id TYPE text COLLATE %I', changed, collation_name
+        );
+    END LOOP;
+    CREATE TRIGGER chat_messages_refuse_key_change
+        BEFORE UPDATE OF id, tenant_id, session_id, sequence ON chat_messages
+        FOR EACH ROW
+        WHEN ((OLD.id, OLD.tenant_id, OLD.session_id, OLD.sequence)
+              IS DISTINCT FROM (NEW.id, NEW.tenant_id, NEW.session_id, NEW.sequence))
+        EXECUTE FUNCTION refuse_key_change();
+    CREATE TRIGGER chat_tickets_refuse_key_change
+        BEFORE UPDATE OF id, tenant_id, session_id, ticket_id ON chat_tickets
+        FOR EACH ROW
+        WHEN ((OLD.id, OLD.tenant_id, OLD.session_id, OLD.ticket_id)
+              IS DISTINCT FROM (NEW.id, NEW.tenant_id, NEW.session_id, NEW.ticket_id))
+        EXECUTE FUNCTION refuse_key_change();
+END
+$$;

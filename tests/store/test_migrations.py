@@ -39,6 +39,8 @@ COLUMNS = {
         "content": TEXT,
         "metadata": "jsonb",
         "created_at": TIME,
+        "language_code": "text",
+        "search_language": "text NOT NULL DEFAULT 'english'::text",
     },
     "chat_message_tombstones": {
         "tenant_id": TEXT,
@@ -69,6 +71,11 @@ COLUMNS = {
         "session_id": KEY,
         "ticket_id": KEY,
         "created_at": TIME,
+    },
+    "tenant_settings": {
+        "tenant_id": TEXT,
+        "search_language": "text",
+        "updated_at": TIME,
     },
 }
 
@@ -120,6 +127,7 @@ class TestShape:
         )
         keys = dict.fromkeys(COLUMNS, "PRIMARY KEY (tenant_id, id)")
         keys["chat_message_tombstones"] = "PRIMARY KEY (tenant_id, message_id)"
+        keys["tenant_settings"] = "PRIMARY KEY (tenant_id)"
         assert dict(found) == keys | {"schema_migrations": "PRIMARY KEY (version)"}
 
     def test_foreign_keys(self, database: str) -> None:
