@@ -40,7 +40,7 @@ async def test_everything_is_ok(start_server: Any, database: str) -> None:
     assert (done.status, done.errors) == (0, "")
     states, about = zip(*re.findall(r"^(\S+) +(\S+)", done.output, re.MULTILINE), strict=True)
     assert set(states) == {"ok"}
-    checked = "settings database schema session write collation clock service call"
+    checked = "settings database schema index session write collation clock service call"
     assert " ".join(about) == checked
     assert re.fullmatch(r"PostgreSQL \d+\.\d+, responds in \d+\.\d ms", line(done, "database")[1])
     assert re.fullmatch(r"[+-]0\.\d{3} s compared to the database's clock", line(done, "clock")[1])
@@ -164,6 +164,28 @@ async def test_the_write_leaves_nothing(fresh_database: str) -> None:
     with psycopg.connect(fresh_database) as connection:
         for table in PARENTS:
             assert connection.execute(f"SELECT FROM {table}").fetchall() == []  # type: ignore[arg-type]
+
+
+async def test_search_index_that_is_not_as_it_should_be_is_a_warning(fresh_database: str) -> None:
+    """It is missing or invalid, or that of the version before is there too. Searches work."""
+    index = "idx_chat_messages_content"
+    missing = "is missing or invalid, searches are slow: run chat-ticket-svc migrate"
+    old = (
+        f"that of the version before is still there, as {index}_old:"
+        " run chat-ticket-svc reindex when every server is of this version"
+    )
+    with psycopg.connect(fresh_database, autocommit=True) as connection:
+        for change, expected in (
+            (f"CREATE INDEX {index}_old ON chat_messages (tenant_id)", old),
+            (
+                f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{index}'::regclass",
+                missing,
+            ),
+            (f"DROP INDEX {index}, {index}_old", missing),
+        ):
+            connection.execute(change)  # type: ignore[arg-type]
+            done = await command("check", DATABASE_URL=fresh_database, CHAT_TICKET_PORT="1")
+            assert line(done, "index") == ("warning", expected)
 
 
 async def test_a_collation_that_changed_is_a_warning(fresh_database: str) -> None:

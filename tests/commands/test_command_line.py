@@ -16,7 +16,10 @@ from support.process import command, run_command
 from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.store.migration_progress import Activity, IndexBuild
 
-COMMANDS = ("serve", "migrate", "migrate-status", "check", "token", "export", "erase")
+COMMANDS = (
+    *("serve", "migrate", "migrate-status", "check", "token", "tenant", "reindex"),
+    *("export", "erase"),
+)
 
 
 async def test_the_help_names_every_command() -> None:

@@ -8,7 +8,7 @@ import pty
 import signal
 import sys
 import termios
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import psycopg
 import pytest
 from google.protobuf.json_format import ParseDict
 from support.client import Api, an_id
-from support.database import session_locked, wait_for_lock_waiters
+from support.database import session_locked, store_database, wait_for_lock_waiters
 from support.process import Finished, command
 from support.watching import watching
 
@@ -25,8 +25,7 @@ from chat_ticket.v1 import chat_ticket_pb2 as t
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket_svc.commands.export import _session_messages
 from chat_ticket_svc.errors import FailedPreconditionError
-from chat_ticket_svc.store import tenants
-from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store import tenant_settings, tenants
 
 TABLES = (
     "chat_sessions",
@@ -35,6 +34,7 @@ TABLES = (
     "chat_attachments",
     "chat_tickets",
     "tickets",
+    "tenant_settings",
 )
 KINDS = {
     "ticket": r.Ticket,
@@ -89,8 +89,9 @@ def many_messages(database: str, tenant: str, session_id: str, count: int) -> No
 class Filled:
     """A tenant with something of everything."""
 
-    def __init__(self, api: Api):
+    def __init__(self, api: Api, database: str):
         self.api = api
+        self.database = database
 
     async def fill(self) -> None:
         self.first, self.second = await self.api.session(), await self.api.session()
@@ -105,6 +106,8 @@ class Filled:
         other = await self.api.escalate(self.second.id)
         await self.api.tickets.DeleteChatTicket(t.DeleteChatTicketRequest(chat_ticket_id=other.id))
         self.tickets = [self.link.ticket, other.ticket]
+        async with store_database(self.database) as db:
+            await tenant_settings.set_search_language(db, self.api.tenant, "german")
 
     async def close_tickets(self) -> None:
         for ticket in self.tickets:
@@ -117,26 +120,10 @@ class Filled:
 
 
 @pytest.fixture
-async def filled(api: Api) -> Filled:
-    filled = Filled(api)
+async def filled(api: Api, database: str) -> Filled:
+    filled = Filled(api, database)
     await filled.fill()
     return filled
-
-
-@contextlib.asynccontextmanager
-async def store_database(database: str) -> AsyncIterator[Database]:
-    db = Database(
-        database,
-        pool_size=1,
-        prepare_statements=True,
-        statement_timeout_ms=10_000,
-        lock_timeout_ms=1_000,
-    )
-    await db.open()
-    try:
-        yield db
-    finally:
-        await db.close()
 
 
 class TestExport:
@@ -313,7 +300,7 @@ class TestErase:
         self, filled: Filled, other: Api, database: str, tenant: str
     ) -> None:
         """Of every table."""
-        neighbour = Filled(other)
+        neighbour = Filled(other, database)
         await neighbour.fill()
         before = counts(database, other.tenant)
         assert all(counts(database, tenant).values())

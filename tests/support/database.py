@@ -2,12 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
+
+from chat_ticket_svc.store.database import Database
 
 
 def execute(database_url: str, *statements: str) -> None:
@@ -85,3 +87,20 @@ def wait_until_blocked(by: psycopg.Connection[Any], waiter: psycopg.Connection[A
     while by.execute(statement, [waiter.info.backend_pid]).fetchone() != (True,):
         assert time.monotonic() < deadline, "it did not wait for a lock"
         time.sleep(0.002)
+
+
+@asynccontextmanager
+async def store_database(database: str) -> AsyncIterator[Database]:
+    """The store of a command."""
+    db = Database(
+        database,
+        pool_size=1,
+        prepare_statements=True,
+        statement_timeout_ms=10_000,
+        lock_timeout_ms=1_000,
+    )
+    await db.open()
+    try:
+        yield db
+    finally:
+        await db.close()
