@@ -19,6 +19,7 @@ from support.cluster import Cluster
 from support.database import execute
 from support.plain_rows import Rows
 
+from chat_ticket.v1.chat_message_pb2 import SearchChatMessagesRequest
 from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.errors import UnavailableError
@@ -343,3 +344,21 @@ class TestBuild:
         finally:
             cluster.drop(url)
             cluster.execute(f"DROP ROLE {role}")
+
+
+class TestServer:
+    async def test_works_without_the_index_and_says_so(
+        self, unbuilt: str, start_server: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """As between the migration and the end of a build that is repeated after a kill."""
+        api = await start_server(unbuilt)
+        said = "the search index is missing, searches are slow: run chat-ticket-svc migrate"
+        assert said in capsys.readouterr().out
+        session = await api.session()
+        message = await api.message(session.id, "My money/refund?")
+        request = SearchChatMessagesRequest(query="refunds", session_id=session.id)
+        found = await api.messages.SearchChatMessages(request)
+        assert [hit.message_id for hit in found.hits] == [message.id]
+        assert migrate.up(unbuilt, quiet=True) == 0
+        await start_server(unbuilt)
+        assert said not in capsys.readouterr().out
