@@ -210,14 +210,23 @@ def commands_page() -> str:
         '`fish`: `eval "$(chat-ticket-svc --print-completion bash)"`.\n\n',
     ]
     for name, text in cli.COMMANDS.items():
-        parts.append(f"## {name}\n\n{text[0].upper()}{text[1:]}.\n\n")
-        rows = [
-            [_option(action), _help(action)]
-            for action in commands.choices[name]._actions
-            if not isinstance(action, argparse._HelpAction)
-        ]
-        if rows:
-            parts.append(table(["Option", "Meaning"], rows))
+        parts.append(_command(name, text, commands.choices[name], "##"))
+    return "".join(parts)
+
+
+def _command(name: str, text: str, parser: argparse.ArgumentParser, level: str) -> str:
+    parts = [f"{level} {name}\n\n{text[0].upper()}{text[1:]}.\n\n"]
+    rows = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            parts += [
+                _command(f"{name} {each.dest}", each.help or "", action.choices[each.dest], "###")
+                for each in action._choices_actions
+            ]
+        elif not isinstance(action, argparse._HelpAction):
+            rows.append([_option(action), _help(action)])
+    if rows:
+        parts.append(table(["Option", "Meaning"], rows))
     return "".join(parts)
 
 

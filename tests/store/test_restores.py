@@ -15,6 +15,8 @@ from psycopg.errors import CheckViolation
 from support.cluster import Cluster
 from support.plain_rows import PARENTS, Rows, rejected_by
 
+TABLES = (*PARENTS, "tenant_settings")
+
 # pg_dump's order is by name, but for foreign keys.
 DATA = ("--data-only", "--exclude-table=schema_migrations")
 
@@ -32,6 +34,12 @@ def fill(url: str) -> None:
         message = rows.add("chat_messages", session_id=linked)
         rows.add("chat_attachments", message_id=message)
         rows.add("chat_message_tombstones", session_id=linked)
+        of_their_own = {"language_code": "de-AT", "search_language": "german"}
+        rows.add("chat_messages", session_id=linked, **of_their_own)
+        connection.execute(
+            "INSERT INTO tenant_settings (tenant_id, search_language) VALUES ('us', 'french')"
+            " ON CONFLICT (tenant_id) DO UPDATE SET search_language = 'italian'"
+        )
 
 
 def content(url: str) -> dict[str, list[Any]]:
@@ -41,7 +49,7 @@ def content(url: str) -> dict[str, list[Any]]:
             table: connection.execute(
                 sql.SQL("SELECT * FROM {} AS t ORDER BY t::text").format(sql.Identifier(table))
             ).fetchall()
-            for table in PARENTS
+            for table in TABLES
         }
 
 
@@ -85,7 +93,7 @@ def test_dumps_are_restored_exactly(
     source = create()
     fill(source)
     expected = content(source)
-    assert [len(rows) for rows in expected.values()] == [4, 1, 1, 1, 4, 3]
+    assert [len(rows) for rows in expected.values()] == [4, 2, 1, 1, 4, 3, 1]
     whole, data, inserts, archive = (
         tmp_path / name for name in ("whole", "data.sql", "inserts.sql", "archive")
     )
@@ -102,7 +110,7 @@ def test_dumps_are_restored_exactly(
 
     def table_by_table(target: str) -> None:
         # A table comes after those that it refers to.
-        for table in PARENTS:
+        for table in TABLES:
             restore(target, "--data-only", "-t", table, whole)
 
     for template, restored in (
@@ -163,7 +171,7 @@ def test_logical_replication_is_exact(system_cluster: Cluster) -> None:
         psycopg.connect(source, autocommit=True) as publisher,
         psycopg.connect(target, autocommit=True) as subscriber,
     ):
-        tables = ", ".join(PARENTS)
+        tables = ", ".join(TABLES)
         publisher.execute(f"CREATE PUBLICATION p FOR TABLE {tables}")  # type: ignore[arg-type]
         # Within one server, CREATE SUBSCRIPTION would wait for itself to create the slot.
         publisher.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [name])
