@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from support.client import Api
 from support.database import execute, store_database
-from support.process import Finished, command
+from support.process import Finished, command, run_command
 from support.watching import watching
 
 from chat_ticket_svc.store import reindexing, tenant_settings
@@ -229,6 +229,13 @@ class TestReindex:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(reindexing, "MESSAGES_PER_BATCH", 2)
             assert await reindex(database, tenant, "simple") == [(2, 2)]
+
+    def test_stale_schema_is_refused(self, fresh_database: str) -> None:
+        """Also one without any table."""
+        execute(fresh_database, "DROP SCHEMA public CASCADE", "CREATE SCHEMA public")
+        done = run_command("reindex", DATABASE_URL=fresh_database)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "the database lacks 20261121000100_chat_sessions.sql" in done.stderr
 
     async def test_without_a_tenant_all_are_done(self, fresh_database: str) -> None:
         """And the index of servers of the version before is dropped."""

@@ -144,9 +144,12 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class TestBuild:
     def test_both_versions_search_by_their_index(
-        self, old_database: str, capfd: pytest.CaptureFixture[str]
+        self, of: Callable[[str], Cluster], capfd: pytest.CaptureFixture[str]
     ) -> None:
         """Before the build, after it, and after the way down."""
+        old_database = of("cluster").create()
+        roll_back(old_database)
+        fill(old_database)
         assert indexes(old_database) == BEFORE
         assert migrate.dbmate(old_database, "migrate", quiet=True) == 0
         assert indexes(old_database) == BEFORE
@@ -172,6 +175,7 @@ class TestBuild:
         assert indexes(old_database) == BUILT
         roll_back(old_database)
         assert indexes(old_database) == BEFORE
+        of("cluster").drop(old_database)
 
     def test_way_down_leaves_a_valid_index(self, unbuilt: str) -> None:
         """Whatever a killed run has left."""
@@ -265,6 +269,19 @@ class TestBuild:
             before = connection.execute(identity.format(search_index.NEW_INDEX)).fetchone()
             assert migrate.up(unbuilt, quiet=True) == 0
             assert connection.execute(identity.format(search_index.INDEX)).fetchone() == before
+
+    def test_index_that_is_lost_is_built_again(self, unbuilt: str) -> None:
+        """It was dropped, or the drop was interrupted, which leaves it invalid."""
+        assert migrate.up(unbuilt, quiet=True) == 0
+        for statement in (
+            "DROP INDEX idx_chat_messages_content",
+            "UPDATE pg_index SET indisvalid = false WHERE indexrelid ="
+            " 'idx_chat_messages_content'::regclass",
+        ):
+            execute(unbuilt, statement)
+            assert indexes(unbuilt) != BUILT
+            assert migrate.up(unbuilt, quiet=True) == 0
+            assert indexes(unbuilt) == BUILT
 
     def test_lost_connection_is_one_line(self, unbuilt: str) -> None:
         with ThreadPoolExecutor(1) as pool, writing(unbuilt) as writer:

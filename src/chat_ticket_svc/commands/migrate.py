@@ -296,18 +296,20 @@ def _with_session(url: str, settings: Mapping[str, str], application_name: str) 
 def _libpq_url(url: str) -> str:
     """A URL for dbmate's driver, as libpq can read it: what it does not know sets the session."""
     parts = urlsplit(url)
-    options: list[str] = []
+    url_options = None
+    settings = {}
     others = []
     for parameter in filter(None, parts.query.split("&")):
         key, _, value = parameter.partition("=")
         if key == "options":
-            options.insert(0, unquote(value))
+            url_options = unquote(value)
         elif key in libpq_parameters():
             others.append(parameter)
         elif key not in PARAMETERS_OF_DRIVER_ALONE:
-            options.append(start_options("", {key: unquote(value)}))
-    if options:
-        others.append(urlencode({"options": " ".join(options)}, quote_via=quote))
+            settings[key] = unquote(value)
+    if url_options is not None or settings:
+        options = {"options": start_options(url_options, settings)}
+        others.append(urlencode(options, quote_via=quote))
     return parts._replace(query="&".join(others)).geturl()
 
 

@@ -51,7 +51,7 @@ SELECT relname::text, indisvalid, strpos(pg_get_indexdef(indexrelid), 'search_ve
 TAKE_TURN = """
 WITH turn AS (
     SELECT hashtextextended('chat-ticket-svc search index',
-                            to_regclass('chat_messages')::oid::bigint) AS key
+                            coalesce(to_regclass('chat_messages')::oid::bigint, 0)) AS key
 )
 SELECT pg_try_advisory_lock(key),
        (SELECT concat_ws(', ', pid, nullif(application_name, ''), usename)
@@ -160,8 +160,8 @@ def connect(url: str, application_name: str) -> Iterator[Connection]:
     Raises UnavailableError if it cannot be opened or is lost, and ConfigurationError with
     PostgreSQL's reason if a statement fails.
     """
-    conninfo = connection_string(url, **SESSION_SETTINGS)
     try:
+        conninfo = connection_string(url, **SESSION_SETTINGS)
         with psycopg.connect(
             conninfo, autocommit=True, application_name=application_name
         ) as connection:
