@@ -280,7 +280,8 @@ export interface SearchChatMessagesResponse {
    *
    * An incomplete search has examined at least this part: the sessions that the session and time
    * filters leave, newest first, and the messages of each, newest first, up to 5,000 messages, 2
-   * MiB of text or 50,000 sessions. A narrower session or time filter makes the results complete
+   * MiB of text or 50,000 sessions. A character that has 2, 3 or 4 bytes in UTF-8 counts as 5, 9 or
+   * 13. A narrower session or time filter makes the results complete
    * when it leaves less than that. A role filter does not. Whatever the filters, the results are
    * also complete when at most a few thousand messages of the tenant match the query.
    *
@@ -319,8 +320,9 @@ export interface SearchChatMessagesResponse_Hit {
    */
   score: number;
   /**
-   * The part of the content that matches best, at most 8,000 characters, split into what matches
-   * and the text between.
+   * The part of the content that matches best, at most 300 characters, split into what matches and
+   * the text between. No character is cut from its marks. What joins two matches is a part of
+   * them, as in an e-mail address.
    */
   snippet: SearchChatMessagesResponse_SnippetPart[];
 }
