@@ -28,6 +28,7 @@ from benchmarks import (
     growth,
     neighbour,
     peers,
+    search,
     service,
     start,
     streams,
@@ -41,7 +42,7 @@ OUTPUT = ROOT / "build" / "bench"
 PICTURE_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
 
 ROUNDS = 5
-MAX_SECONDS = 15 * 60
+MAX_SECONDS = 20 * 60
 
 
 class Part(Protocol):
@@ -59,6 +60,7 @@ PARTS: Sequence[Part] = (
     streams,
     watch,
     growth,
+    search,
     workers,
     peers,
     neighbour,

@@ -1,9 +1,9 @@
 """The latency of calls as the data grows, and as a session grows: one caller, one call at a time.
 
 There is one database per size, loaded with plain SQL. Calls are made on all of them in turn. Half
-of the messages belong to one large tenant, the others to a thousand tenants, down to a few
-messages each. One small tenant is the same in every database. Each call reads or writes the same
-amount at every size, or its time is divided by the amount.
+of the messages belong to one large tenant, an eighth to one that writes Japanese, and the others to
+a thousand tenants, down to a few messages each. One small tenant is the same in every database.
+Each call reads or writes the same amount at every size, or its time is divided by the amount.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ import grpc.aio
 import psycopg
 import uuid_utils
 
-from benchmarks import chats, service
+from benchmarks import chats, japanese, search_index, service
 from benchmarks.figures import Figure
 from benchmarks.service import Bench, Server
 from chat_ticket.v1 import chat_message_pb2 as messages_pb2
@@ -45,17 +45,20 @@ from chat_ticket_svc.store import (
 )
 
 NAME = "growth"
-SECONDS = 240
+SECONDS = 320
 
 SIZES = (10_000, 1_000_000, 5_000_000)  # messages in a database
 LENGTHS = (10, 1_000, 100_000)  # messages in a session
 LENGTH = 1_000  # when the database grows
+ENGLISH_INDEX_SIZE = 1_000_000  # messages of the database in which the expressions are compared
 TARGET = 1.5
+APPEND_TARGET = 1.05
 
-LARGE, SMALL = "large", "small"
+LARGE, SMALL, JAPANESE = "large", "small", "japanese"
 OTHER_TENANTS = 1_000
 SMALL_SESSIONS = 20
-COMMON, RARE = "like", "zyzzyva"
+COMMON = {LARGE: "like", SMALL: "like", JAPANESE: japanese.COMMON}
+RARE = {LARGE: "zyzzyva", SMALL: "zyzzyva", JAPANESE: japanese.RARE}
 RARE_MESSAGES = 20
 
 PAGE_SIZE = 50
@@ -65,11 +68,11 @@ TIMEOUT_SECONDS = 30
 # In the order in which people would have written them, so that chats overlap.
 LOAD_UTTERANCES = """
 CREATE UNLOGGED TABLE utterances AS
-SELECT chat, ordinal, role, content, metadata::jsonb AS metadata,
+SELECT chat, ordinal, role, content, japanese, metadata::jsonb AS metadata,
        '7' || substr(digest, 1, 3) || '8' || substr(digest, 4, 15) AS tail
   FROM unnest(%(chats)s::integer[], %(ordinals)s::integer[], %(roles)s::text[],
-              %(contents)s::text[], %(metadatas)s::text[])
-           AS utterances (chat, ordinal, role, content, metadata),
+              %(contents)s::text[], %(japanese)s::text[], %(metadatas)s::text[])
+           AS utterances (chat, ordinal, role, content, japanese, metadata),
        md5(chat || ' ' || ordinal) AS digest
  ORDER BY chat + 2 * ordinal, chat
 """
@@ -85,12 +88,15 @@ SELECT tenant_id, session_id, length, started_at, started_at + length * interval
 """
 INSERT_MESSAGES = """
 INSERT INTO chat_messages
-       (tenant_id, id, session_id, sequence, revision, role, content, metadata, created_at)
+       (tenant_id, id, session_id, sequence, revision, role, content, search_language, metadata,
+        created_at)
 SELECT tenant_id,
        ('0' || to_hex((extract(epoch FROM started_at) * 1000)::bigint + 20000 * ordinal)
             || tail)::uuid,
-       session_id, ordinal, ordinal, role, content, metadata,
-       started_at + ordinal * interval '20 seconds'
+       session_id, ordinal, ordinal, role,
+       CASE tenant_id WHEN %(japanese)s THEN japanese ELSE content END,
+       CASE tenant_id WHEN %(japanese)s THEN 'simple' ELSE 'english' END,
+       metadata, started_at + ordinal * interval '20 seconds'
   FROM utterances JOIN planned_sessions USING (chat)
 """
 # These sessions are older than the chats, so that lists and searches of the newest find the chats.
@@ -110,7 +116,7 @@ SELECT %(tenant_id)s, uuidv7(), %(id)s::uuid, number, number, role,
 COUNT = """
 SELECT count(*) FROM chat_messages
  WHERE tenant_id = %s
-   AND to_tsvector('english', content) @@ websearch_to_tsquery('english', %s)
+   AND search_vector(content, search_language) @@ quote_literal(%s)::tsquery
 """
 ANY_MESSAGE = """
 SELECT id FROM chat_messages
@@ -124,7 +130,7 @@ class Dataset:
 
     sessions: Mapping[int, str]  # to read, to write to and to watch
     to_delete: Mapping[int, list[str]]
-    common: int  # messages of the large tenant that contain the common word
+    common: Mapping[str, int]  # messages that contain the common word, by tenant
 
 
 def load(url: str, size: int, lengths: Sequence[int], to_delete: int) -> Dataset:
@@ -149,8 +155,8 @@ def load(url: str, size: int, lengths: Sequence[int], to_delete: int) -> Dataset
             db.execute(ADD_SESSION, params | before)
             return session_id
 
-        for tenant_id in (LARGE, SMALL):
-            add(tenant_id, RARE_MESSAGES, f"{RARE} and others")
+        for tenant_id, word in RARE.items():
+            add(tenant_id, RARE_MESSAGES, f"{word} and others")
         sessions_by_length = {length: add(LARGE, length) for length in lengths}
         sessions_to_delete = {
             length: [add(LARGE, length) for _ in range(to_delete)] for length in lengths
@@ -166,23 +172,35 @@ def load(url: str, size: int, lengths: Sequence[int], to_delete: int) -> Dataset
                         break
             db.execute("ANALYZE planned_sessions")
             db.execute(INSERT_SESSIONS)
-            db.execute(INSERT_MESSAGES)
+            db.execute(INSERT_MESSAGES, {"japanese": JAPANESE})
         db.execute(index)
         db.execute("VACUUM (ANALYZE)")
-        [[common]] = db.execute(COUNT, (LARGE, COMMON)).fetchall()
+        common = {
+            tenant_id: count
+            for tenant_id, word in COMMON.items()
+            for (count,) in db.execute(COUNT, (tenant_id, word))
+        }
     return Dataset(sessions_by_length, sessions_to_delete, common)
 
 
 def _load_utterances(db: psycopg.Connection) -> None:
+    sentences = japanese.messages()
     columns = zip(
         *(
-            (number, ordinal, utterance.role, utterance.content, utterance.metadata)
+            (
+                number,
+                ordinal,
+                utterance.role,
+                utterance.content,
+                next(sentences),
+                utterance.metadata,
+            )
             for number, chat in enumerate(chats.chats())
             for ordinal, utterance in enumerate(chat, start=1)
         ),
         strict=True,
     )
-    names = ("chats", "ordinals", "roles", "contents", "metadatas")
+    names = ("chats", "ordinals", "roles", "contents", "japanese", "metadatas")
     db.execute(LOAD_UTTERANCES, dict(zip(names, map(list, columns), strict=True)))
     db.execute("ANALYZE utterances")
     db.execute(CREATE_PLANNED_SESSIONS)
@@ -196,6 +214,8 @@ def _generate_sessions(started_at: datetime) -> Iterator[tuple[str, str, int, da
             tenant_id = LARGE
         elif number < 2 * SMALL_SESSIONS:
             tenant_id = SMALL
+        elif number % 8 == 0:
+            tenant_id = JAPANESE
         else:
             # The sizes of the tenants follow a power law: tenant n has a share of 1/n.
             tenant_id = f"tenant-{int(OTHER_TENANTS ** generator.random())}"
@@ -270,22 +290,31 @@ class Caller:
         )
         return await _milliseconds(self._sessions.ListChatSessions(request, **_options(LARGE)))
 
-    async def search(self, tenant_id: str, word: str) -> float:
-        """For the common word in the large tenant, the microseconds per message examined."""
+    async def search_rare(self, tenant_id: str) -> float:
+        milliseconds, response = await self._search(tenant_id, RARE[tenant_id])
+        if (len(response.hits), response.incomplete_results) != (RARE_MESSAGES, False):
+            raise RuntimeError(f"the search has results {len(response.hits)} rare messages")
+        return milliseconds
+
+    async def search_common(self, tenant_id: str) -> float:
+        milliseconds, _ = await self._search(tenant_id, COMMON[tenant_id])
+        return milliseconds
+
+    async def search_common_per_message(self, tenant_id: str) -> float:
+        """The microseconds per message examined."""
+        milliseconds, response = await self._search(tenant_id, COMMON[tenant_id])
+        common = self._dataset.common[tenant_id]
+        examined = search.MAX_MESSAGES if response.incomplete_results else common
+        return 1000 * milliseconds / examined
+
+    async def _search(
+        self, tenant_id: str, word: str
+    ) -> tuple[float, messages_pb2.SearchChatMessagesResponse]:
+        """The milliseconds and the response."""
         request = messages_pb2.SearchChatMessagesRequest(query=word, page_size=PAGE_SIZE)
         started_at = time.perf_counter()
         response = await self._messages.SearchChatMessages(request, **_options(tenant_id))
-        milliseconds = 1000 * (time.perf_counter() - started_at)
-        if word == RARE and (len(response.hits), response.incomplete_results) != (
-            RARE_MESSAGES,
-            False,
-        ):
-            raise RuntimeError(f"the search has results {len(response.hits)} rare messages")
-        if (tenant_id, word) == (LARGE, COMMON):
-            limit = search.MAX_MESSAGES
-            examined = limit if response.incomplete_results else self._dataset.common
-            return 1000 * milliseconds / examined
-        return milliseconds
+        return 1000 * (time.perf_counter() - started_at), response
 
     async def _create(self, length: int) -> None:
         message = ChatMessage(role=CHAT_MESSAGE_ROLE_USER, content="Where is my order?")
@@ -329,11 +358,15 @@ SESSION_CALLS: Mapping[str, Callable[[Caller, int], Awaitable[float]]] = {
 TENANT_CALLS: Mapping[str, Callable[[Caller], Awaitable[float]]] = {
     "ListChatSessions, 50 by create time": lambda caller: caller.list_sessions("CREATE_TIME"),
     "ListChatSessions, 50 by update time": lambda caller: caller.list_sessions("UPDATE_TIME"),
-    "search of a rare word, large tenant": lambda caller: caller.search(LARGE, RARE),
-    "search of a rare word, small tenant": lambda caller: caller.search(SMALL, RARE),
-    "search of a common word, small tenant": lambda caller: caller.search(SMALL, COMMON),
-    "search of a common word, large tenant, each message": lambda caller: caller.search(
-        LARGE, COMMON
+    "search of a rare word, large tenant": lambda caller: caller.search_rare(LARGE),
+    "search of a rare word, small tenant": lambda caller: caller.search_rare(SMALL),
+    "search of a rare word, Japanese tenant": lambda caller: caller.search_rare(JAPANESE),
+    "search of a common word, small tenant": lambda caller: caller.search_common(SMALL),
+    "search of a common word, large tenant, each message": (
+        lambda caller: caller.search_common_per_message(LARGE)
+    ),
+    "search of a common word, Japanese tenant, each message": (
+        lambda caller: caller.search_common_per_message(JAPANESE)
     ),
 }
 # This call is made once per round: there is one session to delete per round.
@@ -362,6 +395,10 @@ def measure(bench: Bench) -> list[Figure]:
             servers[size] = stack.enter_context(service.server(url, log=log))
         results = asyncio.run(_measure_rounds(bench, servers, datasets))
         plans = _explain(urls[size], datasets[size])
+        bench.progress("the size of the search index")
+        index_bytes = search_index.index_bytes(urls[size])
+        english_index_bytes = search_index.english_index_bytes(urls[ENGLISH_INDEX_SIZE])
+    append_cpu = search_index.append_cpu(bench)
     of_data = [
         _figure(name, "all", {each: results[each, name, length] for each in SIZES}, plans)
         for names, length in ((SESSION_CALLS, LENGTH), (TENANT_CALLS, None))
@@ -371,7 +408,37 @@ def measure(bench: Bench) -> list[Figure]:
         _figure(name, "a session", {each: results[size, name, each] for each in LENGTHS}, plans)
         for name in SESSION_CALLS
     ]
-    return of_data + of_sessions
+    of_index = [
+        Figure(
+            part=NAME,
+            name=f"search index, {SIZES[-1]:,} messages",
+            unit="bytes/message",
+            measured=[index_bytes],
+        ),
+        Figure(
+            part=NAME,
+            name=f"search index of English text, {ENGLISH_INDEX_SIZE:,} messages",
+            unit="bytes/message",
+            measured=[english_index_bytes[search_index.EXPRESSION]],
+            limit=[english_index_bytes[search_index.EXPRESSION_BEFORE]],
+            against="by the expression before",
+            at_most=True,
+        ),
+    ]
+    of_appends = [
+        Figure(
+            part=NAME,
+            name=f"CPU of {call}, each message",
+            unit="µs",
+            measured=append_cpu[call, search_index.EXPRESSION],
+            limit=append_cpu[call, search_index.EXPRESSION_BEFORE],
+            against="with the index expression before",
+            must=APPEND_TARGET,
+            at_most=True,
+        )
+        for call in search_index.CALLERS
+    ]
+    return of_data + of_sessions + of_index + of_appends
 
 
 def _figure(
@@ -442,16 +509,18 @@ def _explain(url: str, dataset: Dataset) -> dict[str, str]:
     newest = {"after_time": paging.END_OF_TIME, "after_id": MAX_UUID, "limit": PAGE_SIZE + 1}
     no_filter = dict.fromkeys(sessions.Filter._fields)
     search_params = {
+        "has_prefix": False,
         "messages": search.MAX_MESSAGES,
         "bytes": search.MAX_BYTES,
         "sessions": search.MAX_SESSIONS,
         "after_score": math.inf,
-        "snippet_options": "",
-        "snippet_characters": search.SNIPPET_CHARACTERS,
         **dict.fromkeys(("session_id", "roles", "created_from", "created_to")),
         **newest,
     }
-    rare, common = search_params | {"query": RARE}, search_params | {"query": COMMON}
+
+    def searching(tenant_id: str, word: str) -> dict[str, Any]:
+        return {"tenant_id": tenant_id, **_asked(word), **search_params}
+
     statements: dict[str, tuple[LiteralString, dict[str, Any]]] = {
         "GetChatSession": (sessions.GET, by_id),
         "CreateChatMessage": (
@@ -491,19 +560,27 @@ def _explain(url: str, dataset: Dataset) -> dict[str, str]:
         ),
         "search of a rare word, large tenant": (
             search.SEARCH_BY_INDEX,
-            {"tenant_id": LARGE, **rare},
+            searching(LARGE, RARE[LARGE]),
         ),
         "search of a rare word, small tenant": (
             search.SEARCH_BY_INDEX,
-            {"tenant_id": SMALL, **rare},
+            searching(SMALL, RARE[SMALL]),
+        ),
+        "search of a rare word, Japanese tenant": (
+            search.SEARCH_BY_INDEX,
+            searching(JAPANESE, RARE[JAPANESE]),
         ),
         "search of a common word, small tenant": (
             search.SEARCH_BY_INDEX,
-            {"tenant_id": SMALL, **common},
+            searching(SMALL, COMMON[SMALL]),
         ),
         "search of a common word, large tenant, each message": (
             search.SEARCH_BY_SESSION,
-            {"tenant_id": LARGE, **common},
+            searching(LARGE, COMMON[LARGE]),
+        ),
+        "search of a common word, Japanese tenant, each message": (
+            search.SEARCH_BY_SESSION,
+            searching(JAPANESE, COMMON[JAPANESE]),
         ),
     }
     plans = {}
@@ -517,3 +594,17 @@ def _explain(url: str, dataset: Dataset) -> dict[str, str]:
                 plan = db.execute(f"EXPLAIN (ANALYZE, BUFFERS) {statement}", params).fetchall()
                 plans[name] = "\n".join(line for [line] in plan)
     return plans
+
+
+def _asked(word: str) -> dict[str, Any]:
+    """What a search asks the messages of the databases for, as `search.page` does: the word, or
+    its pairs of characters.
+    """
+    parts = [word] if word.isascii() else map("".join, itertools.pairwise(word))
+    query = " & ".join(f"'{part}'" for part in parts)
+    return {
+        "any_query": query,
+        "languages": ["english", "simple"],
+        "indexed_queries": [query, query],
+        "exact_queries": [query, query],
+    }

@@ -20,11 +20,7 @@ from support.messages import (
 from support.watching import assert_same_state, watching
 
 from chat_ticket.v1 import resources_pb2 as r
-from chat_ticket.v1.chat_message_pb2 import (
-    CreateChatMessageRequest,
-    SearchChatMessagesRequest,
-    UpdateChatMessageRequest,
-)
+from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest, UpdateChatMessageRequest
 from chat_ticket_svc import config
 from chat_ticket_svc.search_language import SEARCH_LANGUAGES
 
@@ -209,18 +205,12 @@ class TestSearchLanguage:
     async def test_setting_chooses_it_for_the_other_tenants(
         self, start_server: Any, database: str, tenant: str
     ) -> None:
-        """It ranks after the code of the message and the language of the tenant.
-
-        It also decides which words of their queries are ignored.
-        """
+        """It ranks after the code of the message and the language of the tenant."""
         api = await start_server(database, search_language="spanish")
         session = await api.session()
         await api.message(session.id)
         await create_batch(api, session.id, [user_message("x")])
-        search = SearchChatMessagesRequest(query="el pedido")
-        assert (await api.messages.SearchChatMessages(search)).ignored_words == ["el"]
         set_tenant_language(database, tenant, "simple")
-        assert (await api.messages.SearchChatMessages(search)).ignored_words == []
         await api.message(session.id)
         await api.message(session.id, language_code="en")
         assert search_languages(database, tenant) == ["spanish", "spanish", "simple", "english"]
