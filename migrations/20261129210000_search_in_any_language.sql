@@ -8,9 +8,6 @@ SET LOCAL lock_timeout = '5s';
 CREATE FUNCTION search_configuration(language text) RETURNS regconfig
     LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE AS $$
 BEGIN
-    IF language = 'english' THEN  -- spares most messages the lookup
-        RETURN 'pg_catalog.english'::regconfig;
-    END IF;
     RETURN ('pg_catalog.' || quote_ident(language))::regconfig;
 END
 $$;
@@ -32,12 +29,7 @@ DECLARE
     characters CONSTANT text := '\u0e01-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\U0010ffff';
     letters CONSTANT text := '(?![' || marks || '])[' || characters || ']';
 BEGIN
-    IF octet_length(line) = char_length(line) THEN
-        -- Most messages have nothing to rewrite, and are spared the rest.
-        IF line !~ '[<&/@+~]|[._-][._0-9A-Za-z]|[A-Za-z][0-9#]|[0-9][A-Za-z]' THEN
-            RETURN line;
-        END IF;
-    ELSE
+    IF octet_length(line) <> char_length(line) THEN
         IF line IS NOT NFKC NORMALIZED THEN
             line := normalize(line, NFKC);
         END IF;
@@ -89,9 +81,21 @@ END
 $$;
 
 -- The words of a message, stemmed in its language: what the index holds and what a search asks for.
+-- Most messages are English and have nothing to rewrite: they are spared the other functions.
 CREATE FUNCTION search_vector(content text, language text) RETURNS tsvector
-    LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
-    RETURN to_tsvector(search_configuration(language), search_text(content, language));
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN to_tsvector(
+        CASE language
+            WHEN 'english' THEN 'pg_catalog.english'::regconfig
+            ELSE search_configuration(language)
+        END,
+        CASE
+            WHEN octet_length(content) = char_length(content)
+                 AND content !~ '[<&/@+~]|[._-][._0-9A-Za-z]|[A-Za-z][0-9#]|[0-9][A-Za-z]'
+            THEN content
+            ELSE search_text(content, language)
+        END
+    );
 
 -- language_code is what the caller said, a BCP 47 tag. search_language is the text search
 -- configuration that indexes the message. An older server leaves both out: it indexes English.
