@@ -18,7 +18,9 @@ $$;
 CREATE FUNCTION search_text(content text, language text) RETURNS text
     LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE AS $$
 DECLARE
-    line text := content;
+    line  text := content;
+    parts text[];
+    part  text;
     -- Scripts without spaces: Thai, Lao, Tibetan, Burmese, Hangul, Khmer, kana, Han. From U+3005 on
     -- there are few others, and pairs suit them too. Marks belong to the letter before them.
     marks CONSTANT text :=
@@ -27,28 +29,54 @@ DECLARE
         '\u105e-\u1060\u1062-\u1064\u1067-\u106d\u1071-\u1074\u1082-\u108d\u108f\u109a-\u109d'
         '\u17b6-\u17d3\u17dd\u302a-\u302f\u3099\u309a';
     characters CONSTANT text := '\u0e01-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\U0010ffff';
-    letters CONSTANT text := '(?![' || marks || '])[' || characters || ']';
+    -- The letters of all other scripts, when punctuation is gone.
+    letters CONSTANT text := 'A-Za-z\u0080-\u0e00\u10a0-\u10ff\u1200-\u177f\u1800-\u3004';
 BEGIN
     IF octet_length(line) <> char_length(line) THEN
-        IF line IS NOT NFKC NORMALIZED THEN
-            line := normalize(line, NFKC);
-        END IF;
-        -- What is invisible: soft hyphens, joiners, directions, variation selectors, fillers, tags.
+        -- What normalization would join to the word before it.
         line := regexp_replace(line,
-            '[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e'
-            '\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff]+', '', 'g');
-        -- The other languages' stemmers know their own accents.
-        IF language IN ('english', 'simple')
-           AND line ~ '[\u00c0-\u024f\u0300-\u03ff\u1e00-\u1fff]'
-        THEN
-            line := normalize(regexp_replace(normalize(line, NFD),
-                '(?<=[A-Za-z\u0370-\u03ff])[\u0300-\u036f]+', '', 'g'), NFC);
+            '[\u2120\u2122]|(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])'
+            '|(?<=[A-Za-z]{3})(?=[\u00b2\u00b3\u00b9\u2070-\u2079])', ' ', 'g');
+        -- Normalization takes time by the square of the marks in a row, and cannot be interrupted.
+        -- So it is done in parts where so many characters in a row might all be marks.
+        parts := ARRAY[line];
+        IF line ~ '[^\u0001-\u007f\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff]{129}' THEN
+            parts := string_to_array(
+                regexp_replace(translate(line, E'\u0001', ' '),
+                    '([^\u0001-\u007f\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff]{128})',
+                    E'\\1\u0001', 'g'),
+                E'\u0001');
         END IF;
+        line := '';
+        FOREACH part IN ARRAY parts LOOP
+            IF part IS NOT NFKC NORMALIZED THEN
+                part := normalize(part, NFKC);
+            END IF;
+            -- Accents, vowel points, and letters that have their own place in few languages. The
+            -- other languages' stemmers know their own.
+            IF language IN ('english', 'simple')
+               AND part ~ '[\u00c0-\u024f\u0300-\u03ff\u0591-\u05c7\u064b-\u0670\u1e00-\u1fff]'
+            THEN
+                part := regexp_replace(normalize(part, NFD),
+                    '(?<=[A-Za-z\u0370-\u03ff])[\u0300-\u036f]+'
+                    '|[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u064b-\u065f\u0670]+',
+                    '', 'g');
+                part := normalize(
+                    replace(replace(replace(translate(part, 'đĐłŁøØıς', 'dDlLoOiσ'),
+                        'ß', 'ss'), 'æ', 'ae'), 'œ', 'oe'), NFC);
+            END IF;
+            line := line || part;
+        END LOOP;
+        -- What is invisible: soft hyphens, joiners, directions, variation selectors, fillers, tags;
+        -- and Armenian marks that stand within a word.
+        line := regexp_replace(line,
+            '[\u00ad\u034f\u055b-\u055e\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f'
+            '\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e0fff]+', '', 'g');
         -- Punctuation and symbols. Some locales count every character that is not ASCII as a letter.
         line := regexp_replace(line,
             '[\u0080-\u00a9\u00ab-\u00b4\u00b6-\u00b9\u00bb-\u00bf\u00d7\u00f7\u0e2f\u0e3f\u0e4f'
             '\u0e5a\u0e5b\u0f01-\u0f17\u0f1a-\u0f1f\u0f34\u0f36\u0f38\u0f3a-\u0f3d\u0f85'
-            '\u0fbe-\u0fff\u104a-\u104f\u17d4-\u17d6\u17d8-\u17db\u2000-\u206f\u20a0-\u20cf'
+            '\u0fbe-\u0fff\u104a-\u104f\u17d4-\u17d6\u17d8-\u17db\u2000-\u206f\u20a0-\u20ff'
             '\u2190-\u2bff\u2e00-\u2e7f\u3000-\u3004\u3008-\u3020\u3030\u3036\u3037\u303d-\u3040'
             '\u309b\u309c\u30a0\u30fb\ufd3e\ufd3f\ufe10-\ufe6f\uff00-\uff65\ufffc\ufffd'
             '\U0001f000-\U0001faff]+', ' ', 'g');
@@ -57,7 +85,8 @@ BEGIN
             line := regexp_replace(line, '([' || characters || ']+)', ' \1 ', 'g');
             line := regexp_replace(line,
                 CASE WHEN line ~ ('[' || marks || ']')
-                    THEN '(?<=[' || characters || '])(' || letters || '[' || marks || ']*)'
+                    THEN '(?<=[' || characters || '])((?![' || marks || '])[' || characters || ']'
+                         '[' || marks || ']*)'
                     ELSE '(?<=[' || characters || '])([' || characters || '])'
                 END, '\1 \1', 'g');
         END IF;
@@ -67,14 +96,30 @@ BEGIN
         line := regexp_replace(line, '(?<=[A-Za-z])#(?![A-Za-z])', E' \u2d4c ', 'g');
         line := regexp_replace(line, '(?<=[A-Za-z])\+\+(?!\+)', E' \u1429\u1429 ', 'g');
     END IF;
-    line := regexp_replace(line, '[<&./@+_~-]+', ' ', 'g');
-    -- "AB99812" is found by "99812" too, "30GB" by "30", and a timestamp by its date and time.
-    IF line ~ '[A-Za-z][0-9]|[0-9][A-Za-z]' THEN
-        line := regexp_replace(line, '(?<=[0-9])T(?=[0-9])', ' ', 'g');
+    -- The escapes of URLs, and what joins words.
+    line := regexp_replace(line, '(%[0-9A-Fa-f]{2}|[<&./@+_~-])+', ' ', 'g');
+    -- Parts of words with digits. "iPhone15" is found by "iphone" and "15", "30GB" by "30" and "gb",
+    -- "1Z999AA10123" by "10123", and a timestamp by its date and time.
+    IF line ~ ('[' || letters || '][0-9]|[0-9][' || letters || ']') THEN
+        line := regexp_replace(line, '(?<=[0-9])[Tt](?=[0-9][0-9]:)', ' ', 'g');
         line := regexp_replace(line,
-            '(?<![A-Za-z0-9])([A-Za-z]+)([0-9]+)(?![A-Za-z0-9])', '\1\2 \2', 'g');
+            '(?<![0-9' || letters || '])([' || letters || ']+)([0-9]+)(?![0-9' || letters || '])',
+            '\1\2 \1 \2', 'g');
         line := regexp_replace(line,
-            '(?<![A-Za-z0-9])([0-9]+)([A-Za-z]+)(?![A-Za-z0-9])', '\1 \1\2', 'g');
+            '(?<![0-9' || letters || '])([0-9]+)([' || letters || ']+)(?![0-9' || letters || '])',
+            '\1 \2 \1\2', 'g');
+        line := regexp_replace(line,
+            '(?<![0-9' || letters || '])([0-9' || letters || ']*[0-9][' || letters || ']+)([0-9]+)'
+            '(?![0-9' || letters || '])',
+            '\1\2 \2', 'g');
+        line := regexp_replace(line,
+            '(?<![0-9' || letters || '])([0-9]+)([' || letters || ']+[0-9][0-9' || letters || ']*)'
+            '(?![0-9' || letters || '])',
+            '\1 \1\2', 'g');
+    END IF;
+    -- A tsvector has room for 1 MiB. Text takes at most 1.6 times its length there.
+    IF octet_length(line) > 640000 THEN
+        line := left(line, 160000);
     END IF;
     RETURN line;
 END
@@ -91,7 +136,7 @@ CREATE FUNCTION search_vector(content text, language text) RETURNS tsvector
         END,
         CASE
             WHEN octet_length(content) = char_length(content)
-                 AND content !~ '[<&/@+~]|[._-][._0-9A-Za-z]|[A-Za-z][0-9#]|[0-9][A-Za-z]'
+                 AND content !~ '[<&/@+~]|[._-][._0-9A-Za-z]|[A-Za-z][0-9#]|[0-9][A-Za-z]|%[0-9A-Fa-f]'
             THEN content
             ELSE search_text(content, language)
         END
@@ -124,7 +169,9 @@ BEGIN
             tenant_id       text COLLATE %s NOT NULL,
             search_language text,
             updated_at      timestamptz NOT NULL DEFAULT now(),
-            CONSTRAINT tenant_settings_pkey PRIMARY KEY (tenant_id)
+            CONSTRAINT tenant_settings_pkey PRIMARY KEY (tenant_id),
+            CONSTRAINT tenant_settings_search_language_check CHECK (
+                search_language IS NULL OR search_configuration(search_language) IS NOT NULL)
         )
     $table$, collation_name);
 END

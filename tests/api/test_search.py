@@ -172,6 +172,8 @@ async def test_other_tenants_are_not_searched(api: Api, other: Api) -> None:
         ("apple, pear", "apple pear", "[apple], [pear]"),
         ("order_id=AB-99812/7", "99812", "order_id=AB-[99812]/7"),
         ("written in C++17", "C++", "written in [C++]17"),
+        ("Galaxy\N{TRADE MARK SIGN} 2\u00bd m\u00b2", "galaxy 2",
+         "[Galaxy]\N{TRADE MARK SIGN} [2]\u00bd [m\u00b2]"),
         ("organizations organize", "organizat*", "[organizations] organize"),
         ("cafe\u0301 \uff21\uff22\uff23 re\u00adfund", "café abc refund",
          "[cafe\u0301] [\uff21\uff22\uff23] [re\u00adfund]"),
@@ -189,6 +191,14 @@ async def test_snippet_marks_what_matches(api: Api, content: str, query: str, ma
     await api.message((await api.session()).id, content)
     [hit] = await search(api, query)
     assert "".join(f"[{p.text}]" if p.hit else p.text for p in hit.snippet) == marked
+
+
+async def test_match_among_many_words_is_marked(api: Api) -> None:
+    """Also the last one of a message with more different words than are looked at."""
+    content = " ".join(f"{n:x}x" for n in range(36_000)) + " needles"
+    await api.message((await api.session()).id, content)
+    [hit] = await search(api, "needle")
+    assert "needles" in [part.text for part in hit.snippet if part.hit]
 
 
 @pytest.mark.parametrize(
@@ -222,6 +232,46 @@ async def test_adjacent_characters_rank_higher(api: Api) -> None:
     assert hit.message_id == together.id
 
 
+HOSTILE = {
+    "marks in a row": "a" + "\u0323\u0301" * 65_000,
+    "marks of Hebrew": "\u05d0" + "\u05b8\u0591" * 65_000,
+    "marks that grow": "".join(chr(0x3400 + n % 27_000) + "\u0f77" for n in range(43_000)),
+    "Han, each pair another": "".join(chr(0x4E00 + n * 7919 % 20_000) for n in range(87_000)),
+    "ligatures that grow": "".join(f"\ufdfa{n:x}" for n in range(36_000)),
+    "letters and digits": "a1" * 131_000,
+    "digits and letters": "1a" * 65_000 + "9" * 130_000,
+    "letters": "a" * 262_000,
+    "signs": "C#" * 65_000 + "C++" * 43_000,
+    "escapes": "%2F" * 87_000,
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+async def test_any_content_can_be_stored_and_searched(api: Api, content: str) -> None:
+    """No content is too much for the index, or takes it more than a moment."""
+    session = await api.session()
+    await api.message(session.id, content)
+    needle = await api.message(session.id, "a needle")
+    for query in ("needle", "need*", "a -haystac*"):
+        assert needle.id in {hit.message_id for hit in await search(api, query)} or query[0] == "a"
+
+
+async def test_exact_words_are_found_in_long_lists(api: Api) -> None:
+    """Also where PostgreSQL keeps the places of words no longer, and phrases cannot be checked."""
+    lines = [f"ORD-2024-{n:06} user{n}@example.com 10.0.0.{n} 1pc" for n in range(300)]
+    session = await api.session()
+    of_lines = await api.message(session.id, "\n".join(lines))
+    of_words = await api.message(
+        session.id, "word " * 17_000 + "AB-99812 jane.doe@example.com lost parcels AB99813"
+    )
+    for query in ("ORD-2024-000299", "user299@example.com", "10.0.0.299", "ORD-2024-0002*"):
+        assert [hit.message_id for hit in await search(api, query)] == [of_lines.id], query
+    for query in ("AB-99812", "jane.doe@example.com", '"lost parcels"', "AB99813", "AB-998*"):
+        assert [hit.message_id for hit in await search(api, query)] == [of_words.id], query
+    short = await api.message(session.id, "AB 1 99812")
+    assert short.id not in {hit.message_id for hit in await search(api, "AB-99812")}
+
+
 @pytest.mark.parametrize(
     ("code", "content", "query"),
     [
@@ -230,6 +280,8 @@ async def test_adjacent_characters_rank_higher(api: Api) -> None:
         ("ru", "Заказы были доставлены", "заказ доставлена"),
         ("es", "Los pedidos llegaron rotos", "pedido roto"),
         ("ja", "注文を running します", "注文 running"),
+        ("de", "Größe und Bestellung", "Größ*"),
+        ("fr", "Le reçu est arrivé", "reç* arrivé*"),
     ],
 )
 async def test_stemmer_of_the_message_is_asked(

@@ -9,6 +9,7 @@ search_query.py makes the tsqueries, and snippets.py the snippets.
 """
 
 import asyncio
+import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -130,13 +131,28 @@ SELECT coalesce((SELECT search_language FROM tenant_settings WHERE tenant_id = %
  ORDER BY ordinal
 """
 
-MATCHES = """
+# PostgreSQL keeps 255 places of a word, and none after the word 16,383. A phrase with others is not
+# found by its words' places.
+KNOWS_ALL_PLACES = """
+NOT EXISTS (SELECT FROM unnest({words})
+             WHERE cardinality(positions) >= 255 OR positions[cardinality(positions)] >= 16383)
+"""
+
+MATCHES = f"""
       FROM chat_messages
      WHERE tenant_id = %(tenant_id)s
        AND search_vector(content, search_language) @@ %(any_query)s::tsquery
+       AND (%(any_phrase)s::tsquery IS NULL
+            OR search_vector(content, search_language) @@ %(any_phrase)s::tsquery
+            OR NOT {KNOWS_ALL_PLACES.format(words="search_vector(content, search_language)")})
 """
 
-ESTIMATE = f"EXPLAIN (FORMAT JSON) SELECT {MATCHES}"
+ESTIMATE = """
+EXPLAIN (FORMAT JSON)
+SELECT FROM chat_messages
+ WHERE tenant_id = %(tenant_id)s
+   AND search_vector(content, search_language) @@ %(any_query)s::tsquery
+"""
 
 CANDIDATES_BY_INDEX = f"""
     SELECT id, session_id, sequence, role, content, search_language, created_at, 0 AS position
@@ -171,8 +187,19 @@ CANDIDATES_BY_SESSION = """
      LIMIT %(messages)s + 1
 """
 
+# Stems, and with the label A the words as they are, unless these are too many for a tsvector.
+WITH_UNSTEMMED = """
+CASE WHEN octet_length({text}) > 100000
+          AND pg_column_size({stems}) + pg_column_size(to_tsvector('pg_catalog.simple',
+                  search_text({text}, search_language))) > 1000000
+    THEN {stems}
+    ELSE {stems} || setweight(to_tsvector('pg_catalog.simple',
+                        search_text({text}, search_language)), 'A')
+END
+"""
+
 # If there is more text than MAX_BYTES, the newest messages are ranked.
-RANKED = """
+RANKED = f"""
 ), allowed AS (
     SELECT *, coalesce(sum(4 * octet_length(content) - 3 * char_length(content)) OVER (
                            ORDER BY created_at DESC, id DESC
@@ -185,21 +212,27 @@ RANKED = """
 ), asked AS (
     SELECT *
       FROM unnest(%(languages)s::text[], %(indexed_queries)s::text[]::tsquery[],
-                  %(exact_queries)s::text[]::tsquery[]) AS asked (language, indexed, exact)
+                  %(exact_queries)s::text[]::tsquery[], %(scattered_queries)s::text[]::tsquery[])
+               AS asked (language, indexed, exact, scattered)
 ), matching AS (
-    SELECT allowed.*, ts_rank(exact_words, asked.exact) AS score
+    SELECT allowed.*, ts_rank(words, query) AS score
       FROM allowed
       JOIN asked ON asked.language = allowed.search_language
      CROSS JOIN LATERAL (
-           SELECT search_vector(content, search_language) AS words OFFSET 0) AS stemmed
+           SELECT search_vector(content, search_language) AS stems OFFSET 0) AS stemmed
      CROSS JOIN LATERAL (
            SELECT CASE WHEN %(has_prefix)s
-                      THEN words || setweight(search_vector(content, 'simple'), 'A')
-                      ELSE words
-                  END AS exact_words OFFSET 0) AS also_unstemmed
+                      THEN {WITH_UNSTEMMED.format(stems="stems", text="content")}
+                      ELSE stems
+                  END AS words OFFSET 0) AS also_unstemmed
+     CROSS JOIN LATERAL (
+           SELECT CASE WHEN NOT %(has_phrase)s OR {KNOWS_ALL_PLACES.format(words="words")}
+                      THEN exact
+                      ELSE scattered
+                  END AS query OFFSET 0) AS query
      WHERE bytes_before < %(bytes)s
-       AND (asked.indexed IS NULL OR words @@ asked.indexed)
-       AND exact_words @@ asked.exact
+       AND (indexed IS NULL OR stems @@ indexed)
+       AND words @@ query
 ), page AS (
     SELECT * FROM matching
      WHERE (score, created_at, id)
@@ -222,16 +255,17 @@ SEARCH_BY_INDEX = f"WITH candidates AS MATERIALIZED ({CANDIDATES_BY_INDEX} {RANK
 SEARCH_BY_SESSION = f"WITH candidates AS MATERIALIZED ({CANDIDATES_BY_SESSION} {RANKED}"
 
 # Which words a snippet marks.
-MARKED_WORDS = """
-SELECT word.language, word.text
-  FROM unnest(%(word_languages)s::text[], %(words)s::text[]) AS word (language, text)
+MARKED_WORDS = f"""
+SELECT search_language, word.text
+  FROM unnest(%(word_languages)s::text[], %(words)s::text[]) AS word (search_language, text)
   JOIN unnest(%(languages)s::text[], %(marked)s::text[]::tsquery[]) AS asked (language, query)
-    ON asked.language = word.language
- WHERE search_vector(word.text, word.language)
-           || CASE WHEN %(has_prefix)s
-                  THEN setweight(search_vector(word.text, 'simple'), 'A')
-                  ELSE ''
-              END @@ asked.query
+    ON asked.language = search_language
+ CROSS JOIN LATERAL (
+       SELECT search_vector(word.text, search_language) AS stems OFFSET 0) AS stemmed
+ WHERE CASE WHEN %(has_prefix)s
+           THEN {WITH_UNSTEMMED.format(stems="stems", text="word.text")}
+           ELSE stems
+       END @@ query
 """
 
 
@@ -255,24 +289,23 @@ async def page(
     `search_language` is that of a tenant without a setting.
     """
     alternatives = search_query.parse(query)
-    words_by_language, ignored_words = await _term_words(
-        db, tenant_id, search_language, alternatives
-    )
-    builder = QueryBuilder(alternatives)
-    queries = {
-        language: built
-        for language, words in words_by_language.items()
-        if (built := builder.build(words)) is not None
-    }
+    words, ignored_words = await _term_words(db, tenant_id, search_language, alternatives)
+    # For a long query that takes a while, and other calls must not wait.
+    queries = await asyncio.to_thread(_build_queries, builder := QueryBuilder(alternatives), words)
     if not queries:
         return SearchPage([], incomplete=False, ignored_words=ignored_words)
-    any_query = search_query.any_of(each.indexed for each in queries.values())
+    each = list(queries.values())
+    has_phrase = any(query.exact != query.scattered for query in each)
+    any_phrase = search_query.any_of(query.exact for query in each)
     params = {
         "tenant_id": tenant_id,
-        "any_query": any_query,
+        "any_query": search_query.any_of(query.indexed for query in each),
+        "any_phrase": any_phrase if has_phrase and not builder.has_prefix else None,
         "languages": list(queries),
-        "indexed_queries": [each.indexed or None for each in queries.values()],
-        "exact_queries": [each.exact for each in queries.values()],
+        "indexed_queries": [query.indexed or None for query in each],
+        "exact_queries": [query.exact for query in each],
+        "scattered_queries": [query.scattered for query in each],
+        "has_phrase": has_phrase,
         "has_prefix": builder.has_prefix,
         "session_id": session_id,
         "roles": roles,
@@ -320,6 +353,21 @@ async def _term_words(
         if tenant_language in languages and not words.stemmed and not words.unstemmed:
             ignored[term.source] = None
     return result, list(ignored)
+
+
+def _build_queries(
+    builder: QueryBuilder, words: Mapping[str, Mapping[Term, Words]]
+) -> dict[str, Tsquery]:
+    """The query of each language that asks for something. Most languages share theirs."""
+    built: dict[tuple[int, ...], Tsquery | None] = {}
+    result = {}
+    for language, of_terms in words.items():
+        key = tuple(map(id, of_terms.values()))
+        if key not in built:
+            built[key] = builder.build(of_terms)
+        if (query := built[key]) is not None:
+            result[language] = query
+    return result
 
 
 async def _matches(db: Database, params: Params) -> _Matches:
@@ -373,7 +421,7 @@ async def _hits(
 ) -> list[Hit]:
     """The hits, with their snippets. Long messages take a while, and other calls must not wait."""
     texts = await asyncio.to_thread(lambda: [Text(match.content) for match in matches])
-    words = await asyncio.to_thread(_different_words, matches, texts)
+    words = await asyncio.to_thread(_different_words, matches, texts, queries)
     params = {
         "word_languages": [language for language, _ in words],
         "words": [word for _, word in words],
@@ -397,11 +445,24 @@ async def _hits(
     return await asyncio.to_thread(hits)
 
 
-def _different_words(matches: Sequence[_Match], texts: Sequence[Text]) -> list[tuple[str, str]]:
-    """The different words of each language, up to MAX_SNIPPET_WORDS."""
-    words: set[tuple[str, str]] = set()
-    for match, text in zip(matches, texts, strict=True):
-        words |= {(match.language, word) for word in text.words()}
-        if len(words) >= MAX_SNIPPET_WORDS:
-            break
-    return list(words)[:MAX_SNIPPET_WORDS]
+def _different_words(
+    matches: Sequence[_Match], texts: Sequence[Text], queries: Mapping[str, Tsquery]
+) -> list[tuple[str, str]]:
+    """The different words of each language, up to MAX_SNIPPET_WORDS.
+
+    First those that begin like a word of the query, as most forms of a word do.
+    """
+    words = {
+        (match.language, word)
+        for match, text in zip(matches, texts, strict=True)
+        for word in text.words()
+    }
+    if len(words) > MAX_SNIPPET_WORDS:
+
+        def is_different(word: tuple[str, str]) -> bool:
+            language, text = word
+            initial = unicodedata.normalize("NFD", text[0].lower())[0]
+            return initial not in queries[language].initials
+
+        return sorted(words, key=is_different)[:MAX_SNIPPET_WORDS]
+    return list(words)

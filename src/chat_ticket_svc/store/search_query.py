@@ -26,8 +26,17 @@ _TERM = re.compile(
 )
 _LAST_WORD = re.compile(r"[^\W\d_]+$")
 
-# A stem is a beginning of its word, but for its last letters. Longer words are rare.
+# Words with digits, which search_text adds the parts of.
+_DIGITS = "0123456789"
+_LETTER = re.compile(r"[^\W\d_]")
+_LETTERS_AND_NUMBER = re.compile(r"[^\W\d_]+[0-9]+")
+_NUMBER_AND_LETTERS = re.compile(r"[0-9]+[^\W\d_]+")
+
+# The stem of a word is a beginning of it, but for the last letters, and not much shorter.
 _SHORTEST_STEM, _LONGEST_STEM = 2, 20
+_LONGEST_ENDING = 10
+# Endings that change the stem that comes before them, as in "capability", "skies" and "dying".
+_ENDINGS = ("e", "s", "g", "ing", "ity")
 
 
 class Term(NamedTuple):
@@ -48,11 +57,12 @@ class Term(NamedTuple):
         word = _LAST_WORD.search(unicodedata.normalize("NFKC", self.text))
         if not self.is_prefix or word is None or is_pair(word[0]):
             return ""
-        beginnings = itertools.accumulate(word[0][:_LONGEST_STEM])
+        prefix = word[0][:_LONGEST_STEM]
+        shortest = max(_SHORTEST_STEM, len(prefix) - _LONGEST_ENDING)
+        beginnings = [prefix[:length] for length in range(shortest, len(prefix) + 1)]
         return " ".join(
-            f"{beginning} {beginning}e"
-            for beginning in beginnings
-            if len(beginning) >= _SHORTEST_STEM
+            [*beginnings, *(f"{beginning}e" for beginning in beginnings)]
+            + [f"{prefix}{ending}" for ending in _ENDINGS]
         )
 
 
@@ -100,17 +110,21 @@ class Words(NamedTuple):
 class Tsquery(NamedTuple):
     """A query for the messages of one language, in the syntax of tsquery.
 
-    The index is asked for `indexed`, which may match too much, as a stem does not say which words
-    it is of. If that is empty, the index cannot be asked. A message matches if `indexed` and
-    `exact` do. If the query has prefixes, `exact` is asked of the stems, which have the label D,
-    and of the unstemmed words, which have the label A. A snippet marks the words that match
-    `marked`, and the `pairs` of characters. Some pairs are single characters.
+    The index is asked for `indexed`, which may match too much: a stem does not say which words it
+    is of, nor the index where they are. If it is empty, the index cannot be asked. A message
+    matches if `indexed` and `exact` do. If the query has prefixes, `exact` is asked of the stems,
+    which have the label D, and of the unstemmed words, which have the label A. `scattered` is
+    `exact` without the places and labels of words, for messages that are too long for PostgreSQL
+    to keep them. A snippet marks the words that match `marked`, and the `pairs` of characters.
+    Some pairs are single characters. `initials` are what marked words begin with.
     """
 
     indexed: str
     exact: str
+    scattered: str
     marked: str
     pairs: frozenset[str]
+    initials: frozenset[str]
 
 
 class QueryBuilder:
@@ -124,45 +138,56 @@ class QueryBuilder:
 
     def build(self, words: Mapping[Term, Words]) -> Tsquery | None:
         """The tsquery of a language, or None if the language ignores all terms."""
-        indexed, exact = [], []
+        indexed, exact, scattered = [], [], []
         marked: set[str] = set()
         pairs: set[str] = set()
+        initials: set[str] = set()
         for terms in self._alternatives:
-            conditions, exact_conditions = [], []
+            index_conditions, exact_conditions, scattered_conditions = [], [], []
             for term in terms:
                 found = words[term]
                 prefix = _prefix(found) if term.is_prefix else None
-                if prefix is not None:
-                    condition = _begins_with(prefix, found)
-                    exact_condition = _chain(prefix, label="A", is_prefix=True)
-                    lexemes = {word.lexeme for word in prefix[:-1]}
-                    marks = {_operand(prefix[-1].lexeme, "A", is_prefix=True)}
-                    label = "A"
+                asked = prefix or list(_significant(found.stemmed))
+                if not asked:
+                    continue
+                label = "A" if prefix else self._label
+                if prefix:
+                    index_condition = _begins_with(prefix, found)
+                    exact_condition = _chain(prefix, label, is_prefix=True)
                 else:
-                    found_words = list(_without_ends(found.stemmed))
-                    if not found_words:
-                        continue
-                    condition = _all(found_words, "", is_phrase=term.is_phrase)
-                    exact_condition = _all(found_words, self._label, is_phrase=term.is_phrase)
-                    lexemes = {word.lexeme for word in found_words}
-                    marks = set()
-                    label = self._label
+                    index_condition = _all(asked)
+                    exact_condition = _phrase(asked, label, is_quoted=term.is_phrase)
+                scattered_condition = _all(asked, is_prefix=bool(prefix))
                 if term.is_negated:
                     exact_conditions.append(f"!({exact_condition})")
-                    if prefix is None:
-                        conditions.append(f"!({condition})")
+                    scattered_conditions.append(f"!({scattered_condition})")
+                    if not prefix:
+                        exact_words = _phrase(asked, is_quoted=term.is_phrase)
+                        index_conditions.append(f"!({exact_words})")
                     continue
-                conditions.append(condition)
+                index_conditions.append(index_condition)
                 exact_conditions.append(exact_condition)
-                pairs |= {lexeme for lexeme in lexemes if is_pair(lexeme)}
-                marked |= marks
-                marked |= {_operand(lexeme, label) for lexeme in lexemes if not is_pair(lexeme)}
+                scattered_conditions.append(scattered_condition)
+                pairs |= {word.lexeme for word in asked if is_pair(word.lexeme)}
+                for word in asked:
+                    if not is_pair(word.lexeme):
+                        is_last = word is asked[-1]
+                        marked.add(_operand(word.lexeme, label, is_prefix=bool(prefix) and is_last))
+                        initials.add(word.lexeme[0])
             if exact_conditions:
-                indexed.append(" & ".join(conditions))
+                indexed.append(" & ".join(index_conditions))
                 exact.append(" & ".join(exact_conditions))
+                scattered.append(" & ".join(scattered_conditions))
         if not exact:
             return None
-        return Tsquery(any_of(indexed), any_of(exact), " | ".join(sorted(marked)), frozenset(pairs))
+        return Tsquery(
+            any_of(indexed),
+            any_of(exact),
+            any_of(scattered),
+            " | ".join(sorted(marked)),
+            frozenset(pairs),
+            frozenset(initials),
+        )
 
 
 def any_of(conditions: Iterable[str]) -> str:
@@ -186,8 +211,23 @@ def _is_single(pair: str) -> bool:
     return sum(not unicodedata.category(character).startswith("M") for character in pair) == 1
 
 
-def _without_ends(words: Sequence[Word]) -> Iterator[Word]:
-    """The words without the last character of each run, which is in the last pair too."""
+def _significant(words: Sequence[Word]) -> Iterator[Word]:
+    """The words without those that search_text adds, which say nothing that others do not.
+
+    They are the last character of each run of pairs, which is in the last pair too, and the parts
+    of words with digits.
+    """
+    added: set[int] = set()
+    for word in words:
+        if _LETTERS_AND_NUMBER.fullmatch(word.lexeme):
+            added |= {word.position + 1, word.position + 2}
+        elif _NUMBER_AND_LETTERS.fullmatch(word.lexeme):
+            added |= {word.position - 1, word.position - 2}
+        elif _LETTER.search(word.lexeme):
+            if word.lexeme[-1] in _DIGITS:
+                added.add(word.position + 1)
+            if word.lexeme[0] in _DIGITS:
+                added.add(word.position - 1)
     for before, word in itertools.pairwise([Word(0, ""), *words]):
         is_end = (
             before.position == word.position - 1
@@ -195,7 +235,7 @@ def _without_ends(words: Sequence[Word]) -> Iterator[Word]:
             and before.lexeme.endswith(word.lexeme)
             and is_pair(before.lexeme)
         )
-        if not is_end:
+        if not is_end and word.position not in added:
             yield word
 
 
@@ -204,41 +244,44 @@ def _prefix(found: Words) -> list[Word] | None:
 
     Pairs find a part of a word anyway.
     """
-    words = list(_without_ends(found.unstemmed))
-    # search_text repeats the digits of "AB998".
-    *_, last = words or [Word(0, "")]
-    repeated = f"[a-z]+{last.lexeme}"
-    if len(words) > 1 and last.lexeme.isdecimal() and re.fullmatch(repeated, words[-2].lexeme):
-        words.pop()
+    words = list(_significant(found.unstemmed))
     return None if not words or is_pair(words[-1].lexeme) else words
 
 
 def _begins_with(prefix: Sequence[Word], found: Words) -> str:
     """What the index is asked for in place of a prefix: the stems that its words may have."""
-    *_, last = prefix
+    *before, last = prefix
     stems = {word.lexeme for word in found.stemmed if word.position == last.position}
     alternatives = [_operand(lexeme, is_prefix=True) for lexeme in sorted({last.lexeme, *stems})]
     alternatives += [_operand(lexeme) for lexeme in found.candidates]
-    before = [word for word in found.stemmed if word.position < last.position]
-    conditions = [_operand(word.lexeme) for word in _without_ends(before)]
-    return " & ".join([*conditions, any_of(alternatives)])
+    positions = {word.position for word in before}
+    conditions = [_operand(word.lexeme) for word in found.stemmed if word.position in positions]
+    return " & ".join([*conditions, f"({any_of(alternatives)})"])
 
 
-def _all(words: Sequence[Word], label: str, *, is_phrase: bool) -> str:
-    """The condition that asks for all words of a term.
+def _phrase(words: Sequence[Word], label: str = "", *, is_quoted: bool) -> str:
+    """The condition that asks for the words of a term, where they are.
 
     Words that a separator joins, as in AB-99812, are a phrase. Outside quotation marks, pairs of
     characters may be apart. ts_rank prefers those that are together.
     """
-    if is_phrase:
+    if is_quoted:
         return _chain(words, label)
-    conditions = []
-    for are_pairs, group in itertools.groupby(words, lambda word: is_pair(word.lexeme)):
-        if are_pairs:
-            conditions += [_chain([word], label) for word in group]
-        else:
-            conditions.append(_chain([*group], label))
-    return " & ".join(dict.fromkeys(conditions))
+    groups = itertools.groupby(words, lambda word: is_pair(word.lexeme))
+    return " & ".join(
+        _all(each, label) if are_pairs else _chain(each, label)
+        for are_pairs, each in ((are_pairs, list(group)) for are_pairs, group in groups)
+    )
+
+
+def _all(words: Sequence[Word], label: str = "", *, is_prefix: bool = False) -> str:
+    """The condition that asks for all words, wherever they are."""
+    return " & ".join(
+        dict.fromkeys(
+            _operand(word.lexeme, label, is_prefix=is_prefix and word is words[-1])
+            for word in words
+        )
+    )
 
 
 def _chain(words: Sequence[Word], label: str, *, is_prefix: bool = False) -> str:

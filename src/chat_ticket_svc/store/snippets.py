@@ -24,13 +24,21 @@ _INVISIBLE = regex.compile(
     "\\u2060-\\u206f\\ufe00-\\ufe0f\\ufeff\\U000e0000-\\U000e0fff]+"
 )
 _PAIR_SCRIPTS = "[\\u0e01-\\u109f\\u1100-\\u11ff\\u1780-\\u17ff\\u3005-\\U0010ffff]"
+# A word, after which the signs of C++ and C# belong to it. The escapes of URLs are none.
 _WORD = regex.compile(
-    rf"(?V1)[[\p{{L}}\p{{M}}\p{{N}}]--{_PAIR_SCRIPTS}]++(?:(?<=[A-Za-z])(?:\+\+|\#))?"
+    r"(?V1)%[0-9A-Fa-f]{2}(*SKIP)(*FAIL)"
+    rf"|[[\p{{L}}\p{{M}}\p{{N}}]--{_PAIR_SCRIPTS}]++(?:(?<=[A-Za-z])(?:\+\+|\#))?"
 )
 # What the normalization form KC may change: a character, with the marks that it may compose with.
 _CHANGING = regex.compile(
-    r"[\u1100-\u11ff]+|.[\p{M}\uff9e\uff9f]+|[^\p{NFKC_Quick_Check=Yes}]" f"|{_INVISIBLE.pattern}",
+    r"[\u1100-\u11ff]+|.[\p{M}\uff9e\uff9f]{1,30}|[^\p{NFKC_Quick_Check=Yes}]"
+    f"|{_INVISIBLE.pattern}",
     regex.DOTALL,
+)
+# Normalization would join these to the word before them: trademark signs, exponents, fractions.
+_SEPARATE = regex.compile(
+    r"[\u2120\u2122]|(?<=[0-9])[\u00bc-\u00be\u2150-\u215e]"
+    r"|(?<=[A-Za-z]{3})[\u00b2\u00b3\u00b9\u2070-\u2079]"
 )
 _CHARACTER = regex.compile(r"\X")
 # The marks of the scripts without spaces belong to the character before.
@@ -86,7 +94,9 @@ class Text:
             return folded
 
         for match in _CHANGING.finditer(self.content):
-            folded = _INVISIBLE.sub("", unicodedata.normalize("NFKC", match[0]))
+            folded = " "
+            if not _SEPARATE.match(self.content, match.start()):
+                folded = _INVISIBLE.sub("", unicodedata.normalize("NFKC", match[0]))
             if folded != match[0]:
                 yield add(match.start(), self.content[end : match.start()])
                 yield add(match.end(), folded)
