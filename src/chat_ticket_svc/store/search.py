@@ -138,15 +138,6 @@ NOT EXISTS (SELECT FROM unnest({words})
              WHERE cardinality(positions) >= 255 OR positions[cardinality(positions)] >= 16383)
 """
 
-MATCHES = f"""
-      FROM chat_messages
-     WHERE tenant_id = %(tenant_id)s
-       AND search_vector(content, search_language) @@ %(any_query)s::tsquery
-       AND (%(any_phrase)s::tsquery IS NULL
-            OR search_vector(content, search_language) @@ %(any_phrase)s::tsquery
-            OR NOT {KNOWS_ALL_PLACES.format(words="search_vector(content, search_language)")})
-"""
-
 ESTIMATE = """
 EXPLAIN (FORMAT JSON)
 SELECT FROM chat_messages
@@ -156,7 +147,12 @@ SELECT FROM chat_messages
 
 CANDIDATES_BY_INDEX = f"""
     SELECT id, session_id, sequence, role, content, search_language, created_at, 0 AS position
-    {MATCHES}
+      FROM chat_messages
+     WHERE tenant_id = %(tenant_id)s
+       AND search_vector(content, search_language) @@ %(any_query)s::tsquery
+       AND (%(any_phrase)s::tsquery IS NULL
+            OR search_vector(content, search_language) @@ %(any_phrase)s::tsquery
+            OR NOT {KNOWS_ALL_PLACES.format(words="search_vector(content, search_language)")})
      LIMIT %(messages)s + 1
 """
 
