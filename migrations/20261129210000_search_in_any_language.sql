@@ -177,7 +177,28 @@ BEGIN
 END
 $$;
 
--- As before, but for every table with a tenant_id instead of a list of them.
+-- Whoever may use the sessions may use the settings: a role that serves does not own the tables.
+DO $$
+DECLARE
+    granted record;
+BEGIN
+    FOR granted IN
+        SELECT privilege_type,
+               CASE grantee WHEN 0 THEN 'PUBLIC' ELSE grantee::regrole::text END AS role,
+               CASE WHEN bool_or(is_grantable) THEN ' WITH GRANT OPTION' ELSE '' END AS option
+          FROM pg_class AS sessions,
+               aclexplode(coalesce(relacl, acldefault('r', relowner)))
+         WHERE sessions.oid = 'chat_sessions'::regclass
+           AND grantee <> (SELECT relowner FROM pg_class WHERE oid = 'tenant_settings'::regclass)
+         GROUP BY grantee, privilege_type
+    LOOP
+        EXECUTE format('GRANT %s ON tenant_settings TO %s%s',
+                       granted.privilege_type, granted.role, granted.option);
+    END LOOP;
+END
+$$;
+
+-- As before, and for the settings too.
 CREATE OR REPLACE FUNCTION set_tenant_collation(collation_name text) RETURNS void
     LANGUAGE plpgsql AS $$
 DECLARE
@@ -186,15 +207,10 @@ BEGIN
     -- PostgreSQL changes no column that a trigger names.
     DROP TRIGGER chat_messages_refuse_key_change ON chat_messages;
     DROP TRIGGER chat_tickets_refuse_key_change ON chat_tickets;
-    FOR changed IN
-        SELECT c.oid
-          FROM pg_class c
-          JOIN pg_attribute a ON a.attrelid = c.oid AND a.attname = 'tenant_id'
-         WHERE c.relkind = 'r'
-           AND c.relnamespace = (SELECT relnamespace FROM pg_class
-                                  WHERE oid = 'chat_sessions'::regclass)
-         ORDER BY c.oid
-    LOOP
+    FOREACH changed IN ARRAY ARRAY[
+        'chat_sessions', 'chat_messages', 'chat_message_tombstones', 'chat_attachments',
+        'tickets', 'chat_tickets', 'tenant_settings'
+    ]::regclass[] LOOP
         EXECUTE format(
             'ALTER TABLE %s ALTER COLUMN tenant_id TYPE text COLLATE %I', changed, collation_name
         );
@@ -217,6 +233,7 @@ $$;
 -- An empty table gets the new index at once. Elsewhere `chat-ticket-svc migrate` builds it
 -- concurrently, when this migration is committed: writes go on. Until every server is a new one, the
 -- old index stays beside it, as the search of old servers asks for its expression.
+-- The comment says whose stemmers the words are of: pg_upgrade brings others and keeps the index.
 DO $$
 BEGIN
     IF NOT EXISTS (SELECT FROM chat_messages) THEN
@@ -224,6 +241,8 @@ BEGIN
         CREATE INDEX idx_chat_messages_content ON chat_messages
             USING gin (tenant_id, search_vector(content, search_language))
             WITH (gin_pending_list_limit = 512);
+        EXECUTE format('COMMENT ON INDEX idx_chat_messages_content IS %L', 'built by PostgreSQL '
+                       || current_setting('server_version_num')::integer / 10000);
     END IF;
 END
 $$;
@@ -231,22 +250,26 @@ $$;
 -- migrate:down
 
 -- The languages of the messages and the settings of the tenants are lost.
-DROP INDEX IF EXISTS idx_chat_messages_content_new;
 DO $$
+DECLARE
+    -- Of the schema of the table: a later one in the search_path may have the same names.
+    index_name text := (SELECT relnamespace::regnamespace || '.idx_chat_messages_content'
+                          FROM pg_class WHERE oid = 'chat_messages'::regclass);
 BEGIN
+    EXECUTE format('DROP INDEX IF EXISTS %1$s_new, %1$s_stale', index_name);
     -- One whose concurrent drop was interrupted is invalid.
     IF EXISTS (SELECT FROM pg_index
-                WHERE indexrelid = to_regclass('idx_chat_messages_content_old') AND indisvalid)
+                WHERE indexrelid = to_regclass(index_name || '_old') AND indisvalid)
     THEN
-        DROP INDEX IF EXISTS idx_chat_messages_content;
-        ALTER INDEX idx_chat_messages_content_old RENAME TO idx_chat_messages_content;
+        EXECUTE format('DROP INDEX IF EXISTS %s', index_name);
+        EXECUTE format('ALTER INDEX %s_old RENAME TO idx_chat_messages_content', index_name);
         RETURN;
     END IF;
-    DROP INDEX IF EXISTS idx_chat_messages_content_old;
-    IF pg_get_indexdef(to_regclass('idx_chat_messages_content')) NOT LIKE '%search_vector(%' THEN
+    EXECUTE format('DROP INDEX IF EXISTS %s_old', index_name);
+    IF pg_get_indexdef(to_regclass(index_name)) NOT LIKE '%search_vector(%' THEN
         RETURN;
     END IF;
-    DROP INDEX IF EXISTS idx_chat_messages_content;
+    EXECUTE format('DROP INDEX IF EXISTS %s', index_name);
     CREATE INDEX idx_chat_messages_content ON chat_messages
         USING gin (tenant_id, to_tsvector('english', content))
         WITH (gin_pending_list_limit = 512);

@@ -43,6 +43,8 @@ class TestCollation:
             Rows(connection, "somebody").add("chat_sessions")
             assert migrate.up(fresh_database, quiet=True) == 0
             assert ask(fresh_database, self.COLLATIONS) == [("default",)]
+            # Of somebody else.
+            connection.execute("CREATE TABLE strange (tenant_id uuid)")
             before = ours(fresh_database)
             api = await start_server(fresh_database, pool_size=1)
             session = await api.session()
@@ -52,4 +54,5 @@ class TestCollation:
                 assert (ours(fresh_database) == before) == (change == "default")
             assert await get_session(api, session.id) == session
             await api.message(session.id, "hello")
+            connection.execute("DROP TABLE strange")
         assert ask(fresh_database, self.COLLATIONS) == [("C",)]
