@@ -40,8 +40,11 @@ OTHERS = {
     *("store.database.sql", "store.transaction.sql"),  # which are passed through
     "store.search.ESTIMATE",  # which reads no table: it returns a plan
     *("store.search_index.BUILD", "store.search_index.DROP[name]"),
-    *("store.search_index.DROP[OLD_INDEX]", "store.search_index.KEEP_OLD"),
-    *("store.search_index.USE_NEW", "store.search_index.'ANALYZE chat_messages'"),
+    *("store.search_index.DROP[INDEX]", "store.search_index.DROP[NEW_INDEX]"),
+    *("store.search_index.DROP[OLD_INDEX]", "store.search_index.DROP[STALE_INDEX]"),
+    *("store.search_index.KEEP_OLD", "store.search_index.SET_ASIDE"),
+    *("store.search_index.USE_NEW", "store.search_index.NOTE_VERSION"),
+    "store.search_index.'ANALYZE chat_messages'",
     "store.trial_write.statement",  # for a tenant of its own, and rolled back
 }
 

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import socket
+import uuid
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from cryptography import x509
 from support.authority import Authority, Key
 from support.client import Api
+from support.cluster import Cluster
 from support.plain_rows import PARENTS
 from support.process import Finished, command
 from support.secrets import leaks, secret
@@ -40,7 +42,7 @@ async def test_everything_is_ok(start_server: Any, database: str) -> None:
     assert (done.status, done.errors) == (0, "")
     states, about = zip(*re.findall(r"^(\S+) +(\S+)", done.output, re.MULTILINE), strict=True)
     assert set(states) == {"ok"}
-    checked = "settings database schema index session write collation clock service call"
+    checked = "settings database schema index session write collation ctype clock service call"
     assert " ".join(about) == checked
     assert re.fullmatch(r"PostgreSQL \d+\.\d+, responds in \d+\.\d ms", line(done, "database")[1])
     assert re.fullmatch(r"[+-]0\.\d{3} s compared to the database's clock", line(done, "clock")[1])
@@ -167,16 +169,36 @@ async def test_the_write_leaves_nothing(fresh_database: str) -> None:
 
 
 async def test_search_index_that_is_not_as_it_should_be_is_a_warning(fresh_database: str) -> None:
-    """It is missing or invalid, or that of the version before is there too. Searches work."""
+    """It is missing, invalid or stale, or another is there too. Searches work."""
     index = "idx_chat_messages_content"
     missing = "is missing or invalid, searches are slow: run chat-ticket-svc migrate"
-    old = (
-        f"that of the version before is still there, as {index}_old:"
+    unused = (
+        "also there, and not used by servers of this version: {};"
         " run chat-ticket-svc reindex when every server is of this version"
     )
+    stale = (
+        "{}, this is {}: words may be missing, as their stems differ;"
+        " run chat-ticket-svc reindex, which builds it anew"
+    )
     with psycopg.connect(fresh_database, autocommit=True) as connection:
+        version = connection.info.server_version // 10_000
         for change, expected in (
-            (f"CREATE INDEX {index}_old ON chat_messages (tenant_id)", old),
+            (
+                f"CREATE INDEX {index}_old ON chat_messages (tenant_id)",
+                unused.format(f"{index}_old"),
+            ),
+            (
+                f"CREATE INDEX {index}_new ON chat_messages (tenant_id)",
+                unused.format(f"{index}_new, {index}_old"),
+            ),
+            (
+                f"COMMENT ON INDEX {index} IS 'built by PostgreSQL 15'",
+                stale.format("was built by PostgreSQL 15", version),
+            ),
+            (
+                f"COMMENT ON INDEX {index} IS NULL",
+                stale.format("does not say who built it", version),
+            ),
             (
                 f"UPDATE pg_index SET indisvalid = false WHERE indexrelid = '{index}'::regclass",
                 missing,
@@ -186,6 +208,22 @@ async def test_search_index_that_is_not_as_it_should_be_is_a_warning(fresh_datab
             connection.execute(change)  # type: ignore[arg-type]
             done = await command("check", DATABASE_URL=fresh_database, CHAT_TICKET_PORT="1")
             assert line(done, "index") == ("warning", expected)
+
+
+async def test_ctype_that_knows_only_ascii_is_a_warning(cluster: Cluster) -> None:
+    """Then a search for мир does not find МИР."""
+    name = f"test_{uuid.uuid4().hex}"
+    cluster.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'UTF8' LC_CTYPE 'C'")
+    url = cluster.url(name)
+    try:
+        done = await command("check", DATABASE_URL=url, CHAT_TICKET_PORT="1")
+    finally:
+        cluster.drop(url)
+    assert line(done, "ctype") == (
+        "warning",
+        "the database's LC_CTYPE is C: searches ignore the case of ASCII letters only; create the"
+        " database with a UTF-8 locale such as C.UTF-8, and move the data by pg_dump",
+    )
 
 
 async def test_a_collation_that_changed_is_a_warning(fresh_database: str) -> None:

@@ -17,7 +17,9 @@ import psycopg
 import pytest
 from support.cluster import Cluster
 from support.database import execute
+from support.migrations import ask
 from support.plain_rows import Rows
+from support.process import command
 
 from chat_ticket.v1.chat_message_pb2 import SearchChatMessagesRequest
 from chat_ticket_svc.commands import migrate
@@ -196,6 +198,102 @@ class TestBuild:
             roll_back(unbuilt)
             assert indexes(unbuilt) == BEFORE
             assert migrate.dbmate(unbuilt, "migrate", quiet=True) == 0
+
+    def test_way_down_leaves_the_indexes_of_other_schemas(self, unbuilt: str) -> None:
+        """Of those that come later in the search_path."""
+        names = [search_index.INDEX, search_index.NEW_INDEX, search_index.OLD_INDEX]
+        execute(
+            unbuilt,
+            "CREATE SCHEMA other",
+            "CREATE TABLE other.chat_messages (id uuid)",
+            *(f"CREATE INDEX {name} ON other.chat_messages (id)" for name in names),
+        )
+        url = f"{unbuilt}&options=-csearch_path%3Dpublic,other"
+        assert migrate.dbmate(url, "rollback", quiet=True) == 0
+        there = "SELECT FROM pg_indexes WHERE schemaname = 'other'"
+        with psycopg.connect(unbuilt) as connection:
+            assert connection.execute(there).rowcount == len(names)
+
+    def test_two_indexes_of_the_version_before_become_one(self, unbuilt: str) -> None:
+        """The valid one stays."""
+        again = "CREATE INDEX idx_chat_messages_content_old ON chat_messages USING gin (tenant_id,"
+        again += " to_tsvector('english', content)) WITH (gin_pending_list_limit = 512)"
+        invalid = "UPDATE pg_index SET indisvalid = false WHERE indexrelid ="
+        invalid += " 'idx_chat_messages_content_old'::regclass"
+        for statement in ("SELECT", invalid):
+            execute(unbuilt, again, statement)
+            assert migrate.up(unbuilt, quiet=True) == 0
+            assert indexes(unbuilt) == BUILT
+            roll_back(unbuilt)
+            assert migrate.dbmate(unbuilt, "migrate", quiet=True) == 0
+
+    async def test_index_of_another_major_version_is_built_anew_by_reindex(
+        self, unbuilt: str
+    ) -> None:
+        """As after pg_upgrade: its words have the stems of the version before.
+
+        What was not used before, or is not used any more, is dropped.
+        """
+        statement = """
+            SELECT 'idx_chat_messages_content'::regclass::oid,
+                   obj_description('idx_chat_messages_content'::regclass)
+              FROM pg_index WHERE indexrelid = 'idx_chat_messages_content'::regclass
+        """
+        assert migrate.up(unbuilt, quiet=True) == 0
+        [(first, built_by)] = ask(unbuilt, statement)
+        assert re.fullmatch(r"built by PostgreSQL \d\d", built_by)
+        execute(
+            unbuilt,
+            "COMMENT ON INDEX idx_chat_messages_content IS 'built by PostgreSQL 14'",
+            "CREATE INDEX idx_chat_messages_content_stale ON chat_messages (tenant_id)",
+            search_index.BUILD,  # by a run that was killed, perhaps before pg_upgrade
+        )
+        [(left,)] = ask(unbuilt, "SELECT 'idx_chat_messages_content_new'::regclass::oid")
+        assert migrate.up(unbuilt, quiet=True) == 0
+        assert ask(unbuilt, statement)[0][0] == first, "only reindex does so"
+        execute(unbuilt, "DELETE FROM chat_messages WHERE sequence > 20")
+        done = await command("reindex", DATABASE_URL=unbuilt)
+        printed = (
+            r"Building: idx_chat_messages_content\nBuilt: idx_chat_messages_content in .*s\n"
+            r"0 of 20 messages have .*\nDropped: idx_chat_messages_content_old\n"
+        )
+        assert (done.status, done.errors) == (0, "")
+        assert re.fullmatch(printed, done.output)
+        [(second, now_built_by)] = ask(unbuilt, statement)
+        assert second not in (first, left)
+        assert now_built_by == built_by
+        assert indexes(unbuilt) == {"idx_chat_messages_content": [NEW, True]}
+        # A complete one of a killed run, beside that of another.
+        execute(unbuilt, search_index.BUILD)
+        done = await command("reindex", DATABASE_URL=unbuilt)
+        assert done.output.endswith("\nDropped: idx_chat_messages_content_new\n")
+        assert indexes(unbuilt) == {"idx_chat_messages_content": [NEW, True]}
+
+    def test_settings_have_the_grants_of_sessions(self, fresh_database: str) -> None:
+        """So that a role which does not own the tables can serve after the migration."""
+        roll_back(fresh_database)
+        one, two = (f"Role {uuid.uuid4().hex}" for _ in range(2))
+        rights = "SELECT, INSERT, UPDATE, DELETE"
+        execute(
+            fresh_database,
+            f'CREATE ROLE "{one}"',
+            f'CREATE ROLE "{two}"',
+            f'GRANT {rights} ON ALL TABLES IN SCHEMA public TO "{one}"',
+            f'GRANT SELECT ON chat_sessions TO "{two}" WITH GRANT OPTION',
+            "GRANT SELECT ON chat_sessions TO PUBLIC",
+        )
+        acl = "SELECT unnest(relacl)::text FROM pg_class WHERE relname = '{}' ORDER BY 1"
+        try:
+            assert migrate.up(fresh_database, quiet=True) == 0
+            granted = ask(fresh_database, acl.format("tenant_settings"))
+            assert granted == ask(fresh_database, acl.format("chat_sessions"))
+            assert len(granted) == 4  # with the owner
+        finally:
+            execute(
+                fresh_database,
+                *(f'DROP OWNED BY "{role}"' for role in (one, two)),
+                *(f'DROP ROLE "{role}"' for role in (one, two)),
+            )
 
     @pytest.mark.usefixtures("often")
     def test_runs_at_once_go_one_after_the_other(

@@ -92,17 +92,25 @@ def up(url: str, *, quiet: bool = False) -> int:
     return status
 
 
-def build_search_index(url: str, *, quiet: bool = False) -> None:
+def build_search_index(url: str, *, renew: bool = False, quiet: bool = False) -> None:
     """Build the search index, unless it is there. Reports as `dbmate` does.
 
-    Raises ConfigurationError and UnavailableError; then another run goes on.
+    With `renew`, also if another major version of PostgreSQL has built it. Raises
+    ConfigurationError and UnavailableError; then another run goes on.
     """
+
+    def is_due(connection: search_index.Connection) -> bool:
+        if not search_index.is_migrated(connection):
+            return False
+        state = search_index.state(connection)
+        return not state.is_built or (renew and state.is_stale)
+
     url = _libpq_url(url)
     with search_index.connect(url, MIGRATION_APPLICATION_NAME) as connection:
-        if not search_index.is_build_pending(connection):
+        if not is_due(connection):
             return
     with _turn(url, quiet=quiet) as connection:
-        if search_index.is_build_pending(connection):  # no other run has built it
+        if is_due(connection):  # no other run has built it
             _say(f"Building: {search_index.INDEX}", quiet=quiet)
             started_at = time.monotonic()
             search_index.build(connection)
@@ -110,11 +118,11 @@ def build_search_index(url: str, *, quiet: bool = False) -> None:
             _say(f"Built: {search_index.INDEX} in {seconds:.1f}s", quiet=quiet)
 
 
-def drop_old_search_index(url: str) -> None:
-    """Drop the search index of the version before, if it is there. Otherwise as above."""
+def drop_unused_search_indexes(url: str) -> None:
+    """Drop the search index of the version before, and what killed runs left. As above."""
     with _turn(_libpq_url(url), quiet=False) as connection:
-        if search_index.drop_old(connection):
-            _say(f"Dropped: {search_index.OLD_INDEX}", quiet=False)
+        for name in search_index.drop_unused(connection):
+            _say(f"Dropped: {name}", quiet=False)
 
 
 def _say(line: str, *, quiet: bool) -> None:

@@ -1,4 +1,7 @@
-"""`chat-ticket-svc reindex`: brings messages to the search languages of their tenants."""
+"""`chat-ticket-svc reindex`: brings messages to the search languages of their tenants.
+
+Before, it builds the search index if that is missing, or of another major version of PostgreSQL.
+"""
 
 import argparse
 
@@ -16,18 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tenant",
         type=arguments.tenant_id,
         metavar="ID",
-        help="reindex only this tenant; without it, all tenants, and the search index of servers of"
-        " the version before is dropped: run it when every server is of this version",
+        help="reindex only this tenant; without it, all tenants, and then the search index of"
+        " servers of the version before is dropped: run it when every server is of this version",
     )
 
 
 def run(options: argparse.Namespace) -> int:
     url = migrate.database_url()
-    migrate.build_search_index(url)
-    if options.tenant is None:
-        migrate.drop_old_search_index(url)
+    migrate.build_search_index(url, renew=True)
     default_language = config.load().search_language
-    return run_on_database(lambda db: reindex(db, options.tenant, default_language))
+    status = run_on_database(lambda db: reindex(db, options.tenant, default_language))
+    # Last, so that what fails leaves the servers of the version before their index.
+    if status == 0 and options.tenant is None:
+        migrate.drop_unused_search_indexes(url)
+    return status
 
 
 async def reindex(db: Database, tenant_id: str | None, default_language: str) -> int:
@@ -45,5 +50,6 @@ async def reindex(db: Database, tenant_id: str | None, default_language: str) ->
                 changed += batch.changed
                 bar.update(batch.read)
             tenant = await reindexing.next_tenant(db, tenant) if tenant_id is None else None
-    print(f"{changed:,} of {read:,} messages have another search language now")
+    # Some that were changed may have been deleted before they were counted as read.
+    print(f"{changed:,} of {max(read, changed):,} messages have another search language now")
     return 0

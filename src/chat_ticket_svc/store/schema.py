@@ -56,6 +56,12 @@ SELECT datcollversion, pg_database_collation_actual_version(oid),
 """
 COLLATION_VERSIONS_SINCE = 150_000
 
+# Asked of the search's own dictionary: its functions and lower() may follow different locales.
+CTYPE = """
+SELECT datctype, to_tsvector('pg_catalog.simple', 'МИР') @@ to_tsquery('pg_catalog.simple', 'мир')
+  FROM pg_database WHERE datname = current_database()
+"""
+
 
 class StaleSchemaError(ConfigurationError):
     """The database lacks migrations that this version of the service needs. The text names them."""
@@ -79,6 +85,13 @@ class Collation(NamedTuple):
     indexes: int
 
 
+class Ctype(NamedTuple):
+    """The database's LC_CTYPE, and whether a search finds capital letters beyond ASCII by it."""
+
+    name: str
+    folds_case: bool
+
+
 class Facts(NamedTuple):
     """The state of a database and its server.
 
@@ -98,6 +111,7 @@ class Facts(NamedTuple):
     seconds: float
     differing_settings: dict[str, str]
     collation: Collation | None
+    ctype: Ctype
     search_index: SearchIndex
 
 
@@ -116,6 +130,8 @@ async def facts(url: str, **session_settings: int) -> Facts:
             applied = await _applied(connection)
             differing = await differing_settings(connection, **settings)
             index = await search_index(connection)
+            cursor = await connection.execute(CTYPE)
+            ctype = Ctype(*(await cursor.fetchall())[0])
             collation = None
             if number >= COLLATION_VERSIONS_SINCE:
                 cursor = await connection.execute(COLLATION)
@@ -133,6 +149,7 @@ async def facts(url: str, **session_settings: int) -> Facts:
         seconds=finished - started,
         differing_settings=differing,
         collation=collation,
+        ctype=ctype,
         search_index=index,
     )
 

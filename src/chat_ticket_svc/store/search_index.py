@@ -4,6 +4,10 @@ A migration makes the index where there are no messages. Elsewhere it is built h
 calls go on. Then the index of before keeps its place in the planner under another name, because
 servers of the version before ask for its expression.
 
+The comment of the index says which major version of PostgreSQL has built it. Another one may have
+other stemmers and other tables of Unicode, and pg_upgrade keeps the index as it is: what it holds
+and what a search asks for then differ.
+
 Only one run at a time changes the index. The others ask for an advisory lock again and again. They
 must not wait in the statement that takes it: a concurrent build waits for the snapshots of all
 statements that are older, so the two would wait for each other.
@@ -11,7 +15,7 @@ statements that are older, so the two would wait for each other.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import psycopg
@@ -30,6 +34,7 @@ Connection = psycopg.Connection[Any]
 INDEX = "idx_chat_messages_content"
 NEW_INDEX = f"{INDEX}_new"  # until it is complete
 OLD_INDEX = f"{INDEX}_old"  # of the version before
+STALE_INDEX = f"{INDEX}_stale"  # which a new one has replaced
 
 # How often a run asks whether it is its turn.
 TURN_POLL_SECONDS = 0.5
@@ -40,11 +45,13 @@ SELECT EXISTS (SELECT FROM pg_attribute
 """
 
 INDEXES = """
-SELECT relname::text, indisvalid, strpos(pg_get_indexdef(indexrelid), 'search_vector(') > 0
+SELECT relname::text, indisvalid, strpos(pg_get_indexdef(indexrelid), 'search_vector(') > 0,
+       substring(obj_description(indexrelid, 'pg_class'), '^built by PostgreSQL (\\d+)$')::integer,
+       current_setting('server_version_num')::integer / 10000
   FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
  WHERE indrelid = to_regclass('chat_messages')
    AND relname IN ('idx_chat_messages_content', 'idx_chat_messages_content_new',
-                   'idx_chat_messages_content_old')
+                   'idx_chat_messages_content_old', 'idx_chat_messages_content_stale')
 """
 
 # The lock is that of a table, as several schemas of a database may have a service each.
@@ -72,66 +79,126 @@ DROP = {
     INDEX: "DROP INDEX CONCURRENTLY idx_chat_messages_content",
     NEW_INDEX: "DROP INDEX CONCURRENTLY idx_chat_messages_content_new",
     OLD_INDEX: "DROP INDEX CONCURRENTLY idx_chat_messages_content_old",
+    STALE_INDEX: "DROP INDEX CONCURRENTLY idx_chat_messages_content_stale",
 }
 KEEP_OLD = "ALTER INDEX idx_chat_messages_content RENAME TO idx_chat_messages_content_old"
 USE_NEW = "ALTER INDEX idx_chat_messages_content_new RENAME TO idx_chat_messages_content"
+SET_ASIDE = "ALTER INDEX idx_chat_messages_content RENAME TO idx_chat_messages_content_stale"
+NOTE_VERSION = """
+DO $$ BEGIN
+    EXECUTE format('COMMENT ON INDEX idx_chat_messages_content IS %L', 'built by PostgreSQL '
+                   || current_setting('server_version_num')::integer / 10000);
+END $$
+"""
+
+
+class _Index(NamedTuple):
+    """One of the indexes that are there. `is_new` says that its expression is that of a search.
+
+    `built_by` is the major version of PostgreSQL that its comment names, and `server` that of the
+    server.
+    """
+
+    name: str
+    is_valid: bool
+    is_new: bool
+    built_by: int | None
+    server: int
 
 
 class SearchIndex(NamedTuple):
-    """Whether a search finds the index that it needs, and whether the one of before is there."""
+    """The state of the index that a search needs.
+
+    `built_by` is the major version of PostgreSQL that has built it, as far as that is known.
+    `is_stale` says that it is not that of the server. `unused` has the names of the indexes that
+    only cost writes when every server is of this version. Both have no meaning unless it is built.
+    """
 
     is_built: bool
-    has_old: bool
+    is_stale: bool
+    built_by: int | None
+    unused: list[str]
 
 
 async def search_index(connection: psycopg.AsyncConnection[Any]) -> SearchIndex:
     cursor = await connection.execute(INDEXES)
-    return _search_index(await cursor.fetchall())
+    return _state([_Index(*row) for row in await cursor.fetchall()])
 
 
-def _search_index(rows: list[tuple[str, bool, bool]]) -> SearchIndex:
-    names = [name for name, _, _ in rows]
-    return SearchIndex(is_built=(INDEX, True, True) in rows, has_old=OLD_INDEX in names)
+def state(connection: Connection) -> SearchIndex:
+    return _state(_indexes(connection).values())
 
 
-def is_build_pending(connection: Connection) -> bool:
-    """Whether the migrations are applied and the index is not built."""
-    [(is_migrated,)] = connection.execute(IS_MIGRATED).fetchall()
-    return is_migrated and not _search_index(connection.execute(INDEXES).fetchall()).is_built
+def _indexes(connection: Connection) -> dict[str, _Index]:
+    rows = connection.execute(INDEXES).fetchall()
+    return {row[0]: _Index(*row) for row in rows}
+
+
+def _state(indexes: Collection[_Index]) -> SearchIndex:
+    own = next((index for index in indexes if index.name == INDEX), None)
+    return SearchIndex(
+        is_built=own is not None and own.is_valid and own.is_new,
+        is_stale=own is not None and own.built_by != own.server,
+        built_by=own.built_by if own else None,
+        unused=sorted(index.name for index in indexes if index.name != INDEX),
+    )
+
+
+def is_migrated(connection: Connection) -> bool:
+    """Whether the migrations that the index needs are applied."""
+    [(is_there,)] = connection.execute(IS_MIGRATED).fetchall()
+    return bool(is_there)
 
 
 def build(connection: Connection) -> None:
-    """Build the index, and keep the one of before under another name. For a connection with a turn.
+    """Build the index anew, in the place of what is there. For a connection with a turn.
 
-    A killed run leaves an index that is invalid, which is dropped, or complete, which is used.
+    The index of the version before is kept under another name. A killed run leaves an index that is
+    invalid, which is dropped, or complete, which is used.
     """
-    is_usable = {
-        name: is_valid and is_new
-        for name, is_valid, is_new in connection.execute(INDEXES).fetchall()
-        if is_new or name == NEW_INDEX
-    }
-    for name in (INDEX, NEW_INDEX):
-        if is_usable.get(name) is False:
-            connection.execute(DROP[name])
-    if not is_usable.get(NEW_INDEX):
+    indexes = _indexes(connection)
+    own, new, old = (indexes.get(name) for name in (INDEX, NEW_INDEX, OLD_INDEX))
+    if STALE_INDEX in indexes:
+        connection.execute(DROP[STALE_INDEX])
+    if own and own.is_new and not own.is_valid:
+        connection.execute(DROP[INDEX])
+        own = None
+    if own and not own.is_new and old:  # one of them is enough for the servers that search by it
+        if old.is_valid:
+            connection.execute(DROP[INDEX])
+            own = None
+        else:
+            connection.execute(DROP[OLD_INDEX])
+    is_renewal = own is not None and own.is_new
+    # Beside an index of another major version, nobody knows by which one it was built.
+    is_complete = new is not None and new.is_valid and new.is_new and not is_renewal
+    if new and not is_complete:
+        connection.execute(DROP[NEW_INDEX])
+    if not is_complete:
         connection.execute(BUILD)
     # What the planner knows of words it knows of an index. Before the names change, as a run that
     # is killed in between would never do it.
     connection.execute("ANALYZE chat_messages")
-    names = {name for name, _, _ in connection.execute(INDEXES).fetchall()}
     with connection.transaction():
-        if INDEX in names:
-            connection.execute(KEEP_OLD)
+        if own:
+            connection.execute(SET_ASIDE if is_renewal else KEEP_OLD)
         connection.execute(USE_NEW)
+        connection.execute(NOTE_VERSION)
+    if is_renewal:
+        connection.execute(DROP[STALE_INDEX])
 
 
-def drop_old(connection: Connection) -> bool:
-    """Drop the index of the version before; returns whether there was one. As for `build`."""
-    state = _search_index(connection.execute(INDEXES).fetchall())
-    if not (state.is_built and state.has_old):
-        return False
-    connection.execute(DROP[OLD_INDEX])
-    return True
+def drop_unused(connection: Connection) -> list[str]:
+    """Drop the index of the version before, and what killed runs left. Returns the names.
+
+    As for `build`.
+    """
+    found = state(connection)
+    if not found.is_built:
+        return []
+    for name in found.unused:
+        connection.execute(DROP[name])
+    return found.unused
 
 
 @contextlib.contextmanager

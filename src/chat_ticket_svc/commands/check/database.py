@@ -1,5 +1,5 @@
 """Checks the database: its version, migrations and search index, its sessions, a write, its
-collation and its clock.
+collation, its LC_CTYPE and its clock.
 """
 
 import asyncio
@@ -11,7 +11,6 @@ from chat_ticket_svc.commands.check.service import DEFAULT_TENANT
 from chat_ticket_svc.config import Settings
 from chat_ticket_svc.store import schema, trial_write
 from chat_ticket_svc.store.connection import SET_BY_SUPERUSERS, require_valid_url
-from chat_ticket_svc.store.search_index import OLD_INDEX
 
 MIN_POSTGRESQL_VERSION = 15
 # Tokens are valid to the second, and ids and times of rows come from both clocks.
@@ -59,9 +58,18 @@ async def check_database(settings: Settings) -> AsyncIterator[Line]:
         if not facts.search_index.is_built:
             text = "is missing or invalid, searches are slow: run chat-ticket-svc migrate"
             return Line(WARNING, "index", text)
-        if facts.search_index.has_old:
+        if facts.search_index.is_stale:
+            builder = facts.search_index.built_by
+            known = f"was built by PostgreSQL {builder}" if builder else "does not say who built it"
             text = (
-                f"that of the version before is still there, as {OLD_INDEX}:"
+                f"{known}, this is {facts.version_number // 10_000}: words may be missing, as their"
+                " stems differ; run chat-ticket-svc reindex, which builds it anew"
+            )
+            return Line(WARNING, "index", text)
+        if facts.search_index.unused:
+            text = (
+                f"also there, and not used by servers of this version:"
+                f" {', '.join(facts.search_index.unused)};"
                 " run chat-ticket-svc reindex when every server is of this version"
             )
             return Line(WARNING, "index", text)
@@ -95,6 +103,7 @@ async def check_database(settings: Settings) -> AsyncIterator[Line]:
             yield await run_check("write", write())
         if facts.collation is not None:
             yield _collation(facts.collation)
+        yield _ctype(facts.ctype)
         yield await run_check("clock", clock())
     if settings.listen_url != settings.database_url:
 
@@ -126,6 +135,17 @@ def _collation(collation: schema.Collation) -> Line:
         f"version {actual or 'none'}, but {recorded} was recorded: indexes of text may be out of"
         f" order, {indexes} of the service; REINDEX the database, then"
         " ALTER DATABASE ... REFRESH COLLATION VERSION",
+    )
+
+
+def _ctype(ctype: schema.Ctype) -> Line:
+    if ctype.folds_case:
+        return Line(OK, "ctype", "searches ignore the case of letters")
+    return Line(
+        WARNING,
+        "ctype",
+        f"the database's LC_CTYPE is {ctype.name}: searches ignore the case of ASCII letters only;"
+        " create the database with a UTF-8 locale such as C.UTF-8, and move the data by pg_dump",
     )
 
 
