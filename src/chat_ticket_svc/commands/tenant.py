@@ -7,6 +7,7 @@ from chat_ticket_svc import config
 from chat_ticket_svc.commands import arguments
 from chat_ticket_svc.commands.migrated_database import run_on_database
 from chat_ticket_svc.config import ConfigurationError
+from chat_ticket_svc.search_language import SEARCH_LANGUAGES
 from chat_ticket_svc.store import tenant_settings
 from chat_ticket_svc.store.database import Database
 
@@ -21,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--search-language",
         required=True,
         metavar="LANGUAGE",
-        help="how messages without a language_code are stemmed: a text search configuration of"
-        " PostgreSQL, such as german; simple, which does not stem; or default, which is"
-        f" {config.variable('search_language')}",
+        help="how messages without a language_code are stemmed: a language of"
+        f" {config.variable('search_language')}, such as german; simple, which does not stem; or"
+        " default, which is what that setting says",
     )
     setting.set_defaults(action=_set)
     showing = actions.add_parser("show", help="show the search language of a tenant")
@@ -38,11 +39,9 @@ def run(options: argparse.Namespace) -> int:
 
 async def _set(db: Database, options: argparse.Namespace) -> int:
     language = options.search_language
-    languages = await tenant_settings.search_languages(db)
-    if language not in (*languages, DEFAULT):
-        raise ConfigurationError(
-            f"--search-language: must be one of {', '.join([*languages, DEFAULT])}"
-        )
+    if language not in (*SEARCH_LANGUAGES, DEFAULT):
+        known = ", ".join([*SEARCH_LANGUAGES, DEFAULT])
+        raise ConfigurationError(f"--search-language: must be one of {known}")
     await tenant_settings.set_search_language(
         db, options.tenant, None if language == DEFAULT else language
     )

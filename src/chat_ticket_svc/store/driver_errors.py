@@ -1,12 +1,15 @@
 """Maps the errors of psycopg to domain errors. rpc/status.py maps these to gRPC statuses."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Self
 
 import psycopg
 from psycopg import errors as pg_errors
 
 from chat_ticket_svc import errors
+from chat_ticket_svc.config import ConfigurationError
 
 
 class ConstraintViolation(Exception):  # noqa: N818 - a signal to the store, never to a caller
@@ -92,3 +95,13 @@ def describe(sqlstate: str, message: str) -> str:
     if not message or not sqlstate.startswith(_SAFE_STATES):
         return f"SQLSTATE {sqlstate}"
     return f"{message} (SQLSTATE {sqlstate})"
+
+
+@contextlib.contextmanager
+def missing_right_for_operator() -> Iterator[None]:
+    """Raise ConfigurationError with PostgreSQL's text when the role of a command lacks a right."""
+    try:
+        yield
+    except pg_errors.InsufficientPrivilege as error:
+        reason = describe(error.sqlstate or "", error.diag.message_primary or "")
+        raise ConfigurationError(f"the database refuses: {reason}") from error

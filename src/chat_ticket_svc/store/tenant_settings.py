@@ -2,19 +2,6 @@
 
 from chat_ticket_svc.store.database import Database
 
-# The text search configurations that stem words, and the one that leaves them as they are.
-SEARCH_LANGUAGES = """
-SELECT cfgname::text
-  FROM pg_ts_config c
- WHERE cfgnamespace = 'pg_catalog'::regnamespace
-   AND (cfgname = 'simple'
-        OR EXISTS (SELECT FROM pg_ts_config_map
-                     JOIN pg_ts_dict d ON d.oid = mapdict
-                     JOIN pg_ts_template t ON t.oid = dicttemplate
-                    WHERE mapcfg = c.oid AND tmplname = 'snowball'))
- ORDER BY cfgname
-"""
-
 GET_SEARCH_LANGUAGE = """
 SELECT search_language FROM tenant_settings WHERE tenant_id = %(tenant_id)s
 """
@@ -26,11 +13,6 @@ ON CONFLICT (tenant_id)
 DO UPDATE SET search_language = EXCLUDED.search_language, updated_at = now()
 RETURNING search_language
 """
-
-
-async def search_languages(db: Database) -> list[str]:
-    """What a tenant's search language can be, in alphabetical order."""
-    return await db.fetch_all(SEARCH_LANGUAGES, {}, str)
 
 
 async def get_search_language(db: Database, tenant_id: str) -> str | None:
