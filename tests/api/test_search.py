@@ -163,6 +163,19 @@ async def test_other_tenants_are_not_searched(api: Api, other: Api) -> None:
     assert await search(api, "mango") == []
 
 
+async def test_ignored_word_is_not_asked_of_another_language(api: Api) -> None:
+    """Not even in messages of a language that does not ignore it."""
+    session = await api.session()
+    message = r.ChatMessage(
+        role=r.CHAT_MESSAGE_ROLE_USER, content="the parcel 注文", language_code="ja"
+    )
+    request = CreateChatMessageRequest(session_id=session.id, message=message)
+    created = await api.messages.CreateChatMessage(request)
+    assert await search(api, "the") == []
+    for query in ("parcel", "the parcel", "of parcel", "parcel or the"):
+        assert [hit.message_id for hit in await search(api, query)] == [created.message.id]
+
+
 @pytest.mark.parametrize(
     ("content", "query", "marked"),
     [
@@ -281,6 +294,8 @@ async def test_exact_words_are_found_in_long_lists(api: Api) -> None:
         ("es", "Los pedidos llegaron rotos", "pedido roto"),
         ("ja", "注文を running します", "注文 running"),
         ("de", "Größe und Bestellung", "Größ*"),
+        ("de", "Wir übergeben das Paket", "über*"),
+        ("fr", "Mon élève est là", "élè*"),
         ("fr", "Le reçu est arrivé", "reç* arrivé*"),
     ],
 )

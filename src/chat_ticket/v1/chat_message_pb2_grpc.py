@@ -222,8 +222,9 @@ class ChatMessageServiceServicer:
         `order_id=AB-99812/7`. Han, kana, Hangul, Thai, Lao, Tibetan, Khmer and Burmese are found by
         pairs of adjacent characters, as spaces do not separate their words.
 
-        Words that are too common to be searched for are left out of the query; see `ignored_words`. A
-        query of such words alone finds nothing.
+        Words that the tenant's language ignores as too common are left out of the query; see
+        `ignored_words`. A query of such words alone finds nothing. Where a message's own language
+        ignores a word of the query, the message need not have it.
 
         The work of a search is bounded, however many messages the tenant has. When more messages match
         than can be examined, the page has the best of those that were, and `incomplete_results` is

@@ -285,9 +285,11 @@ async def page(
     `search_language` is that of a tenant without a setting.
     """
     alternatives = search_query.parse(query)
-    words, ignored_words = await _term_words(db, tenant_id, search_language, alternatives)
+    words, ignored = await _term_words(db, tenant_id, search_language, alternatives)
+    ignored_words = list(dict.fromkeys(term.source for term in ignored))
+    asked = [[term for term in terms if term not in ignored] for terms in alternatives]
     # For a long query that takes a while, and other calls must not wait.
-    queries = await asyncio.to_thread(_build_queries, builder := QueryBuilder(alternatives), words)
+    queries = await asyncio.to_thread(_build_queries, builder := QueryBuilder(asked), words)
     if not queries:
         return SearchPage([], incomplete=False, ignored_words=ignored_words)
     each = list(queries.values())
@@ -322,7 +324,7 @@ async def page(
 
 async def _term_words(
     db: Database, tenant_id: str, search_language: str, alternatives: Sequence[Sequence[Term]]
-) -> tuple[dict[str, dict[Term, Words]], list[str]]:
+) -> tuple[dict[str, dict[Term, Words]], list[Term]]:
     """The words of each term by language, and the terms that the tenant's language ignores."""
     terms = list(dict.fromkeys(term for terms in alternatives for term in terms))
     params = {
@@ -333,7 +335,7 @@ async def _term_words(
         "stem_candidates": [term.stem_candidates for term in terms],
     }
     result: dict[str, dict[Term, Words]] = defaultdict(dict)
-    ignored: dict[str, None] = {}
+    ignored: list[Term] = []
     for tenant_language, ordinal, languages, *found in await db.fetch_all(
         TERM_WORDS, params, lambda *row: row
     ):
@@ -347,8 +349,8 @@ async def _term_words(
         for language in languages:
             result[language][term] = words
         if tenant_language in languages and not words.stemmed and not words.unstemmed:
-            ignored[term.source] = None
-    return result, list(ignored)
+            ignored.append(term)
+    return result, ignored
 
 
 def _build_queries(

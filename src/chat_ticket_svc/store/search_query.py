@@ -37,6 +37,9 @@ _SHORTEST_STEM, _LONGEST_STEM = 2, 20
 _LONGEST_ENDING = 10
 # Endings that change the stem that comes before them, as in "capability", "skies" and "dying".
 _ENDINGS = ("e", "s", "g", "ing", "ity")
+# An ending that no stemmer takes off. Before it, the stemmer changes only accents: "über" is a word
+# that German ignores, and the stem of "überx" is "uberx", which begins like that of "übergeben".
+_KEPT_ENDING = "x"
 
 
 class Term(NamedTuple):
@@ -62,7 +65,7 @@ class Term(NamedTuple):
         beginnings = [prefix[:length] for length in range(shortest, len(prefix) + 1)]
         return " ".join(
             [*beginnings, *(f"{beginning}e" for beginning in beginnings)]
-            + [f"{prefix}{ending}" for ending in _ENDINGS]
+            + [f"{prefix}{ending}" for ending in (*_ENDINGS, _KEPT_ENDING)]
         )
 
 
@@ -252,6 +255,11 @@ def _begins_with(prefix: Sequence[Word], found: Words) -> str:
     """What the index is asked for in place of a prefix: the stems that its words may have."""
     *before, last = prefix
     stems = {word.lexeme for word in found.stemmed if word.position == last.position}
+    stems |= {
+        lexeme.removesuffix(_KEPT_ENDING)
+        for lexeme in found.candidates
+        if lexeme.endswith(_KEPT_ENDING) and len(lexeme) > _SHORTEST_STEM
+    }
     alternatives = [_operand(lexeme, is_prefix=True) for lexeme in sorted({last.lexeme, *stems})]
     alternatives += [_operand(lexeme) for lexeme in found.candidates]
     positions = {word.position for word in before}
