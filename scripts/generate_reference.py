@@ -216,6 +216,8 @@ def commands_page() -> str:
 
 def _command(name: str, text: str, parser: argparse.ArgumentParser, level: str) -> str:
     parts = [f"{level} {name}\n\n{text[0].upper()}{text[1:]}.\n\n"]
+    if parser.description:
+        parts.append(f"{parser.description}\n\n")
     rows = []
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

@@ -88,7 +88,7 @@ class TestTenant:
         tenant = f"it's {uuid.uuid4()}"
         to = ("--tenant", tenant)
         shown = await tenant_command(database, "show", *to, **{SETTING: "french"})
-        assert shown == (0, f"search language: french, of {SETTING}\n", "")
+        assert shown == (0, f"search language: french, from {SETTING}\n", "")
         done = await tenant_command(database, "set", *to, "--search-language", "german")
         expected = (
             "search language: german, of the tenant\nmessages that are already there keep their"
@@ -98,7 +98,7 @@ class TestTenant:
         shown = await tenant_command(database, "show", *to)
         assert shown == (0, "search language: german, of the tenant\n", "")
         done = await tenant_command(database, "set", *to, "--search-language", "default")
-        assert done.output.startswith(f"search language: english, of {SETTING}\n")
+        assert done.output.startswith(f"search language: english, from {SETTING}\n")
 
     async def test_unknown_language_is_one_line_with_the_known_ones(
         self, database: str, tenant: str
@@ -150,7 +150,7 @@ class TestReindex:
         before = all_else(database, tenant)
         await set_language(database, tenant, "german")
         done = await command("reindex", "--tenant", tenant, DATABASE_URL=database)
-        expected = "1,203 of 1,210 messages have another search language now\n"
+        expected = "changed the search language of 1,203 of 1,210 messages\n"
         assert done == (0, expected, "")
         assert languages(database, tenant) == {"german": 1203, "french": 7}
         assert languages(database, other.tenant) == {"english": 1}
@@ -274,7 +274,7 @@ class TestReindex:
         environment = {"DATABASE_URL": fresh_database, SETTING: "german"}
         done = await command("reindex", **environment)
         dropped = "Dropped: idx_chat_messages_content_old\n"
-        expected = "6 of 6 messages have another search language now\n"
+        expected = "changed the search language of 6 of 6 messages\n"
         assert done == (0, f"{expected}{dropped}", "")
         found = [languages(fresh_database, tenant) for tenant in tenants]
         assert found == [{"german": 2}, {"simple": 2}, {"german": 2}]

@@ -15,6 +15,11 @@ from chat_ticket_svc.store.database import Database
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "MIGRATE_DATABASE_URL is for the search index, and DATABASE_URL for the messages."
+        f" {config.variable('search_language')} must be that of the servers: with another value,"
+        " tenants that have none of their own get the wrong search language."
+    )
     parser.add_argument(
         "--tenant",
         type=arguments.tenant_id,
@@ -51,5 +56,5 @@ async def reindex(db: Database, tenant_id: str | None, default_language: str) ->
                 bar.update(batch.read)
             tenant = await reindexing.next_tenant(db, tenant) if tenant_id is None else None
     # Some that were changed may have been deleted before they were counted as read.
-    print(f"{changed:,} of {max(read, changed):,} messages have another search language now")
+    print(f"changed the search language of {changed:,} of {max(read, changed):,} messages")
     return 0

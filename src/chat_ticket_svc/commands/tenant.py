@@ -59,5 +59,5 @@ async def _show(db: Database, options: argparse.Namespace) -> int:
         print(f"search language: {language}, of the tenant")
         return 0
     default = config.load().search_language
-    print(f"search language: {default}, of {config.variable('search_language')}")
+    print(f"search language: {default}, from {config.variable('search_language')}")
     return 0
