@@ -101,7 +101,8 @@ BEGIN
     -- Parts of words with digits. "iPhone15" is found by "iphone" and "15", "30GB" by "30" and "gb",
     -- "1Z999AA10123" by "10123", and a timestamp by its date and time.
     IF line ~ ('[' || letters || '][0-9]|[0-9][' || letters || ']') THEN
-        line := regexp_replace(line, '(?<=[0-9])[Tt](?=[0-9][0-9]:)', ' ', 'g');
+        line := regexp_replace(line,
+            '(?<=[0-9]{4} [0-9]{2} [0-9]{2})[Tt](?![A-Za-z])', ' ', 'g');
         line := regexp_replace(line,
             '(?<![0-9' || letters || '])([' || letters || ']+)([0-9]+)(?![0-9' || letters || '])',
             '\1\2 \1 \2', 'g');

@@ -296,6 +296,7 @@ async def test_exact_words_are_found_in_long_lists(api: Api) -> None:
         ("de", "Größe und Bestellung", "Größ*"),
         ("de", "Wir übergeben das Paket", "über*"),
         ("fr", "Mon élève est là", "élè*"),
+        ("de", "Die Lieferungen sind da", "Lieferu*"),
         ("fr", "Le reçu est arrivé", "reç* arrivé*"),
     ],
 )
@@ -465,6 +466,17 @@ class TestIncomplete:
         assert len({hit.message_id for hit in hits}) == len(hits) >= 5000
         hits, incomplete = await every_page(api, "nectarine")
         assert ([hit.message_id for hit in hits], incomplete) == ([rare.id], False)
+
+    async def test_phrase_of_common_words(self, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A phrase of words that are common, but seldom side by side, is found completely."""
+        monkeypatch.setattr(store, "MAX_MESSAGES", 5)
+        session = await api.session()
+        found = await api.message(session.id, "the order parcel")
+        for _ in range(8):
+            await api.message(session.id, "a parcel of an order")
+        for query in ('"order parcel"', '"order parcel" -zebra*'):
+            hits, incomplete = await every_page(api, query)
+            assert ([hit.message_id for hit in hits], incomplete) == ([found.id], False)
 
     @pytest.mark.usefixtures("only_five")
     async def test_pages_are_in_order_and_repeat_nothing(self, api: Api) -> None:

@@ -131,11 +131,13 @@ SELECT coalesce((SELECT search_language FROM tenant_settings WHERE tenant_id = %
  ORDER BY ordinal
 """
 
-# PostgreSQL keeps 255 places of a word, and none after the word 16,383. A phrase with others is not
-# found by its words' places.
-KNOWS_ALL_PLACES = """
-NOT EXISTS (SELECT FROM unnest({words})
-             WHERE cardinality(positions) >= 255 OR positions[cardinality(positions)] >= 16383)
+# PostgreSQL keeps 255 positions of a word, and none after 16,383. A phrase with others is not found
+# by the positions of its words. So many words need more than 500 bytes.
+KNOWS_ALL_POSITIONS = """
+(octet_length(content) <= 500
+ OR NOT EXISTS (SELECT FROM unnest({words})
+                 WHERE cardinality(positions) >= 255
+                    OR positions[cardinality(positions)] >= 16383))
 """
 
 ESTIMATE = """
@@ -150,9 +152,9 @@ CANDIDATES_BY_INDEX = f"""
       FROM chat_messages
      WHERE tenant_id = %(tenant_id)s
        AND search_vector(content, search_language) @@ %(any_query)s::tsquery
-       AND (%(any_phrase)s::tsquery IS NULL
-            OR search_vector(content, search_language) @@ %(any_phrase)s::tsquery
-            OR NOT {KNOWS_ALL_PLACES.format(words="search_vector(content, search_language)")})
+       AND (%(any_placed)s::tsquery IS NULL
+            OR search_vector(content, search_language) @@ %(any_placed)s::tsquery
+            OR NOT {KNOWS_ALL_POSITIONS.format(words="search_vector(content, search_language)")})
      LIMIT %(messages)s + 1
 """
 
@@ -222,7 +224,7 @@ RANKED = f"""
                       ELSE stems
                   END AS words OFFSET 0) AS also_unstemmed
      CROSS JOIN LATERAL (
-           SELECT CASE WHEN NOT %(has_phrase)s OR {KNOWS_ALL_PLACES.format(words="words")}
+           SELECT CASE WHEN NOT %(has_phrase)s OR {KNOWS_ALL_POSITIONS.format(words="words")}
                       THEN exact
                       ELSE scattered
                   END AS query OFFSET 0) AS query
@@ -294,11 +296,11 @@ async def page(
         return SearchPage([], incomplete=False, ignored_words=ignored_words)
     each = list(queries.values())
     has_phrase = any(query.exact != query.scattered for query in each)
-    any_phrase = search_query.any_of(query.exact for query in each)
+    any_placed = search_query.any_of(query.placed for query in each)
     params = {
         "tenant_id": tenant_id,
         "any_query": search_query.any_of(query.indexed for query in each),
-        "any_phrase": any_phrase if has_phrase and not builder.has_prefix else None,
+        "any_placed": any_placed if has_phrase and any_placed else None,
         "languages": list(queries),
         "indexed_queries": [query.indexed or None for query in each],
         "exact_queries": [query.exact for query in each],

@@ -36,7 +36,7 @@ _NUMBER_AND_LETTERS = re.compile(r"[0-9]+[^\W\d_]+")
 _SHORTEST_STEM, _LONGEST_STEM = 2, 20
 _LONGEST_ENDING = 10
 # Endings that change the stem that comes before them, as in "capability", "skies" and "dying".
-_ENDINGS = ("e", "s", "g", "ing", "ity")
+_ENDINGS = ("e", "s", "es", "g", "ng", "ing", "ty", "ity", "lity")
 # An ending that no stemmer takes off. Before it, the stemmer changes only accents: "über" is a word
 # that German ignores, and the stem of "überx" is "uberx", which begins like that of "übergeben".
 _KEPT_ENDING = "x"
@@ -114,15 +114,17 @@ class Tsquery(NamedTuple):
     """A query for the messages of one language, in the syntax of tsquery.
 
     The index is asked for `indexed`, which may match too much: a stem does not say which words it
-    is of, nor the index where they are. If it is empty, the index cannot be asked. A message
-    matches if `indexed` and `exact` do. If the query has prefixes, `exact` is asked of the stems,
-    which have the label D, and of the unstemmed words, which have the label A. `scattered` is
-    `exact` without the places and labels of words, for messages that are too long for PostgreSQL
-    to keep them. A snippet marks the words that match `marked`, and the `pairs` of characters.
-    Some pairs are single characters. `initials` are what marked words begin with.
+    is of, nor the index where they are. `placed` also says where they are. If `indexed` is empty,
+    the index cannot be asked. A message matches if `indexed` and `exact` do. If the query has
+    prefixes, `exact` is asked of the stems, which have the label D, and of the unstemmed words,
+    which have the label A. `scattered` is `exact` without the positions and labels of words, for
+    messages that are too long for PostgreSQL to keep them. A snippet marks the words that match
+    `marked`, and the `pairs` of characters. Some pairs are single characters. `initials` are what
+    marked words begin with.
     """
 
     indexed: str
+    placed: str
     exact: str
     scattered: str
     marked: str
@@ -141,12 +143,13 @@ class QueryBuilder:
 
     def build(self, words: Mapping[Term, Words]) -> Tsquery | None:
         """The tsquery of a language, or None if the language ignores all terms."""
-        indexed, exact, scattered = [], [], []
+        indexed, placed, exact, scattered = [], [], [], []
         marked: set[str] = set()
         pairs: set[str] = set()
         initials: set[str] = set()
         for terms in self._alternatives:
-            index_conditions, exact_conditions, scattered_conditions = [], [], []
+            index_conditions, placed_conditions = [], []
+            exact_conditions, scattered_conditions = [], []
             for term in terms:
                 found = words[term]
                 prefix = _prefix(found) if term.is_prefix else None
@@ -155,20 +158,22 @@ class QueryBuilder:
                     continue
                 label = "A" if prefix else self._label
                 if prefix:
-                    index_condition = _begins_with(prefix, found)
-                    exact_condition = _chain(prefix, label, is_prefix=True)
+                    index_condition = placed_condition = _begins_with(prefix, found)
+                    exact_condition = _prefix_phrase(prefix, label)
                 else:
                     index_condition = _all(asked)
+                    placed_condition = _phrase(asked, is_quoted=term.is_phrase)
                     exact_condition = _phrase(asked, label, is_quoted=term.is_phrase)
                 scattered_condition = _all(asked, is_prefix=bool(prefix))
                 if term.is_negated:
                     exact_conditions.append(f"!({exact_condition})")
                     scattered_conditions.append(f"!({scattered_condition})")
                     if not prefix:
-                        exact_words = _phrase(asked, is_quoted=term.is_phrase)
-                        index_conditions.append(f"!({exact_words})")
+                        index_conditions.append(f"!({placed_condition})")
+                        placed_conditions.append(f"!({placed_condition})")
                     continue
                 index_conditions.append(index_condition)
+                placed_conditions.append(placed_condition)
                 exact_conditions.append(exact_condition)
                 scattered_conditions.append(scattered_condition)
                 pairs |= {word.lexeme for word in asked if is_pair(word.lexeme)}
@@ -179,12 +184,14 @@ class QueryBuilder:
                         initials.add(word.lexeme[0])
             if exact_conditions:
                 indexed.append(" & ".join(index_conditions))
+                placed.append(" & ".join(placed_conditions))
                 exact.append(" & ".join(exact_conditions))
                 scattered.append(" & ".join(scattered_conditions))
         if not exact:
             return None
         return Tsquery(
             any_of(indexed),
+            any_of(placed),
             any_of(exact),
             any_of(scattered),
             " | ".join(sorted(marked)),
@@ -261,10 +268,26 @@ def _begins_with(prefix: Sequence[Word], found: Words) -> str:
         if lexeme.endswith(_KEPT_ENDING) and len(lexeme) > _SHORTEST_STEM
     }
     alternatives = [_operand(lexeme, is_prefix=True) for lexeme in sorted({last.lexeme, *stems})]
-    alternatives += [_operand(lexeme) for lexeme in found.candidates]
+    shortest = max(_SHORTEST_STEM, len(last.lexeme) - _LONGEST_ENDING)
+    beginnings = [last.lexeme[:length] for length in range(shortest, len(last.lexeme))]
+    words = dict.fromkeys([*found.candidates, *beginnings])
+    alternatives += [_operand(lexeme) for lexeme in words]
     positions = {word.position for word in before}
     conditions = [_operand(word.lexeme) for word in found.stemmed if word.position in positions]
     return " & ".join([*conditions, f"({any_of(alternatives)})"])
+
+
+def _prefix_phrase(words: Sequence[Word], label: str) -> str:
+    """A phrase that ends in the beginning of a word.
+
+    search_text puts two words before "99X", but one before "99X7", which begins like it.
+    """
+    *before, last = words
+    phrase = _chain(words, label, is_prefix=True)
+    if not before or not _NUMBER_AND_LETTERS.fullmatch(last.lexeme):
+        return phrase
+    nearer = [*before, Word(last.position - 1, last.lexeme)]
+    return f"({phrase} | {_chain(nearer, label, is_prefix=True)})"
 
 
 def _phrase(words: Sequence[Word], label: str = "", *, is_quoted: bool) -> str:

@@ -20,7 +20,7 @@ _MAX_WINDOWS = 1000
 
 # The same as in search_text: what is invisible, and the scripts without spaces.
 _INVISIBLE = regex.compile(
-    "[\\u00ad\\u034f\\u061c\\u115f\\u1160\\u17b4\\u17b5\\u180b-\\u180f\\u200b-\\u200f\\u202a-\\u202e"
+    "[\\u00ad\\u034f\\u055b-\\u055e\\u061c\\u115f\\u1160\\u17b4\\u17b5\\u180b-\\u180f\\u200b-\\u200f\\u202a-\\u202e"
     "\\u2060-\\u206f\\ufe00-\\ufe0f\\ufeff\\U000e0000-\\U000e0fff]+"
 )
 _PAIR_SCRIPTS = "[\\u0e01-\\u109f\\u1100-\\u11ff\\u1780-\\u17ff\\u3005-\\U0010ffff]"
