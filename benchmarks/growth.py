@@ -510,11 +510,12 @@ def _explain(url: str, dataset: Dataset) -> dict[str, str]:
     no_filter = dict.fromkeys(sessions.Filter._fields)
     search_params = {
         "has_prefix": False,
+        "has_phrase": False,
         "messages": search.MAX_MESSAGES,
         "bytes": search.MAX_BYTES,
         "sessions": search.MAX_SESSIONS,
         "after_score": math.inf,
-        **dict.fromkeys(("session_id", "roles", "created_from", "created_to")),
+        **dict.fromkeys(("any_placed", "session_id", "roles", "created_from", "created_to")),
         **newest,
     }
 
@@ -607,4 +608,5 @@ def _asked(word: str) -> dict[str, Any]:
         "languages": ["english", "simple"],
         "indexed_queries": [query, query],
         "exact_queries": [query, query],
+        "scattered_queries": [query, query],
     }
