@@ -129,7 +129,10 @@ def made_by_the_first_stage(directory: Path) -> Path:
     image = directory / "image" / "bin"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", image.parent], check=True)
     pip = image / "pip"
-    pip.write_text(IMAGE_PIP.format(image=image, tests=Path(sys.executable).parent, link=LINK))
+    paths = {"image": image, "tests": Path(sys.executable).parent, "link": LINK}
+    pip.write_text(
+        IMAGE_PIP.format_map({name: shlex.quote(str(path)) for name, path in paths.items()})
+    )
     pip.chmod(0o755)
     prefix = directory / "place"
     work = directory / "build"

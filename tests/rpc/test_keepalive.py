@@ -31,8 +31,9 @@ def ping(address: str, count: int, seconds: float, wait_seconds: float) -> int |
             if connection.goaway is not None:
                 break
             connection.h2.ping(number.to_bytes(8, "big"))
-            connection.flush()
             is_last = number == count - 1
+            if seconds or is_last:  # at once in one write: between two, the server may close
+                connection.flush()
             end = time.monotonic() + (wait_seconds if is_last else seconds)
             while (remaining := end - time.monotonic()) > 0 and not connection.is_closed:
                 connection.receive(remaining)
