@@ -255,7 +255,8 @@ class TestBuild:
         done = await command("reindex", DATABASE_URL=unbuilt)
         printed = (
             r"Building: idx_chat_messages_content\nBuilt: idx_chat_messages_content in .*s\n"
-            r"changed the search language of 0 of 20 messages\nDropped: idx_chat_messages_content_old\n"
+            r"changed the search language of 0 of 20 messages\n"
+            r"Dropped: idx_chat_messages_content_old\n"
         )
         assert (done.status, done.errors) == (0, "")
         assert re.fullmatch(printed, done.output)
