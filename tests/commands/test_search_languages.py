@@ -11,6 +11,7 @@ import pytest
 from support.client import Api
 from support.database import execute, store_database, terminate_at_commit
 from support.process import Finished, command, run_command
+from support.search import search
 from support.watching import watching
 
 from chat_ticket_svc.search_language import SEARCH_LANGUAGES
@@ -137,6 +138,35 @@ class TestTenant:
 
 
 class TestReindex:
+    async def test_stemmer_that_indexed_a_message_is_asked_until_then(
+        self, api: Api, database: str, tenant: str
+    ) -> None:
+        """A setting changes no result. A reindexed message is found by its new language."""
+        session = await api.session()
+        english = await api.message(session.id, "the parcels were refunded")
+        german = await api.message(session.id, "Die Häuser wurden gestern geliefert")
+
+        async def found(query: str) -> set[str]:
+            return {hit.message_id for hit in await search(api, query)}
+
+        assert await found("refunding parcel") == {english.id}
+        assert await found("Haus") == set()
+        await command(
+            "tenant",
+            "set",
+            "--tenant",
+            tenant,
+            "--search-language",
+            "german",
+            DATABASE_URL=database,
+        )
+        assert await found("refunding parcel") == {english.id}
+        assert await found("Haus") == set()
+        await command("reindex", "--tenant", tenant, DATABASE_URL=database)
+        assert await found("Haus") == {german.id}
+        assert await found("refunding parcel") == set()
+        assert await found("parcels refunded") == {english.id}
+
     async def test_messages_take_the_language_of_their_tenant(
         self, api: Api, other: Api, database: str, tenant: str
     ) -> None:

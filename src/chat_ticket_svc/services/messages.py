@@ -17,6 +17,7 @@ from chat_ticket_svc.services import attachment_access, convert, paging
 from chat_ticket_svc.services.validate import MAX_UUID, Validator
 from chat_ticket_svc.store import append, group_commit, message_listing, messages, search, sessions
 from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store.search_hits import Hit
 from chat_ticket_svc.watch.hub import WatchHub
 
 if TYPE_CHECKING:  # imported at run time only when URLs are checked
@@ -271,23 +272,23 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                 limit=page_size + 1,
             )
 
-        def convert_hit(hit: search.Hit) -> pb.SearchChatMessagesResponse.Hit:
+        def convert_hit(hit: Hit) -> pb.SearchChatMessagesResponse.Hit:
             return pb.SearchChatMessagesResponse.Hit(
-                message_id=hit.message_id,
-                session_id=hit.session_id,
-                sequence=hit.sequence,
-                role=convert.MESSAGE_ROLE[hit.role],
-                create_time=convert.timestamp(hit.created_at),
-                score=hit.score,
+                message_id=hit.match.message_id,
+                session_id=hit.match.session_id,
+                sequence=hit.match.sequence,
+                role=convert.MESSAGE_ROLE[hit.match.role],
+                create_time=convert.timestamp(hit.match.created_at),
+                score=hit.match.score,
                 snippet=[
                     pb.SearchChatMessagesResponse.SnippetPart(text=part.text, hit=part.is_hit)
                     for part in hit.snippet
                 ],
             )
 
-        def token(last: search.Hit) -> str:
+        def token(last: Hit) -> str:
             return paging.encode_token(
-                tenant_id, request, last.score, last.created_at, last.message_id
+                tenant_id, request, last.match.score, last.match.created_at, last.match.message_id
             )
 
         hits, next_page_token = paging.fill_page(page.hits, page_size, convert_hit, token)

@@ -5,34 +5,21 @@ incomplete. By index: read the messages that match. If too many match, an arbitr
 ranked. By session: read the messages of the newest sessions. That finds many matches of a common
 word and few of a rare one. If both are incomplete, the page has the best matches of both.
 
-search_query.py makes the tsqueries, and snippets.py the snippets.
+search_query.py makes the tsqueries, and search_hits.py the hits of the matches.
 """
 
 import asyncio
-import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
 from chat_ticket_svc import errors
-from chat_ticket_svc.store import search_query
+from chat_ticket_svc.store import search_hits, search_query
 from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store.search_hits import WITH_UNSTEMMED, Hit, Match
 from chat_ticket_svc.store.search_query import QueryBuilder, Term, Tsquery, Word, Words
-from chat_ticket_svc.store.snippets import Part, Text
 from chat_ticket_svc.store.transaction import Params, Transaction
-
-
-class Hit(NamedTuple):
-    """A message that matches."""
-
-    message_id: str
-    session_id: str
-    sequence: int
-    role: str
-    created_at: int
-    score: float
-    snippet: Sequence[Part]
 
 
 class SearchPage(NamedTuple):
@@ -46,25 +33,10 @@ class SearchPage(NamedTuple):
     ignored_words: list[str]
 
 
-class _Match(NamedTuple):
-    message_id: str
-    session_id: str
-    sequence: int
-    role: str
-    created_at: int
-    score: float
-    language: str
-    content: str
-
-    @property
-    def rank(self) -> tuple[float, int, str]:
-        return self.score, self.created_at, self.message_id
-
-
 class _Matches(NamedTuple):
     """The best matches in order, the number of all, and whether there may be more."""
 
-    best: list[_Match]
+    best: list[Match]
     total: int
     incomplete: bool
 
@@ -96,9 +68,6 @@ SELECT set_config('plan_cache_mode', 'force_custom_plan', true),
        set_config('statement_timeout',
                   coalesce(%(timeout)s::text, current_setting('statement_timeout')), true)
 """
-
-# Different words that are looked at for the snippets of a page.
-MAX_SNIPPET_WORDS = 20_000
 
 
 def _words(tsvector: str) -> str:
@@ -185,17 +154,6 @@ CANDIDATES_BY_SESSION = """
      LIMIT %(messages)s + 1
 """
 
-# Stems, and with the label A the words as they are, unless these are too many for a tsvector.
-WITH_UNSTEMMED = """
-CASE WHEN octet_length({text}) > 100000
-          AND pg_column_size({stems}) + pg_column_size(to_tsvector('pg_catalog.simple',
-                  search_text({text}, search_language))) > 1000000
-    THEN {stems}
-    ELSE {stems} || setweight(to_tsvector('pg_catalog.simple',
-                        search_text({text}, search_language)), 'A')
-END
-"""
-
 # If there is more text than MAX_BYTES, the newest messages are ranked.
 RANKED = f"""
 ), allowed AS (
@@ -252,20 +210,6 @@ SELECT coalesce((SELECT count(*) > %(messages)s OR max(position) > %(sessions)s
 SEARCH_BY_INDEX = f"WITH candidates AS MATERIALIZED ({CANDIDATES_BY_INDEX} {RANKED}"
 SEARCH_BY_SESSION = f"WITH candidates AS MATERIALIZED ({CANDIDATES_BY_SESSION} {RANKED}"
 
-# Which words a snippet marks.
-MARKED_WORDS = f"""
-SELECT search_language, word.text
-  FROM unnest(%(word_languages)s::text[], %(words)s::text[]) AS word (search_language, text)
-  JOIN unnest(%(languages)s::text[], %(marked)s::text[]::tsquery[]) AS asked (language, query)
-    ON asked.language = search_language
- CROSS JOIN LATERAL (
-       SELECT search_vector(word.text, search_language) AS stems OFFSET 0) AS stemmed
- WHERE CASE WHEN %(has_prefix)s
-           THEN {WITH_UNSTEMMED.format(stems="stems", text="word.text")}
-           ELSE stems
-       END @@ query
-"""
-
 
 async def page(
     db: Database,
@@ -320,7 +264,7 @@ async def page(
         "limit": limit,
     }
     matches = await _matches(db, params)
-    hits = await _hits(db, matches.best, queries, has_prefix=builder.has_prefix)
+    hits = await search_hits.hits(db, matches.best, queries, has_prefix=builder.has_prefix)
     return SearchPage(hits, matches.incomplete, ignored_words)
 
 
@@ -404,7 +348,7 @@ async def _search(db: Database, params: Params, *, by_index: bool) -> _Matches:
             SEARCH_BY_INDEX if by_index else SEARCH_BY_SESSION, params, lambda *row: row
         )
         incomplete, total, *_ = rows[0]
-        best = [_Match(*match) for _, _, *match in rows if match[0] is not None]
+        best = [Match(*match) for _, _, *match in rows if match[0] is not None]
         return _Matches(best, total, incomplete)
 
     try:
@@ -414,55 +358,3 @@ async def _search(db: Database, params: Params, *, by_index: bool) -> _Matches:
         if not by_index:
             raise
         return _Matches([], 0, incomplete=True)
-
-
-async def _hits(
-    db: Database, matches: Sequence[_Match], queries: Mapping[str, Tsquery], *, has_prefix: bool
-) -> list[Hit]:
-    """The hits, with their snippets. Long messages take a while, and other calls must not wait."""
-    texts = await asyncio.to_thread(lambda: [Text(match.content) for match in matches])
-    words = await asyncio.to_thread(_different_words, matches, texts, queries)
-    params = {
-        "word_languages": [language for language, _ in words],
-        "words": [word for _, word in words],
-        "languages": [language for language, query in queries.items() if query.marked],
-        "marked": [query.marked for query in queries.values() if query.marked],
-        "has_prefix": has_prefix,
-    }
-    marked: dict[str, set[str]] = defaultdict(set)
-    for language, word in await db.fetch_all(MARKED_WORDS, params, lambda *row: row):
-        marked[language].add(word)
-
-    def hits() -> list[Hit]:
-        return [
-            Hit(
-                *match[:6],
-                snippet=text.snippet(marked[match.language], queries[match.language].pairs),
-            )
-            for match, text in zip(matches, texts, strict=True)
-        ]
-
-    return await asyncio.to_thread(hits)
-
-
-def _different_words(
-    matches: Sequence[_Match], texts: Sequence[Text], queries: Mapping[str, Tsquery]
-) -> list[tuple[str, str]]:
-    """The different words of each language, up to MAX_SNIPPET_WORDS.
-
-    First those that begin like a word of the query, as most forms of a word do.
-    """
-    words = {
-        (match.language, word)
-        for match, text in zip(matches, texts, strict=True)
-        for word in text.words()
-    }
-    if len(words) > MAX_SNIPPET_WORDS:
-
-        def is_different(word: tuple[str, str]) -> bool:
-            language, text = word
-            initial = unicodedata.normalize("NFD", text[0].lower())[0]
-            return initial not in queries[language].initials
-
-        return sorted(words, key=is_different)[:MAX_SNIPPET_WORDS]
-    return list(words)

@@ -1,7 +1,7 @@
 """The snippet of a hit: the part of a message that matches best, with the matches marked.
 
 ts_headline leaves out what looks like a tag, and marks nothing that search_text rewrites. So the
-words of a message are found here, and PostgreSQL says which of them match (see search.py).
+words of a message are found here, and PostgreSQL says which of them match (see search_hits.py).
 """
 
 import bisect
