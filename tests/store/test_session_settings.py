@@ -253,14 +253,26 @@ async def test_a_database_that_appears_in_another_encoding_is_not_served(
 ) -> None:
     """A server that started without it stays NOT_SERVING, and says why once."""
     later = f"later_{uuid.uuid4().hex}"
+    lines: list[str] = []
+
+    async def until_said(text: str) -> None:
+        async with asyncio.timeout(30):
+            while not any(text in line for line in lines):
+                await asyncio.sleep(0.05)
+                captured = capsys.readouterr()
+                printed = (captured.out + captured.err).split("\n")
+                lines.extend(line for line in printed if "not serving" in line)
+
     api: Api = await start_server(cluster.url(later))
     try:
+        await until_said("the database does not exist")
         cluster.execute(f"ALTER DATABASE {urlsplit(ascii_database).path[1:]} RENAME TO {later}")
-        await asyncio.sleep(2.5)
+        await until_said(ASCII)
+        await asyncio.sleep(1.5)  # for a probe that would say it again
         assert (await api.health.Check(HealthCheckRequest())).status == 2
     finally:
         cluster.drop(cluster.url(later))
     captured = capsys.readouterr()
-    lines = [line for line in (captured.out + captured.err).split("\n") if "not serving" in line]
+    lines += [line for line in (captured.out + captured.err).split("\n") if "not serving" in line]
     assert sum("the database does not exist" in line for line in lines) == 1
     assert sum(ASCII in line for line in lines) == 1
