@@ -12,7 +12,8 @@ SETTINGS = {
 OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),  # the servers are back sooner than anywhere else
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # It is also how long gRPC lets an attempt to connect take, TLS handshake included.
+    ("grpc.min_reconnect_backoff_ms", 3_000),
     ("grpc.max_reconnect_backoff_ms", 500),
 ]
 
