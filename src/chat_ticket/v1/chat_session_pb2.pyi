@@ -361,21 +361,25 @@ class WatchChatSessionRequest(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     AFTER_REVISION_FIELD_NUMBER: _builtins.int
+    INCLUDE_DRAFTS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The id of the session. Required."""
     after_revision: _builtins.int
     """The revision after which changes are delivered. Optional; 0 means the whole history. Not
     negative, and not above the current revision of the session.
     """
+    include_drafts: _builtins.bool
+    """Whether the stream also shows drafts. Optional; the default is false."""
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         after_revision: _builtins.int = ...,
+        include_drafts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_revision", b"after_revision", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_revision", b"after_revision", "include_drafts", b"include_drafts", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -474,6 +478,56 @@ class WatchChatSessionResponse(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class ChatDraftAppended(_message.Message):
+        """Text that was added to a draft. The content is now content[:offset] + text, in bytes of UTF-8,
+        so it does no harm to apply it twice.
+        """
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        DRAFT_ID_FIELD_NUMBER: _builtins.int
+        OFFSET_FIELD_NUMBER: _builtins.int
+        TEXT_FIELD_NUMBER: _builtins.int
+        draft_id: _builtins.str
+        """The id of the draft."""
+        offset: _builtins.int
+        """Where the text begins: the length of the content before it, in bytes of UTF-8."""
+        text: _builtins.str
+        """The text."""
+        def __init__(
+            self,
+            *,
+            draft_id: _builtins.str = ...,
+            offset: _builtins.int = ...,
+            text: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["draft_id", b"draft_id", "offset", b"offset", "text", b"text"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class ChatDraftEnded(_message.Message):
+        """The end of a draft."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        DRAFT_ID_FIELD_NUMBER: _builtins.int
+        draft_id: _builtins.str
+        """The id of the draft, and of its message if it became one."""
+        def __init__(
+            self,
+            *,
+            draft_id: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["draft_id", b"draft_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     REVISION_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
     MESSAGES_CREATED_FIELD_NUMBER: _builtins.int
@@ -482,6 +536,9 @@ class WatchChatSessionResponse(_message.Message):
     SESSION_DELETED_FIELD_NUMBER: _builtins.int
     CAUGHT_UP_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
+    DRAFT_APPENDED_FIELD_NUMBER: _builtins.int
+    DRAFT_ENDED_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """The position of the stream: the `after_revision` to resume from. WatchChatSession says what the
     caller has at a position.
@@ -522,6 +579,18 @@ class WatchChatSessionResponse(_message.Message):
         increased, because changes can cancel each other out.
         """
 
+    @_builtins.property
+    def draft(self) -> _resources_pb2.ChatDraft:
+        """A draft as it stands. Replaces what the caller has of it. Only with `include_drafts`."""
+
+    @_builtins.property
+    def draft_appended(self) -> Global___WatchChatSessionResponse.ChatDraftAppended:
+        """Text was added to a draft. Only with `include_drafts`."""
+
+    @_builtins.property
+    def draft_ended(self) -> Global___WatchChatSessionResponse.ChatDraftEnded:
+        """A draft is gone. Only with `include_drafts`."""
+
     def __init__(
         self,
         *,
@@ -533,12 +602,15 @@ class WatchChatSessionResponse(_message.Message):
         session_deleted: Global___WatchChatSessionResponse.ChatSessionDeleted | None = ...,
         caught_up: Global___WatchChatSessionResponse.CaughtUp | None = ...,
         heartbeat: Global___WatchChatSessionResponse.Heartbeat | None = ...,
+        draft: _resources_pb2.ChatDraft | None = ...,
+        draft_appended: Global___WatchChatSessionResponse.ChatDraftAppended | None = ...,
+        draft_ended: Global___WatchChatSessionResponse.ChatDraftEnded | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["caught_up", b"caught_up", "event", b"event", "heartbeat", b"heartbeat", "message_deleted", b"message_deleted", "message_updated", b"message_updated", "messages_created", b"messages_created", "session", b"session", "session_deleted", b"session_deleted"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["caught_up", b"caught_up", "draft", b"draft", "draft_appended", b"draft_appended", "draft_ended", b"draft_ended", "event", b"event", "heartbeat", b"heartbeat", "message_deleted", b"message_deleted", "message_updated", b"message_updated", "messages_created", b"messages_created", "session", b"session", "session_deleted", b"session_deleted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caught_up", b"caught_up", "event", b"event", "heartbeat", b"heartbeat", "message_deleted", b"message_deleted", "message_updated", b"message_updated", "messages_created", b"messages_created", "revision", b"revision", "session", b"session", "session_deleted", b"session_deleted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caught_up", b"caught_up", "draft", b"draft", "draft_appended", b"draft_appended", "draft_ended", b"draft_ended", "event", b"event", "heartbeat", b"heartbeat", "message_deleted", b"message_deleted", "message_updated", b"message_updated", "messages_created", b"messages_created", "revision", b"revision", "session", b"session", "session_deleted", b"session_deleted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["session", "messages_created", "message_updated", "message_deleted", "session_deleted", "caught_up", "heartbeat"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["session", "messages_created", "message_updated", "message_deleted", "session_deleted", "caught_up", "heartbeat", "draft", "draft_appended", "draft_ended"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

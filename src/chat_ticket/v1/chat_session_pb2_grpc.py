@@ -196,6 +196,21 @@ class ChatSessionServiceServicer:
         state of the session at `revision`, exactly. Later this is so whenever `revision` is the
         current revision of the session.
 
+        With `include_drafts`, the stream also shows the messages that are being written:
+
+        - `draft` has an open draft as a whole. It is sent for every open draft before `caught_up`, and
+        when a draft begins.
+        - `draft_appended` has the text that was added to it. A slow reader gets larger pieces.
+        - `draft_ended` names a draft that is gone. If it became a message, the response with this
+        message follows next. Without a message, the draft was empty or the session was deleted.
+
+        Only text that is committed is shown. These responses have no position of their own: their
+        `revision` is the one before. A new stream sends all open drafts again, so a caller that resumes
+        forgets the drafts that it has.
+
+        Ignore events that are not set or not known, but keep their `revision`: later versions add
+        events.
+
         When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
         session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
         delivered by then are lost. Changes to the title or status of a ticket are not streamed.

@@ -18,7 +18,7 @@ docs/security.md. A credential grants permissions. Each RPC requires one of them
 
 - `read`: every Get, List, Search and Watch method.
 - `write`: CreateChatSession, UpdateChatSession, CreateChatMessage, BatchCreateChatMessages,
-  UpdateChatMessage and CreateChatAttachment.
+  UpdateChatMessage, CreateChatAttachment, WriteChatDraft and StopChatDraft.
 - `delete`: DeleteChatSession, DeleteChatMessage, DeleteChatAttachment and DeleteTicket.
 - `ticket`: CreateChatTicket, DeleteChatTicket and UpdateTicket.
 
@@ -200,6 +200,34 @@ CHAT_MESSAGE_ROLE_ASSISTANT: ChatMessageRole.ValueType  # 2
 """The AI assistant."""
 Global___ChatMessageRole: _TypeAlias = ChatMessageRole  # noqa: Y015
 
+class _ChatMessageState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ChatMessageStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChatMessageState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHAT_MESSAGE_STATE_COMPLETE: _ChatMessageState.ValueType  # 0
+    """The message is whole. The default, and the state of every message that was not written as a
+    draft.
+    """
+    CHAT_MESSAGE_STATE_INCOMPLETE: _ChatMessageState.ValueType  # 1
+    """The writer of the draft gave up or was lost. The content is what it had written."""
+    CHAT_MESSAGE_STATE_STOPPED: _ChatMessageState.ValueType  # 2
+    """Somebody stopped the draft. The content is what was written until then."""
+
+class ChatMessageState(_ChatMessageState, metaclass=_ChatMessageStateEnumTypeWrapper):
+    """Whether a message is whole. It never changes."""
+
+CHAT_MESSAGE_STATE_COMPLETE: ChatMessageState.ValueType  # 0
+"""The message is whole. The default, and the state of every message that was not written as a
+draft.
+"""
+CHAT_MESSAGE_STATE_INCOMPLETE: ChatMessageState.ValueType  # 1
+"""The writer of the draft gave up or was lost. The content is what it had written."""
+CHAT_MESSAGE_STATE_STOPPED: ChatMessageState.ValueType  # 2
+"""Somebody stopped the draft. The content is what was written until then."""
+Global___ChatMessageState: _TypeAlias = ChatMessageState  # noqa: Y015
+
 class _TicketStatus:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -318,6 +346,7 @@ class ChatMessage(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     ATTACHMENTS_FIELD_NUMBER: _builtins.int
     LANGUAGE_CODE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The id of the message. Optional on create; see CreateChatMessage for retries. Immutable. The id
     of a deleted message is rejected until its session is deleted.
@@ -358,6 +387,10 @@ class ChatMessage(_message.Message):
     and `de-AT` all mean `german`. Words of a language that has none are not stemmed. Subtags are
     not looked up in IANA's registry: an unknown one is accepted.
     """
+    state: Global___ChatMessageState.ValueType
+    """Whether the message is whole. Anything but COMPLETE was written as a draft; see
+    ChatDraftService. Output only.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """The time of creation. Increases with `sequence`. Output only."""
@@ -381,14 +414,78 @@ class ChatMessage(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         attachments: _abc.Iterable[Global___ChatAttachment] | None = ...,
         language_code: _builtins.str = ...,
+        state: Global___ChatMessageState.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "content", b"content", "create_time", b"create_time", "id", b"id", "language_code", b"language_code", "metadata_json", b"metadata_json", "revision", b"revision", "role", b"role", "sequence", b"sequence", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "content", b"content", "create_time", b"create_time", "id", b"id", "language_code", b"language_code", "metadata_json", b"metadata_json", "revision", b"revision", "role", b"role", "sequence", b"sequence", "session_id", b"session_id", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
+
+@_typing.final
+class ChatDraft(_message.Message):
+    """A message that is being written. It is not a message yet: it has no sequence, and is in no list,
+    search or export of messages. When it is finished, the message with its id is created and the
+    draft is gone, in one transaction.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    METADATA_JSON_FIELD_NUMBER: _builtins.int
+    LANGUAGE_CODE_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The id of the draft, and of the message that it becomes. Required. Immutable."""
+    session_id: _builtins.str
+    """The session of the draft. Output only."""
+    role: Global___ChatMessageRole.ValueType
+    """The author. Required. Immutable."""
+    content: _builtins.str
+    """The text so far. Output only."""
+    length: _builtins.int
+    """The length of `content` in bytes of UTF-8. Output only."""
+    metadata_json: _builtins.str
+    """The metadata of the message, as `ChatMessage.metadata_json`. Optional; empty means no metadata.
+    `finish` can replace it.
+    """
+    language_code: _builtins.str
+    """The language of the content, as `ChatMessage.language_code`. Optional. Immutable."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """The time at which the draft began. Output only."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """The time from which on the writer counts as lost, unless it writes before. Output only."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        role: Global___ChatMessageRole.ValueType = ...,
+        content: _builtins.str = ...,
+        length: _builtins.int = ...,
+        metadata_json: _builtins.str = ...,
+        language_code: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "create_time", b"create_time", "expire_time", b"expire_time", "id", b"id", "language_code", b"language_code", "length", b"length", "metadata_json", b"metadata_json", "role", b"role", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChatDraft: _TypeAlias = ChatDraft  # noqa: Y015
 
 @_typing.final
 class ChatAttachment(_message.Message):

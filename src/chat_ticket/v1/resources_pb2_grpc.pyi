@@ -18,7 +18,7 @@ docs/security.md. A credential grants permissions. Each RPC requires one of them
 
 - `read`: every Get, List, Search and Watch method.
 - `write`: CreateChatSession, UpdateChatSession, CreateChatMessage, BatchCreateChatMessages,
-  UpdateChatMessage and CreateChatAttachment.
+  UpdateChatMessage, CreateChatAttachment, WriteChatDraft and StopChatDraft.
 - `delete`: DeleteChatSession, DeleteChatMessage, DeleteChatAttachment and DeleteTicket.
 - `ticket`: CreateChatTicket, DeleteChatTicket and UpdateTicket.
 

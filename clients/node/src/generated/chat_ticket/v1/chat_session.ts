@@ -20,6 +20,7 @@ import {
 import { FieldMask } from "../../google/protobuf/field_mask.js";
 import { Timestamp } from "../../google/protobuf/timestamp.js";
 import {
+  ChatDraft,
   ChatMessage,
   ChatSession,
   ChatSessionStatus,
@@ -230,6 +231,8 @@ export interface WatchChatSessionRequest {
    * negative, and not above the current revision of the session.
    */
   afterRevision: bigint;
+  /** Whether the stream also shows drafts. Optional; the default is false. */
+  includeDrafts: boolean;
 }
 
 /** Response message for ChatSessionService.WatchChatSession: one event. */
@@ -273,6 +276,15 @@ export interface WatchChatSessionResponse {
      * increased, because changes can cancel each other out.
      */
     { $case: "heartbeat"; value: WatchChatSessionResponse_Heartbeat }
+    | //
+    /** A draft as it stands. Replaces what the caller has of it. Only with `include_drafts`. */
+    { $case: "draft"; value: ChatDraft }
+    | //
+    /** Text was added to a draft. Only with `include_drafts`. */
+    { $case: "draftAppended"; value: WatchChatSessionResponse_ChatDraftAppended }
+    | //
+    /** A draft is gone. Only with `include_drafts`. */
+    { $case: "draftEnded"; value: WatchChatSessionResponse_ChatDraftEnded }
     | undefined;
 }
 
@@ -298,6 +310,25 @@ export interface WatchChatSessionResponse_CaughtUp {
 
 /** A sign that the stream is alive. */
 export interface WatchChatSessionResponse_Heartbeat {
+}
+
+/**
+ * Text that was added to a draft. The content is now content[:offset] + text, in bytes of UTF-8,
+ * so it does no harm to apply it twice.
+ */
+export interface WatchChatSessionResponse_ChatDraftAppended {
+  /** The id of the draft. */
+  draftId: string;
+  /** Where the text begins: the length of the content before it, in bytes of UTF-8. */
+  offset: bigint;
+  /** The text. */
+  text: string;
+}
+
+/** The end of a draft. */
+export interface WatchChatSessionResponse_ChatDraftEnded {
+  /** The id of the draft, and of its message if it became one. */
+  draftId: string;
 }
 
 function createBaseCreateChatSessionRequest(): CreateChatSessionRequest {
@@ -1228,7 +1259,7 @@ export const DeleteChatSessionResponse: MessageFns<DeleteChatSessionResponse> = 
 };
 
 function createBaseWatchChatSessionRequest(): WatchChatSessionRequest {
-  return { sessionId: "", afterRevision: 0n };
+  return { sessionId: "", afterRevision: 0n, includeDrafts: false };
 }
 
 export const WatchChatSessionRequest: MessageFns<WatchChatSessionRequest> = {
@@ -1241,6 +1272,9 @@ export const WatchChatSessionRequest: MessageFns<WatchChatSessionRequest> = {
         throw new globalThis.Error("value provided for field message.afterRevision of type int64 too large");
       }
       writer.uint32(16).int64(message.afterRevision);
+    }
+    if (message.includeDrafts !== false) {
+      writer.uint32(24).bool(message.includeDrafts);
     }
     return writer;
   },
@@ -1274,6 +1308,14 @@ export const WatchChatSessionRequest: MessageFns<WatchChatSessionRequest> = {
             message.afterRevision = reader.int64() as bigint;
             continue;
           }
+          case 3: {
+            if (tag !== 24) {
+              break;
+            }
+
+            message.includeDrafts = reader.bool();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1298,6 +1340,11 @@ export const WatchChatSessionRequest: MessageFns<WatchChatSessionRequest> = {
         : isSet(object.after_revision)
         ? BigInt(object.after_revision)
         : 0n,
+      includeDrafts: isSet(object.includeDrafts)
+        ? globalThis.Boolean(object.includeDrafts)
+        : isSet(object.include_drafts)
+        ? globalThis.Boolean(object.include_drafts)
+        : false,
     };
   },
 
@@ -1308,6 +1355,9 @@ export const WatchChatSessionRequest: MessageFns<WatchChatSessionRequest> = {
     }
     if (message.afterRevision !== 0n) {
       obj.afterRevision = message.afterRevision.toString();
+    }
+    if (message.includeDrafts !== false) {
+      obj.includeDrafts = message.includeDrafts;
     }
     return obj;
   },
@@ -1321,6 +1371,7 @@ export const WatchChatSessionRequest: MessageFns<WatchChatSessionRequest> = {
     message.afterRevision = (object.afterRevision !== undefined && object.afterRevision !== null)
       ? BigInt(object.afterRevision)
       : 0n;
+    message.includeDrafts = object.includeDrafts ?? false;
     return message;
   },
 };
@@ -1358,6 +1409,15 @@ export const WatchChatSessionResponse: MessageFns<WatchChatSessionResponse> = {
         break;
       case "heartbeat":
         WatchChatSessionResponse_Heartbeat.encode(message.event.value, writer.uint32(66).fork()).join();
+        break;
+      case "draft":
+        ChatDraft.encode(message.event.value, writer.uint32(74).fork()).join();
+        break;
+      case "draftAppended":
+        WatchChatSessionResponse_ChatDraftAppended.encode(message.event.value, writer.uint32(82).fork()).join();
+        break;
+      case "draftEnded":
+        WatchChatSessionResponse_ChatDraftEnded.encode(message.event.value, writer.uint32(90).fork()).join();
         break;
     }
     return writer;
@@ -1455,6 +1515,36 @@ export const WatchChatSessionResponse: MessageFns<WatchChatSessionResponse> = {
             };
             continue;
           }
+          case 9: {
+            if (tag !== 74) {
+              break;
+            }
+
+            message.event = { $case: "draft", value: ChatDraft.decode(reader, reader.uint32()) };
+            continue;
+          }
+          case 10: {
+            if (tag !== 82) {
+              break;
+            }
+
+            message.event = {
+              $case: "draftAppended",
+              value: WatchChatSessionResponse_ChatDraftAppended.decode(reader, reader.uint32()),
+            };
+            continue;
+          }
+          case 11: {
+            if (tag !== 90) {
+              break;
+            }
+
+            message.event = {
+              $case: "draftEnded",
+              value: WatchChatSessionResponse_ChatDraftEnded.decode(reader, reader.uint32()),
+            };
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1512,6 +1602,16 @@ export const WatchChatSessionResponse: MessageFns<WatchChatSessionResponse> = {
         ? { $case: "caughtUp", value: WatchChatSessionResponse_CaughtUp.fromJSON(object.caught_up) }
         : isSet(object.heartbeat)
         ? { $case: "heartbeat", value: WatchChatSessionResponse_Heartbeat.fromJSON(object.heartbeat) }
+        : isSet(object.draft)
+        ? { $case: "draft", value: ChatDraft.fromJSON(object.draft) }
+        : isSet(object.draftAppended)
+        ? { $case: "draftAppended", value: WatchChatSessionResponse_ChatDraftAppended.fromJSON(object.draftAppended) }
+        : isSet(object.draft_appended)
+        ? { $case: "draftAppended", value: WatchChatSessionResponse_ChatDraftAppended.fromJSON(object.draft_appended) }
+        : isSet(object.draftEnded)
+        ? { $case: "draftEnded", value: WatchChatSessionResponse_ChatDraftEnded.fromJSON(object.draftEnded) }
+        : isSet(object.draft_ended)
+        ? { $case: "draftEnded", value: WatchChatSessionResponse_ChatDraftEnded.fromJSON(object.draft_ended) }
         : undefined,
     };
   },
@@ -1535,6 +1635,12 @@ export const WatchChatSessionResponse: MessageFns<WatchChatSessionResponse> = {
       obj.caughtUp = WatchChatSessionResponse_CaughtUp.toJSON(message.event.value);
     } else if (message.event?.$case === "heartbeat") {
       obj.heartbeat = WatchChatSessionResponse_Heartbeat.toJSON(message.event.value);
+    } else if (message.event?.$case === "draft") {
+      obj.draft = ChatDraft.toJSON(message.event.value);
+    } else if (message.event?.$case === "draftAppended") {
+      obj.draftAppended = WatchChatSessionResponse_ChatDraftAppended.toJSON(message.event.value);
+    } else if (message.event?.$case === "draftEnded") {
+      obj.draftEnded = WatchChatSessionResponse_ChatDraftEnded.toJSON(message.event.value);
     }
     return obj;
   },
@@ -1599,6 +1705,30 @@ export const WatchChatSessionResponse: MessageFns<WatchChatSessionResponse> = {
           message.event = {
             $case: "heartbeat",
             value: WatchChatSessionResponse_Heartbeat.fromPartial(object.event.value),
+          };
+        }
+        break;
+      }
+      case "draft": {
+        if (object.event?.value !== undefined && object.event?.value !== null) {
+          message.event = { $case: "draft", value: ChatDraft.fromPartial(object.event.value) };
+        }
+        break;
+      }
+      case "draftAppended": {
+        if (object.event?.value !== undefined && object.event?.value !== null) {
+          message.event = {
+            $case: "draftAppended",
+            value: WatchChatSessionResponse_ChatDraftAppended.fromPartial(object.event.value),
+          };
+        }
+        break;
+      }
+      case "draftEnded": {
+        if (object.event?.value !== undefined && object.event?.value !== null) {
+          message.event = {
+            $case: "draftEnded",
+            value: WatchChatSessionResponse_ChatDraftEnded.fromPartial(object.event.value),
           };
         }
         break;
@@ -1922,6 +2052,189 @@ export const WatchChatSessionResponse_Heartbeat: MessageFns<WatchChatSessionResp
   },
 };
 
+function createBaseWatchChatSessionResponse_ChatDraftAppended(): WatchChatSessionResponse_ChatDraftAppended {
+  return { draftId: "", offset: 0n, text: "" };
+}
+
+export const WatchChatSessionResponse_ChatDraftAppended: MessageFns<WatchChatSessionResponse_ChatDraftAppended> = {
+  encode(message: WatchChatSessionResponse_ChatDraftAppended, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.draftId !== "") {
+      writer.uint32(10).string(message.draftId);
+    }
+    if (message.offset !== 0n) {
+      if (BigInt.asIntN(64, message.offset) !== message.offset) {
+        throw new globalThis.Error("value provided for field message.offset of type int64 too large");
+      }
+      writer.uint32(16).int64(message.offset);
+    }
+    if (message.text !== "") {
+      writer.uint32(26).string(message.text);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): WatchChatSessionResponse_ChatDraftAppended {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseWatchChatSessionResponse_ChatDraftAppended();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.draftId = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 16) {
+              break;
+            }
+
+            message.offset = reader.int64() as bigint;
+            continue;
+          }
+          case 3: {
+            if (tag !== 26) {
+              break;
+            }
+
+            message.text = reader.string();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): WatchChatSessionResponse_ChatDraftAppended {
+    return {
+      draftId: isSet(object.draftId)
+        ? globalThis.String(object.draftId)
+        : isSet(object.draft_id)
+        ? globalThis.String(object.draft_id)
+        : "",
+      offset: isSet(object.offset) ? BigInt(object.offset) : 0n,
+      text: isSet(object.text) ? globalThis.String(object.text) : "",
+    };
+  },
+
+  toJSON(message: WatchChatSessionResponse_ChatDraftAppended): unknown {
+    const obj: any = {};
+    if (message.draftId !== "") {
+      obj.draftId = message.draftId;
+    }
+    if (message.offset !== 0n) {
+      obj.offset = message.offset.toString();
+    }
+    if (message.text !== "") {
+      obj.text = message.text;
+    }
+    return obj;
+  },
+
+  create(base?: DeepPartial<WatchChatSessionResponse_ChatDraftAppended>): WatchChatSessionResponse_ChatDraftAppended {
+    return WatchChatSessionResponse_ChatDraftAppended.fromPartial(base ?? {});
+  },
+  fromPartial(
+    object: DeepPartial<WatchChatSessionResponse_ChatDraftAppended>,
+  ): WatchChatSessionResponse_ChatDraftAppended {
+    const message = createBaseWatchChatSessionResponse_ChatDraftAppended();
+    message.draftId = object.draftId ?? "";
+    message.offset = (object.offset !== undefined && object.offset !== null) ? BigInt(object.offset) : 0n;
+    message.text = object.text ?? "";
+    return message;
+  },
+};
+
+function createBaseWatchChatSessionResponse_ChatDraftEnded(): WatchChatSessionResponse_ChatDraftEnded {
+  return { draftId: "" };
+}
+
+export const WatchChatSessionResponse_ChatDraftEnded: MessageFns<WatchChatSessionResponse_ChatDraftEnded> = {
+  encode(message: WatchChatSessionResponse_ChatDraftEnded, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.draftId !== "") {
+      writer.uint32(10).string(message.draftId);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): WatchChatSessionResponse_ChatDraftEnded {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseWatchChatSessionResponse_ChatDraftEnded();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.draftId = reader.string();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): WatchChatSessionResponse_ChatDraftEnded {
+    return {
+      draftId: isSet(object.draftId)
+        ? globalThis.String(object.draftId)
+        : isSet(object.draft_id)
+        ? globalThis.String(object.draft_id)
+        : "",
+    };
+  },
+
+  toJSON(message: WatchChatSessionResponse_ChatDraftEnded): unknown {
+    const obj: any = {};
+    if (message.draftId !== "") {
+      obj.draftId = message.draftId;
+    }
+    return obj;
+  },
+
+  create(base?: DeepPartial<WatchChatSessionResponse_ChatDraftEnded>): WatchChatSessionResponse_ChatDraftEnded {
+    return WatchChatSessionResponse_ChatDraftEnded.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<WatchChatSessionResponse_ChatDraftEnded>): WatchChatSessionResponse_ChatDraftEnded {
+    const message = createBaseWatchChatSessionResponse_ChatDraftEnded();
+    message.draftId = object.draftId ?? "";
+    return message;
+  },
+};
+
 /**
  * Manages the chat sessions of a tenant.
  *
@@ -2072,6 +2385,21 @@ export const ChatSessionServiceDefinition = {
      * before, and a new message can come with the metadata of 20. With `caught_up` the caller has the
      * state of the session at `revision`, exactly. Later this is so whenever `revision` is the
      * current revision of the session.
+     *
+     * With `include_drafts`, the stream also shows the messages that are being written:
+     *
+     * - `draft` has an open draft as a whole. It is sent for every open draft before `caught_up`, and
+     *   when a draft begins.
+     * - `draft_appended` has the text that was added to it. A slow reader gets larger pieces.
+     * - `draft_ended` names a draft that is gone. If it became a message, the response with this
+     *   message follows next. Without a message, the draft was empty or the session was deleted.
+     *
+     * Only text that is committed is shown. These responses have no position of their own: their
+     * `revision` is the one before. A new stream sends all open drafts again, so a caller that resumes
+     * forgets the drafts that it has.
+     *
+     * Ignore events that are not set or not known, but keep their `revision`: later versions add
+     * events.
      *
      * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
      * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
@@ -2273,6 +2601,21 @@ export const ChatSessionServiceService = {
    * state of the session at `revision`, exactly. Later this is so whenever `revision` is the
    * current revision of the session.
    *
+   * With `include_drafts`, the stream also shows the messages that are being written:
+   *
+   * - `draft` has an open draft as a whole. It is sent for every open draft before `caught_up`, and
+   *   when a draft begins.
+   * - `draft_appended` has the text that was added to it. A slow reader gets larger pieces.
+   * - `draft_ended` names a draft that is gone. If it became a message, the response with this
+   *   message follows next. Without a message, the draft was empty or the session was deleted.
+   *
+   * Only text that is committed is shown. These responses have no position of their own: their
+   * `revision` is the one before. A new stream sends all open drafts again, so a caller that resumes
+   * forgets the drafts that it has.
+   *
+   * Ignore events that are not set or not known, but keep their `revision`: later versions add
+   * events.
+   *
    * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
    * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
    * delivered by then are lost. Changes to the title or status of a ticket are not streamed.
@@ -2418,6 +2761,21 @@ export interface ChatSessionServiceServer extends UntypedServiceImplementation {
    * before, and a new message can come with the metadata of 20. With `caught_up` the caller has the
    * state of the session at `revision`, exactly. Later this is so whenever `revision` is the
    * current revision of the session.
+   *
+   * With `include_drafts`, the stream also shows the messages that are being written:
+   *
+   * - `draft` has an open draft as a whole. It is sent for every open draft before `caught_up`, and
+   *   when a draft begins.
+   * - `draft_appended` has the text that was added to it. A slow reader gets larger pieces.
+   * - `draft_ended` names a draft that is gone. If it became a message, the response with this
+   *   message follows next. Without a message, the draft was empty or the session was deleted.
+   *
+   * Only text that is committed is shown. These responses have no position of their own: their
+   * `revision` is the one before. A new stream sends all open drafts again, so a caller that resumes
+   * forgets the drafts that it has.
+   *
+   * Ignore events that are not set or not known, but keep their `revision`: later versions add
+   * events.
    *
    * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
    * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
@@ -2624,6 +2982,21 @@ export interface ChatSessionServiceClient extends Client {
    * before, and a new message can come with the metadata of 20. With `caught_up` the caller has the
    * state of the session at `revision`, exactly. Later this is so whenever `revision` is the
    * current revision of the session.
+   *
+   * With `include_drafts`, the stream also shows the messages that are being written:
+   *
+   * - `draft` has an open draft as a whole. It is sent for every open draft before `caught_up`, and
+   *   when a draft begins.
+   * - `draft_appended` has the text that was added to it. A slow reader gets larger pieces.
+   * - `draft_ended` names a draft that is gone. If it became a message, the response with this
+   *   message follows next. Without a message, the draft was empty or the session was deleted.
+   *
+   * Only text that is committed is shown. These responses have no position of their own: their
+   * `revision` is the one before. A new stream sends all open drafts again, so a caller that resumes
+   * forgets the drafts that it has.
+   *
+   * Ignore events that are not set or not known, but keep their `revision`: later versions add
+   * events.
    *
    * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
    * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not

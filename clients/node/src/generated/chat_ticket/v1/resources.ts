@@ -157,6 +157,75 @@ export function chatMessageRoleToNumber(object: ChatMessageRole): number {
   }
 }
 
+/** Whether a message is whole. It never changes. */
+export const ChatMessageState = {
+  /**
+   * CHAT_MESSAGE_STATE_COMPLETE - The message is whole. The default, and the state of every message that was not written as a
+   * draft.
+   */
+  CHAT_MESSAGE_STATE_COMPLETE: "CHAT_MESSAGE_STATE_COMPLETE",
+  /** CHAT_MESSAGE_STATE_INCOMPLETE - The writer of the draft gave up or was lost. The content is what it had written. */
+  CHAT_MESSAGE_STATE_INCOMPLETE: "CHAT_MESSAGE_STATE_INCOMPLETE",
+  /** CHAT_MESSAGE_STATE_STOPPED - Somebody stopped the draft. The content is what was written until then. */
+  CHAT_MESSAGE_STATE_STOPPED: "CHAT_MESSAGE_STATE_STOPPED",
+  UNRECOGNIZED: "UNRECOGNIZED",
+} as const;
+
+export type ChatMessageState = typeof ChatMessageState[keyof typeof ChatMessageState];
+
+export namespace ChatMessageState {
+  export type CHAT_MESSAGE_STATE_COMPLETE = typeof ChatMessageState.CHAT_MESSAGE_STATE_COMPLETE;
+  export type CHAT_MESSAGE_STATE_INCOMPLETE = typeof ChatMessageState.CHAT_MESSAGE_STATE_INCOMPLETE;
+  export type CHAT_MESSAGE_STATE_STOPPED = typeof ChatMessageState.CHAT_MESSAGE_STATE_STOPPED;
+  export type UNRECOGNIZED = typeof ChatMessageState.UNRECOGNIZED;
+}
+
+export function chatMessageStateFromJSON(object: any): ChatMessageState {
+  switch (object) {
+    case 0:
+    case "CHAT_MESSAGE_STATE_COMPLETE":
+      return ChatMessageState.CHAT_MESSAGE_STATE_COMPLETE;
+    case 1:
+    case "CHAT_MESSAGE_STATE_INCOMPLETE":
+      return ChatMessageState.CHAT_MESSAGE_STATE_INCOMPLETE;
+    case 2:
+    case "CHAT_MESSAGE_STATE_STOPPED":
+      return ChatMessageState.CHAT_MESSAGE_STATE_STOPPED;
+    case -1:
+    case "UNRECOGNIZED":
+    default:
+      return ChatMessageState.UNRECOGNIZED;
+  }
+}
+
+export function chatMessageStateToJSON(object: ChatMessageState): string {
+  switch (object) {
+    case ChatMessageState.CHAT_MESSAGE_STATE_COMPLETE:
+      return "CHAT_MESSAGE_STATE_COMPLETE";
+    case ChatMessageState.CHAT_MESSAGE_STATE_INCOMPLETE:
+      return "CHAT_MESSAGE_STATE_INCOMPLETE";
+    case ChatMessageState.CHAT_MESSAGE_STATE_STOPPED:
+      return "CHAT_MESSAGE_STATE_STOPPED";
+    case ChatMessageState.UNRECOGNIZED:
+    default:
+      return "UNRECOGNIZED";
+  }
+}
+
+export function chatMessageStateToNumber(object: ChatMessageState): number {
+  switch (object) {
+    case ChatMessageState.CHAT_MESSAGE_STATE_COMPLETE:
+      return 0;
+    case ChatMessageState.CHAT_MESSAGE_STATE_INCOMPLETE:
+      return 1;
+    case ChatMessageState.CHAT_MESSAGE_STATE_STOPPED:
+      return 2;
+    case ChatMessageState.UNRECOGNIZED:
+    default:
+      return -1;
+  }
+}
+
 /**
  * The status of a ticket. Every transition between statuses is allowed.
  *
@@ -342,6 +411,42 @@ export interface ChatMessage {
    * not looked up in IANA's registry: an unknown one is accepted.
    */
   languageCode: string;
+  /**
+   * Whether the message is whole. Anything but COMPLETE was written as a draft; see
+   * ChatDraftService. Output only.
+   */
+  state: ChatMessageState;
+}
+
+/**
+ * A message that is being written. It is not a message yet: it has no sequence, and is in no list,
+ * search or export of messages. When it is finished, the message with its id is created and the
+ * draft is gone, in one transaction.
+ */
+export interface ChatDraft {
+  /** The id of the draft, and of the message that it becomes. Required. Immutable. */
+  id: string;
+  /** The session of the draft. Output only. */
+  sessionId: string;
+  /** The author. Required. Immutable. */
+  role: ChatMessageRole;
+  /** The text so far. Output only. */
+  content: string;
+  /** The length of `content` in bytes of UTF-8. Output only. */
+  length: bigint;
+  /**
+   * The metadata of the message, as `ChatMessage.metadata_json`. Optional; empty means no metadata.
+   * `finish` can replace it.
+   */
+  metadataJson: string;
+  /** The language of the content, as `ChatMessage.language_code`. Optional. Immutable. */
+  languageCode: string;
+  /** The time at which the draft began. Output only. */
+  createTime:
+    | Date
+    | undefined;
+  /** The time from which on the writer counts as lost, unless it writes before. Output only. */
+  expireTime: Date | undefined;
 }
 
 /** A file that is attached to a message. The service stores the URL of the file, not the file. */
@@ -649,6 +754,7 @@ function createBaseChatMessage(): ChatMessage {
     createTime: undefined,
     attachments: [],
     languageCode: "",
+    state: ChatMessageState.CHAT_MESSAGE_STATE_COMPLETE,
   };
 }
 
@@ -689,6 +795,9 @@ export const ChatMessage: MessageFns<ChatMessage> = {
     }
     if (message.languageCode !== "") {
       writer.uint32(82).string(message.languageCode);
+    }
+    if (message.state !== ChatMessageState.CHAT_MESSAGE_STATE_COMPLETE) {
+      writer.uint32(88).int32(chatMessageStateToNumber(message.state));
     }
     return writer;
   },
@@ -786,6 +895,14 @@ export const ChatMessage: MessageFns<ChatMessage> = {
             message.languageCode = reader.string();
             continue;
           }
+          case 11: {
+            if (tag !== 88) {
+              break;
+            }
+
+            message.state = chatMessageStateFromJSON(reader.int32());
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -828,6 +945,9 @@ export const ChatMessage: MessageFns<ChatMessage> = {
         : isSet(object.language_code)
         ? globalThis.String(object.language_code)
         : "",
+      state: isSet(object.state)
+        ? chatMessageStateFromJSON(object.state)
+        : ChatMessageState.CHAT_MESSAGE_STATE_COMPLETE,
     };
   },
 
@@ -863,6 +983,9 @@ export const ChatMessage: MessageFns<ChatMessage> = {
     if (message.languageCode !== "") {
       obj.languageCode = message.languageCode;
     }
+    if (message.state !== ChatMessageState.CHAT_MESSAGE_STATE_COMPLETE) {
+      obj.state = chatMessageStateToJSON(message.state);
+    }
     return obj;
   },
 
@@ -881,6 +1004,237 @@ export const ChatMessage: MessageFns<ChatMessage> = {
     message.createTime = object.createTime ?? undefined;
     message.attachments = object.attachments?.map((e) => ChatAttachment.fromPartial(e)) || [];
     message.languageCode = object.languageCode ?? "";
+    message.state = object.state ?? ChatMessageState.CHAT_MESSAGE_STATE_COMPLETE;
+    return message;
+  },
+};
+
+function createBaseChatDraft(): ChatDraft {
+  return {
+    id: "",
+    sessionId: "",
+    role: ChatMessageRole.CHAT_MESSAGE_ROLE_UNSPECIFIED,
+    content: "",
+    length: 0n,
+    metadataJson: "",
+    languageCode: "",
+    createTime: undefined,
+    expireTime: undefined,
+  };
+}
+
+export const ChatDraft: MessageFns<ChatDraft> = {
+  encode(message: ChatDraft, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.id !== "") {
+      writer.uint32(10).string(message.id);
+    }
+    if (message.sessionId !== "") {
+      writer.uint32(18).string(message.sessionId);
+    }
+    if (message.role !== ChatMessageRole.CHAT_MESSAGE_ROLE_UNSPECIFIED) {
+      writer.uint32(24).int32(chatMessageRoleToNumber(message.role));
+    }
+    if (message.content !== "") {
+      writer.uint32(34).string(message.content);
+    }
+    if (message.length !== 0n) {
+      if (BigInt.asIntN(64, message.length) !== message.length) {
+        throw new globalThis.Error("value provided for field message.length of type int64 too large");
+      }
+      writer.uint32(40).int64(message.length);
+    }
+    if (message.metadataJson !== "") {
+      writer.uint32(50).string(message.metadataJson);
+    }
+    if (message.languageCode !== "") {
+      writer.uint32(58).string(message.languageCode);
+    }
+    if (message.createTime !== undefined) {
+      Timestamp.encode(toTimestamp(message.createTime), writer.uint32(66).fork()).join();
+    }
+    if (message.expireTime !== undefined) {
+      Timestamp.encode(toTimestamp(message.expireTime), writer.uint32(74).fork()).join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): ChatDraft {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseChatDraft();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.id = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.sessionId = reader.string();
+            continue;
+          }
+          case 3: {
+            if (tag !== 24) {
+              break;
+            }
+
+            message.role = chatMessageRoleFromJSON(reader.int32());
+            continue;
+          }
+          case 4: {
+            if (tag !== 34) {
+              break;
+            }
+
+            message.content = reader.string();
+            continue;
+          }
+          case 5: {
+            if (tag !== 40) {
+              break;
+            }
+
+            message.length = reader.int64() as bigint;
+            continue;
+          }
+          case 6: {
+            if (tag !== 50) {
+              break;
+            }
+
+            message.metadataJson = reader.string();
+            continue;
+          }
+          case 7: {
+            if (tag !== 58) {
+              break;
+            }
+
+            message.languageCode = reader.string();
+            continue;
+          }
+          case 8: {
+            if (tag !== 66) {
+              break;
+            }
+
+            message.createTime = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 9: {
+            if (tag !== 74) {
+              break;
+            }
+
+            message.expireTime = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): ChatDraft {
+    return {
+      id: isSet(object.id) ? globalThis.String(object.id) : "",
+      sessionId: isSet(object.sessionId)
+        ? globalThis.String(object.sessionId)
+        : isSet(object.session_id)
+        ? globalThis.String(object.session_id)
+        : "",
+      role: isSet(object.role) ? chatMessageRoleFromJSON(object.role) : ChatMessageRole.CHAT_MESSAGE_ROLE_UNSPECIFIED,
+      content: isSet(object.content) ? globalThis.String(object.content) : "",
+      length: isSet(object.length) ? BigInt(object.length) : 0n,
+      metadataJson: isSet(object.metadataJson)
+        ? globalThis.String(object.metadataJson)
+        : isSet(object.metadata_json)
+        ? globalThis.String(object.metadata_json)
+        : "",
+      languageCode: isSet(object.languageCode)
+        ? globalThis.String(object.languageCode)
+        : isSet(object.language_code)
+        ? globalThis.String(object.language_code)
+        : "",
+      createTime: isSet(object.createTime)
+        ? fromJsonTimestamp(object.createTime)
+        : isSet(object.create_time)
+        ? fromJsonTimestamp(object.create_time)
+        : undefined,
+      expireTime: isSet(object.expireTime)
+        ? fromJsonTimestamp(object.expireTime)
+        : isSet(object.expire_time)
+        ? fromJsonTimestamp(object.expire_time)
+        : undefined,
+    };
+  },
+
+  toJSON(message: ChatDraft): unknown {
+    const obj: any = {};
+    if (message.id !== "") {
+      obj.id = message.id;
+    }
+    if (message.sessionId !== "") {
+      obj.sessionId = message.sessionId;
+    }
+    if (message.role !== ChatMessageRole.CHAT_MESSAGE_ROLE_UNSPECIFIED) {
+      obj.role = chatMessageRoleToJSON(message.role);
+    }
+    if (message.content !== "") {
+      obj.content = message.content;
+    }
+    if (message.length !== 0n) {
+      obj.length = message.length.toString();
+    }
+    if (message.metadataJson !== "") {
+      obj.metadataJson = message.metadataJson;
+    }
+    if (message.languageCode !== "") {
+      obj.languageCode = message.languageCode;
+    }
+    if (message.createTime !== undefined) {
+      obj.createTime = message.createTime.toISOString();
+    }
+    if (message.expireTime !== undefined) {
+      obj.expireTime = message.expireTime.toISOString();
+    }
+    return obj;
+  },
+
+  create(base?: DeepPartial<ChatDraft>): ChatDraft {
+    return ChatDraft.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<ChatDraft>): ChatDraft {
+    const message = createBaseChatDraft();
+    message.id = object.id ?? "";
+    message.sessionId = object.sessionId ?? "";
+    message.role = object.role ?? ChatMessageRole.CHAT_MESSAGE_ROLE_UNSPECIFIED;
+    message.content = object.content ?? "";
+    message.length = (object.length !== undefined && object.length !== null) ? BigInt(object.length) : 0n;
+    message.metadataJson = object.metadataJson ?? "";
+    message.languageCode = object.languageCode ?? "";
+    message.createTime = object.createTime ?? undefined;
+    message.expireTime = object.expireTime ?? undefined;
     return message;
   },
 };
