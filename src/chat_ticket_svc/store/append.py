@@ -115,6 +115,34 @@ def search_language_literal(language_codes: Iterable[str | None]) -> str:
     return array_literal(code and search_language.of_language_code(code) for code in language_codes)
 
 
+def append_params(
+    tenant_id: str, session_id: str, new: Sequence[NewMessage], default_search_language: str
+) -> dict[str, Any]:
+    """The parameters of APPEND. See append_messages."""
+    ticks = 0
+    message_ticks: list[int] = []
+    new_attachments: list[tuple[NewAttachment, str, int]] = []
+    for message in new:
+        message_ticks.append(ticks)
+        for attachment in message.attachments:
+            ticks += 1
+            new_attachments.append((attachment, message.id, ticks))
+        ticks += 1
+    return _message_params(tenant_id, session_id, new) | {
+        "search_languages": search_language_literal(message.language_code for message in new),
+        "search_language": default_search_language,
+        "count": len(new),
+        "ticks": ticks,
+        "message_ticks": array_literal(message_ticks),
+        "attachment_ids": array_literal(attachment.id for attachment, _, _ in new_attachments),
+        "attachment_message_ids": array_literal(message_id for _, message_id, _ in new_attachments),
+        "file_urls": array_literal(attachment.file_url for attachment, _, _ in new_attachments),
+        "file_names": array_literal(attachment.file_name for attachment, _, _ in new_attachments),
+        "file_types": array_literal(attachment.file_type for attachment, _, _ in new_attachments),
+        "attachment_ticks": array_literal(tick for _, _, tick in new_attachments),
+    }
+
+
 def stored_message(
     session_id: str, new: NewMessage, sequence: int, metadata: str | None, created_at: int
 ) -> Message:
@@ -127,6 +155,15 @@ def stored_message(
         new.id, session_id, sequence, sequence, new.role, new.content, new.language_code,
         metadata, created_at, stored_attachments,
     )  # fmt: skip
+
+
+def stored_messages(
+    session_id: str, new: Sequence[NewMessage], rows: Sequence[Sequence[Any]]
+) -> list[Message]:
+    """The stored form of new messages, from the rows that APPEND returned."""
+    return [
+        stored_message(session_id, message, *row) for message, row in zip(new, rows, strict=True)
+    ]
 
 
 async def append_messages(
@@ -144,44 +181,18 @@ async def append_messages(
     language code, of a tenant without a search language, get `default_search_language`.
     `outcome_unknown` says that an earlier attempt lost its connection and may have stored them.
     """
-    params = _message_params(tenant_id, session_id, new)
-    ticks = 0
-    message_ticks: list[int] = []
-    new_attachments: list[tuple[NewAttachment, str, int]] = []
-    for message in new:
-        message_ticks.append(ticks)
-        for attachment in message.attachments:
-            ticks += 1
-            new_attachments.append((attachment, message.id, ticks))
-        ticks += 1
-    params |= {
-        "search_languages": search_language_literal(message.language_code for message in new),
-        "search_language": default_search_language,
-        "count": len(new),
-        "ticks": ticks,
-        "message_ticks": array_literal(message_ticks),
-        "attachment_ids": array_literal(attachment.id for attachment, _, _ in new_attachments),
-        "attachment_message_ids": array_literal(message_id for _, message_id, _ in new_attachments),
-        "file_urls": array_literal(attachment.file_url for attachment, _, _ in new_attachments),
-        "file_names": array_literal(attachment.file_name for attachment, _, _ in new_attachments),
-        "file_types": array_literal(attachment.file_type for attachment, _, _ in new_attachments),
-        "attachment_ticks": array_literal(tick for _, _, tick in new_attachments),
-    }
     id_violation = None
     try:
         rows = await db.write(
             APPEND,
-            params,
+            append_params(tenant_id, session_id, new, default_search_language),
             lambda *row: row,
             idempotent=True,
             outcome_unknown=outcome_unknown,
             locks=[session_id],
         )
         if rows:
-            return [
-                stored_message(session_id, message, *row)
-                for message, row in zip(new, rows, strict=True)
-            ]
+            return stored_messages(session_id, new, rows)
     except ConstraintViolation as violation:
         if violation.constraint not in ID_CONSTRAINTS:
             raise
@@ -191,7 +202,7 @@ async def append_messages(
         return stored
     if id_violation is not None and id_violation.constraint == "chat_attachments_pkey":
         raise await attachments.id_taken_error(
-            db, tenant_id, [attachment for attachment, _, _ in new_attachments]
+            db, tenant_id, [attachment for message in new for attachment in message.attachments]
         ) from id_violation
     await sessions.get(db, tenant_id, session_id)
     # The statement found one of the ids, which is gone now: its session was deleted in between.
