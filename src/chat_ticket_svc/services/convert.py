@@ -29,6 +29,11 @@ MESSAGE_ROLE = {
     "user": pb.CHAT_MESSAGE_ROLE_USER,
     "assistant": pb.CHAT_MESSAGE_ROLE_ASSISTANT,
 }
+# A message without one is COMPLETE.
+MESSAGE_STATE = {
+    "incomplete": pb.CHAT_MESSAGE_STATE_INCOMPLETE,
+    "stopped": pb.CHAT_MESSAGE_STATE_STOPPED,
+}
 TICKET_STATUS = {
     "open": pb.TICKET_STATUS_OPEN,
     "pending": pb.TICKET_STATUS_PENDING,
@@ -72,6 +77,7 @@ def message(row: Message) -> pb.ChatMessage:
         create_time=timestamp(row.created_at),
         attachments=[attachment(attached) for attached in row.attachments],
         language_code=row.language_code or "",
+        state=MESSAGE_STATE[row.state] if row.state else pb.CHAT_MESSAGE_STATE_COMPLETE,
     )
 
 
@@ -82,6 +88,7 @@ CONTINUED = [bytes([n & 0x7F | 0x80, n >> 7 | 0x80]) for n in range(1 << 14)]
 ROLE_AND_CONTENT_TAG = {
     name.encode(): b"(%b2" % bytes([number]) for name, number in MESSAGE_ROLE.items()
 }
+STATE = {name.encode(): b"X%b" % bytes([number]) for name, number in MESSAGE_STATE.items()}
 
 
 def _varint(number: int) -> bytes:
@@ -102,7 +109,8 @@ def messages(session_id: str, rows: Iterable[Row]) -> bytes:
     time, time_seconds = b"", -1
     continued, final = CONTINUED, FINAL  # local names are faster
     for (
-        id_, sequence, revision, role, content, metadata, created_at, attachments, language, _
+        id_, sequence, revision, role, content, metadata, created_at, attachments, language, state,
+        _,
     ) in rows:  # fmt: skip
         if 0x4000 <= sequence < 0x10000000:
             number = continued[sequence & 0x3FFF] + final[sequence >> 14]
@@ -134,6 +142,8 @@ def messages(session_id: str, rows: Iterable[Row]) -> bytes:
             message += _attachments(attachments)
         if language is not None:
             message += b"R%b%b" % (final[len(language)], language)
+        if state is not None:
+            message += STATE[state]
         size = len(message)
         parts += (b"\x12", final[size] if size < 0x4000 else _varint(size), message)
     return b"".join(parts)

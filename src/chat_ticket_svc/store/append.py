@@ -31,7 +31,7 @@ WITH session AS (
 ), message AS (
     INSERT INTO chat_messages
            (tenant_id, id, session_id, sequence, revision, role, content, language_code,
-            search_language, metadata, created_at)
+            search_language, metadata, state, created_at)
     SELECT %(tenant_id)s, new.id, %(session_id)s::uuid,
            session.revision + new.ordinal, session.revision + new.ordinal,
            new.role, new.content, new.language_code,
@@ -39,13 +39,14 @@ WITH session AS (
                     (SELECT search_language FROM tenant_settings
                       WHERE tenant_id = %(tenant_id)s),
                     %(search_language)s::text),
-           new.metadata::jsonb, session.time + new.tick * interval '1 microsecond'
+           new.metadata::jsonb, new.state, session.time + new.tick * interval '1 microsecond'
       FROM session,
            unnest(%(ids)s::uuid[], %(roles)s::text[], %(contents)s::text[],
                   %(language_codes)s::text[], %(search_languages)s::text[],
-                  %(metadatas)s::text[], %(message_ticks)s::integer[])
+                  %(metadatas)s::text[], %(states)s::text[], %(message_ticks)s::integer[])
                WITH ORDINALITY
-               AS new (id, role, content, language_code, search_language, metadata, tick, ordinal)
+               AS new (id, role, content, language_code, search_language, metadata, state, tick,
+                       ordinal)
     RETURNING sequence, metadata::text AS metadata,
               (extract(epoch FROM created_at) * 1000000)::bigint AS created_at
 ), attachment AS (
@@ -66,14 +67,15 @@ SELECT sequence, metadata, created_at FROM message ORDER BY sequence
 ID_CONSTRAINTS = {"chat_messages_pkey", "chat_message_tombstones_pkey", "chat_attachments_pkey"}
 
 # Metadata is compared as jsonb text, as 1.0 and 1 are equal as jsonb, but different values to the
-# caller. A message that was changed since may have other metadata.
+# caller. A message that was changed since may have other metadata. The state is not compared, as no
+# request has one.
 FIND_REPEATS = f"""
 SELECT m.id IS NOT NULL, t.message_id IS NOT NULL,
        m.session_id = %(session_id)s::uuid AND m.role = new.role AND m.content = new.content
            AND m.language_code IS NOT DISTINCT FROM new.language_code
            AND (m.revision > m.sequence
                 OR m.metadata::text IS NOT DISTINCT FROM new.metadata::jsonb::text),
-       m.sequence, m.revision, m.metadata::text,
+       m.sequence, m.revision, m.metadata::text, m.state,
        (extract(epoch FROM m.created_at) * 1000000)::bigint, {messages.ATTACHMENTS}
   FROM unnest(%(ids)s::uuid[], %(roles)s::text[], %(contents)s::text[],
               %(language_codes)s::text[], %(metadatas)s::text[])
@@ -131,6 +133,7 @@ def append_params(
     return _message_params(tenant_id, session_id, new) | {
         "search_languages": search_language_literal(message.language_code for message in new),
         "search_language": default_search_language,
+        "states": array_literal(message.state for message in new),
         "count": len(new),
         "ticks": ticks,
         "message_ticks": array_literal(message_ticks),
@@ -153,7 +156,7 @@ def stored_message(
     )
     return Message(
         new.id, session_id, sequence, sequence, new.role, new.content, new.language_code,
-        metadata, created_at, stored_attachments,
+        metadata, new.state, created_at, stored_attachments,
     )  # fmt: skip
 
 
@@ -229,7 +232,7 @@ async def find_repeat(
     stored: list[Message] = []
     taken_index: int | None = None
     for index, (message, row) in enumerate(zip(new, rows, strict=True)):
-        exists, is_deleted, is_equal, sequence, revision, metadata, created_at, files = row
+        exists, is_deleted, is_equal, sequence, revision, metadata, state, created_at, files = row
         stored_attachments = messages.attachments_from_json(files)
         if is_deleted or (exists and not is_equal):
             taken_index = index
@@ -242,7 +245,7 @@ async def find_repeat(
             stored.append(
                 Message(
                     message.id, session_id, sequence, revision, message.role, message.content,
-                    message.language_code, metadata, created_at, stored_attachments,
+                    message.language_code, metadata, state, created_at, stored_attachments,
                 )
             )  # fmt: skip
     if taken_index is None and stored and len(stored) < len(new):

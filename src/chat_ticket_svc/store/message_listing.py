@@ -14,13 +14,16 @@ from chat_ticket_svc.store.database import PIPELINED_MAX_ROWS, Database
 from chat_ticket_svc.store.sessions import Session
 from chat_ticket_svc.store.transaction import Transaction
 
-# id, sequence, revision, role, content, metadata, created_at, attachments, language_code, size.
+# id, sequence, revision, role, content, metadata, created_at, attachments, language_code, state,
+# size.
 # `created_at` is in microseconds since PostgreSQL's epoch, 2000-01-01. `attachments` is a JSON
 # array of the columns of the attachments. A message that exceeds the size limit of the read has no
 # content, metadata or attachments.
-Row = tuple[bytes, int, int, bytes, bytes, bytes | None, int, bytes | None, bytes | None, int]
-ROW_TYPES = (BYTES, INTEGER, INTEGER, BYTES, BYTES, BYTES, INTEGER, BYTES, BYTES, INTEGER)
-sequence, content, size = itemgetter(1), itemgetter(4), itemgetter(9)
+Row = tuple[
+    bytes, int, int, bytes, bytes, bytes | None, int, bytes | None, bytes | None, bytes | None, int
+]
+ROW_TYPES = (BYTES, INTEGER, INTEGER, BYTES, BYTES, BYTES, INTEGER, BYTES, BYTES, BYTES, INTEGER)
+sequence, content, size = itemgetter(1), itemgetter(4), itemgetter(10)
 
 SESSION_TYPES = type_ids(Session)
 
@@ -54,7 +57,7 @@ def _statement(columns: LiteralString, order: LiteralString) -> LiteralString:
     return f"""
 WITH page AS MATERIALIZED (
     SELECT m.id, m.sequence, m.revision, m.role, m.content, m.metadata::text AS metadata,
-           m.created_at, m.language_code,
+           m.created_at, m.language_code, m.state,
            CASE WHEN EXISTS (
                SELECT FROM chat_attachments a
                 WHERE a.tenant_id = m.tenant_id AND a.message_id = m.id OFFSET 0)
@@ -75,7 +78,7 @@ SELECT {columns} m.id::text, m.sequence, m.revision, m.role,
        CASE WHEN m.size <= %(message_bytes)s THEN m.metadata END,
        m.created_at,
        CASE WHEN m.size <= %(message_bytes)s THEN m.attachments END,
-       m.language_code, m.size
+       m.language_code, m.state, m.size
   FROM chat_sessions
   LEFT JOIN sized m ON true
  WHERE chat_sessions.tenant_id = %(tenant_id)s AND chat_sessions.id = %(session_id)s::uuid

@@ -25,7 +25,8 @@ ATTACHMENTS = f"""
 class Message(NamedTuple):
     """A row of chat_messages with its attachments.
 
-    `metadata` is JSON text, and the time is in microseconds since the Unix epoch.
+    `metadata` is JSON text, and the time is in microseconds since the Unix epoch. `state` is None
+    if the message is whole.
     """
 
     id: Annotated[str, "m.id::text"]
@@ -36,12 +37,16 @@ class Message(NamedTuple):
     content: Annotated[str, "m.content"]
     language_code: Annotated[str | None, "m.language_code"]
     metadata: Annotated[str | None, "m.metadata::text AS metadata"]
+    state: Annotated[str | None, "m.state"]
     created_at: Annotated[int, microseconds("m.created_at")]
     attachments: Annotated[tuple[Attachment, ...], f"{ATTACHMENTS} AS attachments"]
 
 
 class NewMessage(NamedTuple):
-    """A message to append. The client may assign the id; otherwise the service does."""
+    """A message to append. The client may assign the id; otherwise the service does.
+
+    Only the message that a draft becomes has a state.
+    """
 
     id: str
     role: str
@@ -49,6 +54,7 @@ class NewMessage(NamedTuple):
     language_code: str | None
     metadata: str | None
     attachments: tuple[NewAttachment, ...]
+    state: str | None = None
 
 
 COLUMNS = column_list(Message)
