@@ -100,7 +100,7 @@ class Quotas(BaseModel):
     """Limits of what callers may use of one server process.
 
     Calls beyond the rate or the calls in flight wait for up to 2 seconds before they are refused.
-    ListChatMessages and WatchChatSession streams both count as streams.
+    ListChatMessages, WatchChatSession and WriteChatDraft streams count as streams.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -124,6 +124,21 @@ class Quotas(BaseModel):
         default=400, description="Unary calls of all tenants at the same time."
     )
     streams: PositiveInt = Field(default=4000, description="Open streams of all tenants.")
+    tenant_drafts: PositiveInt = Field(
+        default=500, description="Drafts of one tenant that are being written."
+    )
+    drafts: PositiveInt = Field(
+        default=2000, description="Drafts of all tenants that are being written."
+    )
+    tenant_draft_bytes_per_second: PositiveInt = Field(
+        default=MIB,
+        description="Bytes of text a second that one tenant writes to drafts; a piece counts as at "
+        "least 128. Text beyond it waits.",
+    )
+    draft_bytes_per_second: PositiveInt = Field(
+        default=8 * MIB,
+        description="Bytes of text a second that all tenants write to drafts. Text beyond it waits.",
+    )
 
 
 class Settings(BaseSettings):
@@ -287,6 +302,15 @@ class Settings(BaseSettings):
         gt=0,
         description="How often a process reads the revisions of all its watched sessions. This is "
         "the fallback for lost notifications.",
+    )
+
+    # Drafts
+    draft_seconds: float = Field(
+        default=60,
+        ge=1,
+        le=3600,
+        description="When the writer of a draft is silent for this long, its draft becomes a message "
+        "with the state `INCOMPLETE`. All servers of a database need the same.",
     )
 
     # Attachments

@@ -124,7 +124,7 @@ class ContentionError(AbortedError):
 
 
 class OutOfRangeError(DomainError):
-    """The revision does not exist yet."""
+    """The revision, or the place in a draft, does not exist yet."""
 
 
 class ResourceExhaustedError(DomainError):
@@ -202,6 +202,7 @@ class Reason:
 _RESOURCES = {
     "chat_session": "session",
     "chat_message": "message",
+    "chat_draft": "draft",
     "chat_attachment": "attachment",
     "chat_ticket": "chat ticket",
     "ticket": "ticket",
@@ -286,6 +287,13 @@ REASONS = (
         for resource, name in _RESOURCES.items()
     ),
     Reason(
+        "DRAFT_OPEN",
+        "ALREADY_EXISTS",
+        "The draft is to be the only open one of its session, which has another. `ResourceInfo` "
+        "names it.",
+        "Leave the answer to the other writer, or stop its draft first.",
+    ),
+    Reason(
         "SESSION_HAS_TICKET",
         "ALREADY_EXISTS",
         "The session has a ticket already.",
@@ -322,6 +330,12 @@ REASONS = (
         "Delete an attachment, or use another message.",
     ),
     Reason(
+        "TOO_MANY_DRAFTS",
+        "FAILED_PRECONDITION",
+        "The session has as many open drafts as it may have.",
+        "Finish or stop one of them first.",
+    ),
+    Reason(
         "ETAG_MISMATCH",
         "ABORTED",
         "The session has changed since the caller read it.",
@@ -332,6 +346,26 @@ REASONS = (
         "ABORTED",
         "A conflict or a lock timeout; the server's own retries are exhausted.",
         _RETRY,
+    ),
+    Reason(
+        "DRAFT_CONFLICT",
+        "ABORTED",
+        "The text differs from what the draft has at this offset. The metadata has the `length` of "
+        "the draft.",
+        "Two writers have written different answers. Read the draft, then go on from its length, "
+        "or use another id.",
+    ),
+    Reason(
+        "DRAFT_TAKEN_OVER",
+        "ABORTED",
+        "Another stream has taken over the draft. This one can write no more.",
+        "Leave the draft to the other writer.",
+    ),
+    Reason(
+        "DRAFT_GAP",
+        "OUT_OF_RANGE",
+        "The text begins after the end of the draft. The metadata has its `length`.",
+        "Send the text from this length on. A failover can lose text that was acknowledged.",
     ),
     Reason(
         "REVISION_OUT_OF_RANGE",
@@ -405,8 +439,9 @@ REASONS = (
     Reason(
         "DRAINING",
         "UNAVAILABLE",
-        "The server shuts down and ends its watches.",
-        "Resume on another server, after the last revision received.",
+        "The server shuts down and ends its watches and the streams that write drafts.",
+        "Resume on another server: a watch after the last revision received, a draft from the length "
+        "in `started`.",
     ),
     Reason(
         "OUTCOME_UNKNOWN",

@@ -14,6 +14,8 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from chat_ticket.v1 import (
     chat_attachment_pb2,
     chat_attachment_pb2_grpc,
+    chat_draft_pb2,
+    chat_draft_pb2_grpc,
     chat_message_pb2,
     chat_message_pb2_grpc,
     chat_session_pb2,
@@ -25,6 +27,7 @@ from chat_ticket_svc import workers
 from chat_ticket_svc.access import method_permissions
 from chat_ticket_svc.access.admission import AdmissionController
 from chat_ticket_svc.access.authenticator import Authenticator
+from chat_ticket_svc.access.draft_quotas import DraftQuotas
 from chat_ticket_svc.access.quotas import QuotaEnforcer
 from chat_ticket_svc.addresses import ListenError, format_address
 from chat_ticket_svc.config import MIB, ConfigurationError, Settings
@@ -33,12 +36,15 @@ from chat_ticket_svc.rpc import aio_server
 from chat_ticket_svc.rpc.health import HealthMonitor, HealthServicer
 from chat_ticket_svc.rpc.middleware import MethodRegistrar, RpcMiddleware
 from chat_ticket_svc.services.attachments import ChatAttachmentService
+from chat_ticket_svc.services.drafts import ChatDraftService
 from chat_ticket_svc.services.messages import ChatMessageService
 from chat_ticket_svc.services.sessions import ChatSessionService
 from chat_ticket_svc.services.tickets import ChatTicketService
 from chat_ticket_svc.store import schema
 from chat_ticket_svc.store.connection import require_valid_url
 from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store.draft_commit import DraftGroupCommit
+from chat_ticket_svc.store.draft_expiry import DraftExpiry
 from chat_ticket_svc.telemetry import metrics
 from chat_ticket_svc.watch.hub import WatchHub
 
@@ -58,6 +64,7 @@ SERVICES = [
         (chat_message_pb2, "ChatMessageService"),
         (chat_attachment_pb2, "ChatAttachmentService"),
         (chat_ticket_pb2, "ChatTicketService"),
+        (chat_draft_pb2, "ChatDraftService"),
     )
 ]
 
@@ -129,6 +136,17 @@ class Server:
             watch_heartbeat_seconds=settings.watch_heartbeat_seconds,
             max_concurrent_reads=max(1, settings.pool_size // 2),
         )
+        self._draft_commit = DraftGroupCommit(
+            self._db,
+            lease_seconds=settings.draft_seconds,
+            on_written=self._watch_hub.notify_draft,
+        )
+        self._watch_hub.set_draft_writers(self._draft_commit)
+        self._draft_expiry = DraftExpiry(
+            self._db,
+            default_search_language=settings.search_language,
+            on_finished=self._on_drafts_ended,
+        )
         self._url_checker = _url_checker(settings)
         self._certificates = _server_certificates(settings)
         self._jwks_client = _jwks_client(settings)
@@ -172,6 +190,7 @@ class Server:
             raise
         await self._db.open()
         self._watch_hub.start()
+        self._draft_expiry.start()
         if self._certificates is not None:
             self._certificates.start_reloading()
         await self._health_monitor.start()
@@ -184,13 +203,14 @@ class Server:
     async def stop(self) -> None:
         """Drain and stop.
 
-        Health checks report NOT_SERVING first, then watches end, then calls in flight finish, and
-        last the connections are closed.
+        Health checks report NOT_SERVING first, then watches and the writing of drafts end, then
+        calls in flight finish, and last the connections are closed.
         """
         await self._health_monitor.close()
         await self._health.enter_graceful_shutdown()
         await asyncio.sleep(DRAIN_NOTICE_SECONDS)
         self._watch_hub.drain()
+        self._draft_commit.drain()
         await self._middleware.pause(
             quiet_seconds=DRAIN_QUIET_SECONDS, max_seconds=DRAIN_HOLD_SECONDS
         )
@@ -199,6 +219,8 @@ class Server:
         self._middleware.resume()
         await stopping
         await self._middleware.wait_for_handlers(timeout=1)
+        await self._draft_expiry.stop()
+        await self._draft_commit.close()
         await self._watch_hub.stop()
         await self._close()
 
@@ -252,7 +274,7 @@ class Server:
         db, watch_hub, settings = self._db, self._watch_hub, self._settings
         server: Any = MethodRegistrar(self._grpc, self._middleware)
         chat_session_pb2_grpc.add_ChatSessionServiceServicer_to_server(
-            ChatSessionService(db, watch_hub, settings), server
+            ChatSessionService(db, watch_hub, settings, on_deleted=self._on_drafts_ended), server
         )
         chat_message_pb2_grpc.add_ChatMessageServiceServicer_to_server(
             ChatMessageService(db, watch_hub, self._url_checker, settings), server
@@ -263,6 +285,18 @@ class Server:
         chat_ticket_pb2_grpc.add_ChatTicketServiceServicer_to_server(
             ChatTicketService(db, watch_hub, settings), server
         )
+        chat_draft_pb2_grpc.add_ChatDraftServiceServicer_to_server(
+            ChatDraftService(
+                db,
+                self._draft_commit,
+                DraftQuotas(settings.quotas),
+                self._url_checker,
+                settings,
+                on_changed=watch_hub.notify_draft,
+                on_ended=self._on_drafts_ended,
+            ),
+            server,
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         if settings.reflection:
             names = [*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME]
@@ -270,6 +304,12 @@ class Server:
                 reflection.aio.ReflectionServicer(names), server
             )
         method_permissions.require_permission_rules(server.names)
+
+    def _on_drafts_ended(self, tenant_id: str, session_id: str) -> None:
+        """Drafts of a session are gone: tell those who watch it, and those who write here."""
+        self._watch_hub.notify_changed(tenant_id, session_id)
+        self._watch_hub.notify_draft(tenant_id, session_id)
+        self._draft_commit.check_drafts((tenant_id, session_id))
 
     async def _check_schema(self) -> None:
         try:

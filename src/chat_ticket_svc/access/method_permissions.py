@@ -9,6 +9,7 @@ SESSIONS = "/chat_ticket.v1.ChatSessionService"
 MESSAGES = "/chat_ticket.v1.ChatMessageService"
 ATTACHMENTS = "/chat_ticket.v1.ChatAttachmentService"
 TICKETS = "/chat_ticket.v1.ChatTicketService"
+DRAFTS = "/chat_ticket.v1.ChatDraftService"
 
 METHOD_PERMISSIONS: Mapping[str, Permission] = {
     f"{SESSIONS}/GetChatSession": Permission.READ,
@@ -28,6 +29,10 @@ METHOD_PERMISSIONS: Mapping[str, Permission] = {
     f"{ATTACHMENTS}/ListChatAttachments": Permission.READ,
     f"{ATTACHMENTS}/CreateChatAttachment": Permission.WRITE,
     f"{ATTACHMENTS}/DeleteChatAttachment": Permission.DELETE,
+    f"{DRAFTS}/GetChatDraft": Permission.READ,
+    f"{DRAFTS}/ListChatDrafts": Permission.READ,
+    f"{DRAFTS}/WriteChatDraft": Permission.WRITE,
+    f"{DRAFTS}/StopChatDraft": Permission.WRITE,
     f"{TICKETS}/GetChatTicket": Permission.READ,
     f"{TICKETS}/ListChatTickets": Permission.READ,
     f"{TICKETS}/GetTicket": Permission.READ,

@@ -159,14 +159,15 @@ class QuotaEnforcer:
 
     def _require_stream_quotas(self, usage: _TenantUsage, session_id: str) -> None:
         limits = self._limits
-        _require_below("tenant_streams", limits.tenant_streams, usage.streams, usage.tenant_id)
-        _require_below(
-            "session_streams",
-            limits.session_streams,
-            usage.session_streams[session_id],
-            usage.tenant_id,
-        )
-        _require_below("streams", limits.streams, self._streams)
+        require_below("tenant_streams", limits.tenant_streams, usage.streams, usage.tenant_id)
+        if session_id:  # the session of a stream that writes a draft is in its first request
+            require_below(
+                "session_streams",
+                limits.session_streams,
+                usage.session_streams[session_id],
+                usage.tenant_id,
+            )
+        require_below("streams", limits.streams, self._streams)
 
     def _take_stream(self, usage: _TenantUsage, session_id: str) -> _Lease:
         self._require_stream_quotas(usage, session_id)  # others may have opened meanwhile
@@ -196,12 +197,10 @@ class QuotaEnforcer:
             raise self._exceeded(usage, queue)
         waiting_bytes = self._waiting_bytes + request_bytes
         tenant_id, tenant_bytes = usage.tenant_id, usage.waiting_bytes + request_bytes
-        _require_below("tenant_waiting_calls", MAX_WAITING_PER_TENANT, usage.waiting, tenant_id)
-        _require_below("waiting_calls", MAX_WAITING, self._waiting)
-        _require_below(
-            "tenant_waiting_bytes", MAX_WAITING_BYTES_PER_TENANT, tenant_bytes, tenant_id
-        )
-        _require_below("waiting_bytes", MAX_WAITING_BYTES, waiting_bytes)
+        require_below("tenant_waiting_calls", MAX_WAITING_PER_TENANT, usage.waiting, tenant_id)
+        require_below("waiting_calls", MAX_WAITING, self._waiting)
+        require_below("tenant_waiting_bytes", MAX_WAITING_BYTES_PER_TENANT, tenant_bytes, tenant_id)
+        require_below("waiting_bytes", MAX_WAITING_BYTES, waiting_bytes)
         lease: asyncio.Future[_Lease] = asyncio.get_running_loop().create_future()
         queue[lease] = next(self._arrivals), take
         self._waiting += 1
@@ -312,7 +311,7 @@ class QuotaEnforcer:
     def acquire_unauthenticated_stream(self, method: str) -> Iterator[None]:
         """Hold a stream of a method that requires no credential for the duration of the block."""
         streams = self._unauthenticated_streams
-        _require_below("open_streams", UNAUTHENTICATED_STREAMS_PER_METHOD, streams[method])
+        require_below("open_streams", UNAUTHENTICATED_STREAMS_PER_METHOD, streams[method])
         streams[method] += 1
         try:
             yield
@@ -358,6 +357,7 @@ class QuotaEnforcer:
         self._prune_threshold = max(PRUNE_THRESHOLD_TENANTS, 2 * len(self._usages))
 
 
-def _require_below(quota: str, limit: int, used: int, tenant_id: str | None = None) -> None:
+def require_below(quota: str, limit: int, used: int, tenant_id: str | None = None) -> None:
+    """Raises QuotaExceededError, of the tenant or without one of the server, at the limit."""
     if used >= limit:
         raise QuotaExceededError(quota, limit, tenant_id, retry_seconds=1)

@@ -8,6 +8,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from chat_ticket.v1 import resources_pb2 as pb
 from chat_ticket_svc.store.attachments import Attachment
+from chat_ticket_svc.store.drafts import Draft
 from chat_ticket_svc.store.message_listing import Row
 from chat_ticket_svc.store.messages import Message
 from chat_ticket_svc.store.sessions import Session
@@ -78,6 +79,20 @@ def message(row: Message) -> pb.ChatMessage:
         attachments=[attachment(attached) for attached in row.attachments],
         language_code=row.language_code or "",
         state=MESSAGE_STATE[row.state] if row.state else pb.CHAT_MESSAGE_STATE_COMPLETE,
+    )
+
+
+def draft(row: Draft) -> pb.ChatDraft:
+    return pb.ChatDraft(
+        id=row.id,
+        session_id=row.session_id,
+        role=MESSAGE_ROLE[row.role],
+        content=row.content,
+        length=row.length,
+        metadata_json=row.metadata or "",
+        language_code=row.language_code or "",
+        create_time=timestamp(row.created_at),
+        expire_time=timestamp(row.expires_at),
     )
 
 

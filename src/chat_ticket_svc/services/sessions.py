@@ -1,7 +1,7 @@
 """ChatSessionService."""
 
 import functools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import grpc.aio
@@ -25,10 +25,18 @@ Event = pb.WatchChatSessionResponse
 class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     """Implements chat_session.proto, which documents each method."""
 
-    def __init__(self, db: Database, watch_hub: WatchHub, settings: Settings):
+    def __init__(
+        self,
+        db: Database,
+        watch_hub: WatchHub,
+        settings: Settings,
+        *,
+        on_deleted: Callable[[str, str], object],
+    ):
+        """`on_deleted` gets (tenant, session) of each session that was deleted."""
         self._db = db
         self._watch_hub = watch_hub
-        self._deleter = SessionDeleter(db, watch_hub.notify_changed)
+        self._deleter = SessionDeleter(db, on_deleted)
         self._limits = settings.limits
 
     async def CreateChatSession(

@@ -263,35 +263,51 @@ class Validator:
         self._distinct_ids(new)
         return list(new.values())
 
+    def new_attachments(
+        self, field: str, attachments: Sequence[pb.ChatAttachment]
+    ) -> tuple[NewAttachment, ...]:
+        """The attachments of one message."""
+        new = self._attachments(field, attachments)
+        self._distinct({f"{field}[{index}].id": a.id for index, a in enumerate(new)})
+        return new
+
+    def _attachments(
+        self, field: str, attachments: Sequence[pb.ChatAttachment]
+    ) -> tuple[NewAttachment, ...]:
+        if not self.has_at_most(field, attachments, self._limits.attachments):
+            return ()
+        return tuple(
+            self.new_attachment(f"{field}[{index}]", attachment)
+            for index, attachment in enumerate(attachments)
+        )
+
     def _message(self, field: str, message: pb.ChatMessage) -> NewMessage:
-        attachments: tuple[NewAttachment, ...] = ()
-        if self.has_at_most(f"{field}.attachments", message.attachments, self._limits.attachments):
-            attachments = tuple(
-                self.new_attachment(f"{field}.attachments[{index}]", attachment)
-                for index, attachment in enumerate(message.attachments)
-            )
         return NewMessage(
             id=self.new_id(f"{field}.id", message.id),
             role=self.enum(f"{field}.role", message.role, convert.MESSAGE_ROLE),
             content=self.content(f"{field}.content", message.content),
             language_code=self.language_code(f"{field}.language_code", message.language_code),
             metadata=self.metadata(f"{field}.metadata_json", message.metadata_json),
-            attachments=attachments,
+            attachments=self._attachments(f"{field}.attachments", message.attachments),
         )
 
     def _distinct_ids(self, messages: Mapping[str, NewMessage]) -> None:
         """Check that no id in these messages, by their path in the request, is there twice."""
-        message_ids = [(f"{path}.id", message.id) for path, message in messages.items()]
-        attachment_ids = [
-            (f"{path}.attachments[{index}].id", attachment.id)
-            for path, message in messages.items()
-            for index, attachment in enumerate(message.attachments)
-        ]
-        for ids in (message_ids, attachment_ids):
-            first: dict[str, str] = {}
-            for field, value in ids:
-                if value and first.setdefault(value, field) != field:
-                    self.add_violation(field, f"the same id as {first[value]}")
+        self._distinct({f"{path}.id": message.id for path, message in messages.items()})
+        self._distinct(
+            {
+                f"{path}.attachments[{index}].id": attachment.id
+                for path, message in messages.items()
+                for index, attachment in enumerate(message.attachments)
+            }
+        )
+
+    def _distinct(self, ids: Mapping[str, str]) -> None:
+        """Check that no id, by its path in the request, is there twice."""
+        first: dict[str, str] = {}
+        for field, value in ids.items():
+            if value and first.setdefault(value, field) != field:
+                self.add_violation(field, f"the same id as {first[value]}")
 
     def new_attachment(self, field: str, attachment: pb.ChatAttachment) -> NewAttachment:
         file_type = self.single_line(

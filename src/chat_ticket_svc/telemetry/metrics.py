@@ -68,6 +68,35 @@ NOTIFY_BATCH_SESSIONS = Histogram(
     buckets=(1, 2, 4, 8, 16, 27),
     registry=REGISTRY,
 )
+DRAFT_WRITERS = Gauge("chat_ticket_draft_writers", "Streams that write a draft.", registry=REGISTRY)
+DRAFT_PIECES = Counter(
+    "chat_ticket_draft_pieces", "Pieces of text that were added to drafts.", registry=REGISTRY
+)
+DRAFT_BYTES = Counter(
+    "chat_ticket_draft_bytes", "Bytes of text that were added to drafts.", registry=REGISTRY
+)
+DRAFT_COMMIT_SECONDS = Histogram(
+    "chat_ticket_draft_commit_seconds",
+    "Time of a statement that adds text to drafts, with its commit.",
+    buckets=SECONDS,
+    registry=REGISTRY,
+)
+DRAFT_COMMIT_DRAFTS = Histogram(
+    "chat_ticket_draft_commit_drafts",
+    "Drafts in one statement that adds text.",
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+    registry=REGISTRY,
+)
+DRAFT_TAKEOVERS = Counter(
+    "chat_ticket_draft_takeovers",
+    "Open drafts that a stream took over, mostly those of writers that resumed.",
+    registry=REGISTRY,
+)
+DRAFTS_EXPIRED = Counter(
+    "chat_ticket_drafts_expired",
+    "Drafts of lost writers that this process has finished.",
+    registry=REGISTRY,
+)
 POOL_CONNECTIONS = Gauge(
     "chat_ticket_pool_connections", "Connections in the database pool.", registry=REGISTRY
 )

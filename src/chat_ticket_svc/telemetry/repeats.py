@@ -3,6 +3,10 @@
 import time
 from collections.abc import Callable, Hashable
 
+import structlog
+
+log = structlog.get_logger()
+
 INTERVAL_SECONDS = 60
 
 
@@ -25,3 +29,15 @@ class RepeatCounter:
             return None
         self._logged_at[line] = now
         return self._held_back.pop(line, 0)
+
+
+class RepeatedWarnings:
+    """Logs warnings. While one repeats, logs it once a minute, with the number of repeats."""
+
+    def __init__(self) -> None:
+        self._repeats = RepeatCounter()
+
+    def warn(self, event: str, problem: str) -> None:
+        repeats = self._repeats.count((event, problem))
+        if repeats is not None:
+            log.warning(event, problem=problem, **({"repeats": repeats} if repeats else {}))

@@ -22,7 +22,7 @@ from chat_ticket_svc.store.connection import connect, connection_string
 from chat_ticket_svc.store.connection_errors import cause
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.telemetry import metrics
-from chat_ticket_svc.telemetry.repeats import RepeatCounter
+from chat_ticket_svc.telemetry.repeats import RepeatedWarnings
 from chat_ticket_svc.timeouts import Timeout
 
 log = structlog.get_logger()
@@ -83,7 +83,7 @@ class Notifications:
         self._has_pending = asyncio.Event()
         self._poll_now = asyncio.Event()
         self._notifier_pid = 0
-        self._repeats = RepeatCounter()
+        self._warnings = RepeatedWarnings()
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -118,16 +118,9 @@ class Notifications:
                     event, failures = f"{name} lost its connection", 0
                     await run(connection)
             except Exception as error:  # any error: the next connection may work
-                self._warn(event, error)
+                self._warnings.warn(event, cause(error))
                 failures += event.endswith("cannot connect")
             await asyncio.sleep(RECONNECT_SECONDS)
-
-    def _warn(self, event: str, error: Exception) -> None:
-        """Log a warning. While it repeats, log it once a minute, with the number of repeats."""
-        problem = cause(error)
-        repeats = self._repeats.count((event, problem))
-        if repeats is not None:
-            log.warning(event, problem=problem, **({"repeats": repeats} if repeats else {}))
 
     async def _notify(self, connection: psycopg.AsyncConnection[Any]) -> None:
         """Send one NOTIFY at a time. Changes that arrive meanwhile are batched into the next."""
@@ -181,7 +174,7 @@ class Notifications:
             try:
                 moved = await sessions.find_moved(self._db, cursors)
             except Exception as error:  # any error: a poll that ended could leave watchers stuck
-                self._warn("could not poll the watched sessions", error)
+                self._warnings.warn("could not poll the watched sessions", cause(error))
                 continue
             for tenant_id, session_id, revision in moved:
                 self._watched.wake_if_moved((tenant_id, session_id), revision)
