@@ -2,16 +2,19 @@
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 from typing import Any, LiteralString
 from urllib.parse import urlsplit
 
 import psycopg
 import pytest
-from support.client import Api
+from support.client import Api, an_id
 from support.process import server_process
+from support.server import serving
 from support.watching import assert_same_state, watching
 
 from chat_ticket.v1.chat_session_pb2 import DeleteChatSessionRequest
+from chat_ticket_svc.server import Server
 from chat_ticket_svc.watch import notifications
 
 LISTENERS = """
@@ -178,3 +181,81 @@ async def test_many_writes_are_announced_by_few_notifications(
         <= 1 + len(sessions) // 27 + (clock() - start) / notifications.NOTIFY_INTERVAL_SECONDS
     )
     assert sorted(announced) == sorted(f"{session.id}{api.tenant}" for session in sessions)
+
+
+class Writers:
+    """Writers of drafts, and what they are told."""
+
+    def __init__(self) -> None:
+        self.checked: list[tuple[str, str]] = []
+        self.polls = 0
+
+    def check_drafts(self, key: tuple[str, str]) -> None:
+        self.checked.append(key)
+
+    def check_all_drafts(self) -> None:
+        self.polls += 1
+
+
+@contextlib.asynccontextmanager
+async def notifying(
+    database_url: str, poll_seconds: float
+) -> AsyncIterator[tuple[Server, Writers]]:
+    writers = Writers()
+    async with serving(database_url, watch_poll_interval_seconds=poll_seconds) as server:
+        server._watch_hub.set_draft_writers(writers)
+        yield server, writers
+
+
+async def test_writers_of_drafts_learn_what_other_processes_do(
+    fresh_database: str, tenant: str
+) -> None:
+    """Of the other's changes to drafts, and not of their own nor of changes to sessions."""
+    async with (
+        notifying(fresh_database, 3600) as (one, here),
+        notifying(fresh_database, 3600) as (two, there),
+    ):
+        async with asyncio.timeout(10):  # the servers listen soon after they serve
+            while listeners(fresh_database) < 2:
+                await asyncio.sleep(0.05)
+        keys = [(tenant, an_id()) for _ in range(60)]
+        for key in keys:
+            one._watch_hub.notify_changed(tenant, an_id())
+            one._watch_hub.notify_draft(*key)
+        async with asyncio.timeout(5):
+            while len(there.checked) < len(keys):
+                await asyncio.sleep(0.01)
+        assert sorted(there.checked) == sorted(keys)
+        two._watch_hub.notify_draft(*keys[0])
+        async with asyncio.timeout(5):
+            while not here.checked:
+                await asyncio.sleep(0.01)
+        assert here.checked == keys[:1]
+
+
+async def test_writers_of_drafts_are_polled_for(fresh_database: str) -> None:
+    """Also where nobody watches, as a notification may be lost."""
+    async with notifying(fresh_database, 0.1) as (_, writers), asyncio.timeout(5):
+        while writers.polls < 3:
+            await asyncio.sleep(0.02)
+
+
+async def test_drafts_do_not_crowd_out_sessions(
+    fresh_database: str, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many drafts wait to be announced, a changed session is announced."""
+    monkeypatch.setattr(notifications, "MAX_PENDING_SESSIONS", 100)
+    async with (
+        serving(fresh_database) as server,
+        await psycopg.AsyncConnection.connect(fresh_database, autocommit=True) as listener,
+    ):
+        await listener.execute(f"LISTEN {notifications.CHANNEL}")
+        for _ in range(200):
+            server._watch_hub.notify_draft(tenant, an_id())
+        session_id = an_id()
+        server._watch_hub.notify_changed(tenant, session_id)
+        async for notification in listener.notifies(timeout=5):
+            assert notification.payload == f"{session_id}{tenant}"
+            break
+        else:
+            pytest.fail("not announced")

@@ -61,6 +61,16 @@ class PageReader(Protocol[P_co]):
     ) -> Awaitable[P_co]: ...
 
 
+class DraftWriters(Protocol):
+    """The writers of drafts in this process, whose drafts other processes may end or take over."""
+
+    def check_drafts(self, key: SessionKey) -> None:
+        """Another process has changed a draft of this session: look at the drafts written here."""
+
+    def check_all_drafts(self) -> None:
+        """Look at all drafts written here. Called at each poll, as notifications may be lost."""
+
+
 class CursorGroup(Generic[P]):
     """The watchers at one position of a session, and the page that they need next."""
 
@@ -254,6 +264,7 @@ class WatchHub:
         self._read_slots = asyncio.Semaphore(max_concurrent_reads)
         self._max_tenant_reads = max(1, max_concurrent_reads - 1)
         self._tenant_read_slots = WeakValueDictionary[str, asyncio.Semaphore]()
+        self._draft_writers: DraftWriters | None = None
         self._is_draining = False
 
     def start(self) -> None:
@@ -274,6 +285,18 @@ class WatchHub:
         if session_hub := self._session_hubs.get(key):
             session_hub.wake()
         self._notifications.announce(key)
+
+    def notify_draft(self, tenant_id: str, session_id: str) -> None:
+        """Wake those who follow the drafts of a session. Call after the commit of a change to one.
+
+        It wakes no one who follows messages only. Where a draft became a message, or was dropped
+        with its session, call `notify_changed` too.
+        """
+        self._notifications.announce_drafts((tenant_id, session_id))
+
+    def set_draft_writers(self, writers: DraftWriters) -> None:
+        """Tell these writers of what other processes do to drafts. Call before `start`."""
+        self._draft_writers = writers
 
     def watch(self, tenant_id: str, session_id: str, read: PageReader[P]) -> Watcher[P]:
         """A watcher of a session. All watchers of a session must pass an equivalent `read`."""
@@ -316,6 +339,14 @@ class WatchHub:
         session_hub = self._session_hubs.get(key)
         if session_hub and any(at.revision != revision for at in session_hub.groups):
             session_hub.wake()
+
+    def wake_drafts(self, key: SessionKey) -> None:
+        if self._draft_writers is not None:
+            self._draft_writers.check_drafts(key)
+
+    def wake_all_drafts(self) -> None:
+        if self._draft_writers is not None:
+            self._draft_writers.check_all_drafts()
 
     def cursors(self) -> list[tuple[str, str, int]]:
         return [(*key, hub.revision) for key, hub in self._session_hubs.items()]

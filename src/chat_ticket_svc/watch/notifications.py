@@ -1,11 +1,15 @@
-"""How the server processes tell one another that a session has changed.
+"""How the server processes tell one another that a session, or one of its drafts, has changed.
 
 A write is announced with NOTIFY after its commit, outside of its transaction: PostgreSQL takes a
 global lock when a transaction that has notified commits. Each process listens for the
 notifications of the others.
 
+Drafts change much more often than sessions, and a draft that grows concerns only those who follow
+drafts. So they have a channel of their own, to which servers without drafts do not listen.
+
 Notifications may get lost. As a fallback the revisions of all watched sessions are polled, in one
-statement, every `watch_poll_interval_seconds` and whenever the listener has connected.
+statement, every `watch_poll_interval_seconds` and whenever the listener has connected. Drafts are
+looked at again at the same times.
 """
 
 import asyncio
@@ -30,6 +34,7 @@ log = structlog.get_logger()
 SessionKey = tuple[str, str]  # (tenant id, session id)
 
 CHANNEL = "chat_ticket_session_changed"
+DRAFT_CHANNEL = "chat_ticket_draft_changed"
 NOTIFY = "SELECT pg_notify(%s, %s)"
 UUID_LENGTH = 36
 RECONNECT_SECONDS = 1
@@ -43,8 +48,8 @@ CONNECTION_CHECK_SECONDS = 1
 NOTIFY_INTERVAL_SECONDS = 0.01
 MAX_SESSIONS_PER_NOTIFY = 27
 
-# Changes beyond this many unannounced sessions are not announced. Other processes find them when
-# they poll.
+# Changes beyond this many unannounced sessions of a channel are not announced. Other processes find
+# them when they poll.
 MAX_PENDING_SESSIONS = 10_000
 
 
@@ -56,6 +61,12 @@ class WatchedSessions(Protocol):
 
     def wake_if_moved(self, key: SessionKey, revision: int | None) -> None:
         """Read the session's changes if a watcher is not at this revision. None: it is deleted."""
+
+    def wake_drafts(self, key: SessionKey) -> None:
+        """Look at the session's drafts, if they are followed or written here."""
+
+    def wake_all_drafts(self) -> None:
+        """Look at all drafts that are followed or written here: notifications may be lost."""
 
     def cursors(self) -> list[tuple[str, str, int]]:
         """Tenant id, session id and the watchers' revision of each watched session.
@@ -79,7 +90,8 @@ class Notifications:
         self._conninfo = connection_string(listen_url)
         self._watched = watched
         self._poll_interval_seconds = poll_interval_seconds
-        self._pending: set[SessionKey] = set()
+        # The sessions to announce on each channel. Drafts do not crowd out the others.
+        self._pending: dict[str, set[SessionKey]] = {CHANNEL: set(), DRAFT_CHANNEL: set()}
         self._has_pending = asyncio.Event()
         self._poll_now = asyncio.Event()
         self._notifier_pid = 0
@@ -100,8 +112,16 @@ class Notifications:
 
     def announce(self, key: SessionKey) -> None:
         """Tell other processes soon that a session has changed."""
-        if len(self._pending) < MAX_PENDING_SESSIONS:
-            self._pending.add(key)
+        self._announce(CHANNEL, key)
+
+    def announce_drafts(self, key: SessionKey) -> None:
+        """Tell other processes soon that a draft of a session has changed."""
+        self._announce(DRAFT_CHANNEL, key)
+
+    def _announce(self, channel: str, key: SessionKey) -> None:
+        pending = self._pending[channel]
+        if len(pending) < MAX_PENDING_SESSIONS:
+            pending.add(key)
             self._has_pending.set()
 
     async def _run_connected(
@@ -128,14 +148,14 @@ class Notifications:
         async with connection.cursor() as cursor:
             while True:
                 await self._has_pending.wait()
-                keys = set(itertools.islice(self._pending, MAX_SESSIONS_PER_NOTIFY))
-                self._pending -= keys
-                metrics.NOTIFY_BATCH_SESSIONS.observe(len(keys))
-                if not self._pending:
-                    self._has_pending.clear()
-                payload = "\n".join(f"{session_id}{tenant_id}" for tenant_id, session_id in keys)
-                await cursor.execute(NOTIFY, (CHANNEL, payload))
-                if len(self._pending) < MAX_SESSIONS_PER_NOTIFY:
+                self._has_pending.clear()
+                for channel, pending in self._pending.items():
+                    if pending:
+                        await cursor.execute(NOTIFY, (channel, _take_payload(pending)))
+                largest = max(map(len, self._pending.values()))
+                if largest:
+                    self._has_pending.set()
+                if largest < MAX_SESSIONS_PER_NOTIFY:
                     await asyncio.sleep(NOTIFY_INTERVAL_SECONDS)
 
     async def _listen(self, connection: psycopg.AsyncConnection[Any]) -> None:
@@ -143,7 +163,7 @@ class Notifications:
 
         Reads from libpq directly: psycopg's `notifies` takes several times as long for each.
         """
-        await connection.execute(f"LISTEN {CHANNEL}")
+        await connection.execute(f"LISTEN {CHANNEL}; LISTEN {DRAFT_CHANNEL}")
         self._poll_now.set()  # notifications may have been lost while nothing listened
         loop, readable = asyncio.get_running_loop(), asyncio.Event()
         libpq = connection.pgconn
@@ -157,8 +177,10 @@ class Notifications:
                 libpq.consume_input()
                 while notification := libpq.notifies():
                     if notification.be_pid != self._notifier_pid:
+                        is_draft = notification.relname == DRAFT_CHANNEL.encode()
+                        wake = self._watched.wake_drafts if is_draft else self._watched.wake
                         for line in notification.extra.decode(errors="replace").split("\n"):
-                            self._watched.wake((line[UUID_LENGTH:], line[:UUID_LENGTH]))
+                            wake((line[UUID_LENGTH:], line[:UUID_LENGTH]))
         finally:
             loop.remove_reader(socket)
 
@@ -168,6 +190,7 @@ class Notifications:
                 async with asyncio.timeout(self._poll_interval_seconds):
                     await self._poll_now.wait()
             self._poll_now.clear()
+            self._watched.wake_all_drafts()
             cursors = self._watched.cursors()
             if not cursors:
                 continue
@@ -178,3 +201,11 @@ class Notifications:
                 continue
             for tenant_id, session_id, revision in moved:
                 self._watched.wake_if_moved((tenant_id, session_id), revision)
+
+
+def _take_payload(pending: set[SessionKey]) -> str:
+    """Take as many sessions as one NOTIFY may announce, and return its payload."""
+    keys = set(itertools.islice(pending, MAX_SESSIONS_PER_NOTIFY))
+    pending -= keys
+    metrics.NOTIFY_BATCH_SESSIONS.observe(len(keys))
+    return "\n".join(f"{session_id}{tenant_id}" for tenant_id, session_id in keys)
