@@ -137,7 +137,8 @@ class Quotas(BaseModel):
     )
     draft_bytes_per_second: PositiveInt = Field(
         default=8 * MIB,
-        description="Bytes of text a second that all tenants write to drafts. Text beyond it waits.",
+        description="Bytes of text a second that all tenants write to drafts. Text beyond it "
+        "waits.",
     )
 
 
@@ -309,8 +310,8 @@ class Settings(BaseSettings):
         default=60,
         ge=1,
         le=3600,
-        description="When the writer of a draft is silent for this long, its draft becomes a message "
-        "with the state `INCOMPLETE`. All servers of a database need the same.",
+        description="When the writer of a draft is silent for this long, its draft becomes a "
+        "message with the state `INCOMPLETE`. All servers of a database need the same.",
     )
 
     # Attachments

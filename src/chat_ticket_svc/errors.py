@@ -440,8 +440,8 @@ REASONS = (
         "DRAINING",
         "UNAVAILABLE",
         "The server shuts down and ends its watches and the streams that write drafts.",
-        "Resume on another server: a watch after the last revision received, a draft from the length "
-        "in `started`.",
+        "Resume on another server: a watch after the last revision received, a draft from the "
+        "length in `started`.",
     ),
     Reason(
         "OUTCOME_UNKNOWN",

@@ -1,7 +1,7 @@
 """Quotas of drafts in one server process: how many are written, and how many bytes a second.
 
-A draft beyond the numbers is refused at once. Text beyond a rate waits: the service reads no more of
-it, so that gRPC's flow control holds the writer back.
+A draft beyond the numbers is refused at once. Text beyond a rate waits: the service reads no more
+of it, so that gRPC's flow control holds the writer back.
 """
 
 import asyncio

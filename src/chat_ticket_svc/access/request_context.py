@@ -9,6 +9,7 @@ from contextvars import ContextVar
 
 _TENANT_ID: ContextVar[str] = ContextVar("tenant_id")
 _SUBJECT: ContextVar[str | None] = ContextVar("subject", default=None)
+_DRAFT: ContextVar[Mapping[str, str]] = ContextVar("draft", default={})
 _NOT_REPEATABLE: ContextVar[Mapping[str, str] | None] = ContextVar("not_repeatable", default=None)
 
 
@@ -22,6 +23,11 @@ def set_subject(subject: str | None) -> None:
     _SUBJECT.set(subject)
 
 
+def set_draft(session_id: str, draft_id: str) -> None:
+    """Set the draft that the call writes, for the log."""
+    _DRAFT.set({"session_id": session_id, "draft_id": draft_id})
+
+
 def tenant_id() -> str:
     """The tenant of the current call. Raises LookupError outside a call."""
     return _TENANT_ID.get()
@@ -33,8 +39,8 @@ def tenant_id_or_none() -> str | None:
 
 
 def log_fields() -> dict[str, str]:
-    """What a log line says of the caller: the tenant and the subject, once they are known."""
-    fields = {}
+    """What a log line says of the call: tenant, subject and draft, once they are known."""
+    fields = dict(_DRAFT.get())
     if (tenant := _TENANT_ID.get(None)) is not None:
         fields["tenant"] = tenant
     if (subject := _SUBJECT.get()) is not None:

@@ -68,6 +68,7 @@ class ChatDraftService(chat_draft_pb2_grpc.ChatDraftServiceServicer):
         tenant_id = request_context.tenant_id()
         self._group_commit.raise_if_draining()
         session_id, new, start = await self._read_start(requests)
+        request_context.set_draft(session_id, new.id)
         with self._quotas.writing(tenant_id):
             opened = await drafts.open_(
                 self._db,

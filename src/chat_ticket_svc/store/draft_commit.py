@@ -1,13 +1,13 @@
 """Group commit of drafts: adding the text of all writers of a process in one statement.
 
 A writer sends a few words at a time, many times a second. What all writers have sent while a
-statement is in flight is added by the next one, with one commit for all of them. What one writer has
-sent meanwhile becomes one piece. A writer alone never waits.
+statement is in flight is added by the next one, with one commit for all of them. What one writer
+has sent meanwhile becomes one piece. A writer alone never waits.
 
-The statement locks no session, and waits for no draft that is locked. It adds a piece only where the
-draft still has the writer's fencing token and the length that the piece begins at. So a piece is
-added once, however often it is sent, and never by a writer that another has replaced. For the pieces
-that were not added, the draft is read, to find out why.
+The statement locks no session, and waits for no draft that is locked. It adds a piece only where
+the draft still has the writer's fencing token and the length that the piece begins at. So a piece
+is added once, however often it is sent, and never by a writer that another has replaced. For the
+pieces that were not added, the draft is read, to find out why.
 """
 
 from __future__ import annotations
