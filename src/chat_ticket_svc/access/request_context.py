@@ -9,7 +9,7 @@ from contextvars import ContextVar
 
 _TENANT_ID: ContextVar[str] = ContextVar("tenant_id")
 _SUBJECT: ContextVar[str | None] = ContextVar("subject", default=None)
-_DRAFT: ContextVar[Mapping[str, str]] = ContextVar("draft", default={})
+_DRAFT: ContextVar[Mapping[str, str] | None] = ContextVar("draft", default=None)
 _NOT_REPEATABLE: ContextVar[Mapping[str, str] | None] = ContextVar("not_repeatable", default=None)
 
 
@@ -40,7 +40,7 @@ def tenant_id_or_none() -> str | None:
 
 def log_fields() -> dict[str, str]:
     """What a log line says of the call: tenant, subject and draft, once they are known."""
-    fields = dict(_DRAFT.get())
+    fields = dict(_DRAFT.get() or {})
     if (tenant := _TENANT_ID.get(None)) is not None:
         fields["tenant"] = tenant
     if (subject := _SUBJECT.get()) is not None:

@@ -63,12 +63,15 @@ class DraftExpiry:
             # The jitter keeps processes that started together from looking together.
             await asyncio.sleep(SWEEP_SECONDS * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
             try:
-                await self._finish_expired()
+                while await self._finish_expired() == MAX_EXPIRED:
+                    pass
             except Exception as error:  # any error: the next sweep may work
                 self._warnings.warn("could not look for expired drafts", cause(error))
 
-    async def _finish_expired(self) -> None:
+    async def _finish_expired(self) -> int:
+        """Finish some of the expired drafts, and return their number."""
         expired = await self._db.fetch_all(EXPIRED, {"limit": MAX_EXPIRED}, lambda *row: row)
+        count = len(expired)
         random.shuffle(expired)  # other processes have found the same ones
 
         async def finish_in_turn() -> None:
@@ -78,6 +81,7 @@ class DraftExpiry:
                 await asyncio.create_task(self._finish(tenant_id, session_id, draft_id))
 
         await asyncio.gather(*(finish_in_turn() for _ in range(CONCURRENCY)))
+        return count
 
     async def _finish(self, tenant_id: str, session_id: str, draft_id: str) -> None:
         request_context.set_tenant(tenant_id)
