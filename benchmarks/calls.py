@@ -189,6 +189,7 @@ def _scripts(directory: Path) -> dict[str, Path]:
                 "search_languages": "ARRAY[NULL]",
                 "search_language": "'english'",
                 "metadatas": "ARRAY[NULL]",
+                "states": "ARRAY[NULL]",
                 "message_ticks": "ARRAY[0]",
                 **dict.fromkeys(
                     (

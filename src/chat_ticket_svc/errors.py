@@ -279,7 +279,8 @@ REASONS = (
             f"{resource.upper()}_ALREADY_EXISTS",
             "ALREADY_EXISTS",
             {
-                "chat_message": "The id belongs to a different or a deleted message.",
+                "chat_message": "The id belongs to a different or a deleted message, or to an open "
+                "draft.",
                 "chat_session": "The session existed when the call began, and was deleted since.",
             }.get(resource, f"The id belongs to a different {name}."),
             "Choose a new id.",

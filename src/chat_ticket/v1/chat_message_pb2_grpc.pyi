@@ -49,7 +49,7 @@ class ChatMessageServiceStub:
 
     - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
     - ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS): `message.id` belongs to a message of another
-      session or with other content, or to a deleted message.
+      session or with other content, to a deleted message, or to an open draft.
     - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
       attachment.
     - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
@@ -190,7 +190,7 @@ class ChatMessageServiceAsyncStub(ChatMessageServiceStub):
 
     - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
     - ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS): `message.id` belongs to a message of another
-      session or with other content, or to a deleted message.
+      session or with other content, to a deleted message, or to an open draft.
     - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
       attachment.
     - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
@@ -334,7 +334,7 @@ class ChatMessageServiceServicer(metaclass=_abc_1.ABCMeta):
 
         - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
         - ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS): `message.id` belongs to a message of another
-          session or with other content, or to a deleted message.
+          session or with other content, to a deleted message, or to an open draft.
         - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
           attachment.
         - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not

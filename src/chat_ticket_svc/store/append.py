@@ -64,7 +64,19 @@ SELECT sequence, metadata, created_at FROM message ORDER BY sequence
 """
 
 # The constraints that an id violates if a concurrent call inserted it first.
-ID_CONSTRAINTS = {"chat_messages_pkey", "chat_message_tombstones_pkey", "chat_attachments_pkey"}
+ID_CONSTRAINTS = {
+    "chat_messages_pkey",
+    "chat_message_tombstones_pkey",
+    "chat_drafts_pkey",
+    "chat_attachments_pkey",
+}
+
+FIND_DRAFT = """
+SELECT new.ordinal - 1
+  FROM unnest(%(ids)s::uuid[]) WITH ORDINALITY AS new (id, ordinal)
+  JOIN chat_drafts d ON d.tenant_id = %(tenant_id)s AND d.id = new.id
+ ORDER BY new.ordinal LIMIT 1
+"""
 
 # Metadata is compared as jsonb text, as 1.0 and 1 are equal as jsonb, but different values to the
 # caller. A message that was changed since may have other metadata. The state is not compared, as no
@@ -200,6 +212,8 @@ async def append_messages(
         if violation.constraint not in ID_CONSTRAINTS:
             raise
         id_violation = violation
+        if violation.constraint == "chat_drafts_pkey":
+            await _refuse_draft(db, tenant_id, new)
     stored = await find_repeat(db, tenant_id, session_id, new, outcome_unknown=True)
     if stored is not None:
         return stored
@@ -208,8 +222,22 @@ async def append_messages(
             db, tenant_id, [attachment for message in new for attachment in message.attachments]
         ) from id_violation
     await sessions.get(db, tenant_id, session_id)
-    # The statement found one of the ids, which is gone now: its session was deleted in between.
+    # The statement found one of the ids, which is gone now: its session was deleted in between, or
+    # its draft was dropped.
     raise errors.ContentionError from id_violation
+
+
+async def _refuse_draft(db: Database, tenant_id: str, new: Sequence[NewMessage]) -> None:
+    """Raise AlreadyExistsError, with the index, if an id belongs to a draft that is still open."""
+    params = {"tenant_id": tenant_id, "ids": array_literal(message.id for message in new)}
+    for index in await db.fetch_all(FIND_DRAFT, params, int):
+        raise errors.AlreadyExistsError(
+            f"id {new[index].id} belongs to an open draft",
+            reason="CHAT_MESSAGE_ALREADY_EXISTS",
+            resource="chat_message",
+            resource_id=new[index].id,
+            metadata={"index": str(index)},
+        )
 
 
 async def find_repeat(

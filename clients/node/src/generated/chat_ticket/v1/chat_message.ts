@@ -2124,7 +2124,7 @@ export const ChatMessageServiceDefinition = {
      *
      * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
      * - ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS): `message.id` belongs to a message of another
-     *   session or with other content, or to a deleted message.
+     *   session or with other content, to a deleted message, or to an open draft.
      * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
      *   attachment.
      * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
@@ -2322,7 +2322,7 @@ export const ChatMessageServiceService = {
    *
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
    * - ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS): `message.id` belongs to a message of another
-   *   session or with other content, or to a deleted message.
+   *   session or with other content, to a deleted message, or to an open draft.
    * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
    *   attachment.
    * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
@@ -2535,7 +2535,7 @@ export interface ChatMessageServiceServer extends UntypedServiceImplementation {
    *
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
    * - ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS): `message.id` belongs to a message of another
-   *   session or with other content, or to a deleted message.
+   *   session or with other content, to a deleted message, or to an open draft.
    * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
    *   attachment.
    * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
@@ -2677,7 +2677,7 @@ export interface ChatMessageServiceClient extends Client {
    *
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
    * - ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS): `message.id` belongs to a message of another
-   *   session or with other content, or to a deleted message.
+   *   session or with other content, to a deleted message, or to an open draft.
    * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
    *   attachment.
    * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
