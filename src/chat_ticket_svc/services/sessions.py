@@ -1,25 +1,22 @@
 """ChatSessionService."""
 
-import functools
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc.aio
 
 from chat_ticket.v1 import chat_session_pb2 as pb
 from chat_ticket.v1 import chat_session_pb2_grpc
-from chat_ticket_svc import errors
 from chat_ticket_svc.access import request_context
 from chat_ticket_svc.config import Settings
-from chat_ticket_svc.services import convert, paging
+from chat_ticket_svc.services import convert, paging, watch_stream
 from chat_ticket_svc.services.validate import MAX_UUID, Validator
-from chat_ticket_svc.store import session_changes, sessions
+from chat_ticket_svc.store import sessions
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.session_deletion import SessionDeleter
-from chat_ticket_svc.watch.hub import Position, WatchHub
+from chat_ticket_svc.watch.hub import WatchHub
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Event = pb.WatchChatSessionResponse
 
 
 class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
@@ -148,127 +145,5 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         session_id = validator.id("session_id", request.session_id)
         after = validator.non_negative("after_revision", request.after_revision)
         validator.raise_if_invalid()
-        return self._watch(tenant_id, session_id, after)
-
-    async def _watch(self, tenant_id: str, session_id: str, after: int) -> AsyncIterator[bytes]:
-        page_size = paging.MIN_STREAM_PAGE
-        stream = _WatchStream(session_id, after)
-        with self._watch_hub.watch(tenant_id, session_id, self._read_page) as watcher:
-            while not stream.is_finished:
-                if stream.is_caught_up:
-                    page = await watcher.next_page()
-                else:
-                    page = await watcher.read_page(stream.revision, page_size)
-                    page_size = min(2 * page_size, paging.MAX_STREAM_PAGE)
-                for event in stream.advance(page):
-                    yield event
-                # Many streams wait for a long time, and their local variables would keep memory.
-                del page, event
-
-    async def _read_page(
-        self, tenant_id: str, session_id: str, after: int, limit: int | None = None
-    ) -> "_SerializedPage":
-        """Read the changes after a revision: `limit` of them, or as many as a page may hold.
-
-        Without a limit it reads a small page first, because there are rarely more changes.
-        """
-        read = functools.partial(session_changes.page, self._db, tenant_id, session_id, after=after)
-        page = await read(limit=limit or paging.MIN_STREAM_PAGE)
-        if limit is None and page is not None and page.more:
-            page = await read(limit=paging.MAX_STREAM_PAGE)
-        return _SerializedPage(after, page)
-
-
-class _SerializedPage:
-    """The changes after a revision, serialised once for all streams that send them."""
-
-    position: Position | None = None  # None when the session does not exist; nothing else is set
-    has_more = False
-
-    def __init__(self, after: int, page: session_changes.ChangePage | None):
-        if page is None:
-            return
-        self.position = Position(page.session.created_at, page.revision)
-        self.has_more = page.more
-        self.after = after
-        self.session = page.session
-        self.session_state = (page.session.status, page.session.has_ticket)
-        self.changes = [event.SerializeToString() for event in _events(page)]
-
-    @functools.cached_property
-    def session_event(self) -> bytes:
-        """The event of a changed session, sent first: its place among the changes is unknown."""
-        revision = self.after if self.changes else self.session.revision
-        return _event(revision, session=convert.session(self.session))
-
-
-class _WatchStream:
-    """The position of a stream in its session, and the state of the session that it has sent."""
-
-    def __init__(self, session_id: str, after: int):
-        self._session_id = session_id
-        self._created_at: int | None = None
-        self._session_state: tuple[str, bool] | None = None
-        self.revision = after
-        self.is_caught_up = False
-        self.is_finished = False
-
-    def advance(self, page: _SerializedPage | None) -> list[bytes]:
-        """Move to the end of a page, and return its events. None stands for a heartbeat."""
-        if page is None:
-            return [_event(self.revision, heartbeat=Event.Heartbeat())]
-        if page.position is None or self._created_at not in (None, page.position.created_at):
-            if self._created_at is None:
-                raise sessions.not_found(self._session_id)
-            # Ids are not reused. If one is, the session that was watched is gone all the same.
-            self.is_finished = True
-            return [_event(self.revision, session_deleted=Event.ChatSessionDeleted())]
-        end = page.session.revision
-        if self.revision > end:
-            raise errors.OutOfRangeError(
-                f"revision {self.revision} does not exist: the session is at revision {end}",
-                reason="REVISION_OUT_OF_RANGE",
-            )
-        events = page.changes
-        if self._session_state is None:
-            events = [_event(self.revision, session=convert.session(page.session)), *events]
-        elif self._session_state != page.session_state:
-            events = [page.session_event, *events]
-        if not page.has_more and not self.is_caught_up:
-            events = [*events, _event(end, caught_up=Event.CaughtUp())]
-            self.is_caught_up = True
-        elif not events:
-            # The changes have cancelled each other out. A heartbeat carries the new revision.
-            events = [_event(end, heartbeat=Event.Heartbeat())]
-        self._created_at, self.revision = page.position
-        self._session_state = page.session_state
-        return events
-
-
-def _event(revision: int, **event: Any) -> bytes:
-    return Event(revision=revision, **event).SerializeToString()
-
-
-def _events(page: session_changes.ChangePage) -> Iterator[Event]:
-    """Convert the changes of a page. Consecutive new messages share an event.
-
-    The last event has the revision of the page, which may be beyond its last change.
-    """
-    response = None
-    for change in page.changes:
-        if response is not None and not (
-            change.kind == "created" and response.HasField("messages_created")
-        ):
-            yield response
-            response = None
-        response = response or Event()
-        response.revision = change.revision
-        if change.message is None:
-            response.message_deleted.message_id = change.message_id
-        elif change.kind == "created":
-            response.messages_created.messages.append(convert.message(change.message))
-        else:
-            response.message_updated.CopyFrom(convert.message(change.message))
-    if response is not None:
-        response.revision = page.revision
-        yield response
+        watch = watch_stream.watch_with_drafts if request.include_drafts else watch_stream.watch
+        return watch(self._db, self._watch_hub, tenant_id, session_id, after)

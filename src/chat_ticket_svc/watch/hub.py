@@ -10,12 +10,14 @@ position, or reads it.
 A change wakes the watchers of its session: `notify_changed` for writes of this process,
 `notifications` for those of others. A wake is only a hint. What watchers receive is always read
 from the database, by revision.
+
+Watchers that follow drafts wait for the feed of their session too (see draft_feed.py).
 """
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, cast
 from weakref import WeakValueDictionary
 
 from chat_ticket_svc import errors
@@ -23,6 +25,7 @@ from chat_ticket_svc.access import request_context
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.telemetry import metrics
 from chat_ticket_svc.timeouts import TimeoutQueue
+from chat_ticket_svc.watch.draft_feed import DRAFTS_CHANGED, DraftFeed, DraftReader, DraftsChanged
 from chat_ticket_svc.watch.notifications import Notifications, SessionKey
 
 
@@ -109,6 +112,7 @@ class SessionHub(Generic[P]):
         self.change_count = 0
         self.last_change_time = 0.0  # of the event loop's clock
         self.groups: dict[Position, CursorGroup[P]] = {}
+        self.draft_feed: DraftFeed | None = None  # while a watcher follows drafts
 
     @property
     def revision(self) -> int:
@@ -128,6 +132,13 @@ class SessionHub(Generic[P]):
         for group in self.groups.values():
             if group.waiters:
                 self.start_read(group)
+        # A message may have been a draft.
+        self.wake_drafts()
+
+    def wake_drafts(self) -> None:
+        """Read the drafts for those who follow them: one has changed, or may have."""
+        if self.draft_feed is not None:
+            self.draft_feed.refresh()
 
     def start_read(self, group: CursorGroup[P]) -> None:
         """Read the page after a position, unless nothing has changed since the last read."""
@@ -155,6 +166,8 @@ class SessionHub(Generic[P]):
     def drain(self) -> None:
         for group in self.groups.values():
             group.fail(_draining())
+        if self.draft_feed is not None:
+            self.draft_feed.fail(_draining())
 
 
 def _draining() -> errors.UnavailableError:
@@ -192,6 +205,21 @@ class Watcher(Generic[P]):
             self._move_to(page.position, change_count)
         return page
 
+    @contextlib.contextmanager
+    def following_drafts(self) -> Iterator[DraftFeed]:
+        """The feed of the session's drafts, which is kept up to date during the block."""
+        session_hub = self._session_hub
+        if session_hub.draft_feed is None:
+            session_hub.draft_feed = DraftFeed(self._watch_hub.draft_reader, *session_hub.key)
+        feed = session_hub.draft_feed
+        feed.follower_count += 1
+        try:
+            yield feed
+        finally:
+            feed.follower_count -= 1
+            if not feed.follower_count:
+                session_hub.draft_feed = None
+
     async def next_page(self) -> P | None:
         """Wait for the next page, which all watchers at this position share, and move past it.
 
@@ -208,9 +236,39 @@ class Watcher(Generic[P]):
                 page = await waiter
             finally:
                 group.waiters.discard(waiter)
-        if page is not None:
-            self._move_to(page.position, -1 if page.has_more else group.covered_changes)
+        self._move_past(page)
         return page
+
+    async def next_page_or_drafts(
+        self, feed: DraftFeed, seen_version: int
+    ) -> P | DraftsChanged | None:
+        """As `next_page`, but also return when the feed has another version than `seen_version`."""
+        self._watch_hub.raise_if_draining()
+        assert self._group is not None  # noqa: S101 - for the type checker
+        group, page = self._group, self._group.next_page
+        if page is None:
+            self._session_hub.start_read(group)
+            feed.start_read()
+            if feed.version != seen_version:
+                return DRAFTS_CHANGED
+            # Whatever comes first: what comes then is found the next time.
+            waiter: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            group.waiters.add(waiter)
+            feed.waiters.add(waiter)
+            try:
+                result = await waiter
+            finally:
+                group.waiters.discard(waiter)
+                feed.waiters.discard(waiter)
+            if isinstance(result, DraftsChanged):
+                return result
+            page = cast(P | None, result)
+        self._move_past(page)
+        return page
+
+    def _move_past(self, page: P | None) -> None:
+        if page is not None and self._group is not None:
+            self._move_to(page.position, -1 if page.has_more else self._group.covered_changes)
 
     def _move_to(self, position: Position | None, covered_changes: int) -> None:
         self._leave_group()
@@ -264,6 +322,7 @@ class WatchHub:
         self._read_slots = asyncio.Semaphore(max_concurrent_reads)
         self._max_tenant_reads = max(1, max_concurrent_reads - 1)
         self._tenant_read_slots = WeakValueDictionary[str, asyncio.Semaphore]()
+        self.draft_reader = DraftReader(db)
         self._draft_writers: DraftWriters | None = None
         self._is_draining = False
 
@@ -278,6 +337,7 @@ class WatchHub:
 
     async def stop(self) -> None:
         await self._notifications.stop()
+        await self.draft_reader.stop()
 
     def notify_changed(self, tenant_id: str, session_id: str) -> None:
         """Wake the watchers of a session, here and in other processes. Call after the commit."""
@@ -292,7 +352,10 @@ class WatchHub:
         It wakes no one who follows messages only. Where a draft became a message, or was dropped
         with its session, call `notify_changed` too.
         """
-        self._notifications.announce_drafts((tenant_id, session_id))
+        key = (tenant_id, session_id)
+        if session_hub := self._session_hubs.get(key):
+            session_hub.wake_drafts()
+        self._notifications.announce_drafts(key)
 
     def set_draft_writers(self, writers: DraftWriters) -> None:
         """Tell these writers of what other processes do to drafts. Call before `start`."""
@@ -341,10 +404,14 @@ class WatchHub:
             session_hub.wake()
 
     def wake_drafts(self, key: SessionKey) -> None:
+        if session_hub := self._session_hubs.get(key):
+            session_hub.wake_drafts()
         if self._draft_writers is not None:
             self._draft_writers.check_drafts(key)
 
     def wake_all_drafts(self) -> None:
+        for session_hub in self._session_hubs.values():
+            session_hub.wake_drafts()
         if self._draft_writers is not None:
             self._draft_writers.check_all_drafts()
 

@@ -1,0 +1,130 @@
+"""A page of the changes of a session, as the events that all streams at its position send."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from chat_ticket.v1.chat_session_pb2 import WatchChatSessionResponse as Event
+from chat_ticket_svc.services import convert, paging
+from chat_ticket_svc.store import session_changes
+from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.watch.hub import Position
+
+
+async def read_page(
+    db: Database, tenant_id: str, session_id: str, after: int, limit: int | None = None
+) -> "SerializedPage":
+    """Read the changes after a revision: `limit` of them, or as many as a page may hold.
+
+    Without a limit it reads a small page first, because there are rarely more changes.
+    """
+    read = functools.partial(session_changes.page, db, tenant_id, session_id, after=after)
+    page = await read(limit=limit or paging.MIN_STREAM_PAGE)
+    if limit is None and page is not None and page.more:
+        page = await read(limit=paging.MAX_STREAM_PAGE)
+    return SerializedPage(after, page)
+
+
+class SerializedPage:
+    """The changes after a revision, serialised once for all streams that send them."""
+
+    position: Position | None = None  # None when the session does not exist; nothing else is set
+    has_more = False
+
+    def __init__(self, after: int, page: session_changes.ChangePage | None):
+        if page is None:
+            return
+        self.position = Position(page.session.created_at, page.revision)
+        self.has_more = page.more
+        self.after = after
+        self.session = page.session
+        self.session_state = (page.session.status, page.session.has_ticket)
+        self.changes = [event.SerializeToString() for event in _events(page)]
+
+    @functools.cached_property
+    def session_event(self) -> bytes:
+        """The event of a changed session, sent first: its place among the changes is unknown."""
+        revision = self.after if self.changes else self.session.revision
+        return serialize(revision, session=convert.session(self.session))
+
+    @functools.cached_property
+    def message_ids(self) -> frozenset[str]:
+        """The messages that the page creates or deletes."""
+        events = [Event.FromString(change) for change in self.changes]
+        deleted = {event.message_deleted.message_id for event in events}
+        return frozenset(deleted.union(*map(_created_ids, events)))
+
+    @functools.cached_property
+    def _changes_ending(self) -> dict[frozenset[str], list[bytes]]:
+        return {}
+
+    def changes_ending(self, draft_ids: frozenset[str]) -> list[bytes]:
+        """The changes, with the end of each of these drafts just before its message.
+
+        An event of several messages is split, so that such a message is the first of its event.
+        """
+        changes = self._changes_ending.get(draft_ids)
+        if changes is None:
+            changes = self._changes_ending[draft_ids] = list(self._end_drafts(draft_ids))
+        return changes
+
+    def _end_drafts(self, draft_ids: frozenset[str]) -> Iterator[bytes]:
+        revision = self.after
+        for change in self.changes:
+            event = Event.FromString(change)
+            if event.message_deleted.message_id in draft_ids:
+                yield draft_ended(revision, event.message_deleted.message_id)
+            if draft_ids.isdisjoint(_created_ids(event)):
+                yield change
+            else:
+                part = Event()
+                for message in event.messages_created.messages:
+                    if message.id in draft_ids:
+                        if part.messages_created.messages:
+                            revision = part.revision
+                            yield part.SerializeToString()
+                            part = Event()
+                        yield draft_ended(revision, message.id)
+                    part.revision = message.sequence
+                    part.messages_created.messages.append(message)
+                part.revision = event.revision
+                yield part.SerializeToString()
+            revision = event.revision
+
+
+def serialize(revision: int, **event: Any) -> bytes:
+    """A response of WatchChatSession."""
+    return Event(revision=revision, **event).SerializeToString()
+
+
+def draft_ended(revision: int, draft_id: str) -> bytes:
+    return serialize(revision, draft_ended=Event.ChatDraftEnded(draft_id=draft_id))
+
+
+def _created_ids(event: Event) -> Iterator[str]:
+    return (message.id for message in event.messages_created.messages)
+
+
+def _events(page: session_changes.ChangePage) -> Iterator[Event]:
+    """Convert the changes of a page. Consecutive new messages share an event.
+
+    The last event has the revision of the page, which may be beyond its last change.
+    """
+    response = None
+    for change in page.changes:
+        if response is not None and not (
+            change.kind == "created" and response.HasField("messages_created")
+        ):
+            yield response
+            response = None
+        response = response or Event()
+        response.revision = change.revision
+        if change.message is None:
+            response.message_deleted.message_id = change.message_id
+        elif change.kind == "created":
+            response.messages_created.messages.append(convert.message(change.message))
+        else:
+            response.message_updated.CopyFrom(convert.message(change.message))
+    if response is not None:
+        response.revision = page.revision
+        yield response

@@ -1,0 +1,121 @@
+"""The streams of WatchChatSession, with drafts and without."""
+
+import functools
+from collections.abc import AsyncIterator
+
+from chat_ticket.v1.chat_session_pb2 import WatchChatSessionResponse as Event
+from chat_ticket_svc import errors
+from chat_ticket_svc.services import convert, paging
+from chat_ticket_svc.services.session_page import SerializedPage, read_page, serialize
+from chat_ticket_svc.services.shown_drafts import ShownDrafts
+from chat_ticket_svc.store import sessions
+from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.watch.draft_feed import DraftsChanged
+from chat_ticket_svc.watch.hub import WatchHub
+
+
+async def watch(
+    db: Database, watch_hub: WatchHub, tenant_id: str, session_id: str, after: int
+) -> AsyncIterator[bytes]:
+    """The events of a stream without drafts."""
+    page_size = paging.MIN_STREAM_PAGE
+    stream = _WatchStream(session_id, after)
+    with watch_hub.watch(tenant_id, session_id, functools.partial(read_page, db)) as watcher:
+        while not stream.is_finished:
+            if stream.is_caught_up:
+                page = await watcher.next_page()
+            else:
+                page = await watcher.read_page(stream.revision, page_size)
+                page_size = min(2 * page_size, paging.MAX_STREAM_PAGE)
+            for event in stream.advance(page):
+                yield event
+            # Many streams wait for a long time, and their local variables would keep memory.
+            del page, event
+
+
+async def watch_with_drafts(
+    db: Database, watch_hub: WatchHub, tenant_id: str, session_id: str, after: int
+) -> AsyncIterator[bytes]:
+    """The events of a stream that shows drafts too."""
+    page_size = paging.MIN_STREAM_PAGE
+    stream = _WatchStream(session_id, after)
+    with (
+        watch_hub.watch(tenant_id, session_id, functools.partial(read_page, db)) as watcher,
+        watcher.following_drafts() as feed,
+    ):
+        drafts = ShownDrafts(feed)
+        while not (stream.is_caught_up or stream.is_finished):
+            history = await watcher.read_page(stream.revision, page_size)
+            page_size = min(2 * page_size, paging.MAX_STREAM_PAGE)
+            events = stream.advance(history)
+            caught_up = events.pop() if stream.is_caught_up else b""
+            for event in events:
+                yield event
+            if caught_up:
+                await feed.refreshed()
+                for event in drafts.news(stream.revision):
+                    yield event
+                yield caught_up
+        del history
+        while not stream.is_finished:
+            page = await watcher.next_page_or_drafts(feed, drafts.seen_version)
+            if not isinstance(page, DraftsChanged):
+                ended = drafts.ended_by(page)
+                events = stream.advance(page, ended)
+                for event in drafts.end_all(stream.revision) if stream.is_finished else ():
+                    yield event
+                drafts.forget(ended)
+                for event in events:
+                    yield event
+            for event in drafts.news(stream.revision):
+                yield event
+            # As above.
+            page, events, event = None, [], b""
+
+
+class _WatchStream:
+    """The position of a stream in its session, and the state of the session that it has sent."""
+
+    def __init__(self, session_id: str, after: int):
+        self._session_id = session_id
+        self._created_at: int | None = None
+        self._session_state: tuple[str, bool] | None = None
+        self.revision = after
+        self.is_caught_up = False
+        self.is_finished = False
+
+    def advance(
+        self, page: SerializedPage | None, ended_drafts: frozenset[str] = frozenset()
+    ) -> list[bytes]:
+        """Move to the end of a page, and return its events. None stands for a heartbeat.
+
+        The drafts that have become messages of the page end just before them.
+        """
+        if page is None:
+            return [serialize(self.revision, heartbeat=Event.Heartbeat())]
+        if page.position is None or self._created_at not in (None, page.position.created_at):
+            if self._created_at is None:
+                raise sessions.not_found(self._session_id)
+            # Ids are not reused. If one is, the session that was watched is gone all the same.
+            self.is_finished = True
+            return [serialize(self.revision, session_deleted=Event.ChatSessionDeleted())]
+        end = page.session.revision
+        if self.revision > end:
+            raise errors.OutOfRangeError(
+                f"revision {self.revision} does not exist: the session is at revision {end}",
+                reason="REVISION_OUT_OF_RANGE",
+            )
+        events = page.changes_ending(ended_drafts) if ended_drafts else page.changes
+        if self._session_state is None:
+            events = [serialize(self.revision, session=convert.session(page.session)), *events]
+        elif self._session_state != page.session_state:
+            events = [page.session_event, *events]
+        if not page.has_more and not self.is_caught_up:
+            events = [*events, serialize(end, caught_up=Event.CaughtUp())]
+            self.is_caught_up = True
+        elif not events:
+            # The changes have cancelled each other out. A heartbeat carries the new revision.
+            events = [serialize(end, heartbeat=Event.Heartbeat())]
+        self._created_at, self.revision = page.position
+        self._session_state = page.session_state
+        return events
