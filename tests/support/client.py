@@ -1,4 +1,4 @@
-"""A client for the tests: the four stubs on a real channel, and how a refusal is looked at."""
+"""A client for the tests: the stubs on a real channel, and how a refusal is looked at."""
 
 import contextlib
 import functools
@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2_grpc
 
 from chat_ticket.v1 import (
     chat_attachment_pb2_grpc,
+    chat_draft_pb2_grpc,
     chat_message_pb2_grpc,
     chat_session_pb2_grpc,
     chat_ticket_pb2_grpc,
@@ -71,6 +72,7 @@ class Api:
         self.attachments = _Bound(
             chat_attachment_pb2_grpc.ChatAttachmentServiceStub(self.channel), metadata
         )
+        self.drafts = _Bound(chat_draft_pb2_grpc.ChatDraftServiceStub(self.channel), metadata)
         self.tickets = _Bound(chat_ticket_pb2_grpc.ChatTicketServiceStub(self.channel), metadata)
         self.health = _Bound(health_pb2_grpc.HealthStub(self.channel), [])
 
