@@ -63,7 +63,7 @@ class ShownDrafts:
         """The drafts whose messages are in a page."""
         if page is None or page.position is None or not self._shown:
             return frozenset()
-        return page.message_ids & self._shown.keys()
+        return page.message_ids.intersection(self._shown)
 
     def end_all(self, revision: int) -> Iterator[bytes]:
         return (draft_ended(revision, draft_id) for draft_id in self._shown)
