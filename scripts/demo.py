@@ -32,8 +32,15 @@ import psycopg
 from google.rpc import error_details_pb2, status_pb2
 from tqdm import tqdm
 
-from chat_ticket.v1 import chat_attachment_pb2, chat_message_pb2, chat_session_pb2, chat_ticket_pb2
+from chat_ticket.v1 import (
+    chat_attachment_pb2,
+    chat_draft_pb2,
+    chat_message_pb2,
+    chat_session_pb2,
+    chat_ticket_pb2,
+)
 from chat_ticket.v1.chat_attachment_pb2_grpc import ChatAttachmentServiceStub
+from chat_ticket.v1.chat_draft_pb2_grpc import ChatDraftServiceStub
 from chat_ticket.v1.chat_message_pb2_grpc import ChatMessageServiceStub
 from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
 from chat_ticket.v1.chat_ticket_pb2_grpc import ChatTicketServiceStub
@@ -45,6 +52,7 @@ CHATS = 300  # without --all
 CONCURRENT_SESSIONS = 12
 BATCH = 500  # the limit of BatchCreateChatMessages
 LIVE_MESSAGES = 8  # the last messages of one chat, which are written while the session is watched
+ANSWER = "Your parcel left the warehouse on Monday, and will be with you tomorrow before noon."
 CALL_SECONDS = 30
 SERVER_SECONDS = 60  # to start, and to stop
 
@@ -56,6 +64,7 @@ class Tenant:
         self.name = name
         self.acknowledged: dict[str, list[int]] = {}
         self._metadata = () if name is None else (("x-tenant-id", name),)
+        self._write_draft = ChatDraftServiceStub(channel).WriteChatDraft
         self._rpcs: dict[str, tuple[Any, Any]] = {}
         for file, stub in (
             (chat_session_pb2, ChatSessionServiceStub(channel)),
@@ -72,10 +81,21 @@ class Tenant:
         method, request = self._rpcs[rpc]
         return method(request(**fields), metadata=self._metadata, timeout=CALL_SECONDS)
 
+    async def start_draft(self, session_id: str, draft_id: str) -> tuple[Any, int]:
+        """A stream that writes a draft, and the length from which it goes on."""
+        stream = self._write_draft(metadata=self._metadata, timeout=CALL_SECONDS)
+        draft = {"id": draft_id, "role": CHAT_MESSAGE_ROLE_ASSISTANT}
+        await stream.write(write_request(start={"session_id": session_id, "draft": draft}))
+        return stream, (await stream.read()).started.length
+
     async def write(self, session_id: str, messages: Sequence[dict[str, Any]]) -> list[int]:
         request = {"session_id": session_id, "messages": messages}
         response = await self("BatchCreateChatMessages", **request)
         return [message.sequence for message in response.messages]
+
+
+def write_request(**fields: Any) -> chat_draft_pb2.WriteChatDraftRequest:
+    return chat_draft_pb2.WriteChatDraftRequest(**fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +272,55 @@ async def watch(checks: Checks, chat: Chat) -> None:
         and history == len(messages) - LIVE_MESSAGES,
         f"all {len(messages)} messages arrived once and in order, "
         f"{statistics.median(latencies or [0]):.1f} ms after the insert (median)",
+    )
+
+
+async def draft(checks: Checks, tenant: Tenant) -> None:
+    print(f"\nDRAFT an answer in {tenant.name}, watched while it is written")
+    draft_id = str(uuid.uuid4())
+    session_id = (await tenant("CreateChatSession")).session.id
+    seen, watching = bytearray(), asyncio.Event()
+
+    async def read_message() -> Any:
+        fields = {"session_id": session_id, "include_drafts": True}
+        async for response in tenant("WatchChatSession", **fields):
+            piece = response.draft_appended
+            if response.HasField("caught_up"):
+                watching.set()
+            elif response.HasField("draft_appended") and piece.offset == len(seen):
+                seen.extend(piece.text.encode())
+                print(f"    {seen.decode()}")
+            elif response.HasField("messages_created"):
+                return response.messages_created.messages[0]
+        return None
+
+    async def append(stream: Any, offset: int, end: int) -> None:
+        """Write a few characters at a time, until all are acknowledged."""
+        while offset < end:
+            text = ANSWER[offset : min(offset + 12, end)]
+            await stream.write(write_request(append={"offset": offset, "text": text}))
+            offset += len(text)
+            await asyncio.sleep(0.1)
+        while (await stream.read()).written.length < end:
+            pass
+
+    async with asyncio.TaskGroup() as group:
+        reader = group.create_task(read_message())
+        await watching.wait()
+        stream, _ = await tenant.start_draft(session_id, draft_id)
+        await append(stream, 0, 40)
+        stream.cancel()
+        stream, length = await tenant.start_draft(session_id, draft_id)
+        print(f"    (the writer is cut off, and goes on from {length})")
+        await append(stream, length, len(ANSWER))
+        await stream.write(write_request(finish={}))
+        finished = (await stream.read()).finished.message
+    tenant.acknowledged[session_id] = [finished.sequence]
+    checks.check(
+        seen.decode() == ANSWER == finished.content
+        and finished == reader.result()
+        and length == 40,
+        "each character was seen once, before the message with the draft's id was created",
     )
 
 
@@ -450,6 +519,7 @@ async def run_demo(
         await load(checks, chats, watched_chat)
         await retry_batch(checks, chats[0], db)
         await watch(checks, watched_chat)
+        await draft(checks, acme)
         await search(checks, globex, "favorite movie")
         rated = (chat for chat in chats if chat.tenant is acme)
         link = await escalate(checks, min(rated, key=lambda chat: chat.rating))
