@@ -83,7 +83,7 @@ class Tenant:
 
     async def start_draft(self, session_id: str, draft_id: str) -> tuple[Any, int]:
         """A stream that writes a draft, and the length from which it goes on."""
-        stream = self._write_draft(metadata=self._metadata, timeout=CALL_SECONDS)
+        stream: Any = self._write_draft(metadata=self._metadata, timeout=CALL_SECONDS)
         draft = {"id": draft_id, "role": CHAT_MESSAGE_ROLE_ASSISTANT}
         await stream.write(write_request(start={"session_id": session_id, "draft": draft}))
         return stream, (await stream.read()).started.length
