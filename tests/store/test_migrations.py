@@ -41,6 +41,7 @@ COLUMNS = {
         "created_at": TIME,
         "language_code": "text",
         "search_language": "text NOT NULL DEFAULT 'english'::text",
+        "state": "text",
     },
     "chat_message_tombstones": {
         "tenant_id": TEXT,
@@ -71,6 +72,24 @@ COLUMNS = {
         "session_id": KEY,
         "ticket_id": KEY,
         "created_at": TIME,
+    },
+    "chat_drafts": {
+        "id": KEY,
+        "tenant_id": TEXT,
+        "session_id": KEY,
+        "fencing_token": "bigint NOT NULL DEFAULT 1",
+        "length": "bigint NOT NULL DEFAULT 0",
+        "expires_at": "timestamp with time zone NOT NULL",
+        "created_at": TIME,
+        "role": TEXT,
+        "language_code": "text",
+        "metadata": "jsonb",
+    },
+    "chat_draft_pieces": {
+        "tenant_id": TEXT,
+        "draft_id": KEY,
+        "start_offset": "bigint NOT NULL",
+        "content": TEXT,
     },
     "tenant_settings": {
         "tenant_id": TEXT,
@@ -127,6 +146,7 @@ class TestShape:
         )
         keys = dict.fromkeys(COLUMNS, "PRIMARY KEY (tenant_id, id)")
         keys["chat_message_tombstones"] = "PRIMARY KEY (tenant_id, message_id)"
+        keys["chat_draft_pieces"] = "PRIMARY KEY (tenant_id, draft_id, start_offset)"
         keys["tenant_settings"] = "PRIMARY KEY (tenant_id)"
         assert dict(found) == keys | {"schema_migrations": "PRIMARY KEY (version)"}
 
@@ -147,7 +167,12 @@ class TestShape:
         for name, on_update, on_delete, columns, indexed in found:
             assert ("tenant_id" in columns, on_update, indexed) == (True, "a", True), name
             names[on_delete].add(name)
-        assert names["c"] == {*SEED_CASCADES, "fk_chat_message_tombstones_session"}
+        assert names["c"] == {
+            *SEED_CASCADES,
+            "fk_chat_message_tombstones_session",
+            "fk_chat_drafts_session",
+            "fk_chat_draft_pieces_draft",
+        }
         assert names["a"] == {"fk_chat_tickets_ticket"}
 
     def test_indexes(self, database: str) -> None:
@@ -182,7 +207,7 @@ class TestShape:
             some = f"(_({'|'.join(columns)}))+"
             pattern = {
                 "p": f"{table}_pkey",
-                "f": f"fk_{table}_(session|message|ticket)",
+                "f": f"fk_{table}_(session|message|ticket|draft)",
                 "c": f"{table}{some}_check",
             }.get(kind, f"{table}{some}_key")
             assert re.fullmatch(pattern, name), name

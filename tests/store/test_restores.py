@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, urlsplit
 import psycopg
 import pytest
 from psycopg import sql
-from psycopg.errors import CheckViolation
+from psycopg.errors import CheckViolation, UniqueViolation
 from support.cluster import Cluster
 from support.plain_rows import PARENTS, Rows, rejected_by
 
@@ -35,7 +35,10 @@ def fill(url: str) -> None:
         rows.add("chat_attachments", message_id=message)
         rows.add("chat_message_tombstones", session_id=linked)
         of_their_own = {"language_code": "de-AT", "search_language": "german"}
-        rows.add("chat_messages", session_id=linked, **of_their_own)
+        rows.add("chat_messages", session_id=linked, state="stopped", **of_their_own)
+        draft = rows.add("chat_drafts", session_id=linked, fencing_token=2, length=10)
+        for start_offset in (0, 5):
+            rows.add("chat_draft_pieces", draft_id=draft, start_offset=start_offset)
         connection.execute(
             "INSERT INTO tenant_settings (tenant_id, search_language) VALUES ('us', 'french')"
             " ON CONFLICT (tenant_id) DO UPDATE SET search_language = 'italian'"
@@ -93,7 +96,7 @@ def test_dumps_are_restored_exactly(
     source = create()
     fill(source)
     expected = content(source)
-    assert [len(rows) for rows in expected.values()] == [4, 2, 1, 1, 4, 3, 1]
+    assert [len(rows) for rows in expected.values()] == [4, 2, 1, 1, 4, 3, 1, 2, 1]
     whole, data, inserts, archive = (
         tmp_path / name for name in ("whole", "data.sql", "inserts.sql", "archive")
     )
@@ -129,6 +132,9 @@ def test_dumps_are_restored_exactly(
             assert us.wrong_flags() == []
             with rejected_by(CheckViolation, "chat_sessions_has_ticket_check"):
                 us.add("chat_sessions", has_ticket=True)
+            [[draft]] = connection.execute("SELECT id FROM chat_drafts").fetchall()
+            with rejected_by(UniqueViolation, "chat_drafts_pkey"):
+                us.add("chat_messages", id=draft)
 
 
 def test_lost_links_are_restored_alone(

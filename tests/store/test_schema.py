@@ -20,7 +20,7 @@ from psycopg.errors import (
 )
 from psycopg.types.json import Jsonb
 from support.database import wait_until_blocked
-from support.plain_rows import PARENTS, Connect, Rows, rejected_by
+from support.plain_rows import ID_COLUMNS, PARENTS, Connect, Rows, rejected_by
 
 BAD_URLS = (
     *("", "files.example/a", "//files.example/a", "ftp://files.example/a", "javascript://x"),
@@ -46,6 +46,7 @@ class TestValues:
             ("chat_messages", "sequence", [0, -1]),
             ("chat_messages", "revision", [0]),
             ("chat_messages", "metadata", list(map(Jsonb, ([], "text", 1, True, None)))),
+            ("chat_messages", "state", ["complete", "Stopped", ""]),
             ("chat_attachments", "file_url", BAD_URLS),
             ("chat_attachments", "file_name", [""]),
             (
@@ -147,7 +148,7 @@ class TestValues:
         with rejected_by(UniqueViolation, "idx_chat_messages_session"):
             us.add("chat_messages", session_id=session, sequence=7, revision=8)
 
-    @pytest.mark.parametrize("table", [t for t in PARENTS if t != "chat_message_tombstones"])
+    @pytest.mark.parametrize("table", [table for table in PARENTS if table not in ID_COLUMNS])
     def test_id_is_unique_within_its_tenant(self, us: Rows, them: Rows, table: str) -> None:
         """Another tenant can have the same one."""
         row = us.add(table)
@@ -178,8 +179,8 @@ class TestParents:
         us.add(table, **{column: row})
         rule: tuple[type[psycopg.Error], str]
         rule = ForeignKeyViolation, f"fk_{table}_{column.removesuffix('_id')}"
-        if parent == "chat_messages":  # nor while it has none
-            rule = CheckViolation, "chat_messages_keys_check"
+        if parent in ("chat_messages", "chat_drafts"):  # nor while it has none
+            rule = CheckViolation, f"{parent}_keys_check"
         for change in ({"id": uuid.uuid4()}, {"tenant_id": them.tenant}):
             with rejected_by(*rule):
                 us.set(parent, row, **change)
@@ -412,9 +413,10 @@ class TestDelete:
 
     @pytest.mark.parametrize("status", ["solved", "closed"])
     def test_deleting_a_session_deletes_all_its_rows(self, us: Rows, status: str) -> None:
-        """Messages, attachments, tombstones and links go; tickets and other sessions stay."""
+        """All but tickets and other sessions."""
         remaining = {"chat_sessions": 1, "chat_messages": 2, "chat_attachments": 4, "tickets": 2}
         remaining |= {"chat_message_tombstones": 1, "chat_tickets": 1}
+        remaining |= {"chat_drafts": 1, "chat_draft_pieces": 1}
         sessions = [us.add("chat_sessions"), us.add("chat_sessions")]
         for session, state in zip(sessions, (status, "open"), strict=True):
             for _ in range(2):
@@ -422,6 +424,7 @@ class TestDelete:
                 us.add("chat_attachments", message_id=message)
                 us.add("chat_attachments", message_id=message)
             us.add("chat_message_tombstones", session_id=session)
+            us.add("chat_draft_pieces", draft_id=us.add("chat_drafts", session_id=session))
             ticket = us.add("tickets", status=state)
             us.add("chat_tickets", session_id=session, ticket_id=ticket)
         us.delete("chat_sessions", sessions[0])
@@ -453,6 +456,8 @@ class TestDelete:
         ("chat_tickets", (CheckViolation, "chat_sessions_has_ticket_check")),
         ("chat_sessions", (CheckViolation, "chat_tickets_session_status_check")),
         ("chat_message_tombstones", (UniqueViolation, "chat_message_tombstones_pkey")),
+        ("chat_drafts", (UniqueViolation, "chat_drafts_pkey")),
+        ("chat_messages", (UniqueViolation, "chat_drafts_message_id_check")),
     ],
 )
 def test_temporary_table_of_the_same_name_hides_no_rule(
@@ -463,6 +468,7 @@ def test_temporary_table_of_the_same_name_hides_no_rule(
     us.add("chat_tickets", session_id=session, ticket_id=ticket)
     archived = us.add("chat_sessions", status="archived")
     dead = us.add("chat_message_tombstones", session_id=session)
+    message, draft = us.add("chat_messages"), us.add("chat_drafts")
     table = sql.Identifier(hidden)
     us.connection.execute(sql.SQL("CREATE TEMP TABLE {} (LIKE public.{})").format(table, table))
     with rejected_by(*refusal):
@@ -475,3 +481,7 @@ def test_temporary_table_of_the_same_name_hides_no_rule(
                 us.add("chat_tickets", session_id=archived, ticket_id=ticket)
             case "chat_message_tombstones":
                 us.add("chat_messages", session_id=session, id=dead)
+            case "chat_drafts":
+                us.add("chat_messages", session_id=session, id=draft)
+            case "chat_messages":
+                us.add("chat_drafts", session_id=session, id=message)

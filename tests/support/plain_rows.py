@@ -10,6 +10,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
+# What Rows.add returns of a table that has no id of its own.
+ID_COLUMNS = {"chat_message_tombstones": "message_id", "chat_draft_pieces": "draft_id"}
+
 # Each table's parents, by the column that holds their id.
 PARENTS = {
     "chat_sessions": {},
@@ -18,6 +21,8 @@ PARENTS = {
     "chat_attachments": {"message_id": "chat_messages"},
     "tickets": {},
     "chat_tickets": {"session_id": "chat_sessions", "ticket_id": "tickets"},
+    "chat_drafts": {"session_id": "chat_sessions"},
+    "chat_draft_pieces": {"draft_id": "chat_drafts"},
 }
 
 
@@ -42,7 +47,7 @@ class Rows:
             sql.Identifier(table),
             sql.SQL(", ").join(map(sql.Identifier, row)),
             sql.SQL(", ").join(map(sql.Placeholder, row)),
-            sql.Identifier("message_id" if table == "chat_message_tombstones" else "id"),
+            sql.Identifier(ID_COLUMNS.get(table, "id")),
         )
         return self.connection.execute(statement, row).fetchone()[0]  # type: ignore[index,no-any-return]
 
@@ -60,6 +65,11 @@ class Rows:
                 return {"file_url": url, "file_name": "a.png", "file_type": "image/png"}
             case "tickets":
                 return {"title": "help"}
+            case "chat_drafts":
+                expires_at = "2999-01-01Z"
+                return {"id": uuid.uuid4(), "role": "assistant", "expires_at": expires_at}
+            case "chat_draft_pieces":
+                return {"start_offset": 0, "content": "hello"}
         return {}
 
     def set(self, table: str, row_id: uuid.UUID, **columns: Any) -> None:
