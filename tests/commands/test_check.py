@@ -135,6 +135,15 @@ async def test_a_database_with_settings_of_its_own_fails(fresh_database: str) ->
             " in public.chat_tickets_link()",
         ),
         (
+            "REVOKE SELECT ON chat_draft_pieces FROM app",
+            "permission denied for table chat_draft_pieces (SQLSTATE 42501)",
+        ),
+        (
+            "ALTER FUNCTION chat_drafts_refuse_message_id() SET search_path = elsewhere",
+            'relation "chat_messages" does not exist (SQLSTATE 42P01),'
+            " in public.chat_drafts_refuse_message_id()",
+        ),
+        (
             "LOCK TABLE chat_tickets",
             "canceling statement due to lock timeout (SQLSTATE 55P03)",
         ),

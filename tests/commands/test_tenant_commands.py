@@ -17,6 +17,7 @@ import pytest
 from google.protobuf.json_format import ParseDict
 from support.client import Api, an_id
 from support.database import session_locked, store_database, wait_for_lock_waiters
+from support.plain_rows import Rows
 from support.process import Finished, command
 from support.watching import watching
 
@@ -34,6 +35,8 @@ TABLES = (
     "chat_attachments",
     "chat_tickets",
     "tickets",
+    "chat_drafts",
+    "chat_draft_pieces",
     "tenant_settings",
 )
 KINDS = {
@@ -108,6 +111,10 @@ class Filled:
         self.tickets = [self.link.ticket, other.ticket]
         async with store_database(self.database) as db:
             await tenant_settings.set_search_language(db, self.api.tenant, "german")
+        with psycopg.connect(self.database) as connection:
+            rows = Rows(connection, self.api.tenant)
+            draft = rows.add("chat_drafts", session_id=self.first.id)
+            rows.add("chat_draft_pieces", draft_id=draft, content="unfinished")
 
     async def close_tickets(self) -> None:
         for ticket in self.tickets:
@@ -308,6 +315,7 @@ class TestErase:
         done = await erase(database, tenant, "--yes")
         assert done.status == 0, done
         assert "2 sessions, 2 messages, 1 attachments" in done.output
+        assert "1 drafts" in done.output
         assert not any(counts(database, tenant).values())
         assert counts(database, other.tenant) == before
         assert (await erase(database, tenant, "--yes")).output.endswith("has no data\n")

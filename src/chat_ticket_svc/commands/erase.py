@@ -84,6 +84,7 @@ def _describe(counts: Count) -> str:
         "messages": counts.messages,
         "attachments": counts.attachments,
         "tombstones": counts.tombstones,
+        "drafts": counts.drafts,
         "chat tickets": counts.chat_tickets,
         f"tickets ({counts.active_tickets} of them active)": counts.tickets,
         "rows of settings": counts.settings,

@@ -26,6 +26,7 @@ SELECT (SELECT count(*) FROM chat_sessions WHERE tenant_id = %(tenant_id)s),
        (SELECT count(*) FROM chat_messages WHERE tenant_id = %(tenant_id)s),
        (SELECT count(*) FROM chat_attachments WHERE tenant_id = %(tenant_id)s),
        (SELECT count(*) FROM chat_message_tombstones WHERE tenant_id = %(tenant_id)s),
+       (SELECT count(*) FROM chat_drafts WHERE tenant_id = %(tenant_id)s),
        (SELECT count(*) FROM chat_tickets WHERE tenant_id = %(tenant_id)s),
        (SELECT count(*) FROM tickets WHERE tenant_id = %(tenant_id)s),
        (SELECT count(*) FROM tickets
@@ -145,6 +146,7 @@ class Count(NamedTuple):
     messages: int
     attachments: int
     tombstones: int
+    drafts: int
     chat_tickets: int
     tickets: int
     active_tickets: int
@@ -186,9 +188,10 @@ def _cursor_params(after: Session | Ticket | None) -> dict[str, int | str]:
 async def erase(db: Database, tenant_id: str, *, active_tickets: bool) -> AsyncIterator[int]:
     """Delete all data of a tenant, in batches, and yield the number of deleted rows after each.
 
-    Attachments are deleted with their messages and not counted. Without `active_tickets`, open and
-    pending tickets and their sessions are kept, and FailedPreconditionError is raised at the first
-    of them. Each batch is a transaction, so after an interruption, another call continues.
+    Attachments and drafts are deleted with their messages and sessions, and not counted. Without
+    `active_tickets`, open and pending tickets and their sessions are kept, and
+    FailedPreconditionError is raised at the first of them. Each batch is a transaction, so after an
+    interruption, another call continues.
     """
     params = {"tenant_id": tenant_id, "active": active_tickets, "limit": ROWS_PER_BATCH}
     while deleted := sum(await db.write(DELETE_CHAT_TICKETS, params, int, idempotent=True)):

@@ -29,6 +29,24 @@ STATEMENTS = (
      WHERE tenant_id = %(tenant_id)s AND id = %(message_id)s
     """,
     """
+    INSERT INTO chat_drafts (tenant_id, session_id, id, role, expires_at)
+    VALUES (%(tenant_id)s, %(session_id)s, %(draft_id)s, 'assistant', now())
+    """,
+    """
+    UPDATE chat_drafts SET fencing_token = 2, length = 5
+     WHERE tenant_id = %(tenant_id)s AND id = %(draft_id)s
+    """,
+    """
+    INSERT INTO chat_draft_pieces (tenant_id, draft_id, start_offset, content)
+    VALUES (%(tenant_id)s, %(draft_id)s, 0, 'hello')
+    """,
+    """
+    SELECT FROM chat_draft_pieces
+     WHERE tenant_id = %(tenant_id)s AND draft_id = %(draft_id)s
+    """,
+    # Its pieces are deleted with it.
+    "DELETE FROM chat_drafts WHERE tenant_id = %(tenant_id)s AND id = %(draft_id)s",
+    """
     INSERT INTO chat_attachments (tenant_id, message_id, file_url, file_name, file_type)
     VALUES (%(tenant_id)s, %(message_id)s, 'https://example.com/a', 'a', 'text/plain')
     """,
@@ -61,7 +79,7 @@ async def try_write(url: str, tenant_id: str) -> None:
     Nobody sees the rows, and nobody is notified. Raises ConfigurationError with PostgreSQL's reason
     if a statement is refused, and UnavailableError if the database cannot be reached.
     """
-    ids = {name: uuid.uuid4() for name in ("session_id", "message_id", "ticket_id")}
+    ids = {name: uuid.uuid4() for name in ("session_id", "message_id", "draft_id", "ticket_id")}
     conninfo = connection_string(
         url, statement_timeout=STATEMENT_TIMEOUT_MS, lock_timeout=LOCK_TIMEOUT_MS
     )
