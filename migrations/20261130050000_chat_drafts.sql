@@ -131,8 +131,7 @@ CREATE TRIGGER chat_drafts_refuse_message_id
 
 -- As before, and not with the id of a draft either. COPY inserts more messages than PostgreSQL has
 -- locks: from 1,000 on, one lock on the table holds up all drafts instead, until the transaction ends.
--- Messages pay for this, so there is one query for both rules. OFFSET 0 keeps a plan that was made for
--- many messages from reading a whole table for one.
+-- Every message pays for this, so there is one query for both rules.
 CREATE OR REPLACE FUNCTION chat_messages_refuse_tombstoned_id() RETURNS trigger
     LANGUAGE plpgsql AS $$
 DECLARE
@@ -145,12 +144,11 @@ BEGIN
     END IF;
     IF EXISTS (
         SELECT FROM inserted
-         WHERE EXISTS (SELECT FROM chat_message_tombstones t
-                        WHERE t.tenant_id = inserted.tenant_id AND t.message_id = inserted.id
-                       OFFSET 0)
-            OR EXISTS (SELECT FROM chat_drafts d
-                        WHERE d.tenant_id = inserted.tenant_id AND d.id = inserted.id
-                       OFFSET 0)
+          JOIN chat_message_tombstones t
+            ON t.tenant_id = inserted.tenant_id AND t.message_id = inserted.id
+         UNION ALL
+        SELECT FROM inserted
+          JOIN chat_drafts d ON d.tenant_id = inserted.tenant_id AND d.id = inserted.id
     ) THEN
         IF EXISTS (SELECT FROM inserted
                      JOIN chat_drafts d ON d.tenant_id = inserted.tenant_id AND d.id = inserted.id)
