@@ -84,6 +84,7 @@ class TestOnce:
             followers(api, session.id, 20) as watchers,
             writing(api, session.id) as writer,
         ):
+            await asyncio.gather(*(each.until("draft") for each in watchers))
             for text in ("a", "ab", "abc", "abcd"):
                 await writer.write("abcd"[writer.offset])
                 await asyncio.gather(
@@ -264,32 +265,39 @@ class TestFaults:
     async def test_text_that_a_failover_has_lost_is_replaced(
         self, unpolled: Api, database: str
     ) -> None:
-        """The draft is sent whole again when it is shorter, or goes on otherwise."""
+        """The draft is sent whole again when its writer goes on from less, or from other text."""
         api = unpolled
         session = await api.session()
-        async with following(api, session.id) as watcher:
-            draft_id = await leave_draft(api, session.id, "lost")
-            await watcher.until_draft(draft_id, "lost")
+
+        def replace(text: str) -> None:
             with psycopg.connect(database) as connection:
-                connection.execute("DELETE FROM chat_draft_pieces WHERE draft_id = %s", [draft_id])
-                connection.execute("UPDATE chat_drafts SET length = 0 WHERE id = %s", [draft_id])
+                connection.execute(
+                    "DELETE FROM chat_draft_pieces WHERE draft_id = %s AND start_offset > 0",
+                    [draft_id],
+                )
+                connection.execute(
+                    "UPDATE chat_draft_pieces SET content = %s WHERE draft_id = %s",
+                    [text, draft_id],
+                )
+                connection.execute(
+                    "UPDATE chat_drafts SET length = %s WHERE id = %s", [len(text), draft_id]
+                )
+
+        async with following(api, session.id) as watcher:
+            draft_id = await leave_draft(api, session.id, "one text")
+            await watcher.until_draft(draft_id, "one text")
+            for text in ("another text", "less"):
+                replace(text)
+                async with writing(api, session.id, draft_id) as writer:
+                    await watcher.until_draft(draft_id, text)
+                    assert watcher.kinds[-1] == "draft"
             async with writing(api, session.id, draft_id) as writer:
-                # Longer than what the follower has.
-                await writer.write("another text")
-                await watcher.until_draft(draft_id, "another text")
-                assert "draft_appended" not in watcher.kinds[-1:]
-                with psycopg.connect(database) as connection:
-                    connection.execute(
-                        "UPDATE chat_draft_pieces SET content = 'short' WHERE draft_id = %s",
-                        [draft_id],
-                    )
-                    connection.execute(
-                        "UPDATE chat_drafts SET length = 5 WHERE id = %s", [draft_id]
-                    )
-            async with writing(api, session.id, draft_id) as writer:
-                await watcher.until_draft(draft_id, "short")
-                await writer.write(", but it goes on")
-                await watcher.until_draft(draft_id, "short, but it goes on")
+                await writer.write(", but more")
+                await watcher.until_draft(draft_id, "less, but more")
+                # Before the writer has noticed, and so with the same fencing token.
+                replace("again")
+                await api.message(session.id)
+                await watcher.until_draft(draft_id, "again")
 
     async def test_followers_that_leave_leave_nothing(self, database: str, tenant: str) -> None:
         """What nobody follows is not read, polled for or kept in memory."""

@@ -15,10 +15,10 @@ from chat_ticket_svc.store.drafts import Draft
 # A large read has so many bytes of new text and metadata, or one session whatever its size.
 LARGE_READ_BYTES = 4 * 1024 * 1024
 
-# A draft is known if it has the fencing token and at least the length that the follower names: who
-# takes a draft over may go on from less, after a failover. Of a known draft, the text after this
-# length is read, of others everything. `total` is the size of what is read up to a draft. Text
-# beyond `bytes` is not read.
+# A draft is known if it has the fencing token that the follower names: who takes a draft over may
+# go on from less, after a failover. Of a known draft, the text after the length that the follower
+# has is read, of others everything. `total` is the size of what is read up to a draft. Text beyond
+# `bytes` is not read.
 #
 # The arrays are selected so that the planner does not see their length. If it does, it plans the
 # statement for every execution. OFFSET 0 keeps the look-ups by index: the planner knows nothing of
@@ -46,7 +46,7 @@ WITH followed AS MATERIALIZED (
           WHERE d.tenant_id = followed.tenant_id AND d.session_id = followed.session_id
          OFFSET 0) AS d
       LEFT JOIN known ON known.ordinal = followed.ordinal AND known.draft_id = d.id
-                     AND known.fencing_token = d.fencing_token AND known.length <= d.length
+                     AND known.fencing_token = d.fencing_token
 )
 SELECT followed.ordinal,
        (SELECT s.revision FROM chat_sessions s
