@@ -88,10 +88,12 @@ SELECT session_id::text FROM chat_drafts
 # For each of the three that can have the id, whether it is what the caller has in mind; NULL when
 # there is none.
 FIND = """
-SELECT d.session_id = %(session_id)s::uuid AND d.role = %(role)s
-           AND d.language_code IS NOT DISTINCT FROM %(language_code)s,
-       m.session_id = %(session_id)s::uuid AND m.role = %(role)s
-           AND m.language_code IS NOT DISTINCT FROM %(language_code)s,
+SELECT CASE WHEN d.id IS NOT NULL THEN
+           d.session_id = %(session_id)s::uuid AND d.role = %(role)s
+           AND d.language_code IS NOT DISTINCT FROM %(language_code)s END,
+       CASE WHEN m.id IS NOT NULL THEN
+           m.session_id = %(session_id)s::uuid AND m.role = %(role)s
+           AND m.language_code IS NOT DISTINCT FROM %(language_code)s END,
        t.message_id IS NOT NULL
   FROM (SELECT %(tenant_id)s::text AS tenant_id, %(id)s::uuid AS id) AS wanted
   LEFT JOIN chat_drafts d ON d.tenant_id = wanted.tenant_id AND d.id = wanted.id
