@@ -165,8 +165,15 @@ class ChatDraftService(chat_draft_pb2_grpc.ChatDraftServiceServicer):
             kind = request.WhichOneof("request")
             if kind == "finish":
                 return request.finish
+            if kind is None:
+                raise errors.InvalidArgumentError(
+                    [
+                        errors.Violation(field, "required: append or finish")
+                        for field in ("append", "finish")
+                    ]
+                )
             if kind != "append":
-                raise _invalid(kind or "request", "only append or finish after the first request")
+                raise _invalid(kind, "only in the first request")
             await self._append(writer, request.append)
         raise _invalid("finish", "required as the last request")
 
