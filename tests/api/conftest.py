@@ -1,14 +1,22 @@
-"""Fixtures for the tests of attachment URLs."""
+"""Fixtures for the tests of attachment URLs, and of drafts that several servers serve."""
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
 import pytest
+import pytest_asyncio
+from support.client import Api
+from support.server import serving
 from support.sites import PRIVATE, Site, dns
 from support.url_checkers import LONG_TIMEOUT, NewChecker, open_public
 
+from chat_ticket_svc.server import Server
 from chat_ticket_svc.services import attachment_url_policy
 from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
+
+# So long that only a notification can arrive sooner.
+NO_POLL = 3600
 
 
 @pytest.fixture
@@ -39,3 +47,17 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(anyio, "connect_tcp", connect_tcp)
     return attempts
+
+
+@pytest_asyncio.fixture(scope="session")
+async def second_server(database: str) -> AsyncIterator[Server]:
+    """Another server on the worker's database, which never polls."""
+    async with serving(database, watch_poll_interval_seconds=NO_POLL) as server:
+        yield server
+
+
+@pytest_asyncio.fixture
+async def another_server(second_server: Server, tenant: str) -> AsyncIterator[Api]:
+    """A client of it, acting for the same tenant as `api`."""
+    async with Api(f"127.0.0.1:{second_server.port}", tenant) as api:
+        yield api
