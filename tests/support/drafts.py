@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
+from grpc._cython import cygrpc  # type: ignore[attr-defined] # has no stubs
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_draft_pb2 import (
@@ -44,8 +45,12 @@ class DraftStream:
 
     async def send(self, **request: Any) -> None:
         """Send a request: `start`, `append` or `finish`."""
-        with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
-            await self.call.write(WriteChatDraftRequest(**request))
+        data = WriteChatDraftRequest(**request).SerializeToString()
+        # Not `call.write`: on a stream that has just ended, it replaces the status by INTERNAL.
+        await self.call._metadata_sent.wait()
+        if not self.call.done():
+            with contextlib.suppress(cygrpc.InternalError):
+                await self.call._cython_call.send_serialized_message(data)
 
     async def append(self, text: str = "", offset: int | None = None) -> None:
         """Send text, by default after all that was sent. Does not wait for its acknowledgement."""
@@ -147,9 +152,10 @@ async def start_finished(api: Api, session_id: str, draft_id: str, **fields: Any
     """Start a draft that is a message already. Returns the message."""
     async with unstarted(api) as stream:
         await stream.send(start=a_start(session_id, draft_id, **fields))
-        message = (await stream.next()).finished.message
+        response = await stream.next()
+        assert response.HasField("finished"), response
         await stream.assert_ended()
-    return message
+    return response.finished.message
 
 
 async def write_message(

@@ -207,8 +207,13 @@ class ChatDraftService(chat_draft_pb2_grpc.ChatDraftServiceServicer):
     async def _after_repeat(self, writer: DraftWriter, offset: int, text: str) -> str:
         """The part of `text` that the draft does not have. Raises AbortedError if they differ."""
         await writer.wait_until_written()
-        draft = await drafts.get(self._db, writer.tenant_id, writer.draft_id)
-        stored, repeated = draft.content.encode()[offset:], text.encode()
+        try:
+            draft = await drafts.get(self._db, writer.tenant_id, writer.draft_id)
+        except errors.NotFoundError:
+            return ""  # adding nothing finds out how the draft has ended
+        # Not what comes after it: that is of a writer that has taken the draft over.
+        stored = draft.content.encode()[offset : writer.length]
+        repeated = text.encode()
         overlap = min(len(stored), len(repeated))
         if stored[:overlap] != repeated[:overlap]:
             raise errors.AbortedError(
