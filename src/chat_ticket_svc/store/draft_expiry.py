@@ -95,7 +95,8 @@ class DraftExpiry:
                 default_search_language=self._default_search_language,
                 only_expired=True,
             )
-        except errors.NotFoundError:  # its writer is back, or its session was deleted
+        except errors.NotFoundError:
+            # Another process was first, the writer is back, or the session was deleted.
             return
         except Exception as error:  # any error: the next sweep finds it again
             self._warnings.warn("could not finish an expired draft", cause(error))

@@ -262,8 +262,8 @@ async def finish(
 
     Returns the message, or None if the draft was empty. If the draft is gone, this is the message
     that it became. With `fencing_token`, raises AbortedError if another writer has taken it over.
-    With `only_expired`, raises NotFoundError unless the writer counts as lost. `metadata` replaces
-    that of the draft.
+    With `only_expired`, raises NotFoundError unless the draft is there and its writer counts as
+    lost. `metadata` replaces that of the draft.
     """
     params = {"tenant_id": tenant_id, "id": draft_id}
 
@@ -271,6 +271,8 @@ async def finish(
         # First, as in every transaction that changes a session.
         await sessions.lock(transaction, tenant_id, session_id)
         draft = await transaction.fetch_one(LOCK, params, lambda *row: row)
+        if draft is None and only_expired:
+            raise not_found(draft_id)
         if draft is None:
             return await transaction.fetch_one(messages.GET, params, messages.from_row)
         token, role, language_code, draft_metadata, is_expired = draft

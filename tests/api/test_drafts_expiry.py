@@ -1,0 +1,212 @@
+"""Lost writers: their drafts become INCOMPLETE messages, by exactly one of several servers."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import psycopg
+import pytest
+import pytest_asyncio
+from support.client import Api, an_id
+from support.drafts import (
+    INCOMPLETE,
+    a_start,
+    get_draft,
+    leave_draft,
+    list_drafts,
+    start_finished,
+    stop_draft,
+    unstarted,
+    writing,
+)
+from support.messages import get_message, sequences
+from support.server import serving
+from support.sessions import ARCHIVED, get_revision, set_status
+from support.watching import assert_same_state, watching
+
+from chat_ticket_svc.server import Server
+from chat_ticket_svc.store import draft_expiry
+
+LOST = "finished the draft of a lost writer"
+
+
+@pytest_asyncio.fixture(scope="module", autouse=True)
+async def impatient_server(
+    database: str, server: Server, second_server: Server
+) -> AsyncIterator[Server]:
+    """One of three servers on the worker's database that look for lost writers all the time.
+
+    A writer of this one counts as lost after a second.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draft_expiry, "SWEEP_SECONDS", 0.02)
+        async with serving(database, draft_seconds=1) as started:
+            yield started
+
+
+@pytest_asyncio.fixture
+async def impatient(impatient_server: Server, tenant: str) -> AsyncIterator[Api]:
+    async with Api(f"127.0.0.1:{impatient_server.port}", tenant) as api:
+        yield api
+
+
+Expire = Callable[..., Awaitable[None]]
+
+
+@pytest.fixture
+def expire(database: str) -> Expire:
+    """`await expire(draft_id, …)`: let the writers of these drafts be lost now."""
+
+    async def expire(*draft_ids: str) -> None:
+        async with await psycopg.AsyncConnection.connect(database, autocommit=True) as connection:
+            await connection.execute(
+                "UPDATE chat_drafts SET expires_at = clock_timestamp() WHERE id = ANY (%s::uuid[])",
+                [list(draft_ids)],
+            )
+
+    return expire
+
+
+async def wait_until_ended(api: Api, session_id: str) -> None:
+    """Return when the session has no open draft."""
+    async with asyncio.timeout(10):
+        while await list_drafts(api, session_id):
+            await asyncio.sleep(0.01)
+
+
+class TestLostWriter:
+    async def test_text_becomes_an_incomplete_message(
+        self, api: Api, expire: Expire, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """One message and one revision for each draft, and one server says that it did it."""
+        session = await api.session()
+        ids = [await leave_draft(api, session.id, f"text {number}") for number in range(8)]
+        capsys.readouterr()
+        async with watching(api, session.id) as watcher:
+            await expire(*ids)
+            await watcher.until_revision(8)
+            await assert_same_state(api, watcher, session.id)
+            messages = watcher.messages
+        assert set(messages) == set(ids)
+        for number, draft_id in enumerate(ids):
+            assert messages[draft_id].content == f"text {number}"
+            assert messages[draft_id].state == INCOMPLETE
+        await asyncio.sleep(0.1)  # in which the other servers find that there is nothing to do
+        assert await list_drafts(api, session.id) == []
+        assert await sequences(api, session.id) == list(range(1, 9))
+        assert await get_revision(api, session.id) == 8
+        said = [line for line in capsys.readouterr().out.splitlines() if LOST in line]
+        assert len([line for line in said if api.tenant in line]) == 8
+
+    async def test_empty_draft_is_dropped(self, api: Api, expire: Expire) -> None:
+        """There is no message, and the id is free."""
+        session = await api.session()
+        draft_id = await leave_draft(api, session.id)
+        await expire(draft_id)
+        await wait_until_ended(api, session.id)
+        assert await get_revision(api, session.id) == 0
+        async with writing(api, session.id, draft_id) as stream:
+            assert stream.offset == 0
+
+    async def test_archived_session(self, api: Api, expire: Expire) -> None:
+        """Its status makes no difference."""
+        session = await api.session()
+        draft_id = await leave_draft(api, session.id, "x")
+        await set_status(api, session.id, ARCHIVED)
+        await expire(draft_id)
+        await wait_until_ended(api, session.id)
+        assert (await get_message(api, draft_id)).state == INCOMPLETE
+
+    async def test_writer_that_comes_back_too_late(
+        self, api: Api, another_server: Api, expire: Expire
+    ) -> None:
+        """It gets the message, and so does who stops the draft."""
+        session = await api.session()
+        draft_id = await leave_draft(api, session.id, "text")
+        await expire(draft_id)
+        await wait_until_ended(api, session.id)
+        message = await get_message(api, draft_id)
+        assert message.state == INCOMPLETE
+        for by in (api, another_server):
+            assert await start_finished(by, session.id, draft_id) == message
+            assert await stop_draft(by, draft_id) == message
+
+    @pytest.mark.parametrize("text", ["text", ""])
+    async def test_writer_whose_stream_is_open(
+        self, api: Api, another_server: Api, expire: Expire, text: str
+    ) -> None:
+        """It is told without asking, on whatever server the draft was finished."""
+        session = await api.session()
+        for by in (api, another_server):
+            async with writing(by, session.id) as stream:
+                await stream.write(text)
+                await expire(stream.draft_id)
+                async with asyncio.timeout(3):
+                    message = await stream.until_stopped()
+            assert (message.content, message.state) == (text, INCOMPLETE if text else 0)
+
+    async def test_writer_that_comes_back_in_the_last_moment(
+        self, api: Api, another_server: Api, expire: Expire
+    ) -> None:
+        """It takes the draft over, or gets the message: in both cases nothing is lost."""
+        for number in range(10):
+            session = await api.session()
+            draft_id = await leave_draft(api, session.id, "text")
+            by = (api, another_server)[number % 2]
+            async with unstarted(by) as stream:
+                await asyncio.gather(
+                    expire(draft_id), stream.send(start=a_start(session.id, draft_id))
+                )
+                response = await stream.next()
+                if response.HasField("started"):
+                    await stream.append(" and more")
+                    await stream.send(finish={})
+                    while (response := await stream.next()).HasField("written"):
+                        pass
+                ended = response.finished if response.HasField("finished") else response.stopped
+                message = ended.message
+            assert message.content in ("text", "text and more")
+            assert message == await get_message(api, draft_id)
+            assert await get_revision(api, session.id) == 1
+
+
+async def test_lease_in_real_time(impatient: Api) -> None:
+    """The draft of a silent writer ends after its lease, and one that is renewed does not.
+
+    The lease begins anew with each text, renewal and takeover. It is over for an open stream and
+    for a broken one alike.
+    """
+    session = await impatient.session()
+
+    async def silent() -> None:
+        async with writing(impatient, session.id) as stream:
+            await stream.write("silent")
+            began = time.monotonic()
+            assert (await stream.until_stopped()).state == INCOMPLETE
+            assert 0.9 < time.monotonic() - began < 6
+
+    async def broken() -> None:
+        draft_id = await leave_draft(impatient, session.id, "broken")
+        began = time.monotonic()
+        async with asyncio.timeout(8):
+            while draft_id in [draft.id for draft in await list_drafts(impatient, session.id)]:
+                await asyncio.sleep(0.02)
+        assert 0.9 < time.monotonic() - began < 6
+        assert (await get_message(impatient, draft_id)).state == INCOMPLETE
+
+    async def renewed() -> None:
+        async with writing(impatient, session.id) as stream:
+            for _ in range(7):
+                await stream.append("")
+                await asyncio.sleep(0.25)
+            await stream.append("renewed")
+            assert (await stream.finish()).content == "renewed"
+
+    async def resumed() -> None:
+        draft_id = an_id()
+        for _ in range(7):
+            async with writing(impatient, session.id, draft_id):
+                await asyncio.sleep(0.25)
+        assert (await get_draft(impatient, draft_id)).content == ""
+
+    await asyncio.gather(silent(), broken(), renewed(), resumed())
