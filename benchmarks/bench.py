@@ -24,6 +24,7 @@ from tqdm import tqdm
 from benchmarks import (
     batch,
     calls,
+    drafts,
     figures,
     growth,
     neighbour,
@@ -59,6 +60,7 @@ PARTS: Sequence[Part] = (
     batch,
     streams,
     watch,
+    drafts,
     growth,
     search,
     workers,
