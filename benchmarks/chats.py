@@ -71,3 +71,14 @@ def store(
 def repeated() -> Iterator[Utterance]:
     """The utterances, repeated endlessly."""
     return itertools.cycle(utterances())
+
+
+def pieces(count: int, size: int) -> list[str]:
+    """The beginning of the chats as pieces of `size` bytes."""
+    text = ""
+    for utterance in repeated():
+        # Each character is a byte.
+        text += utterance.content.encode("ascii", "ignore").decode()
+        if len(text) >= count * size:
+            break
+    return [text[at : at + size] for at in range(0, count * size, size)]

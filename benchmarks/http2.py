@@ -82,6 +82,7 @@ class Connection:
         # The server's windows: of the connection, of a new stream, and of the blocked streams.
         self._window = self._stream_window = DEFAULT_WINDOW
         self._blocked: dict[int, tuple[bytes, int]] = {}
+        self._open: dict[int, int] = {}  # the windows of the streams that `open_stream` began
         settings = struct.pack(">HI", INITIAL_WINDOW_SIZE, window)
         more = struct.pack(">I", LARGEST_WINDOW - DEFAULT_WINDOW)
         self._socket.sendall(
@@ -108,6 +109,23 @@ class Connection:
             self._socket.sendall(out)
             self._send_waiting()
         return stream
+
+    def open_stream(self, headers: bytes) -> int:
+        """Start a call whose requests follow by `send`."""
+        stream = self._next_stream
+        self._next_stream += 2
+        self._open[stream] = self._stream_window
+        self._socket.sendall(frame(HEADERS, END_HEADERS, stream, headers))
+        return stream
+
+    def send(self, stream: int, body: bytes, *, is_last: bool = False) -> None:
+        """Send a request of an open stream. There must be room for it in the server's windows."""
+        size = len(body)
+        if size > min(self._window, self._open[stream]):
+            raise CallFailedError("the server reads too slowly")
+        self._window -= size
+        self._open[stream] -= size
+        self._socket.sendall(frame(DATA, END_STREAM if is_last else 0, stream, body))
 
     def cancel(self, stream: int) -> None:
         self._socket.sendall(frame(RST_STREAM, 0, stream, struct.pack(">I", 8)))
@@ -154,6 +172,7 @@ class Connection:
                 if name == INITIAL_WINDOW_SIZE:
                     more, self._stream_window = value - self._stream_window, value
                     self._blocked = {s: (b, w + more) for s, (b, w) in self._blocked.items()}
+                    self._open = {s: w + more for s, w in self._open.items()}
             self._socket.sendall(frame(SETTINGS, ACK, 0))
             self._send_waiting()
         elif kind == PING and not flags & ACK:
@@ -162,6 +181,8 @@ class Connection:
             more = int.from_bytes(payload, "big")
             if stream == 0:
                 self._window += more
+            elif stream in self._open:
+                self._open[stream] += more
             elif stream in self._blocked:
                 body, window = self._blocked[stream]
                 self._blocked[stream] = body, window + more
