@@ -19,7 +19,7 @@ from benchmarks.figures import Figure
 from benchmarks.service import Bench
 
 NAME = "drafts"
-SECONDS = 170
+SECONDS = 140
 
 WRITERS = 200
 FOLLOWERS = 1_000
