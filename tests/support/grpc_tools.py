@@ -17,6 +17,7 @@ from grpc import StatusCode
 
 from chat_ticket.v1 import (
     chat_attachment_pb2,
+    chat_draft_pb2,
     chat_message_pb2,
     chat_session_pb2,
     chat_ticket_pb2,
@@ -162,7 +163,13 @@ class BufCurl(Tool):
         return ToolError(code, error["message"], details)
 
 
-FILES = (chat_session_pb2, chat_message_pb2, chat_attachment_pb2, chat_ticket_pb2)
+FILES = (
+    chat_session_pb2,
+    chat_message_pb2,
+    chat_attachment_pb2,
+    chat_ticket_pb2,
+    chat_draft_pb2,
+)
 SERVICES = {
     service.full_name: service
     for file in FILES
