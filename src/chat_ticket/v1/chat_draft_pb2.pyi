@@ -82,8 +82,8 @@ class WriteChatDraftRequest(_message.Message):
         negative. Text that is there already is compared and not added again.
         """
         text: _builtins.str
-        """The text. Optional; without text, the request only shows that the writer is alive. No NUL. The
-        draft has at most 256 KiB of UTF-8 in all.
+        """The text. Optional; without text, the request only shows that the writer is alive, which
+        `written` answers too. No NUL. The draft has at most 256 KiB of UTF-8 in all.
         """
         def __init__(
             self,

@@ -104,16 +104,16 @@ class ChatDraftService(chat_draft_pb2_grpc.ChatDraftServiceServicer):
         self, requests: Requests, writer: DraftWriter
     ) -> AsyncGenerator[pb.WriteChatDraftResponse]:
         """Add the text that the writer sends, until it finishes the draft or the draft ends."""
-        acknowledged = writer.length
+        acknowledged = writer.commits
         reading = asyncio.create_task(self._read_text(requests, writer))
         # Wakes the loop below when the reading has ended, be it with an error.
         reading.add_done_callback(lambda _: writer.changed.set())
         try:
             while True:
-                if writer.length > acknowledged:
-                    acknowledged = writer.length
+                if writer.commits > acknowledged:
+                    acknowledged = writer.commits
                     yield pb.WriteChatDraftResponse(
-                        written=pb.WriteChatDraftResponse.Written(length=acknowledged)
+                        written=pb.WriteChatDraftResponse.Written(length=writer.length)
                     )
                 elif isinstance(writer.error, DraftEnded):
                     yield _stopped(await self._outcome(writer))

@@ -96,7 +96,9 @@ class DraftWriter:
         # In bytes of UTF-8: what is durable, and what the writer has sent.
         self.length = lease.length
         self.accepted_length = lease.length
-        # Set when `length` or `error` changes.
+        # How many times something was committed, be it only that the writer is alive.
+        self.commits = 0
+        # Set when one of these or `error` changes.
         self.changed = asyncio.Event()
         # Why nothing more can be written.
         self.error: Exception | None = None
@@ -293,6 +295,7 @@ class DraftGroupCommit:
         """Acknowledge a piece that is committed."""
         size = len(text) if text.isascii() else len(text.encode())
         writer.length += size
+        writer.commits += 1
         self._end_writing(writer)
         writer.changed.set()
         if size:

@@ -79,8 +79,8 @@ export interface WriteChatDraftRequest_Append {
    */
   offset: bigint;
   /**
-   * The text. Optional; without text, the request only shows that the writer is alive. No NUL. The
-   * draft has at most 256 KiB of UTF-8 in all.
+   * The text. Optional; without text, the request only shows that the writer is alive, which
+   * `written` answers too. No NUL. The draft has at most 256 KiB of UTF-8 in all.
    */
   text: string;
 }
