@@ -29,6 +29,14 @@ export const SERVICE_CONFIG = {
           "method": "SearchChatMessages"
         },
         {
+          "service": "chat_ticket.v1.ChatDraftService",
+          "method": "GetChatDraft"
+        },
+        {
+          "service": "chat_ticket.v1.ChatDraftService",
+          "method": "ListChatDrafts"
+        },
+        {
           "service": "chat_ticket.v1.ChatAttachmentService",
           "method": "GetChatAttachment"
         },
