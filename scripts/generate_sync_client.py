@@ -67,19 +67,24 @@ TEXTS = [
 
 # Regular expressions for the code.
 CODE = [
+    # A writer of drafts reads and writes at once, which takes a task.
+    (r"\n    def write\(.*?(?=\n    async def )", ""),
     (r"\bAsyncChatTicketClient\b", "ChatTicketClient"),
     (r"\b(\w+)AsyncStub\b", r"\1Stub"),
     (r"\basync (def|with|for)\b", r"\1"),
     (r"\bawait ", ""),
     (r"\bAwaitable\[(\w+)\]", r"\1"),
     (r"\bAsyncGenerator\[(\w+), None\]", r"Generator[\1, None, None]"),
-    (r"\bAsyncGenerator, Awaitable, Callable, Sequence\b", "Callable, Generator, Sequence"),
+    (
+        r"\bAsyncGenerator, Awaitable, Callable, Mapping, Sequence\b",
+        "Callable, Generator, Sequence",
+    ),
     (r"\b__a(enter|exit)__\b", r"__\1__"),
     (r"\bimport _runtime_asyncio as runtime\b", "import _runtime_threads as runtime"),
     # The stubs are imported already, under the names that the first replacement gives.
     (r"\nif TYPE_CHECKING:.*?\n\n", "\n"),
     (r"\bTYPE_CHECKING, ", ""),
-    (r'"(ChatTicketServiceStub|Chat(?:Session|Message|Attachment)ServiceStub)"', r"\1"),
+    (r'"(ChatTicketServiceStub|Chat(?:Session|Message|Draft|Attachment)ServiceStub)"', r"\1"),
 ]
 
 

@@ -3,7 +3,7 @@
 A mistake that is not found makes its `type: ignore` an unused one, which is an error.
 """
 
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator
 from typing import assert_type
 
 from chat_ticket.client import AsyncChatTicketClient, ChatTicketClient
@@ -16,10 +16,15 @@ from chat_ticket.v1.chat_session_pb2 import (
     GetChatSessionResponse,
     WatchChatSessionResponse,
 )
+from chat_ticket.v1.resources_pb2 import CHAT_MESSAGE_ROLE_USER, ChatMessage
 
 
 async def token() -> str:
     return ""
+
+
+async def numbers() -> AsyncIterator[int]:
+    yield 1
 
 
 async def right(client: AsyncChatTicketClient, error: ChatTicketError) -> None:
@@ -35,6 +40,10 @@ async def right(client: AsyncChatTicketClient, error: ChatTicketError) -> None:
     assert_type(events, AsyncGenerator[WatchChatSessionResponse, None])
     async for event in events:
         assert event.WhichOneof("event") != "messages_created"
+    async with client.write("id", role=CHAT_MESSAGE_ROLE_USER, exclusive=True) as draft:
+        async for number in draft.until_stopped(numbers()):
+            assert_type(number, int)
+        assert_type(await draft.finish(metadata={"tokens": 3}), ChatMessage | None)
     assert_type(error.violations, tuple[Violation, ...])
     assert_type(error.resource, Resource | None)
     assert_type(error.retry_seconds, float | None)
@@ -52,6 +61,7 @@ async def wrong(client: AsyncChatTicketClient, error: ChatTicketError) -> None:
     await client.watch("id")  # type: ignore[misc]
     async for event in client.watch("id", "7"):  # type: ignore[arg-type]
         assert event.WhichOneof("event") != "mesages_created"  # type: ignore[comparison-overlap]
+    client.write("id", role="user")  # type: ignore[arg-type]
     _ = error.reasons  # type: ignore[attr-defined]
 
 
@@ -63,7 +73,8 @@ def right_without_asyncio(client: ChatTicketClient) -> None:
     assert_type(created, CreateChatSessionResponse)
     for batch in client.messages.ListChatMessages(ListChatMessagesRequest()):
         assert_type(batch, ListChatMessagesResponse)
-    events = client.watch("id", 7)
+    _ = client.write  # type: ignore[attr-defined]
+    events = client.watch("id", 7, include_drafts=True)
     assert_type(events, Generator[WatchChatSessionResponse, None, None])
 
 

@@ -21,11 +21,12 @@ class ThreadedClient:
     def __init__(self, *arguments: Any, **keywords: Any):
         self.client = ChatTicketClient(*arguments, **keywords)
         self._threads = ThreadPoolExecutor(THREADS, "threaded-client")
-        self.sessions, self.messages, self.attachments, self.tickets = (
+        self.sessions, self.messages, self.drafts, self.attachments, self.tickets = (
             _Stub(stub, self._run, self._read)
             for stub in (
                 self.client.sessions,
                 self.client.messages,
+                self.client.drafts,
                 self.client.attachments,
                 self.client.tickets,
             )

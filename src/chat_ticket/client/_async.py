@@ -3,7 +3,8 @@
 import functools
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import grpc
@@ -12,6 +13,7 @@ from chat_ticket import errors
 from chat_ticket.client import _runtime_asyncio as runtime
 from chat_ticket.client._channel import CallMetadata, options_for
 from chat_ticket.client._channel_pool import ChannelPool
+from chat_ticket.client._drafts import ChatDraftWriter, metadata_json
 from chat_ticket.client._resume import ListProgress, Resumable, WatchProgress
 from chat_ticket.client._retry import (
     backoff_seconds,
@@ -21,17 +23,21 @@ from chat_ticket.client._retry import (
 )
 from chat_ticket.errors import ChatTicketError
 from chat_ticket.v1.chat_attachment_pb2_grpc import ChatAttachmentServiceStub
+from chat_ticket.v1.chat_draft_pb2 import WriteChatDraftRequest
+from chat_ticket.v1.chat_draft_pb2_grpc import ChatDraftServiceStub
 from chat_ticket.v1.chat_message_pb2_grpc import ChatMessageServiceStub
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionResponse
 from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
 from chat_ticket.v1.chat_ticket_pb2_grpc import ChatTicketServiceStub
-from chat_ticket.v1.resources_pb2 import ChatMessage
+from chat_ticket.v1.resources_pb2 import ChatDraft, ChatMessage
 
 if TYPE_CHECKING:  # the type stubs alone have these names
     from chat_ticket.v1.chat_attachment_pb2_grpc import ChatAttachmentServiceAsyncStub
+    from chat_ticket.v1.chat_draft_pb2_grpc import ChatDraftServiceAsyncStub
     from chat_ticket.v1.chat_message_pb2_grpc import ChatMessageServiceAsyncStub
     from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceAsyncStub
     from chat_ticket.v1.chat_ticket_pb2_grpc import ChatTicketServiceAsyncStub
+    from chat_ticket.v1.resources_pb2 import ChatMessageRole
 
 log = logging.getLogger("chat_ticket.client")
 
@@ -53,8 +59,8 @@ RETRY_LOG_SECONDS = 10.0
 class AsyncChatTicketClient:
     """A client of the chat ticket service, for one tenant.
 
-    Its stubs are `sessions`, `messages`, `attachments` and `tickets`. Their calls raise the
-    exceptions of `chat_ticket.errors`. gRPC retries reads on UNAVAILABLE until their deadline;
+    Its stubs are `sessions`, `messages`, `drafts`, `attachments` and `tickets`. Their calls raise
+    the exceptions of `chat_ticket.errors`. gRPC retries reads on UNAVAILABLE until their deadline;
     writes are not retried: use `retry`.
 
     The client has connections of its own, and one more for every 50 open streams. So calls with
@@ -84,6 +90,7 @@ class AsyncChatTicketClient:
 
     sessions: "ChatSessionServiceAsyncStub"
     messages: "ChatMessageServiceAsyncStub"
+    drafts: "ChatDraftServiceAsyncStub"
     attachments: "ChatAttachmentServiceAsyncStub"
     tickets: "ChatTicketServiceAsyncStub"
 
@@ -119,6 +126,7 @@ class AsyncChatTicketClient:
         channel: Any = self._channels
         self.sessions = ChatSessionServiceStub(channel)
         self.messages = ChatMessageServiceStub(channel)
+        self.drafts = ChatDraftServiceStub(channel)
         self.attachments = ChatAttachmentServiceStub(channel)
         self.tickets = ChatTicketServiceStub(channel)
 
@@ -185,6 +193,7 @@ class AsyncChatTicketClient:
         session_id: str,
         after_revision: int = 0,
         *,
+        include_drafts: bool = False,
         silence_seconds: float = SILENCE_SECONDS,
     ) -> AsyncGenerator[WatchChatSessionResponse, None]:
         """Every change of a session after a revision: first the past ones, then new ones live.
@@ -200,6 +209,11 @@ class AsyncChatTicketClient:
         that follow, up to its `revision`. When the session is deleted during a break, the watch
         still delivers `session_deleted`.
 
+        With `include_drafts`, the watch also shows the messages that are being written: `draft`,
+        `draft_appended` and `draft_ended`. These events go on over a break as well. What a draft
+        has gained during the break comes as `draft_appended`, and a draft that has ended as
+        `draft_ended`, just before its message.
+
         To continue in another process, store the `revision` of an event after you have handled
         the whole event, and pass it as `after_revision`. An event that was handled in part is
         delivered again, as a whole. Slow readers lose nothing: events are read on demand.
@@ -213,7 +227,7 @@ class AsyncChatTicketClient:
         PermissionDeniedError, UnauthenticatedError, UnimplementedError, and InternalError with a
         reason.
         """
-        progress = WatchProgress(session_id, after_revision)
+        progress = WatchProgress(session_id, after_revision, include_drafts=include_drafts)
         return self._resumed(
             lambda: self.sessions.WatchChatSession(progress.request()),
             progress,
@@ -244,6 +258,60 @@ class AsyncChatTicketClient:
             f"list of session {session_id}",
             silence_seconds=min(SILENCE_SECONDS, timeout),
             timeout=timeout,
+        )
+
+    def write(
+        self,
+        session_id: str,
+        *,
+        role: "ChatMessageRole.ValueType",
+        exclusive: bool = False,
+        draft_id: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        language_code: str = "",
+        expected_revision: int | None = None,
+        timeout: float = 60.0,
+    ) -> ChatDraftWriter:
+        """Write a draft piece by piece: a message that others can read while it grows.
+
+            async with client.write(session_id, role=CHAT_MESSAGE_ROLE_ASSISTANT) as draft:
+                async for words in draft.until_stopped(generate()):
+                    await draft.append(words)
+            print(draft.message)
+
+        The block begins when the draft is open. Leaving it finishes the draft as a message with the
+        draft's id, and leaving it by an exception as an INCOMPLETE one. ChatDraftWriter says more.
+
+        It is one WriteChatDraft stream that does not break. It resumes as `watch` does, on any
+        server, and sends again what is not durable. When nothing is acknowledged for `timeout`
+        seconds in spite of retries, the last error is raised.
+
+        - `exclusive`: whether the draft must be the only open one of its session.
+        - `draft_id`: to take over an open draft of a writer that is gone. Its text is kept, so go
+          on at `draft.length`. If it is a message by now, the block begins with `draft.stopped`.
+          The default is a new id.
+        - `metadata`: of the message. `draft.finish` can replace it.
+        - `expected_revision`: the revision that the session must have when a new draft begins.
+
+        Raises AlreadyExistsError with the reason DRAFT_OPEN when `exclusive` is refused,
+        AbortedError with DRAFT_TAKEN_OVER when another writer has taken the draft over,
+        NotFoundError when the session is deleted, and the other errors of WriteChatDraft.
+        """
+        draft = ChatDraft(
+            id=draft_id or str(uuid.uuid4()),
+            role=role,
+            metadata_json=metadata_json(metadata),
+            language_code=language_code,
+        )
+        return ChatDraftWriter(
+            WriteChatDraftRequest.Start(
+                session_id=session_id,
+                draft=draft,
+                exclusive=exclusive,
+                expected_revision=expected_revision,
+            ),
+            self.drafts.WriteChatDraft,
+            functools.partial(self._resumed, silence_seconds=SILENCE_SECONDS, timeout=timeout),
         )
 
     async def _resumed(

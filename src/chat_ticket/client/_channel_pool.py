@@ -37,11 +37,17 @@ class ChannelPool(Generic[Channel]):
     def unary_unary(self, *arguments: Any, **keywords: Any) -> Any:
         return self._first.channel.unary_unary(*arguments, **keywords)  # type: ignore[attr-defined]
 
-    def unary_stream(self, path: str, *arguments: Any, **keywords: Any) -> Any:
+    def unary_stream(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._stream("unary_stream", *arguments, **keywords)
+
+    def stream_stream(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._stream("stream_stream", *arguments, **keywords)
+
+    def _stream(self, kind: str, path: str, *arguments: Any, **keywords: Any) -> Any:
         def start(*call_arguments: Any, **call_keywords: Any) -> Any:
             streams = self._reserve()
             try:
-                method = streams.method(path, *arguments, **keywords)
+                method = streams.method(kind, path, *arguments, **keywords)
                 call = method(*call_arguments, **call_keywords)
             except BaseException:
                 self._started(streams, None)
@@ -90,8 +96,7 @@ class _Streams(Generic[Channel]):
                 self.calls.discard(call)
         return self.starting + len(self.calls) < STREAMS_PER_CHANNEL
 
-    def method(self, path: str, *arguments: Any, **keywords: Any) -> Any:
+    def method(self, kind: str, path: str, *arguments: Any, **keywords: Any) -> Any:
         if path not in self._methods:
-            channel: Any = self.channel
-            self._methods[path] = channel.unary_stream(path, *arguments, **keywords)
+            self._methods[path] = getattr(self.channel, kind)(path, *arguments, **keywords)
         return self._methods[path]

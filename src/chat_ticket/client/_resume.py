@@ -5,6 +5,7 @@ from typing import Protocol, TypeVar
 
 import grpc
 
+from chat_ticket.client._followed_drafts import FollowedDrafts
 from chat_ticket.errors import NotFoundError
 from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest, ListChatMessagesResponse
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionRequest, WatchChatSessionResponse
@@ -99,13 +100,19 @@ class ResumeState:
 class WatchProgress:
     """The Resumable of WatchChatSession."""
 
-    def __init__(self, session_id: str, after_revision: int):
+    def __init__(self, session_id: str, after_revision: int, *, include_drafts: bool):
         self._session_id = session_id
+        self._include_drafts = include_drafts
         self._state = ResumeState(after_revision)
+        self._drafts = FollowedDrafts()
 
     def request(self) -> WatchChatSessionRequest:
+        """That of the next stream."""
+        self._drafts.begin_stream()
         return WatchChatSessionRequest(
-            session_id=self._session_id, after_revision=self._state.revision
+            session_id=self._session_id,
+            after_revision=self._state.revision,
+            include_drafts=self._include_drafts,
         )
 
     @property
@@ -117,14 +124,23 @@ class WatchProgress:
         return self._state.ended
 
     def items(self, response: WatchChatSessionResponse) -> Sequence[WatchChatSessionResponse]:
+        position = self._state.revision
+        before = self._drafts.ended_before(response, position)
         event = self._state.accept(response)
-        return [] if event is None else [event]
+        if event is not None:
+            event = self._drafts.accept(event)
+        if self._state.ended:
+            before = [*before, *self._drafts.all_ended(position)]
+        return before if event is None else [*before, event]
 
     def on_stream_end(self) -> None:
         pass  # it ends by itself only after session_deleted, or when a proxy ends it
 
     def on_not_found(self) -> Sequence[WatchChatSessionResponse]:
-        return [] if self._state.session is None else [self._state.session_deleted()]
+        if self._state.session is None:
+            return []
+        ended = self._drafts.all_ended(self._state.revision)
+        return [*ended, self._state.session_deleted()]
 
 
 class ListProgress:

@@ -59,6 +59,7 @@ def open_channel(
     interceptors = [
         _UnaryInterceptor(metadata, timeout, closing),
         _StreamInterceptor(metadata, closing),
+        _DuplexInterceptor(metadata, closing),
     ]
     if credentials is None:
         return grpc.aio.insecure_channel(target, options=options, interceptors=interceptors)
@@ -143,12 +144,14 @@ class _UnaryInterceptor(grpc.aio.UnaryUnaryClientInterceptor):
         return call
 
 
-class _StreamInterceptor(grpc.aio.UnaryStreamClientInterceptor):
+class _Streams:
+    """What is the same for streams of responses, whether or not the requests are a stream too."""
+
     def __init__(self, metadata: CallMetadata[str | Awaitable[str]], closing: Closing):
         self._metadata = metadata
         self._closing = closing
 
-    async def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
+    async def _start(self, continuation: Any, details: Any, request: Any) -> AsyncIterator[Any]:
         call = await continuation(await _with_metadata(details, self._metadata, None), request)
         return self._responses(call)
 
@@ -163,3 +166,13 @@ class _StreamInterceptor(grpc.aio.UnaryStreamClientInterceptor):
             if self._closing.has_begun and (task is None or not task.cancelling()):
                 raise errors.client_closed() from None
             raise
+
+
+class _StreamInterceptor(_Streams, grpc.aio.UnaryStreamClientInterceptor):
+    async def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
+        return await self._start(continuation, details, request)
+
+
+class _DuplexInterceptor(_Streams, grpc.aio.StreamStreamClientInterceptor):
+    async def intercept_stream_stream(self, continuation: Any, details: Any, requests: Any) -> Any:
+        return await self._start(continuation, details, requests)

@@ -11,6 +11,7 @@ from chat_ticket import errors
 from chat_ticket.client._channel import CallMetadata
 from chat_ticket.client._retry import bounded
 from chat_ticket.v1.chat_attachment_pb2_grpc import ChatAttachmentServiceStub
+from chat_ticket.v1.chat_draft_pb2_grpc import ChatDraftServiceStub
 from chat_ticket.v1.chat_message_pb2_grpc import ChatMessageServiceStub
 from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
 from chat_ticket.v1.chat_ticket_pb2_grpc import ChatTicketServiceStub
@@ -21,6 +22,7 @@ Response = TypeVar("Response")
 
 STUBS: Sequence[Callable[[grpc.Channel], object]] = (
     ChatAttachmentServiceStub,
+    ChatDraftServiceStub,
     ChatMessageServiceStub,
     ChatSessionServiceStub,
     ChatTicketServiceStub,
@@ -138,7 +140,11 @@ class _Details(_CallDetails, grpc.ClientCallDetails):  # type: ignore[misc]
     """As gRPC documents it for interceptors: a tuple that is also ClientCallDetails."""
 
 
-class _Interceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
+class _Interceptor(
+    grpc.UnaryUnaryClientInterceptor,
+    grpc.UnaryStreamClientInterceptor,
+    grpc.StreamStreamClientInterceptor,
+):
     def __init__(self, metadata: CallMetadata[str], timeout: float):
         self._metadata = metadata
         self._timeout = timeout
@@ -148,6 +154,9 @@ class _Interceptor(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInter
 
     def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
         return _Call(continuation(self._with_metadata(details, None), request))
+
+    def intercept_stream_stream(self, continuation: Any, details: Any, requests: Any) -> Any:
+        return _Call(continuation(self._with_metadata(details, None), requests))
 
     def _with_metadata(self, details: Any, timeout: float | None) -> _Details:
         timeout = bounded(timeout if details.timeout is None else details.timeout)

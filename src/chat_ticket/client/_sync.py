@@ -24,6 +24,7 @@ from chat_ticket.client._retry import (
 )
 from chat_ticket.errors import ChatTicketError
 from chat_ticket.v1.chat_attachment_pb2_grpc import ChatAttachmentServiceStub
+from chat_ticket.v1.chat_draft_pb2_grpc import ChatDraftServiceStub
 from chat_ticket.v1.chat_message_pb2_grpc import ChatMessageServiceStub
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionResponse
 from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
@@ -50,8 +51,8 @@ RETRY_LOG_SECONDS = 10.0
 class ChatTicketClient:
     """A client of the chat ticket service, for one tenant.
 
-    Its stubs are `sessions`, `messages`, `attachments` and `tickets`. Their calls raise the
-    exceptions of `chat_ticket.errors`. gRPC retries reads on UNAVAILABLE until their deadline;
+    Its stubs are `sessions`, `messages`, `drafts`, `attachments` and `tickets`. Their calls raise
+    the exceptions of `chat_ticket.errors`. gRPC retries reads on UNAVAILABLE until their deadline;
     writes are not retried: use `retry`.
 
     The client has connections of its own, and one more for every 50 open streams. So calls with
@@ -81,6 +82,7 @@ class ChatTicketClient:
 
     sessions: ChatSessionServiceStub
     messages: ChatMessageServiceStub
+    drafts: ChatDraftServiceStub
     attachments: ChatAttachmentServiceStub
     tickets: ChatTicketServiceStub
 
@@ -116,6 +118,7 @@ class ChatTicketClient:
         channel: Any = self._channels
         self.sessions = ChatSessionServiceStub(channel)
         self.messages = ChatMessageServiceStub(channel)
+        self.drafts = ChatDraftServiceStub(channel)
         self.attachments = ChatAttachmentServiceStub(channel)
         self.tickets = ChatTicketServiceStub(channel)
 
@@ -182,6 +185,7 @@ class ChatTicketClient:
         session_id: str,
         after_revision: int = 0,
         *,
+        include_drafts: bool = False,
         silence_seconds: float = SILENCE_SECONDS,
     ) -> Generator[WatchChatSessionResponse, None, None]:
         """Every change of a session after a revision: first the past ones, then new ones live.
@@ -197,6 +201,11 @@ class ChatTicketClient:
         that follow, up to its `revision`. When the session is deleted during a break, the watch
         still delivers `session_deleted`.
 
+        With `include_drafts`, the watch also shows the messages that are being written: `draft`,
+        `draft_appended` and `draft_ended`. These events go on over a break as well. What a draft
+        has gained during the break comes as `draft_appended`, and a draft that has ended as
+        `draft_ended`, just before its message.
+
         To continue in another process, store the `revision` of an event after you have handled
         the whole event, and pass it as `after_revision`. An event that was handled in part is
         delivered again, as a whole. Slow readers lose nothing: events are read on demand.
@@ -211,7 +220,7 @@ class ChatTicketClient:
         PermissionDeniedError, UnauthenticatedError, UnimplementedError, and InternalError with a
         reason.
         """
-        progress = WatchProgress(session_id, after_revision)
+        progress = WatchProgress(session_id, after_revision, include_drafts=include_drafts)
         return self._resumed(
             lambda: self.sessions.WatchChatSession(progress.request()),
             progress,
