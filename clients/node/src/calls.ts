@@ -1,4 +1,13 @@
-import { Client, Metadata, status, type ChannelCredentials, type ServiceError } from '@grpc/grpc-js'
+import { once } from 'node:events'
+
+import {
+  Client,
+  Metadata,
+  status,
+  type ChannelCredentials,
+  type ClientDuplexStream,
+  type ServiceError,
+} from '@grpc/grpc-js'
 import type { BinaryWriter } from '@bufbuild/protobuf/wire'
 
 import { ChatTicketError, fromServiceError } from './errors.js'
@@ -14,6 +23,7 @@ interface Method {
   readonly name: string
   readonly requestType: MessageType<any>
   readonly responseType: MessageType<any>
+  readonly requestStream: boolean
   readonly responseStream: boolean
 }
 
@@ -41,10 +51,14 @@ export interface CallOptions {
 
 export type UnaryCall<Request, Response> = (request: Request, options?: CallOptions) => Promise<Response>
 export type StreamCall<Request, Response> = (request: Request, options?: CallOptions) => AsyncGenerator<Response, void, void>
+/** A stream of responses to a stream of requests. It ends the requests when it ends itself. */
+export type DuplexCall<Request, Response> = StreamCall<AsyncIterable<Request> | Iterable<Request>, Response>
 
 /** The methods of a service. Fields that a request leaves out have their default value. */
 export type Calls<Service extends ServiceDefinition> = {
-  readonly [Name in keyof Service['methods']]: Service['methods'][Name]['responseStream'] extends true
+  readonly [Name in keyof Service['methods']]: Service['methods'][Name]['requestStream'] extends true
+    ? DuplexCall<RequestOf<Service['methods'][Name]>, ResponseOf<Service['methods'][Name]>>
+    : Service['methods'][Name]['responseStream'] extends true
     ? StreamCall<RequestOf<Service['methods'][Name]>, ResponseOf<Service['methods'][Name]>>
     : UnaryCall<RequestOf<Service['methods'][Name]>, ResponseOf<Service['methods'][Name]>>
 }
@@ -175,22 +189,31 @@ export class Connection {
     const metadata = await this.#metadata(options, timeoutMs)
     this.#throwIfEnded(signal)
     const channel = this.#channels.find(({ streams }) => streams < STREAMS_PER_CHANNEL) ?? this.#open()
-    const call = channel.client.makeServerStreamRequest(
-      path,
-      serializer(method),
-      deserializer(method),
-      method.requestType.fromPartial(request),
-      metadata,
-      deadline === undefined ? {} : { deadline },
-    )
+    const duplex = method.requestStream
+    const how = [path, serializer(method), deserializer(method)] as const
+    const given = deadline === undefined ? {} : { deadline }
+    const call = duplex
+      ? channel.client.makeBidiStreamRequest(...how, metadata, given)
+      : channel.client.makeServerStreamRequest(...how, method.requestType.fromPartial(request), metadata, given)
     channel.streams += 1
     call.on('error', () => {}) // The loop below throws it, unless it has ended already.
     const release = this.#track(call, signal)
+    const ended = new AbortController()
+    let failure: { error: unknown } | undefined
+    if (duplex) {
+      const requests = request as AsyncIterable<unknown> | Iterable<unknown>
+      send(requests, call as ClientDuplexStream<unknown, unknown>, method, ended.signal).catch((error) => {
+        if (ended.signal.aborted) return
+        failure = { error }
+        call.cancel()
+      })
+    }
     try {
       for await (const response of call) yield response
     } catch (error) {
-      throw this.#failure(error as ServiceError, signal)
+      throw failure ? failure.error : this.#failure(error as ServiceError, signal)
     } finally {
+      ended.abort()
       channel.streams -= 1
       release()
       call.cancel()
@@ -282,6 +305,20 @@ export function leavable<Item>(
     [Symbol.asyncIterator]: () => generator,
   } as AsyncGenerator<Item, void, void>
   return generator
+}
+
+/** Sends requests, each when the one before has been passed on, until the call has ended. */
+async function send(
+  requests: AsyncIterable<unknown> | Iterable<unknown>,
+  call: ClientDuplexStream<unknown, unknown>,
+  method: Method,
+  ended: AbortSignal,
+): Promise<void> {
+  for await (const request of requests) {
+    if (ended.aborted) return
+    if (!call.write(method.requestType.fromPartial(request))) await once(call, 'drain', { signal: ended })
+  }
+  call.end()
 }
 
 const serializer = (method: Method) => (request: unknown) => Buffer.from(method.requestType.encode(request).finish())

@@ -5,6 +5,7 @@ import { credentials } from '@grpc/grpc-js'
 import { isRetryable, pauseMs } from './backoff.js'
 import { Connection, leavable, requestTypeOf, type Calls, type CallOptions } from './calls.js'
 import { ChatAttachmentServiceDefinition } from './generated/chat_ticket/v1/chat_attachment.js'
+import { ChatDraftServiceDefinition } from './generated/chat_ticket/v1/chat_draft.js'
 import { ChatMessageServiceDefinition } from './generated/chat_ticket/v1/chat_message.js'
 import { ChatSessionServiceDefinition } from './generated/chat_ticket/v1/chat_session.js'
 import { ChatTicketServiceDefinition } from './generated/chat_ticket/v1/chat_ticket.js'
@@ -30,10 +31,10 @@ export interface RetryOptions {
  *     const { session } = await client.sessions.createChatSession({})
  *     for await (const { event } of client.watch(session.id)) ...
  *
- * Calls with one response return a promise. `messages.listChatMessages` and
- * `sessions.watchChatSession` return an async generator. A call that fails throws a
- * `ChatTicketError`. gRPC itself retries reads that fail with UNAVAILABLE, until their deadline.
- * Writes are not retried: use `retry`.
+ * Calls with one response return a promise. `messages.listChatMessages`, `sessions.watchChatSession`
+ * and `drafts.writeChatDraft` return an async generator. The last one takes its requests as an
+ * (async) iterable. A call that fails throws a `ChatTicketError`. gRPC itself retries reads that
+ * fail with UNAVAILABLE, until their deadline. Writes are not retried: use `retry`.
  *
  * The client has connections of its own, and one more for every 50 open streams. So calls with one
  * response do not wait behind streams, and the number of streams is limited by quotas only.
@@ -44,6 +45,7 @@ export interface RetryOptions {
 export class ChatTicketClient {
   readonly sessions: Calls<typeof ChatSessionServiceDefinition>
   readonly messages: Calls<typeof ChatMessageServiceDefinition>
+  readonly drafts: Calls<typeof ChatDraftServiceDefinition>
   readonly attachments: Calls<typeof ChatAttachmentServiceDefinition>
   readonly tickets: Calls<typeof ChatTicketServiceDefinition>
 
@@ -57,6 +59,7 @@ export class ChatTicketClient {
     this.#connection = new Connection(target, channel, options)
     this.sessions = this.#connection.calls(ChatSessionServiceDefinition)
     this.messages = this.#connection.calls(ChatMessageServiceDefinition)
+    this.drafts = this.#connection.calls(ChatDraftServiceDefinition)
     this.attachments = this.#connection.calls(ChatAttachmentServiceDefinition)
     this.tickets = this.#connection.calls(ChatTicketServiceDefinition)
   }
@@ -115,6 +118,11 @@ export class ChatTicketClient {
    * state, and again after an interruption when its status or `hasTicket` has changed. It may
    * therefore be ahead of the events that led to it. Those follow, up to its `revision`.
    *
+   * With `includeDrafts`, the watch also shows the messages that are being written: `draft`,
+   * `draftAppended` and `draftEnded`. These events continue over an interruption as well. What a
+   * draft has gained meanwhile comes as `draftAppended`, and a draft that has ended as `draftEnded`,
+   * just before its message.
+   *
    * To resume in another process, store the `revision` of each event after the event has been fully
    * handled, and pass it as `afterRevision`. A partly handled event is then delivered again in full.
    *
@@ -128,10 +136,10 @@ export class ChatTicketClient {
    */
   watch(sessionId: string, options: WatchOptions = {}): AsyncGenerator<WatchEvent, void, void> {
     const { renewsToken, closing } = this.#connection
-    const { afterRevision = 0n, silenceMs = SILENCE_MS, onInterruption } = options
+    const { afterRevision = 0n, includeDrafts = false, silenceMs = SILENCE_MS, onInterruption } = options
     return leavable((signal) => {
-      const progress = new WatchProgress(sessionId, BigInt(afterRevision))
-      return resumed((each) => this.sessions.watchChatSession(progress.request, { signal: each }), progress, {
+      const progress = new WatchProgress(sessionId, BigInt(afterRevision), includeDrafts)
+      return resumed((each) => this.sessions.watchChatSession(progress.nextRequest(), { signal: each }), progress, {
         renewsToken,
         signal,
         silenceMs,

@@ -1,6 +1,7 @@
 import type { ChatTicketError } from './errors.js'
 import type { ChatSession } from './generated/chat_ticket/v1/resources.js'
 import type { WatchChatSessionRequest, WatchChatSessionResponse } from './generated/chat_ticket/v1/chat_session.js'
+import { FollowedDrafts } from './followed-drafts.js'
 import type { Progress } from './resume.js'
 
 // Three heartbeats at the server's default interval.
@@ -26,6 +27,8 @@ export interface WatchInterruption {
 export interface WatchOptions {
   /** Watch the changes after this revision. 0 by default, which starts with the whole history. */
   afterRevision?: bigint | number | string | undefined
+  /** Whether the watch also shows the messages that are being written. False by default. */
+  includeDrafts?: boolean | undefined
   /**
    * Start a new stream when the server sends nothing for this long. 45,000 by default. The server
    * sends a heartbeat every 15 seconds by default.
@@ -40,10 +43,13 @@ export interface WatchOptions {
 /** What has been delivered of a watch. */
 export class WatchProgress implements Progress<WatchChatSessionResponse, WatchEvent> {
   readonly #sessionId: string
+  readonly #includeDrafts: boolean
   readonly #state: ResumeState
+  readonly #drafts = new FollowedDrafts()
 
-  constructor(sessionId: string, afterRevision: bigint) {
+  constructor(sessionId: string, afterRevision: bigint, includeDrafts: boolean) {
     this.#sessionId = sessionId
+    this.#includeDrafts = includeDrafts
     this.#state = new ResumeState(afterRevision)
   }
 
@@ -51,23 +57,34 @@ export class WatchProgress implements Progress<WatchChatSessionResponse, WatchEv
     return this.#state.revision
   }
 
-  get request(): Partial<WatchChatSessionRequest> {
-    return { sessionId: this.#sessionId, afterRevision: this.#state.revision }
-  }
-
   get hasEnded(): boolean {
     return this.#state.isDeleted
   }
 
+  /** The request of the next stream. */
+  nextRequest(): Partial<WatchChatSessionRequest> {
+    this.#drafts.beginStream()
+    return {
+      sessionId: this.#sessionId,
+      afterRevision: this.#state.revision,
+      includeDrafts: this.#includeDrafts,
+    }
+  }
+
   items(response: WatchChatSessionResponse): readonly WatchEvent[] {
-    const event = this.#state.next(response)
-    return event === undefined ? [] : [event]
+    const position = this.#state.revision
+    const ended = this.#drafts.endedBefore(response, position)
+    let event = this.#state.next(response)
+    if (event !== undefined) event = this.#drafts.next(event)
+    if (this.#state.isDeleted) ended.push(...this.#drafts.allEnded(position))
+    return event === undefined ? ended : [...ended, event]
   }
 
   onStreamEnd(): void {} // it ends by itself only after sessionDeleted, or when a proxy ends it
 
   onNotFound(): readonly WatchEvent[] {
-    return this.#state.session === undefined ? [] : [this.#state.deleted()]
+    if (this.#state.session === undefined) return []
+    return [...this.#drafts.allEnded(this.#state.revision), this.#state.deleted()]
   }
 }
 

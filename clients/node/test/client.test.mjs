@@ -66,6 +66,39 @@ suite('calls', () => {
     assert.deepEqual(metadata.get('authorization'), [])
   })
 
+  test('stream requests and responses', async (t) => {
+    const requests = []
+    const client = await serve(t, {
+      writeChatDraft(call) {
+        call.on('data', ({ request }) => {
+          requests.push(request.$case)
+          call.write({ response: { $case: 'written', value: { length: BigInt(requests.length) } } })
+          if (request.$case === 'finish') call.end()
+        })
+        call.on('end', () => requests.push('end'))
+      },
+    })
+    const lengths = []
+    async function* write() {
+      yield { request: { $case: 'start', value: { sessionId: 'x' } } }
+      while (lengths.length < 2) {
+        yield { request: { $case: 'append', value: { text: 'a' } } }
+        await sleep(20)
+      }
+      yield { request: { $case: 'finish', value: {} } }
+    }
+    for await (const { response } of client.drafts.writeChatDraft(write())) lengths.push(response.value.length)
+    assert.deepEqual(lengths, requests.filter((each) => each !== 'end').map((_, index) => BigInt(index + 1)))
+    assert.deepEqual([requests[0], requests.at(-1)], ['start', 'end'])
+
+    const reason = new Error('of the model')
+    async function* fail() {
+      yield { request: { $case: 'start', value: { sessionId: 'x' } } }
+      throw reason
+    }
+    assert.equal(await caught(client.drafts.writeChatDraft(fail()).next()), reason)
+  })
+
   test('end at their deadline, or that of the client', async (t) => {
     const client = await serve(t, { createChatSession() {} }, { timeoutMs: 50 })
     const late = await caught(client.sessions.createChatSession({}))

@@ -4,6 +4,7 @@ import { once } from 'node:events'
 import { Metadata, Server, ServerCredentials, status } from '@grpc/grpc-js'
 import {
   ChatAttachmentServiceService,
+  ChatDraftServiceService,
   ChatMessageServiceService,
   ChatSessionServiceService,
   ChatTicketClient,
@@ -20,6 +21,7 @@ export async function serve(test, handlers, options = {}, serverOptions = {}) {
   const all = new Proxy(handlers, { get: (_, name) => handlers[name] ?? unimplemented })
   server.addService(ChatSessionServiceService, all)
   server.addService(ChatMessageServiceService, all)
+  server.addService(ChatDraftServiceService, all)
   server.addService(ChatAttachmentServiceService, all)
   server.addService(ChatTicketServiceService, all)
   const port = await new Promise((resolve, reject) => {

@@ -3,7 +3,7 @@ import assert from 'node:assert/strict'
 import { mock, suite, test } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 
-import { ChatMessage, status } from 'chat-ticket-client'
+import { ChatDraft, ChatMessage, status } from 'chat-ticket-client'
 
 import { BORN, brief, cancelled, collect, deleted, event, refusal, scripted, serve, session } from './fake.mjs'
 
@@ -249,6 +249,49 @@ suite('watch', () => {
     }
     await client.sessions.getChatSession({ sessionId: 'an id' })
     await Promise.all(watches.map((watch) => watch.return()))
+  })
+})
+
+suite('watch with drafts', () => {
+  const draft = (id, content, revision = 0) =>
+    event('draft', revision, ChatDraft.create({ id, content, length: BigInt(Buffer.byteLength(content)) }))
+  const appended = (draftId, offset, text) => event('draftAppended', 0, { draftId, offset: BigInt(offset), text })
+  const ended = (draftId) => event('draftEnded', 1, { draftId })
+  const created = (id, revision) => event('messagesCreated', revision, { messages: [ChatMessage.create({ id })] })
+  const short = ({ revision, event: { $case, value } }) =>
+    `${$case} ${revision} ${value.id ?? value.draftId ?? value.messages?.[0].id ?? ''} ${value.text ?? value.content ?? ''}`.trim()
+
+  async function collectAll(watch) {
+    const found = []
+    for await (const each of watch) found.push(short(each))
+    return found.filter((each) => !/^(session|caughtUp|heartbeat) /.test(each))
+  }
+
+  test('asks for them, and goes on where the caller was', async (t) => {
+    const drafts = [draft('a', 'ö'), draft('b', 'b'), draft('c', ''), draft('d', 'd')]
+    const later = [created('d', 1), draft('a', 'ö?!', 1), draft('b', 'b', 1), draft('e', 'e', 1)]
+    const script = scripted(
+      [session(0), ...drafts, event('caughtUp', 0), appended('a', 2, '?'), unavailable],
+      [session(0), ...later, event('caughtUp', 1), ended('b'), ended('unknown'), event('sessionDeleted', 2)],
+    )
+    const client = await serve(t, script)
+    assert.deepEqual(await collectAll(client.watch('an id', { includeDrafts: true })), [
+      'draft 0 a ö',
+      'draft 0 b b',
+      'draft 0 c',
+      'draft 0 d d',
+      'draftAppended 0 a ?',
+      'draftEnded 0 d',
+      'messagesCreated 1 d',
+      'draftAppended 1 a !',
+      'draft 1 e e',
+      'draftEnded 1 c',
+      'draftEnded 1 b',
+      'draftEnded 1 a',
+      'draftEnded 1 e',
+      'sessionDeleted 2',
+    ])
+    assert.deepEqual(script.requests.map(({ includeDrafts }) => includeDrafts), [true, true])
   })
 })
 

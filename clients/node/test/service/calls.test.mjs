@@ -126,3 +126,39 @@ test('an error has its reason and details', async () => {
   await assert.rejects(nobody.sessions.getChatSession({ sessionId: absent }), { reason: 'TENANT_REQUIRED' })
   nobody.close()
 })
+
+test('a draft is watched while it is written', async () => {
+  const sessionId = await aSession()
+  const id = randomUUID()
+  const append = (offset, text) => ({ request: { $case: 'append', value: { offset: BigInt(offset), text } } })
+  const seen = []
+  let show
+  async function* requests() {
+    const value = { sessionId, draft: { id, role: 'CHAT_MESSAGE_ROLE_ASSISTANT' } }
+    yield { request: { $case: 'start', value } }
+    yield append(0, 'ö')
+    await new Promise((resolve) => (show = resolve))
+    yield append(2, '!')
+    yield { request: { $case: 'finish', value: {} } }
+  }
+  const written = (async () => {
+    const kinds = []
+    for await (const { response } of client.drafts.writeChatDraft(requests())) kinds.push(response.$case)
+    return kinds
+  })()
+  let content = ''
+  for await (const { event } of client.watch(sessionId, { includeDrafts: true })) {
+    if (event.$case === 'draft') content = event.value.content
+    if (event.$case === 'draftAppended') content += event.value.text
+    if (content === 'ö' && show) show()
+    seen.push(event.$case)
+    if (event.$case === 'messagesCreated') {
+      assert.deepEqual([event.value.messages[0].id, event.value.messages[0].content], [id, 'ö!'])
+      break
+    }
+  }
+  assert.deepEqual(seen.slice(-2), ['draftEnded', 'messagesCreated'])
+  const kinds = await written
+  assert.deepEqual([kinds[0], kinds.at(-1)], ['started', 'finished'])
+  await assert.rejects(client.drafts.getChatDraft({ draftId: id }), { code: status.NOT_FOUND })
+})
