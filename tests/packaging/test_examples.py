@@ -5,7 +5,7 @@ import contextlib
 import random
 import re
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -38,16 +38,27 @@ WATCHED_SESSION = [
     "CHAT_SESSION_STATUS_ACTIVE, has ticket: true",
     "CHAT_SESSION_STATUS_RESOLVED, has ticket: true",
 ]
+STREAMED = [
+    "reader: 1 sheep, 2 sheep, 3 shee…",
+    "reader: cut off",
+    "reader: back, with all that came before: true",
+    "model: closed",
+    "writer: CHAT_MESSAGE_STATE_STOPPED",
+    "reader: the message is that of the writer: true",
+]
 CUTS = 12
 
 
+Command = Callable[..., list[str]]
+
+
 @pytest.fixture(params=["python", "node"])
-def example(request: pytest.FixtureRequest) -> list[str]:
-    """The command of an example."""
+def command(request: pytest.FixtureRequest) -> Command:
+    """`command(example)`: how an example is run, in one of the languages."""
     if request.param == "python":
-        return [sys.executable, str(EXAMPLES / "python" / "support_chat.py")]
+        return lambda name: [sys.executable, str(EXAMPLES / "python" / f"{name}.py")]
     request.getfixturevalue("node_client")
-    return ["node", str(EXAMPLES / "node" / "support_chat.mjs")]
+    return lambda name: ["node", str(EXAMPLES / "node" / f"{name}.mjs")]
 
 
 async def run(*command: str) -> str:
@@ -59,14 +70,15 @@ async def run(*command: str) -> str:
     return output
 
 
+def lowered(output: str) -> list[str]:
+    """The lines, with the booleans of Python as those of JavaScript."""
+    return re.sub("True|False", lambda word: word[0].lower(), output).splitlines()
+
+
 def parted(output: str) -> tuple[list[str], list[str]]:
     """The lines of an example itself, and those of its watch."""
-    lines, mark = output.splitlines(), "  [watch] "
-    watched = [
-        re.sub("True|False", lambda word: word[0].lower(), line.removeprefix(mark))
-        for line in lines
-        if line.startswith(mark)
-    ]
+    lines, mark = lowered(output), "  [watch] "
+    watched = [line.removeprefix(mark) for line in lines if line.startswith(mark)]
     return [line for line in lines if not line.startswith(mark)], watched
 
 
@@ -112,9 +124,9 @@ async def cutting(port: int) -> AsyncIterator[int]:
     assert connections > 3, "too few to mean anything"
 
 
-async def test_example_shows_what_it_does(server: Server, example: list[str]) -> None:
+async def test_example_shows_what_it_does(server: Server, command: Command) -> None:
     """And its watch delivers the same."""
-    shown, watched = parted(await run(*example, f"localhost:{server.port}"))
+    shown, watched = parted(await run(*command("support_chat"), f"localhost:{server.port}"))
     assert shown == SHOWN
     assert [line for line in watched if line.startswith("message")] == WATCHED_MESSAGES
     states = [line for line in watched if line.startswith("CHAT")]
@@ -123,10 +135,25 @@ async def test_example_shows_what_it_does(server: Server, example: list[str]) ->
     assert states[-1] == WATCHED_SESSION[-1]
 
 
-async def test_example_does_the_same_over_a_bad_network(server: Server, example: list[str]) -> None:
+async def test_example_does_the_same_over_a_bad_network(server: Server, command: Command) -> None:
     """Everything is delivered once, even if the connection breaks repeatedly."""
     async with cutting(server.port) as port:
-        shown, watched = parted(await run(*example, f"localhost:{port}"))
+        shown, watched = parted(await run(*command("support_chat"), f"localhost:{port}"))
     assert shown == SHOWN
     assert [line for line in watched if line.startswith("message")] == WATCHED_MESSAGES
     assert WATCHED_SESSION[-1] in watched
+
+
+async def test_streamed_answer_is_read_and_stopped(server: Server, command: Command) -> None:
+    """By a reader that is cut off, and by another process."""
+    output = await run(*command("streamed_answer"), f"localhost:{server.port}")
+    assert lowered(output) == STREAMED
+
+
+async def test_streamed_answer_does_the_same_over_a_bad_network(
+    server: Server, command: Command
+) -> None:
+    """Nothing is lost or doubled, for the writer and the reader alike."""
+    async with cutting(server.port) as port:
+        output = await run(*command("streamed_answer"), f"localhost:{port}")
+    assert lowered(output) == STREAMED
