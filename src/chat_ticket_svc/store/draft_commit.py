@@ -57,14 +57,14 @@ WITH new AS MATERIALIZED (
        SET length = d.length + octet_length(locked.content), expires_at = {EXPIRES_AT}
       FROM locked
      WHERE d.tenant_id = locked.tenant_id AND d.id = locked.id
-    RETURNING d.tenant_id, d.id
+    RETURNING d.tenant_id, d.id, d.fencing_token
 ), piece AS (
     INSERT INTO chat_draft_pieces (tenant_id, draft_id, start_offset, content)
     SELECT locked.tenant_id, locked.id, locked.start_offset, locked.content
       FROM locked
      WHERE locked.content <> ''
 )
-SELECT tenant_id, id::text FROM draft
+SELECT tenant_id, id::text, fencing_token FROM draft
 """
 
 FIND_LEASE = """
@@ -259,10 +259,10 @@ class DraftGroupCommit:
 
     async def _write_batch(self, batch: list[tuple[DraftWriter, str]]) -> None:
         started_at = asyncio.get_running_loop().time()
-        added: set[DraftKey] = set()
+        added: set[tuple[str, str, int]] = set()
         try:
             rows = await self._db.write_pipelined(ADD_PIECES, self._params(batch))
-            added = {(tenant_id, draft_id) for tenant_id, draft_id in rows}
+            added = set(rows)
         except errors.StatementCanceledError:
             pass  # the writers did not ask for it: each piece is added alone
         except errors.UnavailableError as error:  # nothing was sent, and a retry would fail too
@@ -272,7 +272,8 @@ class DraftGroupCommit:
         except Exception:  # noqa: S110 - each writer meets its own error when its piece is added alone
             pass
         for writer, text in batch:
-            if writer.key in added:
+            # A batch can have a draft twice: of its writer, and of one that was replaced.
+            if (*writer.key, writer.fencing_token) in added:
                 self._on_added(writer, text)
             elif writer.error is None:
                 self._spawn(self._add_alone(writer, text))
