@@ -207,11 +207,15 @@ class TestFencing:
                     await ready.wait()
                     text = an_id()
                     await stream.append(text, offset=0)
-                    await stream.until_written(len(text))
+                    try:
+                        await stream.until_written(len(text))
+                    finally:
+                        # Who finishes before would let the others hear that it is finished.
+                        await decided.wait()
                     await stream.finish()
                     return text
 
-            ready = asyncio.Barrier(4)
+            ready, decided = asyncio.Barrier(4), asyncio.Barrier(4)
             results = await asyncio.gather(
                 *(write(by) for by in (api, another_server) * 2), return_exceptions=True
             )

@@ -60,8 +60,10 @@ class DraftStream:
         await self.send(append=Append(offset=offset, text=text))
 
     async def write(self, text: str) -> None:
-        """Append text, and wait until it is durable."""
+        """Append text, and wait until it is durable. Without text, until the lease is renewed."""
         await self.append(text)
+        if not text:
+            await self.until("written")
         await self.until_written(self.offset)
 
     async def next(self, timeout: float = 10) -> WriteChatDraftResponse:
