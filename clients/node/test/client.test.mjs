@@ -132,10 +132,14 @@ suite('calls', () => {
 
   test('end when their signal is aborted, also while the token is awaited', async (t) => {
     let call
-    const client = await serve(t, { createChatSession: (each) => (call = each) })
     const reason = new Error('no longer wanted')
     const abort = new AbortController()
-    setTimeout(() => abort.abort(reason), 50)
+    const client = await serve(t, {
+      createChatSession(each) {
+        call = each
+        abort.abort(reason)
+      },
+    })
     assert.equal(await caught(client.sessions.createChatSession({}, { signal: abort.signal })), reason)
     await cancelled(call)
 
