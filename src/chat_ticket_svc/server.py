@@ -42,6 +42,7 @@ from chat_ticket_svc.services.sessions import ChatSessionService
 from chat_ticket_svc.services.tickets import ChatTicketService
 from chat_ticket_svc.store import schema
 from chat_ticket_svc.store.connection import require_valid_url
+from chat_ticket_svc.store.connection_queue import tenant_connections
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.draft_commit import DraftGroupCommit
 from chat_ticket_svc.store.draft_expiry import DraftExpiry
@@ -289,7 +290,9 @@ class Server:
             ChatDraftService(
                 db,
                 self._draft_commit,
-                DraftQuotas(settings.quotas),
+                DraftQuotas(
+                    settings.quotas, tenant_transactions=tenant_connections(settings.pool_size)
+                ),
                 self._url_checker,
                 settings,
                 on_changed=watch_hub.notify_draft,

@@ -70,17 +70,18 @@ class ChatDraftService(chat_draft_pb2_grpc.ChatDraftServiceServicer):
         session_id, new, start = await self._read_start(requests)
         request_context.set_draft(session_id, new.id)
         with self._quotas.writing(tenant_id):
-            opened = await drafts.open_(
-                self._db,
-                tenant_id,
-                session_id,
-                new,
-                exclusive=start.exclusive,
-                expected_revision=(
-                    start.expected_revision if start.HasField("expected_revision") else None
-                ),
-                lease_seconds=self._settings.draft_seconds,
-            )
+            async with self._quotas.turn(tenant_id):
+                opened = await drafts.open_(
+                    self._db,
+                    tenant_id,
+                    session_id,
+                    new,
+                    exclusive=start.exclusive,
+                    expected_revision=(
+                        start.expected_revision if start.HasField("expected_revision") else None
+                    ),
+                    lease_seconds=self._settings.draft_seconds,
+                )
             if not isinstance(opened, Lease):
                 yield _finished(opened)
                 return
@@ -234,17 +235,18 @@ class ChatDraftService(chat_draft_pb2_grpc.ChatDraftServiceServicer):
         validator.raise_if_invalid()
         await self._check_urls(writer, attachments)
         state = FINISHED_STATES[finish.state]
-        message = await drafts.finish(
-            self._db,
-            writer.tenant_id,
-            writer.session_id,
-            writer.draft_id,
-            state,
-            default_search_language=self._settings.search_language,
-            fencing_token=writer.fencing_token,
-            metadata=metadata,
-            new_attachments=attachments,
-        )
+        async with self._quotas.turn(writer.tenant_id):
+            message = await drafts.finish(
+                self._db,
+                writer.tenant_id,
+                writer.session_id,
+                writer.draft_id,
+                state,
+                default_search_language=self._settings.search_language,
+                fencing_token=writer.fencing_token,
+                metadata=metadata,
+                new_attachments=attachments,
+            )
         self._on_ended(writer.tenant_id, writer.session_id)
         # Somebody else can have ended it in the last moment.
         if message is not None and message.state not in (None, state):

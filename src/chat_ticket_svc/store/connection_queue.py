@@ -39,6 +39,11 @@ class NoConnection(Exception):  # noqa: N818 - as above
     """The pool cannot connect to the database."""
 
 
+def tenant_connections(pool_size: int) -> int:
+    """How many connections of the pool one tenant may use at once."""
+    return (pool_size + 1) // 2
+
+
 class TenantShare:
     """The part of the pool and of the queue that the calls of one tenant use."""
 
@@ -72,7 +77,7 @@ class ConnectionQueue:
         self._calls = 0
         self._leased = 0
         self._max_calls = pool_size * (1 + WAITING_CALLS_PER_CONNECTION)
-        self._max_tenant_connections = (pool_size + 1) // 2
+        self._max_tenant_connections = tenant_connections(pool_size)
         # Leaves the tenant a connection for its other calls, if it has more than one.
         self._max_row_calls = min(CALLS_PER_ROW, max(1, self._max_tenant_connections - 1))
         # Weak references, so that tenants and rows without calls are forgotten.
