@@ -208,7 +208,7 @@ class Server:
         calls in flight finish, and last the connections are closed.
         """
         await self._health_monitor.close()
-        await self._health.enter_graceful_shutdown()
+        self._health.drain()
         await asyncio.sleep(DRAIN_NOTICE_SECONDS)
         self._watch_hub.drain()
         self._draft_commit.drain()

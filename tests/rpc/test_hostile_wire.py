@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from support.client import Api, an_id
 from support.http2 import Headers, Http2, WireAnswer, frame
 from support.process import ServerProcess, server_process
@@ -450,6 +451,16 @@ class TestHealthWatch:
         connection.send(stream, frame(b""))
         await asyncio.sleep(0.5)
         return connection
+
+    async def test_does_not_delay_others(self, database: str) -> None:
+        """The status still changes, and another one that watches it is told."""
+        settings = {"CHAT_TICKET_STREAM_WRITE_TIMEOUT_SECONDS": "600"}
+        with server_process(database, **settings) as server, await self.blocked(server):
+            async with Api(server.address, "") as api:
+                watch = api.health.Watch(HealthCheckRequest())
+                assert (await watch.read()).status == HealthCheckResponse.SERVING
+                server.popen.terminate()
+                assert (await watch.read()).status == HealthCheckResponse.NOT_SERVING
 
     async def test_does_not_delay_shutdown(self, database: str) -> None:
         """The server ends as fast as without it."""

@@ -10,6 +10,7 @@ import h2.config
 import h2.connection
 import h2.events
 import h2.exceptions
+import h2.settings
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -72,14 +73,14 @@ class Http2:
         )
         # In Python, Huffman's code takes minutes for a megabyte.
         self.h2.encoder.encode = functools.partial(self.h2.encoder.encode, huffman=False)
-        if window is not None:
-            self.h2.local_settings.initial_window_size = window
         self.answers: dict[int, WireAnswer] = {}
         self._ended: set[int] = set()
         self.goaway: int | None = None
         self.is_closed = False
         self._settled = False
         self.h2.initiate_connection()
+        if window is not None:
+            self.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window})
         self.flush()
         while acknowledges and not self._settled and not self.is_closed:
             self.receive(5)

@@ -1,11 +1,12 @@
 """The standard health service, grpc.health.v1, and the monitor that sets it from the database."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from chat_ticket_svc.store import schema
 from chat_ticket_svc.store.connection_errors import cause
@@ -17,25 +18,53 @@ log = structlog.get_logger()
 CHECK_INTERVAL_SECONDS = 1
 
 
-class HealthServicer(health.aio.HealthServicer):
-    """The library's servicer with the method List, and a setter for all services at once."""
+class HealthServicer(health_pb2_grpc.HealthServicer):
+    """The status of the server and of each service: the same for all, NOT_SERVING at first.
+
+    Not the library's servicer: that one writes to its watchers while it holds a lock, so a watcher
+    who reads nothing would hold up the others, each change of the status, and the shutdown.
+    """
 
     def __init__(self, services: Sequence[str]):
-        super().__init__()
         # The empty name stands for the whole server.
         self._names = ("", *services)
+        self._status: Any = health_pb2.HealthCheckResponse.NOT_SERVING
+        self._changed = asyncio.Event()
+        self._is_draining = False
 
-    async def set_all(self, *, serving: bool) -> None:
+    def set(self, *, serving: bool) -> None:
         response = health_pb2.HealthCheckResponse
-        for name in self._names:
-            await self.set(name, response.SERVING if serving else response.NOT_SERVING)
+        self._status = (
+            response.SERVING if serving and not self._is_draining else response.NOT_SERVING
+        )
+        self._changed.set()
+        self._changed = asyncio.Event()
 
-    async def List(self, _: Any, context: Any) -> Any:
-        statuses = {
-            name: await self.Check(health_pb2.HealthCheckRequest(service=name), context)
-            for name in self._names
-        }
-        return health_pb2.HealthListResponse(statuses=statuses)  # type: ignore[attr-defined]
+    def drain(self) -> None:
+        """Report NOT_SERVING from now on."""
+        self._is_draining = True
+        self.set(serving=False)
+
+    async def Check(self, request: Any, context: Any) -> Any:
+        if request.service not in self._names:
+            await context.abort(grpc.StatusCode.NOT_FOUND)
+        return health_pb2.HealthCheckResponse(status=self._status)
+
+    async def Watch(self, request: Any, _: Any) -> AsyncIterator[Any]:
+        last = None
+        while True:
+            changed, status = self._changed, self._status
+            if request.service not in self._names:
+                status = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+            if status != last:
+                last = status
+                yield health_pb2.HealthCheckResponse(status=status)
+            else:
+                await changed.wait()
+
+    async def List(self, _: Any, __: Any) -> Any:
+        response = health_pb2.HealthCheckResponse(status=self._status)
+        return health_pb2.HealthListResponse(statuses=dict.fromkeys(self._names, response))  # type: ignore[attr-defined]
 
 
 class HealthMonitor:
@@ -48,8 +77,7 @@ class HealthMonitor:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Report NOT_SERVING, and start to check the database."""
-        await self._servicer.set_all(serving=False)
+        """Start to check the database."""
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
@@ -72,9 +100,9 @@ class HealthMonitor:
             if problem != last_problem:
                 last_problem = problem
                 if problem:
-                    await self._servicer.set_all(serving=False)
+                    self._servicer.set(serving=False)
                     log.warning("not serving", problem=problem)
                 else:
-                    await self._servicer.set_all(serving=True)
+                    self._servicer.set(serving=True)
                     log.info("serving")
             await asyncio.sleep(CHECK_INTERVAL_SECONDS)

@@ -9,7 +9,6 @@ Services raise domain errors. Only this middleware aborts calls.
 import asyncio
 import contextlib
 import functools
-import inspect
 import math
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, NoReturn
@@ -241,11 +240,7 @@ class RpcMiddleware:
                     _raise_if_malformed(request)
                     requested_id = session_id()
                     record.log_started(requested_id if is_uuid(requested_id) else None)
-                    responses = behavior(request, context)
-                    if inspect.isawaitable(responses):  # the health service's Watch writes itself
-                        await responses
-                        return
-                    async with contextlib.aclosing(responses):
+                    async with contextlib.aclosing(behavior(request, context)) as responses:
                         async for response in responses:
                             message = serialize(response)
                             self._write_timeouts.start(task)
