@@ -21,14 +21,18 @@ from google.protobuf.json_format import MessageToJson
 from google.protobuf.message import Message
 from grpc import StatusCode
 from support.client import Api, an_id
+from support.drafts import Finish, a_start
 from support.tenant_rows import TenantIds, TenantRows
 
 from chat_ticket.v1 import chat_attachment_pb2 as files_pb
+from chat_ticket.v1 import chat_draft_pb2 as drafts_pb
 from chat_ticket.v1 import chat_message_pb2 as messages_pb
 from chat_ticket.v1 import chat_session_pb2 as sessions_pb
 from chat_ticket.v1 import chat_ticket_pb2 as tickets_pb
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket_svc.server import SERVICES
+
+Write = drafts_pb.WriteChatDraftRequest
 
 RPCS = [
     method
@@ -39,13 +43,13 @@ RPCS = [
 # Strings in requests that are no ids. Every other string is an id or a page token.
 TEXTS = {
     *("title", "content", "metadata_json", "file_url", "file_name", "file_type", "query", "etag"),
-    *("language_code", "paths"),  # paths: of a FieldMask
+    *("language_code", "text", "paths"),  # paths: of a FieldMask
 }
 
 # What requests carry and no call reads.
 IGNORED = {
     *("ChatSession.tenant_id", "Ticket.tenant_id"),
-    *("ChatMessage.session_id", "ChatAttachment.message_id"),
+    *("ChatMessage.session_id", "ChatDraft.session_id", "ChatAttachment.message_id"),
     "UpdateChatMessage message.attachments[0].id",
 }
 
@@ -59,7 +63,8 @@ def calls(w: TenantIds) -> dict[str, dict[str, Message]]:
     """For each RPC, calls of a tenant for its own data. Together they set every id field.
 
     Those called `taken` are rejected, because something new cannot have the id at that path; the
-    others succeed. A page token is that of the page after the first.
+    others succeed. Those called `only` are about the id at that path alone. A page token is that of
+    the page after the first. The last request of a stream stands for all of them.
     """
     named = {"tenant_id": w.tenant, "title": w.tenant, "status": r.TICKET_STATUS_SOLVED}
     message = {"session_id": w.session, "role": r.CHAT_MESSAGE_ROLE_USER, "content": w.content}
@@ -70,6 +75,8 @@ def calls(w: TenantIds) -> dict[str, dict[str, Message]]:
         "taken {}.id": r.ChatMessage(**message, id=w.deleted),
         "taken {}.attachments[0].id": r.ChatMessage(**message, attachments=[file]),
     }
+    taking_over = a_start(w.session, w.draft)
+    taking_over.draft.session_id = w.session
     token = "of the second page"
     return {
         "CreateChatSession": {
@@ -90,7 +97,21 @@ def calls(w: TenantIds) -> dict[str, dict[str, Message]]:
             )
         },
         "DeleteChatSession": {"": sessions_pb.DeleteChatSessionRequest(session_id=w.session)},
-        "WatchChatSession": {"": sessions_pb.WatchChatSessionRequest(session_id=w.session)},
+        "WatchChatSession": {
+            "": sessions_pb.WatchChatSessionRequest(session_id=w.session),
+            "with drafts": sessions_pb.WatchChatSessionRequest(
+                session_id=w.session, include_drafts=True
+            ),
+        },
+        "WriteChatDraft": {
+            "taking over": Write(start=taking_over),
+            "only start.session_id": Write(start=a_start(w.session, w.undrafted)),
+            "finish": Write(finish=Finish(attachments=[w.a_file()])),
+            "taken finish.attachments[0].id": Write(finish=Finish(attachments=[file])),
+        },
+        "StopChatDraft": {"": drafts_pb.StopChatDraftRequest(draft_id=w.draft)},
+        "GetChatDraft": {"": drafts_pb.GetChatDraftRequest(draft_id=w.draft)},
+        "ListChatDrafts": {"": drafts_pb.ListChatDraftsRequest(session_id=w.session)},
         "CreateChatMessage": {
             case.format("message"): messages_pb.CreateChatMessageRequest(
                 session_id=w.session, message=new
@@ -199,7 +220,7 @@ CASES = [
     for rpc, cases in calls(TenantIds("a tenant")).items()
     for case, request in cases.items()
     for path in ids_of(request)
-    if not case.startswith("taken") or case == f"taken {path}"
+    if not case.startswith(("taken", "only")) or case.endswith(f" {path}")
 ]
 
 
@@ -215,16 +236,23 @@ def test_every_id_is_in_the_matrix(rpc: Any) -> None:
     assert tried == set(id_fields(rpc.input_type))
 
 
-async def answer(api: Api, rpc: str, request: Message) -> tuple[StatusCode, list[str]]:
-    """All responses of a call, to its end or until a watch has caught up."""
-    services = (api.sessions, api.messages, api.attachments, api.tickets)
-    call = next(getattr(service, rpc) for service in services if hasattr(service, rpc))(request)
+async def answer(
+    api: Api, world: TenantIds, rpc: str, request: Message
+) -> tuple[StatusCode, list[str]]:
+    """All responses of a call, to its end, or until a watch has caught up or a draft is open."""
+    services = (api.sessions, api.messages, api.attachments, api.tickets, api.drafts)
+    method = next(getattr(service, rpc) for service in services if hasattr(service, rpc))
+    requests = [request]
+    if isinstance(request, Write) and not request.HasField("start"):
+        requests.insert(0, Write(start=a_start(world.session, world.draft)))
+    call = method(iter(requests) if isinstance(request, Write) else request)
     responses = []
     try:
-        if isinstance(call, grpc.aio.UnaryStreamCall):
+        if isinstance(call, grpc.aio.UnaryStreamCall | grpc.aio.StreamStreamCall):
             async for response in call:
                 responses.append(MessageToJson(response, indent=None))
-                if '"caughtUp"' in responses[-1]:
+                is_open = '"started"' in responses[-1] and request.HasField("start")
+                if is_open or '"caughtUp"' in responses[-1]:
                     call.cancel()
                     return StatusCode.OK, responses
         else:
@@ -240,7 +268,7 @@ async def request_of(api: Api, world: TenantIds, rpc: str, case: str, path: str)
     if "page_token" in ids_of(request):
         request.page_token = ""
         if path == "page_token":
-            _, [first_page, *_] = await answer(api, rpc, request)
+            _, [first_page, *_] = await answer(api, world, rpc, request)
             request.page_token = json.loads(first_page)["nextPageToken"]
     return request
 
@@ -293,7 +321,7 @@ async def test_foreign_id_gets_the_answer_of_an_absent_id(
             value = value if whose == "foreign" else of_nobody(path, value)
             setattr(*ids_of(request)[path], value)
         before = rows.of(theirs.tenant)
-        code[whose], lines = await answer(api, rpc, request)
+        code[whose], lines = await answer(api, ours, rpc, request)
         assert rows.of(theirs.tenant) == before
         lines += rows.of(ours.tenant)
         if value:

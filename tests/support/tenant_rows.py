@@ -8,6 +8,7 @@ from psycopg import sql
 
 from chat_ticket.v1 import resources_pb2 as r
 from support.client import Api, a_file, an_id
+from support.drafts import leave_draft
 from support.messages import delete_message
 from support.tickets import unlink
 
@@ -53,6 +54,8 @@ class TenantIds:
     ticket: str = dataclasses.field(default_factory=an_id)
     spare: str = dataclasses.field(default_factory=an_id)  # a ticket without a session
     link: str = dataclasses.field(default_factory=an_id)
+    draft: str = dataclasses.field(default_factory=an_id)
+    undrafted: str = dataclasses.field(default_factory=an_id)  # of nothing yet
 
     @property
     def content(self) -> str:
@@ -75,3 +78,4 @@ class TenantIds:
         await api.escalate(self.sharing, ticket_id=self.ticket)
         spare = r.Ticket(id=self.spare, title=self.tenant)
         await unlink(api, (await api.escalate(self.bare, ticket=spare)).id)
+        await leave_draft(api, self.session, self.content, self.draft)
