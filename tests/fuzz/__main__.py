@@ -82,6 +82,8 @@ def main() -> None:
         settings = {
             "CHAT_TICKET_ATTACHMENT_URL_CHECK": "false",
             "CHAT_TICKET_ACCESS_LOG": "false",
+            # The other tenant's drafts stay open to the end.
+            "CHAT_TICKET_DRAFT_SECONDS": "3600",
             "CHAT_TICKET_QUOTAS__TENANT_CALLS_PER_SECOND": "100000",
         }
         with server_process(database, **settings) as server:

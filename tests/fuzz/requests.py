@@ -16,6 +16,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from hypothesis import strategies as st
+from support.drafts import a_start
 
 from chat_ticket_svc.config import KIB
 from chat_ticket_svc.services import paging
@@ -26,6 +27,7 @@ from fuzz.values import (
     INT64,
     JSON_VALUES,
     LIMITS,
+    NEW_ID,
     OWN,
     TAME_NUMBER,
     TEXT,
@@ -104,16 +106,21 @@ def _unset(draw: Draw, field: FieldDescriptor, wild: Callable[[], bool]) -> bool
 
 
 def _message(
-    draw: Draw, descriptor: Descriptor, wild: Callable[[], bool], depth: int = 0
+    draw: Draw,
+    descriptor: Descriptor,
+    wild: Callable[[], bool],
+    depth: int = 0,
+    *,
+    choice: str = "",
 ) -> Message:
+    """A message. `choice` is the field of its oneofs to set, by default any."""
     result = GetMessageClass(descriptor)()
     if descriptor.full_name == "google.protobuf.Timestamp":
         return type(result)(**timestamp_value(draw, wild()))
     # An optional field is the only one of its oneof.
     chosen = {
-        oneof.name: draw(
-            st.sampled_from([*(field.name for field in oneof.fields), *[None] * wild()])
-        )
+        oneof.name: choice
+        or draw(st.sampled_from([*(field.name for field in oneof.fields), *[None] * wild()]))
         for oneof in descriptor.oneofs
     }
     for field in descriptor.fields:
@@ -163,6 +170,37 @@ def hostile_message(draw: Draw, kind: type[Message], tenant: str = "", other: st
     if "page_token" in kind.DESCRIPTOR.fields_by_name:
         result.page_token = _page_token(draw, result, tenant, other)  # type: ignore[attr-defined]
     return result
+
+
+@st.composite
+def hostile_stream(draw: Draw, kind: type[Message]) -> list[Message]:
+    """The requests of a stream that writes a draft. Most begin, go on and end as they should."""
+    level = draw(LEVELS)
+
+    def wild() -> bool:
+        return draw(ONE_OF_TEN) < level
+
+    choices = ["start", *draw(st.lists(st.just("append"), max_size=3)), "finish"]
+    if wild():
+        choices = draw(st.lists(st.sampled_from(choices), min_size=1, max_size=5))
+    requests: list[Any] = [
+        _message(draw, kind.DESCRIPTOR, wild, choice=choice) for choice in choices
+    ]
+    length = 0
+    for request in requests:
+        if wild():
+            continue
+        if request.HasField("start"):
+            request.start.session_id = draw(st.sampled_from(OWN["session"]))
+            if draw(st.booleans()):
+                request.start.draft.id = str(uuid.UUID(int=draw(NEW_ID)))
+                request.start.ClearField("expected_revision")
+        elif request.HasField("append"):
+            request.append.offset = length
+            length += len(request.append.text.encode())
+        else:
+            request.finish.state = draw(st.integers(0, 1))
+    return requests
 
 
 POSITIONS = [
@@ -261,16 +299,16 @@ TOKEN_CORNERS = ["5", "null", "{}", "[]", '"a"', "NaN", "\xff", "", *POSITIONS]
 
 
 @st.composite
-def _valid_message(draw: Draw, kind: type[Message]) -> Message:
-    return _message(draw, kind.DESCRIPTOR, lambda: False)
+def _valid_message(draw: Draw, kind: type[Message], choice: str) -> Message:
+    return _message(draw, kind.DESCRIPTOR, lambda: False, choice=choice)
 
 
-def corner_cases(kind: type[Message], tenant: str) -> Iterator[Message]:
+def corner_cases(kind: type[Message], tenant: str, choice: str = "") -> Iterator[Message]:
     """A good request with, in one field at a time, each of the values that once broke something.
 
     Chance finds them in thousands of requests; these are few.
     """
-    [good] = draw_examples(_valid_message(kind), 1, 0)
+    [good] = draw_examples(_valid_message(kind, choice), 1, 0)
     for path in _texts(good):
         values = CORNERS
         if path[-1] == "metadata_json":
@@ -288,6 +326,22 @@ def corner_cases(kind: type[Message], tenant: str) -> Iterator[Message]:
             for index in range(len(position)):
                 changed = [*position[:index], value, *position[index + 1 :]]
                 yield _with(good, ["page_token"], _token(f"[{','.join([digest, *changed])}]"))
+
+
+def stream_corner_cases(kind: type[Message], tenant: str) -> Iterator[list[Message]]:
+    """As `corner_cases`, for each request of a stream that writes a draft.
+
+    Most drafts are empty, and dropped in the end. Otherwise the sessions would soon have too many.
+    """
+    finish = kind(finish={})
+    for corner in corner_cases(kind, tenant, "start"):
+        yield [corner, finish]
+    for choice in ("append", "finish"):
+        for number, corner in enumerate(corner_cases(kind, tenant, choice)):
+            # No two that are sent at once have the same draft.
+            draft_id = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{tenant} {choice} {number % 21}"))
+            start = kind(start=a_start(OWN["session"][number % 3], draft_id))
+            yield [start, corner, finish]
 
 
 def _token(text: str) -> str:

@@ -25,9 +25,11 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from hypothesis import strategies as st
 from support.client import Api, Refusal, a_file
+from support.drafts import leave_draft
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_attachment_pb2 import ListChatAttachmentsRequest
+from chat_ticket.v1.chat_draft_pb2 import ListChatDraftsRequest
 from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest
 from chat_ticket.v1.chat_session_pb2 import ListChatSessionsRequest, UpdateChatSessionRequest
 from chat_ticket.v1.chat_ticket_pb2 import (
@@ -37,7 +39,13 @@ from chat_ticket.v1.chat_ticket_pb2 import (
 )
 from chat_ticket_svc.config import MIB
 from chat_ticket_svc.server import SERVICES
-from fuzz.requests import corner_cases, decode_token, hostile_message
+from fuzz.requests import (
+    corner_cases,
+    decode_token,
+    hostile_message,
+    hostile_stream,
+    stream_corner_cases,
+)
 from fuzz.values import FOREIGN, OWN, SECRET, draw_examples
 from fuzz.wire import hostile_bytes
 
@@ -58,6 +66,9 @@ EXPECTED_CODES = {
 }
 # Errors that the service does not raise itself carry no details.
 WITHOUT_DETAILS = {("/grpc.health.v1.Health/Check", StatusCode.NOT_FOUND)}
+
+# What a client says that has written to a stream before it read how that ended.
+MADE_UP = "Internal error from Core"
 
 IN_FLIGHT = 8
 MAX_SHOWN = 3
@@ -109,7 +120,7 @@ STANDARD = methods(
 
 
 async def populate(api: Api, ids: dict[str, list[str]], text: str) -> None:
-    """Create sessions in every status, with messages, files, links and tickets of these ids.
+    """Create sessions in every status, with messages, files, links, tickets, drafts of these ids.
 
     The last session has no ticket, and the last ticket has no link.
     """
@@ -133,6 +144,7 @@ async def populate(api: Api, ids: dict[str, list[str]], text: str) -> None:
             chat_ticket_id=ids["chat_ticket"][index],
             ticket=r.Ticket(id=ids["ticket"][index], title=f"help, {text}", status=index + 1),
         )
+        await leave_draft(api, session_id, f"your order, {text}", ids["draft"][index])
         request = UpdateChatSessionRequest(session=r.ChatSession(id=session_id, status=index + 1))
         request.update_mask.paths.append("status")
         await api.sessions.UpdateChatSession(request)
@@ -152,6 +164,7 @@ async def list_everything(api: Api) -> list[bytes]:
                 ListChatAttachmentsRequest(session_id=session.id)
             ),
             await api.tickets.ListChatTickets(ListChatTicketsRequest(session_id=session.id)),
+            await api.drafts.ListChatDrafts(ListChatDraftsRequest(session_id=session.id)),
         ]
     return [finding.SerializeToString(deterministic=True) for finding in findings]
 
@@ -198,15 +211,15 @@ async def call(
             responses.append(await one)
         elif method.client_streaming:
             one = channel.stream_stream(method.path)(**options)
-            # Write and read in turns: a client that writes to a finished stream makes up a status.
-            for request in requests:
-                await one.write(request)
-                response = await one.read()
-                if response is grpc.aio.EOF:
-                    break
-                responses.append(response)
+            await one.write(requests[0])
+            response = await one.read()
+            for request in requests[1:]:
+                if response is not grpc.aio.EOF:
+                    with contextlib.suppress(asyncio.InvalidStateError, grpc.aio.AioRpcError):
+                        await one.write(request)
             await one.done_writing()
             while response is not grpc.aio.EOF:
+                responses.append(response)
                 response = await one.read()
         else:
             one = channel.unary_stream(method.path)(requests[0], **options)
@@ -216,6 +229,8 @@ async def call(
                     one.cancel()
                     return Answer(None, responses, [*await one.initial_metadata()])
     except grpc.aio.AioRpcError as error:
+        if method.client_streaming and error.details() == MADE_UP:
+            return Answer(None, responses)
         metadata = [*(error.initial_metadata() or ()), *(error.trailing_metadata() or ())]
         return Answer(error.code(), responses, metadata, error.details() or "", error)
     metadata = [*await one.initial_metadata(), *await one.trailing_metadata()]
@@ -320,11 +335,13 @@ class Report:
 def requests_of(
     method: Method, *, as_bytes: bool, count: int, seed: int, tenant: str
 ) -> list[list[bytes]]:
-    """Hostile requests, a list for each call: only reflection takes more than one request."""
+    """Hostile requests, a list for each call: reflection and drafts take more than one request."""
     kind = hostile_bytes if as_bytes else hostile_message
     strategy = kind(method.request, tenant, OTHER_TENANT)
     if method.client_streaming:
         strategy = st.lists(strategy, min_size=1, max_size=4)
+        if method.is_ours and not as_bytes:
+            strategy = hostile_stream(method.request)
     drawn = draw_examples(strategy, count, seed)
     lists = drawn if method.client_streaming else [[each] for each in drawn]
     return [
@@ -349,7 +366,11 @@ async def run_batch(
 async def run_corners(address: str, method: Method, report: Report) -> None:
     """Send the values that have broken something before."""
     tenant = f"hostile {method.name} corners"
-    drawn = [[each.SerializeToString()] for each in corner_cases(method.request, tenant)]
+    if method.client_streaming:
+        streams = stream_corner_cases(method.request, tenant)
+        drawn = [[each.SerializeToString() for each in stream] for stream in streams]
+    else:
+        drawn = [[each.SerializeToString()] for each in corner_cases(method.request, tenant)]
     await send_all(address, method, drawn, tenant, "corners", report)
 
 

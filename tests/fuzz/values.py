@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from chat_ticket_svc.config import Limits
 
 LIMITS = Limits()
-KINDS = ("session", "message", "attachment", "chat_ticket", "ticket")
+KINDS = ("session", "message", "attachment", "chat_ticket", "ticket", "draft")
 
 
 INT32, INT64, UINT32, UINT64 = 2**31 - 1, 2**63 - 1, 2**32 - 1, 2**64 - 1
@@ -280,6 +280,7 @@ def _language_code(draw: Draw, wild: bool) -> str:
 
 STRINGS: dict[str, Callable[[Draw, bool], str]] = {
     "content": _text(LIMITS.content_bytes, ["hello", "where is my order"], in_bytes=True),
+    "text": _text(LIMITS.content_bytes, ["hello", "x", ""], in_bytes=True),
     "language_code": _language_code,
     "query": _text(LIMITS.query, ["order", "hello or order", '"my order" -nothing']),
     "title": _text(LIMITS.title, ["help", "broken"]),
@@ -303,6 +304,7 @@ OF_TYPE = {
     "ChatAttachment": "attachment",
     "ChatTicket": "chat_ticket",
     "Ticket": "ticket",
+    "ChatDraft": "draft",
 }
 
 

@@ -6,7 +6,6 @@ and tests/fuzz/run.py has the rules for answers. test_hostile_wire.py tests HTTP
 
 import base64
 from collections.abc import AsyncIterator
-from typing import Any
 
 import grpc.aio
 import pytest
@@ -35,6 +34,7 @@ from google.protobuf import descriptor_pb2, struct_pb2, type_pb2, wrappers_pb2
 from grpc import StatusCode
 from grpc_reflection.v1alpha import reflection_pb2
 from support.client import Api, an_id, refused
+from support.server import serving
 
 from chat_ticket.v1.chat_message_pb2 import SearchChatMessagesRequest
 from chat_ticket_svc.config import MIB
@@ -49,11 +49,15 @@ def of_ours(name: str) -> Method:
 
 
 @pytest_asyncio.fixture(scope="session")
-async def address(server: Any) -> AsyncIterator[str]:
-    """A server with another tenant's data, which is as it was when all is done."""
-    address = f"127.0.0.1:{server.port}"
-    async with bystander(address):
-        yield address
+async def address(database: str) -> AsyncIterator[str]:
+    """A server with another tenant's data, which is as it was when all is done.
+
+    The drafts of the other tenant are open to the end.
+    """
+    async with serving(database, draft_seconds=3600) as server:
+        address = f"127.0.0.1:{server.port}"
+        async with bystander(address):
+            yield address
 
 
 every_method = pytest.mark.parametrize(
@@ -120,7 +124,7 @@ class TestFound:
         method = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
         call = api.channel.stream_stream(method)(iter([request]))
         response = reflection_pb2.ServerReflectionResponse.FromString(await call.read())
-        assert len(response.list_services_response.service) == 6
+        assert len(response.list_services_response.service) == 7
 
 
 class TestLimits:
