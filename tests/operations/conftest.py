@@ -88,6 +88,7 @@ async def faulty_server_output(
             "CHAT_TICKET_DRAIN_SECONDS": "1",
             "CHAT_TICKET_LIMITS__ATTACHMENTS": "1",
             "CHAT_TICKET_QUOTAS__SESSION_STREAMS": "2",
+            "CHAT_TICKET_DRAFT_SECONDS": "3",
             "CHAT_TICKET_ATTACHMENT_URL_CHECK": "true",
             "CHAT_TICKET_ATTACHMENT_URL_SCHEMES": "http,https",
             "CHAT_TICKET_ATTACHMENT_URL_ALLOWED_HOSTS": f"{store.removeprefix('http://')}",

@@ -79,6 +79,7 @@ class TestServer:
             "not serving",
             "planted",
             "error connecting in",
+            "finished the draft of a lost writer",
             "draining",
         ):
             assert event in faulty_server_output.process.output, event

@@ -18,6 +18,7 @@ from chat_ticket_svc.embedded import EmbeddedPostgres
 from support.client import Api, an_id
 from support.database import execute, raise_on_insert, terminate_at_commit
 from support.process import ServerProcess
+from support.provoked_drafts import provoke_draft_errors
 from support.provoked_errors import (
     ServerOutput,
     provoke_authentication_errors,
@@ -257,6 +258,7 @@ async def provoke_everything(
     await provoke_request_errors(output, api)
     await provoke_authentication_errors(output, api, keys)
     await provoke_rule_violations(output, api, database, store)
+    await provoke_draft_errors(output, api)
     await provoke_database_errors(output, api, database)
     postgres.stop()
     try:
