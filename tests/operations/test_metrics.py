@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.authority import Authority
 from support.client import Api, an_id, refused
 from support.database import session_locked
+from support.drafts import leave_draft, writing
 from support.process import ServerProcess, server_process
 from support.watching import watching
 
@@ -62,6 +63,7 @@ def process(database: str) -> Iterator[ServerProcess]:
         "CHAT_TICKET_METRICS_PORT": "0",
         "CHAT_TICKET_QUOTAS__SESSION_STREAMS": "1",
         "CHAT_TICKET_POOL_SIZE": "3",
+        "CHAT_TICKET_DRAFT_SECONDS": "1.5",
     }
     with server_process(database, **settings) as process:
         process.wait_for("serving")
@@ -103,6 +105,29 @@ async def test_started_calls_and_their_messages_are_counted(
             assert now(name, **labels) == before(name, **labels) + 1, name
         name = "grpc_server_msg_sent_total"
         assert now(name, **labels) > before(name, **labels)
+
+
+async def test_drafts_are_counted(process: ServerProcess, tenant: str) -> None:
+    """Their writers while they write, their text, and how often writers come back or are lost."""
+    before = Metrics(process)
+    async with Api(process.address, tenant) as api:
+        session = await api.session()
+        async with writing(api, session.id) as stream:
+            await stream.write("hello, ")
+            await stream.write("wörld")
+            await stream.append()
+            assert Metrics(process)("chat_ticket_draft_writers") == 1
+        await until(process, "chat_ticket_draft_writers", 0)
+        assert await leave_draft(api, session.id, "!", stream.draft_id) == stream.draft_id
+        name = "chat_ticket_drafts_expired_total"
+        await until(process, name, before(name) + 1)
+    now = Metrics(process)
+    for name, count in (("takeovers", 1), ("pieces", 3), ("bytes", 14)):
+        total = f"chat_ticket_draft_{name}_total"
+        assert now(total) == before(total) + count, name
+    commits = "chat_ticket_draft_commit_seconds_count"
+    assert now(commits) >= before(commits) + 3
+    assert now("chat_ticket_draft_writers") == 0
 
 
 def test_database_is_up_or_down(process: ServerProcess) -> None:
