@@ -2,17 +2,24 @@
 
 import pytest
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorSet
-from support.proto_comments import descriptors, field_comments, package_comment
+from support.proto_comments import (
+    descriptors,
+    field_comments,
+    method_comment,
+    package_comment,
+)
 
 from chat_ticket_svc import server
-from chat_ticket_svc.config import KIB, MIB, Limits, Settings
+from chat_ticket_svc.config import KIB, MIB, Limits, Quotas, Settings
 from chat_ticket_svc.rpc import middleware, status
 from chat_ticket_svc.services import attachment_url_policy, metadata_json, paging, validate
-from chat_ticket_svc.store import messages, search
+from chat_ticket_svc.store import drafts, messages, search
 
 OPTIONS = dict(server.OPTIONS)
 DEFAULTS = Limits()
+QUOTAS = Quotas()
 UNARY_SECONDS = Settings.model_fields["unary_timeout_seconds"].default
+DRAFT_SECONDS = Settings.model_fields["draft_seconds"].default
 
 # Each limit of a request that is a setting, with the field that it limits and how that says it.
 SETTINGS = {
@@ -32,6 +39,9 @@ SETTINGS = {
 }
 CONSTANTS = [
     ("ChatMessage.metadata_json", f"{metadata_json.MAX_SCALE:,} digits"),
+    ("WriteChatDraftRequest.Append.text", f"at most {DEFAULTS.content_bytes // KIB} KiB"),
+    ("WriteChatDraftRequest.Finish.attachments", f"at most {DEFAULTS.attachments}"),
+    ("ListChatDraftsResponse.drafts", f"at most {drafts.MAX_OPEN_DRAFTS}"),
     ("ChatMessage.language_code", f"at most {validate.MAX_LANGUAGE_CODE} characters"),
     ("ChatAttachment.file_url", "at most five redirects"),
     ("ListChatMessagesResponse.messages", f"at most {paging.MAX_STREAM_PAGE} and about 1 MiB"),
@@ -40,6 +50,13 @@ CONSTANTS = [
         f"up to {search.MAX_MESSAGES:,} messages, {search.MAX_BYTES // MIB} MiB of text or "
         f"{search.MAX_SESSIONS:,} sessions",
     ),
+]
+OF_DRAFTS = [
+    f"A writer must send something every {DRAFT_SECONDS} seconds",
+    f"a session has at most {drafts.MAX_OPEN_DRAFTS} open drafts",
+    f"a tenant has at most {QUOTAS.tenant_drafts} streams of WriteChatDraft",
+    f"writes {QUOTAS.tenant_draft_bytes_per_second // MIB} MiB a second",
+    f"all tenants together have {QUOTAS.drafts:,} and {QUOTAS.draft_bytes_per_second // MIB} MiB",
 ]
 OF_ALL_METHODS = [
     "1 to 255 printable ASCII characters",
@@ -101,3 +118,9 @@ def limit_of_kind(name: str, field: FieldDescriptorProto) -> str:
 def test_package_names_the_limits_of_all_methods(protos: FileDescriptorSet, text: str) -> None:
     """With the values that the server has."""
     assert text in package_comment(protos)
+
+
+@pytest.mark.parametrize("text", OF_DRAFTS)
+def test_write_names_the_limits_of_drafts(protos: FileDescriptorSet, text: str) -> None:
+    """Of one session, one tenant and one server process."""
+    assert text in method_comment(protos, "WriteChatDraft")

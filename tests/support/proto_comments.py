@@ -32,12 +32,31 @@ def package_comment(files: FileDescriptorSet) -> str:
 
 
 def field_comments(files: FileDescriptorSet) -> Iterator[tuple[str, FieldDescriptorProto, str]]:
-    """`Message.field`, the field and its comment, of the messages that are not nested."""
+    """`Message.field`, the field and its comment, of all messages and those nested in them."""
     for file in files.file:
         for location in file.source_code_info.location:
             match list(location.path):
                 case [4, message, 2, field]:  # `message_type` of a file, `field` of a message
                     kind = file.message_type[message]
-                    descriptor = kind.field[field]
-                    comment = " ".join(location.leading_comments.split())
-                    yield f"{kind.name}.{descriptor.name}", descriptor, comment
+                    name = kind.name
+                case [4, message, 3, nested, 2, field]:  # `nested_type` of a message
+                    kind = file.message_type[message].nested_type[nested]
+                    name = f"{file.message_type[message].name}.{kind.name}"
+                case _:
+                    continue
+            comment = " ".join(location.leading_comments.split())
+            yield f"{name}.{kind.field[field].name}", kind.field[field], comment
+
+
+def method_comment(files: FileDescriptorSet, name: str) -> str:
+    """The comment of an RPC."""
+    [comment] = [
+        " ".join(location.leading_comments.split())
+        for file in files.file
+        for location in file.source_code_info.location
+        # `service` of a file, `method` of a service
+        if len(location.path) == 4
+        and (location.path[0], location.path[2]) == (6, 2)
+        and file.service[location.path[1]].method[location.path[3]].name == name
+    ]
+    return comment
