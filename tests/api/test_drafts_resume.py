@@ -25,7 +25,8 @@ from support.drafts import (
 from support.messages import delete_message, sequences
 from support.quotas import refusal_of
 
-from chat_ticket_svc.store import draft_commit
+from chat_ticket_svc.store import draft_commit, drafts
+from chat_ticket_svc.store.database import Database
 
 TAKE_OVER = "UPDATE chat_drafts SET fencing_token = fencing_token + 1 WHERE id = %s"
 
@@ -191,6 +192,27 @@ class TestFencing:
             assert locked.written == 0
             await connection.rollback()
             await locked.until_written(5)
+
+    async def test_takeover_that_the_network_repeats(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A statement that comes late, after its server has given it up, fences nobody."""
+        takeovers = []
+        write: Any = Database.write
+
+        async def recorded(db: Database, sql: Any, params: Any, *args: Any, **options: Any) -> Any:
+            if sql is drafts.TAKE_OVER:
+                takeovers.append((db, dict(params)))
+            return await write(db, sql, params, *args, **options)
+
+        monkeypatch.setattr(Database, "write", recorded)
+        session = await api.session()
+        draft_id = await leave_draft(api, session.id, "old")
+        async with writing(api, session.id, draft_id) as new:
+            [(db, params)] = takeovers
+            await write(db, drafts.TAKE_OVER, params, drafts.Lease, idempotent=True)
+            await new.write(" new")
+            assert (await new.finish()).content == "old new"
 
     async def test_streams_that_begin_at_once(self, api: Api, another_server: Api) -> None:
         """Of streams with the same start, on two servers, exactly one can write."""

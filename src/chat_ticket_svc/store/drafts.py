@@ -19,6 +19,8 @@ from chat_ticket_svc.store.transaction import Transaction
 
 # Of one session. A follower reads all of them at once.
 MAX_OPEN_DRAFTS = 8
+# Of several writers that take a draft over at once, each attempt of one succeeds.
+OPEN_ATTEMPTS = 10
 
 CONTENT = """
     (SELECT coalesce(string_agg(p.content, '' ORDER BY p.start_offset), '')
@@ -94,7 +96,7 @@ SELECT CASE WHEN d.id IS NOT NULL THEN
        CASE WHEN m.id IS NOT NULL THEN
            m.session_id = %(session_id)s::uuid AND m.role = %(role)s
            AND m.language_code IS NOT DISTINCT FROM %(language_code)s END,
-       t.message_id IS NOT NULL
+       t.message_id IS NOT NULL, d.fencing_token
   FROM (SELECT %(tenant_id)s::text AS tenant_id, %(id)s::uuid AS id) AS wanted
   LEFT JOIN chat_drafts d ON d.tenant_id = wanted.tenant_id AND d.id = wanted.id
   LEFT JOIN chat_messages m ON m.tenant_id = wanted.tenant_id AND m.id = wanted.id
@@ -113,11 +115,14 @@ ON CONFLICT (tenant_id, id) DO NOTHING
 RETURNING fencing_token, length
 """
 
+# Once from each token: a statement that the network delivers late, after its server has given it
+# up, does not fence the writer that came after it.
 TAKE_OVER = f"""
 UPDATE chat_drafts d
    SET fencing_token = d.fencing_token + 1, expires_at = {EXPIRES_AT}
   FROM chat_sessions s
  WHERE d.tenant_id = %(tenant_id)s AND d.id = %(id)s::uuid
+   AND d.fencing_token = %(fencing_token)s
    AND s.tenant_id = %(tenant_id)s AND s.id = d.session_id
 RETURNING d.fencing_token, d.length, s.revision
 """
@@ -184,10 +189,10 @@ async def open_(
         "lease_seconds": lease_seconds,
         **new._asdict(),
     }
-    # The draft may begin or end between two statements.
-    for _ in range(3):
+    # The draft may begin, end or be taken over between two statements.
+    for _ in range(OPEN_ATTEMPTS):
         [found] = await db.fetch_pipelined(FIND, params)
-        is_draft, is_message, is_deleted = found
+        is_draft, is_message, is_deleted, fencing_token = found
         if is_message is False or is_deleted:
             raise errors.AlreadyExistsError.id_taken("chat_message", new.id)
         if is_message:
@@ -195,7 +200,8 @@ async def open_(
         if is_draft is False:
             raise errors.AlreadyExistsError.id_taken("chat_draft", new.id)
         if is_draft:
-            leases = await db.write(TAKE_OVER, params, Lease, idempotent=True)
+            taking_over = {**params, "fencing_token": fencing_token}
+            leases = await db.write(TAKE_OVER, taking_over, Lease, idempotent=True)
             lease = leases[0] if leases else None
         else:
             lease = await _begin(db, params, exclusive=exclusive, revision=expected_revision)
