@@ -45,7 +45,6 @@ class TestSession:
             for _ in range(500):
                 await stream.append("x", stream.offset - stream.offset % 3)
                 await asyncio.sleep(0)
-            await stream.send(finish={})
 
         for number in range(10):
             session = await api.session()
@@ -156,13 +155,13 @@ class TestCaller:
         address = (
             await start_server(database, **SETTINGS, jwks=str(tmp_path / "keys.json"))
         ).address
-        token = {"good": KEY.token(), "short": KEY.token(exp=time.time() + 1.2)}
-        async with (
-            Api(address, tenant, token=token["good"]) as good,
-            Api(address, tenant, token=token["short"]) as short,
-        ):
+        async with Api(address, tenant, token=KEY.token()) as good:
             session = await good.session()
-            async with writing(short, session.id) as stream:
+            token = KEY.token(exp=time.time() + 1.5)
+            async with (
+                Api(address, tenant, token=token) as short,
+                writing(short, session.id) as stream,
+            ):
                 await stream.write("before")
                 with refused(StatusCode.UNAUTHENTICATED, "CREDENTIAL_EXPIRED"):
                     await stream.until_error()

@@ -8,6 +8,7 @@ import psycopg
 import pytest
 import pytest_asyncio
 from support.client import Api, an_id
+from support.database import session_locked
 from support.drafts import (
     INCOMPLETE,
     a_start,
@@ -31,17 +32,15 @@ LOST = "finished the draft of a lost writer"
 
 
 @pytest_asyncio.fixture(scope="module", autouse=True)
-async def impatient_server(
-    database: str, server: Server, second_server: Server
-) -> AsyncIterator[Server]:
+async def impatient_server(database: str) -> AsyncIterator[Server]:
     """One of three servers on the worker's database that look for lost writers all the time.
 
     A writer of this one counts as lost after a second.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(draft_expiry, "SWEEP_SECONDS", 0.02)
-        async with serving(database, draft_seconds=1) as started:
-            yield started
+        async with serving(database), serving(database), serving(database, draft_seconds=1) as one:
+            yield one
 
 
 @pytest_asyncio.fixture
@@ -76,14 +75,16 @@ async def wait_until_ended(api: Api, session_id: str) -> None:
 
 class TestLostWriter:
     async def test_text_becomes_an_incomplete_message(
-        self, api: Api, expire: Expire, capsys: pytest.CaptureFixture[str]
+        self, api: Api, database: str, expire: Expire, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """One message and one revision for each draft, and one server says that it did it."""
         session = await api.session()
         ids = [await leave_draft(api, session.id, f"text {number}") for number in range(8)]
         capsys.readouterr()
         async with watching(api, session.id) as watcher:
-            await expire(*ids)
+            with session_locked(database, session.id):
+                await expire(*ids)
+                await asyncio.sleep(0.2)  # in which all servers find them
             await watcher.until_revision(8)
             await assert_same_state(api, watcher, session.id)
             messages = watcher.messages

@@ -25,6 +25,7 @@ from support.drafts import (
 from support.messages import delete_message, sequences
 from support.quotas import refusal_of
 
+from chat_ticket_svc.server import Server
 from chat_ticket_svc.store import draft_commit, drafts
 from chat_ticket_svc.store.database import Database
 
@@ -174,6 +175,41 @@ class TestFencing:
                 else:
                     await assert_taken_over(old)
                 assert (await get_draft(api, old.draft_id)).content == "old" + text
+
+    async def test_append_beside_that_of_the_next_writer(
+        self, api: Api, server: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One statement has the text of both: only what was stored is acknowledged."""
+        session = await api.session()
+        commit = server._draft_commit
+        write = commit._db.write_pipelined
+        writes, released = asyncio.Event(), asyncio.Event()
+
+        async def write_when_released(*arguments: Any) -> Any:
+            writes.set()
+            await released.wait()
+            return await write(*arguments)
+
+        async def check_nothing(_: object) -> None:
+            """As if no notification arrived, and the poll was yet to come."""
+
+        monkeypatch.setattr(commit, "_check_drafts", check_nothing)
+        monkeypatch.setattr(commit._db, "write_pipelined", write_when_released)
+        async with (
+            writing(api, session.id) as other,
+            writing(api, session.id) as old,
+            writing(api, session.id, old.draft_id) as new,
+        ):
+            await other.append("other")
+            await writes.wait()
+            await old.append("old!")
+            await new.append("new")
+            while len(commit._dirty) < 2:
+                await asyncio.sleep(0.005)
+            released.set()
+            await assert_taken_over(old)
+            assert old.written == 0
+            assert (await new.finish()).content == "new"
 
     async def test_locked_draft_holds_up_no_other(self, api: Api, database: str) -> None:
         """The text of other writers is added meanwhile."""
