@@ -24,9 +24,9 @@ MUTANT_SECONDS = 5.0  # to settle, for those that never do
 
 def table(results: dict[str, list[Result]]) -> str:
     lines = [
-        "| fault | runs | writes acknowledged | lost | duplicated | out of order | other "
+        "| fault | runs | writes acknowledged | drafts | lost | duplicated | out of order | other "
         "| longest outage |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, runs in results.items():
         lost = sum(result.count("is lost") for result in runs)
@@ -34,12 +34,13 @@ def table(results: dict[str, list[Result]]) -> str:
         order = sum(result.count("I3: ") for result in runs)
         other = sum(len(result.violations) for result in runs) - lost - twice - order
         acknowledged = sum(result.acknowledged for result in runs)
+        drafts = sum(result.drafts for result in runs)
         outage = max(result.outage_seconds for result in runs)
         invalid = sum(not result.valid for result in runs)
         shown = f"{len(runs)}" + (f" ({invalid} invalid)" if invalid else "")
         lines.append(
-            f"| {name} | {shown} | {acknowledged:,} | {lost} | {twice} | {order} | {other} "
-            f"| {outage:.1f} s |"
+            f"| {name} | {shown} | {acknowledged:,} | {drafts:,} | {lost} | {twice} | {order} "
+            f"| {other} | {outage:.1f} s |"
         )
     return "\n".join(lines)
 

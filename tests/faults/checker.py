@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg.rows import namedtuple_row
 
+from faults.draft_checker import check_drafts, check_seen
+from faults.draft_record import DraftRecord
 from faults.record import Outcome, Record, WatchRecord, Write
 
 MESSAGES = """
-SELECT session_id::text, id::text, sequence, content, metadata::text,
+SELECT session_id::text, id::text, sequence, content, metadata::text, state,
        (extract(epoch FROM created_at) * 1000000)::bigint AS created_at,
        (SELECT coalesce(array_agg(a.id::text), '{}') FROM chat_attachments a
          WHERE a.tenant_id = m.tenant_id AND a.message_id = m.id) AS attachments
@@ -84,9 +86,14 @@ def check(
         violations += _writes(writes, found)
         violations += _order(writes, found)
         violations += _tickets(writes, found)
+        drafts = [draft for draft in record.drafts if draft.tenant == tenant]
+        violations += [
+            Violation("draft", text) for text in check_drafts(drafts, found.messages, connection)
+        ]
         for watch in record.watches:
             if watch.tenant == tenant:
                 violations += _check_watch(watch, found)
+                violations += _check_seen(watch, drafts, found)
     return violations
 
 
@@ -238,6 +245,15 @@ def _check_watch(watch: WatchRecord, found: Stored) -> Iterator[Violation]:
             sorted(row.attachments),
         ):
             yield Violation("I4", f"{who} holds another {message_id}")
+
+
+def _check_seen(
+    watch: WatchRecord, drafts: Sequence[DraftRecord], found: Stored
+) -> Iterator[Violation]:
+    """What a watch showed of drafts is in their messages, and led to them."""
+    if watch.drafts is not None:
+        for text in check_seen(watch.drafts, drafts, found.messages):
+            yield Violation("draft", f"a watch of {watch.session_id} {text}")
 
 
 def _tickets(writes: Sequence[Write], found: Stored) -> Iterator[Violation]:

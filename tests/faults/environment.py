@@ -27,6 +27,8 @@ from support.process import ServerProcess
 from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.embedded import EmbeddedPostgres
 from faults.checker import Violation, check
+from faults.draft_record import LEASE_SECONDS
+from faults.draft_sampler import OVERDUE_SECONDS, DraftSampler
 from faults.proxy import Proxy
 from faults.served import MUTANT
 from faults.workload import THINK_SECONDS, Workload
@@ -43,6 +45,7 @@ SETTINGS = {
     "CHAT_TICKET_WATCH_HEARTBEAT_SECONDS": "1",
     "CHAT_TICKET_DRAIN_SECONDS": "5",
     "CHAT_TICKET_STREAM_WRITE_TIMEOUT_SECONDS": "3",
+    "CHAT_TICKET_DRAFT_SECONDS": str(LEASE_SECONDS),
 }
 
 CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'chat-ticket-svc'"
@@ -246,17 +249,35 @@ class Environment:
 
     @contextlib.contextmanager
     def workload(
-        self, seed: int, name: str, think_seconds: float = THINK_SECONDS
+        self, seed: int, name: str, think_seconds: float = THINK_SECONDS, *, drafts: bool = False
     ) -> Iterator[Workload]:
         def addresses() -> Sequence[str]:
             return [service.address for service in self.services]
 
-        workload = Workload(addresses, seed, name, think_seconds)
+        workload = Workload(addresses, seed, name, think_seconds, drafts=drafts)
         try:
             self.run(workload.start())
             yield workload
         finally:
             self.run(workload.close())
+
+    @contextlib.contextmanager
+    def sampled_drafts(
+        self, workload: Workload, overdue_seconds: float = OVERDUE_SECONDS
+    ) -> Iterator[DraftSampler]:
+        addresses = [service.address for service in self.services]
+        sampler = DraftSampler(
+            self.database_url,
+            addresses,
+            workload.tenants,
+            workload.record.drafts,
+            overdue_seconds=overdue_seconds,
+        )
+        sampler.start()
+        try:
+            yield sampler
+        finally:
+            sampler.stop()
 
     # ---- Afterwards ----
 

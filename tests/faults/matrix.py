@@ -10,6 +10,7 @@ from grpc import StatusCode
 
 from faults import abuse
 from faults.checker import Seen, Violation
+from faults.draft_record import LEASE_SECONDS
 from faults.environment import Environment
 from faults.overload import overload
 from faults.proxy import Mode
@@ -156,7 +157,7 @@ FAULTS = (
     Fault("answers to commits lost", _network(Mode.LOSE_COMMITS), 20, 3, 1),
     Fault("notifications lost", _network(Mode.LOSE_NOTIFICATIONS), 10, 3, 0.5),
     Fault("PostgreSQL SIGSTOP", _pause_postgres, 10, 15, 1),
-    Fault("service SIGSTOP", _pause_service, 10, 15, 1),
+    Fault("service SIGSTOP", _pause_service, 10, 15, LEASE_SECONDS + 0.5),
     Fault("disk full", _fill_disk, 5, 3, 0, small_disk=True),
     Fault("10 times the callers", _overload, 5, 4, 0),
     Fault("callers leave, 10,000", _callers(abuse.leave), 1, 10_000, 100),

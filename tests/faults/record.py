@@ -11,6 +11,8 @@ from google.rpc import error_details_pb2 as details_pb2
 from google.rpc import status_pb2
 from grpc import StatusCode
 
+from faults.draft_record import DraftRecord, SeenDrafts
+
 clock = time.monotonic
 
 
@@ -106,6 +108,7 @@ class WatchRecord:
         default_factory=list
     )  # ids of messages that it never delivered
     deleted: bool = False
+    drafts: SeenDrafts | None = None  # of a watch that shows them
 
 
 @dataclass
@@ -114,6 +117,7 @@ class Record:
 
     writes: list[Write] = field(default_factory=list)
     watches: list[WatchRecord] = field(default_factory=list)
+    drafts: list[DraftRecord] = field(default_factory=list)
     # Bytes of another tenant, and statuses that no caller may see.
     findings: list[str] = field(default_factory=list)
     # When a write was acknowledged, in order: what lies between is an outage.

@@ -1,5 +1,6 @@
 """One run: a workload, a fault in its midst, and the verdict."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ class Result:
     seed: int
     valid: bool = False
     acknowledged: int = 0
+    drafts: int = 0  # of which text was acknowledged
     streams: int = 0  # started, by all watches
     healthy_seconds: float = 0.0  # after the fault's end
     outage_seconds: float = 0.0  # the longest time without any acknowledged write
@@ -42,6 +44,7 @@ def run(
     amount: float,
     around: float,
     settle: float = SETTLE_SECONDS,
+    drafts: bool = True,
 ) -> Result:
     """`amount` of a fault, with `around` seconds of work before and after it.
 
@@ -49,7 +52,9 @@ def run(
     """
     result = Result(fault.name, seed)
     name = f"{fault.name.partition(' ')[0].lower()}-{seed}"
-    with environment.workload(seed, name) as workload:
+    with contextlib.ExitStack() as stack:
+        workload = stack.enter_context(environment.workload(seed, name, drafts=drafts))
+        sampler = stack.enter_context(environment.sampled_drafts(workload)) if drafts else None
         record = workload.record
         began = clock()
         while len(record.acknowledged) < FEWEST or clock() - began < around:
@@ -72,7 +77,11 @@ def run(
             environment.run(workload.settle(settle))
         except TimeoutError:
             result.violations.append(Violation("I4", "writers and watches do not finish"))
+        if sampler is not None:
+            sampler.stop()
+            result.violations += [Violation("draft", text) for text in sampler.violations]
         result.acknowledged = len(record.acknowledged)
+        result.drafts = sum(draft.acknowledged > 0 for draft in record.drafts)
         result.streams = sum(watch.streams for watch in record.watches)
         result.outage_seconds = record.longest_outage(struck)
         result.note = seen.note

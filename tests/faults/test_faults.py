@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import psycopg
 import pytest
 from support.scratch_directory import scratch_directory
 
+from chat_ticket.v1 import resources_pb2 as r
 from faults.checker import check
+from faults.draft_record import DraftRecord, Writer
 from faults.environment import Environment
 from faults.matrix import FAULTS, Fault
 from faults.record import Outcome
@@ -23,6 +26,8 @@ from faults.workload import Workload
 
 SEED = 1
 AROUND_SECONDS = 0.2
+# The others meet drafts in `make faults`: their leases take time to run out.
+FAULTS_WITH_DRAFTS = ("answers to commits lost", "service SIGSTOP")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,14 @@ def environment() -> Iterator[Environment]:
 )
 def test_nothing_is_lost(environment: Environment, fault: Fault) -> None:
     """Whatever breaks: every acknowledged write is stored once, and every watch delivers it."""
-    result = run(environment, fault, seed=SEED, amount=fault.quick_amount, around=AROUND_SECONDS)
+    result = run(
+        environment,
+        fault,
+        seed=SEED,
+        amount=fault.quick_amount,
+        around=AROUND_SECONDS,
+        drafts=fault.name in FAULTS_WITH_DRAFTS,
+    )
     assert result.valid, f"{result.acknowledged} writes before the fault: too few"
     assert result.violations == []
 
@@ -44,8 +56,8 @@ def test_nothing_is_lost(environment: Environment, fault: Fault) -> None:
 @pytest.fixture(scope="module")
 def work(environment: Environment) -> Iterator[Workload]:
     """A run without violations, whose watches have delivered everything."""
-    with environment.workload(SEED, "checked") as workload:
-        while not _has_tickets(workload):
+    with environment.workload(SEED, "checked", drafts=True) as workload:
+        while not (_has_tickets(workload) and _shown_drafts(workload)):
             time.sleep(0.1)
         environment.run(workload.settle(30))
         assert environment.check(workload) == []
@@ -60,6 +72,24 @@ def _has_tickets(workload: Workload) -> bool:
         if write.kind == "CreateChatTicket" and write.outcome is Outcome.ACKNOWLEDGED
     }
     return linked == set(workload.tenants)
+
+
+def _shown_drafts(workload: Workload) -> list[DraftRecord]:
+    """Drafts of the first tenant that one writer has completed, and a watch has shown."""
+    shown = {
+        draft_id
+        for watch in workload.record.watches
+        if watch.drafts is not None
+        for draft_id, content in list(watch.drafts.longest.items())
+        if content
+    }
+    return [
+        draft
+        for draft in list(workload.record.drafts)
+        if draft.tenant == workload.tenants[0] and draft.id in shown and len(draft.writers) == 1
+        if not draft.has_stop and draft.writers[0].finish_state == r.CHAT_MESSAGE_STATE_COMPLETE
+        if draft.messages
+    ]
 
 
 MESSAGE = """(SELECT m.id FROM chat_messages m
@@ -109,6 +139,85 @@ def test_checker_finds_damage(environment: Environment, work: Workload, found: s
         texts = [str(each) for each in check(work.record, connection, work.tenants)]
         connection.rollback()
     assert any(found in text for text in texts), texts
+
+
+SECOND_MESSAGE = """
+INSERT INTO chat_messages (tenant_id, session_id, sequence, revision, role, content, created_at)
+SELECT tenant_id, session_id, sequence + 100000, revision + 100000, role, content || 'x', created_at
+  FROM chat_messages WHERE tenant_id = '{tenant}' AND id = '{draft}'
+"""
+OPEN_DRAFT = """
+INSERT INTO chat_drafts (id, tenant_id, session_id, expires_at, role)
+SELECT id, tenant_id, session_id, now() - interval '1 hour', role
+  FROM chat_messages WHERE tenant_id = '{tenant}' AND id = '{draft}'
+"""
+CHANGED = "UPDATE chat_messages SET {change} WHERE tenant_id = '{{tenant}}' AND id = '{{draft}}'"
+SHORTER = "content = left(content, -1)"
+OTHER = "content = overlay(content PLACING '#' FROM 3)"
+TWICE = "content = content || content"
+MOVED = "sequence = sequence + 100000, revision = revision + 100000"
+
+DAMAGE_TO_DRAFTS = {
+    "acknowledged text is lost, with the draft": (
+        "DELETE FROM chat_messages WHERE tenant_id = '{tenant}' AND id = '{draft}'"
+    ),
+    "acknowledged text is lost, ": CHANGED.format(change=SHORTER),
+    "acknowledged text is lost or changed": CHANGED.format(change=OTHER),
+    "other text": CHANGED.format(change=TWICE),
+    "that it has not in the end": CHANGED.format(change=OTHER),
+    "and its writer had not finished": CHANGED.format(change=SHORTER),
+    "and nobody had stopped it": CHANGED.format(change="state = 'stopped'"),
+    "and its writer was there": CHANGED.format(change="state = 'incomplete'"),
+    "told of another message": CHANGED.format(change=MOVED),
+    "has a second message": SECOND_MESSAGE,
+    "has outlived its lease": OPEN_DRAFT,
+}
+
+
+@pytest.mark.parametrize("found", DAMAGE_TO_DRAFTS)
+def test_checker_finds_damage_to_drafts(
+    environment: Environment, work: Workload, found: str
+) -> None:
+    """What is stored of a draft is what its writer wrote, and its state fits."""
+    draft = _shown_drafts(work)[0]
+    with psycopg.connect(environment.database_url) as connection:
+        connection.execute("SET session_replication_role = replica")
+        damage = DAMAGE_TO_DRAFTS[found].format(tenant=draft.tenant, draft=draft.id)
+        connection.execute(damage)  # type: ignore[arg-type]
+        texts = [str(each) for each in check(work.record, connection, work.tenants)]
+        connection.rollback()
+    assert any(found in text for text in texts), texts
+
+
+def test_sampler_finds_damage_to_drafts(environment: Environment, work: Workload) -> None:
+    """What must hold at every moment: one of draft and message, and none beyond its lease."""
+    draft = _shown_drafts(work)[0]
+    lost = DraftRecord(tenant=draft.tenant, session_id=draft.session_id, id=str(uuid.uuid4()))
+    lost.writers.append(Writer(name="lost", acknowledged=1))
+    expected = {
+        f"draft {draft.id} is a message and still a draft",
+        f"draft {draft.id} has outlived its lease",
+        f"draft {lost.id} was acknowledged, and is neither a draft nor a message",
+    }
+    with (
+        psycopg.connect(environment.database_url, autocommit=True) as connection,
+        psycopg.connect(environment.database_url) as locking,
+    ):
+        # The servers wait for this lock to finish the draft.
+        lock = "SELECT FROM chat_sessions WHERE tenant_id = %s AND id = %s FOR UPDATE"
+        locking.execute(lock, (draft.tenant, draft.session_id))
+        connection.execute("SET session_replication_role = replica")
+        damage = OPEN_DRAFT.format(tenant=draft.tenant, draft=draft.id)
+        connection.execute(damage)  # type: ignore[arg-type]
+        work.record.drafts.append(lost)
+        with environment.sampled_drafts(work, overdue_seconds=0.3) as sampler:
+            deadline = time.monotonic() + 10
+            while sampler.violations.keys() != expected and time.monotonic() < deadline:
+                time.sleep(0.05)
+        work.record.drafts.remove(lost)
+        ids = (draft.tenant, draft.id)
+        connection.execute("DELETE FROM chat_drafts WHERE tenant_id = %s AND id = %s", ids)
+    assert sampler.violations.keys() == expected
 
 
 def test_checker_finds_missing_deliveries(environment: Environment, work: Workload) -> None:

@@ -41,6 +41,8 @@ from chat_ticket.v1.chat_session_pb2 import (
     WatchChatSessionRequest,
 )
 from chat_ticket.v1.chat_ticket_pb2 import CreateChatTicketRequest, ListTicketsRequest
+from faults.draft_callers import DraftCallers
+from faults.draft_record import SeenDrafts
 from faults.record import Attempt, Outcome, Record, WatchRecord, Write, clock, reason_of
 
 TENANTS = 3
@@ -72,7 +74,10 @@ class Workload:
         seed: int,
         name: str,
         think_seconds: float,
+        *,
+        drafts: bool = False,
     ):
+        """With `drafts`, some callers write drafts, and half of the watches show them."""
         self.record = Record()
         self._think_seconds = think_seconds  # of a writer, between two writes
         self._random = random.Random(seed)
@@ -84,6 +89,11 @@ class Workload:
         self._is_watching = True
         self._writers: list[asyncio.Task[None]] = []
         self._watch_tasks: list[asyncio.Task[None]] = []
+        self._draft_callers: DraftCallers | None = None
+        if drafts:
+            self._draft_callers = DraftCallers(
+                self.record, self.api, self._check_response, random.Random(seed)
+            )
 
     async def start(self) -> None:
         for tenant in self.tenants:
@@ -98,14 +108,20 @@ class Workload:
                 self._writers.append(asyncio.create_task(work(tenant, chance)))
             for number, session_id in enumerate(self.sessions[tenant] * WATCHERS):
                 watch = WatchRecord(tenant=tenant, session_id=session_id)
+                if self._draft_callers is not None and number >= SESSIONS:
+                    watch.drafts = SeenDrafts()
                 self.record.watches.append(watch)
                 self._watch_tasks.append(asyncio.create_task(self._watch(watch, number)))
+        if self._draft_callers is not None:
+            self._draft_callers.start(self.sessions)
 
     async def settle(self, seconds: float) -> None:
         """Stop the writers, find out unknown outcomes, and wait for the watches to catch up."""
         self._writing = False
         async with asyncio.timeout(seconds):
             await asyncio.gather(*self._writers)
+            if self._draft_callers is not None:
+                await self._draft_callers.settle()
             await asyncio.gather(
                 *(self._converge(w) for w in self.record.writes if w.outcome is Outcome.UNKNOWN)
             )
@@ -114,7 +130,10 @@ class Workload:
                 for tenant, sessions in self.sessions.items()
                 for session_id in sessions
             }
-            while any(watch.revision < ends[watch.session_id] for watch in self.record.watches):
+            while any(
+                watch.revision < ends[watch.session_id] or (watch.drafts and watch.drafts.open)
+                for watch in self.record.watches
+            ):
                 if any(task.done() for task in self._watch_tasks):
                     break  # by an error, which `close` raises
                 await asyncio.sleep(0.02)
@@ -122,6 +141,8 @@ class Workload:
     async def close(self) -> None:
         self._writing = self._is_watching = False
         tasks = self._writers + self._watch_tasks
+        if self._draft_callers is not None:
+            tasks += self._draft_callers.tasks
         for task in tasks:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -359,8 +380,12 @@ class Workload:
             number += 1  # the next stream may be of another server
             watch.streams += 1
             request = WatchChatSessionRequest(
-                session_id=watch.session_id, after_revision=watch.revision
+                session_id=watch.session_id,
+                after_revision=watch.revision,
+                include_drafts=watch.drafts is not None,
             )
+            if watch.drafts is not None:
+                watch.drafts.begin_stream()
             try:
                 async for event in self.api(watch.tenant, number).sessions.WatchChatSession(
                     request, timeout=3600
@@ -388,6 +413,8 @@ def apply_event(watch: WatchRecord, event: Any) -> None:
     if event.revision < watch.revision:
         watch.backwards.append(f"{event.revision} after {watch.revision}")
     watch.revision = event.revision
+    if watch.drafts is not None:
+        watch.drafts.apply(event)
     match event.WhichOneof("event"):
         case "messages_created":
             for message in event.messages_created.messages:
