@@ -3,13 +3,26 @@
 For the harness only: the checker must find each of them, and say what is wrong.
 """
 
+import asyncio
+import contextlib
+import itertools
 import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from chat_ticket_svc.store import append, group_commit, messages, session_changes, sessions
+from chat_ticket_svc.services import shown_drafts
+from chat_ticket_svc.store import (
+    append,
+    draft_commit,
+    drafts,
+    group_commit,
+    messages,
+    session_changes,
+    sessions,
+)
+from chat_ticket_svc.store.transaction import Transaction
 from chat_ticket_svc.watch import hub
 
 
@@ -78,6 +91,49 @@ def _retry_with_new_id() -> None:
     append.append_messages = anew
 
 
+def _draft_without_fencing() -> None:
+    """The statement adds the text of whoever has the right length."""
+    _replace(draft_commit, "ADD_PIECES", "d.fencing_token = new.fencing_token AND ", "")
+
+
+def _draft_acknowledged_before_commit() -> None:
+    async def write(self: Any, batch: Any) -> None:
+        params = self._params(batch)
+        for writer, text in batch:
+            self._on_added(writer, text)
+        with contextlib.suppress(Exception):
+            await self._db.write_pipelined(draft_commit.ADD_PIECES, params)
+
+    draft_commit.DraftGroupCommit._write_batch = write  # type: ignore[method-assign]
+
+
+def _draft_finished_in_two_transactions() -> None:
+    """The draft is removed in one, and its message is created in another."""
+    execute: Any = Transaction.execute
+
+    async def committed(self: Any, sql: Any, params: Any) -> None:
+        await execute(self, sql, params)
+        if sql is drafts.DELETE:
+            await execute(self, "COMMIT", {})
+            await asyncio.sleep(0.1)
+            await execute(self, "BEGIN", {})
+
+    Transaction.execute = committed  # type: ignore[method-assign]
+
+
+def _follower_skips_a_piece() -> None:
+    """Every tenth response with text has none."""
+    serialized: Any = shown_drafts._serialized
+    texts = itertools.count()
+
+    def skipped(draft: Any, draft_id: str, length: int) -> bytes:
+        if length != shown_drafts.WHOLE and next(texts) % 10 == 9:
+            return b""
+        return serialized(draft, draft_id, length)  # type: ignore[no-any-return]
+
+    shown_drafts._serialized = skipped
+
+
 def _replace(module: Any, name: str, old: str, new: str) -> None:
     sql = getattr(module, name)
     assert old in sql, f"{name} has changed: this is no mutant any more"
@@ -100,5 +156,17 @@ MUTANTS = {
     ),
     "retry with a new id": Mutant(
         _retry_with_new_id, "answers to commits lost", ("is there twice", "is lost")
+    ),
+    "draft without fencing": Mutant(
+        _draft_without_fencing, "notifications lost", ("of a fenced writer",)
+    ),
+    "draft acknowledged before commit": Mutant(
+        _draft_acknowledged_before_commit, "PostgreSQL SIGKILL", ("acknowledged text is lost",)
+    ),
+    "draft finished in two transactions": Mutant(
+        _draft_finished_in_two_transactions, "none", ("is neither a draft nor a message",)
+    ),
+    "follower of drafts skips a piece": Mutant(
+        _follower_skips_a_piece, "none", ("skipped a piece",)
     ),
 }
