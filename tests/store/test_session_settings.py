@@ -46,7 +46,7 @@ SETTINGS = {
     "default_transaction_deferrable": ("on", "off"),
     "statement_timeout": ("1ms", "7s"),
     "lock_timeout": ("1ms", "0"),
-    "idle_in_transaction_session_timeout": ("1ms", "10s"),
+    "idle_in_transaction_session_timeout": ("1ms", "3s"),
     "idle_session_timeout": ("20ms", "0"),
     "transaction_timeout": ("2s", "0"),
     "synchronous_commit": ("off", "on"),
@@ -190,7 +190,7 @@ async def test_settings_that_a_pooler_drops_are_found(
     assert differing == {
         "statement_timeout": "is 30000ms, must be 10000ms",
         "default_transaction_isolation": "is serializable, must be read committed",
-        "idle_in_transaction_session_timeout": "is 0ms, must be 10000ms",
+        "idle_in_transaction_session_timeout": "is 0ms, must be 3000ms",
         "synchronous_commit": "is off, must be on",
     }
 

@@ -48,7 +48,9 @@ SESSION_SETTINGS: Mapping[str, str | int] = {
     "default_transaction_deferrable": "off",
     "statement_timeout": 0,
     "lock_timeout": 0,
-    "idle_in_transaction_session_timeout": 10_000,
+    # A process that hangs in a transaction holds the lock of a session for so long. Another process
+    # finishes the drafts of this session up to 5 seconds after their leases.
+    "idle_in_transaction_session_timeout": 3_000,
     "idle_session_timeout": 0,
 }
 # What a connection start cannot set. Older servers do not know `transaction_timeout`, and the other
