@@ -25,8 +25,9 @@ from support.server import serving
 from support.sessions import ARCHIVED, get_revision, set_status
 from support.watching import assert_same_state, watching
 
+from chat_ticket_svc import errors
 from chat_ticket_svc.server import Server
-from chat_ticket_svc.store import draft_expiry
+from chat_ticket_svc.store import draft_expiry, drafts
 
 LOST = "finished the draft of a lost writer"
 
@@ -211,3 +212,26 @@ async def test_lease_in_real_time(impatient: Api) -> None:
         assert (await get_draft(impatient, draft_id)).content == ""
 
     await asyncio.gather(silent(), broken(), renewed(), resumed())
+
+
+async def test_drafts_that_cannot_be_finished(
+    api: Api, expire: Expire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are, the servers try again at the next sweep, and not all the time."""
+    attempts = 0
+
+    async def fail(*_: object, **__: object) -> None:
+        nonlocal attempts
+        attempts += 1
+        raise errors.UnavailableError("the database is read-only", reason="DATABASE_READ_ONLY")
+
+    session = await api.session()
+    draft_id = await leave_draft(api, session.id, "text")
+    with monkeypatch.context() as patch:
+        patch.setattr(draft_expiry, "MAX_EXPIRED", 1)
+        patch.setattr(draft_expiry, "SWEEP_SECONDS", 0.2)
+        patch.setattr(drafts, "finish", fail)
+        await expire(draft_id)
+        await asyncio.sleep(1)
+    assert 0 < attempts < 40
+    await wait_until_ended(api, session.id)

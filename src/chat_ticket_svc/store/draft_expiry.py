@@ -69,21 +69,23 @@ class DraftExpiry:
                 self._warnings.warn("could not look for expired drafts", cause(error))
 
     async def _finish_expired(self) -> int:
-        """Finish some of the expired drafts, and return their number."""
+        """Finish some of the expired drafts, and return the number of those that are gone."""
         expired = await self._db.fetch_all(EXPIRED, {"limit": MAX_EXPIRED}, lambda *row: row)
-        count = len(expired)
+        gone = 0
         random.shuffle(expired)  # other processes have found the same ones
 
         async def finish_in_turn() -> None:
+            nonlocal gone
             while expired:
-                tenant_id, session_id, draft_id = expired.pop()
                 # A task of its own has a context of its own, with the tenant.
-                await asyncio.create_task(self._finish(tenant_id, session_id, draft_id))
+                is_gone = await asyncio.create_task(self._finish(*expired.pop()))
+                gone += is_gone
 
         await asyncio.gather(*(finish_in_turn() for _ in range(CONCURRENCY)))
-        return count
+        return gone
 
-    async def _finish(self, tenant_id: str, session_id: str, draft_id: str) -> None:
+    async def _finish(self, tenant_id: str, session_id: str, draft_id: str) -> bool:
+        """Returns False if the draft is still there, and the next sweep finds it again."""
         request_context.set_tenant(tenant_id)
         try:
             await drafts.finish(
@@ -97,10 +99,11 @@ class DraftExpiry:
             )
         except errors.NotFoundError:
             # Another process was first, the writer is back, or the session was deleted.
-            return
-        except Exception as error:  # any error: the next sweep finds it again
+            return True
+        except Exception as error:  # any error: the next sweep may work
             self._warnings.warn("could not finish an expired draft", cause(error))
-            return
+            return False
         metrics.DRAFTS_EXPIRED.inc()
         log.info("finished the draft of a lost writer", tenant=tenant_id, session_id=session_id)
         self._on_finished(tenant_id, session_id)
+        return True
