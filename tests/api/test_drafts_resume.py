@@ -151,6 +151,19 @@ class TestFencing:
                 await old.finish()
         assert (await get_draft(api, old.draft_id)).content == "old"
 
+    async def test_draft_that_was_dropped_and_begins_again(
+        self, api: Api, another_server: Api, database: str
+    ) -> None:
+        """It is another draft: a writer of the one before, which was not told, is fenced."""
+        session = await api.session()
+        async with writing(api, session.id) as old, connected(database) as connection:
+            await connection.execute("DELETE FROM chat_drafts WHERE id = %s", [old.draft_id])
+            async with writing(another_server, session.id, old.draft_id) as new:
+                await old.append("old")
+                await assert_taken_over(old)
+                await new.append("new")
+                assert (await new.finish()).content == "new"
+
     async def test_append_in_flight_when_the_draft_is_taken_over(
         self, api: Api, database: str
     ) -> None:

@@ -85,7 +85,7 @@ class ChatDraftService(chat_draft_pb2_grpc.ChatDraftServiceServicer):
             if not isinstance(opened, Lease):
                 yield _finished(opened)
                 return
-            if opened.fencing_token > 1:
+            if opened.is_takeover:
                 metrics.DRAFT_TAKEOVERS.inc()
                 self._group_commit.check_drafts((tenant_id, session_id))
             self._on_changed(tenant_id, session_id)

@@ -61,6 +61,7 @@ class Lease(NamedTuple):
     fencing_token: int
     length: int
     revision: int
+    is_takeover: bool
 
 
 COLUMNS = column_list(Draft)
@@ -107,9 +108,13 @@ SELECT CASE WHEN d.id IS NOT NULL THEN
 # The clock of the database, not of the servers, decides when a writer is lost.
 EXPIRES_AT = "clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second'"
 
+# A draft that was dropped can begin again. Its fencing token is then another than before, so that
+# a writer of the time before is still fenced.
 BEGIN = f"""
-INSERT INTO chat_drafts (tenant_id, id, session_id, role, language_code, metadata, expires_at)
-VALUES (%(tenant_id)s, %(id)s::uuid, %(session_id)s::uuid, %(role)s, %(language_code)s,
+INSERT INTO chat_drafts (tenant_id, id, session_id, fencing_token, role, language_code, metadata,
+                         expires_at)
+VALUES (%(tenant_id)s, %(id)s::uuid, %(session_id)s::uuid,
+        {microseconds("clock_timestamp()")}, %(role)s, %(language_code)s,
         %(metadata)s::jsonb, {EXPIRES_AT})
 ON CONFLICT (tenant_id, id) DO NOTHING
 RETURNING fencing_token, length
@@ -124,7 +129,7 @@ UPDATE chat_drafts d
  WHERE d.tenant_id = %(tenant_id)s AND d.id = %(id)s::uuid
    AND d.fencing_token = %(fencing_token)s
    AND s.tenant_id = %(tenant_id)s AND s.id = d.session_id
-RETURNING d.fencing_token, d.length, s.revision
+RETURNING d.fencing_token, d.length, s.revision, true
 """
 
 LOCK = """
@@ -240,7 +245,7 @@ async def _begin(
                 subject=f"chat_sessions/{session_id}",
             )
         return await transaction.fetch_one(
-            BEGIN, params, lambda token, length: Lease(token, length, session.revision)
+            BEGIN, params, lambda token, length: Lease(token, length, session.revision, False)
         )
 
     try:
