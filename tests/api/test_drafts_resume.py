@@ -164,6 +164,16 @@ class TestFencing:
                 await new.append("new")
                 assert (await new.finish()).content == "new"
 
+    async def test_repeat_after_the_end_of_the_draft(self, api: Api, database: str) -> None:
+        """A writer that was not told is told then: the text that follows is no gap."""
+        session = await api.session()
+        async with writing(api, session.id) as stream, connected(database) as connection:
+            await stream.write("text")
+            await connection.execute("DELETE FROM chat_drafts WHERE id = %s", [stream.draft_id])
+            await stream.append("text and", 0)
+            await stream.append(" more")
+            assert not (await stream.until_stopped()).id
+
     async def test_append_in_flight_when_the_draft_is_taken_over(
         self, api: Api, database: str
     ) -> None:

@@ -211,7 +211,9 @@ class ChatDraftService(chat_draft_pb2_grpc.ChatDraftServiceServicer):
         try:
             draft = await drafts.get(self._db, writer.tenant_id, writer.draft_id)
         except errors.NotFoundError:
-            return ""  # adding nothing finds out how the draft has ended
+            # At once: the next text is no gap.
+            writer.fail(DraftEnded())
+            return ""
         # Not what comes after it: that is of a writer that has taken the draft over.
         stored = draft.content.encode()[offset : writer.length]
         repeated = text.encode()
