@@ -235,3 +235,17 @@ async def test_drafts_that_cannot_be_finished(
         await asyncio.sleep(1)
     assert 0 < attempts < 40
     await wait_until_ended(api, session.id)
+
+
+async def test_writer_whose_text_waits_for_the_rate(
+    start_server: Callable[..., Awaitable[Api]], database: str
+) -> None:
+    """It is not lost, although nothing of its text is stored for longer than its lease."""
+    quotas = {"tenant_draft_bytes_per_second": 10_000}
+    api = await start_server(database, quotas=quotas, draft_seconds=1)
+    session = await api.session()
+    async with writing(api, session.id) as stream:
+        began = time.monotonic()
+        await stream.append("x" * 50_000)
+        await stream.until_written(50_000)
+        assert time.monotonic() - began > 3

@@ -197,7 +197,9 @@ class ChatDraftService(chat_draft_pb2_grpc.ChatDraftServiceServicer):
                 reason="DRAFT_GAP",
                 metadata={"length": str(length)},
             )
-        await self._quotas.pace(writer.tenant_id, size)
+        # A writer whose text waits is not silent.
+        with self._group_commit.renewing(writer):
+            await self._quotas.pace(writer.tenant_id, size)
         if offset < length and size:
             text = await self._after_repeat(writer, offset, text)
             size = len(text.encode())

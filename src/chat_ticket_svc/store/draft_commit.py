@@ -176,6 +176,22 @@ class DraftGroupCommit:
             # An empty context: the statement belongs to no single caller, trace or tenant.
             self._writing = asyncio.create_task(self._write(), context=Context())
 
+    @contextmanager
+    def renewing(self, writer: DraftWriter) -> Iterator[None]:
+        """Renew the writer's lease from time to time, for the duration of the block."""
+        loop = asyncio.get_running_loop()
+
+        def renew() -> None:
+            nonlocal timer
+            self.append(writer, "", 0)
+            timer = loop.call_later(self._lease_seconds / 3, renew)
+
+        timer = loop.call_later(self._lease_seconds / 3, renew)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def raise_if_draining(self) -> None:
         if self._is_draining:
             raise _draining()
