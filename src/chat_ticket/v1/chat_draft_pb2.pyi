@@ -242,8 +242,9 @@ class WriteChatDraftResponse(_message.Message):
         MESSAGE_FIELD_NUMBER: _builtins.int
         @_builtins.property
         def message(self) -> _resources_pb2.ChatMessage:
-            """The message as stored, with the state STOPPED; or INCOMPLETE when the writer counted as lost.
-            Unset when the draft was empty.
+            """The message as stored, with the state STOPPED; INCOMPLETE when the writer counted as lost; or
+            any state when another stream has taken the draft over and finished it. Unset when the draft
+            was empty.
             """
 
         def __init__(

@@ -57,6 +57,9 @@ PIPELINED_MAX_BYTES = 64 * 1024
 PIPELINED_CONNECTIONS = 2
 
 
+# Until the transaction ends. A snapshot holds no locks, and its reader may write to a slow pipe.
+SNAPSHOT_IDLE_TIMEOUT = "SELECT set_config('idle_in_transaction_session_timeout', '60s', true)"
+
 # After these errors callers take it that nothing was written.
 _NOTHING_WRITTEN = (
     errors.ContentionError,
@@ -309,6 +312,7 @@ class Database:
                     connection, statement_timeout_seconds=self._statement_timeout_seconds
                 )
                 await transaction.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", {})
+                await transaction.execute(SNAPSHOT_IDLE_TIMEOUT, {})
                 try:
                     yield transaction
                 finally:

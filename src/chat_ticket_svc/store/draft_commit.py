@@ -180,6 +180,7 @@ class DraftGroupCommit:
     def renewing(self, writer: DraftWriter) -> Iterator[None]:
         """Renew the writer's lease from time to time, for the duration of the block."""
         loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle
 
         def renew() -> None:
             nonlocal timer

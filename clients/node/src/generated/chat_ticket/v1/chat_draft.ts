@@ -140,8 +140,9 @@ export interface WriteChatDraftResponse_Finished {
 /** The end of the draft by somebody else. */
 export interface WriteChatDraftResponse_Stopped {
   /**
-   * The message as stored, with the state STOPPED; or INCOMPLETE when the writer counted as lost.
-   * Unset when the draft was empty.
+   * The message as stored, with the state STOPPED; INCOMPLETE when the writer counted as lost; or
+   * any state when another stream has taken the draft over and finished it. Unset when the draft
+   * was empty.
    */
   message: ChatMessage | undefined;
 }
