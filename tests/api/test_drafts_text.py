@@ -1,6 +1,8 @@
 """The text of drafts: offsets in bytes of UTF-8, repeats, gaps, limits, what is no text."""
 
 import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
 
 import grpc.aio
 import pytest
@@ -10,6 +12,8 @@ from support.drafts import DraftStream, a_start, get_draft, leave_draft, writing
 from support.messages import KIB
 
 from chat_ticket.v1.chat_draft_pb2 import WriteChatDraftRequest, WriteChatDraftResponse
+from chat_ticket_svc import errors
+from chat_ticket_svc.store.database import Database
 
 LIMIT = 256 * KIB
 # One, two, three and four bytes, a combining character, and several characters that look like one.
@@ -253,4 +257,27 @@ class TestRenewal:
                 assert now.expire_time.ToNanoseconds() > before.expire_time.ToNanoseconds()
                 before.expire_time.CopyFrom(now.expire_time)
                 assert now == before
+            assert (await stream.finish()).content == "text"
+
+
+async def test_statement_that_fails_for_many(
+    start_server: Callable[..., Awaitable[Api]], database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of the writers hears of it, also when there are more than may wait for connections."""
+
+    async def fail(*_: object) -> None:
+        raise errors.StatementCanceledError
+
+    api = await start_server(database, pool_size=2)
+    sessions = [(await api.session()).id for _ in range(5)]
+    async with contextlib.AsyncExitStack() as stack:
+        streams = [
+            await stack.enter_async_context(writing(api, session_id))
+            for session_id in sessions
+            for _ in range(8)
+        ]
+        with monkeypatch.context() as patch:
+            patch.setattr(Database, "write_pipelined", fail)
+            await asyncio.gather(*(stream.write("text") for stream in streams))
+        for stream in streams:
             assert (await stream.finish()).content == "text"

@@ -36,6 +36,9 @@ MAX_BATCH_BYTES = 1024 * 1024
 # A locked draft is tried again after this time, this often.
 LOCKED_RETRY_SECONDS = 0.02
 LOCKED_RETRIES = 100
+# The pieces of a statement that failed are added alone, so many at a time. More would fill the
+# queue for connections.
+ADDED_ALONE = 4
 
 # The arrays are selected so that the planner does not see their length. If it does, it plans the
 # statement for every execution.
@@ -143,6 +146,7 @@ class DraftGroupCommit:
         # The writers with text to add, in the order in which they got it.
         self._dirty: dict[DraftWriter, None] = {}
         self._writing: asyncio.Task[None] | None = None
+        self._adding_alone = asyncio.Semaphore(ADDED_ALONE)
         # The event loop holds only weak references to its tasks.
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_draining = False
@@ -333,18 +337,22 @@ class DraftGroupCommit:
         start, end = writer.length, writer.length + len(text.encode())
         try:
             for _ in range(LOCKED_RETRIES):
-                token, length = await self._db.fetch_by_key(
-                    FIND_LEASE, params, lambda *row: row
-                ) or (None, None)
-                if not self._check(writer, token):
-                    return
-                if length not in (start, end):  # a failover has lost what was committed
-                    raise errors.ContentionError
-                if (text and length == end) or await self._db.write(
-                    ADD_PIECES, self._params([(writer, text)]), lambda *row: row, idempotent=True
-                ):
-                    self._on_added(writer, text)
-                    return
+                async with self._adding_alone:
+                    token, length = await self._db.fetch_by_key(
+                        FIND_LEASE, params, lambda *row: row
+                    ) or (None, None)
+                    if not self._check(writer, token):
+                        return
+                    if length not in (start, end):  # a failover has lost what was committed
+                        raise errors.ContentionError
+                    if (text and length == end) or await self._db.write(
+                        ADD_PIECES,
+                        self._params([(writer, text)]),
+                        lambda *row: row,
+                        idempotent=True,
+                    ):
+                        self._on_added(writer, text)
+                        return
                 await asyncio.sleep(LOCKED_RETRY_SECONDS)
             raise errors.ContentionError
         except Exception as error:  # any error: the writer learns it, and resumes
