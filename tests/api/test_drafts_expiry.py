@@ -100,6 +100,23 @@ class TestLostWriter:
         said = [line for line in capsys.readouterr().out.splitlines() if LOST in line]
         assert len([line for line in said if api.tenant in line]) == 8
 
+    async def test_locked_sessions_hold_up_no_other(
+        self, api: Api, database: str, expire: Expire
+    ) -> None:
+        """Their drafts end when the locks are gone."""
+        locked = [await api.session() for _ in range(5)]
+        waiting = [await leave_draft(api, s.id, "text") for s in locked for _ in range(4)]
+        session = await api.session()
+        with session_locked(database, *(s.id for s in locked)):
+            await expire(*waiting)
+            await asyncio.sleep(0.1)  # in which all servers find them
+            draft_id = await leave_draft(api, session.id, "text")
+            await expire(draft_id)
+            async with asyncio.timeout(3):
+                await wait_until_ended(api, session.id)
+        for s in locked:
+            await wait_until_ended(api, s.id)
+
     async def test_empty_draft_is_dropped(self, api: Api, expire: Expire) -> None:
         """There is no message, and the id is free."""
         session = await api.session()

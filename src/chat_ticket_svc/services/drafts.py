@@ -210,6 +210,8 @@ class ChatDraftService(chat_draft_pb2_grpc.ChatDraftServiceServicer):
     async def _after_repeat(self, writer: DraftWriter, offset: int, text: str) -> str:
         """The part of `text` that the draft does not have. Raises AbortedError if they differ."""
         await writer.wait_until_written()
+        # The whole draft is read, however short the text is.
+        await self._quotas.pace(writer.tenant_id, writer.length)
         try:
             draft = await drafts.get(self._db, writer.tenant_id, writer.draft_id)
         except errors.NotFoundError:

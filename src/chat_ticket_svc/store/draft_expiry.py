@@ -72,20 +72,30 @@ class DraftExpiry:
         """Finish some of the expired drafts, and return the number of those that are gone."""
         expired = await self._db.fetch_all(EXPIRED, {"limit": MAX_EXPIRED}, lambda *row: row)
         gone = 0
+        # Sessions that something holds the lock of: the next sweep tries their drafts again.
+        locked: set[tuple[str, str]] = set()
         random.shuffle(expired)  # other processes have found the same ones
 
         async def finish_in_turn() -> None:
             nonlocal gone
             while expired:
-                # A task of its own has a context of its own, with the tenant.
-                is_gone = await asyncio.create_task(self._finish(*expired.pop()))
-                gone += is_gone
+                tenant_id, session_id, draft_id = expired.pop()
+                if (tenant_id, session_id) in locked:
+                    continue
+                try:
+                    # A task of its own has a context of its own, with the tenant.
+                    gone += await asyncio.create_task(self._finish(tenant_id, session_id, draft_id))
+                except errors.ContentionError:
+                    locked.add((tenant_id, session_id))
 
         await asyncio.gather(*(finish_in_turn() for _ in range(CONCURRENCY)))
         return gone
 
     async def _finish(self, tenant_id: str, session_id: str, draft_id: str) -> bool:
-        """Returns False if the draft is still there, and the next sweep finds it again."""
+        """Returns False if the draft is still there, and the next sweep finds it again.
+
+        Raises ContentionError if its session is locked.
+        """
         request_context.set_tenant(tenant_id)
         try:
             await drafts.finish(
@@ -100,6 +110,8 @@ class DraftExpiry:
         except errors.NotFoundError:
             # Another process was first, the writer is back, or the session was deleted.
             return True
+        except errors.ContentionError:
+            raise
         except Exception as error:  # any error: the next sweep may work
             self._warnings.warn("could not finish an expired draft", cause(error))
             return False
