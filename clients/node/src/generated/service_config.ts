@@ -45,14 +45,6 @@ export const SERVICE_CONFIG = {
           "method": "ListChatAttachments"
         },
         {
-          "service": "chat_ticket.v1.ChatDraftService",
-          "method": "GetChatDraft"
-        },
-        {
-          "service": "chat_ticket.v1.ChatDraftService",
-          "method": "ListChatDrafts"
-        },
-        {
           "service": "chat_ticket.v1.ChatTicketService",
           "method": "GetChatTicket"
         },
