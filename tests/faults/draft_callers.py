@@ -118,13 +118,13 @@ class DraftCallers:
         await asyncio.sleep(chance.random() * MOST_PIECES * PIECE_SECONDS)
         draft.has_stop = True
         while True:
+            is_begun = draft.writers[0].base is not None
             try:
                 response = await self._api(draft.tenant, number).drafts.StopChatDraft(
                     StopChatDraftRequest(draft_id=draft.id), timeout=CALL_SECONDS
                 )
             except grpc.aio.AioRpcError as error:
                 self._check_error(draft, "StopChatDraft", error)
-                is_begun = draft.writers[0].base is not None
                 if error.code() is StatusCode.NOT_FOUND and (is_begun or not self._is_writing):
                     return  # it was empty, and is dropped
             else:
@@ -216,9 +216,10 @@ class DraftCallers:
                     writer.acknowledged = max(writer.acknowledged, length)
                     started.set_result(length)
                 case "written":
-                    if response.written.length <= writer.acknowledged:
-                        draft.violations.append(f"{response.written.length} was acknowledged twice")
-                    writer.acknowledged = max(writer.acknowledged, response.written.length)
+                    length = response.written.length
+                    if length < writer.acknowledged:  # a repeat is answered with the same length
+                        draft.violations.append(f"{length} was acknowledged late")
+                    writer.acknowledged = max(writer.acknowledged, length)
                 case "finished" | "stopped" as kind:
                     self._take_message(draft, kind, getattr(response, kind))
                     writing.is_done = True
