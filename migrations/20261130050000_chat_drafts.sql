@@ -153,8 +153,9 @@ BEGIN
         IF EXISTS (SELECT FROM inserted
                      JOIN chat_drafts d ON d.tenant_id = inserted.tenant_id AND d.id = inserted.id)
         THEN
+            -- With a name that older servers know: they tell the caller to try again.
             RAISE 'the message id belongs to a draft'
-                USING ERRCODE = 'unique_violation', CONSTRAINT = 'chat_drafts_pkey';
+                USING ERRCODE = 'unique_violation', CONSTRAINT = 'chat_messages_pkey';
         END IF;
         RAISE 'the message id belonged to a deleted message'
             USING ERRCODE = 'unique_violation', CONSTRAINT = 'chat_message_tombstones_pkey';

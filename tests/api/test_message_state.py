@@ -221,7 +221,7 @@ class TestIdOfADraft:
         """The create can be repeated when the draft was dropped after it was refused."""
         api = await start_server(fresh_database)
         session = await api.session()
-        refuse = "RAISE 'x' USING ERRCODE = 'unique_violation', CONSTRAINT = 'chat_drafts_pkey'"
+        refuse = "RAISE 'x' USING ERRCODE = 'unique_violation', CONSTRAINT = 'chat_messages_pkey'"
         raise_on_insert(fresh_database, refuse, table="chat_messages")
         with refused(StatusCode.ABORTED, "CONTENTION") as refusal:
             await api.message(session.id, id=an_id())

@@ -133,7 +133,7 @@ def test_dumps_are_restored_exactly(
             with rejected_by(CheckViolation, "chat_sessions_has_ticket_check"):
                 us.add("chat_sessions", has_ticket=True)
             [[draft]] = connection.execute("SELECT id FROM chat_drafts").fetchall()
-            with rejected_by(UniqueViolation, "chat_drafts_pkey"):
+            with rejected_by(UniqueViolation, "chat_messages_pkey"):
                 us.add("chat_messages", id=draft)
 
 

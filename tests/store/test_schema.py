@@ -456,7 +456,7 @@ class TestDelete:
         ("chat_tickets", (CheckViolation, "chat_sessions_has_ticket_check")),
         ("chat_sessions", (CheckViolation, "chat_tickets_session_status_check")),
         ("chat_message_tombstones", (UniqueViolation, "chat_message_tombstones_pkey")),
-        ("chat_drafts", (UniqueViolation, "chat_drafts_pkey")),
+        ("chat_drafts", (UniqueViolation, "chat_messages_pkey")),
         ("chat_messages", (UniqueViolation, "chat_drafts_message_id_check")),
     ],
 )

@@ -63,13 +63,9 @@ WITH session AS (
 SELECT sequence, metadata, created_at FROM message ORDER BY sequence
 """
 
-# The constraints that an id violates if a concurrent call inserted it first.
-ID_CONSTRAINTS = {
-    "chat_messages_pkey",
-    "chat_message_tombstones_pkey",
-    "chat_drafts_pkey",
-    "chat_attachments_pkey",
-}
+# The constraints that an id violates if a concurrent call inserted it first, or if it belongs to a
+# draft.
+ID_CONSTRAINTS = {"chat_messages_pkey", "chat_message_tombstones_pkey", "chat_attachments_pkey"}
 
 FIND_DRAFT = """
 SELECT new.ordinal - 1
@@ -212,8 +208,6 @@ async def append_messages(
         if violation.constraint not in ID_CONSTRAINTS:
             raise
         id_violation = violation
-        if violation.constraint == "chat_drafts_pkey":
-            await _refuse_draft(db, tenant_id, new)
     stored = await find_repeat(db, tenant_id, session_id, new, outcome_unknown=True)
     if stored is not None:
         return stored
@@ -222,6 +216,7 @@ async def append_messages(
             db, tenant_id, [attachment for message in new for attachment in message.attachments]
         ) from id_violation
     await sessions.get(db, tenant_id, session_id)
+    await _refuse_draft(db, tenant_id, new)
     # The statement found one of the ids, which is gone now: its session was deleted in between, or
     # its draft was dropped.
     raise errors.ContentionError from id_violation
