@@ -20,14 +20,14 @@ from support.drafts import (
     unstarted,
     writing,
 )
-from support.messages import get_message, sequences
+from support.messages import batches, get_message, sequences
 from support.server import serving
 from support.sessions import ARCHIVED, get_revision, set_status
 from support.watching import assert_same_state, watching
 
 from chat_ticket_svc import errors
 from chat_ticket_svc.server import Server
-from chat_ticket_svc.store import draft_expiry, drafts
+from chat_ticket_svc.store import draft_expiry, drafts, expired_drafts
 
 LOST = "finished the draft of a lost writer"
 
@@ -189,6 +189,56 @@ class TestLostWriter:
             assert await get_revision(api, session.id) == 1
 
 
+class TestManyLostWriters:
+    """All writers of a server are lost at once when it dies."""
+
+    async def test_few_transactions_finish_their_drafts(
+        self, api: Api, other: Api, expire: Expire, database: str
+    ) -> None:
+        """Of several tenants and sessions. In each session the oldest draft comes first."""
+        texts = {api: ["one", "", "two", "three"], other: ["four", "five", "", "six"]}
+        sessions = [(by, (await by.session()).id) for by in (api, other) for _ in range(3)]
+        ids: list[str] = []
+        for by, session_id in sessions:
+            ids += [await leave_draft(by, session_id, text) for text in texts[by]]
+        await expire(*ids)
+        for by, session_id in sessions:
+            await wait_until_ended(by, session_id)
+            messages = [m for batch in await batches(by, session_id) for m in batch.messages]
+            assert [message.content for message in messages] == [text for text in texts[by] if text]
+            assert all(message.state == INCOMPLETE for message in messages)
+            assert await get_revision(by, session_id) == 3
+        with psycopg.connect(database) as connection:
+            cursor = connection.execute(
+                "SELECT count(*), count(DISTINCT xmin::text) FROM chat_messages"
+                " WHERE id = ANY (%s::uuid[])",
+                [ids],
+            )
+            [(count, transactions)] = cursor
+        assert count == 18
+        assert transactions < 9
+
+    async def test_session_that_somebody_holds_up(
+        self, api: Api, expire: Expire, database: str
+    ) -> None:
+        """The drafts of other sessions do not wait for it, and its own end afterwards."""
+        sessions = [(await api.session()).id for _ in range(8)]
+        ids = [await leave_draft(api, session_id, "text") for session_id in sessions]
+        held, free = sessions[::2], sessions[1::2]
+        with psycopg.connect(database) as connection:
+            lock = "SELECT FROM chat_sessions WHERE id = ANY (%s::uuid[]) FOR UPDATE"
+            connection.execute(lock, [held])
+            await expire(*ids)
+            for session_id in free:
+                await wait_until_ended(api, session_id)
+            for session_id in held:
+                assert len(await list_drafts(api, session_id)) == 1
+        for session_id in held:
+            await wait_until_ended(api, session_id)
+        for draft_id in ids:
+            assert (await get_message(api, draft_id)).state == INCOMPLETE
+
+
 async def test_lease_in_real_time(impatient: Api) -> None:
     """The draft of a silent writer ends after its lease, and one that is renewed does not.
 
@@ -247,10 +297,11 @@ async def test_drafts_that_cannot_be_finished(
     with monkeypatch.context() as patch:
         patch.setattr(draft_expiry, "MAX_EXPIRED", 1)
         patch.setattr(draft_expiry, "SWEEP_SECONDS", 0.2)
+        patch.setattr(expired_drafts, "finish", fail)
         patch.setattr(drafts, "finish", fail)
         await expire(draft_id)
         await asyncio.sleep(1)
-    assert 0 < attempts < 40
+    assert 0 < attempts < 100
     await wait_until_ended(api, session.id)
 
 
