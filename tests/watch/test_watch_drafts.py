@@ -175,7 +175,7 @@ class TestBegin:
             async with watching(api, session.id, include_drafts=True) as watcher:
                 event = await watcher.until("draft")
                 assert [event.draft] == await list_drafts(api, session.id)
-                assert event.draft.metadata_json == '{"model":"m"}'
+                assert event.draft.metadata_json == '{"model": "m"}'
 
     async def test_large_drafts_come_whole(self, unpolled: Api) -> None:
         """Eight drafts of the largest size, to several streams at once, and what they get later."""
