@@ -15,6 +15,7 @@ from typing import Any
 from chat_ticket_svc.services import shown_drafts
 from chat_ticket_svc.store import (
     append,
+    connection,
     draft_commit,
     drafts,
     group_commit,
@@ -74,6 +75,8 @@ def _cursor_off_by_one() -> None:
 
 
 def _acknowledged_before_commit() -> None:
+    on, off = "('synchronous_commit', 'on')", "('synchronous_commit', 'off')"
+    _replace(connection, "SET_AFTER_START", on, off)
     os.environ["DATABASE_URL"] += "&options=-csynchronous_commit%3Doff"
 
 
@@ -82,11 +85,13 @@ def _retry_with_new_id() -> None:
     original: Any = append.append_messages
 
     async def anew(
-        db: Any, tenant_id: str, session_id: str, new: Any, *, outcome_unknown: bool
+        db: Any, tenant_id: str, session_id: str, new: Any, *, outcome_unknown: bool, **named: Any
     ) -> Any:
         if outcome_unknown:
             new = [message._replace(id=str(uuid.uuid4())) for message in new]
-        return await original(db, tenant_id, session_id, new, outcome_unknown=outcome_unknown)
+        return await original(
+            db, tenant_id, session_id, new, outcome_unknown=outcome_unknown, **named
+        )
 
     append.append_messages = anew
 
