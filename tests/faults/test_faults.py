@@ -60,6 +60,8 @@ def work(environment: Environment) -> Iterator[Workload]:
         while not (_has_tickets(workload) and _shown_drafts(workload)):
             time.sleep(0.1)
         environment.run(workload.settle(30))
+        # The tests damage what is stored, and the watches would see that too.
+        environment.run(workload.stop_watching())
         assert environment.check(workload) == []
         yield workload
 

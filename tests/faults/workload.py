@@ -138,6 +138,13 @@ class Workload:
                     break  # by an error, which `close` raises
                 await asyncio.sleep(0.02)
 
+    async def stop_watching(self) -> None:
+        """End the watches. What they have seen stays in the record."""
+        self._is_watching = False
+        for task in self._watch_tasks:
+            task.cancel()
+        await asyncio.gather(*self._watch_tasks, return_exceptions=True)
+
     async def close(self) -> None:
         self._writing = self._is_watching = False
         tasks = self._writers + self._watch_tasks
