@@ -260,9 +260,7 @@ async def provoke_everything(
     await provoke_rule_violations(output, api, database, store)
     await provoke_draft_errors(output, api)
     await provoke_database_errors(output, api, database)
-    async with asyncio.timeout(20):
-        while "finished the draft of a lost writer" not in output.process.output:
-            await asyncio.sleep(0.1)
+    await output.wait_for_output("finished the draft of a lost writer")
     postgres.stop()
     try:
         gone = api.message(an_id(), secret("content"))
