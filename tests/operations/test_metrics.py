@@ -206,8 +206,8 @@ async def test_pool(process: ServerProcess, tenant: str, database: str) -> None:
             await asyncio.sleep(0.5)
             under_load = Metrics(process)
         await asyncio.gather(*calls)
-    # A tenant may have two of the three.
-    assert under_load("chat_ticket_pool_waiting_calls") == 3
+    # A tenant may have two of the three. The look for lost writers may wait for a moment too.
+    assert under_load("chat_ticket_pool_waiting_calls") in (3, 4)
     assert under_load("chat_ticket_pool_connections") >= 2
     await until(process, "chat_ticket_pool_waiting_calls", 0)
     assert Metrics(process)("chat_ticket_pool_wait_seconds_count") >= 5
