@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psycopg
 
-from chat_ticket_svc import config
+from chat_ticket_svc import limits
 from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.embedded import EmbeddedPostgres
 
@@ -29,7 +29,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 CONNECTIONS = 16
 
 NO_QUOTAS = {
-    f"CHAT_TICKET_QUOTAS__{name.upper()}": "1000000" for name in config.Quotas.model_fields
+    f"CHAT_TICKET_QUOTAS__{name.upper()}": "1000000" for name in limits.Quotas.model_fields
 }
 UNLIMITED = {
     **NO_QUOTAS,

@@ -1,6 +1,6 @@
 """Generate docs/reference from the code, or with --check compare it with what is there.
 
-One page from each source of truth: the settings from config.py, the errors from errors.py, the
+One page from each source of truth: the settings from config.py, the errors from reasons.py, the
 metrics from metrics.py, the commands from the command line's parser, and the API from the comments
 of the protos.
 """
@@ -31,7 +31,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from chat_ticket_svc import cli, config, errors
+from chat_ticket_svc import cli, config, reasons
 from chat_ticket_svc.rpc.status import DOMAIN
 from chat_ticket_svc.telemetry import metrics
 
@@ -151,14 +151,14 @@ def _values(field: FieldInfo) -> str:
 
 def errors_page() -> str:
     parts = [
-        GENERATED.format(source="REASONS in src/chat_ticket_svc/errors.py"),
+        GENERATED.format(source="src/chat_ticket_svc/reasons.py"),
         "# Errors\n\n"
         "Every error of the service carries `google.rpc.ErrorInfo` with the domain "
         f"`{DOMAIN}` and one of these reasons. [Errors](../concepts/errors.md) explains how to "
         "handle them, and lists the errors of gRPC itself, which carry no reason.\n\n",
     ]
-    for status, reasons in itertools.groupby(errors.REASONS, lambda reason: reason.status):
-        rows = [[f"`{reason.name}`", reason.meaning, reason.action] for reason in reasons]
+    for status, group in itertools.groupby(reasons.REASONS, lambda reason: reason.status):
+        rows = [[f"`{reason.name}`", reason.meaning, reason.action] for reason in group]
         parts.append(f"## {status}\n\n{table(['Reason', 'Meaning', 'What to do'], rows)}")
     return "".join(parts)
 

@@ -30,8 +30,9 @@ from chat_ticket_svc.access.authenticator import Authenticator
 from chat_ticket_svc.access.draft_quotas import DraftQuotas
 from chat_ticket_svc.access.quotas import QuotaEnforcer
 from chat_ticket_svc.addresses import ListenError, format_address
-from chat_ticket_svc.config import MIB, ConfigurationError, Settings
+from chat_ticket_svc.config import ConfigurationError, Settings
 from chat_ticket_svc.errors import DomainError
+from chat_ticket_svc.limits import MIB
 from chat_ticket_svc.rpc import aio_server
 from chat_ticket_svc.rpc.health import HealthMonitor, HealthServicer
 from chat_ticket_svc.rpc.middleware import MethodRegistrar, RpcMiddleware

@@ -11,7 +11,7 @@ from support.quotas import SERVER, another_tenant, eventually, exceeds_quota, op
 
 from chat_ticket_svc.access import draft_quotas
 from chat_ticket_svc.access.draft_quotas import DraftQuotas
-from chat_ticket_svc.config import Quotas
+from chat_ticket_svc.limits import Quotas
 
 StartWithQuotas = Callable[..., Awaitable[Api]]
 

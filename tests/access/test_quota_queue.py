@@ -24,9 +24,9 @@ from support.sessions import list_sessions
 from chat_ticket.v1 import chat_message_pb2_grpc, resources_pb2
 from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest
 from chat_ticket.v1.chat_session_pb2 import GetChatSessionRequest, WatchChatSessionRequest
-from chat_ticket_svc import config
 from chat_ticket_svc.access import quotas as quotas_module
 from chat_ticket_svc.access.quotas import QuotaEnforcer
+from chat_ticket_svc.limits import Quotas
 from chat_ticket_svc.rpc.aio_server import ACCEPTORS_PER_METHOD
 
 StartWithQuotas = Callable[..., Awaitable[Api]]
@@ -205,7 +205,7 @@ async def test_stream_that_waited_is_rejected_by_the_quotas_of_streams(
 
 async def test_call_that_is_cancelled_while_it_is_admitted_releases_its_quota() -> None:
     """Even in the same turn of the event loop."""
-    enforcer = QuotaEnforcer(config.Quotas(tenant_calls_in_flight=1), 1000)
+    enforcer = QuotaEnforcer(Quotas(tenant_calls_in_flight=1), 1000)
 
     async def acquire() -> Any:
         return await enforcer.acquire_call("acme", wait_seconds=1, request_bytes=0)

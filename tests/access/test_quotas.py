@@ -39,12 +39,12 @@ from chat_ticket.v1.chat_session_pb2 import (
     ListChatSessionsRequest,
     WatchChatSessionRequest,
 )
-from chat_ticket_svc import config
 from chat_ticket_svc.access.quotas import (
     PRUNE_THRESHOLD_TENANTS,
     QuotaEnforcer,
 )
 from chat_ticket_svc.errors import QuotaExceededError
+from chat_ticket_svc.limits import MIB, Quotas
 from chat_ticket_svc.store import search, session_changes
 
 
@@ -330,7 +330,7 @@ class TestMemory:
     """Mostly of the counters alone, because thousands of calls through a channel would be slow."""
 
     def quotas(self, *, calls_per_second: float = 1_000_000, **limits: float) -> QuotaEnforcer:
-        return QuotaEnforcer(config.Quotas.model_validate(limits), calls_per_second)
+        return QuotaEnforcer(Quotas.model_validate(limits), calls_per_second)
 
     async def call(self, quotas: QuotaEnforcer, tenant_id: str) -> AbstractContextManager[None]:
         return await quotas.acquire_call(tenant_id, wait_seconds=0, request_bytes=0)
@@ -411,9 +411,9 @@ class TestSizes:
         """It is rejected unparsed. A slightly smaller one only violates the limit of its field."""
         session = await api.session()
         with refused(StatusCode.INVALID_ARGUMENT):
-            await api.message(session.id, "x" * (4 * config.MIB - 1000))
+            await api.message(session.id, "x" * (4 * MIB - 1000))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await api.message(session.id, "x" * 4 * config.MIB)
+            await api.message(session.id, "x" * 4 * MIB)
         assert caught.value.code() is StatusCode.RESOURCE_EXHAUSTED
         assert await sequences(api, session.id) == []
 

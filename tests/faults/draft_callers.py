@@ -170,7 +170,7 @@ class DraftCallers:
         try:
             await reading
         except TimeoutError:
-            pass  # out of patience
+            stream.reason = "no response in time"
         except asyncio.CancelledError:
             if not writing.is_done:
                 raise

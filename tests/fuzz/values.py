@@ -8,7 +8,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from chat_ticket_svc.config import Limits
+from chat_ticket_svc.limits import Limits
 
 LIMITS = Limits()
 KINDS = ("session", "message", "attachment", "chat_ticket", "ticket", "draft")

@@ -11,7 +11,7 @@ import pytest
 from support.provoked_faults import command_line, with_secrets
 from support.secrets import MARKED, leaks, secret
 
-from chat_ticket_svc import config
+from chat_ticket_svc import config, limits
 from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.commands import token as token_command
 from chat_ticket_svc.embedded import EmbeddedPostgres
@@ -93,7 +93,7 @@ class TestCommands:
             for name, field in fields.items()
             if name not in ("limits", "quotas")
         ]
-        for group, names in (("LIMITS", config.Limits), ("QUOTAS", config.Quotas)):
+        for group, names in (("LIMITS", limits.Limits), ("QUOTAS", limits.Quotas)):
             variables += [f"CHAT_TICKET_{group}__{name.upper()}" for name in names.model_fields]
         assert len(variables) > 45
         [written] = commands((["serve"], {name: secret("value") for name in variables}))

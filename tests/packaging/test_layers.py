@@ -25,10 +25,10 @@ LAYERS = [
     ["shutdown", "workers"],
     ["embedded", "telemetry"],
     ["errors"],
-    ["addresses", "config", "timeouts"],
-    ["search_language"],
+    ["addresses", "config", "reasons", "tasks", "timeouts"],
+    ["limits", "search_language"],
 ]
-SERVICERS = {"attachment_access", "attachments", "messages", "sessions", "tickets"}
+SERVICERS = {"attachment_access", "attachments", "drafts", "messages", "sessions", "tickets"}
 GRPC = {"access", "commands", "rpc", "server", "services"}
 
 

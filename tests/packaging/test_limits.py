@@ -10,7 +10,8 @@ from support.proto_comments import (
 )
 
 from chat_ticket_svc import server
-from chat_ticket_svc.config import KIB, MIB, Limits, Quotas, Settings
+from chat_ticket_svc.config import Settings
+from chat_ticket_svc.limits import KIB, MIB, Limits, Quotas
 from chat_ticket_svc.rpc import middleware, status
 from chat_ticket_svc.services import attachment_url_policy, metadata_json, paging, validate
 from chat_ticket_svc.store import drafts, messages, search

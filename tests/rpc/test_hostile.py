@@ -37,8 +37,8 @@ from support.client import Api, an_id, refused
 from support.server import serving
 
 from chat_ticket.v1.chat_message_pb2 import SearchChatMessagesRequest
-from chat_ticket_svc.config import MIB
-from chat_ticket_svc.errors import REASONS
+from chat_ticket_svc.limits import MIB
+from chat_ticket_svc.reasons import REASONS
 
 SEED = 20261129
 COUNT = 30

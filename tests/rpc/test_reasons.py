@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import chat_ticket_svc
-from chat_ticket_svc import errors
+from chat_ticket_svc import errors, reasons
 from chat_ticket_svc.rpc.status import STATUS_CODES
 
 ROOT = Path(chat_ticket_svc.__file__).parent
-CATALOG = {reason.name: reason.status for reason in errors.REASONS}
+CATALOG = {reason.name: reason.status for reason in reasons.REASONS}
 # What no domain error stands for: rpc/status.py raises it.
 INTERNAL = ("INTERNAL", "INTERNAL")
 
@@ -58,7 +58,7 @@ def test_catalog_has_every_reason_with_its_status() -> None:
 
 def test_each_reason_is_listed_once_with_a_remedy() -> None:
     """One row of the page for each, with nothing left out."""
-    assert len(CATALOG) == len(errors.REASONS)
-    for reason in errors.REASONS:
+    assert len(CATALOG) == len(reasons.REASONS)
+    for reason in reasons.REASONS:
         assert reason.meaning.endswith("."), reason
         assert reason.action.endswith("."), reason

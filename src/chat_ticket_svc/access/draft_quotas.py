@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator
 
 from chat_ticket_svc.access.quotas import PRUNE_THRESHOLD_TENANTS, require_below
-from chat_ticket_svc.config import Quotas
+from chat_ticket_svc.limits import Quotas
 
 # After a pause, text of this many seconds passes at once.
 BURST_SECONDS = 1.0

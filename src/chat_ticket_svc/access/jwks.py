@@ -15,6 +15,7 @@ import structlog
 
 from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.errors import UnavailableError
+from chat_ticket_svc.tasks import cancel_and_wait
 
 log = structlog.get_logger()
 
@@ -56,10 +57,7 @@ class JwksClient:
         self._refresh_task = asyncio.create_task(self._refresh_periodically())
 
     async def close(self) -> None:
-        tasks = [task for task in (self._refresh_task, self._fetch_task) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_and_wait(self._refresh_task, self._fetch_task)
 
     async def fetch_key_ids(self) -> list[str]:
         """Fetch the keys and return their ids. Raises ConfigurationError if that fails."""

@@ -19,8 +19,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from chat_ticket_svc import config
 from chat_ticket_svc.errors import QuotaExceededError
+from chat_ticket_svc.limits import MIB, Quotas
 from chat_ticket_svc.timeouts import Timeout
 
 # For each method that requires no credential.
@@ -34,8 +34,8 @@ MAX_WAIT_SECONDS = 2.0
 # A waiting call keeps its request in memory. What exceeds these numbers is rejected at once.
 MAX_WAITING_PER_TENANT = 1000
 MAX_WAITING = 4000
-MAX_WAITING_BYTES_PER_TENANT = 64 * config.MIB
-MAX_WAITING_BYTES = 128 * config.MIB
+MAX_WAITING_BYTES_PER_TENANT = 64 * MIB
+MAX_WAITING_BYTES = 128 * MIB
 
 REJECTION_DELAY_SECONDS = 0.1
 # A delayed rejection keeps its request in memory. Beyond these numbers rejections are immediate.
@@ -93,7 +93,7 @@ class QuotaEnforcer:
     `calls_per_second` is the rate of each tenant.
     """
 
-    def __init__(self, limits: config.Quotas, calls_per_second: float):
+    def __init__(self, limits: Quotas, calls_per_second: float):
         self._limits = limits
         self._rate = calls_per_second
         self._usages: dict[str, _TenantUsage] = {}

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import serialization
 
 from chat_ticket_svc import config
 from chat_ticket_svc.config import ConfigurationError, Settings
+from chat_ticket_svc.tasks import cancel_and_wait
 
 log = structlog.get_logger()
 
@@ -66,9 +67,7 @@ class ServerCertificates:
         self._reload_task = asyncio.create_task(self._reload())
 
     async def close(self) -> None:
-        if self._reload_task is not None:
-            self._reload_task.cancel()
-            await asyncio.gather(self._reload_task, return_exceptions=True)
+        await cancel_and_wait(self._reload_task)
 
     def _fetch_changed(self) -> grpc.ServerCertificateConfiguration | None:
         """The configuration if it has changed, else None.

@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from chat_ticket_svc.store import schema
 from chat_ticket_svc.store.connection_errors import cause
 from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.tasks import cancel_and_wait
 from chat_ticket_svc.telemetry import metrics
 
 log = structlog.get_logger()
@@ -82,9 +83,7 @@ class HealthMonitor:
 
     async def close(self) -> None:
         """Stop the checks. The last report stays."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await cancel_and_wait(self._task)
 
     async def _run(self) -> None:
         last_problem = None

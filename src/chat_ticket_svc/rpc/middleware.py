@@ -72,9 +72,20 @@ def _raise_if_malformed(request: Any) -> None:
 
 
 async def _parse_stream(
-    parse: Callable[[bytes], Any], requests: AsyncIterable[bytes]
+    parse: Callable[[bytes], Any], first_timeout_seconds: float, requests: AsyncIterable[bytes]
 ) -> AsyncIterator[Any]:
-    async for data in requests:
+    """The requests of a stream. The first one must come in time."""
+    iterator = aiter(requests)
+    timeout: contextlib.AbstractContextManager[Any] = Timeout(first_timeout_seconds)
+    while True:
+        try:
+            with timeout:
+                data = await anext(iterator)
+        except StopAsyncIteration:
+            return
+        except TimeoutError as error:
+            raise errors.DeadlineExceededError from error
+        timeout = contextlib.nullcontext()
         request = parse(data)
         _raise_if_malformed(request)
         # Reflection copies a request into its response, one level deeper than callers may parse.
@@ -146,7 +157,7 @@ class RpcMiddleware:
         parse = _safe_deserializer(handler.request_deserializer)
         serialize = _passthrough_serializer(handler.response_serializer)
         if handler.stream_stream:
-            parse = functools.partial(_parse_stream, parse)
+            parse = functools.partial(_parse_stream, parse, self._unary_timeout_seconds)
             behavior = self._stream(method, handler.stream_stream, parse, serialize)
             handle = self._instrumented(method, "bidi_stream", behavior)
             return grpc.stream_stream_rpc_method_handler(handle, None, serialize)

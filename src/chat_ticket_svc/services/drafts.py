@@ -20,8 +20,8 @@ from chat_ticket_svc.store.attachments import NewAttachment
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.draft_commit import DraftEnded, DraftGroupCommit, DraftWriter
 from chat_ticket_svc.store.drafts import Lease, NewDraft
+from chat_ticket_svc.tasks import cancel_and_wait
 from chat_ticket_svc.telemetry import metrics
-from chat_ticket_svc.timeouts import Timeout
 
 if TYPE_CHECKING:  # imported at run time only when URLs are checked
     from chat_ticket_svc.services.attachment_url import AttachmentUrlChecker
@@ -129,18 +129,13 @@ class ChatDraftService(chat_draft_pb2_grpc.ChatDraftServiceServicer):
                     writer.changed.clear()
                     await writer.changed.wait()
         finally:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
+            await cancel_and_wait(reading)
 
     async def _read_start(
         self, requests: Requests
     ) -> tuple[str, NewDraft, pb.WriteChatDraftRequest.Start]:
         validator = Validator(self._settings.limits)
-        try:
-            with Timeout(self._settings.unary_timeout_seconds):
-                request = await anext(requests, pb.WriteChatDraftRequest())
-        except TimeoutError as error:
-            raise errors.DeadlineExceededError from error
+        request = await anext(requests, pb.WriteChatDraftRequest())
         if not request.HasField("start"):
             validator.add_violation("start", "required in the first request")
             validator.raise_if_invalid()
@@ -212,9 +207,8 @@ class ChatDraftService(chat_draft_pb2_grpc.ChatDraftServiceServicer):
         await writer.wait_until_written()
         # The whole draft is read, however short the text is.
         await self._quotas.pace(writer.tenant_id, writer.length)
-        try:
-            draft = await drafts.get(self._db, writer.tenant_id, writer.draft_id)
-        except errors.NotFoundError:
+        draft = await drafts.find(self._db, writer.tenant_id, writer.draft_id)
+        if draft is None:
             # At once: the next text is no gap.
             writer.fail(DraftEnded())
             return ""
@@ -239,20 +233,22 @@ class ChatDraftService(chat_draft_pb2_grpc.ChatDraftServiceServicer):
         metadata = validator.metadata("finish.metadata_json", finish.metadata_json)
         attachments = validator.new_attachments("finish.attachments", finish.attachments)
         validator.raise_if_invalid()
-        await self._check_urls(writer, attachments)
         state = FINISHED_STATES[finish.state]
-        async with self._quotas.turn(writer.tenant_id):
-            message = await drafts.finish(
-                self._db,
-                writer.tenant_id,
-                writer.session_id,
-                writer.draft_id,
-                state,
-                default_search_language=self._settings.search_language,
-                fencing_token=writer.fencing_token,
-                metadata=metadata,
-                new_attachments=attachments,
-            )
+        # A writer that waits for its end is not silent.
+        with self._group_commit.renewing(writer):
+            await self._check_urls(writer, attachments)
+            async with self._quotas.turn(writer.tenant_id):
+                message = await drafts.finish(
+                    self._db,
+                    writer.tenant_id,
+                    writer.session_id,
+                    writer.draft_id,
+                    state,
+                    default_search_language=self._settings.search_language,
+                    fencing_token=writer.fencing_token,
+                    metadata=metadata,
+                    new_attachments=attachments,
+                )
         self._on_ended(writer.tenant_id, writer.session_id)
         # Somebody else can have ended it in the last moment.
         if message is not None and message.state not in (None, state):

@@ -18,6 +18,7 @@ from chat_ticket_svc.services.validate import MAX_UUID, Validator
 from chat_ticket_svc.store import append, group_commit, message_listing, messages, search, sessions
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.search_hits import Hit
+from chat_ticket_svc.tasks import cancel_and_wait
 from chat_ticket_svc.watch.hub import WatchHub
 
 if TYPE_CHECKING:  # imported at run time only when URLs are checked
@@ -204,8 +205,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                     reading = read(page_size)
         finally:
             # When the caller has left, nobody needs the page that is being read.
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
+            await cancel_and_wait(reading)
 
     async def UpdateChatMessage(
         self, request: pb.UpdateChatMessageRequest, context: Context

@@ -11,8 +11,8 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from chat_ticket.v1 import resources_pb2 as pb
-from chat_ticket_svc.config import Limits
 from chat_ticket_svc.errors import InvalidArgumentError, Violation
+from chat_ticket_svc.limits import Limits
 from chat_ticket_svc.services import convert, metadata_json, single_line, web_url
 from chat_ticket_svc.store.attachments import NewAttachment
 from chat_ticket_svc.store.messages import NewMessage

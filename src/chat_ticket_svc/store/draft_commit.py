@@ -25,6 +25,7 @@ from chat_ticket_svc.store import drafts
 from chat_ticket_svc.store.append import array_literal
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.drafts import EXPIRES_AT, Lease
+from chat_ticket_svc.tasks import cancel_and_wait
 from chat_ticket_svc.telemetry import metrics
 
 DraftKey = tuple[str, str]  # (tenant id, draft id)
@@ -176,6 +177,9 @@ class DraftGroupCommit:
         writer.accepted_length += size
         writer.pending.append(text)
         self._dirty[writer] = None
+        self._start_writing()
+
+    def _start_writing(self) -> None:
         if self._writing is None:
             # An empty context: the statement belongs to no single caller, trace or tenant.
             self._writing = asyncio.create_task(self._write(), context=Context())
@@ -208,10 +212,7 @@ class DraftGroupCommit:
             writer.fail(_draining())
 
     async def close(self) -> None:
-        tasks = [*self._tasks, *([self._writing] if self._writing else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_and_wait(*self._tasks, self._writing)
 
     def check_drafts(self, key: SessionKey) -> None:
         """Tell the writers of a session whose drafts have ended or were taken over."""
@@ -327,8 +328,8 @@ class DraftGroupCommit:
 
     def _end_writing(self, writer: DraftWriter) -> None:
         writer.is_writing = False
-        if writer in self._dirty and self._writing is None:
-            self._writing = asyncio.create_task(self._write(), context=Context())
+        if writer in self._dirty:
+            self._start_writing()
 
     async def _add_alone(self, writer: DraftWriter, text: str) -> None:
         """Find out whether a piece was added, and add it if it can be."""

@@ -20,6 +20,7 @@ from chat_ticket_svc.store import drafts, expired_drafts
 from chat_ticket_svc.store.connection_errors import cause
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.expired_drafts import ExpiredDraft
+from chat_ticket_svc.tasks import cancel_and_wait
 from chat_ticket_svc.telemetry import metrics
 from chat_ticket_svc.telemetry.repeats import RepeatedWarnings
 
@@ -64,9 +65,7 @@ class DraftExpiry:
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await cancel_and_wait(self._task)
 
     async def _run(self) -> None:
         while True:

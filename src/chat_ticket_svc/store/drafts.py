@@ -162,11 +162,16 @@ def taken_over(draft_id: str) -> errors.AbortedError:
     )
 
 
-async def get(db: Database, tenant_id: str, draft_id: str) -> Draft:
+async def find(db: Database, tenant_id: str, draft_id: str) -> Draft | None:
     drafts = await db.fetch_all(GET, {"tenant_id": tenant_id, "id": draft_id}, Draft)
-    if not drafts:
+    return drafts[0] if drafts else None
+
+
+async def get(db: Database, tenant_id: str, draft_id: str) -> Draft:
+    draft = await find(db, tenant_id, draft_id)
+    if draft is None:
         raise not_found(draft_id)
-    return drafts[0]
+    return draft
 
 
 async def of_session(db: Database, tenant_id: str, session_id: str) -> list[Draft]:

@@ -29,6 +29,8 @@ from psycopg import errors as pg_errors
 from psycopg import pq
 from psycopg.adapt import Transformer
 
+from chat_ticket_svc.tasks import cancel_and_wait
+
 Row = tuple[Any, ...]
 Connection = psycopg.AsyncConnection[Any]
 
@@ -145,9 +147,7 @@ class PipelinedConnection:
             self._session.end()
 
     async def close(self) -> None:
-        if self._opening is not None:
-            self._opening.cancel()
-            await asyncio.gather(self._opening, return_exceptions=True)
+        await cancel_and_wait(self._opening)
         self.release_connection()
         await asyncio.gather(*self._returning, return_exceptions=True)
 

@@ -18,6 +18,7 @@ from chat_ticket_svc.store import draft_following
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.draft_following import FollowedSession, KnownDraft, NewText, OpenDrafts
 from chat_ticket_svc.store.drafts import Draft
+from chat_ticket_svc.tasks import cancel_and_wait
 from chat_ticket_svc.telemetry import metrics
 
 # Sessions of one read. They bound the time for which it keeps the pipelined connection.
@@ -239,9 +240,7 @@ class _ReadQueue:
             self._reading = asyncio.create_task(self._run(), context=Context())
 
     async def stop(self) -> None:
-        if self._reading is not None:
-            self._reading.cancel()
-            await asyncio.gather(self._reading, return_exceptions=True)
+        await cancel_and_wait(self._reading)
 
     async def _run(self) -> None:
         try:

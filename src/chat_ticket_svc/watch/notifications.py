@@ -25,6 +25,7 @@ from chat_ticket_svc.store import sessions
 from chat_ticket_svc.store.connection import connect, connection_string
 from chat_ticket_svc.store.connection_errors import cause
 from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.tasks import cancel_and_wait
 from chat_ticket_svc.telemetry import metrics
 from chat_ticket_svc.telemetry.repeats import RepeatedWarnings
 from chat_ticket_svc.timeouts import Timeout
@@ -106,9 +107,7 @@ class Notifications:
         ]
 
     async def stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel_and_wait(*self._tasks)
 
     def announce(self, key: SessionKey) -> None:
         """Tell other processes soon that a session has changed."""
