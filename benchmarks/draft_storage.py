@@ -249,7 +249,7 @@ class _Run:
             if content != "".join(self._pieces):
                 raise RuntimeError("the content is not what was written")
             self._db.execute(drafts.DELETE, params)
-            message = NewMessage(draft_id, "assistant", content, None, None, ())
+            message = NewMessage(draft_id, "assistant", content, None, None, (), None, None)
             self._db.execute(
                 append.APPEND, append.append_params(TENANT, session_id, [message], "english")
             )

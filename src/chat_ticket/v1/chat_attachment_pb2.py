@@ -23,31 +23,36 @@ _sym_db = _symbol_database.Default()
 
 
 from chat_ticket.v1 import resources_pb2 as chat__ticket_dot_v1_dot_resources__pb2
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$chat_ticket/v1/chat_attachment.proto\x12\x0e\x63hat_ticket.v1\x1a\x1e\x63hat_ticket/v1/resources.proto\"e\n\x1b\x43reateChatAttachmentRequest\x12\x12\n\nmessage_id\x18\x01 \x01(\t\x12\x32\n\nattachment\x18\x02 \x01(\x0b\x32\x1e.chat_ticket.v1.ChatAttachment\"R\n\x1c\x43reateChatAttachmentResponse\x12\x32\n\nattachment\x18\x01 \x01(\x0b\x32\x1e.chat_ticket.v1.ChatAttachment\"1\n\x18GetChatAttachmentRequest\x12\x15\n\rattachment_id\x18\x01 \x01(\t\"O\n\x19GetChatAttachmentResponse\x12\x32\n\nattachment\x18\x01 \x01(\x0b\x32\x1e.chat_ticket.v1.ChatAttachment\"y\n\x1aListChatAttachmentsRequest\x12\x14\n\nmessage_id\x18\x01 \x01(\tH\x00\x12\x14\n\nsession_id\x18\x02 \x01(\tH\x00\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\tB\x08\n\x06parent\"k\n\x1bListChatAttachmentsResponse\x12\x33\n\x0b\x61ttachments\x18\x01 \x03(\x0b\x32\x1e.chat_ticket.v1.ChatAttachment\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"4\n\x1b\x44\x65leteChatAttachmentRequest\x12\x15\n\rattachment_id\x18\x01 \x01(\t\"\x1e\n\x1c\x44\x65leteChatAttachmentResponse2\xd7\x03\n\x15\x43hatAttachmentService\x12q\n\x14\x43reateChatAttachment\x12+.chat_ticket.v1.CreateChatAttachmentRequest\x1a,.chat_ticket.v1.CreateChatAttachmentResponse\x12h\n\x11GetChatAttachment\x12(.chat_ticket.v1.GetChatAttachmentRequest\x1a).chat_ticket.v1.GetChatAttachmentResponse\x12n\n\x13ListChatAttachments\x12*.chat_ticket.v1.ListChatAttachmentsRequest\x1a+.chat_ticket.v1.ListChatAttachmentsResponse\x12q\n\x14\x44\x65leteChatAttachment\x12+.chat_ticket.v1.DeleteChatAttachmentRequest\x1a,.chat_ticket.v1.DeleteChatAttachmentResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$chat_ticket/v1/chat_attachment.proto\x12\x0e\x63hat_ticket.v1\x1a\x1e\x63hat_ticket/v1/resources.proto\x1a google/protobuf/field_mask.proto\"e\n\x1b\x43reateChatAttachmentRequest\x12\x12\n\nmessage_id\x18\x01 \x01(\t\x12\x32\n\nattachment\x18\x02 \x01(\x0b\x32\x1e.chat_ticket.v1.ChatAttachment\"R\n\x1c\x43reateChatAttachmentResponse\x12\x32\n\nattachment\x18\x01 \x01(\x0b\x32\x1e.chat_ticket.v1.ChatAttachment\"1\n\x18GetChatAttachmentRequest\x12\x15\n\rattachment_id\x18\x01 \x01(\t\"O\n\x19GetChatAttachmentResponse\x12\x32\n\nattachment\x18\x01 \x01(\x0b\x32\x1e.chat_ticket.v1.ChatAttachment\"y\n\x1aListChatAttachmentsRequest\x12\x14\n\nmessage_id\x18\x01 \x01(\tH\x00\x12\x14\n\nsession_id\x18\x02 \x01(\tH\x00\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\tB\x08\n\x06parent\"k\n\x1bListChatAttachmentsResponse\x12\x33\n\x0b\x61ttachments\x18\x01 \x03(\x0b\x32\x1e.chat_ticket.v1.ChatAttachment\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x82\x01\n\x1bUpdateChatAttachmentRequest\x12\x32\n\nattachment\x18\x01 \x01(\x0b\x32\x1e.chat_ticket.v1.ChatAttachment\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"R\n\x1cUpdateChatAttachmentResponse\x12\x32\n\nattachment\x18\x01 \x01(\x0b\x32\x1e.chat_ticket.v1.ChatAttachment\"K\n\x1b\x44\x65leteChatAttachmentRequest\x12\x15\n\rattachment_id\x18\x01 \x01(\t\x12\x15\n\rallow_missing\x18\x02 \x01(\x08\"\x1e\n\x1c\x44\x65leteChatAttachmentResponse2\xca\x04\n\x15\x43hatAttachmentService\x12q\n\x14\x43reateChatAttachment\x12+.chat_ticket.v1.CreateChatAttachmentRequest\x1a,.chat_ticket.v1.CreateChatAttachmentResponse\x12h\n\x11GetChatAttachment\x12(.chat_ticket.v1.GetChatAttachmentRequest\x1a).chat_ticket.v1.GetChatAttachmentResponse\x12n\n\x13ListChatAttachments\x12*.chat_ticket.v1.ListChatAttachmentsRequest\x1a+.chat_ticket.v1.ListChatAttachmentsResponse\x12q\n\x14UpdateChatAttachment\x12+.chat_ticket.v1.UpdateChatAttachmentRequest\x1a,.chat_ticket.v1.UpdateChatAttachmentResponse\x12q\n\x14\x44\x65leteChatAttachment\x12+.chat_ticket.v1.DeleteChatAttachmentRequest\x1a,.chat_ticket.v1.DeleteChatAttachmentResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'chat_ticket.v1.chat_attachment_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CREATECHATATTACHMENTREQUEST']._serialized_start=88
-  _globals['_CREATECHATATTACHMENTREQUEST']._serialized_end=189
-  _globals['_CREATECHATATTACHMENTRESPONSE']._serialized_start=191
-  _globals['_CREATECHATATTACHMENTRESPONSE']._serialized_end=273
-  _globals['_GETCHATATTACHMENTREQUEST']._serialized_start=275
-  _globals['_GETCHATATTACHMENTREQUEST']._serialized_end=324
-  _globals['_GETCHATATTACHMENTRESPONSE']._serialized_start=326
-  _globals['_GETCHATATTACHMENTRESPONSE']._serialized_end=405
-  _globals['_LISTCHATATTACHMENTSREQUEST']._serialized_start=407
-  _globals['_LISTCHATATTACHMENTSREQUEST']._serialized_end=528
-  _globals['_LISTCHATATTACHMENTSRESPONSE']._serialized_start=530
-  _globals['_LISTCHATATTACHMENTSRESPONSE']._serialized_end=637
-  _globals['_DELETECHATATTACHMENTREQUEST']._serialized_start=639
-  _globals['_DELETECHATATTACHMENTREQUEST']._serialized_end=691
-  _globals['_DELETECHATATTACHMENTRESPONSE']._serialized_start=693
-  _globals['_DELETECHATATTACHMENTRESPONSE']._serialized_end=723
-  _globals['_CHATATTACHMENTSERVICE']._serialized_start=726
-  _globals['_CHATATTACHMENTSERVICE']._serialized_end=1197
+  _globals['_CREATECHATATTACHMENTREQUEST']._serialized_start=122
+  _globals['_CREATECHATATTACHMENTREQUEST']._serialized_end=223
+  _globals['_CREATECHATATTACHMENTRESPONSE']._serialized_start=225
+  _globals['_CREATECHATATTACHMENTRESPONSE']._serialized_end=307
+  _globals['_GETCHATATTACHMENTREQUEST']._serialized_start=309
+  _globals['_GETCHATATTACHMENTREQUEST']._serialized_end=358
+  _globals['_GETCHATATTACHMENTRESPONSE']._serialized_start=360
+  _globals['_GETCHATATTACHMENTRESPONSE']._serialized_end=439
+  _globals['_LISTCHATATTACHMENTSREQUEST']._serialized_start=441
+  _globals['_LISTCHATATTACHMENTSREQUEST']._serialized_end=562
+  _globals['_LISTCHATATTACHMENTSRESPONSE']._serialized_start=564
+  _globals['_LISTCHATATTACHMENTSRESPONSE']._serialized_end=671
+  _globals['_UPDATECHATATTACHMENTREQUEST']._serialized_start=674
+  _globals['_UPDATECHATATTACHMENTREQUEST']._serialized_end=804
+  _globals['_UPDATECHATATTACHMENTRESPONSE']._serialized_start=806
+  _globals['_UPDATECHATATTACHMENTRESPONSE']._serialized_end=888
+  _globals['_DELETECHATATTACHMENTREQUEST']._serialized_start=890
+  _globals['_DELETECHATATTACHMENTREQUEST']._serialized_end=965
+  _globals['_DELETECHATATTACHMENTRESPONSE']._serialized_start=967
+  _globals['_DELETECHATATTACHMENTRESPONSE']._serialized_end=997
+  _globals['_CHATATTACHMENTSERVICE']._serialized_start=1000
+  _globals['_CHATATTACHMENTSERVICE']._serialized_end=1586
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ share.
 from chat_ticket.v1 import resources_pb2 as _resources_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 import builtins as _builtins
@@ -192,22 +193,80 @@ class ListChatAttachmentsResponse(_message.Message):
 Global___ListChatAttachmentsResponse: _TypeAlias = ListChatAttachmentsResponse  # noqa: Y015
 
 @_typing.final
+class UpdateChatAttachmentRequest(_message.Message):
+    """Request message for ChatAttachmentService.UpdateChatAttachment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTACHMENT_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def attachment(self) -> _resources_pb2.ChatAttachment:
+        """The attachment to update. `id` is required and names it. The fields that the mask names are set."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """The fields to update. Required; at most 20 paths. The only field is `file_url`."""
+
+    def __init__(
+        self,
+        *,
+        attachment: _resources_pb2.ChatAttachment | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateChatAttachmentRequest: _TypeAlias = UpdateChatAttachmentRequest  # noqa: Y015
+
+@_typing.final
+class UpdateChatAttachmentResponse(_message.Message):
+    """Response message for ChatAttachmentService.UpdateChatAttachment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ATTACHMENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def attachment(self) -> _resources_pb2.ChatAttachment:
+        """The attachment after the update."""
+
+    def __init__(
+        self,
+        *,
+        attachment: _resources_pb2.ChatAttachment | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachment", b"attachment"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateChatAttachmentResponse: _TypeAlias = UpdateChatAttachmentResponse  # noqa: Y015
+
+@_typing.final
 class DeleteChatAttachmentRequest(_message.Message):
     """Request message for ChatAttachmentService.DeleteChatAttachment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ATTACHMENT_ID_FIELD_NUMBER: _builtins.int
+    ALLOW_MISSING_FIELD_NUMBER: _builtins.int
     attachment_id: _builtins.str
     """The id of the attachment. Required."""
+    allow_missing: _builtins.bool
+    """Whether the call is OK when the attachment does not exist. Optional; the default is false."""
     def __init__(
         self,
         *,
         attachment_id: _builtins.str = ...,
+        allow_missing: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachment_id", b"attachment_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "attachment_id", b"attachment_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

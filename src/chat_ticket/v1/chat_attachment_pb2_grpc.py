@@ -52,6 +52,11 @@ class ChatAttachmentServiceStub:
                 request_serializer=chat__ticket_dot_v1_dot_chat__attachment__pb2.ListChatAttachmentsRequest.SerializeToString,
                 response_deserializer=chat__ticket_dot_v1_dot_chat__attachment__pb2.ListChatAttachmentsResponse.FromString,
                 _registered_method=True)
+        self.UpdateChatAttachment = channel.unary_unary(
+                '/chat_ticket.v1.ChatAttachmentService/UpdateChatAttachment',
+                request_serializer=chat__ticket_dot_v1_dot_chat__attachment__pb2.UpdateChatAttachmentRequest.SerializeToString,
+                response_deserializer=chat__ticket_dot_v1_dot_chat__attachment__pb2.UpdateChatAttachmentResponse.FromString,
+                _registered_method=True)
         self.DeleteChatAttachment = channel.unary_unary(
                 '/chat_ticket.v1.ChatAttachmentService/DeleteChatAttachment',
                 request_serializer=chat__ticket_dot_v1_dot_chat__attachment__pb2.DeleteChatAttachmentRequest.SerializeToString,
@@ -77,13 +82,15 @@ class ChatAttachmentServiceServicer:
         - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
         - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): `attachment.id` belongs to an attachment of
         another message, or with another URL, name or type.
+        - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
         - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
         does not say why.
         - FAILED_PRECONDITION (TOO_MANY_ATTACHMENTS): the message already has 20 attachments.
         - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
 
         Retry: safe when `attachment.id` is set. A retry with the same content returns the stored
-        attachment without checking the URL. Without an id, a retry can add a second attachment.
+        attachment without checking the URL. The URL is compared only until it is updated. Without an
+        id, a retry can add a second attachment.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -119,6 +126,26 @@ class ChatAttachmentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateChatAttachment(self, request, context):
+        """Updates the URL of an attachment.
+
+        The revision of the message and of its session increases. Watchers of the session receive the
+        message again. The server first checks that the new URL is accessible. Setting the current URL is
+        not a change, and is not checked.
+
+        Errors:
+
+        - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+        - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
+        does not say why.
+        - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+
+        Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteChatAttachment(self, request, context):
         """Deletes an attachment from its message.
 
@@ -129,7 +156,8 @@ class ChatAttachmentServiceServicer:
 
         - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
 
-        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+        Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+        succeeded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -152,6 +180,11 @@ def add_ChatAttachmentServiceServicer_to_server(servicer, server):
                     servicer.ListChatAttachments,
                     request_deserializer=chat__ticket_dot_v1_dot_chat__attachment__pb2.ListChatAttachmentsRequest.FromString,
                     response_serializer=chat__ticket_dot_v1_dot_chat__attachment__pb2.ListChatAttachmentsResponse.SerializeToString,
+            ),
+            'UpdateChatAttachment': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateChatAttachment,
+                    request_deserializer=chat__ticket_dot_v1_dot_chat__attachment__pb2.UpdateChatAttachmentRequest.FromString,
+                    response_serializer=chat__ticket_dot_v1_dot_chat__attachment__pb2.UpdateChatAttachmentResponse.SerializeToString,
             ),
             'DeleteChatAttachment': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteChatAttachment,
@@ -243,6 +276,33 @@ class ChatAttachmentService:
             '/chat_ticket.v1.ChatAttachmentService/ListChatAttachments',
             chat__ticket_dot_v1_dot_chat__attachment__pb2.ListChatAttachmentsRequest.SerializeToString,
             chat__ticket_dot_v1_dot_chat__attachment__pb2.ListChatAttachmentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateChatAttachment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chat_ticket.v1.ChatAttachmentService/UpdateChatAttachment',
+            chat__ticket_dot_v1_dot_chat__attachment__pb2.UpdateChatAttachmentRequest.SerializeToString,
+            chat__ticket_dot_v1_dot_chat__attachment__pb2.UpdateChatAttachmentResponse.FromString,
             options,
             channel_credentials,
             insecure,

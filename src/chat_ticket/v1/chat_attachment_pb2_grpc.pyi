@@ -50,13 +50,15 @@ class ChatAttachmentServiceStub:
     - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
     - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): `attachment.id` belongs to an attachment of
       another message, or with another URL, name or type.
+    - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
     - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
       does not say why.
     - FAILED_PRECONDITION (TOO_MANY_ATTACHMENTS): the message already has 20 attachments.
     - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
 
     Retry: safe when `attachment.id` is set. A retry with the same content returns the stored
-    attachment without checking the URL. Without an id, a retry can add a second attachment.
+    attachment without checking the URL. The URL is compared only until it is updated. Without an
+    id, a retry can add a second attachment.
     """
     GetChatAttachment: _grpc.UnaryUnaryMultiCallable[_chat_attachment_pb2.GetChatAttachmentRequest, _chat_attachment_pb2.GetChatAttachmentResponse]
     """Returns an attachment.
@@ -80,6 +82,22 @@ class ChatAttachmentServiceStub:
 
     Retry: safe.
     """
+    UpdateChatAttachment: _grpc.UnaryUnaryMultiCallable[_chat_attachment_pb2.UpdateChatAttachmentRequest, _chat_attachment_pb2.UpdateChatAttachmentResponse]
+    """Updates the URL of an attachment.
+
+    The revision of the message and of its session increases. Watchers of the session receive the
+    message again. The server first checks that the new URL is accessible. Setting the current URL is
+    not a change, and is not checked.
+
+    Errors:
+
+    - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+    - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
+      does not say why.
+    - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+
+    Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+    """
     DeleteChatAttachment: _grpc.UnaryUnaryMultiCallable[_chat_attachment_pb2.DeleteChatAttachmentRequest, _chat_attachment_pb2.DeleteChatAttachmentResponse]
     """Deletes an attachment from its message.
 
@@ -90,7 +108,8 @@ class ChatAttachmentServiceStub:
 
     - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
 
-    Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+    Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+    succeeded.
     """
 
 @_typing.type_check_only
@@ -113,13 +132,15 @@ class ChatAttachmentServiceAsyncStub(ChatAttachmentServiceStub):
     - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
     - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): `attachment.id` belongs to an attachment of
       another message, or with another URL, name or type.
+    - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
     - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
       does not say why.
     - FAILED_PRECONDITION (TOO_MANY_ATTACHMENTS): the message already has 20 attachments.
     - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
 
     Retry: safe when `attachment.id` is set. A retry with the same content returns the stored
-    attachment without checking the URL. Without an id, a retry can add a second attachment.
+    attachment without checking the URL. The URL is compared only until it is updated. Without an
+    id, a retry can add a second attachment.
     """
     GetChatAttachment: _aio.UnaryUnaryMultiCallable[_chat_attachment_pb2.GetChatAttachmentRequest, _chat_attachment_pb2.GetChatAttachmentResponse]  # type: ignore[assignment]
     """Returns an attachment.
@@ -143,6 +164,22 @@ class ChatAttachmentServiceAsyncStub(ChatAttachmentServiceStub):
 
     Retry: safe.
     """
+    UpdateChatAttachment: _aio.UnaryUnaryMultiCallable[_chat_attachment_pb2.UpdateChatAttachmentRequest, _chat_attachment_pb2.UpdateChatAttachmentResponse]  # type: ignore[assignment]
+    """Updates the URL of an attachment.
+
+    The revision of the message and of its session increases. Watchers of the session receive the
+    message again. The server first checks that the new URL is accessible. Setting the current URL is
+    not a change, and is not checked.
+
+    Errors:
+
+    - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+    - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
+      does not say why.
+    - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+
+    Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+    """
     DeleteChatAttachment: _aio.UnaryUnaryMultiCallable[_chat_attachment_pb2.DeleteChatAttachmentRequest, _chat_attachment_pb2.DeleteChatAttachmentResponse]  # type: ignore[assignment]
     """Deletes an attachment from its message.
 
@@ -153,7 +190,8 @@ class ChatAttachmentServiceAsyncStub(ChatAttachmentServiceStub):
 
     - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
 
-    Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+    Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+    succeeded.
     """
 
 class ChatAttachmentServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -179,13 +217,15 @@ class ChatAttachmentServiceServicer(metaclass=_abc_1.ABCMeta):
         - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
         - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): `attachment.id` belongs to an attachment of
           another message, or with another URL, name or type.
+        - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
         - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
           does not say why.
         - FAILED_PRECONDITION (TOO_MANY_ATTACHMENTS): the message already has 20 attachments.
         - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
 
         Retry: safe when `attachment.id` is set. A retry with the same content returns the stored
-        attachment without checking the URL. Without an id, a retry can add a second attachment.
+        attachment without checking the URL. The URL is compared only until it is updated. Without an
+        id, a retry can add a second attachment.
         """
 
     @_abc_1.abstractmethod
@@ -223,6 +263,28 @@ class ChatAttachmentServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def UpdateChatAttachment(
+        self,
+        request: _chat_attachment_pb2.UpdateChatAttachmentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_attachment_pb2.UpdateChatAttachmentResponse, _abc.Awaitable[_chat_attachment_pb2.UpdateChatAttachmentResponse]]:
+        """Updates the URL of an attachment.
+
+        The revision of the message and of its session increases. Watchers of the session receive the
+        message again. The server first checks that the new URL is accessible. Setting the current URL is
+        not a change, and is not checked.
+
+        Errors:
+
+        - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+        - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
+          does not say why.
+        - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+
+        Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+        """
+
+    @_abc_1.abstractmethod
     def DeleteChatAttachment(
         self,
         request: _chat_attachment_pb2.DeleteChatAttachmentRequest,
@@ -237,7 +299,8 @@ class ChatAttachmentServiceServicer(metaclass=_abc_1.ABCMeta):
 
         - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
 
-        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+        Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+        succeeded.
         """
 
 def add_ChatAttachmentServiceServicer_to_server(servicer: ChatAttachmentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

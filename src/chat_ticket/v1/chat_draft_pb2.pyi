@@ -49,8 +49,8 @@ class WriteChatDraftRequest(_message.Message):
         """
         @_builtins.property
         def draft(self) -> _resources_pb2.ChatDraft:
-            """The draft. Required. The server reads `id` and `role`, which are required, and `metadata_json`
-            and `language_code`. A draft that is taken over keeps its metadata.
+            """The draft. Required. The server reads `id` and `role`, which are required, and `author`,
+            `metadata_json` and `language_code`. A draft that is taken over keeps its metadata.
             """
 
         def __init__(

@@ -27,49 +27,53 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!chat_ticket/v1/chat_message.proto\x12\x0e\x63hat_ticket.v1\x1a\x1e\x63hat_ticket/v1/resources.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\\\n\x18\x43reateChatMessageRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12,\n\x07message\x18\x02 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatMessage\"I\n\x19\x43reateChatMessageResponse\x12,\n\x07message\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatMessage\"c\n\x1e\x42\x61tchCreateChatMessagesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12-\n\x08messages\x18\x02 \x03(\x0b\x32\x1b.chat_ticket.v1.ChatMessage\"\xdc\x01\n\x1f\x42\x61tchCreateChatMessagesResponse\x12T\n\x08messages\x18\x01 \x03(\x0b\x32\x42.chat_ticket.v1.BatchCreateChatMessagesResponse.CreatedChatMessage\x1a\x63\n\x12\x43reatedChatMessage\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"+\n\x15GetChatMessageRequest\x12\x12\n\nmessage_id\x18\x01 \x01(\t\"F\n\x16GetChatMessageResponse\x12,\n\x07message\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatMessage\"\xce\x01\n\x17ListChatMessagesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x17\n\x0f\x62\x65\x66ore_sequence\x18\x03 \x01(\x03\x12/\n\x05order\x18\x04 \x01(\x0e\x32 .chat_ticket.v1.ChatMessageOrder\x12\r\n\x05limit\x18\x05 \x01(\x03\x12.\n\x05roles\x18\x06 \x03(\x0e\x32\x1f.chat_ticket.v1.ChatMessageRole\"w\n\x18ListChatMessagesResponse\x12,\n\x07session\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatSession\x12-\n\x08messages\x18\x02 \x03(\x0b\x32\x1b.chat_ticket.v1.ChatMessage\"y\n\x18UpdateChatMessageRequest\x12,\n\x07message\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatMessage\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"I\n\x19UpdateChatMessageResponse\x12,\n\x07message\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatMessage\".\n\x18\x44\x65leteChatMessageRequest\x12\x12\n\nmessage_id\x18\x01 \x01(\t\"\x1b\n\x19\x44\x65leteChatMessageResponse\"\x81\x02\n\x19SearchChatMessagesRequest\x12\r\n\x05query\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12.\n\x05roles\x18\x03 \x03(\x0e\x32\x1f.chat_ticket.v1.ChatMessageRole\x12\x35\n\x11start_create_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0f\x65nd_create_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpage_size\x18\x06 \x01(\x05\x12\x12\n\npage_token\x18\x07 \x01(\t\"\xca\x03\n\x1aSearchChatMessagesResponse\x12<\n\x04hits\x18\x01 \x03(\x0b\x32..chat_ticket.v1.SearchChatMessagesResponse.Hit\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x1a\n\x12incomplete_results\x18\x03 \x01(\x08\x12\x15\n\rignored_words\x18\x04 \x03(\t\x1a\xf7\x01\n\x03Hit\x12\x12\n\nmessage_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x03\x12-\n\x04role\x18\x04 \x01(\x0e\x32\x1f.chat_ticket.v1.ChatMessageRole\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05score\x18\x06 \x01(\x02\x12G\n\x07snippet\x18\x07 \x03(\x0b\x32\x36.chat_ticket.v1.SearchChatMessagesResponse.SnippetPart\x1a(\n\x0bSnippetPart\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0b\n\x03hit\x18\x02 \x01(\x08*o\n\x10\x43hatMessageOrder\x12\"\n\x1e\x43HAT_MESSAGE_ORDER_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x43HAT_MESSAGE_ORDER_ASC\x10\x01\x12\x1b\n\x17\x43HAT_MESSAGE_ORDER_DESC\x10\x02\x32\x85\x06\n\x12\x43hatMessageService\x12h\n\x11\x43reateChatMessage\x12(.chat_ticket.v1.CreateChatMessageRequest\x1a).chat_ticket.v1.CreateChatMessageResponse\x12z\n\x17\x42\x61tchCreateChatMessages\x12..chat_ticket.v1.BatchCreateChatMessagesRequest\x1a/.chat_ticket.v1.BatchCreateChatMessagesResponse\x12_\n\x0eGetChatMessage\x12%.chat_ticket.v1.GetChatMessageRequest\x1a&.chat_ticket.v1.GetChatMessageResponse\x12g\n\x10ListChatMessages\x12\'.chat_ticket.v1.ListChatMessagesRequest\x1a(.chat_ticket.v1.ListChatMessagesResponse0\x01\x12h\n\x11UpdateChatMessage\x12(.chat_ticket.v1.UpdateChatMessageRequest\x1a).chat_ticket.v1.UpdateChatMessageResponse\x12h\n\x11\x44\x65leteChatMessage\x12(.chat_ticket.v1.DeleteChatMessageRequest\x1a).chat_ticket.v1.DeleteChatMessageResponse\x12k\n\x12SearchChatMessages\x12).chat_ticket.v1.SearchChatMessagesRequest\x1a*.chat_ticket.v1.SearchChatMessagesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!chat_ticket/v1/chat_message.proto\x12\x0e\x63hat_ticket.v1\x1a\x1e\x63hat_ticket/v1/resources.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x92\x01\n\x18\x43reateChatMessageRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12,\n\x07message\x18\x02 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatMessage\x12\x1e\n\x11\x65xpected_revision\x18\x03 \x01(\x03H\x00\x88\x01\x01\x42\x14\n\x12_expected_revision\"I\n\x19\x43reateChatMessageResponse\x12,\n\x07message\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatMessage\"\x99\x01\n\x1e\x42\x61tchCreateChatMessagesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12-\n\x08messages\x18\x02 \x03(\x0b\x32\x1b.chat_ticket.v1.ChatMessage\x12\x1e\n\x11\x65xpected_revision\x18\x03 \x01(\x03H\x00\x88\x01\x01\x42\x14\n\x12_expected_revision\"\xdc\x01\n\x1f\x42\x61tchCreateChatMessagesResponse\x12T\n\x08messages\x18\x01 \x03(\x0b\x32\x42.chat_ticket.v1.BatchCreateChatMessagesResponse.CreatedChatMessage\x1a\x63\n\x12\x43reatedChatMessage\x12\n\n\x02id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"+\n\x15GetChatMessageRequest\x12\x12\n\nmessage_id\x18\x01 \x01(\t\"F\n\x16GetChatMessageResponse\x12,\n\x07message\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatMessage\"\xce\x01\n\x17ListChatMessagesRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\x12\x17\n\x0f\x62\x65\x66ore_sequence\x18\x03 \x01(\x03\x12/\n\x05order\x18\x04 \x01(\x0e\x32 .chat_ticket.v1.ChatMessageOrder\x12\r\n\x05limit\x18\x05 \x01(\x03\x12.\n\x05roles\x18\x06 \x03(\x0e\x32\x1f.chat_ticket.v1.ChatMessageRole\"w\n\x18ListChatMessagesResponse\x12,\n\x07session\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatSession\x12-\n\x08messages\x18\x02 \x03(\x0b\x32\x1b.chat_ticket.v1.ChatMessage\"\xcc\x01\n\x18UpdateChatMessageRequest\x12,\n\x07message\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatMessage\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x1b\n\x13metadata_merge_json\x18\x03 \x01(\t\x12\x1e\n\x11\x65xpected_revision\x18\x04 \x01(\x03H\x00\x88\x01\x01\x42\x14\n\x12_expected_revision\"I\n\x19UpdateChatMessageResponse\x12,\n\x07message\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatMessage\"\x89\x01\n\x18\x44\x65leteChatMessageRequest\x12\x12\n\nmessage_id\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x1e\n\x11\x65xpected_revision\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x15\n\rallow_missing\x18\x04 \x01(\x08\x42\x14\n\x12_expected_revision\"\x1b\n\x19\x44\x65leteChatMessageResponse\"<\n\x18RedactChatMessageRequest\x12\x12\n\nmessage_id\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"I\n\x19RedactChatMessageResponse\x12,\n\x07message\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatMessage\"\x81\x02\n\x19SearchChatMessagesRequest\x12\r\n\x05query\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12.\n\x05roles\x18\x03 \x03(\x0e\x32\x1f.chat_ticket.v1.ChatMessageRole\x12\x35\n\x11start_create_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0f\x65nd_create_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpage_size\x18\x06 \x01(\x05\x12\x12\n\npage_token\x18\x07 \x01(\t\"\xca\x03\n\x1aSearchChatMessagesResponse\x12<\n\x04hits\x18\x01 \x03(\x0b\x32..chat_ticket.v1.SearchChatMessagesResponse.Hit\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x1a\n\x12incomplete_results\x18\x03 \x01(\x08\x12\x15\n\rignored_words\x18\x04 \x03(\t\x1a\xf7\x01\n\x03Hit\x12\x12\n\nmessage_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x03\x12-\n\x04role\x18\x04 \x01(\x0e\x32\x1f.chat_ticket.v1.ChatMessageRole\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\r\n\x05score\x18\x06 \x01(\x02\x12G\n\x07snippet\x18\x07 \x03(\x0b\x32\x36.chat_ticket.v1.SearchChatMessagesResponse.SnippetPart\x1a(\n\x0bSnippetPart\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0b\n\x03hit\x18\x02 \x01(\x08*o\n\x10\x43hatMessageOrder\x12\"\n\x1e\x43HAT_MESSAGE_ORDER_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x43HAT_MESSAGE_ORDER_ASC\x10\x01\x12\x1b\n\x17\x43HAT_MESSAGE_ORDER_DESC\x10\x02\x32\xef\x06\n\x12\x43hatMessageService\x12h\n\x11\x43reateChatMessage\x12(.chat_ticket.v1.CreateChatMessageRequest\x1a).chat_ticket.v1.CreateChatMessageResponse\x12z\n\x17\x42\x61tchCreateChatMessages\x12..chat_ticket.v1.BatchCreateChatMessagesRequest\x1a/.chat_ticket.v1.BatchCreateChatMessagesResponse\x12_\n\x0eGetChatMessage\x12%.chat_ticket.v1.GetChatMessageRequest\x1a&.chat_ticket.v1.GetChatMessageResponse\x12g\n\x10ListChatMessages\x12\'.chat_ticket.v1.ListChatMessagesRequest\x1a(.chat_ticket.v1.ListChatMessagesResponse0\x01\x12h\n\x11UpdateChatMessage\x12(.chat_ticket.v1.UpdateChatMessageRequest\x1a).chat_ticket.v1.UpdateChatMessageResponse\x12h\n\x11\x44\x65leteChatMessage\x12(.chat_ticket.v1.DeleteChatMessageRequest\x1a).chat_ticket.v1.DeleteChatMessageResponse\x12h\n\x11RedactChatMessage\x12(.chat_ticket.v1.RedactChatMessageRequest\x1a).chat_ticket.v1.RedactChatMessageResponse\x12k\n\x12SearchChatMessages\x12).chat_ticket.v1.SearchChatMessagesRequest\x1a*.chat_ticket.v1.SearchChatMessagesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'chat_ticket.v1.chat_message_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHATMESSAGEORDER']._serialized_start=2088
-  _globals['_CHATMESSAGEORDER']._serialized_end=2199
-  _globals['_CREATECHATMESSAGEREQUEST']._serialized_start=152
-  _globals['_CREATECHATMESSAGEREQUEST']._serialized_end=244
-  _globals['_CREATECHATMESSAGERESPONSE']._serialized_start=246
-  _globals['_CREATECHATMESSAGERESPONSE']._serialized_end=319
-  _globals['_BATCHCREATECHATMESSAGESREQUEST']._serialized_start=321
-  _globals['_BATCHCREATECHATMESSAGESREQUEST']._serialized_end=420
-  _globals['_BATCHCREATECHATMESSAGESRESPONSE']._serialized_start=423
-  _globals['_BATCHCREATECHATMESSAGESRESPONSE']._serialized_end=643
-  _globals['_BATCHCREATECHATMESSAGESRESPONSE_CREATEDCHATMESSAGE']._serialized_start=544
-  _globals['_BATCHCREATECHATMESSAGESRESPONSE_CREATEDCHATMESSAGE']._serialized_end=643
-  _globals['_GETCHATMESSAGEREQUEST']._serialized_start=645
-  _globals['_GETCHATMESSAGEREQUEST']._serialized_end=688
-  _globals['_GETCHATMESSAGERESPONSE']._serialized_start=690
-  _globals['_GETCHATMESSAGERESPONSE']._serialized_end=760
-  _globals['_LISTCHATMESSAGESREQUEST']._serialized_start=763
-  _globals['_LISTCHATMESSAGESREQUEST']._serialized_end=969
-  _globals['_LISTCHATMESSAGESRESPONSE']._serialized_start=971
-  _globals['_LISTCHATMESSAGESRESPONSE']._serialized_end=1090
-  _globals['_UPDATECHATMESSAGEREQUEST']._serialized_start=1092
-  _globals['_UPDATECHATMESSAGEREQUEST']._serialized_end=1213
-  _globals['_UPDATECHATMESSAGERESPONSE']._serialized_start=1215
-  _globals['_UPDATECHATMESSAGERESPONSE']._serialized_end=1288
-  _globals['_DELETECHATMESSAGEREQUEST']._serialized_start=1290
-  _globals['_DELETECHATMESSAGEREQUEST']._serialized_end=1336
-  _globals['_DELETECHATMESSAGERESPONSE']._serialized_start=1338
-  _globals['_DELETECHATMESSAGERESPONSE']._serialized_end=1365
-  _globals['_SEARCHCHATMESSAGESREQUEST']._serialized_start=1368
-  _globals['_SEARCHCHATMESSAGESREQUEST']._serialized_end=1625
-  _globals['_SEARCHCHATMESSAGESRESPONSE']._serialized_start=1628
-  _globals['_SEARCHCHATMESSAGESRESPONSE']._serialized_end=2086
-  _globals['_SEARCHCHATMESSAGESRESPONSE_HIT']._serialized_start=1797
-  _globals['_SEARCHCHATMESSAGESRESPONSE_HIT']._serialized_end=2044
-  _globals['_SEARCHCHATMESSAGESRESPONSE_SNIPPETPART']._serialized_start=2046
-  _globals['_SEARCHCHATMESSAGESRESPONSE_SNIPPETPART']._serialized_end=2086
-  _globals['_CHATMESSAGESERVICE']._serialized_start=2202
-  _globals['_CHATMESSAGESERVICE']._serialized_end=2975
+  _globals['_CHATMESSAGEORDER']._serialized_start=2511
+  _globals['_CHATMESSAGEORDER']._serialized_end=2622
+  _globals['_CREATECHATMESSAGEREQUEST']._serialized_start=153
+  _globals['_CREATECHATMESSAGEREQUEST']._serialized_end=299
+  _globals['_CREATECHATMESSAGERESPONSE']._serialized_start=301
+  _globals['_CREATECHATMESSAGERESPONSE']._serialized_end=374
+  _globals['_BATCHCREATECHATMESSAGESREQUEST']._serialized_start=377
+  _globals['_BATCHCREATECHATMESSAGESREQUEST']._serialized_end=530
+  _globals['_BATCHCREATECHATMESSAGESRESPONSE']._serialized_start=533
+  _globals['_BATCHCREATECHATMESSAGESRESPONSE']._serialized_end=753
+  _globals['_BATCHCREATECHATMESSAGESRESPONSE_CREATEDCHATMESSAGE']._serialized_start=654
+  _globals['_BATCHCREATECHATMESSAGESRESPONSE_CREATEDCHATMESSAGE']._serialized_end=753
+  _globals['_GETCHATMESSAGEREQUEST']._serialized_start=755
+  _globals['_GETCHATMESSAGEREQUEST']._serialized_end=798
+  _globals['_GETCHATMESSAGERESPONSE']._serialized_start=800
+  _globals['_GETCHATMESSAGERESPONSE']._serialized_end=870
+  _globals['_LISTCHATMESSAGESREQUEST']._serialized_start=873
+  _globals['_LISTCHATMESSAGESREQUEST']._serialized_end=1079
+  _globals['_LISTCHATMESSAGESRESPONSE']._serialized_start=1081
+  _globals['_LISTCHATMESSAGESRESPONSE']._serialized_end=1200
+  _globals['_UPDATECHATMESSAGEREQUEST']._serialized_start=1203
+  _globals['_UPDATECHATMESSAGEREQUEST']._serialized_end=1407
+  _globals['_UPDATECHATMESSAGERESPONSE']._serialized_start=1409
+  _globals['_UPDATECHATMESSAGERESPONSE']._serialized_end=1482
+  _globals['_DELETECHATMESSAGEREQUEST']._serialized_start=1485
+  _globals['_DELETECHATMESSAGEREQUEST']._serialized_end=1622
+  _globals['_DELETECHATMESSAGERESPONSE']._serialized_start=1624
+  _globals['_DELETECHATMESSAGERESPONSE']._serialized_end=1651
+  _globals['_REDACTCHATMESSAGEREQUEST']._serialized_start=1653
+  _globals['_REDACTCHATMESSAGEREQUEST']._serialized_end=1713
+  _globals['_REDACTCHATMESSAGERESPONSE']._serialized_start=1715
+  _globals['_REDACTCHATMESSAGERESPONSE']._serialized_end=1788
+  _globals['_SEARCHCHATMESSAGESREQUEST']._serialized_start=1791
+  _globals['_SEARCHCHATMESSAGESREQUEST']._serialized_end=2048
+  _globals['_SEARCHCHATMESSAGESRESPONSE']._serialized_start=2051
+  _globals['_SEARCHCHATMESSAGESRESPONSE']._serialized_end=2509
+  _globals['_SEARCHCHATMESSAGESRESPONSE_HIT']._serialized_start=2220
+  _globals['_SEARCHCHATMESSAGESRESPONSE_HIT']._serialized_end=2467
+  _globals['_SEARCHCHATMESSAGESRESPONSE_SNIPPETPART']._serialized_start=2469
+  _globals['_SEARCHCHATMESSAGESRESPONSE_SNIPPETPART']._serialized_end=2509
+  _globals['_CHATMESSAGESERVICE']._serialized_start=2625
+  _globals['_CHATMESSAGESERVICE']._serialized_end=3504
 # @@protoc_insertion_point(module_scope)

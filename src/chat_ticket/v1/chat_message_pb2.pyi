@@ -56,12 +56,17 @@ class CreateChatMessageRequest(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The id of the session to append to. Required."""
+    expected_revision: _builtins.int
+    """The revision that the session must have. Optional; unset means that it is not checked. Not
+    negative.
+    """
     @_builtins.property
     def message(self) -> _resources_pb2.ChatMessage:
         """The message to create. Required. The server reads `id` (optional), `role`, `content`,
-        `language_code`, `metadata_json` and `attachments`.
+        `author`, `language_code`, `metadata_json` and `attachments`.
         """
 
     def __init__(
@@ -69,12 +74,15 @@ class CreateChatMessageRequest(_message.Message):
         *,
         session_id: _builtins.str = ...,
         message: _resources_pb2.ChatMessage | None = ...,
+        expected_revision: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "message", b"message"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "message", b"message", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
+    _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_revision) -> _WhichOneofReturnType__expected_revision | None: ...
 
 Global___CreateChatMessageRequest: _TypeAlias = CreateChatMessageRequest  # noqa: Y015
 
@@ -110,8 +118,13 @@ class BatchCreateChatMessagesRequest(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
+    EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The id of the session to append to. Required."""
+    expected_revision: _builtins.int
+    """The revision that the session must have. Optional; unset means that it is not checked. Not
+    negative.
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_resources_pb2.ChatMessage]:
         """The messages to create, in their order. Required; 1 to 500, with at most 20 attachments in
@@ -123,12 +136,15 @@ class BatchCreateChatMessagesRequest(_message.Message):
         *,
         session_id: _builtins.str = ...,
         messages: _abc.Iterable[_resources_pb2.ChatMessage] | None = ...,
+        expected_revision: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "messages", b"messages", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
+    _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_revision) -> _WhichOneofReturnType__expected_revision | None: ...
 
 Global___BatchCreateChatMessagesRequest: _TypeAlias = BatchCreateChatMessagesRequest  # noqa: Y015
 
@@ -322,14 +338,28 @@ class UpdateChatMessageRequest(_message.Message):
 
     MESSAGE_FIELD_NUMBER: _builtins.int
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    METADATA_MERGE_JSON_FIELD_NUMBER: _builtins.int
+    EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
+    metadata_merge_json: _builtins.str
+    """A JSON merge patch (RFC 7396) to apply to the metadata: an object as text. Its members replace
+    those of the metadata, objects are merged, and members that are null are removed. All others stay
+    as they are, even if another call changes them at the same time. Optional. The limits of
+    `ChatMessage.metadata_json` hold for the patch and for the result.
+    """
+    expected_revision: _builtins.int
+    """The revision that the session must have. Optional; unset means that it is not checked. Not
+    negative.
+    """
     @_builtins.property
     def message(self) -> _resources_pb2.ChatMessage:
-        """The message to update. `id` is required and names it. The fields that the mask names are set."""
+        """The message to update. `id` is required and names it. `etag` is optional. The fields that the
+        mask names are set.
+        """
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """The fields to update. Required; at most 20 paths. The only field is `metadata_json`; an empty
-        value removes the metadata.
+        """The fields to update; at most 20 paths. The only field is `metadata_json`; an empty value removes
+        the metadata. Required, unless `metadata_merge_json` is set: then it must be empty.
         """
 
     def __init__(
@@ -337,12 +367,16 @@ class UpdateChatMessageRequest(_message.Message):
         *,
         message: _resources_pb2.ChatMessage | None = ...,
         update_mask: _field_mask_pb2.FieldMask | None = ...,
+        metadata_merge_json: _builtins.str = ...,
+        expected_revision: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "update_mask", b"update_mask"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "message", b"message", "update_mask", b"update_mask"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "update_mask", b"update_mask"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "message", b"message", "metadata_merge_json", b"metadata_merge_json", "update_mask", b"update_mask"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
+    _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_revision) -> _WhichOneofReturnType__expected_revision | None: ...
 
 Global___UpdateChatMessageRequest: _TypeAlias = UpdateChatMessageRequest  # noqa: Y015
 
@@ -377,18 +411,36 @@ class DeleteChatMessageRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGE_ID_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
+    ALLOW_MISSING_FIELD_NUMBER: _builtins.int
     message_id: _builtins.str
     """The id of the message. Required."""
+    etag: _builtins.str
+    """The `etag` that the message must still have: decimal text of at most 18 digits. Optional; empty
+    means that it is not checked.
+    """
+    expected_revision: _builtins.int
+    """The revision that the session must have. Optional; unset means that it is not checked. Not
+    negative.
+    """
+    allow_missing: _builtins.bool
+    """Whether the call is OK when the message does not exist. Optional; the default is false."""
     def __init__(
         self,
         *,
         message_id: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        expected_revision: _builtins.int | None = ...,
+        allow_missing: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message_id", b"message_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "allow_missing", b"allow_missing", "etag", b"etag", "expected_revision", b"expected_revision", "message_id", b"message_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
+    _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_revision) -> _WhichOneofReturnType__expected_revision | None: ...
 
 Global___DeleteChatMessageRequest: _TypeAlias = DeleteChatMessageRequest  # noqa: Y015
 
@@ -408,6 +460,58 @@ class DeleteChatMessageResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteChatMessageResponse: _TypeAlias = DeleteChatMessageResponse  # noqa: Y015
+
+@_typing.final
+class RedactChatMessageRequest(_message.Message):
+    """Request message for ChatMessageService.RedactChatMessage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGE_ID_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    message_id: _builtins.str
+    """The id of the message. Required."""
+    etag: _builtins.str
+    """The `etag` that the message must still have: decimal text of at most 18 digits. Optional; empty
+    means that it is not checked.
+    """
+    def __init__(
+        self,
+        *,
+        message_id: _builtins.str = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "message_id", b"message_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RedactChatMessageRequest: _TypeAlias = RedactChatMessageRequest  # noqa: Y015
+
+@_typing.final
+class RedactChatMessageResponse(_message.Message):
+    """Response message for ChatMessageService.RedactChatMessage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def message(self) -> _resources_pb2.ChatMessage:
+        """The message after the redaction."""
+
+    def __init__(
+        self,
+        *,
+        message: _resources_pb2.ChatMessage | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RedactChatMessageResponse: _TypeAlias = RedactChatMessageResponse  # noqa: Y015
 
 @_typing.final
 class SearchChatMessagesRequest(_message.Message):

@@ -67,6 +67,11 @@ class ChatMessageServiceStub:
                 request_serializer=chat__ticket_dot_v1_dot_chat__message__pb2.DeleteChatMessageRequest.SerializeToString,
                 response_deserializer=chat__ticket_dot_v1_dot_chat__message__pb2.DeleteChatMessageResponse.FromString,
                 _registered_method=True)
+        self.RedactChatMessage = channel.unary_unary(
+                '/chat_ticket.v1.ChatMessageService/RedactChatMessage',
+                request_serializer=chat__ticket_dot_v1_dot_chat__message__pb2.RedactChatMessageRequest.SerializeToString,
+                response_deserializer=chat__ticket_dot_v1_dot_chat__message__pb2.RedactChatMessageResponse.FromString,
+                _registered_method=True)
         self.SearchChatMessages = channel.unary_unary(
                 '/chat_ticket.v1.ChatMessageService/SearchChatMessages',
                 request_serializer=chat__ticket_dot_v1_dot_chat__message__pb2.SearchChatMessagesRequest.SerializeToString,
@@ -94,15 +99,18 @@ class ChatMessageServiceServicer:
         session or with other content, to a deleted message, or to an open draft.
         - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
         attachment.
+        - ABORTED (ETAG_MISMATCH): `expected_revision` is set and is not the current revision of the
+        session.
         - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
         accessible. The error message names its position among the attachments of the request,
         counted from 1. It does not say why the URL is not accessible.
         - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
 
         Retry: safe when `message.id` is set. A retry with the same content returns the stored message
-        as it is now, without checking URLs. The session, role, content and language code are always
-        compared. Metadata and attachments are compared only until the message changes. Without an id,
-        a retry can append a second message.
+        as it is now, without checking URLs or `expected_revision`. The session, role, author, content
+        and language code are always compared; only the content of a redacted message is not. Metadata
+        and attachments are compared only until the message changes. Without an id, a retry can append a
+        second message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -174,15 +182,24 @@ class ChatMessageServiceServicer:
     def UpdateChatMessage(self, request, context):
         """Updates the metadata of a message.
 
-        The metadata is replaced as a whole. The revision of the message and of its session increases,
-        and watchers of the session receive the message again. Setting equal metadata is not a change.
-        The content, the language code, the role and the sequence of a message never change.
+        The metadata is replaced as a whole, or a JSON merge patch is applied to it. Use a patch when
+        several callers keep values in the metadata of one message: none of them erases another's.
+
+        The revision of the message and of its session increases, and watchers of the session receive the
+        message again. Setting equal metadata is not a change. The content, the language code, the role,
+        the author and the sequence of a message are not changed by an update.
 
         Errors:
 
         - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+        - ABORTED (ETAG_MISMATCH): `message.etag` is set and is not the current revision of the message,
+        or `expected_revision` is set and is not the current revision of the session.
+        - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
 
-        Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+        Retry: safe, although a retry without a merge patch can overwrite an update that another caller
+        made meanwhile. A retry with `expected_revision` after a successful attempt finds its own update
+        and is OK, as long as nothing else has changed in the session. With an etag, a retry after a
+        successful attempt fails with ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -197,8 +214,35 @@ class ChatMessageServiceServicer:
         Errors:
 
         - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+        - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision of the message, or
+        `expected_revision` is set and is not the current revision of the session.
 
-        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+        Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+        succeeded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RedactChatMessage(self, request, context):
+        """Takes the content of a message away, and keeps the message.
+
+        The content becomes `[redacted]`, the metadata and the attachments are removed, and `redacted`
+        is true, all in one revision of the session. That is for ever: nothing of it can be changed or
+        restored. The place, the author and the language code of the message stay. Watchers of the
+        session receive the message again, and searches no longer find it. To redact a redacted message
+        is not a change.
+
+        The database keeps the old content until PostgreSQL removes dead rows, and backups keep it as
+        long as they are kept.
+
+        Errors:
+
+        - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+        - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision of the message, and the
+        message is not redacted.
+
+        Retry: safe.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -272,6 +316,11 @@ def add_ChatMessageServiceServicer_to_server(servicer, server):
                     servicer.DeleteChatMessage,
                     request_deserializer=chat__ticket_dot_v1_dot_chat__message__pb2.DeleteChatMessageRequest.FromString,
                     response_serializer=chat__ticket_dot_v1_dot_chat__message__pb2.DeleteChatMessageResponse.SerializeToString,
+            ),
+            'RedactChatMessage': grpc.unary_unary_rpc_method_handler(
+                    servicer.RedactChatMessage,
+                    request_deserializer=chat__ticket_dot_v1_dot_chat__message__pb2.RedactChatMessageRequest.FromString,
+                    response_serializer=chat__ticket_dot_v1_dot_chat__message__pb2.RedactChatMessageResponse.SerializeToString,
             ),
             'SearchChatMessages': grpc.unary_unary_rpc_method_handler(
                     servicer.SearchChatMessages,
@@ -444,6 +493,33 @@ class ChatMessageService:
             '/chat_ticket.v1.ChatMessageService/DeleteChatMessage',
             chat__ticket_dot_v1_dot_chat__message__pb2.DeleteChatMessageRequest.SerializeToString,
             chat__ticket_dot_v1_dot_chat__message__pb2.DeleteChatMessageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RedactChatMessage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chat_ticket.v1.ChatMessageService/RedactChatMessage',
+            chat__ticket_dot_v1_dot_chat__message__pb2.RedactChatMessageRequest.SerializeToString,
+            chat__ticket_dot_v1_dot_chat__message__pb2.RedactChatMessageResponse.FromString,
             options,
             channel_credentials,
             insecure,

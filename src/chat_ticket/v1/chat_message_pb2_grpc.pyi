@@ -52,15 +52,18 @@ class ChatMessageServiceStub:
       session or with other content, to a deleted message, or to an open draft.
     - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
       attachment.
+    - ABORTED (ETAG_MISMATCH): `expected_revision` is set and is not the current revision of the
+      session.
     - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
       accessible. The error message names its position among the attachments of the request,
       counted from 1. It does not say why the URL is not accessible.
     - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
 
     Retry: safe when `message.id` is set. A retry with the same content returns the stored message
-    as it is now, without checking URLs. The session, role, content and language code are always
-    compared. Metadata and attachments are compared only until the message changes. Without an id,
-    a retry can append a second message.
+    as it is now, without checking URLs or `expected_revision`. The session, role, author, content
+    and language code are always compared; only the content of a redacted message is not. Metadata
+    and attachments are compared only until the message changes. Without an id, a retry can append a
+    second message.
     """
     BatchCreateChatMessages: _grpc.UnaryUnaryMultiCallable[_chat_message_pb2.BatchCreateChatMessagesRequest, _chat_message_pb2.BatchCreateChatMessagesResponse]
     """Appends up to 500 messages to one session, in one transaction.
@@ -116,15 +119,24 @@ class ChatMessageServiceStub:
     UpdateChatMessage: _grpc.UnaryUnaryMultiCallable[_chat_message_pb2.UpdateChatMessageRequest, _chat_message_pb2.UpdateChatMessageResponse]
     """Updates the metadata of a message.
 
-    The metadata is replaced as a whole. The revision of the message and of its session increases,
-    and watchers of the session receive the message again. Setting equal metadata is not a change.
-    The content, the language code, the role and the sequence of a message never change.
+    The metadata is replaced as a whole, or a JSON merge patch is applied to it. Use a patch when
+    several callers keep values in the metadata of one message: none of them erases another's.
+
+    The revision of the message and of its session increases, and watchers of the session receive the
+    message again. Setting equal metadata is not a change. The content, the language code, the role,
+    the author and the sequence of a message are not changed by an update.
 
     Errors:
 
     - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+    - ABORTED (ETAG_MISMATCH): `message.etag` is set and is not the current revision of the message,
+      or `expected_revision` is set and is not the current revision of the session.
+    - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
 
-    Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+    Retry: safe, although a retry without a merge patch can overwrite an update that another caller
+    made meanwhile. A retry with `expected_revision` after a successful attempt finds its own update
+    and is OK, as long as nothing else has changed in the session. With an etag, a retry after a
+    successful attempt fails with ETAG_MISMATCH.
     """
     DeleteChatMessage: _grpc.UnaryUnaryMultiCallable[_chat_message_pb2.DeleteChatMessageRequest, _chat_message_pb2.DeleteChatMessageResponse]
     """Deletes a message and its attachments.
@@ -135,8 +147,31 @@ class ChatMessageServiceStub:
     Errors:
 
     - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+    - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision of the message, or
+      `expected_revision` is set and is not the current revision of the session.
 
-    Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+    Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+    succeeded.
+    """
+    RedactChatMessage: _grpc.UnaryUnaryMultiCallable[_chat_message_pb2.RedactChatMessageRequest, _chat_message_pb2.RedactChatMessageResponse]
+    """Takes the content of a message away, and keeps the message.
+
+    The content becomes `[redacted]`, the metadata and the attachments are removed, and `redacted`
+    is true, all in one revision of the session. That is for ever: nothing of it can be changed or
+    restored. The place, the author and the language code of the message stay. Watchers of the
+    session receive the message again, and searches no longer find it. To redact a redacted message
+    is not a change.
+
+    The database keeps the old content until PostgreSQL removes dead rows, and backups keep it as
+    long as they are kept.
+
+    Errors:
+
+    - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+    - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision of the message, and the
+      message is not redacted.
+
+    Retry: safe.
     """
     SearchChatMessages: _grpc.UnaryUnaryMultiCallable[_chat_message_pb2.SearchChatMessagesRequest, _chat_message_pb2.SearchChatMessagesResponse]
     """Searches the content of the tenant's messages, best match first, in pages.
@@ -193,15 +228,18 @@ class ChatMessageServiceAsyncStub(ChatMessageServiceStub):
       session or with other content, to a deleted message, or to an open draft.
     - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
       attachment.
+    - ABORTED (ETAG_MISMATCH): `expected_revision` is set and is not the current revision of the
+      session.
     - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
       accessible. The error message names its position among the attachments of the request,
       counted from 1. It does not say why the URL is not accessible.
     - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
 
     Retry: safe when `message.id` is set. A retry with the same content returns the stored message
-    as it is now, without checking URLs. The session, role, content and language code are always
-    compared. Metadata and attachments are compared only until the message changes. Without an id,
-    a retry can append a second message.
+    as it is now, without checking URLs or `expected_revision`. The session, role, author, content
+    and language code are always compared; only the content of a redacted message is not. Metadata
+    and attachments are compared only until the message changes. Without an id, a retry can append a
+    second message.
     """
     BatchCreateChatMessages: _aio.UnaryUnaryMultiCallable[_chat_message_pb2.BatchCreateChatMessagesRequest, _chat_message_pb2.BatchCreateChatMessagesResponse]  # type: ignore[assignment]
     """Appends up to 500 messages to one session, in one transaction.
@@ -257,15 +295,24 @@ class ChatMessageServiceAsyncStub(ChatMessageServiceStub):
     UpdateChatMessage: _aio.UnaryUnaryMultiCallable[_chat_message_pb2.UpdateChatMessageRequest, _chat_message_pb2.UpdateChatMessageResponse]  # type: ignore[assignment]
     """Updates the metadata of a message.
 
-    The metadata is replaced as a whole. The revision of the message and of its session increases,
-    and watchers of the session receive the message again. Setting equal metadata is not a change.
-    The content, the language code, the role and the sequence of a message never change.
+    The metadata is replaced as a whole, or a JSON merge patch is applied to it. Use a patch when
+    several callers keep values in the metadata of one message: none of them erases another's.
+
+    The revision of the message and of its session increases, and watchers of the session receive the
+    message again. Setting equal metadata is not a change. The content, the language code, the role,
+    the author and the sequence of a message are not changed by an update.
 
     Errors:
 
     - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+    - ABORTED (ETAG_MISMATCH): `message.etag` is set and is not the current revision of the message,
+      or `expected_revision` is set and is not the current revision of the session.
+    - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
 
-    Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+    Retry: safe, although a retry without a merge patch can overwrite an update that another caller
+    made meanwhile. A retry with `expected_revision` after a successful attempt finds its own update
+    and is OK, as long as nothing else has changed in the session. With an etag, a retry after a
+    successful attempt fails with ETAG_MISMATCH.
     """
     DeleteChatMessage: _aio.UnaryUnaryMultiCallable[_chat_message_pb2.DeleteChatMessageRequest, _chat_message_pb2.DeleteChatMessageResponse]  # type: ignore[assignment]
     """Deletes a message and its attachments.
@@ -276,8 +323,31 @@ class ChatMessageServiceAsyncStub(ChatMessageServiceStub):
     Errors:
 
     - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+    - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision of the message, or
+      `expected_revision` is set and is not the current revision of the session.
 
-    Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+    Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+    succeeded.
+    """
+    RedactChatMessage: _aio.UnaryUnaryMultiCallable[_chat_message_pb2.RedactChatMessageRequest, _chat_message_pb2.RedactChatMessageResponse]  # type: ignore[assignment]
+    """Takes the content of a message away, and keeps the message.
+
+    The content becomes `[redacted]`, the metadata and the attachments are removed, and `redacted`
+    is true, all in one revision of the session. That is for ever: nothing of it can be changed or
+    restored. The place, the author and the language code of the message stay. Watchers of the
+    session receive the message again, and searches no longer find it. To redact a redacted message
+    is not a change.
+
+    The database keeps the old content until PostgreSQL removes dead rows, and backups keep it as
+    long as they are kept.
+
+    Errors:
+
+    - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+    - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision of the message, and the
+      message is not redacted.
+
+    Retry: safe.
     """
     SearchChatMessages: _aio.UnaryUnaryMultiCallable[_chat_message_pb2.SearchChatMessagesRequest, _chat_message_pb2.SearchChatMessagesResponse]  # type: ignore[assignment]
     """Searches the content of the tenant's messages, best match first, in pages.
@@ -337,15 +407,18 @@ class ChatMessageServiceServicer(metaclass=_abc_1.ABCMeta):
           session or with other content, to a deleted message, or to an open draft.
         - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
           attachment.
+        - ABORTED (ETAG_MISMATCH): `expected_revision` is set and is not the current revision of the
+          session.
         - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
           accessible. The error message names its position among the attachments of the request,
           counted from 1. It does not say why the URL is not accessible.
         - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
 
         Retry: safe when `message.id` is set. A retry with the same content returns the stored message
-        as it is now, without checking URLs. The session, role, content and language code are always
-        compared. Metadata and attachments are compared only until the message changes. Without an id,
-        a retry can append a second message.
+        as it is now, without checking URLs or `expected_revision`. The session, role, author, content
+        and language code are always compared; only the content of a redacted message is not. Metadata
+        and attachments are compared only until the message changes. Without an id, a retry can append a
+        second message.
         """
 
     @_abc_1.abstractmethod
@@ -425,15 +498,24 @@ class ChatMessageServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_chat_message_pb2.UpdateChatMessageResponse, _abc.Awaitable[_chat_message_pb2.UpdateChatMessageResponse]]:
         """Updates the metadata of a message.
 
-        The metadata is replaced as a whole. The revision of the message and of its session increases,
-        and watchers of the session receive the message again. Setting equal metadata is not a change.
-        The content, the language code, the role and the sequence of a message never change.
+        The metadata is replaced as a whole, or a JSON merge patch is applied to it. Use a patch when
+        several callers keep values in the metadata of one message: none of them erases another's.
+
+        The revision of the message and of its session increases, and watchers of the session receive the
+        message again. Setting equal metadata is not a change. The content, the language code, the role,
+        the author and the sequence of a message are not changed by an update.
 
         Errors:
 
         - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+        - ABORTED (ETAG_MISMATCH): `message.etag` is set and is not the current revision of the message,
+          or `expected_revision` is set and is not the current revision of the session.
+        - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
 
-        Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+        Retry: safe, although a retry without a merge patch can overwrite an update that another caller
+        made meanwhile. A retry with `expected_revision` after a successful attempt finds its own update
+        and is OK, as long as nothing else has changed in the session. With an etag, a retry after a
+        successful attempt fails with ETAG_MISMATCH.
         """
 
     @_abc_1.abstractmethod
@@ -450,8 +532,37 @@ class ChatMessageServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
 
         - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+        - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision of the message, or
+          `expected_revision` is set and is not the current revision of the session.
 
-        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+        Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+        succeeded.
+        """
+
+    @_abc_1.abstractmethod
+    def RedactChatMessage(
+        self,
+        request: _chat_message_pb2.RedactChatMessageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_message_pb2.RedactChatMessageResponse, _abc.Awaitable[_chat_message_pb2.RedactChatMessageResponse]]:
+        """Takes the content of a message away, and keeps the message.
+
+        The content becomes `[redacted]`, the metadata and the attachments are removed, and `redacted`
+        is true, all in one revision of the session. That is for ever: nothing of it can be changed or
+        restored. The place, the author and the language code of the message stay. Watchers of the
+        session receive the message again, and searches no longer find it. To redact a redacted message
+        is not a change.
+
+        The database keeps the old content until PostgreSQL removes dead rows, and backups keep it as
+        long as they are kept.
+
+        Errors:
+
+        - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+        - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision of the message, and the
+          message is not redacted.
+
+        Retry: safe.
         """
 
     @_abc_1.abstractmethod

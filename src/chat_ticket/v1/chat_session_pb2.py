@@ -27,15 +27,17 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!chat_ticket/v1/chat_session.proto\x12\x0e\x63hat_ticket.v1\x1a\x1e\x63hat_ticket/v1/resources.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"H\n\x18\x43reateChatSessionRequest\x12,\n\x07session\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatSession\"I\n\x19\x43reateChatSessionResponse\x12,\n\x07session\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatSession\"+\n\x15GetChatSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"F\n\x16GetChatSessionResponse\x12,\n\x07session\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatSession\"\xa9\x03\n\x17ListChatSessionsRequest\x12\x33\n\x08statuses\x18\x01 \x03(\x0e\x32!.chat_ticket.v1.ChatSessionStatus\x12\x17\n\nhas_ticket\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x35\n\x11start_create_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0f\x65nd_create_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x11start_update_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0f\x65nd_update_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x08order_by\x18\x07 \x01(\x0e\x32 .chat_ticket.v1.ChatSessionOrder\x12\x11\n\tpage_size\x18\x08 \x01(\x05\x12\x12\n\npage_token\x18\t \x01(\tB\r\n\x0b_has_ticket\"b\n\x18ListChatSessionsResponse\x12-\n\x08sessions\x18\x01 \x03(\x0b\x32\x1b.chat_ticket.v1.ChatSession\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"y\n\x18UpdateChatSessionRequest\x12,\n\x07session\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatSession\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"I\n\x19UpdateChatSessionResponse\x12,\n\x07session\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatSession\"<\n\x18\x44\x65leteChatSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\x1b\n\x19\x44\x65leteChatSessionResponse\"]\n\x17WatchChatSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_revision\x18\x02 \x01(\x03\x12\x16\n\x0einclude_drafts\x18\x03 \x01(\x08\"\x92\x08\n\x18WatchChatSessionResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12.\n\x07session\x18\x02 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatSessionH\x00\x12X\n\x10messages_created\x18\x03 \x01(\x0b\x32<.chat_ticket.v1.WatchChatSessionResponse.ChatMessagesCreatedH\x00\x12\x36\n\x0fmessage_updated\x18\x04 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatMessageH\x00\x12V\n\x0fmessage_deleted\x18\x05 \x01(\x0b\x32;.chat_ticket.v1.WatchChatSessionResponse.ChatMessageDeletedH\x00\x12V\n\x0fsession_deleted\x18\x06 \x01(\x0b\x32;.chat_ticket.v1.WatchChatSessionResponse.ChatSessionDeletedH\x00\x12\x46\n\tcaught_up\x18\x07 \x01(\x0b\x32\x31.chat_ticket.v1.WatchChatSessionResponse.CaughtUpH\x00\x12G\n\theartbeat\x18\x08 \x01(\x0b\x32\x32.chat_ticket.v1.WatchChatSessionResponse.HeartbeatH\x00\x12*\n\x05\x64raft\x18\t \x01(\x0b\x32\x19.chat_ticket.v1.ChatDraftH\x00\x12T\n\x0e\x64raft_appended\x18\n \x01(\x0b\x32:.chat_ticket.v1.WatchChatSessionResponse.ChatDraftAppendedH\x00\x12N\n\x0b\x64raft_ended\x18\x0b \x01(\x0b\x32\x37.chat_ticket.v1.WatchChatSessionResponse.ChatDraftEndedH\x00\x1a\x44\n\x13\x43hatMessagesCreated\x12-\n\x08messages\x18\x01 \x03(\x0b\x32\x1b.chat_ticket.v1.ChatMessage\x1a(\n\x12\x43hatMessageDeleted\x12\x12\n\nmessage_id\x18\x01 \x01(\t\x1a\x14\n\x12\x43hatSessionDeleted\x1a\n\n\x08\x43\x61ughtUp\x1a\x0b\n\tHeartbeat\x1a\x43\n\x11\x43hatDraftAppended\x12\x10\n\x08\x64raft_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04text\x18\x03 \x01(\t\x1a\"\n\x0e\x43hatDraftEnded\x12\x10\n\x08\x64raft_id\x18\x01 \x01(\tB\x07\n\x05\x65vent*~\n\x10\x43hatSessionOrder\x12\"\n\x1e\x43HAT_SESSION_ORDER_UNSPECIFIED\x10\x00\x12\"\n\x1e\x43HAT_SESSION_ORDER_CREATE_TIME\x10\x01\x12\"\n\x1e\x43HAT_SESSION_ORDER_UPDATE_TIME\x10\x02\x32\x83\x05\n\x12\x43hatSessionService\x12h\n\x11\x43reateChatSession\x12(.chat_ticket.v1.CreateChatSessionRequest\x1a).chat_ticket.v1.CreateChatSessionResponse\x12_\n\x0eGetChatSession\x12%.chat_ticket.v1.GetChatSessionRequest\x1a&.chat_ticket.v1.GetChatSessionResponse\x12\x65\n\x10ListChatSessions\x12\'.chat_ticket.v1.ListChatSessionsRequest\x1a(.chat_ticket.v1.ListChatSessionsResponse\x12h\n\x11UpdateChatSession\x12(.chat_ticket.v1.UpdateChatSessionRequest\x1a).chat_ticket.v1.UpdateChatSessionResponse\x12h\n\x11\x44\x65leteChatSession\x12(.chat_ticket.v1.DeleteChatSessionRequest\x1a).chat_ticket.v1.DeleteChatSessionResponse\x12g\n\x10WatchChatSession\x12\'.chat_ticket.v1.WatchChatSessionRequest\x1a(.chat_ticket.v1.WatchChatSessionResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!chat_ticket/v1/chat_session.proto\x12\x0e\x63hat_ticket.v1\x1a\x1e\x63hat_ticket/v1/resources.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"H\n\x18\x43reateChatSessionRequest\x12,\n\x07session\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatSession\"I\n\x19\x43reateChatSessionResponse\x12,\n\x07session\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatSession\"+\n\x15GetChatSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"F\n\x16GetChatSessionResponse\x12,\n\x07session\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatSession\"\xae\x04\n\x17ListChatSessionsRequest\x12\x33\n\x08statuses\x18\x01 \x03(\x0e\x32!.chat_ticket.v1.ChatSessionStatus\x12\x17\n\nhas_ticket\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12\x35\n\x11start_create_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0f\x65nd_create_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x35\n\x11start_update_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0f\x65nd_update_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x08order_by\x18\x07 \x01(\x0e\x32 .chat_ticket.v1.ChatSessionOrder\x12\x0f\n\x07user_id\x18\n \x01(\t\x12\x43\n\x06labels\x18\x0b \x03(\x0b\x32\x33.chat_ticket.v1.ListChatSessionsRequest.LabelsEntry\x12\x11\n\tpage_size\x18\x08 \x01(\x05\x12\x12\n\npage_token\x18\t \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\r\n\x0b_has_ticket\"b\n\x18ListChatSessionsResponse\x12-\n\x08sessions\x18\x01 \x03(\x0b\x32\x1b.chat_ticket.v1.ChatSession\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"y\n\x18UpdateChatSessionRequest\x12,\n\x07session\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatSession\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\"I\n\x19UpdateChatSessionResponse\x12,\n\x07session\x18\x01 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatSession\"S\n\x18\x44\x65leteChatSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\"\x1b\n\x19\x44\x65leteChatSessionResponse\"]\n\x17WatchChatSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_revision\x18\x02 \x01(\x03\x12\x16\n\x0einclude_drafts\x18\x03 \x01(\x08\"\xc0\x08\n\x18WatchChatSessionResponse\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12.\n\x07session\x18\x02 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatSessionH\x00\x12X\n\x10messages_created\x18\x03 \x01(\x0b\x32<.chat_ticket.v1.WatchChatSessionResponse.ChatMessagesCreatedH\x00\x12\x36\n\x0fmessage_updated\x18\x04 \x01(\x0b\x32\x1b.chat_ticket.v1.ChatMessageH\x00\x12V\n\x0fmessage_deleted\x18\x05 \x01(\x0b\x32;.chat_ticket.v1.WatchChatSessionResponse.ChatMessageDeletedH\x00\x12V\n\x0fsession_deleted\x18\x06 \x01(\x0b\x32;.chat_ticket.v1.WatchChatSessionResponse.ChatSessionDeletedH\x00\x12\x46\n\tcaught_up\x18\x07 \x01(\x0b\x32\x31.chat_ticket.v1.WatchChatSessionResponse.CaughtUpH\x00\x12G\n\theartbeat\x18\x08 \x01(\x0b\x32\x32.chat_ticket.v1.WatchChatSessionResponse.HeartbeatH\x00\x12*\n\x05\x64raft\x18\t \x01(\x0b\x32\x19.chat_ticket.v1.ChatDraftH\x00\x12T\n\x0e\x64raft_appended\x18\n \x01(\x0b\x32:.chat_ticket.v1.WatchChatSessionResponse.ChatDraftAppendedH\x00\x12N\n\x0b\x64raft_ended\x18\x0b \x01(\x0b\x32\x37.chat_ticket.v1.WatchChatSessionResponse.ChatDraftEndedH\x00\x12,\n\x06ticket\x18\x0c \x01(\x0b\x32\x1a.chat_ticket.v1.ChatTicketH\x00\x1a\x44\n\x13\x43hatMessagesCreated\x12-\n\x08messages\x18\x01 \x03(\x0b\x32\x1b.chat_ticket.v1.ChatMessage\x1a(\n\x12\x43hatMessageDeleted\x12\x12\n\nmessage_id\x18\x01 \x01(\t\x1a\x14\n\x12\x43hatSessionDeleted\x1a\n\n\x08\x43\x61ughtUp\x1a\x0b\n\tHeartbeat\x1a\x43\n\x11\x43hatDraftAppended\x12\x10\n\x08\x64raft_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\x0c\n\x04text\x18\x03 \x01(\t\x1a\"\n\x0e\x43hatDraftEnded\x12\x10\n\x08\x64raft_id\x18\x01 \x01(\tB\x07\n\x05\x65vent*~\n\x10\x43hatSessionOrder\x12\"\n\x1e\x43HAT_SESSION_ORDER_UNSPECIFIED\x10\x00\x12\"\n\x1e\x43HAT_SESSION_ORDER_CREATE_TIME\x10\x01\x12\"\n\x1e\x43HAT_SESSION_ORDER_UPDATE_TIME\x10\x02\x32\x83\x05\n\x12\x43hatSessionService\x12h\n\x11\x43reateChatSession\x12(.chat_ticket.v1.CreateChatSessionRequest\x1a).chat_ticket.v1.CreateChatSessionResponse\x12_\n\x0eGetChatSession\x12%.chat_ticket.v1.GetChatSessionRequest\x1a&.chat_ticket.v1.GetChatSessionResponse\x12\x65\n\x10ListChatSessions\x12\'.chat_ticket.v1.ListChatSessionsRequest\x1a(.chat_ticket.v1.ListChatSessionsResponse\x12h\n\x11UpdateChatSession\x12(.chat_ticket.v1.UpdateChatSessionRequest\x1a).chat_ticket.v1.UpdateChatSessionResponse\x12h\n\x11\x44\x65leteChatSession\x12(.chat_ticket.v1.DeleteChatSessionRequest\x1a).chat_ticket.v1.DeleteChatSessionResponse\x12g\n\x10WatchChatSession\x12\'.chat_ticket.v1.WatchChatSessionRequest\x1a(.chat_ticket.v1.WatchChatSessionResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'chat_ticket.v1.chat_session_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHATSESSIONORDER']._serialized_start=2375
-  _globals['_CHATSESSIONORDER']._serialized_end=2501
+  _globals['_LISTCHATSESSIONSREQUEST_LABELSENTRY']._loaded_options = None
+  _globals['_LISTCHATSESSIONSREQUEST_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_CHATSESSIONORDER']._serialized_start=2577
+  _globals['_CHATSESSIONORDER']._serialized_end=2703
   _globals['_CREATECHATSESSIONREQUEST']._serialized_start=152
   _globals['_CREATECHATSESSIONREQUEST']._serialized_end=224
   _globals['_CREATECHATSESSIONRESPONSE']._serialized_start=226
@@ -45,35 +47,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETCHATSESSIONRESPONSE']._serialized_start=346
   _globals['_GETCHATSESSIONRESPONSE']._serialized_end=416
   _globals['_LISTCHATSESSIONSREQUEST']._serialized_start=419
-  _globals['_LISTCHATSESSIONSREQUEST']._serialized_end=844
-  _globals['_LISTCHATSESSIONSRESPONSE']._serialized_start=846
-  _globals['_LISTCHATSESSIONSRESPONSE']._serialized_end=944
-  _globals['_UPDATECHATSESSIONREQUEST']._serialized_start=946
-  _globals['_UPDATECHATSESSIONREQUEST']._serialized_end=1067
-  _globals['_UPDATECHATSESSIONRESPONSE']._serialized_start=1069
-  _globals['_UPDATECHATSESSIONRESPONSE']._serialized_end=1142
-  _globals['_DELETECHATSESSIONREQUEST']._serialized_start=1144
-  _globals['_DELETECHATSESSIONREQUEST']._serialized_end=1204
-  _globals['_DELETECHATSESSIONRESPONSE']._serialized_start=1206
-  _globals['_DELETECHATSESSIONRESPONSE']._serialized_end=1233
-  _globals['_WATCHCHATSESSIONREQUEST']._serialized_start=1235
-  _globals['_WATCHCHATSESSIONREQUEST']._serialized_end=1328
-  _globals['_WATCHCHATSESSIONRESPONSE']._serialized_start=1331
-  _globals['_WATCHCHATSESSIONRESPONSE']._serialized_end=2373
-  _globals['_WATCHCHATSESSIONRESPONSE_CHATMESSAGESCREATED']._serialized_start=2102
-  _globals['_WATCHCHATSESSIONRESPONSE_CHATMESSAGESCREATED']._serialized_end=2170
-  _globals['_WATCHCHATSESSIONRESPONSE_CHATMESSAGEDELETED']._serialized_start=2172
-  _globals['_WATCHCHATSESSIONRESPONSE_CHATMESSAGEDELETED']._serialized_end=2212
-  _globals['_WATCHCHATSESSIONRESPONSE_CHATSESSIONDELETED']._serialized_start=2214
-  _globals['_WATCHCHATSESSIONRESPONSE_CHATSESSIONDELETED']._serialized_end=2234
-  _globals['_WATCHCHATSESSIONRESPONSE_CAUGHTUP']._serialized_start=2236
-  _globals['_WATCHCHATSESSIONRESPONSE_CAUGHTUP']._serialized_end=2246
-  _globals['_WATCHCHATSESSIONRESPONSE_HEARTBEAT']._serialized_start=2248
-  _globals['_WATCHCHATSESSIONRESPONSE_HEARTBEAT']._serialized_end=2259
-  _globals['_WATCHCHATSESSIONRESPONSE_CHATDRAFTAPPENDED']._serialized_start=2261
-  _globals['_WATCHCHATSESSIONRESPONSE_CHATDRAFTAPPENDED']._serialized_end=2328
-  _globals['_WATCHCHATSESSIONRESPONSE_CHATDRAFTENDED']._serialized_start=2330
-  _globals['_WATCHCHATSESSIONRESPONSE_CHATDRAFTENDED']._serialized_end=2364
-  _globals['_CHATSESSIONSERVICE']._serialized_start=2504
-  _globals['_CHATSESSIONSERVICE']._serialized_end=3147
+  _globals['_LISTCHATSESSIONSREQUEST']._serialized_end=977
+  _globals['_LISTCHATSESSIONSREQUEST_LABELSENTRY']._serialized_start=917
+  _globals['_LISTCHATSESSIONSREQUEST_LABELSENTRY']._serialized_end=962
+  _globals['_LISTCHATSESSIONSRESPONSE']._serialized_start=979
+  _globals['_LISTCHATSESSIONSRESPONSE']._serialized_end=1077
+  _globals['_UPDATECHATSESSIONREQUEST']._serialized_start=1079
+  _globals['_UPDATECHATSESSIONREQUEST']._serialized_end=1200
+  _globals['_UPDATECHATSESSIONRESPONSE']._serialized_start=1202
+  _globals['_UPDATECHATSESSIONRESPONSE']._serialized_end=1275
+  _globals['_DELETECHATSESSIONREQUEST']._serialized_start=1277
+  _globals['_DELETECHATSESSIONREQUEST']._serialized_end=1360
+  _globals['_DELETECHATSESSIONRESPONSE']._serialized_start=1362
+  _globals['_DELETECHATSESSIONRESPONSE']._serialized_end=1389
+  _globals['_WATCHCHATSESSIONREQUEST']._serialized_start=1391
+  _globals['_WATCHCHATSESSIONREQUEST']._serialized_end=1484
+  _globals['_WATCHCHATSESSIONRESPONSE']._serialized_start=1487
+  _globals['_WATCHCHATSESSIONRESPONSE']._serialized_end=2575
+  _globals['_WATCHCHATSESSIONRESPONSE_CHATMESSAGESCREATED']._serialized_start=2304
+  _globals['_WATCHCHATSESSIONRESPONSE_CHATMESSAGESCREATED']._serialized_end=2372
+  _globals['_WATCHCHATSESSIONRESPONSE_CHATMESSAGEDELETED']._serialized_start=2374
+  _globals['_WATCHCHATSESSIONRESPONSE_CHATMESSAGEDELETED']._serialized_end=2414
+  _globals['_WATCHCHATSESSIONRESPONSE_CHATSESSIONDELETED']._serialized_start=2416
+  _globals['_WATCHCHATSESSIONRESPONSE_CHATSESSIONDELETED']._serialized_end=2436
+  _globals['_WATCHCHATSESSIONRESPONSE_CAUGHTUP']._serialized_start=2438
+  _globals['_WATCHCHATSESSIONRESPONSE_CAUGHTUP']._serialized_end=2448
+  _globals['_WATCHCHATSESSIONRESPONSE_HEARTBEAT']._serialized_start=2450
+  _globals['_WATCHCHATSESSIONRESPONSE_HEARTBEAT']._serialized_end=2461
+  _globals['_WATCHCHATSESSIONRESPONSE_CHATDRAFTAPPENDED']._serialized_start=2463
+  _globals['_WATCHCHATSESSIONRESPONSE_CHATDRAFTAPPENDED']._serialized_end=2530
+  _globals['_WATCHCHATSESSIONRESPONSE_CHATDRAFTENDED']._serialized_start=2532
+  _globals['_WATCHCHATSESSIONRESPONSE_CHATDRAFTENDED']._serialized_end=2566
+  _globals['_CHATSESSIONSERVICE']._serialized_start=2706
+  _globals['_CHATSESSIONSERVICE']._serialized_end=3349
 # @@protoc_insertion_point(module_scope)

@@ -57,7 +57,9 @@ class CreateChatSessionRequest(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def session(self) -> _resources_pb2.ChatSession:
-        """The session to create. Optional. The server reads `id` and `status`, both optional."""
+        """The session to create. Optional. The server reads `id`, `status`, `user_id`, `title` and
+        `labels`, all optional.
+        """
 
     def __init__(
         self,
@@ -150,6 +152,26 @@ class ListChatSessionsRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     STATUSES_FIELD_NUMBER: _builtins.int
     HAS_TICKET_FIELD_NUMBER: _builtins.int
     START_CREATE_TIME_FIELD_NUMBER: _builtins.int
@@ -157,12 +179,16 @@ class ListChatSessionsRequest(_message.Message):
     START_UPDATE_TIME_FIELD_NUMBER: _builtins.int
     END_UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ORDER_BY_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     has_ticket: _builtins.bool
     """Returns only sessions with a ticket (true) or without one (false). Optional; unset means both."""
     order_by: Global___ChatSessionOrder.ValueType
     """The order of the sessions. Optional; the default is CREATE_TIME."""
+    user_id: _builtins.str
+    """Returns only sessions of this user: an exact `ChatSession.user_id`. Optional; empty means all."""
     page_size: _builtins.int
     """The maximum number of sessions in the page. Optional; 0 means 50, and values over 1,000 mean
     1,000. A page can have fewer sessions although more follow.
@@ -201,6 +227,12 @@ class ListChatSessionsRequest(_message.Message):
         of the year 9999 mean no limit.
         """
 
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Returns only sessions that have all of these labels, with exactly these values. Optional; at most
+        4 pairs.
+        """
+
     def __init__(
         self,
         *,
@@ -211,12 +243,14 @@ class ListChatSessionsRequest(_message.Message):
         start_update_time: _timestamp_pb2.Timestamp | None = ...,
         end_update_time: _timestamp_pb2.Timestamp | None = ...,
         order_by: Global___ChatSessionOrder.ValueType = ...,
+        user_id: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_has_ticket", b"_has_ticket", "end_create_time", b"end_create_time", "end_update_time", b"end_update_time", "has_ticket", b"has_ticket", "start_create_time", b"start_create_time", "start_update_time", b"start_update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_has_ticket", b"_has_ticket", "end_create_time", b"end_create_time", "end_update_time", b"end_update_time", "has_ticket", b"has_ticket", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token", "start_create_time", b"start_create_time", "start_update_time", b"start_update_time", "statuses", b"statuses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_has_ticket", b"_has_ticket", "end_create_time", b"end_create_time", "end_update_time", b"end_update_time", "has_ticket", b"has_ticket", "labels", b"labels", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token", "start_create_time", b"start_create_time", "start_update_time", b"start_update_time", "statuses", b"statuses", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__has_ticket: _TypeAlias = _typing.Literal["has_ticket"]  # noqa: Y015
     _WhichOneofArgType__has_ticket: _TypeAlias = _typing.Literal["_has_ticket", b"_has_ticket"]  # noqa: Y015
@@ -268,7 +302,11 @@ class UpdateChatSessionRequest(_message.Message):
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """The fields to update. Required; at most 20 paths. The only field is `status`."""
+        """The fields to update. Required; at most 20 paths. The fields are `status`, `title`, `labels`, and
+        `labels.KEY` for one label, where KEY is all that follows the first dot. An empty `title` removes
+        the title. `labels` replaces all labels, and is not allowed together with `labels.KEY`. A
+        `labels.KEY` that `session.labels` does not have is removed.
+        """
 
     def __init__(
         self,
@@ -316,21 +354,25 @@ class DeleteChatSessionRequest(_message.Message):
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    ALLOW_MISSING_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The id of the session. Required."""
     etag: _builtins.str
     """The `etag` that the session must still have: decimal text of at most 18 digits. Optional; empty
     means that it is not checked.
     """
+    allow_missing: _builtins.bool
+    """Whether the call is OK when the session does not exist. Optional; the default is false."""
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         etag: _builtins.str = ...,
+        allow_missing: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "etag", b"etag", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -539,6 +581,7 @@ class WatchChatSessionResponse(_message.Message):
     DRAFT_FIELD_NUMBER: _builtins.int
     DRAFT_APPENDED_FIELD_NUMBER: _builtins.int
     DRAFT_ENDED_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """The position of the stream: the `after_revision` to resume from. WatchChatSession says what the
     caller has at a position.
@@ -546,9 +589,9 @@ class WatchChatSessionResponse(_message.Message):
     @_builtins.property
     def session(self) -> _resources_pb2.ChatSession:
         """The session in its current state. Sent as the first response, with `after_revision` as the
-        position of the stream. Sent again when `status` or `has_ticket` changes. When messages
-        changed at about the same time, the session comes before them, and the position of the stream
-        stays where it was.
+        position of the stream. Sent again when `status`, `has_ticket`, `title` or `labels` changes.
+        When messages changed at about the same time, the session comes before them, and the position
+        of the stream stays where it was.
         """
 
     @_builtins.property
@@ -591,6 +634,14 @@ class WatchChatSessionResponse(_message.Message):
     def draft_ended(self) -> Global___WatchChatSessionResponse.ChatDraftEnded:
         """A draft is gone. Only with `include_drafts`."""
 
+    @_builtins.property
+    def ticket(self) -> _resources_pb2.ChatTicket:
+        """The link of the session to its ticket, with the ticket in its current state. Sent after the
+        session at the beginning of the stream, if the session is linked. Sent again when the session
+        is linked and when the ticket changes, and without any field set when the session is unlinked.
+        It has its place among other events as the session has.
+        """
+
     def __init__(
         self,
         *,
@@ -605,12 +656,13 @@ class WatchChatSessionResponse(_message.Message):
         draft: _resources_pb2.ChatDraft | None = ...,
         draft_appended: Global___WatchChatSessionResponse.ChatDraftAppended | None = ...,
         draft_ended: Global___WatchChatSessionResponse.ChatDraftEnded | None = ...,
+        ticket: _resources_pb2.ChatTicket | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["caught_up", b"caught_up", "draft", b"draft", "draft_appended", b"draft_appended", "draft_ended", b"draft_ended", "event", b"event", "heartbeat", b"heartbeat", "message_deleted", b"message_deleted", "message_updated", b"message_updated", "messages_created", b"messages_created", "session", b"session", "session_deleted", b"session_deleted"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["caught_up", b"caught_up", "draft", b"draft", "draft_appended", b"draft_appended", "draft_ended", b"draft_ended", "event", b"event", "heartbeat", b"heartbeat", "message_deleted", b"message_deleted", "message_updated", b"message_updated", "messages_created", b"messages_created", "session", b"session", "session_deleted", b"session_deleted", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caught_up", b"caught_up", "draft", b"draft", "draft_appended", b"draft_appended", "draft_ended", b"draft_ended", "event", b"event", "heartbeat", b"heartbeat", "message_deleted", b"message_deleted", "message_updated", b"message_updated", "messages_created", b"messages_created", "revision", b"revision", "session", b"session", "session_deleted", b"session_deleted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caught_up", b"caught_up", "draft", b"draft", "draft_appended", b"draft_appended", "draft_ended", b"draft_ended", "event", b"event", "heartbeat", b"heartbeat", "message_deleted", b"message_deleted", "message_updated", b"message_updated", "messages_created", b"messages_created", "revision", b"revision", "session", b"session", "session_deleted", b"session_deleted", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["session", "messages_created", "message_updated", "message_deleted", "session_deleted", "caught_up", "heartbeat", "draft", "draft_appended", "draft_ended"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["session", "messages_created", "message_updated", "message_deleted", "session_deleted", "caught_up", "heartbeat", "draft", "draft_appended", "draft_ended", "ticket"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

@@ -82,12 +82,14 @@ class ChatSessionServiceServicer:
 
         Errors:
 
-        - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): a session with this id existed when the call
-        began, and was deleted during the call.
+        - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session of another
+        user.
+        - ALREADY_EXISTS (CHAT_SESSION_DELETED): `session.id` belongs to a session that was deleted.
 
         Retry: safe when `session.id` is set. A call with the id of an existing session returns that
-        session as it is now, whatever its status. Without an id, a retry can create a second session.
-        The id of a deleted session must not be used again; the server does not reject it.
+        session as it is now, whatever its status, title and labels. The `user_id` is compared. Without
+        an id, a retry can create a second session. The id of a deleted session is rejected for 30 days
+        after its deletion, and must not be used again later.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,16 +124,18 @@ class ChatSessionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateChatSession(self, request, context):
-        """Updates the status of a session.
+        """Updates the status, the title or the labels of a session.
 
-        Every transition between statuses is allowed. Setting the current status is not a change: the
-        revision and the update time stay the same.
+        Every transition between statuses is allowed. One call is one change, whatever it sets: the
+        revision increases by one. Setting the current values is not a change: the revision and the
+        update time stay the same. Watchers of the session receive the session.
 
         Errors:
 
         - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
         - ABORTED (ETAG_MISMATCH): `session.etag` is set and is not the current revision, even if the
-        status would stay the same. Read the session again before another attempt.
+        values would stay the same. Read the session again before another attempt.
+        - FAILED_PRECONDITION (TOO_MANY_LABELS): the session would have more than 32 labels.
 
         Retry: safe without `session.etag`, although a retry can overwrite an update that another
         caller made meanwhile. With an etag, a retry after a successful attempt fails with
@@ -160,7 +164,10 @@ class ChatSessionServiceServicer:
         - FAILED_PRECONDITION (SESSION_HAS_ACTIVE_TICKET): the ticket of the session is OPEN or
         PENDING.
 
-        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+        The id of the session is rejected in creates for 30 days.
+
+        Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+        succeeded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -182,7 +189,9 @@ class ChatSessionServiceServicer:
         can be combined into one update. A message that had changed before its delivery can be
         delivered again as updated.
         - A deleted message is named by its id.
-        - A change of `status` or `has_ticket` is delivered as the session.
+        - A change of `status`, `has_ticket`, `title` or `labels` is delivered as the session.
+        - The ticket of the session is delivered as `ticket` at the beginning, after the session, and
+        whenever the session is linked or unlinked or the ticket changes.
 
         The `revision` of a response is the position of the stream. To resume after any break, call
         again with `after_revision` set to the last `revision` received: no change is lost.
@@ -213,7 +222,7 @@ class ChatSessionServiceServicer:
 
         When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
         session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
-        delivered by then are lost. Changes to the title or status of a ticket are not streamed.
+        delivered by then are lost.
 
         Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
         ListChatMessages together, and at most 100 of them for one session. A response has at most 500

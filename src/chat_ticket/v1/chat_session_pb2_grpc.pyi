@@ -45,12 +45,14 @@ class ChatSessionServiceStub:
 
     Errors:
 
-    - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): a session with this id existed when the call
-      began, and was deleted during the call.
+    - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session of another
+      user.
+    - ALREADY_EXISTS (CHAT_SESSION_DELETED): `session.id` belongs to a session that was deleted.
 
     Retry: safe when `session.id` is set. A call with the id of an existing session returns that
-    session as it is now, whatever its status. Without an id, a retry can create a second session.
-    The id of a deleted session must not be used again; the server does not reject it.
+    session as it is now, whatever its status, title and labels. The `user_id` is compared. Without
+    an id, a retry can create a second session. The id of a deleted session is rejected for 30 days
+    after its deletion, and must not be used again later.
     """
     GetChatSession: _grpc.UnaryUnaryMultiCallable[_chat_session_pb2.GetChatSessionRequest, _chat_session_pb2.GetChatSessionResponse]
     """Returns a session.
@@ -73,16 +75,18 @@ class ChatSessionServiceStub:
     Retry: safe.
     """
     UpdateChatSession: _grpc.UnaryUnaryMultiCallable[_chat_session_pb2.UpdateChatSessionRequest, _chat_session_pb2.UpdateChatSessionResponse]
-    """Updates the status of a session.
+    """Updates the status, the title or the labels of a session.
 
-    Every transition between statuses is allowed. Setting the current status is not a change: the
-    revision and the update time stay the same.
+    Every transition between statuses is allowed. One call is one change, whatever it sets: the
+    revision increases by one. Setting the current values is not a change: the revision and the
+    update time stay the same. Watchers of the session receive the session.
 
     Errors:
 
     - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
     - ABORTED (ETAG_MISMATCH): `session.etag` is set and is not the current revision, even if the
-      status would stay the same. Read the session again before another attempt.
+      values would stay the same. Read the session again before another attempt.
+    - FAILED_PRECONDITION (TOO_MANY_LABELS): the session would have more than 32 labels.
 
     Retry: safe without `session.etag`, although a retry can overwrite an update that another
     caller made meanwhile. With an etag, a retry after a successful attempt fails with
@@ -107,7 +111,10 @@ class ChatSessionServiceStub:
     - FAILED_PRECONDITION (SESSION_HAS_ACTIVE_TICKET): the ticket of the session is OPEN or
       PENDING.
 
-    Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+    The id of the session is rejected in creates for 30 days.
+
+    Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+    succeeded.
     """
     WatchChatSession: _grpc.UnaryStreamMultiCallable[_chat_session_pb2.WatchChatSessionRequest, _chat_session_pb2.WatchChatSessionResponse]
     """Watches a session: streams what changed after a revision, and then every change as it happens.
@@ -125,7 +132,9 @@ class ChatSessionServiceStub:
       can be combined into one update. A message that had changed before its delivery can be
       delivered again as updated.
     - A deleted message is named by its id.
-    - A change of `status` or `has_ticket` is delivered as the session.
+    - A change of `status`, `has_ticket`, `title` or `labels` is delivered as the session.
+    - The ticket of the session is delivered as `ticket` at the beginning, after the session, and
+      whenever the session is linked or unlinked or the ticket changes.
 
     The `revision` of a response is the position of the stream. To resume after any break, call
     again with `after_revision` set to the last `revision` received: no change is lost.
@@ -156,7 +165,7 @@ class ChatSessionServiceStub:
 
     When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
     session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
-    delivered by then are lost. Changes to the title or status of a ticket are not streamed.
+    delivered by then are lost.
 
     Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
     ListChatMessages together, and at most 100 of them for one session. A response has at most 500
@@ -196,12 +205,14 @@ class ChatSessionServiceAsyncStub(ChatSessionServiceStub):
 
     Errors:
 
-    - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): a session with this id existed when the call
-      began, and was deleted during the call.
+    - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session of another
+      user.
+    - ALREADY_EXISTS (CHAT_SESSION_DELETED): `session.id` belongs to a session that was deleted.
 
     Retry: safe when `session.id` is set. A call with the id of an existing session returns that
-    session as it is now, whatever its status. Without an id, a retry can create a second session.
-    The id of a deleted session must not be used again; the server does not reject it.
+    session as it is now, whatever its status, title and labels. The `user_id` is compared. Without
+    an id, a retry can create a second session. The id of a deleted session is rejected for 30 days
+    after its deletion, and must not be used again later.
     """
     GetChatSession: _aio.UnaryUnaryMultiCallable[_chat_session_pb2.GetChatSessionRequest, _chat_session_pb2.GetChatSessionResponse]  # type: ignore[assignment]
     """Returns a session.
@@ -224,16 +235,18 @@ class ChatSessionServiceAsyncStub(ChatSessionServiceStub):
     Retry: safe.
     """
     UpdateChatSession: _aio.UnaryUnaryMultiCallable[_chat_session_pb2.UpdateChatSessionRequest, _chat_session_pb2.UpdateChatSessionResponse]  # type: ignore[assignment]
-    """Updates the status of a session.
+    """Updates the status, the title or the labels of a session.
 
-    Every transition between statuses is allowed. Setting the current status is not a change: the
-    revision and the update time stay the same.
+    Every transition between statuses is allowed. One call is one change, whatever it sets: the
+    revision increases by one. Setting the current values is not a change: the revision and the
+    update time stay the same. Watchers of the session receive the session.
 
     Errors:
 
     - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
     - ABORTED (ETAG_MISMATCH): `session.etag` is set and is not the current revision, even if the
-      status would stay the same. Read the session again before another attempt.
+      values would stay the same. Read the session again before another attempt.
+    - FAILED_PRECONDITION (TOO_MANY_LABELS): the session would have more than 32 labels.
 
     Retry: safe without `session.etag`, although a retry can overwrite an update that another
     caller made meanwhile. With an etag, a retry after a successful attempt fails with
@@ -258,7 +271,10 @@ class ChatSessionServiceAsyncStub(ChatSessionServiceStub):
     - FAILED_PRECONDITION (SESSION_HAS_ACTIVE_TICKET): the ticket of the session is OPEN or
       PENDING.
 
-    Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+    The id of the session is rejected in creates for 30 days.
+
+    Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+    succeeded.
     """
     WatchChatSession: _aio.UnaryStreamMultiCallable[_chat_session_pb2.WatchChatSessionRequest, _chat_session_pb2.WatchChatSessionResponse]  # type: ignore[assignment]
     """Watches a session: streams what changed after a revision, and then every change as it happens.
@@ -276,7 +292,9 @@ class ChatSessionServiceAsyncStub(ChatSessionServiceStub):
       can be combined into one update. A message that had changed before its delivery can be
       delivered again as updated.
     - A deleted message is named by its id.
-    - A change of `status` or `has_ticket` is delivered as the session.
+    - A change of `status`, `has_ticket`, `title` or `labels` is delivered as the session.
+    - The ticket of the session is delivered as `ticket` at the beginning, after the session, and
+      whenever the session is linked or unlinked or the ticket changes.
 
     The `revision` of a response is the position of the stream. To resume after any break, call
     again with `after_revision` set to the last `revision` received: no change is lost.
@@ -307,7 +325,7 @@ class ChatSessionServiceAsyncStub(ChatSessionServiceStub):
 
     When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
     session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
-    delivered by then are lost. Changes to the title or status of a ticket are not streamed.
+    delivered by then are lost.
 
     Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
     ListChatMessages together, and at most 100 of them for one session. A response has at most 500
@@ -350,12 +368,14 @@ class ChatSessionServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
 
-        - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): a session with this id existed when the call
-          began, and was deleted during the call.
+        - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session of another
+          user.
+        - ALREADY_EXISTS (CHAT_SESSION_DELETED): `session.id` belongs to a session that was deleted.
 
         Retry: safe when `session.id` is set. A call with the id of an existing session returns that
-        session as it is now, whatever its status. Without an id, a retry can create a second session.
-        The id of a deleted session must not be used again; the server does not reject it.
+        session as it is now, whatever its status, title and labels. The `user_id` is compared. Without
+        an id, a retry can create a second session. The id of a deleted session is rejected for 30 days
+        after its deletion, and must not be used again later.
         """
 
     @_abc_1.abstractmethod
@@ -396,16 +416,18 @@ class ChatSessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_session_pb2.UpdateChatSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_chat_session_pb2.UpdateChatSessionResponse, _abc.Awaitable[_chat_session_pb2.UpdateChatSessionResponse]]:
-        """Updates the status of a session.
+        """Updates the status, the title or the labels of a session.
 
-        Every transition between statuses is allowed. Setting the current status is not a change: the
-        revision and the update time stay the same.
+        Every transition between statuses is allowed. One call is one change, whatever it sets: the
+        revision increases by one. Setting the current values is not a change: the revision and the
+        update time stay the same. Watchers of the session receive the session.
 
         Errors:
 
         - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
         - ABORTED (ETAG_MISMATCH): `session.etag` is set and is not the current revision, even if the
-          status would stay the same. Read the session again before another attempt.
+          values would stay the same. Read the session again before another attempt.
+        - FAILED_PRECONDITION (TOO_MANY_LABELS): the session would have more than 32 labels.
 
         Retry: safe without `session.etag`, although a retry can overwrite an update that another
         caller made meanwhile. With an etag, a retry after a successful attempt fails with
@@ -436,7 +458,10 @@ class ChatSessionServiceServicer(metaclass=_abc_1.ABCMeta):
         - FAILED_PRECONDITION (SESSION_HAS_ACTIVE_TICKET): the ticket of the session is OPEN or
           PENDING.
 
-        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+        The id of the session is rejected in creates for 30 days.
+
+        Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+        succeeded.
         """
 
     @_abc_1.abstractmethod
@@ -460,7 +485,9 @@ class ChatSessionServiceServicer(metaclass=_abc_1.ABCMeta):
           can be combined into one update. A message that had changed before its delivery can be
           delivered again as updated.
         - A deleted message is named by its id.
-        - A change of `status` or `has_ticket` is delivered as the session.
+        - A change of `status`, `has_ticket`, `title` or `labels` is delivered as the session.
+        - The ticket of the session is delivered as `ticket` at the beginning, after the session, and
+          whenever the session is linked or unlinked or the ticket changes.
 
         The `revision` of a response is the position of the stream. To resume after any break, call
         again with `after_revision` set to the last `revision` received: no change is lost.
@@ -491,7 +518,7 @@ class ChatSessionServiceServicer(metaclass=_abc_1.ABCMeta):
 
         When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
         session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
-        delivered by then are lost. Changes to the title or status of a ticket are not streamed.
+        delivered by then are lost.
 
         Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
         ListChatMessages together, and at most 100 of them for one session. A response has at most 500

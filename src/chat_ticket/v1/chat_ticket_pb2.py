@@ -24,47 +24,52 @@ _sym_db = _symbol_database.Default()
 
 from chat_ticket.v1 import resources_pb2 as chat__ticket_dot_v1_dot_resources__pb2
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n chat_ticket/v1/chat_ticket.proto\x12\x0e\x63hat_ticket.v1\x1a\x1e\x63hat_ticket/v1/resources.proto\x1a google/protobuf/field_mask.proto\"\x8e\x01\n\x17\x43reateChatTicketRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0e\x63hat_ticket_id\x18\x02 \x01(\t\x12\x13\n\tticket_id\x18\x03 \x01(\tH\x00\x12(\n\x06ticket\x18\x04 \x01(\x0b\x32\x16.chat_ticket.v1.TicketH\x00\x42\x08\n\x06target\"K\n\x18\x43reateChatTicketResponse\x12/\n\x0b\x63hat_ticket\x18\x01 \x01(\x0b\x32\x1a.chat_ticket.v1.ChatTicket\".\n\x14GetChatTicketRequest\x12\x16\n\x0e\x63hat_ticket_id\x18\x01 \x01(\t\"H\n\x15GetChatTicketResponse\x12/\n\x0b\x63hat_ticket\x18\x01 \x01(\x0b\x32\x1a.chat_ticket.v1.ChatTicket\"t\n\x16ListChatTicketsRequest\x12\x14\n\nsession_id\x18\x01 \x01(\tH\x00\x12\x13\n\tticket_id\x18\x02 \x01(\tH\x00\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\tB\x08\n\x06parent\"d\n\x17ListChatTicketsResponse\x12\x30\n\x0c\x63hat_tickets\x18\x01 \x03(\x0b\x32\x1a.chat_ticket.v1.ChatTicket\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"1\n\x17\x44\x65leteChatTicketRequest\x12\x16\n\x0e\x63hat_ticket_id\x18\x01 \x01(\t\"\x1a\n\x18\x44\x65leteChatTicketResponse\"%\n\x10GetTicketRequest\x12\x11\n\tticket_id\x18\x01 \x01(\t\";\n\x11GetTicketResponse\x12&\n\x06ticket\x18\x01 \x01(\x0b\x32\x16.chat_ticket.v1.Ticket\"k\n\x12ListTicketsRequest\x12.\n\x08statuses\x18\x01 \x03(\x0e\x32\x1c.chat_ticket.v1.TicketStatus\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"W\n\x13ListTicketsResponse\x12\'\n\x07tickets\x18\x01 \x03(\x0b\x32\x16.chat_ticket.v1.Ticket\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"n\n\x13UpdateTicketRequest\x12&\n\x06ticket\x18\x01 \x01(\x0b\x32\x16.chat_ticket.v1.Ticket\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\">\n\x14UpdateTicketResponse\x12&\n\x06ticket\x18\x01 \x01(\x0b\x32\x16.chat_ticket.v1.Ticket\"(\n\x13\x44\x65leteTicketRequest\x12\x11\n\tticket_id\x18\x01 \x01(\t\"\x16\n\x14\x44\x65leteTicketResponse2\x83\x06\n\x11\x43hatTicketService\x12\x65\n\x10\x43reateChatTicket\x12\'.chat_ticket.v1.CreateChatTicketRequest\x1a(.chat_ticket.v1.CreateChatTicketResponse\x12\\\n\rGetChatTicket\x12$.chat_ticket.v1.GetChatTicketRequest\x1a%.chat_ticket.v1.GetChatTicketResponse\x12\x62\n\x0fListChatTickets\x12&.chat_ticket.v1.ListChatTicketsRequest\x1a\'.chat_ticket.v1.ListChatTicketsResponse\x12\x65\n\x10\x44\x65leteChatTicket\x12\'.chat_ticket.v1.DeleteChatTicketRequest\x1a(.chat_ticket.v1.DeleteChatTicketResponse\x12P\n\tGetTicket\x12 .chat_ticket.v1.GetTicketRequest\x1a!.chat_ticket.v1.GetTicketResponse\x12V\n\x0bListTickets\x12\".chat_ticket.v1.ListTicketsRequest\x1a#.chat_ticket.v1.ListTicketsResponse\x12Y\n\x0cUpdateTicket\x12#.chat_ticket.v1.UpdateTicketRequest\x1a$.chat_ticket.v1.UpdateTicketResponse\x12Y\n\x0c\x44\x65leteTicket\x12#.chat_ticket.v1.DeleteTicketRequest\x1a$.chat_ticket.v1.DeleteTicketResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n chat_ticket/v1/chat_ticket.proto\x12\x0e\x63hat_ticket.v1\x1a\x1e\x63hat_ticket/v1/resources.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xc4\x01\n\x17\x43reateChatTicketRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0e\x63hat_ticket_id\x18\x02 \x01(\t\x12\x13\n\tticket_id\x18\x03 \x01(\tH\x00\x12(\n\x06ticket\x18\x04 \x01(\x0b\x32\x16.chat_ticket.v1.TicketH\x00\x12\x1e\n\x11\x65xpected_revision\x18\x05 \x01(\x03H\x01\x88\x01\x01\x42\x08\n\x06targetB\x14\n\x12_expected_revision\"K\n\x18\x43reateChatTicketResponse\x12/\n\x0b\x63hat_ticket\x18\x01 \x01(\x0b\x32\x1a.chat_ticket.v1.ChatTicket\".\n\x14GetChatTicketRequest\x12\x16\n\x0e\x63hat_ticket_id\x18\x01 \x01(\t\"H\n\x15GetChatTicketResponse\x12/\n\x0b\x63hat_ticket\x18\x01 \x01(\x0b\x32\x1a.chat_ticket.v1.ChatTicket\"t\n\x16ListChatTicketsRequest\x12\x14\n\nsession_id\x18\x01 \x01(\tH\x00\x12\x13\n\tticket_id\x18\x02 \x01(\tH\x00\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\tB\x08\n\x06parent\"d\n\x17ListChatTicketsResponse\x12\x30\n\x0c\x63hat_tickets\x18\x01 \x03(\x0b\x32\x1a.chat_ticket.v1.ChatTicket\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"H\n\x17\x44\x65leteChatTicketRequest\x12\x16\n\x0e\x63hat_ticket_id\x18\x01 \x01(\t\x12\x15\n\rallow_missing\x18\x02 \x01(\x08\"\x1a\n\x18\x44\x65leteChatTicketResponse\"=\n\x13\x43reateTicketRequest\x12&\n\x06ticket\x18\x01 \x01(\x0b\x32\x16.chat_ticket.v1.Ticket\">\n\x14\x43reateTicketResponse\x12&\n\x06ticket\x18\x01 \x01(\x0b\x32\x16.chat_ticket.v1.Ticket\"%\n\x10GetTicketRequest\x12\x11\n\tticket_id\x18\x01 \x01(\t\";\n\x11GetTicketResponse\x12&\n\x06ticket\x18\x01 \x01(\x0b\x32\x16.chat_ticket.v1.Ticket\"\xed\x01\n\x12ListTicketsRequest\x12.\n\x08statuses\x18\x01 \x03(\x0e\x32\x1c.chat_ticket.v1.TicketStatus\x12\x14\n\x0c\x65xternal_ref\x18\x04 \x01(\t\x12\x35\n\x11start_update_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0f\x65nd_update_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"W\n\x13ListTicketsResponse\x12\'\n\x07tickets\x18\x01 \x03(\x0b\x32\x16.chat_ticket.v1.Ticket\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"n\n\x13UpdateTicketRequest\x12&\n\x06ticket\x18\x01 \x01(\x0b\x32\x16.chat_ticket.v1.Ticket\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\">\n\x14UpdateTicketResponse\x12&\n\x06ticket\x18\x01 \x01(\x0b\x32\x16.chat_ticket.v1.Ticket\"M\n\x13\x44\x65leteTicketRequest\x12\x11\n\tticket_id\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x15\n\rallow_missing\x18\x03 \x01(\x08\"\x16\n\x14\x44\x65leteTicketResponse2\xde\x06\n\x11\x43hatTicketService\x12\x65\n\x10\x43reateChatTicket\x12\'.chat_ticket.v1.CreateChatTicketRequest\x1a(.chat_ticket.v1.CreateChatTicketResponse\x12\\\n\rGetChatTicket\x12$.chat_ticket.v1.GetChatTicketRequest\x1a%.chat_ticket.v1.GetChatTicketResponse\x12\x62\n\x0fListChatTickets\x12&.chat_ticket.v1.ListChatTicketsRequest\x1a\'.chat_ticket.v1.ListChatTicketsResponse\x12\x65\n\x10\x44\x65leteChatTicket\x12\'.chat_ticket.v1.DeleteChatTicketRequest\x1a(.chat_ticket.v1.DeleteChatTicketResponse\x12Y\n\x0c\x43reateTicket\x12#.chat_ticket.v1.CreateTicketRequest\x1a$.chat_ticket.v1.CreateTicketResponse\x12P\n\tGetTicket\x12 .chat_ticket.v1.GetTicketRequest\x1a!.chat_ticket.v1.GetTicketResponse\x12V\n\x0bListTickets\x12\".chat_ticket.v1.ListTicketsRequest\x1a#.chat_ticket.v1.ListTicketsResponse\x12Y\n\x0cUpdateTicket\x12#.chat_ticket.v1.UpdateTicketRequest\x1a$.chat_ticket.v1.UpdateTicketResponse\x12Y\n\x0c\x44\x65leteTicket\x12#.chat_ticket.v1.DeleteTicketRequest\x1a$.chat_ticket.v1.DeleteTicketResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'chat_ticket.v1.chat_ticket_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CREATECHATTICKETREQUEST']._serialized_start=119
-  _globals['_CREATECHATTICKETREQUEST']._serialized_end=261
-  _globals['_CREATECHATTICKETRESPONSE']._serialized_start=263
-  _globals['_CREATECHATTICKETRESPONSE']._serialized_end=338
-  _globals['_GETCHATTICKETREQUEST']._serialized_start=340
-  _globals['_GETCHATTICKETREQUEST']._serialized_end=386
-  _globals['_GETCHATTICKETRESPONSE']._serialized_start=388
-  _globals['_GETCHATTICKETRESPONSE']._serialized_end=460
-  _globals['_LISTCHATTICKETSREQUEST']._serialized_start=462
-  _globals['_LISTCHATTICKETSREQUEST']._serialized_end=578
-  _globals['_LISTCHATTICKETSRESPONSE']._serialized_start=580
-  _globals['_LISTCHATTICKETSRESPONSE']._serialized_end=680
-  _globals['_DELETECHATTICKETREQUEST']._serialized_start=682
-  _globals['_DELETECHATTICKETREQUEST']._serialized_end=731
-  _globals['_DELETECHATTICKETRESPONSE']._serialized_start=733
-  _globals['_DELETECHATTICKETRESPONSE']._serialized_end=759
-  _globals['_GETTICKETREQUEST']._serialized_start=761
-  _globals['_GETTICKETREQUEST']._serialized_end=798
-  _globals['_GETTICKETRESPONSE']._serialized_start=800
-  _globals['_GETTICKETRESPONSE']._serialized_end=859
-  _globals['_LISTTICKETSREQUEST']._serialized_start=861
-  _globals['_LISTTICKETSREQUEST']._serialized_end=968
-  _globals['_LISTTICKETSRESPONSE']._serialized_start=970
-  _globals['_LISTTICKETSRESPONSE']._serialized_end=1057
-  _globals['_UPDATETICKETREQUEST']._serialized_start=1059
-  _globals['_UPDATETICKETREQUEST']._serialized_end=1169
-  _globals['_UPDATETICKETRESPONSE']._serialized_start=1171
-  _globals['_UPDATETICKETRESPONSE']._serialized_end=1233
-  _globals['_DELETETICKETREQUEST']._serialized_start=1235
-  _globals['_DELETETICKETREQUEST']._serialized_end=1275
-  _globals['_DELETETICKETRESPONSE']._serialized_start=1277
-  _globals['_DELETETICKETRESPONSE']._serialized_end=1299
-  _globals['_CHATTICKETSERVICE']._serialized_start=1302
-  _globals['_CHATTICKETSERVICE']._serialized_end=2073
+  _globals['_CREATECHATTICKETREQUEST']._serialized_start=152
+  _globals['_CREATECHATTICKETREQUEST']._serialized_end=348
+  _globals['_CREATECHATTICKETRESPONSE']._serialized_start=350
+  _globals['_CREATECHATTICKETRESPONSE']._serialized_end=425
+  _globals['_GETCHATTICKETREQUEST']._serialized_start=427
+  _globals['_GETCHATTICKETREQUEST']._serialized_end=473
+  _globals['_GETCHATTICKETRESPONSE']._serialized_start=475
+  _globals['_GETCHATTICKETRESPONSE']._serialized_end=547
+  _globals['_LISTCHATTICKETSREQUEST']._serialized_start=549
+  _globals['_LISTCHATTICKETSREQUEST']._serialized_end=665
+  _globals['_LISTCHATTICKETSRESPONSE']._serialized_start=667
+  _globals['_LISTCHATTICKETSRESPONSE']._serialized_end=767
+  _globals['_DELETECHATTICKETREQUEST']._serialized_start=769
+  _globals['_DELETECHATTICKETREQUEST']._serialized_end=841
+  _globals['_DELETECHATTICKETRESPONSE']._serialized_start=843
+  _globals['_DELETECHATTICKETRESPONSE']._serialized_end=869
+  _globals['_CREATETICKETREQUEST']._serialized_start=871
+  _globals['_CREATETICKETREQUEST']._serialized_end=932
+  _globals['_CREATETICKETRESPONSE']._serialized_start=934
+  _globals['_CREATETICKETRESPONSE']._serialized_end=996
+  _globals['_GETTICKETREQUEST']._serialized_start=998
+  _globals['_GETTICKETREQUEST']._serialized_end=1035
+  _globals['_GETTICKETRESPONSE']._serialized_start=1037
+  _globals['_GETTICKETRESPONSE']._serialized_end=1096
+  _globals['_LISTTICKETSREQUEST']._serialized_start=1099
+  _globals['_LISTTICKETSREQUEST']._serialized_end=1336
+  _globals['_LISTTICKETSRESPONSE']._serialized_start=1338
+  _globals['_LISTTICKETSRESPONSE']._serialized_end=1425
+  _globals['_UPDATETICKETREQUEST']._serialized_start=1427
+  _globals['_UPDATETICKETREQUEST']._serialized_end=1537
+  _globals['_UPDATETICKETRESPONSE']._serialized_start=1539
+  _globals['_UPDATETICKETRESPONSE']._serialized_end=1601
+  _globals['_DELETETICKETREQUEST']._serialized_start=1603
+  _globals['_DELETETICKETREQUEST']._serialized_end=1680
+  _globals['_DELETETICKETRESPONSE']._serialized_start=1682
+  _globals['_DELETETICKETRESPONSE']._serialized_end=1704
+  _globals['_CHATTICKETSERVICE']._serialized_start=1707
+  _globals['_CHATTICKETSERVICE']._serialized_end=2569
 # @@protoc_insertion_point(module_scope)

@@ -10,6 +10,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
@@ -34,16 +35,21 @@ class CreateChatTicketRequest(_message.Message):
     CHAT_TICKET_ID_FIELD_NUMBER: _builtins.int
     TICKET_ID_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
+    EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The id of the session to escalate. Required."""
     chat_ticket_id: _builtins.str
     """The id of the link. Optional; the server generates one when it is empty."""
     ticket_id: _builtins.str
     """The id of an existing ticket."""
+    expected_revision: _builtins.int
+    """The revision that the session must have. Optional; unset means that it is not checked. Not
+    negative.
+    """
     @_builtins.property
     def ticket(self) -> _resources_pb2.Ticket:
-        """A ticket to create. The server reads `id` (optional), `title` and `status` (optional; the
-        default is OPEN).
+        """A ticket to create. The server reads `id` (optional), `title`, `status` (optional; the default
+        is OPEN) and `external_ref` (optional).
         """
 
     def __init__(
@@ -53,13 +59,19 @@ class CreateChatTicketRequest(_message.Message):
         chat_ticket_id: _builtins.str = ...,
         ticket_id: _builtins.str = ...,
         ticket: _resources_pb2.Ticket | None = ...,
+        expected_revision: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["target", b"target", "ticket", b"ticket", "ticket_id", b"ticket_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "expected_revision", b"expected_revision", "target", b"target", "ticket", b"ticket", "ticket_id", b"ticket_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_ticket_id", b"chat_ticket_id", "session_id", b"session_id", "target", b"target", "ticket", b"ticket", "ticket_id", b"ticket_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision", "chat_ticket_id", b"chat_ticket_id", "expected_revision", b"expected_revision", "session_id", b"session_id", "target", b"target", "ticket", b"ticket", "ticket_id", b"ticket_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_revision: _TypeAlias = _typing.Literal["expected_revision"]  # noqa: Y015
+    _WhichOneofArgType__expected_revision: _TypeAlias = _typing.Literal["_expected_revision", b"_expected_revision"]  # noqa: Y015
     _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["ticket_id", "ticket"]  # noqa: Y015
     _WhichOneofArgType_target: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_revision) -> _WhichOneofReturnType__expected_revision | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_target) -> _WhichOneofReturnType_target | None: ...
 
 Global___CreateChatTicketRequest: _TypeAlias = CreateChatTicketRequest  # noqa: Y015
@@ -211,16 +223,20 @@ class DeleteChatTicketRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CHAT_TICKET_ID_FIELD_NUMBER: _builtins.int
+    ALLOW_MISSING_FIELD_NUMBER: _builtins.int
     chat_ticket_id: _builtins.str
     """The id of the link. Required."""
+    allow_missing: _builtins.bool
+    """Whether the call is OK when the link does not exist. Optional; the default is false."""
     def __init__(
         self,
         *,
         chat_ticket_id: _builtins.str = ...,
+        allow_missing: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_ticket_id", b"chat_ticket_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "chat_ticket_id", b"chat_ticket_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -242,6 +258,56 @@ class DeleteChatTicketResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteChatTicketResponse: _TypeAlias = DeleteChatTicketResponse  # noqa: Y015
+
+@_typing.final
+class CreateTicketRequest(_message.Message):
+    """Request message for ChatTicketService.CreateTicket."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ticket(self) -> _resources_pb2.Ticket:
+        """The ticket to create. Required. The server reads `id` (optional), `title`, `status` (optional;
+        the default is OPEN) and `external_ref` (optional).
+        """
+
+    def __init__(
+        self,
+        *,
+        ticket: _resources_pb2.Ticket | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateTicketRequest: _TypeAlias = CreateTicketRequest  # noqa: Y015
+
+@_typing.final
+class CreateTicketResponse(_message.Message):
+    """Response message for ChatTicketService.CreateTicket."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ticket(self) -> _resources_pb2.Ticket:
+        """The ticket as stored."""
+
+    def __init__(
+        self,
+        *,
+        ticket: _resources_pb2.Ticket | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateTicketResponse: _TypeAlias = CreateTicketResponse  # noqa: Y015
 
 @_typing.final
 class GetTicketRequest(_message.Message):
@@ -291,13 +357,18 @@ Global___GetTicketResponse: _TypeAlias = GetTicketResponse  # noqa: Y015
 
 @_typing.final
 class ListTicketsRequest(_message.Message):
-    """Request message for ChatTicketService.ListTickets."""
+    """Request message for ChatTicketService.ListTickets. A ticket must match all filters that are set."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     STATUSES_FIELD_NUMBER: _builtins.int
+    EXTERNAL_REF_FIELD_NUMBER: _builtins.int
+    START_UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    END_UPDATE_TIME_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    external_ref: _builtins.str
+    """Returns only the ticket with this `Ticket.external_ref`. Optional; empty means all."""
     page_size: _builtins.int
     """The maximum number of tickets in the page. Optional; 0 means 50, and values over 1,000 mean
     1,000. A page can have fewer tickets although more follow.
@@ -312,16 +383,31 @@ class ListTicketsRequest(_message.Message):
         values; UNSPECIFIED is rejected.
         """
 
+    @_builtins.property
+    def start_update_time(self) -> _timestamp_pb2.Timestamp:
+        """Returns only tickets last changed at or after this time. Optional; unset and
+        0001-01-01T00:00:00Z mean no limit.
+        """
+
+    @_builtins.property
+    def end_update_time(self) -> _timestamp_pb2.Timestamp:
+        """Returns only tickets last changed before this time. Optional; unset and the last microsecond of
+        the year 9999 mean no limit.
+        """
+
     def __init__(
         self,
         *,
         statuses: _abc.Iterable[_resources_pb2.TicketStatus.ValueType] | None = ...,
+        external_ref: _builtins.str = ...,
+        start_update_time: _timestamp_pb2.Timestamp | None = ...,
+        end_update_time: _timestamp_pb2.Timestamp | None = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_update_time", b"end_update_time", "start_update_time", b"start_update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "statuses", b"statuses"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_update_time", b"end_update_time", "external_ref", b"external_ref", "page_size", b"page_size", "page_token", b"page_token", "start_update_time", b"start_update_time", "statuses", b"statuses"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -365,11 +451,15 @@ class UpdateTicketRequest(_message.Message):
     UPDATE_MASK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ticket(self) -> _resources_pb2.Ticket:
-        """The ticket to update. `id` is required and names it. The fields that the mask names are set."""
+        """The ticket to update. `id` is required and names it. `etag` is optional. The fields that the mask
+        names are set.
+        """
 
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """The fields to update: `title`, `status`, or both. Required; at most 20 paths."""
+        """The fields to update: `title`, `status` and `external_ref`. Required; at most 20 paths. An empty
+        `external_ref` removes it.
+        """
 
     def __init__(
         self,
@@ -416,16 +506,26 @@ class DeleteTicketRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TICKET_ID_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    ALLOW_MISSING_FIELD_NUMBER: _builtins.int
     ticket_id: _builtins.str
     """The id of the ticket. Required."""
+    etag: _builtins.str
+    """The `etag` that the ticket must still have: decimal text of at most 18 digits. Optional; empty
+    means that it is not checked.
+    """
+    allow_missing: _builtins.bool
+    """Whether the call is OK when the ticket does not exist. Optional; the default is false."""
     def __init__(
         self,
         *,
         ticket_id: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        allow_missing: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket_id", b"ticket_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "etag", b"etag", "ticket_id", b"ticket_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

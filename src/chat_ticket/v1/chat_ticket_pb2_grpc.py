@@ -59,6 +59,11 @@ class ChatTicketServiceStub:
                 request_serializer=chat__ticket_dot_v1_dot_chat__ticket__pb2.DeleteChatTicketRequest.SerializeToString,
                 response_deserializer=chat__ticket_dot_v1_dot_chat__ticket__pb2.DeleteChatTicketResponse.FromString,
                 _registered_method=True)
+        self.CreateTicket = channel.unary_unary(
+                '/chat_ticket.v1.ChatTicketService/CreateTicket',
+                request_serializer=chat__ticket_dot_v1_dot_chat__ticket__pb2.CreateTicketRequest.SerializeToString,
+                response_deserializer=chat__ticket_dot_v1_dot_chat__ticket__pb2.CreateTicketResponse.FromString,
+                _registered_method=True)
         self.GetTicket = channel.unary_unary(
                 '/chat_ticket.v1.ChatTicketService/GetTicket',
                 request_serializer=chat__ticket_dot_v1_dot_chat__ticket__pb2.GetTicketRequest.SerializeToString,
@@ -105,11 +110,16 @@ class ChatTicketServiceServicer:
         and this call is not a retry of its creation.
         - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
         call is not a retry of its creation.
+        - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+        The ErrorInfo metadata has its `ticket_id`.
+        - ABORTED (ETAG_MISMATCH): `expected_revision` is set and is not the current revision of the
+        session.
         - FAILED_PRECONDITION (SESSION_ARCHIVED): the session is archived.
+        - FAILED_PRECONDITION (TICKET_HAS_TOO_MANY_SESSIONS): 500 sessions are linked to the ticket.
 
         Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
-        its ticket as it is now. The title and status of a new ticket are compared only until the
-        ticket changes. Without an id, a retry after a successful attempt fails with
+        its ticket as it is now, without checking `expected_revision`. The title, status and
+        `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry after a successful attempt fails with
         SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
         does not reject them.
         """
@@ -156,7 +166,28 @@ class ChatTicketServiceServicer:
 
         - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
 
-        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+        Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+        succeeded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateTicket(self, request, context):
+        """Creates a ticket that no session is linked to yet.
+
+        CreateChatTicket links sessions to it, by its id.
+
+        Errors:
+
+        - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
+        call is not a retry of its creation.
+        - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+        The ErrorInfo metadata has its `ticket_id`.
+
+        Retry: safe when `ticket.id` is set. A retry returns the existing ticket as it is now. The title,
+        status and `external_ref` are compared only until the ticket changes. Without an id, a retry can
+        create a second ticket, unless `external_ref` is set: then it fails with EXTERNAL_REF_TAKEN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -189,17 +220,25 @@ class ChatTicketServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UpdateTicket(self, request, context):
-        """Updates the title or the status of a ticket.
+        """Updates the title, the status or the external reference of a ticket.
 
-        Every transition between statuses is allowed. Setting the current values is not a change: the
-        update time stays the same. The sessions that are linked to the ticket do not change, and their
-        watchers receive nothing.
+        Every transition between statuses is allowed. A change increases the revision of the ticket, and
+        in the same transaction that of every session that is linked to it. The watchers of these
+        sessions receive `ticket`. Setting the current values is not a change: the revisions and the
+        update times stay the same.
 
         Errors:
 
         - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+        - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+        The ErrorInfo metadata has its `ticket_id`.
+        - ABORTED (ETAG_MISMATCH): `ticket.etag` is set and is not the current revision, even if the
+        values would stay the same.
+        - FAILED_PRECONDITION (TICKET_HAS_TOO_MANY_SESSIONS): more than 500 sessions are linked to the
+        ticket, as was once possible. Unlink some of them.
 
-        Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+        Retry: safe without `ticket.etag`, although a retry can overwrite an update that another caller
+        made meanwhile. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -211,9 +250,11 @@ class ChatTicketServiceServicer:
         Errors:
 
         - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+        - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision.
         - FAILED_PRECONDITION (TICKET_LINKED): a session is linked to the ticket.
 
-        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+        Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+        succeeded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -241,6 +282,11 @@ def add_ChatTicketServiceServicer_to_server(servicer, server):
                     servicer.DeleteChatTicket,
                     request_deserializer=chat__ticket_dot_v1_dot_chat__ticket__pb2.DeleteChatTicketRequest.FromString,
                     response_serializer=chat__ticket_dot_v1_dot_chat__ticket__pb2.DeleteChatTicketResponse.SerializeToString,
+            ),
+            'CreateTicket': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateTicket,
+                    request_deserializer=chat__ticket_dot_v1_dot_chat__ticket__pb2.CreateTicketRequest.FromString,
+                    response_serializer=chat__ticket_dot_v1_dot_chat__ticket__pb2.CreateTicketResponse.SerializeToString,
             ),
             'GetTicket': grpc.unary_unary_rpc_method_handler(
                     servicer.GetTicket,
@@ -376,6 +422,33 @@ class ChatTicketService:
             '/chat_ticket.v1.ChatTicketService/DeleteChatTicket',
             chat__ticket_dot_v1_dot_chat__ticket__pb2.DeleteChatTicketRequest.SerializeToString,
             chat__ticket_dot_v1_dot_chat__ticket__pb2.DeleteChatTicketResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateTicket(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/chat_ticket.v1.ChatTicketService/CreateTicket',
+            chat__ticket_dot_v1_dot_chat__ticket__pb2.CreateTicketRequest.SerializeToString,
+            chat__ticket_dot_v1_dot_chat__ticket__pb2.CreateTicketResponse.FromString,
             options,
             channel_credentials,
             insecure,

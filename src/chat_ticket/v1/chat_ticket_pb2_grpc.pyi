@@ -56,11 +56,16 @@ class ChatTicketServiceStub:
       and this call is not a retry of its creation.
     - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
       call is not a retry of its creation.
+    - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+      The ErrorInfo metadata has its `ticket_id`.
+    - ABORTED (ETAG_MISMATCH): `expected_revision` is set and is not the current revision of the
+      session.
     - FAILED_PRECONDITION (SESSION_ARCHIVED): the session is archived.
+    - FAILED_PRECONDITION (TICKET_HAS_TOO_MANY_SESSIONS): 500 sessions are linked to the ticket.
 
     Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
-    its ticket as it is now. The title and status of a new ticket are compared only until the
-    ticket changes. Without an id, a retry after a successful attempt fails with
+    its ticket as it is now, without checking `expected_revision`. The title, status and
+    `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry after a successful attempt fails with
     SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
     does not reject them.
     """
@@ -95,7 +100,24 @@ class ChatTicketServiceStub:
 
     - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
 
-    Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+    Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+    succeeded.
+    """
+    CreateTicket: _grpc.UnaryUnaryMultiCallable[_chat_ticket_pb2.CreateTicketRequest, _chat_ticket_pb2.CreateTicketResponse]
+    """Creates a ticket that no session is linked to yet.
+
+    CreateChatTicket links sessions to it, by its id.
+
+    Errors:
+
+    - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
+      call is not a retry of its creation.
+    - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+      The ErrorInfo metadata has its `ticket_id`.
+
+    Retry: safe when `ticket.id` is set. A retry returns the existing ticket as it is now. The title,
+    status and `external_ref` are compared only until the ticket changes. Without an id, a retry can
+    create a second ticket, unless `external_ref` is set: then it fails with EXTERNAL_REF_TAKEN.
     """
     GetTicket: _grpc.UnaryUnaryMultiCallable[_chat_ticket_pb2.GetTicketRequest, _chat_ticket_pb2.GetTicketResponse]
     """Returns a ticket.
@@ -116,17 +138,25 @@ class ChatTicketServiceStub:
     Retry: safe.
     """
     UpdateTicket: _grpc.UnaryUnaryMultiCallable[_chat_ticket_pb2.UpdateTicketRequest, _chat_ticket_pb2.UpdateTicketResponse]
-    """Updates the title or the status of a ticket.
+    """Updates the title, the status or the external reference of a ticket.
 
-    Every transition between statuses is allowed. Setting the current values is not a change: the
-    update time stays the same. The sessions that are linked to the ticket do not change, and their
-    watchers receive nothing.
+    Every transition between statuses is allowed. A change increases the revision of the ticket, and
+    in the same transaction that of every session that is linked to it. The watchers of these
+    sessions receive `ticket`. Setting the current values is not a change: the revisions and the
+    update times stay the same.
 
     Errors:
 
     - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+    - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+      The ErrorInfo metadata has its `ticket_id`.
+    - ABORTED (ETAG_MISMATCH): `ticket.etag` is set and is not the current revision, even if the
+      values would stay the same.
+    - FAILED_PRECONDITION (TICKET_HAS_TOO_MANY_SESSIONS): more than 500 sessions are linked to the
+      ticket, as was once possible. Unlink some of them.
 
-    Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+    Retry: safe without `ticket.etag`, although a retry can overwrite an update that another caller
+    made meanwhile. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
     """
     DeleteTicket: _grpc.UnaryUnaryMultiCallable[_chat_ticket_pb2.DeleteTicketRequest, _chat_ticket_pb2.DeleteTicketResponse]
     """Deletes a ticket that is not linked to a session.
@@ -134,9 +164,11 @@ class ChatTicketServiceStub:
     Errors:
 
     - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+    - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision.
     - FAILED_PRECONDITION (TICKET_LINKED): a session is linked to the ticket.
 
-    Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+    Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+    succeeded.
     """
 
 @_typing.type_check_only
@@ -165,11 +197,16 @@ class ChatTicketServiceAsyncStub(ChatTicketServiceStub):
       and this call is not a retry of its creation.
     - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
       call is not a retry of its creation.
+    - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+      The ErrorInfo metadata has its `ticket_id`.
+    - ABORTED (ETAG_MISMATCH): `expected_revision` is set and is not the current revision of the
+      session.
     - FAILED_PRECONDITION (SESSION_ARCHIVED): the session is archived.
+    - FAILED_PRECONDITION (TICKET_HAS_TOO_MANY_SESSIONS): 500 sessions are linked to the ticket.
 
     Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
-    its ticket as it is now. The title and status of a new ticket are compared only until the
-    ticket changes. Without an id, a retry after a successful attempt fails with
+    its ticket as it is now, without checking `expected_revision`. The title, status and
+    `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry after a successful attempt fails with
     SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
     does not reject them.
     """
@@ -204,7 +241,24 @@ class ChatTicketServiceAsyncStub(ChatTicketServiceStub):
 
     - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
 
-    Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+    Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+    succeeded.
+    """
+    CreateTicket: _aio.UnaryUnaryMultiCallable[_chat_ticket_pb2.CreateTicketRequest, _chat_ticket_pb2.CreateTicketResponse]  # type: ignore[assignment]
+    """Creates a ticket that no session is linked to yet.
+
+    CreateChatTicket links sessions to it, by its id.
+
+    Errors:
+
+    - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
+      call is not a retry of its creation.
+    - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+      The ErrorInfo metadata has its `ticket_id`.
+
+    Retry: safe when `ticket.id` is set. A retry returns the existing ticket as it is now. The title,
+    status and `external_ref` are compared only until the ticket changes. Without an id, a retry can
+    create a second ticket, unless `external_ref` is set: then it fails with EXTERNAL_REF_TAKEN.
     """
     GetTicket: _aio.UnaryUnaryMultiCallable[_chat_ticket_pb2.GetTicketRequest, _chat_ticket_pb2.GetTicketResponse]  # type: ignore[assignment]
     """Returns a ticket.
@@ -225,17 +279,25 @@ class ChatTicketServiceAsyncStub(ChatTicketServiceStub):
     Retry: safe.
     """
     UpdateTicket: _aio.UnaryUnaryMultiCallable[_chat_ticket_pb2.UpdateTicketRequest, _chat_ticket_pb2.UpdateTicketResponse]  # type: ignore[assignment]
-    """Updates the title or the status of a ticket.
+    """Updates the title, the status or the external reference of a ticket.
 
-    Every transition between statuses is allowed. Setting the current values is not a change: the
-    update time stays the same. The sessions that are linked to the ticket do not change, and their
-    watchers receive nothing.
+    Every transition between statuses is allowed. A change increases the revision of the ticket, and
+    in the same transaction that of every session that is linked to it. The watchers of these
+    sessions receive `ticket`. Setting the current values is not a change: the revisions and the
+    update times stay the same.
 
     Errors:
 
     - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+    - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+      The ErrorInfo metadata has its `ticket_id`.
+    - ABORTED (ETAG_MISMATCH): `ticket.etag` is set and is not the current revision, even if the
+      values would stay the same.
+    - FAILED_PRECONDITION (TICKET_HAS_TOO_MANY_SESSIONS): more than 500 sessions are linked to the
+      ticket, as was once possible. Unlink some of them.
 
-    Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+    Retry: safe without `ticket.etag`, although a retry can overwrite an update that another caller
+    made meanwhile. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
     """
     DeleteTicket: _aio.UnaryUnaryMultiCallable[_chat_ticket_pb2.DeleteTicketRequest, _chat_ticket_pb2.DeleteTicketResponse]  # type: ignore[assignment]
     """Deletes a ticket that is not linked to a session.
@@ -243,9 +305,11 @@ class ChatTicketServiceAsyncStub(ChatTicketServiceStub):
     Errors:
 
     - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+    - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision.
     - FAILED_PRECONDITION (TICKET_LINKED): a session is linked to the ticket.
 
-    Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+    Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+    succeeded.
     """
 
 class ChatTicketServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -277,11 +341,16 @@ class ChatTicketServiceServicer(metaclass=_abc_1.ABCMeta):
           and this call is not a retry of its creation.
         - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
           call is not a retry of its creation.
+        - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+          The ErrorInfo metadata has its `ticket_id`.
+        - ABORTED (ETAG_MISMATCH): `expected_revision` is set and is not the current revision of the
+          session.
         - FAILED_PRECONDITION (SESSION_ARCHIVED): the session is archived.
+        - FAILED_PRECONDITION (TICKET_HAS_TOO_MANY_SESSIONS): 500 sessions are linked to the ticket.
 
         Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
-        its ticket as it is now. The title and status of a new ticket are compared only until the
-        ticket changes. Without an id, a retry after a successful attempt fails with
+        its ticket as it is now, without checking `expected_revision`. The title, status and
+        `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry after a successful attempt fails with
         SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
         does not reject them.
         """
@@ -334,7 +403,30 @@ class ChatTicketServiceServicer(metaclass=_abc_1.ABCMeta):
 
         - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
 
-        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+        Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+        succeeded.
+        """
+
+    @_abc_1.abstractmethod
+    def CreateTicket(
+        self,
+        request: _chat_ticket_pb2.CreateTicketRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_chat_ticket_pb2.CreateTicketResponse, _abc.Awaitable[_chat_ticket_pb2.CreateTicketResponse]]:
+        """Creates a ticket that no session is linked to yet.
+
+        CreateChatTicket links sessions to it, by its id.
+
+        Errors:
+
+        - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
+          call is not a retry of its creation.
+        - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+          The ErrorInfo metadata has its `ticket_id`.
+
+        Retry: safe when `ticket.id` is set. A retry returns the existing ticket as it is now. The title,
+        status and `external_ref` are compared only until the ticket changes. Without an id, a retry can
+        create a second ticket, unless `external_ref` is set: then it fails with EXTERNAL_REF_TAKEN.
         """
 
     @_abc_1.abstractmethod
@@ -373,17 +465,25 @@ class ChatTicketServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _chat_ticket_pb2.UpdateTicketRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_chat_ticket_pb2.UpdateTicketResponse, _abc.Awaitable[_chat_ticket_pb2.UpdateTicketResponse]]:
-        """Updates the title or the status of a ticket.
+        """Updates the title, the status or the external reference of a ticket.
 
-        Every transition between statuses is allowed. Setting the current values is not a change: the
-        update time stays the same. The sessions that are linked to the ticket do not change, and their
-        watchers receive nothing.
+        Every transition between statuses is allowed. A change increases the revision of the ticket, and
+        in the same transaction that of every session that is linked to it. The watchers of these
+        sessions receive `ticket`. Setting the current values is not a change: the revisions and the
+        update times stay the same.
 
         Errors:
 
         - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+        - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+          The ErrorInfo metadata has its `ticket_id`.
+        - ABORTED (ETAG_MISMATCH): `ticket.etag` is set and is not the current revision, even if the
+          values would stay the same.
+        - FAILED_PRECONDITION (TICKET_HAS_TOO_MANY_SESSIONS): more than 500 sessions are linked to the
+          ticket, as was once possible. Unlink some of them.
 
-        Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+        Retry: safe without `ticket.etag`, although a retry can overwrite an update that another caller
+        made meanwhile. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
         """
 
     @_abc_1.abstractmethod
@@ -397,9 +497,11 @@ class ChatTicketServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
 
         - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+        - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision.
         - FAILED_PRECONDITION (TICKET_LINKED): a session is linked to the ticket.
 
-        Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+        Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+        succeeded.
         """
 
 def add_ChatTicketServiceServicer_to_server(servicer: ChatTicketServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

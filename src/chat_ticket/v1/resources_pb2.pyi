@@ -18,9 +18,11 @@ docs/security.md. A credential grants permissions. Each RPC requires one of them
 
 - `read`: every Get, List, Search and Watch method.
 - `write`: CreateChatSession, UpdateChatSession, CreateChatMessage, BatchCreateChatMessages,
-  UpdateChatMessage, CreateChatAttachment, WriteChatDraft and StopChatDraft.
-- `delete`: DeleteChatSession, DeleteChatMessage, DeleteChatAttachment and DeleteTicket.
-- `ticket`: CreateChatTicket, DeleteChatTicket and UpdateTicket.
+  UpdateChatMessage, CreateChatAttachment, UpdateChatAttachment, WriteChatDraft and
+  StopChatDraft.
+- `delete`: DeleteChatSession, DeleteChatMessage, RedactChatMessage, DeleteChatAttachment and
+  DeleteTicket.
+- `ticket`: CreateChatTicket, DeleteChatTicket, CreateTicket and UpdateTicket.
 
 ## Requests
 
@@ -39,6 +41,25 @@ that gRPC adds count too. A unary response has at most 3 MiB.
 
 All limits and durations given here are the defaults of the server. The operator can change most
 of them. docs/reference/settings.md lists them, and the quotas on calls and streams.
+
+## Later versions
+
+Later versions add fields, enum values, events of streams and RPCs, and change none of those that
+are here. So that a client goes on working with a newer server:
+
+- Ignore fields that are not known. Do not send back a resource that was read as a whole: name the
+  fields to update in the mask.
+- Treat an enum value that is not known as one that the client has no special rule for, and never
+  as an error. Do not replace it by another one.
+- Ignore an event that is not known, but keep its position, such as `revision`.
+
+## Conditional writes
+
+A session, a message and a ticket have an `etag`. An update or a delete with an etag is done only
+if the resource has not changed since it was read. A write to a session with `expected_revision` is
+done only if nothing in the session has changed since. Otherwise the call fails with ABORTED
+(ETAG_MISMATCH), and the ErrorInfo metadata has the `revision` that it found. Of several calls with
+the same etag or expectation, exactly one succeeds.
 
 ## Pages
 
@@ -117,7 +138,9 @@ Reads are always safe to retry. A write may have been committed when it ends wit
 (OUTCOME_UNKNOWN), DEADLINE_EXCEEDED, CANCELLED, or an error without ErrorInfo. A create is
 idempotent when the caller chooses the id of the new resource: a retry with the same content
 returns the stored resource as it is now. The id of a deleted resource must not be used again.
-The server enforces this for messages only.
+The server enforces this for messages, and for sessions until 30 days after their deletion.
+
+A delete with `allow_missing` is idempotent: it is OK when the resource does not exist.
 
 A create without an id is not idempotent. After OUTCOME_UNKNOWN or DEADLINE_EXCEEDED, the
 ErrorInfo metadata has the id that the server chose: `session_id`, `message_id`, `attachment_id`
@@ -228,6 +251,34 @@ CHAT_MESSAGE_STATE_STOPPED: ChatMessageState.ValueType  # 2
 """Somebody stopped the draft. The content is what was written until then."""
 Global___ChatMessageState: _TypeAlias = ChatMessageState  # noqa: Y015
 
+class _ChatMessageAuthorKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ChatMessageAuthorKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChatMessageAuthorKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHAT_MESSAGE_AUTHOR_KIND_UNSPECIFIED: _ChatMessageAuthorKind.ValueType  # 0
+    """Not known."""
+    CHAT_MESSAGE_AUTHOR_KIND_END_USER: _ChatMessageAuthorKind.ValueType  # 1
+    """The person who asks."""
+    CHAT_MESSAGE_AUTHOR_KIND_AI_AGENT: _ChatMessageAuthorKind.ValueType  # 2
+    """A program that answers."""
+    CHAT_MESSAGE_AUTHOR_KIND_HUMAN_AGENT: _ChatMessageAuthorKind.ValueType  # 3
+    """A person who answers. The role of the message is ASSISTANT."""
+
+class ChatMessageAuthorKind(_ChatMessageAuthorKind, metaclass=_ChatMessageAuthorKindEnumTypeWrapper):
+    """The kind of a message's author."""
+
+CHAT_MESSAGE_AUTHOR_KIND_UNSPECIFIED: ChatMessageAuthorKind.ValueType  # 0
+"""Not known."""
+CHAT_MESSAGE_AUTHOR_KIND_END_USER: ChatMessageAuthorKind.ValueType  # 1
+"""The person who asks."""
+CHAT_MESSAGE_AUTHOR_KIND_AI_AGENT: ChatMessageAuthorKind.ValueType  # 2
+"""A program that answers."""
+CHAT_MESSAGE_AUTHOR_KIND_HUMAN_AGENT: ChatMessageAuthorKind.ValueType  # 3
+"""A person who answers. The role of the message is ASSISTANT."""
+Global___ChatMessageAuthorKind: _TypeAlias = ChatMessageAuthorKind  # noqa: Y015
+
 class _TicketStatus:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -268,11 +319,31 @@ Global___TicketStatus: _TypeAlias = TicketStatus  # noqa: Y015
 class ChatSession(_message.Message):
     """A conversation of an AI assistant with a user.
 
-    A session is a log. Every change to the session, its messages, their attachments or its ticket
-    link increments `revision`, in the order of the commits. Changes to the ticket itself do not.
+    A session is a log. Every change to the session, its messages, their attachments, its ticket link
+    or the ticket increments `revision`, in the order of the commits.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     ID_FIELD_NUMBER: _builtins.int
     TENANT_ID_FIELD_NUMBER: _builtins.int
@@ -282,6 +353,9 @@ class ChatSession(_message.Message):
     ETAG_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The id of the session. Optional on create; see CreateChatSession for retries. Immutable."""
     tenant_id: _builtins.str
@@ -300,6 +374,13 @@ class ChatSession(_message.Message):
     is set and is not the current revision, the call fails with ABORTED (ETAG_MISMATCH). When it is
     empty, the revision is not checked. Ignored on create.
     """
+    user_id: _builtins.str
+    """The caller's own id of the person whose chat it is. Optional; at most 255 characters, of one line
+    as a `Ticket.title` is. Immutable. A reference, never a profile: keep names and addresses
+    elsewhere.
+    """
+    title: _builtins.str
+    """The title. Optional; at most 500 characters, of one line as a `Ticket.title` is."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """The time of creation. Output only."""
@@ -308,6 +389,13 @@ class ChatSession(_message.Message):
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """The time of the last change to the session or to anything in it. Increases with every revision.
         Output only.
+        """
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Labels, to find sessions by; see ListChatSessions. Optional; at most 32 pairs. A key has 1 to 63
+        characters of `a-z`, `0-9`, `.`, `_`, `/` and `-`. A value has at most 255 characters, without
+        control characters or line breaks, and can be empty.
         """
 
     def __init__(
@@ -321,10 +409,13 @@ class ChatSession(_message.Message):
         etag: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        user_id: _builtins.str = ...,
+        title: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "etag", b"etag", "has_ticket", b"has_ticket", "id", b"id", "revision", b"revision", "status", b"status", "tenant_id", b"tenant_id", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "etag", b"etag", "has_ticket", b"has_ticket", "id", b"id", "labels", b"labels", "revision", b"revision", "status", b"status", "tenant_id", b"tenant_id", "title", b"title", "update_time", b"update_time", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -332,7 +423,9 @@ Global___ChatSession: _TypeAlias = ChatSession  # noqa: Y015
 
 @_typing.final
 class ChatMessage(_message.Message):
-    """A message of a session. Everything except its metadata and attachments is immutable."""
+    """A message of a session. Everything except its metadata and attachments is immutable. Only a
+    redaction takes its content away.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -347,6 +440,9 @@ class ChatMessage(_message.Message):
     ATTACHMENTS_FIELD_NUMBER: _builtins.int
     LANGUAGE_CODE_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    AUTHOR_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    REDACTED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The id of the message. Optional on create; see CreateChatMessage for retries. Immutable. The id
     of a deleted message is rejected until its session is deleted.
@@ -391,6 +487,15 @@ class ChatMessage(_message.Message):
     """Whether the message is whole. Anything but COMPLETE was written as a draft; see
     ChatDraftService. Output only.
     """
+    etag: _builtins.str
+    """The `revision` as decimal text of at most 18 digits. Optional in an update. When it is set and is
+    not the current revision of the message, the call fails with ABORTED (ETAG_MISMATCH). When it is
+    empty, the revision is not checked. Ignored on create.
+    """
+    redacted: _builtins.bool
+    """Whether the message was redacted; see RedactChatMessage. Then its content is `[redacted]`, and it
+    has no metadata and no attachments, for ever. Output only.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """The time of creation. Increases with `sequence`. Output only."""
@@ -400,6 +505,10 @@ class ChatMessage(_message.Message):
         """The attachments, in the order in which they were added. Optional on create; at most 20. Ignored
         in an update: use ChatAttachmentService.
         """
+
+    @_builtins.property
+    def author(self) -> Global___ChatMessageAuthor:
+        """Who wrote the message. Optional. Immutable."""
 
     def __init__(
         self,
@@ -415,14 +524,47 @@ class ChatMessage(_message.Message):
         attachments: _abc.Iterable[Global___ChatAttachment] | None = ...,
         language_code: _builtins.str = ...,
         state: Global___ChatMessageState.ValueType = ...,
+        author: Global___ChatMessageAuthor | None = ...,
+        etag: _builtins.str = ...,
+        redacted: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "content", b"content", "create_time", b"create_time", "id", b"id", "language_code", b"language_code", "metadata_json", b"metadata_json", "revision", b"revision", "role", b"role", "sequence", b"sequence", "session_id", b"session_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "author", b"author", "content", b"content", "create_time", b"create_time", "etag", b"etag", "id", b"id", "language_code", b"language_code", "metadata_json", b"metadata_json", "redacted", b"redacted", "revision", b"revision", "role", b"role", "sequence", b"sequence", "session_id", b"session_id", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
+
+@_typing.final
+class ChatMessageAuthor(_message.Message):
+    """Who wrote a message, beside its role. A human agent writes with the role ASSISTANT, as the AI
+    assistant does.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    kind: Global___ChatMessageAuthorKind.ValueType
+    """The kind of author. Optional."""
+    id: _builtins.str
+    """The caller's own id of the person or the program. Optional; at most 255 characters, of one line
+    as a `Ticket.title` is.
+    """
+    def __init__(
+        self,
+        *,
+        kind: Global___ChatMessageAuthorKind.ValueType = ...,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "kind", b"kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChatMessageAuthor: _TypeAlias = ChatMessageAuthor  # noqa: Y015
 
 @_typing.final
 class ChatDraft(_message.Message):
@@ -442,6 +584,7 @@ class ChatDraft(_message.Message):
     LANGUAGE_CODE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    AUTHOR_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The id of the draft, and of the message that it becomes. Required. Immutable."""
     session_id: _builtins.str
@@ -466,6 +609,10 @@ class ChatDraft(_message.Message):
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """The time from which on the writer counts as lost, unless it writes before. Output only."""
 
+    @_builtins.property
+    def author(self) -> Global___ChatMessageAuthor:
+        """Who writes the message, as `ChatMessage.author`. Optional. Immutable."""
+
     def __init__(
         self,
         *,
@@ -478,10 +625,11 @@ class ChatDraft(_message.Message):
         language_code: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
+        author: Global___ChatMessageAuthor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "create_time", b"create_time", "expire_time", b"expire_time", "id", b"id", "language_code", b"language_code", "length", b"length", "metadata_json", b"metadata_json", "role", b"role", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["author", b"author", "content", b"content", "create_time", b"create_time", "expire_time", b"expire_time", "id", b"id", "language_code", b"language_code", "length", b"length", "metadata_json", b"metadata_json", "role", b"role", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -499,6 +647,7 @@ class ChatAttachment(_message.Message):
     FILE_NAME_FIELD_NUMBER: _builtins.int
     FILE_TYPE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The id of the attachment. Optional on create; see CreateChatAttachment for retries. Immutable.
     The id of a deleted attachment must not be used again.
@@ -507,15 +656,14 @@ class ChatAttachment(_message.Message):
     """The message of the attachment. Output only."""
     file_url: _builtins.str
     """The URL of the file. Required; an `https` URL of at most 2,048 characters, without user info.
-    Immutable.
+    UpdateChatAttachment can replace it, as a presigned URL expires.
 
     It is parsed as the WHATWG URL standard says, so a host may be an IDN, and a path may have
     blanks and characters beyond ASCII. It must begin with the scheme and `//`, be one line as a
     `Ticket.title` is, and have no backslash before its path. It is stored as sent, and requested
     in its serialised form.
 
-    The server checks that the URL is accessible when the attachment is created, and never again. A
-    GET request for the first byte must be answered with a 2xx status, or with 416 for an empty
+    The server checks that the URL is accessible when it is set, and never again. A GET request for the first byte must be answered with a 2xx status, or with 416 for an empty
     file, from a public address on the default port, after at most five redirects. All URLs of a
     request have 3 seconds together. The operator can allow `http` and internal hosts, or turn the
     check off.
@@ -532,6 +680,10 @@ class ChatAttachment(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """The time of creation. Output only."""
 
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """The time of the last change. Equal to `create_time` until the first change. Output only."""
+
     def __init__(
         self,
         *,
@@ -541,10 +693,11 @@ class ChatAttachment(_message.Message):
         file_name: _builtins.str = ...,
         file_type: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "file_name", b"file_name", "file_type", b"file_type", "file_url", b"file_url", "id", b"id", "message_id", b"message_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "file_name", b"file_name", "file_type", b"file_type", "file_url", b"file_url", "id", b"id", "message_id", b"message_id", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -552,7 +705,7 @@ Global___ChatAttachment: _TypeAlias = ChatAttachment  # noqa: Y015
 
 @_typing.final
 class Ticket(_message.Message):
-    """A ticket that a support team works on. Several sessions can be linked to one ticket."""
+    """A ticket that a support team works on. At most 500 sessions can be linked to one ticket."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -562,6 +715,9 @@ class Ticket(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    EXTERNAL_REF_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The id of the ticket. Optional on create; see CreateChatTicket for retries. Immutable. The id
     of a deleted ticket must not be used again.
@@ -574,6 +730,19 @@ class Ticket(_message.Message):
     """
     status: Global___TicketStatus.ValueType
     """The status. Optional on create; the default is OPEN."""
+    external_ref: _builtins.str
+    """The ticket in the help desk that it came from, or went to. Optional; at most 255 characters, of
+    one line as `title` is. Unique within the tenant: no other ticket has the same.
+    """
+    revision: _builtins.int
+    """The number of changes to the ticket since its creation, not counting those before the server
+    began to count. Output only.
+    """
+    etag: _builtins.str
+    """The `revision` as decimal text of at most 18 digits. Optional in an update or a delete. When it
+    is set and is not the current revision, the call fails with ABORTED (ETAG_MISMATCH). When it is
+    empty, the revision is not checked. Ignored on create.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """The time of creation. Output only."""
@@ -591,10 +760,13 @@ class Ticket(_message.Message):
         status: Global___TicketStatus.ValueType = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        external_ref: _builtins.str = ...,
+        revision: _builtins.int = ...,
+        etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "id", b"id", "status", b"status", "tenant_id", b"tenant_id", "title", b"title", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "etag", b"etag", "external_ref", b"external_ref", "id", b"id", "revision", b"revision", "status", b"status", "tenant_id", b"tenant_id", "title", b"title", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -18,9 +18,11 @@ docs/security.md. A credential grants permissions. Each RPC requires one of them
 
 - `read`: every Get, List, Search and Watch method.
 - `write`: CreateChatSession, UpdateChatSession, CreateChatMessage, BatchCreateChatMessages,
-  UpdateChatMessage, CreateChatAttachment, WriteChatDraft and StopChatDraft.
-- `delete`: DeleteChatSession, DeleteChatMessage, DeleteChatAttachment and DeleteTicket.
-- `ticket`: CreateChatTicket, DeleteChatTicket and UpdateTicket.
+  UpdateChatMessage, CreateChatAttachment, UpdateChatAttachment, WriteChatDraft and
+  StopChatDraft.
+- `delete`: DeleteChatSession, DeleteChatMessage, RedactChatMessage, DeleteChatAttachment and
+  DeleteTicket.
+- `ticket`: CreateChatTicket, DeleteChatTicket, CreateTicket and UpdateTicket.
 
 ## Requests
 
@@ -39,6 +41,25 @@ that gRPC adds count too. A unary response has at most 3 MiB.
 
 All limits and durations given here are the defaults of the server. The operator can change most
 of them. docs/reference/settings.md lists them, and the quotas on calls and streams.
+
+## Later versions
+
+Later versions add fields, enum values, events of streams and RPCs, and change none of those that
+are here. So that a client goes on working with a newer server:
+
+- Ignore fields that are not known. Do not send back a resource that was read as a whole: name the
+  fields to update in the mask.
+- Treat an enum value that is not known as one that the client has no special rule for, and never
+  as an error. Do not replace it by another one.
+- Ignore an event that is not known, but keep its position, such as `revision`.
+
+## Conditional writes
+
+A session, a message and a ticket have an `etag`. An update or a delete with an etag is done only
+if the resource has not changed since it was read. A write to a session with `expected_revision` is
+done only if nothing in the session has changed since. Otherwise the call fails with ABORTED
+(ETAG_MISMATCH), and the ErrorInfo metadata has the `revision` that it found. Of several calls with
+the same etag or expectation, exactly one succeeds.
 
 ## Pages
 
@@ -117,7 +138,9 @@ Reads are always safe to retry. A write may have been committed when it ends wit
 (OUTCOME_UNKNOWN), DEADLINE_EXCEEDED, CANCELLED, or an error without ErrorInfo. A create is
 idempotent when the caller chooses the id of the new resource: a retry with the same content
 returns the stored resource as it is now. The id of a deleted resource must not be used again.
-The server enforces this for messages only.
+The server enforces this for messages, and for sessions until 30 days after their deletion.
+
+A delete with `allow_missing` is idempotent: it is OK when the resource does not exist.
 
 A create without an id is not idempotent. After OUTCOME_UNKNOWN or DEADLINE_EXCEEDED, the
 ErrorInfo metadata has the id that the server chose: `session_id`, `message_id`, `attachment_id`

@@ -25,9 +25,11 @@ METHOD_PERMISSIONS: Mapping[str, Permission] = {
     f"{MESSAGES}/BatchCreateChatMessages": Permission.WRITE,
     f"{MESSAGES}/UpdateChatMessage": Permission.WRITE,
     f"{MESSAGES}/DeleteChatMessage": Permission.DELETE,
+    f"{MESSAGES}/RedactChatMessage": Permission.DELETE,
     f"{ATTACHMENTS}/GetChatAttachment": Permission.READ,
     f"{ATTACHMENTS}/ListChatAttachments": Permission.READ,
     f"{ATTACHMENTS}/CreateChatAttachment": Permission.WRITE,
+    f"{ATTACHMENTS}/UpdateChatAttachment": Permission.WRITE,
     f"{ATTACHMENTS}/DeleteChatAttachment": Permission.DELETE,
     f"{DRAFTS}/GetChatDraft": Permission.READ,
     f"{DRAFTS}/ListChatDrafts": Permission.READ,
@@ -40,6 +42,7 @@ METHOD_PERMISSIONS: Mapping[str, Permission] = {
     f"{TICKETS}/CreateChatTicket": Permission.TICKET,
     # Not DELETE: it undoes an escalation, and no part of the conversation is lost.
     f"{TICKETS}/DeleteChatTicket": Permission.TICKET,
+    f"{TICKETS}/CreateTicket": Permission.TICKET,
     f"{TICKETS}/UpdateTicket": Permission.TICKET,
     f"{TICKETS}/DeleteTicket": Permission.DELETE,
 }

@@ -114,6 +114,11 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
         )
         return pb.ListChatAttachmentsResponse(attachments=page, next_page_token=next_page_token)
 
+    async def UpdateChatAttachment(
+        self, request: pb.UpdateChatAttachmentRequest, context: Context
+    ) -> pb.UpdateChatAttachmentResponse:
+        raise NotImplementedError
+
     async def DeleteChatAttachment(
         self, request: pb.DeleteChatAttachmentRequest, context: Context
     ) -> pb.DeleteChatAttachmentResponse:

@@ -30,6 +30,11 @@ MESSAGE_ROLE = {
     "user": pb.CHAT_MESSAGE_ROLE_USER,
     "assistant": pb.CHAT_MESSAGE_ROLE_ASSISTANT,
 }
+AUTHOR_KIND = {
+    "end_user": pb.CHAT_MESSAGE_AUTHOR_KIND_END_USER,
+    "ai_agent": pb.CHAT_MESSAGE_AUTHOR_KIND_AI_AGENT,
+    "human_agent": pb.CHAT_MESSAGE_AUTHOR_KIND_HUMAN_AGENT,
+}
 # A message without one is COMPLETE.
 MESSAGE_STATE = {
     "incomplete": pb.CHAT_MESSAGE_STATE_INCOMPLETE,
@@ -63,6 +68,17 @@ def session(row: Session) -> pb.ChatSession:
         etag=str(row.revision),
         create_time=timestamp(row.created_at),
         update_time=timestamp(row.updated_at),
+        user_id=row.user_id or "",
+        title=row.title or "",
+        labels=json.loads(row.labels) if row.labels else None,
+    )
+
+
+def author(kind: str | None, id_: str | None) -> pb.ChatMessageAuthor | None:
+    if not kind and not id_:
+        return None
+    return pb.ChatMessageAuthor(
+        kind=AUTHOR_KIND[kind] if kind else pb.CHAT_MESSAGE_AUTHOR_KIND_UNSPECIFIED, id=id_ or ""
     )
 
 
@@ -79,6 +95,9 @@ def message(row: Message) -> pb.ChatMessage:
         attachments=[attachment(attached) for attached in row.attachments],
         language_code=row.language_code or "",
         state=MESSAGE_STATE[row.state] if row.state else pb.CHAT_MESSAGE_STATE_COMPLETE,
+        author=author(row.author_kind, row.author_id),
+        etag=str(row.revision),
+        redacted=row.redacted,
     )
 
 
@@ -93,6 +112,7 @@ def draft(row: Draft) -> pb.ChatDraft:
         language_code=row.language_code or "",
         create_time=timestamp(row.created_at),
         expire_time=timestamp(row.expires_at),
+        author=author(row.author_kind, row.author_id),
     )
 
 
@@ -104,6 +124,10 @@ ROLE_AND_CONTENT_TAG = {
     name.encode(): b"(%b2" % bytes([number]) for name, number in MESSAGE_ROLE.items()
 }
 STATE = {name.encode(): b"X%b" % bytes([number]) for name, number in MESSAGE_STATE.items()}
+AUTHOR_KIND_FIELD = {
+    name.encode(): b"\x08%b" % bytes([number]) for name, number in AUTHOR_KIND.items()
+}
+REDACTED = b"p\x01"
 
 
 def _varint(number: int) -> bytes:
@@ -125,7 +149,7 @@ def messages(session_id: str, rows: Iterable[Row]) -> bytes:
     continued, final = CONTINUED, FINAL  # local names are faster
     for (
         id_, sequence, revision, role, content, metadata, created_at, attachments, language, state,
-        _,
+        author_kind, author_id, redacted, _,
     ) in rows:  # fmt: skip
         if 0x4000 <= sequence < 0x10000000:
             number = continued[sequence & 0x3FFF] + final[sequence >> 14]
@@ -159,6 +183,12 @@ def messages(session_id: str, rows: Iterable[Row]) -> bytes:
             message += b"R%b%b" % (final[len(language)], language)
         if state is not None:
             message += STATE[state]
+        if author_kind is not None or author_id is not None:
+            message += _author(author_kind, author_id)
+        etag = b"%d" % revision
+        message += b"j%b%b" % (final[len(etag)], etag)
+        if redacted:
+            message += REDACTED
         size = len(message)
         parts += (b"\x12", final[size] if size < 0x4000 else _varint(size), message)
     return b"".join(parts)
@@ -170,6 +200,14 @@ def _attachments(rows: bytes) -> bytes:
     return message.SerializeToString()
 
 
+def _author(kind: bytes | None, id_: bytes | None) -> bytes:
+    """Encode the field `author` of a message."""
+    content = b"" if kind is None else AUTHOR_KIND_FIELD[kind]
+    if id_ is not None:
+        content += b"\x12%b%b" % (_varint(len(id_)), id_)
+    return b"b%b%b" % (_varint(len(content)), content)
+
+
 def attachment(row: Attachment) -> pb.ChatAttachment:
     return pb.ChatAttachment(
         id=row.id,
@@ -178,6 +216,7 @@ def attachment(row: Attachment) -> pb.ChatAttachment:
         file_name=row.file_name,
         file_type=row.file_type,
         create_time=timestamp(row.created_at),
+        update_time=timestamp(row.created_at if row.updated_at is None else row.updated_at),
     )
 
 
@@ -189,6 +228,9 @@ def ticket(row: Ticket) -> pb.Ticket:
         status=TICKET_STATUS[row.status],
         create_time=timestamp(row.created_at),
         update_time=timestamp(row.updated_at),
+        external_ref=row.external_ref or "",
+        revision=row.revision,
+        etag=str(row.revision),
     )
 
 

@@ -141,6 +141,7 @@ class ChatDraftService(chat_draft_pb2_grpc.ChatDraftServiceServicer):
             validator.raise_if_invalid()
         start = request.start
         session_id = validator.id("start.session_id", start.session_id)
+        author_kind, author_id = validator.author("start.draft.author", start.draft.author)
         new = NewDraft(
             id=validator.id("start.draft.id", start.draft.id),
             role=validator.enum("start.draft.role", start.draft.role, convert.MESSAGE_ROLE),
@@ -148,6 +149,8 @@ class ChatDraftService(chat_draft_pb2_grpc.ChatDraftServiceServicer):
                 "start.draft.language_code", start.draft.language_code
             ),
             metadata=validator.metadata("start.draft.metadata_json", start.draft.metadata_json),
+            author_kind=author_kind,
+            author_id=author_id,
         )
         validator.non_negative("start.expected_revision", start.expected_revision)
         validator.raise_if_invalid()

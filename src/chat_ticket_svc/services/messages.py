@@ -232,6 +232,11 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.DeleteChatMessageResponse()
 
+    async def RedactChatMessage(
+        self, request: pb.RedactChatMessageRequest, context: Context
+    ) -> pb.RedactChatMessageResponse:
+        raise NotImplementedError
+
     async def SearchChatMessages(
         self, request: pb.SearchChatMessagesRequest, context: Context
     ) -> pb.SearchChatMessagesResponse:

@@ -117,6 +117,11 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
         self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.DeleteChatTicketResponse()
 
+    async def CreateTicket(
+        self, request: pb.CreateTicketRequest, context: Context
+    ) -> pb.CreateTicketResponse:
+        raise NotImplementedError
+
     async def GetTicket(
         self, request: pb.GetTicketRequest, context: Context
     ) -> pb.GetTicketResponse:

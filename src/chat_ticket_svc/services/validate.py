@@ -26,6 +26,7 @@ MIME_TYPE = re.compile(
 # A language tag of BCP 47, without those that begin with "x-" or "i-". The database has the same
 # rule, as a constraint.
 LANGUAGE_CODE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*+")
+MAX_REFERENCE = 255  # characters: of a caller's own id, such as a user's
 # What RFC 5646 recommends to allow, in section 4.4.1.
 MAX_LANGUAGE_CODE = 35
 ETAG = re.compile(r"[0-9]{1,18}")
@@ -127,6 +128,17 @@ class Validator:
             for description in single_line.violations(value):
                 self.add_violation(field, description)
         return value
+
+    def reference(self, field: str, value: str) -> str | None:
+        """A caller's own id of something, of one line; None when it is empty."""
+        return self.single_line(field, value, MAX_REFERENCE) if value else None
+
+    def author(self, field: str, author: pb.ChatMessageAuthor) -> tuple[str | None, str | None]:
+        """The kind and the id of an author, either of which can be None."""
+        kind = None
+        if author.kind:
+            kind = self.enum(f"{field}.kind", author.kind, convert.AUTHOR_KIND)
+        return kind, self.reference(f"{field}.id", author.id)
 
     def content(self, field: str, value: str) -> str:
         size = len(value.encode())
@@ -282,6 +294,7 @@ class Validator:
         )
 
     def _message(self, field: str, message: pb.ChatMessage) -> NewMessage:
+        author_kind, author_id = self.author(f"{field}.author", message.author)
         return NewMessage(
             id=self.new_id(f"{field}.id", message.id),
             role=self.enum(f"{field}.role", message.role, convert.MESSAGE_ROLE),
@@ -289,6 +302,8 @@ class Validator:
             language_code=self.language_code(f"{field}.language_code", message.language_code),
             metadata=self.metadata(f"{field}.metadata_json", message.metadata_json),
             attachments=self._attachments(f"{field}.attachments", message.attachments),
+            author_kind=author_kind,
+            author_id=author_id,
         )
 
     def _distinct_ids(self, messages: Mapping[str, NewMessage]) -> None:

@@ -31,7 +31,7 @@ WITH session AS (
 ), message AS (
     INSERT INTO chat_messages
            (tenant_id, id, session_id, sequence, revision, role, content, language_code,
-            search_language, metadata, state, created_at)
+            search_language, metadata, state, author_kind, author_id, created_at)
     SELECT %(tenant_id)s, new.id, %(session_id)s::uuid,
            session.revision + new.ordinal, session.revision + new.ordinal,
            new.role, new.content, new.language_code,
@@ -39,14 +39,16 @@ WITH session AS (
                     (SELECT search_language FROM tenant_settings
                       WHERE tenant_id = %(tenant_id)s),
                     %(search_language)s::text),
-           new.metadata::jsonb, new.state, session.time + new.tick * interval '1 microsecond'
+           new.metadata::jsonb, new.state, new.author_kind, new.author_id,
+           session.time + new.tick * interval '1 microsecond'
       FROM session,
            unnest(%(ids)s::uuid[], %(roles)s::text[], %(contents)s::text[],
                   %(language_codes)s::text[], %(search_languages)s::text[],
-                  %(metadatas)s::text[], %(states)s::text[], %(message_ticks)s::integer[])
+                  %(metadatas)s::text[], %(states)s::text[], %(author_kinds)s::text[],
+                  %(author_ids)s::text[], %(message_ticks)s::integer[])
                WITH ORDINALITY
-               AS new (id, role, content, language_code, search_language, metadata, state, tick,
-                       ordinal)
+               AS new (id, role, content, language_code, search_language, metadata, state,
+                       author_kind, author_id, tick, ordinal)
     RETURNING sequence, metadata::text AS metadata,
               (extract(epoch FROM created_at) * 1000000)::bigint AS created_at
 ), attachment AS (
@@ -75,19 +77,23 @@ SELECT new.ordinal - 1
 """
 
 # Metadata is compared as jsonb text, as 1.0 and 1 are equal as jsonb, but different values to the
-# caller. A message that was changed since may have other metadata. The state is not compared, as no
-# request has one.
+# caller. A message that was changed since may have other metadata, and a redacted one has lost its
+# content. The state is not compared, as no request has one.
 FIND_REPEATS = f"""
 SELECT m.id IS NOT NULL, t.message_id IS NOT NULL,
-       m.session_id = %(session_id)s::uuid AND m.role = new.role AND m.content = new.content
+       m.session_id = %(session_id)s::uuid AND m.role = new.role
+           AND (m.redacted OR m.content = new.content)
            AND m.language_code IS NOT DISTINCT FROM new.language_code
+           AND m.author_kind IS NOT DISTINCT FROM new.author_kind
+           AND m.author_id IS NOT DISTINCT FROM new.author_id
            AND (m.revision > m.sequence
                 OR m.metadata::text IS NOT DISTINCT FROM new.metadata::jsonb::text),
-       m.sequence, m.revision, m.metadata::text, m.state,
-       (extract(epoch FROM m.created_at) * 1000000)::bigint, {messages.ATTACHMENTS}
+       {messages.COLUMNS}
   FROM unnest(%(ids)s::uuid[], %(roles)s::text[], %(contents)s::text[],
-              %(language_codes)s::text[], %(metadatas)s::text[])
-           WITH ORDINALITY AS new (id, role, content, language_code, metadata, ordinal)
+              %(language_codes)s::text[], %(metadatas)s::text[], %(author_kinds)s::text[],
+              %(author_ids)s::text[])
+           WITH ORDINALITY AS new (id, role, content, language_code, metadata, author_kind,
+                                   author_id, ordinal)
   LEFT JOIN chat_messages m ON m.tenant_id = %(tenant_id)s AND m.id = new.id
   LEFT JOIN chat_message_tombstones t ON t.tenant_id = %(tenant_id)s AND t.message_id = new.id
  ORDER BY new.ordinal
@@ -117,6 +123,8 @@ def _message_params(tenant_id: str, session_id: str, new: Sequence[NewMessage]) 
         "contents": array_literal(message.content for message in new),
         "language_codes": array_literal(message.language_code for message in new),
         "metadatas": array_literal(message.metadata for message in new),
+        "author_kinds": array_literal(message.author_kind for message in new),
+        "author_ids": array_literal(message.author_id for message in new),
     }
 
 
@@ -159,12 +167,12 @@ def stored_message(
 ) -> Message:
     """The stored form of a new message, from the values that its INSERT returned."""
     stored_attachments = tuple(
-        Attachment(a.id, new.id, a.file_url, a.file_name, a.file_type, created_at + tick)
+        Attachment(a.id, new.id, a.file_url, a.file_name, a.file_type, created_at + tick, None)
         for tick, a in enumerate(new.attachments, start=1)
     )
     return Message(
         new.id, session_id, sequence, sequence, new.role, new.content, new.language_code,
-        metadata, new.state, created_at, stored_attachments,
+        metadata, new.state, created_at, new.author_kind, new.author_id, False, stored_attachments,
     )  # fmt: skip
 
 
@@ -255,22 +263,17 @@ async def find_repeat(
     stored: list[Message] = []
     taken_index: int | None = None
     for index, (message, row) in enumerate(zip(new, rows, strict=True)):
-        exists, is_deleted, is_equal, sequence, revision, metadata, state, created_at, files = row
-        stored_attachments = messages.attachments_from_json(files)
+        exists, is_deleted, is_equal, *columns = row
         if is_deleted or (exists and not is_equal):
             taken_index = index
             break
         if exists:
-            is_unchanged = revision == sequence
-            if is_unchanged and not _is_repeat(message.attachments, stored_attachments):
+            found = messages.from_row(*columns)
+            is_unchanged = found.revision == found.sequence
+            if is_unchanged and not _is_repeat(message.attachments, found.attachments):
                 taken_index = index
                 break
-            stored.append(
-                Message(
-                    message.id, session_id, sequence, revision, message.role, message.content,
-                    message.language_code, metadata, state, created_at, stored_attachments,
-                )
-            )  # fmt: skip
+            stored.append(found)
     if taken_index is None and stored and len(stored) < len(new):
         ids = [message.id for message in new]
         taken_index = ids.index(stored[0].id)

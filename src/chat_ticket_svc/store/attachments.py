@@ -21,6 +21,7 @@ class Attachment(NamedTuple):
     file_name: Annotated[str, "a.file_name"]
     file_type: Annotated[str, "a.file_type"]
     created_at: Annotated[int, microseconds("a.created_at")]
+    updated_at: Annotated[int | None, microseconds("a.updated_at")]  # None until the first change
 
 
 class NewAttachment(NamedTuple):

@@ -44,6 +44,8 @@ class Draft(NamedTuple):
     language_code: Annotated[str | None, "d.language_code"]
     created_at: Annotated[int, microseconds("d.created_at")]
     expires_at: Annotated[int, microseconds("d.expires_at")]
+    author_kind: Annotated[str | None, "d.author_kind"]
+    author_id: Annotated[str | None, "d.author_id"]
 
 
 class NewDraft(NamedTuple):
@@ -53,6 +55,8 @@ class NewDraft(NamedTuple):
     role: str
     language_code: str | None
     metadata: str | None
+    author_kind: str | None
+    author_id: str | None
 
 
 class Lease(NamedTuple):
@@ -112,10 +116,10 @@ EXPIRES_AT = "clock_timestamp() + %(lease_seconds)s::float8 * interval '1 second
 # a writer of the time before is still fenced.
 BEGIN = f"""
 INSERT INTO chat_drafts (tenant_id, id, session_id, fencing_token, role, language_code, metadata,
-                         expires_at)
+                         author_kind, author_id, expires_at)
 VALUES (%(tenant_id)s, %(id)s::uuid, %(session_id)s::uuid,
         {microseconds("clock_timestamp()")}, %(role)s, %(language_code)s,
-        %(metadata)s::jsonb, {EXPIRES_AT})
+        %(metadata)s::jsonb, %(author_kind)s, %(author_id)s, {EXPIRES_AT})
 ON CONFLICT (tenant_id, id) DO NOTHING
 RETURNING fencing_token, length
 """
@@ -133,7 +137,8 @@ RETURNING d.fencing_token, d.length, s.revision, true
 """
 
 LOCK = """
-SELECT fencing_token, role, language_code, metadata::text, expires_at < clock_timestamp()
+SELECT fencing_token, role, language_code, metadata::text, author_kind, author_id,
+       expires_at < clock_timestamp()
   FROM chat_drafts
  WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
    FOR UPDATE
@@ -296,7 +301,7 @@ async def finish(
             raise not_found(draft_id)
         if draft is None:
             return await transaction.fetch_one(messages.GET, params, messages.from_row)
-        token, role, language_code, draft_metadata, is_expired = draft
+        token, role, language_code, draft_metadata, author_kind, author_id, is_expired = draft
         if fencing_token not in (None, token):
             raise taken_over(draft_id)
         if only_expired and not is_expired:
@@ -312,6 +317,8 @@ async def finish(
             language_code,
             metadata or draft_metadata,
             tuple(new_attachments),
+            author_kind,
+            author_id,
             state,
         )
         rows = await transaction.fetch_all(

@@ -50,7 +50,7 @@ DELETE FROM chat_drafts d
  USING unnest((SELECT %(tenant_ids)s::text[]), (SELECT %(ids)s::uuid[])) AS locked (tenant_id, id)
  WHERE d.tenant_id = locked.tenant_id AND d.id = locked.id
 RETURNING d.tenant_id COLLATE "C", d.session_id::text, d.id::text, d.length, d.created_at,
-          d.role, {CONTENT}, d.language_code, d.metadata::text
+          d.role, {CONTENT}, d.language_code, d.metadata::text, d.author_kind, d.author_id
 """
 
 
@@ -79,11 +79,15 @@ async def finish(
             await transaction.fetch_all(DELETE, _keys(keys), _row), key=lambda row: row[4]
         )
         new: defaultdict[tuple[str, str], list[NewMessage]] = defaultdict(list)
-        for tenant_id, session_id, draft_id, _, _, role, content, language_code, metadata in rows:
+        for tenant_id, session_id, draft_id, _, _, role, content, *rest in rows:
             if content:
+                language_code, metadata, author_kind, author_id = rest
                 new[tenant_id, session_id].append(
-                    NewMessage(draft_id, role, content, language_code, metadata, (), "incomplete")
-                )
+                    NewMessage(
+                        draft_id, role, content, language_code, metadata, (), author_kind,
+                        author_id, "incomplete",
+                    )
+                )  # fmt: skip
         for (tenant_id, session_id), messages in new.items():
             params = append.append_params(tenant_id, session_id, messages, default_search_language)
             stored = await transaction.fetch_all(append.APPEND, params, _row)

@@ -49,10 +49,11 @@ WITH new AS MATERIALIZED (
       FROM unnest((SELECT %(tenant_ids)s::text[]), (SELECT %(session_ids)s::uuid[]),
                   (SELECT %(ids)s::uuid[]), (SELECT %(roles)s::text[]),
                   (SELECT %(contents)s::text[]), (SELECT %(language_codes)s::text[]),
-                  (SELECT %(search_languages)s::text[]), (SELECT %(metadatas)s::text[]))
+                  (SELECT %(search_languages)s::text[]), (SELECT %(metadatas)s::text[]),
+                  (SELECT %(author_kinds)s::text[]), (SELECT %(author_ids)s::text[]))
                WITH ORDINALITY
                AS new (tenant_id, session_id, id, role, content, language_code, search_language,
-                       metadata, ordinal)
+                       metadata, author_kind, author_id, ordinal)
      WHERE NOT EXISTS (
          SELECT FROM chat_messages m
           WHERE m.tenant_id = new.tenant_id AND m.id = new.id OFFSET 0)
@@ -74,7 +75,7 @@ WITH new AS MATERIALIZED (
 ), message AS (
     INSERT INTO chat_messages
            (tenant_id, id, session_id, sequence, revision, role, content, language_code,
-            search_language, metadata, created_at)
+            search_language, metadata, author_kind, author_id, created_at)
     SELECT new.tenant_id, new.id, new.session_id,
            session.revision + new.position, session.revision + new.position,
            new.role, new.content, new.language_code,
@@ -82,7 +83,8 @@ WITH new AS MATERIALIZED (
                     (SELECT t.search_language FROM tenant_settings t
                       WHERE t.tenant_id = new.tenant_id),
                     %(search_language)s::text),
-           new.metadata::jsonb, session.time + (new.position - 1) * interval '1 microsecond'
+           new.metadata::jsonb, new.author_kind, new.author_id,
+           session.time + (new.position - 1) * interval '1 microsecond'
       FROM new
       JOIN session ON session.tenant_id = new.tenant_id AND session.id = new.session_id
     RETURNING tenant_id, id::text, sequence, metadata::text,
@@ -196,6 +198,10 @@ class GroupCommitWriter:
                         "search_languages": append.search_language_literal(language_codes),
                         "search_language": self._default_search_language,
                         "metadatas": array_literal(pending.message.metadata for pending in batch),
+                        "author_kinds": array_literal(
+                            pending.message.author_kind for pending in batch
+                        ),
+                        "author_ids": array_literal(pending.message.author_id for pending in batch),
                     },
                 )
             }

@@ -9,21 +9,25 @@ from operator import itemgetter
 from typing import LiteralString, NamedTuple
 
 from chat_ticket_svc.store import messages, sessions
-from chat_ticket_svc.store.columns import BYTES, INTEGER, type_ids
+from chat_ticket_svc.store.columns import BOOL, BYTES, INTEGER, type_ids
 from chat_ticket_svc.store.database import PIPELINED_MAX_ROWS, Database
 from chat_ticket_svc.store.sessions import Session
 from chat_ticket_svc.store.transaction import Transaction
 
 # id, sequence, revision, role, content, metadata, created_at, attachments, language_code, state,
-# size.
+# author_kind, author_id, redacted, size.
 # `created_at` is in microseconds since PostgreSQL's epoch, 2000-01-01. `attachments` is a JSON
 # array of the columns of the attachments. A message that exceeds the size limit of the read has no
 # content, metadata or attachments.
 Row = tuple[
-    bytes, int, int, bytes, bytes, bytes | None, int, bytes | None, bytes | None, bytes | None, int
-]
-ROW_TYPES = (BYTES, INTEGER, INTEGER, BYTES, BYTES, BYTES, INTEGER, BYTES, BYTES, BYTES, INTEGER)
-sequence, content, size = itemgetter(1), itemgetter(4), itemgetter(10)
+    bytes, int, int, bytes, bytes, bytes | None, int, bytes | None, bytes | None, bytes | None,
+    bytes | None, bytes | None, bool, int,
+]  # fmt: skip
+ROW_TYPES = (
+    BYTES, INTEGER, INTEGER, BYTES, BYTES, BYTES, INTEGER, BYTES, BYTES, BYTES,
+    BYTES, BYTES, BOOL, INTEGER,
+)  # fmt: skip
+sequence, content, size = itemgetter(1), itemgetter(4), itemgetter(13)
 
 SESSION_TYPES = type_ids(Session)
 
@@ -57,7 +61,7 @@ def _statement(columns: LiteralString, order: LiteralString) -> LiteralString:
     return f"""
 WITH page AS MATERIALIZED (
     SELECT m.id, m.sequence, m.revision, m.role, m.content, m.metadata::text AS metadata,
-           m.created_at, m.language_code, m.state,
+           m.created_at, m.language_code, m.state, m.author_kind, m.author_id, m.redacted,
            CASE WHEN EXISTS (
                SELECT FROM chat_attachments a
                 WHERE a.tenant_id = m.tenant_id AND a.message_id = m.id OFFSET 0)
@@ -78,7 +82,7 @@ SELECT {columns} m.id::text, m.sequence, m.revision, m.role,
        CASE WHEN m.size <= %(message_bytes)s THEN m.metadata END,
        m.created_at,
        CASE WHEN m.size <= %(message_bytes)s THEN m.attachments END,
-       m.language_code, m.state, m.size
+       m.language_code, m.state, m.author_kind, m.author_id, m.redacted, m.size
   FROM chat_sessions
   LEFT JOIN sized m ON true
  WHERE chat_sessions.tenant_id = %(tenant_id)s AND chat_sessions.id = %(session_id)s::uuid

@@ -39,6 +39,9 @@ class Message(NamedTuple):
     metadata: Annotated[str | None, "m.metadata::text AS metadata"]
     state: Annotated[str | None, "m.state"]
     created_at: Annotated[int, microseconds("m.created_at")]
+    author_kind: Annotated[str | None, "m.author_kind"]
+    author_id: Annotated[str | None, "m.author_id"]
+    redacted: Annotated[bool, "m.redacted"]
     attachments: Annotated[tuple[Attachment, ...], f"{ATTACHMENTS} AS attachments"]
 
 
@@ -54,6 +57,8 @@ class NewMessage(NamedTuple):
     language_code: str | None
     metadata: str | None
     attachments: tuple[NewAttachment, ...]
+    author_kind: str | None
+    author_id: str | None
     state: str | None = None
 
 

@@ -21,6 +21,9 @@ class Session(NamedTuple):
     revision: Annotated[int, "chat_sessions.revision"]
     created_at: Annotated[int, microseconds("chat_sessions.created_at")]
     updated_at: Annotated[int, microseconds("chat_sessions.updated_at")]
+    user_id: Annotated[str | None, "chat_sessions.user_id"]
+    title: Annotated[str | None, "chat_sessions.title"]
+    labels: Annotated[str | None, "chat_sessions.labels::text"]  # a JSON object
 
 
 class LargeSession(Exception):  # noqa: N818 - a signal to SessionDeleter, never to a caller

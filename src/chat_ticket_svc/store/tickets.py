@@ -20,6 +20,8 @@ class Ticket(NamedTuple):
     status: Annotated[str, "t.status"]
     created_at: Annotated[int, microseconds("t.created_at")]
     updated_at: Annotated[int, microseconds("t.updated_at")]
+    external_ref: Annotated[str | None, "t.external_ref"]
+    revision: Annotated[int, "t.revision"]
 
 
 TICKET_COLUMNS = column_list(Ticket)
