@@ -18,7 +18,7 @@ from google.protobuf.message_factory import GetMessageClass
 from hypothesis import strategies as st
 from support.drafts import a_start
 
-from chat_ticket_svc.config import KIB
+from chat_ticket_svc.limits import KIB
 from chat_ticket_svc.services import paging
 from fuzz.values import (
     FOREIGN,

@@ -37,7 +37,7 @@ from chat_ticket.v1.chat_ticket_pb2 import (
     ListChatTicketsRequest,
     ListTicketsRequest,
 )
-from chat_ticket_svc.config import MIB
+from chat_ticket_svc.limits import MIB
 from chat_ticket_svc.server import SERVICES
 from fuzz.requests import (
     corner_cases,

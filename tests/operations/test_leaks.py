@@ -20,7 +20,7 @@ from support.secrets import leaks, secret
 
 from chat_ticket_svc.commands import token as token_command
 from chat_ticket_svc.embedded import EmbeddedPostgres
-from chat_ticket_svc.errors import REASONS
+from chat_ticket_svc.reasons import REASONS
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "src" / "chat_ticket_svc"

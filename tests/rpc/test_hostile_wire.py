@@ -22,7 +22,7 @@ from support.http2 import Headers, Http2, WireAnswer, frame
 from support.process import ServerProcess, server_process
 
 from chat_ticket.v1.chat_session_pb2 import CreateChatSessionResponse, ListChatSessionsRequest
-from chat_ticket_svc.config import MIB
+from chat_ticket_svc.limits import MIB
 
 CREATE = b"/chat_ticket.v1.ChatSessionService/CreateChatSession"
 GET = b"/chat_ticket.v1.ChatSessionService/GetChatSession"
