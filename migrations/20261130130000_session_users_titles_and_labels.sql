@@ -28,10 +28,10 @@ CREATE TRIGGER chat_sessions_check_title_update BEFORE UPDATE OF title ON chat_s
     WHEN (NEW.title IS DISTINCT FROM OLD.title AND NEW.title !~ '^[!-~]([ -~]*[!-~])?$')
     EXECUTE FUNCTION refuse_bad_single_line('title');
 
--- A session does not pass from one person to another.
-CREATE TRIGGER chat_sessions_refuse_user_change
-    BEFORE UPDATE OF user_id ON chat_sessions
-    FOR EACH ROW WHEN (OLD.user_id IS DISTINCT FROM NEW.user_id)
+-- A session does not pass from one person to another, and does not take the id of a deleted one.
+CREATE TRIGGER chat_sessions_refuse_key_change
+    BEFORE UPDATE OF id, user_id ON chat_sessions
+    FOR EACH ROW WHEN ((OLD.id, OLD.user_id) IS DISTINCT FROM (NEW.id, NEW.user_id))
     EXECUTE FUNCTION refuse_key_change();
 
 -- A trigger and not a constraint: each message updates the row of its session, and PostgreSQL would
@@ -61,33 +61,13 @@ $$;
 CREATE TRIGGER chat_sessions_check_labels BEFORE INSERT OR UPDATE OF labels ON chat_sessions
     FOR EACH ROW WHEN (NEW.labels IS NOT NULL) EXECUTE FUNCTION refuse_bad_labels();
 
--- What the index below has for a session: each label together with the tenant. So PostgreSQL knows
--- how often a label is set in this tenant, and a rare one is found without reading the others'.
-CREATE FUNCTION label_pairs(tenant_id text, labels jsonb) RETURNS text[]
-    LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
-    RETURN (SELECT array_agg(tenant_id || chr(1) || label.key || '=' || label.value)
-              FROM jsonb_each_text(labels) AS label);
-
--- None of these keeps an append from a HOT update: messages change no column that they name.
--- Writes wait while they are built, under a second for a million sessions, as no row is in them.
--- squawk-ignore require-concurrent-index-creation
-CREATE INDEX idx_chat_sessions_user ON chat_sessions (tenant_id, user_id, created_at, id)
-    WHERE user_id IS NOT NULL;
--- squawk-ignore require-concurrent-index-creation
-CREATE INDEX idx_chat_sessions_labels ON chat_sessions
-    USING gin (label_pairs(tenant_id COLLATE "C", labels)) WITH (fastupdate = off)
-    WHERE labels IS NOT NULL;
-
 -- migrate:down
 
-DROP INDEX idx_chat_sessions_labels;
-DROP INDEX idx_chat_sessions_user;
 DROP TRIGGER chat_sessions_check_labels ON chat_sessions;
-DROP TRIGGER chat_sessions_refuse_user_change ON chat_sessions;
+DROP TRIGGER chat_sessions_refuse_key_change ON chat_sessions;
 DROP TRIGGER chat_sessions_check_title_update ON chat_sessions;
 DROP TRIGGER chat_sessions_check_title_insert ON chat_sessions;
 DROP TRIGGER chat_sessions_check_user_id_insert ON chat_sessions;
-DROP FUNCTION label_pairs(text, jsonb);
 DROP FUNCTION refuse_bad_labels();
 ALTER TABLE chat_sessions
     DROP CONSTRAINT chat_sessions_title_check,

@@ -41,18 +41,29 @@ CREATE TRIGGER chat_messages_refuse_author_change
     WHEN ((OLD.author_kind, OLD.author_id) IS DISTINCT FROM (NEW.author_kind, NEW.author_id))
     EXECUTE FUNCTION refuse_key_change();
 
-CREATE FUNCTION refuse_unredaction() RETURNS trigger
+CREATE TRIGGER chat_drafts_refuse_author_change
+    BEFORE UPDATE OF author_kind, author_id ON chat_drafts
+    FOR EACH ROW
+    WHEN ((OLD.author_kind, OLD.author_id) IS DISTINCT FROM (NEW.author_kind, NEW.author_id))
+    EXECUTE FUNCTION refuse_key_change();
+
+-- An older server maps data exceptions to INVALID_ARGUMENT, and an unknown constraint to INTERNAL: it
+-- knows no redacted message, and may be asked to change one.
+CREATE FUNCTION refuse_change_of_redacted_message() RETURNS trigger
     LANGUAGE plpgsql AS $$
 BEGIN
     RAISE 'a redacted message stays redacted'
-        USING ERRCODE = 'check_violation', CONSTRAINT = 'chat_messages_redacted_check';
+        USING ERRCODE = 'invalid_parameter_value', TABLE = 'chat_messages',
+              CONSTRAINT = 'chat_messages_redacted_check';
 END
 $$;
 
-CREATE TRIGGER chat_messages_refuse_unredaction
-    BEFORE UPDATE OF redacted ON chat_messages
-    FOR EACH ROW WHEN (OLD.redacted AND NOT NEW.redacted)
-    EXECUTE FUNCTION refuse_unredaction();
+CREATE TRIGGER chat_messages_refuse_change_of_redacted
+    BEFORE UPDATE OF redacted, content, metadata ON chat_messages
+    FOR EACH ROW
+    WHEN (OLD.redacted AND ((NEW.redacted, NEW.content, NEW.metadata)
+                            IS DISTINCT FROM (OLD.redacted, OLD.content, OLD.metadata)))
+    EXECUTE FUNCTION refuse_change_of_redacted_message();
 
 ALTER TABLE chat_attachments
     -- The time of the last change. NULL until the first one.
@@ -66,13 +77,15 @@ BEGIN
                 WHERE m.tenant_id = NEW.tenant_id AND m.id = NEW.message_id AND m.redacted)
     THEN
         RAISE 'a redacted message takes no attachment'
-            USING ERRCODE = 'check_violation', CONSTRAINT = 'chat_attachments_redacted_check';
+            USING ERRCODE = 'invalid_parameter_value', TABLE = 'chat_attachments',
+                  CONSTRAINT = 'chat_attachments_redacted_check';
     END IF;
     RETURN NULL;
 END
 $$;
 
-CREATE TRIGGER chat_attachments_refuse_redacted_message AFTER INSERT ON chat_attachments
+CREATE TRIGGER chat_attachments_refuse_redacted_message
+    AFTER INSERT OR UPDATE OF message_id ON chat_attachments
     FOR EACH ROW EXECUTE FUNCTION chat_attachments_refuse_redacted_message();
 
 -- The function looks for the table where it is itself, be it `public` or another schema. The
@@ -130,8 +143,9 @@ DROP FUNCTION json_merge_patch(jsonb, jsonb);
 DROP TRIGGER chat_attachments_refuse_redacted_message ON chat_attachments;
 DROP FUNCTION chat_attachments_refuse_redacted_message();
 ALTER TABLE chat_attachments DROP COLUMN updated_at;
-DROP TRIGGER chat_messages_refuse_unredaction ON chat_messages;
-DROP FUNCTION refuse_unredaction();
+DROP TRIGGER chat_messages_refuse_change_of_redacted ON chat_messages;
+DROP FUNCTION refuse_change_of_redacted_message();
+DROP TRIGGER chat_drafts_refuse_author_change ON chat_drafts;
 DROP TRIGGER chat_messages_refuse_author_change ON chat_messages;
 DROP TRIGGER chat_drafts_check_author_id ON chat_drafts;
 DROP TRIGGER chat_messages_check_author_id ON chat_messages;

@@ -24,16 +24,6 @@ CREATE TRIGGER tickets_check_external_ref_update BEFORE UPDATE OF external_ref O
           AND NEW.external_ref !~ '^[!-~]([ -~]*[!-~])?$')
     EXECUTE FUNCTION refuse_bad_single_line('external_ref');
 
--- Writes wait while they are built: the first under a second for a million tickets, as no row is in
--- it, the second some seconds.
--- squawk-ignore require-concurrent-index-creation
-CREATE UNIQUE INDEX idx_tickets_external_ref ON tickets (tenant_id, external_ref)
-    WHERE external_ref IS NOT NULL;
--- Where writes must not wait, let this statement run CONCURRENTLY before the migration, which then
--- finds the index.
--- squawk-ignore require-concurrent-index-creation
-CREATE INDEX IF NOT EXISTS idx_tickets_updated ON tickets (tenant_id, updated_at, id);
-
 -- Here and not in the service, so that an older server's changes count too.
 CREATE FUNCTION tickets_take_revision() RETURNS trigger
     LANGUAGE plpgsql AS $$
@@ -129,8 +119,6 @@ DROP TRIGGER tickets_change_sessions ON tickets;
 DROP TRIGGER tickets_take_revision ON tickets;
 DROP FUNCTION tickets_change_sessions();
 DROP FUNCTION tickets_take_revision();
-DROP INDEX idx_tickets_updated;
-DROP INDEX idx_tickets_external_ref;
 DROP TRIGGER tickets_check_external_ref_update ON tickets;
 DROP TRIGGER tickets_check_external_ref_insert ON tickets;
 ALTER TABLE tickets
