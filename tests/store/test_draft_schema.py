@@ -2,20 +2,15 @@
 
 import contextlib
 import uuid
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, LiteralString
 
 import psycopg
 import pytest
-from psycopg import sql
 from psycopg.errors import CheckViolation, NotNullViolation, UniqueViolation
 from psycopg.types.json import Jsonb
-from support.cluster import Cluster
 from support.database import wait_until_blocked
 from support.plain_rows import Connect, Rows, rejected_by
-
-from chat_ticket_svc.commands import migrate
 
 START = """
 INSERT INTO chat_drafts (tenant_id, id, session_id, role, expires_at)
@@ -288,35 +283,3 @@ class TestRaces:
                     copy.write_row([us.tenant, session, n, n, "user", "hello"])
             [[held]] = cursor.execute(locks).fetchall()
         assert 1000 < held < 1050
-
-
-def test_drafts_have_the_rights_of_sessions(of: Callable[[str], Cluster]) -> None:
-    """The migration gives them to the roles that have them, with the option to grant or without."""
-    cluster = of("cluster")
-    url = cluster.create()
-    roles = [f"role_{uuid.uuid4().hex}" for _ in range(2)]
-    assert migrate.dbmate(url, "rollback", quiet=True) == 0
-    with psycopg.connect(url, autocommit=True) as connection:
-        serves, grants = map(sql.Identifier, roles)
-        connection.execute(sql.SQL("CREATE ROLE {}").format(serves))
-        connection.execute(sql.SQL("CREATE ROLE {}").format(grants))
-        connection.execute(
-            sql.SQL("GRANT SELECT, INSERT, UPDATE, DELETE ON chat_sessions TO {}").format(serves)
-        )
-        connection.execute(
-            sql.SQL("GRANT SELECT ON chat_sessions TO {} WITH GRANT OPTION").format(grants)
-        )
-        assert migrate.up(url, quiet=True) == 0
-        granted = """
-            SELECT DISTINCT grantee::text, privilege_type::text, is_grantable::text
-              FROM information_schema.role_table_grants
-             WHERE table_name = %s AND grantee = ANY (%s)
-        """
-        expected = connection.execute(granted, ["chat_sessions", roles]).fetchall()
-        assert len(expected) == 5
-        for table in ("chat_drafts", "chat_draft_pieces"):
-            found = connection.execute(granted, [table, roles]).fetchall()
-            assert sorted(found) == sorted(expected)
-    cluster.drop(url)
-    for role in roles:
-        cluster.execute(f"DROP ROLE {role}")

@@ -3,9 +3,13 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
+import psycopg
 import pytest
-from support.migrations import FILES, VERSIONS, applied, ask, catalog, ours
+from psycopg import sql
+from support.migrations import FILES, VERSIONS, applied, ask, catalog, ours, roll_back_before
+from support.plain_rows import Rows
 
 from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.store.schema import MIGRATIONS
@@ -28,6 +32,14 @@ COLUMNS = {
         "updated_at": TIME,
         "updated_hour": "timestamp with time zone NOT NULL DEFAULT date_bin("
         "'01:00:00'::interval, updated_at, '2000-01-01 00:00:00+00'::timestamp with time zone)",
+        "user_id": "text",
+        "title": "text",
+        "labels": "jsonb",
+    },
+    "chat_session_tombstones": {
+        "tenant_id": TEXT,
+        "session_id": KEY,
+        "deleted_at": TIME,
     },
     "chat_messages": {
         "id": ID,
@@ -42,6 +54,9 @@ COLUMNS = {
         "language_code": "text",
         "search_language": "text NOT NULL DEFAULT 'english'::text",
         "state": "text",
+        "author_kind": "text",
+        "author_id": "text",
+        "redacted": "boolean NOT NULL DEFAULT false",
     },
     "chat_message_tombstones": {
         "tenant_id": TEXT,
@@ -57,6 +72,7 @@ COLUMNS = {
         "file_name": TEXT,
         "file_type": TEXT,
         "created_at": TIME,
+        "updated_at": "timestamp with time zone",
     },
     "tickets": {
         "id": ID,
@@ -65,6 +81,8 @@ COLUMNS = {
         "status": "text NOT NULL DEFAULT 'open'::text",
         "created_at": TIME,
         "updated_at": TIME,
+        "external_ref": "text",
+        "revision": "bigint NOT NULL DEFAULT 0",
     },
     "chat_tickets": {
         "id": ID,
@@ -84,6 +102,8 @@ COLUMNS = {
         "role": TEXT,
         "language_code": "text",
         "metadata": "jsonb",
+        "author_kind": "text",
+        "author_id": "text",
     },
     "chat_draft_pieces": {
         "tenant_id": TEXT,
@@ -107,11 +127,26 @@ SEED_INDEXES = {
     "idx_chat_tickets_ticket",
     "idx_chat_messages_content",
 }
+# Those that do not start with the column of the tenant.
+OTHER_INDEXES = {
+    "idx_chat_sessions_labels",  # of pairs that each begin with the tenant
+    "idx_chat_session_tombstones_deleted",  # for the sweep, which is of all tenants
+}
 SEED_CASCADES = {
     "fk_chat_messages_session",
     "fk_chat_attachments_message",
     "fk_chat_tickets_session",
 }
+
+
+OLD_TABLES = set(COLUMNS) - {"chat_session_tombstones"}
+
+
+def rows_of(connection: psycopg.Connection[Any], table: str) -> list[dict[str, Any]]:
+    statement = sql.SQL("SELECT to_jsonb(t) FROM {} t ORDER BY t::text").format(
+        sql.Identifier(table)
+    )
+    return [row for (row,) in connection.execute(statement)]
 
 
 class TestShape:
@@ -146,6 +181,7 @@ class TestShape:
         )
         keys = dict.fromkeys(COLUMNS, "PRIMARY KEY (tenant_id, id)")
         keys["chat_message_tombstones"] = "PRIMARY KEY (tenant_id, message_id)"
+        keys["chat_session_tombstones"] = "PRIMARY KEY (tenant_id, session_id)"
         keys["chat_draft_pieces"] = "PRIMARY KEY (tenant_id, draft_id, start_offset)"
         keys["tenant_settings"] = "PRIMARY KEY (tenant_id)"
         assert dict(found) == keys | {"schema_migrations": "PRIMARY KEY (version)"}
@@ -176,7 +212,7 @@ class TestShape:
         assert names["a"] == {"fk_chat_tickets_ticket"}
 
     def test_indexes(self, database: str) -> None:
-        """The seeds' names are there, and each index starts with the tenant."""
+        """The seeds' names are there, and each index starts with the tenant, but for two."""
         found = ask(
             database,
             """
@@ -188,7 +224,9 @@ class TestShape:
             """,
         )
         assert {name for name, _ in found} > SEED_INDEXES
-        assert {name for name, column in found if column != "tenant_id"} == set()
+        assert {name for name, column in found if column != "tenant_id"} == OTHER_INDEXES
+        pairs = 'SELECT label_pairs(\'somebody\', \'{"a": "b=c", "d": ""}\')'
+        assert ask(database, pairs) == [(["somebody\x01a=b=c", "somebody\x01d="],)]
 
     def test_names_of_constraints(self, database: str) -> None:
         """A name has the table, the columns and the kind, by which errors are distinguished."""
@@ -242,6 +280,37 @@ class TestUpAndDown:
             (directory / name).write_text(text)
             assert migrate.up(empty_database, quiet=True) == 0
             before = ours(empty_database)
+
+    def test_rows_of_the_version_before_stay_as_they_are(self, fresh_database: str) -> None:
+        """A new column is NULL or its default in them, and the new rules hold for what changes."""
+        roll_back_before(fresh_database, "20261130130000")
+        with psycopg.connect(fresh_database, autocommit=True) as connection:
+            us = Rows(connection, "us")
+            linked = us.add("chat_sessions", revision=7)
+            us.add("chat_tickets", session_id=linked)
+            message = us.add("chat_messages", session_id=linked)
+            us.add("chat_attachments", message_id=message)
+            us.add("chat_draft_pieces")
+            before = {table: rows_of(connection, table) for table in OLD_TABLES}
+            assert migrate.up(fresh_database, quiet=True) == 0
+            new: dict[str, dict[str, Any]] = {
+                "chat_sessions": {"user_id": None, "title": None, "labels": None},
+                "chat_messages": {"author_kind": None, "author_id": None, "redacted": False},
+                "chat_attachments": {"updated_at": None},
+                "tickets": {"external_ref": None, "revision": 0},
+                "chat_drafts": {"author_kind": None, "author_id": None},
+            }
+            for table, rows in before.items():
+                expected = [row | new.get(table, {}) for row in rows]
+                assert rows_of(connection, table) == expected, table
+            connection.execute("UPDATE tickets SET status = 'closed'")
+            assert us.session(linked) == ("active", True, 9)
+            us.set("chat_sessions", linked, title="Invoice")
+            us.delete("chat_sessions", linked)
+            assert us.count("chat_session_tombstones") == 1
+        for version in ("20261130130000", "20261121000100"):
+            roll_back_before(fresh_database, version)
+        assert migrate.up(fresh_database, quiet=True) == 0
 
     def test_file_that_fails_leaves_nothing(
         self,

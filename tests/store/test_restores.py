@@ -5,13 +5,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 from urllib.parse import parse_qs, urlsplit
 
 import psycopg
 import pytest
 from psycopg import sql
-from psycopg.errors import CheckViolation, UniqueViolation
+from psycopg.errors import CheckViolation, InvalidParameterValue, UniqueViolation
+from psycopg.types.json import Jsonb
 from support.cluster import Cluster
 from support.plain_rows import PARENTS, Rows, rejected_by
 
@@ -21,22 +22,34 @@ TABLES = (*PARENTS, "tenant_settings")
 DATA = ("--data-only", "--exclude-table=schema_migrations")
 
 
+BY_LABEL: LiteralString = """
+SELECT count(*) FROM chat_sessions
+ WHERE label_pairs(tenant_id COLLATE "C", labels) @> ARRAY['us' || chr(1) || 'team=é']
+   AND labels IS NOT NULL
+"""
+
+
 def fill(url: str) -> None:
     """Rows in every table, with sessions whose links were made in every state."""
     with psycopg.connect(url, autocommit=True) as connection:
         rows = Rows(connection, "us")
+        person = {"user_id": "u-1", "title": "Invoice", "labels": Jsonb({"team": "é", "b": ""})}
         for status in ("active", "resolved", "archived"):
-            linked = rows.add("chat_sessions", revision=7, updated_at="2999-01-01Z")
+            linked = rows.add("chat_sessions", revision=7, updated_at="2999-01-01Z", **person)
             rows.add("chat_tickets", session_id=linked)
             rows.set("chat_sessions", linked, status=status)
         unlinked = rows.add("chat_sessions")
         rows.delete("chat_tickets", rows.add("chat_tickets", session_id=unlinked))
-        message = rows.add("chat_messages", session_id=linked)
-        rows.add("chat_attachments", message_id=message)
+        rows.delete("chat_sessions", rows.add("chat_sessions"))
+        rows.add("tickets", external_ref=str(uuid.uuid4()), revision=7)
+        author = {"author_kind": "human_agent", "author_id": "a-1"}
+        message = rows.add("chat_messages", session_id=linked, **author)
+        rows.add("chat_attachments", message_id=message, updated_at="2999-01-01Z")
+        rows.add("chat_messages", session_id=linked, redacted=True, content="[redacted]")
         rows.add("chat_message_tombstones", session_id=linked)
         of_their_own = {"language_code": "de-AT", "search_language": "german"}
         rows.add("chat_messages", session_id=linked, state="stopped", **of_their_own)
-        draft = rows.add("chat_drafts", session_id=linked, fencing_token=2, length=10)
+        draft = rows.add("chat_drafts", session_id=linked, fencing_token=2, length=10, **author)
         for start_offset in (0, 5):
             rows.add("chat_draft_pieces", draft_id=draft, start_offset=start_offset)
         connection.execute(
@@ -96,7 +109,7 @@ def test_dumps_are_restored_exactly(
     source = create()
     fill(source)
     expected = content(source)
-    assert [len(rows) for rows in expected.values()] == [4, 2, 1, 1, 4, 3, 1, 2, 1]
+    assert [len(rows) for rows in expected.values()] == [4, 1, 3, 1, 1, 5, 3, 1, 2, 1]
     whole, data, inserts, archive = (
         tmp_path / name for name in ("whole", "data.sql", "inserts.sql", "archive")
     )
@@ -135,6 +148,21 @@ def test_dumps_are_restored_exactly(
             [[draft]] = connection.execute("SELECT id FROM chat_drafts").fetchall()
             with rejected_by(UniqueViolation, "chat_messages_pkey"):
                 us.add("chat_messages", id=draft)
+            [[deleted]] = connection.execute(
+                "SELECT session_id FROM chat_session_tombstones"
+            ).fetchall()
+            with rejected_by(UniqueViolation, "chat_session_tombstones_pkey"):
+                us.add("chat_sessions", id=deleted)
+            [[redacted]] = connection.execute(
+                "SELECT id FROM chat_messages WHERE redacted"
+            ).fetchall()
+            with rejected_by(InvalidParameterValue, "chat_attachments_redacted_check"):
+                us.add("chat_attachments", message_id=redacted)
+            connection.execute("SET enable_seqscan = off")
+            assert connection.execute(BY_LABEL).fetchone() == (3,)
+            assert "idx_chat_sessions_labels" in str(
+                connection.execute("EXPLAIN " + BY_LABEL).fetchall()
+            )
 
 
 def test_lost_links_are_restored_alone(

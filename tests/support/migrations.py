@@ -4,10 +4,17 @@ from typing import Any, LiteralString
 
 import psycopg
 
+from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.store.schema import MIGRATIONS
 
 FILES = sorted(path.name for path in MIGRATIONS.glob("*.sql"))
 VERSIONS = [name.split("_")[0] for name in FILES]
+
+
+def roll_back_before(url: str, version: str) -> None:
+    """Take back the migration of this version, and those after it."""
+    while applied(url)[-1:] >= [version]:
+        assert migrate.dbmate(url, "rollback", quiet=True) == 0
 
 
 def ask(url: str, statement: LiteralString) -> list[Any]:

@@ -11,11 +11,16 @@ import pytest
 from psycopg import sql
 
 # What Rows.add returns of a table that has no id of its own.
-ID_COLUMNS = {"chat_message_tombstones": "message_id", "chat_draft_pieces": "draft_id"}
+ID_COLUMNS = {
+    "chat_session_tombstones": "session_id",
+    "chat_message_tombstones": "message_id",
+    "chat_draft_pieces": "draft_id",
+}
 
 # Each table's parents, by the column that holds their id.
 PARENTS = {
     "chat_sessions": {},
+    "chat_session_tombstones": {},
     "chat_messages": {"session_id": "chat_sessions"},
     "chat_message_tombstones": {"session_id": "chat_sessions"},
     "chat_attachments": {"message_id": "chat_messages"},
@@ -55,6 +60,8 @@ class Rows:
         """The columns that have no default, besides those of PARENTS."""
         number = next(self._numbers)
         match table:
+            case "chat_session_tombstones":
+                return {"session_id": uuid.uuid4()}
             case "chat_messages":
                 order = {"sequence": number, "revision": number}
                 return {**order, "role": "user", "content": "hello"}

@@ -34,6 +34,7 @@ class TenantRows:
         for statement in (
             "UPDATE tickets SET status = 'closed' WHERE tenant_id = ANY (%s)",
             "DELETE FROM chat_sessions WHERE tenant_id = ANY (%s)",
+            "DELETE FROM chat_session_tombstones WHERE tenant_id = ANY (%s)",
             "DELETE FROM tickets WHERE tenant_id = ANY (%s)",
         ):
             self.connection.execute(statement, [list(tenants)])
