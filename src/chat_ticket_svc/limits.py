@@ -42,7 +42,9 @@ class Limits(BaseModel):
     file_type: PositiveInt = Field(
         default=255, description="Characters in the MIME type of an attachment."
     )
-    title: PositiveInt = Field(default=500, description="Characters in the title of a ticket.")
+    title: PositiveInt = Field(
+        default=500, description="Characters in the title of a ticket or a session."
+    )
     query: PositiveInt = Field(default=1000, description="Characters in the query of a search.")
 
 

@@ -99,7 +99,8 @@ REASONS = (
             {
                 "chat_message": "The id belongs to a different or a deleted message, or to an open "
                 "draft.",
-                "chat_session": "The session existed when the call began, and was deleted since.",
+                "chat_session": "The id belongs to a session of another user, or to one that was "
+                "deleted during the call.",
             }.get(resource, f"The id belongs to a different {name}."),
             "Choose a new id.",
         )
@@ -147,6 +148,12 @@ REASONS = (
         "FAILED_PRECONDITION",
         "The message has as many attachments as it may have.",
         "Delete an attachment, or use another message.",
+    ),
+    Reason(
+        "TOO_MANY_LABELS",
+        "FAILED_PRECONDITION",
+        "The session would have more labels than it may have.",
+        "Remove a label first, or in the same call.",
     ),
     Reason(
         "TOO_MANY_DRAFTS",

@@ -15,7 +15,7 @@ from support.client import Api, an_id, refused
 from support.cluster import Cluster
 from support.database import execute
 from support.messages import sequences
-from support.sessions import ACTIVE, ARCHIVED, RESOLVED, get_session, set_status
+from support.sessions import ACTIVE, ARCHIVED, RESOLVED, get_session, list_all_ids, set_status
 from support.tickets import SOLVED, update_ticket
 
 from chat_ticket.v1 import chat_session_pb2_grpc
@@ -31,17 +31,6 @@ from chat_ticket_svc.services.validate import MAX_UUID
 from chat_ticket_svc.store import sessions, tickets
 
 NIL = "00000000-0000-0000-0000-000000000000"
-
-
-async def list_all_ids(api: Api, request: ListChatSessionsRequest) -> list[str]:
-    """The ids on all pages of a list."""
-    ids = []
-    while True:
-        page = await api.sessions.ListChatSessions(request)
-        ids += [session.id for session in page.sessions]
-        if not page.next_page_token:
-            return ids
-        request.page_token = page.next_page_token
 
 
 @pytest.fixture(scope="module")

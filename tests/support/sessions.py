@@ -36,6 +36,25 @@ async def set_status(api: Api, session_id: str, status: int, etag: str = "") -> 
     return (await api.sessions.UpdateChatSession(request)).session
 
 
+async def update_session(api: Api, session_id: str, *paths: str, **fields: Any) -> r.ChatSession:
+    """Set these fields of a session: those that the paths name."""
+    request = UpdateChatSessionRequest(
+        session=r.ChatSession(id=session_id, **fields), update_mask=FieldMask(paths=paths)
+    )
+    return (await api.sessions.UpdateChatSession(request)).session
+
+
+async def list_all_ids(api: Api, request: ListChatSessionsRequest) -> list[str]:
+    """The ids on all pages of a list."""
+    ids = []
+    while True:
+        page = await api.sessions.ListChatSessions(request)
+        ids += [session.id for session in page.sessions]
+        if not page.next_page_token:
+            return ids
+        request.page_token = page.next_page_token
+
+
 async def delete_session(api: Api, session_id: str) -> None:
     await api.sessions.DeleteChatSession(DeleteChatSessionRequest(session_id=session_id))
 

@@ -1,5 +1,6 @@
 """ChatSessionService."""
 
+import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from chat_ticket.v1 import chat_session_pb2_grpc
 from chat_ticket_svc.access import request_context
 from chat_ticket_svc.config import Settings
 from chat_ticket_svc.services import convert, paging, watch_stream
-from chat_ticket_svc.services.validate import MAX_UUID, Validator
+from chat_ticket_svc.services.validate import MAX_FILTER_LABELS, MAX_UUID, Validator
 from chat_ticket_svc.store import sessions
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.session_deletion import SessionDeleter
@@ -47,10 +48,17 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
             status = validator.enum(
                 "session.status", request.session.status, convert.SESSION_STATUS
             )
+        new = sessions.NewSession(
+            id=session_id,
+            status=status,
+            user_id=validator.reference("session.user_id", request.session.user_id),
+            title=validator.optional_title("session.title", request.session.title) or None,
+            labels=validator.labels("session.labels", request.session.labels, sessions.MAX_LABELS),
+        )
         validator.raise_if_invalid()
         if not request.session.id:
             request_context.set_not_repeatable(session_id=session_id)
-        session = await sessions.create(self._db, tenant_id, session_id, status)
+        session = await sessions.create(self._db, tenant_id, new)
         return pb.CreateChatSessionResponse(session=convert.session(session))
 
     async def GetChatSession(
@@ -68,6 +76,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
     ) -> pb.ListChatSessionsResponse:
         tenant_id = request_context.tenant_id()
         validator = Validator(self._limits)
+        labels = validator.labels("labels", request.labels, MAX_FILTER_LABELS)
         filters = sessions.Filter(
             statuses=validator.enum_filter("statuses", request.statuses, convert.SESSION_STATUS),
             has_ticket=request.has_ticket if request.HasField("has_ticket") else None,
@@ -75,6 +84,8 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
             created_to=validator.end_time("end_create_time", request),
             updated_from=validator.start_time("start_update_time", request),
             updated_to=validator.end_time("end_update_time", request),
+            user_id=validator.reference("user_id", request.user_id),
+            labels=json.dumps(labels) if labels else None,
         )
         if request.order_by not in pb.ChatSessionOrder.values():
             validator.add_violation("order_by", f"unknown enum value {request.order_by}")
@@ -113,16 +124,12 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         validator = Validator(self._limits)
         session_id = validator.id("session.id", request.session.id)
         etag = validator.etag("session.etag", request.session.etag)
-        status = ""
-        if "status" in validator.update_mask(request.update_mask, ["status"]):
-            status = validator.enum(
-                "session.status", request.session.status, convert.SESSION_STATUS
-            )
+        changes = _changes(validator, request)
         validator.raise_if_invalid()
         if etag is not None:
             # Repeated after its own success, the call meets a revision that is not its etag.
             request_context.set_not_repeatable()
-        session = await sessions.set_status(self._db, tenant_id, session_id, status, etag)
+        session = await sessions.update(self._db, tenant_id, session_id, changes, etag)
         self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.UpdateChatSessionResponse(session=convert.session(session))
 
@@ -147,3 +154,24 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         validator.raise_if_invalid()
         watch = watch_stream.watch_with_drafts if request.include_drafts else watch_stream.watch
         return watch(self._db, self._watch_hub, tenant_id, session_id, after)
+
+
+def _changes(validator: Validator, request: pb.UpdateChatSessionRequest) -> sessions.Update:
+    session = request.session
+    named = validator.update_mask(request.update_mask, ["status", "title", "labels"])
+    status = title = labels = None
+    if "status" in named:
+        status = validator.enum("session.status", session.status, convert.SESSION_STATUS)
+    if "title" in named:
+        title = validator.optional_title("session.title", session.title)
+    if "labels" in named:
+        labels = validator.labels("session.labels", session.labels, sessions.MAX_LABELS)
+    changed_labels: dict[str, str | None] = {}
+    for path in named:
+        field, _, key = path.partition(".")
+        if field != "labels" or not key:
+            continue
+        changed_labels[key] = session.labels.get(key)
+        if key in session.labels:
+            validator.label_value(f"session.labels[{key:.100}]", session.labels[key])
+    return sessions.Update(status, title, labels, changed_labels)

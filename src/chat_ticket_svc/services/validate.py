@@ -1,7 +1,7 @@
 """The validation of requests. It reports all violations of a request in one error."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -26,6 +26,10 @@ MIME_TYPE = re.compile(
 # A language tag of BCP 47, without those that begin with "x-" or "i-". The database has the same
 # rule, as a constraint.
 LANGUAGE_CODE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8})*+")
+# The database has the same rules for labels, in a trigger.
+LABEL_KEY = re.compile(r"[a-z0-9._/-]{1,63}")
+MAX_LABEL_VALUE = 255
+MAX_FILTER_LABELS = 4
 MAX_REFERENCE = 255  # characters: of a caller's own id, such as a user's
 # What RFC 5646 recommends to allow, in section 4.4.1.
 MAX_LANGUAGE_CODE = 35
@@ -76,7 +80,7 @@ class Validator:
         else:
             self._unlisted += 1
 
-    def has_at_most(self, field: str, values: Sequence[Any], limit: int) -> bool:
+    def has_at_most(self, field: str, values: Sized, limit: int) -> bool:
         """Check the length of a list before its values: 4 MiB hold two million empty messages."""
         if len(values) > limit:
             self.add_violation(field, f"{len(values):,} elements, at most {limit:,}")
@@ -132,6 +136,28 @@ class Validator:
     def reference(self, field: str, value: str) -> str | None:
         """A caller's own id of something, of one line; None when it is empty."""
         return self.single_line(field, value, MAX_REFERENCE) if value else None
+
+    def optional_title(self, field: str, value: str) -> str:
+        return self.single_line(field, value, self._limits.title) if value else ""
+
+    def labels(self, field: str, labels: Mapping[str, str], limit: int) -> dict[str, str]:
+        """At most `limit` pairs."""
+        if not self.has_at_most(field, labels, limit):
+            return {}
+        for key in sorted(labels):
+            if not LABEL_KEY.fullmatch(key):
+                self.add_violation(
+                    f"{field}[{key:.100}]", "the key is not 1 to 63 characters of a-z, 0-9 and ._/-"
+                )
+            self.label_value(f"{field}[{key:.100}]", labels[key])
+        return dict(labels)
+
+    def label_value(self, field: str, value: str) -> str:
+        if value:
+            self.text(field, value, MAX_LABEL_VALUE)
+        if single_line.CONTROL_OR_LINE_BREAK.search(value):
+            self.add_violation(field, "contains a control character or a line break")
+        return value
 
     def author(self, field: str, author: pb.ChatMessageAuthor) -> tuple[str | None, str | None]:
         """The kind and the id of an author, either of which can be None."""
@@ -200,17 +226,30 @@ class Validator:
         return int(value)
 
     def update_mask(self, mask: FieldMask, allowed: Sequence[str]) -> set[str]:
-        """The fields to update."""
+        """The fields to update. Of `labels`, a path can also name one, as `labels.KEY`."""
         names = ", ".join(allowed)
+        if "labels" in allowed:
+            names += ", labels.KEY"
         if not mask.paths:
             self.add_violation("update_mask", f"required: at least one of {names}")
         if not self.has_at_most("update_mask", mask.paths, MAX_FILTER_VALUES):
             return set()
         for path in mask.paths:
-            if path not in allowed:
+            field, _, key = path.partition(".")
+            if path in allowed:
+                continue
+            if field != "labels" or field not in allowed:
                 self.add_violation(
                     "update_mask", f"path {path!r:.100} cannot be updated, only: {names}"
                 )
+            elif not LABEL_KEY.fullmatch(key):
+                self.add_violation(
+                    "update_mask",
+                    f"path {path!r:.100} has a key that is not 1 to 63 characters of a-z, 0-9 and "
+                    "._/-",
+                )
+            elif field in mask.paths:
+                self.add_violation("update_mask", f"path {path!r} together with 'labels'")
         return set(mask.paths)
 
     def start_time(self, field: str, request: Any) -> datetime | None:

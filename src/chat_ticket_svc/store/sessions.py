@@ -1,6 +1,7 @@
 """Chat sessions."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, LiteralString, NamedTuple
 
@@ -39,6 +40,31 @@ class Filter(NamedTuple):
     created_to: datetime | None
     updated_from: datetime | None
     updated_to: datetime | None
+    user_id: str | None
+    labels: str | None  # a JSON object: a session must have all of its pairs
+
+
+class NewSession(NamedTuple):
+    """A session to create."""
+
+    id: str
+    status: str
+    user_id: str | None
+    title: str | None
+    labels: Mapping[str, str]
+
+
+class Update(NamedTuple):
+    """What to change of a session. None changes nothing.
+
+    An empty `title` removes the title. `labels` replaces all labels. `changed_labels` sets single
+    labels, or removes those whose value is None.
+    """
+
+    status: str | None
+    title: str | None
+    labels: Mapping[str, str] | None
+    changed_labels: Mapping[str, str | None]
 
 
 COLUMNS = column_list(Session)
@@ -46,11 +72,13 @@ COLUMNS = column_list(Session)
 # A session has no more messages than revisions. The deletion of so many takes about a second.
 LARGE_REVISION = 100_000
 
+MAX_LABELS = 32
+
 STATUSES: tuple[LiteralString, ...] = ("active", "resolved", "archived")
 
 CREATE = f"""
-INSERT INTO chat_sessions (tenant_id, id, status)
-VALUES (%(tenant_id)s, %(id)s::uuid, %(status)s)
+INSERT INTO chat_sessions (tenant_id, id, status, user_id, title, labels)
+VALUES (%(tenant_id)s, %(id)s::uuid, %(status)s, %(user_id)s, %(title)s, %(labels)s::jsonb)
 ON CONFLICT (tenant_id, id) DO NOTHING
 RETURNING {COLUMNS}
 """
@@ -79,9 +107,11 @@ SELECT s.id::text
    FOR UPDATE OF s
 """
 
-SET_STATUS = f"""
+UPDATE = f"""
 UPDATE chat_sessions
    SET status = %(status)s,
+       title = %(title)s,
+       labels = %(labels)s::jsonb,
        revision = revision + 1,
        updated_at = next_change_time(updated_at)
  WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
@@ -134,6 +164,30 @@ LIST_BY_UPDATE_TIME = f"""
 SELECT {COLUMNS} FROM chat_sessions WHERE tenant_id = %(tenant_id)s {PAGE_BY_UPDATE_TIME}
 """
 
+# The two conditions on labels are the same. The second lets the index be used. The first is cheap
+# to judge where the sessions are read in order. Together they let the planner take a label that it
+# has not seen for rare: by the second alone it expects one in 200 sessions to have it, and would
+# read all sessions of a tenant in order to find the few.
+IDENTITY = """
+   AND (%(user_id)s::text IS NULL OR user_id = %(user_id)s::text)
+   AND (%(labels)s::jsonb IS NULL
+        OR (labels @> %(labels)s::jsonb
+            AND label_pairs(tenant_id COLLATE "C", labels)
+                @> label_pairs(%(tenant_id)s::text, %(labels)s::jsonb)))
+   AND (%(statuses)s::text[] IS NULL OR status = ANY (%(statuses)s::text[]))
+   AND (%(has_ticket)s::boolean IS NULL OR has_ticket = %(has_ticket)s::boolean)
+"""
+
+LIST_OF_IDENTITY_BY_CREATE_TIME = f"""
+SELECT {COLUMNS} FROM chat_sessions
+ WHERE tenant_id = %(tenant_id)s {IDENTITY} {PAGE_BY_CREATE_TIME}
+"""
+
+LIST_OF_IDENTITY_BY_UPDATE_TIME = f"""
+SELECT {COLUMNS} FROM chat_sessions
+ WHERE tenant_id = %(tenant_id)s {IDENTITY} {PAGE_BY_UPDATE_TIME}
+"""
+
 
 def _of_each_kind(page: LiteralString) -> LiteralString:
     """The pages of sessions of each status, with and without a ticket: what the filter admits.
@@ -183,15 +237,16 @@ def not_found(session_id: str) -> errors.NotFoundError:
     return errors.NotFoundError("chat_session", session_id)
 
 
-async def create(db: Database, tenant_id: str, session_id: str, status: str) -> Session:
-    """Create a session. If the id exists, return the session that has it."""
-    params = {"tenant_id": tenant_id, "id": session_id, "status": status}
+async def create(db: Database, tenant_id: str, new: NewSession) -> Session:
+    """Create a session. If the id exists, return the session that has it, if it is this user's."""
+    params = {"tenant_id": tenant_id, **new._asdict(), "labels": _json(new.labels)}
     created = await db.write(CREATE, params, Session, idempotent=True)
     if created:
         return created[0]
     existing = await db.fetch_by_key(GET, params, Session, outcome_unknown=True)
-    if existing is None:  # deleted between the two statements
-        raise errors.AlreadyExistsError.id_taken("chat_session", session_id)
+    # None: deleted between the two statements.
+    if existing is None or existing.user_id != new.user_id:
+        raise errors.AlreadyExistsError.id_taken("chat_session", new.id)
     return existing
 
 
@@ -222,13 +277,22 @@ async def page(
     limit: int,
 ) -> list[Session]:
     """A page of sessions, newest first, that starts after (after_time, after_id) in this order."""
-    params = {"after_time": after_time, "after_id": after_id, "limit": limit}
+    params = {
+        "tenant_id": tenant_id,
+        "after_time": after_time,
+        "after_id": after_id,
+        "limit": limit,
+        **session_filter._asdict(),
+    }
+    of_identity = session_filter.user_id is not None or session_filter.labels is not None
     of_kind = session_filter.statuses is not None or session_filter.has_ticket is not None
     return await db.fetch_all(
-        (LIST_OF_KIND_BY_UPDATE_TIME if of_kind else LIST_BY_UPDATE_TIME)
-        if by_update_time
-        else (LIST_OF_KIND_BY_CREATE_TIME if of_kind else LIST_BY_CREATE_TIME),
-        {"tenant_id": tenant_id, **params, **session_filter._asdict()},
+        (LIST_OF_IDENTITY_BY_UPDATE_TIME if by_update_time else LIST_OF_IDENTITY_BY_CREATE_TIME)
+        if of_identity
+        else (LIST_OF_KIND_BY_UPDATE_TIME if by_update_time else LIST_OF_KIND_BY_CREATE_TIME)
+        if of_kind
+        else (LIST_BY_UPDATE_TIME if by_update_time else LIST_BY_CREATE_TIME),
+        params,
         Session,
         prepare=False,
     )
@@ -274,20 +338,50 @@ async def lock_of_message(transaction: Transaction, tenant_id: str, message_id: 
     return session_id
 
 
-async def set_status(
-    db: Database, tenant_id: str, session_id: str, status: str, etag: int | None
+async def update(
+    db: Database, tenant_id: str, session_id: str, changes: Update, etag: int | None
 ) -> Session:
-    """Set the status. Setting the current status changes nothing, not even the revision."""
+    """Change a session in one revision. Setting the current values changes nothing."""
 
     async def body(transaction: Transaction) -> Session:
         session = await lock(transaction, tenant_id, session_id, etag)
-        if session.status == status:
+        old_labels: dict[str, str] = json.loads(session.labels or "{}")
+        labels = _changed_labels(old_labels, changes)
+        if len(labels) > MAX_LABELS:
+            raise errors.FailedPreconditionError(
+                f"the session would have {len(labels)} labels, at most {MAX_LABELS}",
+                reason="TOO_MANY_LABELS",
+                subject=f"chat_sessions/{session_id}",
+            )
+        status = session.status if changes.status is None else changes.status
+        title = session.title if changes.title is None else changes.title or None
+        if (status, title, labels) == (session.status, session.title, old_labels):
             return session
-        params = {"tenant_id": tenant_id, "id": session_id, "status": status}
-        [changed] = await transaction.fetch_all(SET_STATUS, params, Session)
+        [changed] = await transaction.fetch_all(
+            UPDATE,
+            {
+                "tenant_id": tenant_id,
+                "id": session_id,
+                "status": status,
+                "title": title,
+                "labels": _json(labels),
+            },
+            Session,
+        )
         return changed
 
     return await db.transaction(body, idempotent=etag is None, locks=[session_id])
+
+
+def _changed_labels(labels: Mapping[str, str], changes: Update) -> dict[str, str]:
+    replaced = labels if changes.labels is None else changes.labels
+    merged = {**replaced, **changes.changed_labels}
+    return {key: value for key, value in merged.items() if value is not None}
+
+
+def _json(labels: Mapping[str, str]) -> str | None:
+    """The labels as they are stored: NULL means none."""
+    return json.dumps(dict(labels)) if labels else None
 
 
 async def delete(
