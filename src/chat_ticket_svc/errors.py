@@ -110,6 +110,17 @@ class FailedPreconditionError(DomainError):
         self.subject = subject
 
 
+class MessageRedactedError(FailedPreconditionError):
+    """The message is redacted, for ever."""
+
+    def __init__(self, message_id: str):
+        super().__init__(
+            f"the message {message_id} is redacted",
+            reason="CHAT_MESSAGE_REDACTED",
+            subject=f"chat_messages/{message_id}",
+        )
+
+
 class AbortedError(DomainError):
     """The call lost to a concurrent call. The caller may read again, or simply retry."""
 

@@ -144,6 +144,12 @@ REASONS = (
         "Check that the URL is public and answers within three seconds.",
     ),
     Reason(
+        "CHAT_MESSAGE_REDACTED",
+        "FAILED_PRECONDITION",
+        "The message is redacted, and takes neither metadata nor attachments.",
+        "Leave the message as it is.",
+    ),
+    Reason(
         "TOO_MANY_ATTACHMENTS",
         "FAILED_PRECONDITION",
         "The message has as many attachments as it may have.",

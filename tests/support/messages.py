@@ -12,6 +12,7 @@ from chat_ticket.v1.chat_message_pb2 import (
     GetChatMessageRequest,
     ListChatMessagesRequest,
     ListChatMessagesResponse,
+    RedactChatMessageRequest,
     UpdateChatMessageRequest,
 )
 from support.client import Api
@@ -41,6 +42,11 @@ async def set_metadata(api: Api, message_id: str, metadata: str) -> r.ChatMessag
         update_mask=FieldMask(paths=["metadata_json"]),
     )
     return (await api.messages.UpdateChatMessage(request)).message
+
+
+async def redact_message(api: Api, message_id: str, etag: str = "") -> r.ChatMessage:
+    request = RedactChatMessageRequest(message_id=message_id, etag=etag)
+    return (await api.messages.RedactChatMessage(request)).message
 
 
 async def delete_message(api: Api, message_id: str) -> None:

@@ -104,9 +104,9 @@ class ChatDraftServiceServicer:
         - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with this
         error when the session is deleted.
         - ALREADY_EXISTS (CHAT_DRAFT_ALREADY_EXISTS): the id belongs to a draft of another session, or
-        with another role or language code.
+        with another role, author or language code.
         - ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS): the id belongs to a message of another session,
-        or with another role or language code, or to a deleted message.
+        or with another role, author or language code, or to a deleted message.
         - ALREADY_EXISTS (DRAFT_OPEN): `exclusive` is set, and the session has another open draft, which
         google.rpc.ResourceInfo names.
         - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS), FAILED_PRECONDITION

@@ -235,7 +235,14 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
     async def RedactChatMessage(
         self, request: pb.RedactChatMessageRequest, context: Context
     ) -> pb.RedactChatMessageResponse:
-        raise NotImplementedError
+        tenant_id = request_context.tenant_id()
+        validator = Validator(self._limits)
+        message_id = validator.id("message_id", request.message_id)
+        etag = validator.etag("etag", request.etag)
+        validator.raise_if_invalid()
+        message = await messages.redact(self._db, tenant_id, message_id, etag)
+        self._watch_hub.notify_changed(tenant_id, message.session_id)
+        return pb.RedactChatMessageResponse(message=convert.message(message))
 
     async def SearchChatMessages(
         self, request: pb.SearchChatMessagesRequest, context: Context

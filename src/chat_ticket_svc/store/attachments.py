@@ -212,6 +212,8 @@ async def create(
     try:
         return await db.transaction(body, idempotent=True, locks=[session_id])
     except ConstraintViolation as violation:
+        if violation.constraint == "chat_attachments_redacted_check":
+            raise errors.MessageRedactedError(message_id) from violation
         if violation.constraint != "chat_attachments_pkey":
             raise
         raise errors.AlreadyExistsError.id_taken("chat_attachment", new.id) from violation

@@ -97,10 +97,14 @@ SELECT session_id::text FROM chat_drafts
 FIND = """
 SELECT CASE WHEN d.id IS NOT NULL THEN
            d.session_id = %(session_id)s::uuid AND d.role = %(role)s
-           AND d.language_code IS NOT DISTINCT FROM %(language_code)s END,
+           AND d.language_code IS NOT DISTINCT FROM %(language_code)s
+           AND d.author_kind IS NOT DISTINCT FROM %(author_kind)s
+           AND d.author_id IS NOT DISTINCT FROM %(author_id)s END,
        CASE WHEN m.id IS NOT NULL THEN
            m.session_id = %(session_id)s::uuid AND m.role = %(role)s
-           AND m.language_code IS NOT DISTINCT FROM %(language_code)s END,
+           AND m.language_code IS NOT DISTINCT FROM %(language_code)s
+           AND m.author_kind IS NOT DISTINCT FROM %(author_kind)s
+           AND m.author_id IS NOT DISTINCT FROM %(author_id)s END,
        t.message_id IS NOT NULL, d.fencing_token
   FROM (SELECT %(tenant_id)s::text AS tenant_id, %(id)s::uuid AS id) AS wanted
   LEFT JOIN chat_drafts d ON d.tenant_id = wanted.tenant_id AND d.id = wanted.id

@@ -1,4 +1,4 @@
-"""Chat messages: reading, changing and deleting one. The session's lock orders the changes.
+"""Chat messages: reading, changing, redacting and deleting one. The session's lock orders the changes.
 
 append.py and group_commit.py add messages; message_listing.py lists them.
 """
@@ -83,11 +83,34 @@ WITH session AS (
        AND EXISTS (
            SELECT FROM chat_messages m
             WHERE m.tenant_id = %(tenant_id)s AND m.id = %(id)s::uuid
+              AND NOT m.redacted
               AND m.metadata::text IS DISTINCT FROM %(metadata)s::jsonb::text)
     RETURNING revision
 )
 UPDATE chat_messages m
    SET metadata = %(metadata)s::jsonb, revision = session.revision
+  FROM session
+ WHERE m.tenant_id = %(tenant_id)s AND m.id = %(id)s::uuid
+"""
+
+REDACT = """
+WITH session AS (
+    UPDATE chat_sessions
+       SET revision = revision + 1, updated_at = next_change_time(updated_at)
+     WHERE tenant_id = %(tenant_id)s AND id = %(session_id)s::uuid
+       AND EXISTS (
+           SELECT FROM chat_messages m
+            WHERE m.tenant_id = %(tenant_id)s AND m.id = %(id)s::uuid
+              AND NOT m.redacted
+              AND (%(etag)s::bigint IS NULL OR m.revision = %(etag)s::bigint))
+    RETURNING revision
+), attachment AS (
+    DELETE FROM chat_attachments a
+     USING session
+     WHERE a.tenant_id = %(tenant_id)s AND a.message_id = %(id)s::uuid
+)
+UPDATE chat_messages m
+   SET content = '[redacted]', metadata = NULL, redacted = true, revision = session.revision
   FROM session
  WHERE m.tenant_id = %(tenant_id)s AND m.id = %(id)s::uuid
 """
@@ -145,6 +168,34 @@ async def set_metadata(
         message = await transaction.fetch_one(GET, params, from_row)
         if message is None:  # deleted during the wait for the lock
             raise not_found(message_id)
+        if message.redacted:
+            raise errors.MessageRedactedError(message_id)
+        return message
+
+    session_id = await sessions.of_message(db, tenant_id, message_id)
+    return await db.transaction(body, idempotent=True, locks=[session_id])
+
+
+async def redact(db: Database, tenant_id: str, message_id: str, etag: int | None) -> Message:
+    """Replace the content by a mark, and remove the metadata and the attachments.
+
+    A redacted message is returned as it is. Raises AbortedError if `etag` is given and differs from
+    the revision of the message.
+    """
+
+    async def body(transaction: Transaction) -> Message:
+        session_id = await sessions.lock_of_message(transaction, tenant_id, message_id)
+        params = {"tenant_id": tenant_id, "id": message_id}
+        await transaction.execute(REDACT, {**params, "session_id": session_id, "etag": etag})
+        message = await transaction.fetch_one(GET, params, from_row)
+        if message is None:  # deleted during the wait for the lock
+            raise not_found(message_id)
+        if not message.redacted:
+            raise errors.AbortedError(
+                f"the message is at revision {message.revision}, not {etag}",
+                reason="ETAG_MISMATCH",
+                metadata={"revision": str(message.revision)},
+            )
         return message
 
     session_id = await sessions.of_message(db, tenant_id, message_id)

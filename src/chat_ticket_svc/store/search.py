@@ -117,9 +117,10 @@ SELECT FROM chat_messages
 """
 
 CANDIDATES_BY_INDEX = f"""
-    SELECT id, session_id, sequence, role, content, search_language, created_at, 0 AS position
+    SELECT id, session_id, sequence, role, content, search_language, created_at, redacted,
+           0 AS position
       FROM chat_messages
-     WHERE tenant_id = %(tenant_id)s
+     WHERE tenant_id = %(tenant_id)s AND NOT redacted
        AND search_vector(content, search_language) @@ %(any_query)s::tsquery
        AND (%(any_placed)s::tsquery IS NULL
             OR search_vector(content, search_language) @@ %(any_placed)s::tsquery
@@ -142,7 +143,7 @@ CANDIDATES_BY_SESSION = """
              ORDER BY created_at DESC, id DESC
              LIMIT %(sessions)s + 1) AS s
       LEFT JOIN LATERAL (
-           SELECT id, session_id, sequence, role, content, search_language, created_at
+           SELECT id, session_id, sequence, role, content, search_language, created_at, redacted
              FROM chat_messages
             WHERE tenant_id = %(tenant_id)s AND session_id = s.id
             ORDER BY sequence DESC
@@ -161,7 +162,8 @@ RANKED = f"""
                            ORDER BY created_at DESC, id DESC
                            ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS bytes_before
       FROM candidates
-     WHERE (%(session_id)s::uuid IS NULL OR session_id = %(session_id)s::uuid)
+     WHERE NOT redacted
+       AND (%(session_id)s::uuid IS NULL OR session_id = %(session_id)s::uuid)
        AND (%(roles)s::text[] IS NULL OR role = ANY (%(roles)s::text[]))
        AND (%(created_from)s::timestamptz IS NULL OR created_at >= %(created_from)s::timestamptz)
        AND (%(created_to)s::timestamptz IS NULL OR created_at < %(created_to)s::timestamptz)

@@ -15,6 +15,7 @@ import {
   type ServiceError,
   type UntypedServiceImplementation,
 } from "@grpc/grpc-js";
+import { FieldMask } from "../../google/protobuf/field_mask.js";
 import { ChatAttachment } from "./resources.js";
 
 /**
@@ -85,10 +86,28 @@ export interface ListChatAttachmentsResponse {
   nextPageToken: string;
 }
 
+/** Request message for ChatAttachmentService.UpdateChatAttachment. */
+export interface UpdateChatAttachmentRequest {
+  /** The attachment to update. `id` is required and names it. The fields that the mask names are set. */
+  attachment:
+    | ChatAttachment
+    | undefined;
+  /** The fields to update. Required; at most 20 paths. The only field is `file_url`. */
+  updateMask: string[] | undefined;
+}
+
+/** Response message for ChatAttachmentService.UpdateChatAttachment. */
+export interface UpdateChatAttachmentResponse {
+  /** The attachment after the update. */
+  attachment: ChatAttachment | undefined;
+}
+
 /** Request message for ChatAttachmentService.DeleteChatAttachment. */
 export interface DeleteChatAttachmentRequest {
   /** The id of the attachment. Required. */
   attachmentId: string;
+  /** Whether the call is OK when the attachment does not exist. Optional; the default is false. */
+  allowMissing: boolean;
 }
 
 /** Response message for ChatAttachmentService.DeleteChatAttachment. */
@@ -633,14 +652,177 @@ export const ListChatAttachmentsResponse: MessageFns<ListChatAttachmentsResponse
   },
 };
 
+function createBaseUpdateChatAttachmentRequest(): UpdateChatAttachmentRequest {
+  return { attachment: undefined, updateMask: undefined };
+}
+
+export const UpdateChatAttachmentRequest: MessageFns<UpdateChatAttachmentRequest> = {
+  encode(message: UpdateChatAttachmentRequest, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.attachment !== undefined) {
+      ChatAttachment.encode(message.attachment, writer.uint32(10).fork()).join();
+    }
+    if (message.updateMask !== undefined) {
+      FieldMask.encode(FieldMask.wrap(message.updateMask), writer.uint32(18).fork()).join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): UpdateChatAttachmentRequest {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseUpdateChatAttachmentRequest();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.attachment = ChatAttachment.decode(reader, reader.uint32());
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.updateMask = FieldMask.unwrap(FieldMask.decode(reader, reader.uint32()));
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): UpdateChatAttachmentRequest {
+    return {
+      attachment: isSet(object.attachment) ? ChatAttachment.fromJSON(object.attachment) : undefined,
+      updateMask: isSet(object.updateMask)
+        ? FieldMask.unwrap(FieldMask.fromJSON(object.updateMask))
+        : isSet(object.update_mask)
+        ? FieldMask.unwrap(FieldMask.fromJSON(object.update_mask))
+        : undefined,
+    };
+  },
+
+  toJSON(message: UpdateChatAttachmentRequest): unknown {
+    const obj: any = {};
+    if (message.attachment !== undefined) {
+      obj.attachment = ChatAttachment.toJSON(message.attachment);
+    }
+    if (message.updateMask !== undefined) {
+      obj.updateMask = FieldMask.toJSON(FieldMask.wrap(message.updateMask));
+    }
+    return obj;
+  },
+
+  create(base?: DeepPartial<UpdateChatAttachmentRequest>): UpdateChatAttachmentRequest {
+    return UpdateChatAttachmentRequest.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<UpdateChatAttachmentRequest>): UpdateChatAttachmentRequest {
+    const message = createBaseUpdateChatAttachmentRequest();
+    message.attachment = (object.attachment !== undefined && object.attachment !== null)
+      ? ChatAttachment.fromPartial(object.attachment)
+      : undefined;
+    message.updateMask = object.updateMask ?? undefined;
+    return message;
+  },
+};
+
+function createBaseUpdateChatAttachmentResponse(): UpdateChatAttachmentResponse {
+  return { attachment: undefined };
+}
+
+export const UpdateChatAttachmentResponse: MessageFns<UpdateChatAttachmentResponse> = {
+  encode(message: UpdateChatAttachmentResponse, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.attachment !== undefined) {
+      ChatAttachment.encode(message.attachment, writer.uint32(10).fork()).join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): UpdateChatAttachmentResponse {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseUpdateChatAttachmentResponse();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.attachment = ChatAttachment.decode(reader, reader.uint32());
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): UpdateChatAttachmentResponse {
+    return { attachment: isSet(object.attachment) ? ChatAttachment.fromJSON(object.attachment) : undefined };
+  },
+
+  toJSON(message: UpdateChatAttachmentResponse): unknown {
+    const obj: any = {};
+    if (message.attachment !== undefined) {
+      obj.attachment = ChatAttachment.toJSON(message.attachment);
+    }
+    return obj;
+  },
+
+  create(base?: DeepPartial<UpdateChatAttachmentResponse>): UpdateChatAttachmentResponse {
+    return UpdateChatAttachmentResponse.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<UpdateChatAttachmentResponse>): UpdateChatAttachmentResponse {
+    const message = createBaseUpdateChatAttachmentResponse();
+    message.attachment = (object.attachment !== undefined && object.attachment !== null)
+      ? ChatAttachment.fromPartial(object.attachment)
+      : undefined;
+    return message;
+  },
+};
+
 function createBaseDeleteChatAttachmentRequest(): DeleteChatAttachmentRequest {
-  return { attachmentId: "" };
+  return { attachmentId: "", allowMissing: false };
 }
 
 export const DeleteChatAttachmentRequest: MessageFns<DeleteChatAttachmentRequest> = {
   encode(message: DeleteChatAttachmentRequest, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
     if (message.attachmentId !== "") {
       writer.uint32(10).string(message.attachmentId);
+    }
+    if (message.allowMissing !== false) {
+      writer.uint32(16).bool(message.allowMissing);
     }
     return writer;
   },
@@ -666,6 +848,14 @@ export const DeleteChatAttachmentRequest: MessageFns<DeleteChatAttachmentRequest
             message.attachmentId = reader.string();
             continue;
           }
+          case 2: {
+            if (tag !== 16) {
+              break;
+            }
+
+            message.allowMissing = reader.bool();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -685,6 +875,11 @@ export const DeleteChatAttachmentRequest: MessageFns<DeleteChatAttachmentRequest
         : isSet(object.attachment_id)
         ? globalThis.String(object.attachment_id)
         : "",
+      allowMissing: isSet(object.allowMissing)
+        ? globalThis.Boolean(object.allowMissing)
+        : isSet(object.allow_missing)
+        ? globalThis.Boolean(object.allow_missing)
+        : false,
     };
   },
 
@@ -692,6 +887,9 @@ export const DeleteChatAttachmentRequest: MessageFns<DeleteChatAttachmentRequest
     const obj: any = {};
     if (message.attachmentId !== "") {
       obj.attachmentId = message.attachmentId;
+    }
+    if (message.allowMissing !== false) {
+      obj.allowMissing = message.allowMissing;
     }
     return obj;
   },
@@ -702,6 +900,7 @@ export const DeleteChatAttachmentRequest: MessageFns<DeleteChatAttachmentRequest
   fromPartial(object: DeepPartial<DeleteChatAttachmentRequest>): DeleteChatAttachmentRequest {
     const message = createBaseDeleteChatAttachmentRequest();
     message.attachmentId = object.attachmentId ?? "";
+    message.allowMissing = object.allowMissing ?? false;
     return message;
   },
 };
@@ -780,13 +979,15 @@ export const ChatAttachmentServiceDefinition = {
      * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
      * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): `attachment.id` belongs to an attachment of
      *   another message, or with another URL, name or type.
+     * - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
      * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
      *   does not say why.
      * - FAILED_PRECONDITION (TOO_MANY_ATTACHMENTS): the message already has 20 attachments.
      * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
      *
      * Retry: safe when `attachment.id` is set. A retry with the same content returns the stored
-     * attachment without checking the URL. Without an id, a retry can add a second attachment.
+     * attachment without checking the URL. The URL is compared only until it is updated. Without an
+     * id, a retry can add a second attachment.
      */
     createChatAttachment: {
       name: "CreateChatAttachment",
@@ -835,6 +1036,30 @@ export const ChatAttachmentServiceDefinition = {
       options: {},
     },
     /**
+     * Updates the URL of an attachment.
+     *
+     * The revision of the message and of its session increases. Watchers of the session receive the
+     * message again. The server first checks that the new URL is accessible. Setting the current URL is
+     * not a change, and is not checked.
+     *
+     * Errors:
+     *
+     * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+     * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
+     *   does not say why.
+     * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+     *
+     * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+     */
+    updateChatAttachment: {
+      name: "UpdateChatAttachment",
+      requestType: UpdateChatAttachmentRequest as typeof UpdateChatAttachmentRequest,
+      requestStream: false,
+      responseType: UpdateChatAttachmentResponse as typeof UpdateChatAttachmentResponse,
+      responseStream: false,
+      options: {},
+    },
+    /**
      * Deletes an attachment from its message.
      *
      * The revision of the message and of its session increases. Watchers of the session receive the
@@ -844,7 +1069,8 @@ export const ChatAttachmentServiceDefinition = {
      *
      * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
      *
-     * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+     * Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+     * succeeded.
      */
     deleteChatAttachment: {
       name: "DeleteChatAttachment",
@@ -876,13 +1102,15 @@ export const ChatAttachmentServiceService = {
    * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
    * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): `attachment.id` belongs to an attachment of
    *   another message, or with another URL, name or type.
+   * - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
    * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
    *   does not say why.
    * - FAILED_PRECONDITION (TOO_MANY_ATTACHMENTS): the message already has 20 attachments.
    * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
    *
    * Retry: safe when `attachment.id` is set. A retry with the same content returns the stored
-   * attachment without checking the URL. Without an id, a retry can add a second attachment.
+   * attachment without checking the URL. The URL is compared only until it is updated. Without an
+   * id, a retry can add a second attachment.
    */
   createChatAttachment: {
     path: "/chat_ticket.v1.ChatAttachmentService/CreateChatAttachment" as const,
@@ -940,6 +1168,33 @@ export const ChatAttachmentServiceService = {
     responseDeserialize: (value: Buffer): ListChatAttachmentsResponse => ListChatAttachmentsResponse.decode(value),
   },
   /**
+   * Updates the URL of an attachment.
+   *
+   * The revision of the message and of its session increases. Watchers of the session receive the
+   * message again. The server first checks that the new URL is accessible. Setting the current URL is
+   * not a change, and is not checked.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+   * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
+   *   does not say why.
+   * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+   *
+   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+   */
+  updateChatAttachment: {
+    path: "/chat_ticket.v1.ChatAttachmentService/UpdateChatAttachment" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: UpdateChatAttachmentRequest): Buffer =>
+      Buffer.from(UpdateChatAttachmentRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): UpdateChatAttachmentRequest => UpdateChatAttachmentRequest.decode(value),
+    responseSerialize: (value: UpdateChatAttachmentResponse): Buffer =>
+      Buffer.from(UpdateChatAttachmentResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): UpdateChatAttachmentResponse => UpdateChatAttachmentResponse.decode(value),
+  },
+  /**
    * Deletes an attachment from its message.
    *
    * The revision of the message and of its session increases. Watchers of the session receive the
@@ -949,7 +1204,8 @@ export const ChatAttachmentServiceService = {
    *
    * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
    *
-   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   * Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+   * succeeded.
    */
   deleteChatAttachment: {
     path: "/chat_ticket.v1.ChatAttachmentService/DeleteChatAttachment" as const,
@@ -977,13 +1233,15 @@ export interface ChatAttachmentServiceServer extends UntypedServiceImplementatio
    * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
    * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): `attachment.id` belongs to an attachment of
    *   another message, or with another URL, name or type.
+   * - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
    * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
    *   does not say why.
    * - FAILED_PRECONDITION (TOO_MANY_ATTACHMENTS): the message already has 20 attachments.
    * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
    *
    * Retry: safe when `attachment.id` is set. A retry with the same content returns the stored
-   * attachment without checking the URL. Without an id, a retry can add a second attachment.
+   * attachment without checking the URL. The URL is compared only until it is updated. Without an
+   * id, a retry can add a second attachment.
    */
   createChatAttachment: handleUnaryCall<CreateChatAttachmentRequest, CreateChatAttachmentResponse>;
   /**
@@ -1011,6 +1269,23 @@ export interface ChatAttachmentServiceServer extends UntypedServiceImplementatio
    */
   listChatAttachments: handleUnaryCall<ListChatAttachmentsRequest, ListChatAttachmentsResponse>;
   /**
+   * Updates the URL of an attachment.
+   *
+   * The revision of the message and of its session increases. Watchers of the session receive the
+   * message again. The server first checks that the new URL is accessible. Setting the current URL is
+   * not a change, and is not checked.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+   * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
+   *   does not say why.
+   * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+   *
+   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+   */
+  updateChatAttachment: handleUnaryCall<UpdateChatAttachmentRequest, UpdateChatAttachmentResponse>;
+  /**
    * Deletes an attachment from its message.
    *
    * The revision of the message and of its session increases. Watchers of the session receive the
@@ -1020,7 +1295,8 @@ export interface ChatAttachmentServiceServer extends UntypedServiceImplementatio
    *
    * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
    *
-   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   * Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+   * succeeded.
    */
   deleteChatAttachment: handleUnaryCall<DeleteChatAttachmentRequest, DeleteChatAttachmentResponse>;
 }
@@ -1038,13 +1314,15 @@ export interface ChatAttachmentServiceClient extends Client {
    * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
    * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): `attachment.id` belongs to an attachment of
    *   another message, or with another URL, name or type.
+   * - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
    * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
    *   does not say why.
    * - FAILED_PRECONDITION (TOO_MANY_ATTACHMENTS): the message already has 20 attachments.
    * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
    *
    * Retry: safe when `attachment.id` is set. A retry with the same content returns the stored
-   * attachment without checking the URL. Without an id, a retry can add a second attachment.
+   * attachment without checking the URL. The URL is compared only until it is updated. Without an
+   * id, a retry can add a second attachment.
    */
   createChatAttachment(
     request: CreateChatAttachmentRequest,
@@ -1114,6 +1392,37 @@ export interface ChatAttachmentServiceClient extends Client {
     callback: (error: ServiceError | null, response: ListChatAttachmentsResponse) => void,
   ): ClientUnaryCall;
   /**
+   * Updates the URL of an attachment.
+   *
+   * The revision of the message and of its session increases. Watchers of the session receive the
+   * message again. The server first checks that the new URL is accessible. Setting the current URL is
+   * not a change, and is not checked.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
+   * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL is not accessible. The error
+   *   does not say why.
+   * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
+   *
+   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+   */
+  updateChatAttachment(
+    request: UpdateChatAttachmentRequest,
+    callback: (error: ServiceError | null, response: UpdateChatAttachmentResponse) => void,
+  ): ClientUnaryCall;
+  updateChatAttachment(
+    request: UpdateChatAttachmentRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: UpdateChatAttachmentResponse) => void,
+  ): ClientUnaryCall;
+  updateChatAttachment(
+    request: UpdateChatAttachmentRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: UpdateChatAttachmentResponse) => void,
+  ): ClientUnaryCall;
+  /**
    * Deletes an attachment from its message.
    *
    * The revision of the message and of its session increases. Watchers of the session receive the
@@ -1123,7 +1432,8 @@ export interface ChatAttachmentServiceClient extends Client {
    *
    * - NOT_FOUND (CHAT_ATTACHMENT_NOT_FOUND): the attachment does not exist.
    *
-   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   * Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+   * succeeded.
    */
   deleteChatAttachment(
     request: DeleteChatAttachmentRequest,

@@ -53,8 +53,8 @@ export interface WriteChatDraftRequest_Start {
   /** The id of the session. Required. */
   sessionId: string;
   /**
-   * The draft. Required. The server reads `id` and `role`, which are required, and `metadata_json`
-   * and `language_code`. A draft that is taken over keeps its metadata.
+   * The draft. Required. The server reads `id` and `role`, which are required, and `author`,
+   * `metadata_json` and `language_code`. A draft that is taken over keeps its metadata.
    */
   draft:
     | ChatDraft
@@ -1571,9 +1571,9 @@ export const ChatDraftServiceDefinition = {
      * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with this
      *   error when the session is deleted.
      * - ALREADY_EXISTS (CHAT_DRAFT_ALREADY_EXISTS): the id belongs to a draft of another session, or
-     *   with another role or language code.
+     *   with another role, author or language code.
      * - ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS): the id belongs to a message of another session,
-     *   or with another role or language code, or to a deleted message.
+     *   or with another role, author or language code, or to a deleted message.
      * - ALREADY_EXISTS (DRAFT_OPEN): `exclusive` is set, and the session has another open draft, which
      *   google.rpc.ResourceInfo names.
      * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS), FAILED_PRECONDITION
@@ -1701,9 +1701,9 @@ export const ChatDraftServiceService = {
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with this
    *   error when the session is deleted.
    * - ALREADY_EXISTS (CHAT_DRAFT_ALREADY_EXISTS): the id belongs to a draft of another session, or
-   *   with another role or language code.
+   *   with another role, author or language code.
    * - ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS): the id belongs to a message of another session,
-   *   or with another role or language code, or to a deleted message.
+   *   or with another role, author or language code, or to a deleted message.
    * - ALREADY_EXISTS (DRAFT_OPEN): `exclusive` is set, and the session has another open draft, which
    *   google.rpc.ResourceInfo names.
    * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS), FAILED_PRECONDITION
@@ -1830,9 +1830,9 @@ export interface ChatDraftServiceServer extends UntypedServiceImplementation {
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with this
    *   error when the session is deleted.
    * - ALREADY_EXISTS (CHAT_DRAFT_ALREADY_EXISTS): the id belongs to a draft of another session, or
-   *   with another role or language code.
+   *   with another role, author or language code.
    * - ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS): the id belongs to a message of another session,
-   *   or with another role or language code, or to a deleted message.
+   *   or with another role, author or language code, or to a deleted message.
    * - ALREADY_EXISTS (DRAFT_OPEN): `exclusive` is set, and the session has another open draft, which
    *   google.rpc.ResourceInfo names.
    * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS), FAILED_PRECONDITION
@@ -1921,9 +1921,9 @@ export interface ChatDraftServiceClient extends Client {
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with this
    *   error when the session is deleted.
    * - ALREADY_EXISTS (CHAT_DRAFT_ALREADY_EXISTS): the id belongs to a draft of another session, or
-   *   with another role or language code.
+   *   with another role, author or language code.
    * - ALREADY_EXISTS (CHAT_MESSAGE_ALREADY_EXISTS): the id belongs to a message of another session,
-   *   or with another role or language code, or to a deleted message.
+   *   or with another role, author or language code, or to a deleted message.
    * - ALREADY_EXISTS (DRAFT_OPEN): `exclusive` is set, and the session has another open draft, which
    *   google.rpc.ResourceInfo names.
    * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS), FAILED_PRECONDITION

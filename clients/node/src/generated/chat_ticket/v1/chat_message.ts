@@ -105,9 +105,16 @@ export interface CreateChatMessageRequest {
   sessionId: string;
   /**
    * The message to create. Required. The server reads `id` (optional), `role`, `content`,
-   * `language_code`, `metadata_json` and `attachments`.
+   * `author`, `language_code`, `metadata_json` and `attachments`.
    */
-  message: ChatMessage | undefined;
+  message:
+    | ChatMessage
+    | undefined;
+  /**
+   * The revision that the session must have. Optional; unset means that it is not checked. Not
+   * negative.
+   */
+  expectedRevision?: bigint | undefined;
 }
 
 /** Response message for ChatMessageService.CreateChatMessage. */
@@ -125,6 +132,11 @@ export interface BatchCreateChatMessagesRequest {
    * total. The server reads the same fields as in CreateChatMessage.
    */
   messages: ChatMessage[];
+  /**
+   * The revision that the session must have. Optional; unset means that it is not checked. Not
+   * negative.
+   */
+  expectedRevision?: bigint | undefined;
 }
 
 /** Response message for ChatMessageService.BatchCreateChatMessages. */
@@ -195,15 +207,32 @@ export interface ListChatMessagesResponse {
 
 /** Request message for ChatMessageService.UpdateChatMessage. */
 export interface UpdateChatMessageRequest {
-  /** The message to update. `id` is required and names it. The fields that the mask names are set. */
+  /**
+   * The message to update. `id` is required and names it. `etag` is optional. The fields that the
+   * mask names are set.
+   */
   message:
     | ChatMessage
     | undefined;
   /**
-   * The fields to update. Required; at most 20 paths. The only field is `metadata_json`; an empty
-   * value removes the metadata.
+   * The fields to update; at most 20 paths. The only field is `metadata_json`; an empty value removes
+   * the metadata. Required, unless `metadata_merge_json` is set: then it must be empty.
    */
-  updateMask: string[] | undefined;
+  updateMask:
+    | string[]
+    | undefined;
+  /**
+   * A JSON merge patch (RFC 7396) to apply to the metadata: an object as text. Its members replace
+   * those of the metadata, objects are merged, and members that are null are removed. All others stay
+   * as they are, even if another call changes them at the same time. Optional. The limits of
+   * `ChatMessage.metadata_json` hold for the patch and for the result.
+   */
+  metadataMergeJson: string;
+  /**
+   * The revision that the session must have. Optional; unset means that it is not checked. Not
+   * negative.
+   */
+  expectedRevision?: bigint | undefined;
 }
 
 /** Response message for ChatMessageService.UpdateChatMessage. */
@@ -216,10 +245,41 @@ export interface UpdateChatMessageResponse {
 export interface DeleteChatMessageRequest {
   /** The id of the message. Required. */
   messageId: string;
+  /**
+   * The `etag` that the message must still have: decimal text of at most 18 digits. Optional; empty
+   * means that it is not checked.
+   */
+  etag: string;
+  /**
+   * The revision that the session must have. Optional; unset means that it is not checked. Not
+   * negative.
+   */
+  expectedRevision?:
+    | bigint
+    | undefined;
+  /** Whether the call is OK when the message does not exist. Optional; the default is false. */
+  allowMissing: boolean;
 }
 
 /** Response message for ChatMessageService.DeleteChatMessage. */
 export interface DeleteChatMessageResponse {
+}
+
+/** Request message for ChatMessageService.RedactChatMessage. */
+export interface RedactChatMessageRequest {
+  /** The id of the message. Required. */
+  messageId: string;
+  /**
+   * The `etag` that the message must still have: decimal text of at most 18 digits. Optional; empty
+   * means that it is not checked.
+   */
+  etag: string;
+}
+
+/** Response message for ChatMessageService.RedactChatMessage. */
+export interface RedactChatMessageResponse {
+  /** The message after the redaction. */
+  message: ChatMessage | undefined;
 }
 
 /**
@@ -336,7 +396,7 @@ export interface SearchChatMessagesResponse_SnippetPart {
 }
 
 function createBaseCreateChatMessageRequest(): CreateChatMessageRequest {
-  return { sessionId: "", message: undefined };
+  return { sessionId: "", message: undefined, expectedRevision: undefined };
 }
 
 export const CreateChatMessageRequest: MessageFns<CreateChatMessageRequest> = {
@@ -346,6 +406,12 @@ export const CreateChatMessageRequest: MessageFns<CreateChatMessageRequest> = {
     }
     if (message.message !== undefined) {
       ChatMessage.encode(message.message, writer.uint32(18).fork()).join();
+    }
+    if (message.expectedRevision !== undefined) {
+      if (BigInt.asIntN(64, message.expectedRevision) !== message.expectedRevision) {
+        throw new globalThis.Error("value provided for field message.expectedRevision of type int64 too large");
+      }
+      writer.uint32(24).int64(message.expectedRevision);
     }
     return writer;
   },
@@ -379,6 +445,14 @@ export const CreateChatMessageRequest: MessageFns<CreateChatMessageRequest> = {
             message.message = ChatMessage.decode(reader, reader.uint32());
             continue;
           }
+          case 3: {
+            if (tag !== 24) {
+              break;
+            }
+
+            message.expectedRevision = reader.int64() as bigint;
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -399,6 +473,11 @@ export const CreateChatMessageRequest: MessageFns<CreateChatMessageRequest> = {
         ? globalThis.String(object.session_id)
         : "",
       message: isSet(object.message) ? ChatMessage.fromJSON(object.message) : undefined,
+      expectedRevision: isSet(object.expectedRevision)
+        ? BigInt(object.expectedRevision)
+        : isSet(object.expected_revision)
+        ? BigInt(object.expected_revision)
+        : undefined,
     };
   },
 
@@ -409,6 +488,9 @@ export const CreateChatMessageRequest: MessageFns<CreateChatMessageRequest> = {
     }
     if (message.message !== undefined) {
       obj.message = ChatMessage.toJSON(message.message);
+    }
+    if (message.expectedRevision !== undefined) {
+      obj.expectedRevision = message.expectedRevision.toString();
     }
     return obj;
   },
@@ -421,6 +503,9 @@ export const CreateChatMessageRequest: MessageFns<CreateChatMessageRequest> = {
     message.sessionId = object.sessionId ?? "";
     message.message = (object.message !== undefined && object.message !== null)
       ? ChatMessage.fromPartial(object.message)
+      : undefined;
+    message.expectedRevision = (object.expectedRevision !== undefined && object.expectedRevision !== null)
+      ? BigInt(object.expectedRevision)
       : undefined;
     return message;
   },
@@ -496,7 +581,7 @@ export const CreateChatMessageResponse: MessageFns<CreateChatMessageResponse> = 
 };
 
 function createBaseBatchCreateChatMessagesRequest(): BatchCreateChatMessagesRequest {
-  return { sessionId: "", messages: [] };
+  return { sessionId: "", messages: [], expectedRevision: undefined };
 }
 
 export const BatchCreateChatMessagesRequest: MessageFns<BatchCreateChatMessagesRequest> = {
@@ -506,6 +591,12 @@ export const BatchCreateChatMessagesRequest: MessageFns<BatchCreateChatMessagesR
     }
     for (const v of message.messages) {
       ChatMessage.encode(v!, writer.uint32(18).fork()).join();
+    }
+    if (message.expectedRevision !== undefined) {
+      if (BigInt.asIntN(64, message.expectedRevision) !== message.expectedRevision) {
+        throw new globalThis.Error("value provided for field message.expectedRevision of type int64 too large");
+      }
+      writer.uint32(24).int64(message.expectedRevision);
     }
     return writer;
   },
@@ -539,6 +630,14 @@ export const BatchCreateChatMessagesRequest: MessageFns<BatchCreateChatMessagesR
             message.messages.push(ChatMessage.decode(reader, reader.uint32()));
             continue;
           }
+          case 3: {
+            if (tag !== 24) {
+              break;
+            }
+
+            message.expectedRevision = reader.int64() as bigint;
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -561,6 +660,11 @@ export const BatchCreateChatMessagesRequest: MessageFns<BatchCreateChatMessagesR
       messages: globalThis.Array.isArray(object?.messages)
         ? object.messages.map((e: any) => ChatMessage.fromJSON(e))
         : [],
+      expectedRevision: isSet(object.expectedRevision)
+        ? BigInt(object.expectedRevision)
+        : isSet(object.expected_revision)
+        ? BigInt(object.expected_revision)
+        : undefined,
     };
   },
 
@@ -572,6 +676,9 @@ export const BatchCreateChatMessagesRequest: MessageFns<BatchCreateChatMessagesR
     if (message.messages?.length) {
       obj.messages = message.messages.map((e) => ChatMessage.toJSON(e));
     }
+    if (message.expectedRevision !== undefined) {
+      obj.expectedRevision = message.expectedRevision.toString();
+    }
     return obj;
   },
 
@@ -582,6 +689,9 @@ export const BatchCreateChatMessagesRequest: MessageFns<BatchCreateChatMessagesR
     const message = createBaseBatchCreateChatMessagesRequest();
     message.sessionId = object.sessionId ?? "";
     message.messages = object.messages?.map((e) => ChatMessage.fromPartial(e)) || [];
+    message.expectedRevision = (object.expectedRevision !== undefined && object.expectedRevision !== null)
+      ? BigInt(object.expectedRevision)
+      : undefined;
     return message;
   },
 };
@@ -1206,7 +1316,7 @@ export const ListChatMessagesResponse: MessageFns<ListChatMessagesResponse> = {
 };
 
 function createBaseUpdateChatMessageRequest(): UpdateChatMessageRequest {
-  return { message: undefined, updateMask: undefined };
+  return { message: undefined, updateMask: undefined, metadataMergeJson: "", expectedRevision: undefined };
 }
 
 export const UpdateChatMessageRequest: MessageFns<UpdateChatMessageRequest> = {
@@ -1216,6 +1326,15 @@ export const UpdateChatMessageRequest: MessageFns<UpdateChatMessageRequest> = {
     }
     if (message.updateMask !== undefined) {
       FieldMask.encode(FieldMask.wrap(message.updateMask), writer.uint32(18).fork()).join();
+    }
+    if (message.metadataMergeJson !== "") {
+      writer.uint32(26).string(message.metadataMergeJson);
+    }
+    if (message.expectedRevision !== undefined) {
+      if (BigInt.asIntN(64, message.expectedRevision) !== message.expectedRevision) {
+        throw new globalThis.Error("value provided for field message.expectedRevision of type int64 too large");
+      }
+      writer.uint32(32).int64(message.expectedRevision);
     }
     return writer;
   },
@@ -1249,6 +1368,22 @@ export const UpdateChatMessageRequest: MessageFns<UpdateChatMessageRequest> = {
             message.updateMask = FieldMask.unwrap(FieldMask.decode(reader, reader.uint32()));
             continue;
           }
+          case 3: {
+            if (tag !== 26) {
+              break;
+            }
+
+            message.metadataMergeJson = reader.string();
+            continue;
+          }
+          case 4: {
+            if (tag !== 32) {
+              break;
+            }
+
+            message.expectedRevision = reader.int64() as bigint;
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1269,6 +1404,16 @@ export const UpdateChatMessageRequest: MessageFns<UpdateChatMessageRequest> = {
         : isSet(object.update_mask)
         ? FieldMask.unwrap(FieldMask.fromJSON(object.update_mask))
         : undefined,
+      metadataMergeJson: isSet(object.metadataMergeJson)
+        ? globalThis.String(object.metadataMergeJson)
+        : isSet(object.metadata_merge_json)
+        ? globalThis.String(object.metadata_merge_json)
+        : "",
+      expectedRevision: isSet(object.expectedRevision)
+        ? BigInt(object.expectedRevision)
+        : isSet(object.expected_revision)
+        ? BigInt(object.expected_revision)
+        : undefined,
     };
   },
 
@@ -1279,6 +1424,12 @@ export const UpdateChatMessageRequest: MessageFns<UpdateChatMessageRequest> = {
     }
     if (message.updateMask !== undefined) {
       obj.updateMask = FieldMask.toJSON(FieldMask.wrap(message.updateMask));
+    }
+    if (message.metadataMergeJson !== "") {
+      obj.metadataMergeJson = message.metadataMergeJson;
+    }
+    if (message.expectedRevision !== undefined) {
+      obj.expectedRevision = message.expectedRevision.toString();
     }
     return obj;
   },
@@ -1292,6 +1443,10 @@ export const UpdateChatMessageRequest: MessageFns<UpdateChatMessageRequest> = {
       ? ChatMessage.fromPartial(object.message)
       : undefined;
     message.updateMask = object.updateMask ?? undefined;
+    message.metadataMergeJson = object.metadataMergeJson ?? "";
+    message.expectedRevision = (object.expectedRevision !== undefined && object.expectedRevision !== null)
+      ? BigInt(object.expectedRevision)
+      : undefined;
     return message;
   },
 };
@@ -1366,13 +1521,25 @@ export const UpdateChatMessageResponse: MessageFns<UpdateChatMessageResponse> = 
 };
 
 function createBaseDeleteChatMessageRequest(): DeleteChatMessageRequest {
-  return { messageId: "" };
+  return { messageId: "", etag: "", expectedRevision: undefined, allowMissing: false };
 }
 
 export const DeleteChatMessageRequest: MessageFns<DeleteChatMessageRequest> = {
   encode(message: DeleteChatMessageRequest, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
     if (message.messageId !== "") {
       writer.uint32(10).string(message.messageId);
+    }
+    if (message.etag !== "") {
+      writer.uint32(18).string(message.etag);
+    }
+    if (message.expectedRevision !== undefined) {
+      if (BigInt.asIntN(64, message.expectedRevision) !== message.expectedRevision) {
+        throw new globalThis.Error("value provided for field message.expectedRevision of type int64 too large");
+      }
+      writer.uint32(24).int64(message.expectedRevision);
+    }
+    if (message.allowMissing !== false) {
+      writer.uint32(32).bool(message.allowMissing);
     }
     return writer;
   },
@@ -1398,6 +1565,30 @@ export const DeleteChatMessageRequest: MessageFns<DeleteChatMessageRequest> = {
             message.messageId = reader.string();
             continue;
           }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.etag = reader.string();
+            continue;
+          }
+          case 3: {
+            if (tag !== 24) {
+              break;
+            }
+
+            message.expectedRevision = reader.int64() as bigint;
+            continue;
+          }
+          case 4: {
+            if (tag !== 32) {
+              break;
+            }
+
+            message.allowMissing = reader.bool();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1417,6 +1608,17 @@ export const DeleteChatMessageRequest: MessageFns<DeleteChatMessageRequest> = {
         : isSet(object.message_id)
         ? globalThis.String(object.message_id)
         : "",
+      etag: isSet(object.etag) ? globalThis.String(object.etag) : "",
+      expectedRevision: isSet(object.expectedRevision)
+        ? BigInt(object.expectedRevision)
+        : isSet(object.expected_revision)
+        ? BigInt(object.expected_revision)
+        : undefined,
+      allowMissing: isSet(object.allowMissing)
+        ? globalThis.Boolean(object.allowMissing)
+        : isSet(object.allow_missing)
+        ? globalThis.Boolean(object.allow_missing)
+        : false,
     };
   },
 
@@ -1424,6 +1626,15 @@ export const DeleteChatMessageRequest: MessageFns<DeleteChatMessageRequest> = {
     const obj: any = {};
     if (message.messageId !== "") {
       obj.messageId = message.messageId;
+    }
+    if (message.etag !== "") {
+      obj.etag = message.etag;
+    }
+    if (message.expectedRevision !== undefined) {
+      obj.expectedRevision = message.expectedRevision.toString();
+    }
+    if (message.allowMissing !== false) {
+      obj.allowMissing = message.allowMissing;
     }
     return obj;
   },
@@ -1434,6 +1645,11 @@ export const DeleteChatMessageRequest: MessageFns<DeleteChatMessageRequest> = {
   fromPartial(object: DeepPartial<DeleteChatMessageRequest>): DeleteChatMessageRequest {
     const message = createBaseDeleteChatMessageRequest();
     message.messageId = object.messageId ?? "";
+    message.etag = object.etag ?? "";
+    message.expectedRevision = (object.expectedRevision !== undefined && object.expectedRevision !== null)
+      ? BigInt(object.expectedRevision)
+      : undefined;
+    message.allowMissing = object.allowMissing ?? false;
     return message;
   },
 };
@@ -1486,6 +1702,164 @@ export const DeleteChatMessageResponse: MessageFns<DeleteChatMessageResponse> = 
   },
   fromPartial(_: DeepPartial<DeleteChatMessageResponse>): DeleteChatMessageResponse {
     const message = createBaseDeleteChatMessageResponse();
+    return message;
+  },
+};
+
+function createBaseRedactChatMessageRequest(): RedactChatMessageRequest {
+  return { messageId: "", etag: "" };
+}
+
+export const RedactChatMessageRequest: MessageFns<RedactChatMessageRequest> = {
+  encode(message: RedactChatMessageRequest, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.messageId !== "") {
+      writer.uint32(10).string(message.messageId);
+    }
+    if (message.etag !== "") {
+      writer.uint32(18).string(message.etag);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): RedactChatMessageRequest {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseRedactChatMessageRequest();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.messageId = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.etag = reader.string();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): RedactChatMessageRequest {
+    return {
+      messageId: isSet(object.messageId)
+        ? globalThis.String(object.messageId)
+        : isSet(object.message_id)
+        ? globalThis.String(object.message_id)
+        : "",
+      etag: isSet(object.etag) ? globalThis.String(object.etag) : "",
+    };
+  },
+
+  toJSON(message: RedactChatMessageRequest): unknown {
+    const obj: any = {};
+    if (message.messageId !== "") {
+      obj.messageId = message.messageId;
+    }
+    if (message.etag !== "") {
+      obj.etag = message.etag;
+    }
+    return obj;
+  },
+
+  create(base?: DeepPartial<RedactChatMessageRequest>): RedactChatMessageRequest {
+    return RedactChatMessageRequest.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<RedactChatMessageRequest>): RedactChatMessageRequest {
+    const message = createBaseRedactChatMessageRequest();
+    message.messageId = object.messageId ?? "";
+    message.etag = object.etag ?? "";
+    return message;
+  },
+};
+
+function createBaseRedactChatMessageResponse(): RedactChatMessageResponse {
+  return { message: undefined };
+}
+
+export const RedactChatMessageResponse: MessageFns<RedactChatMessageResponse> = {
+  encode(message: RedactChatMessageResponse, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.message !== undefined) {
+      ChatMessage.encode(message.message, writer.uint32(10).fork()).join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): RedactChatMessageResponse {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseRedactChatMessageResponse();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.message = ChatMessage.decode(reader, reader.uint32());
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): RedactChatMessageResponse {
+    return { message: isSet(object.message) ? ChatMessage.fromJSON(object.message) : undefined };
+  },
+
+  toJSON(message: RedactChatMessageResponse): unknown {
+    const obj: any = {};
+    if (message.message !== undefined) {
+      obj.message = ChatMessage.toJSON(message.message);
+    }
+    return obj;
+  },
+
+  create(base?: DeepPartial<RedactChatMessageResponse>): RedactChatMessageResponse {
+    return RedactChatMessageResponse.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<RedactChatMessageResponse>): RedactChatMessageResponse {
+    const message = createBaseRedactChatMessageResponse();
+    message.message = (object.message !== undefined && object.message !== null)
+      ? ChatMessage.fromPartial(object.message)
+      : undefined;
     return message;
   },
 };
@@ -2127,15 +2501,18 @@ export const ChatMessageServiceDefinition = {
      *   session or with other content, to a deleted message, or to an open draft.
      * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
      *   attachment.
+     * - ABORTED (ETAG_MISMATCH): `expected_revision` is set and is not the current revision of the
+     *   session.
      * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
      *   accessible. The error message names its position among the attachments of the request,
      *   counted from 1. It does not say why the URL is not accessible.
      * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
      *
      * Retry: safe when `message.id` is set. A retry with the same content returns the stored message
-     * as it is now, without checking URLs. The session, role, content and language code are always
-     * compared. Metadata and attachments are compared only until the message changes. Without an id,
-     * a retry can append a second message.
+     * as it is now, without checking URLs or `expected_revision`. The session, role, author, content
+     * and language code are always compared; only the content of a redacted message is not. Metadata
+     * and attachments are compared only until the message changes. Without an id, a retry can append a
+     * second message.
      */
     createChatMessage: {
       name: "CreateChatMessage",
@@ -2223,15 +2600,24 @@ export const ChatMessageServiceDefinition = {
     /**
      * Updates the metadata of a message.
      *
-     * The metadata is replaced as a whole. The revision of the message and of its session increases,
-     * and watchers of the session receive the message again. Setting equal metadata is not a change.
-     * The content, the language code, the role and the sequence of a message never change.
+     * The metadata is replaced as a whole, or a JSON merge patch is applied to it. Use a patch when
+     * several callers keep values in the metadata of one message: none of them erases another's.
+     *
+     * The revision of the message and of its session increases, and watchers of the session receive the
+     * message again. Setting equal metadata is not a change. The content, the language code, the role,
+     * the author and the sequence of a message are not changed by an update.
      *
      * Errors:
      *
      * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+     * - ABORTED (ETAG_MISMATCH): `message.etag` is set and is not the current revision of the message,
+     *   or `expected_revision` is set and is not the current revision of the session.
+     * - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
      *
-     * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+     * Retry: safe, although a retry without a merge patch can overwrite an update that another caller
+     * made meanwhile. A retry with `expected_revision` after a successful attempt finds its own update
+     * and is OK, as long as nothing else has changed in the session. With an etag, a retry after a
+     * successful attempt fails with ETAG_MISMATCH.
      */
     updateChatMessage: {
       name: "UpdateChatMessage",
@@ -2250,14 +2636,45 @@ export const ChatMessageServiceDefinition = {
      * Errors:
      *
      * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+     * - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision of the message, or
+     *   `expected_revision` is set and is not the current revision of the session.
      *
-     * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+     * Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+     * succeeded.
      */
     deleteChatMessage: {
       name: "DeleteChatMessage",
       requestType: DeleteChatMessageRequest as typeof DeleteChatMessageRequest,
       requestStream: false,
       responseType: DeleteChatMessageResponse as typeof DeleteChatMessageResponse,
+      responseStream: false,
+      options: {},
+    },
+    /**
+     * Takes the content of a message away, and keeps the message.
+     *
+     * The content becomes `[redacted]`, the metadata and the attachments are removed, and `redacted`
+     * is true, all in one revision of the session. That is for ever: nothing of it can be changed or
+     * restored. The place, the author and the language code of the message stay. Watchers of the
+     * session receive the message again, and searches no longer find it. To redact a redacted message
+     * is not a change.
+     *
+     * The database keeps the old content until PostgreSQL removes dead rows, and backups keep it as
+     * long as they are kept.
+     *
+     * Errors:
+     *
+     * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+     * - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision of the message, and the
+     *   message is not redacted.
+     *
+     * Retry: safe.
+     */
+    redactChatMessage: {
+      name: "RedactChatMessage",
+      requestType: RedactChatMessageRequest as typeof RedactChatMessageRequest,
+      requestStream: false,
+      responseType: RedactChatMessageResponse as typeof RedactChatMessageResponse,
       responseStream: false,
       options: {},
     },
@@ -2325,15 +2742,18 @@ export const ChatMessageServiceService = {
    *   session or with other content, to a deleted message, or to an open draft.
    * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
    *   attachment.
+   * - ABORTED (ETAG_MISMATCH): `expected_revision` is set and is not the current revision of the
+   *   session.
    * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
    *   accessible. The error message names its position among the attachments of the request,
    *   counted from 1. It does not say why the URL is not accessible.
    * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
    *
    * Retry: safe when `message.id` is set. A retry with the same content returns the stored message
-   * as it is now, without checking URLs. The session, role, content and language code are always
-   * compared. Metadata and attachments are compared only until the message changes. Without an id,
-   * a retry can append a second message.
+   * as it is now, without checking URLs or `expected_revision`. The session, role, author, content
+   * and language code are always compared; only the content of a redacted message is not. Metadata
+   * and attachments are compared only until the message changes. Without an id, a retry can append a
+   * second message.
    */
   createChatMessage: {
     path: "/chat_ticket.v1.ChatMessageService/CreateChatMessage" as const,
@@ -2434,15 +2854,24 @@ export const ChatMessageServiceService = {
   /**
    * Updates the metadata of a message.
    *
-   * The metadata is replaced as a whole. The revision of the message and of its session increases,
-   * and watchers of the session receive the message again. Setting equal metadata is not a change.
-   * The content, the language code, the role and the sequence of a message never change.
+   * The metadata is replaced as a whole, or a JSON merge patch is applied to it. Use a patch when
+   * several callers keep values in the metadata of one message: none of them erases another's.
+   *
+   * The revision of the message and of its session increases, and watchers of the session receive the
+   * message again. Setting equal metadata is not a change. The content, the language code, the role,
+   * the author and the sequence of a message are not changed by an update.
    *
    * Errors:
    *
    * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - ABORTED (ETAG_MISMATCH): `message.etag` is set and is not the current revision of the message,
+   *   or `expected_revision` is set and is not the current revision of the session.
+   * - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
    *
-   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+   * Retry: safe, although a retry without a merge patch can overwrite an update that another caller
+   * made meanwhile. A retry with `expected_revision` after a successful attempt finds its own update
+   * and is OK, as long as nothing else has changed in the session. With an etag, a retry after a
+   * successful attempt fails with ETAG_MISMATCH.
    */
   updateChatMessage: {
     path: "/chat_ticket.v1.ChatMessageService/UpdateChatMessage" as const,
@@ -2464,8 +2893,11 @@ export const ChatMessageServiceService = {
    * Errors:
    *
    * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision of the message, or
+   *   `expected_revision` is set and is not the current revision of the session.
    *
-   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   * Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+   * succeeded.
    */
   deleteChatMessage: {
     path: "/chat_ticket.v1.ChatMessageService/DeleteChatMessage" as const,
@@ -2477,6 +2909,37 @@ export const ChatMessageServiceService = {
     responseSerialize: (value: DeleteChatMessageResponse): Buffer =>
       Buffer.from(DeleteChatMessageResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): DeleteChatMessageResponse => DeleteChatMessageResponse.decode(value),
+  },
+  /**
+   * Takes the content of a message away, and keeps the message.
+   *
+   * The content becomes `[redacted]`, the metadata and the attachments are removed, and `redacted`
+   * is true, all in one revision of the session. That is for ever: nothing of it can be changed or
+   * restored. The place, the author and the language code of the message stay. Watchers of the
+   * session receive the message again, and searches no longer find it. To redact a redacted message
+   * is not a change.
+   *
+   * The database keeps the old content until PostgreSQL removes dead rows, and backups keep it as
+   * long as they are kept.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision of the message, and the
+   *   message is not redacted.
+   *
+   * Retry: safe.
+   */
+  redactChatMessage: {
+    path: "/chat_ticket.v1.ChatMessageService/RedactChatMessage" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: RedactChatMessageRequest): Buffer =>
+      Buffer.from(RedactChatMessageRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): RedactChatMessageRequest => RedactChatMessageRequest.decode(value),
+    responseSerialize: (value: RedactChatMessageResponse): Buffer =>
+      Buffer.from(RedactChatMessageResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): RedactChatMessageResponse => RedactChatMessageResponse.decode(value),
   },
   /**
    * Searches the content of the tenant's messages, best match first, in pages.
@@ -2538,15 +3001,18 @@ export interface ChatMessageServiceServer extends UntypedServiceImplementation {
    *   session or with other content, to a deleted message, or to an open draft.
    * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
    *   attachment.
+   * - ABORTED (ETAG_MISMATCH): `expected_revision` is set and is not the current revision of the
+   *   session.
    * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
    *   accessible. The error message names its position among the attachments of the request,
    *   counted from 1. It does not say why the URL is not accessible.
    * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
    *
    * Retry: safe when `message.id` is set. A retry with the same content returns the stored message
-   * as it is now, without checking URLs. The session, role, content and language code are always
-   * compared. Metadata and attachments are compared only until the message changes. Without an id,
-   * a retry can append a second message.
+   * as it is now, without checking URLs or `expected_revision`. The session, role, author, content
+   * and language code are always compared; only the content of a redacted message is not. Metadata
+   * and attachments are compared only until the message changes. Without an id, a retry can append a
+   * second message.
    */
   createChatMessage: handleUnaryCall<CreateChatMessageRequest, CreateChatMessageResponse>;
   /**
@@ -2606,15 +3072,24 @@ export interface ChatMessageServiceServer extends UntypedServiceImplementation {
   /**
    * Updates the metadata of a message.
    *
-   * The metadata is replaced as a whole. The revision of the message and of its session increases,
-   * and watchers of the session receive the message again. Setting equal metadata is not a change.
-   * The content, the language code, the role and the sequence of a message never change.
+   * The metadata is replaced as a whole, or a JSON merge patch is applied to it. Use a patch when
+   * several callers keep values in the metadata of one message: none of them erases another's.
+   *
+   * The revision of the message and of its session increases, and watchers of the session receive the
+   * message again. Setting equal metadata is not a change. The content, the language code, the role,
+   * the author and the sequence of a message are not changed by an update.
    *
    * Errors:
    *
    * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - ABORTED (ETAG_MISMATCH): `message.etag` is set and is not the current revision of the message,
+   *   or `expected_revision` is set and is not the current revision of the session.
+   * - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
    *
-   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+   * Retry: safe, although a retry without a merge patch can overwrite an update that another caller
+   * made meanwhile. A retry with `expected_revision` after a successful attempt finds its own update
+   * and is OK, as long as nothing else has changed in the session. With an etag, a retry after a
+   * successful attempt fails with ETAG_MISMATCH.
    */
   updateChatMessage: handleUnaryCall<UpdateChatMessageRequest, UpdateChatMessageResponse>;
   /**
@@ -2626,10 +3101,34 @@ export interface ChatMessageServiceServer extends UntypedServiceImplementation {
    * Errors:
    *
    * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision of the message, or
+   *   `expected_revision` is set and is not the current revision of the session.
    *
-   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   * Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+   * succeeded.
    */
   deleteChatMessage: handleUnaryCall<DeleteChatMessageRequest, DeleteChatMessageResponse>;
+  /**
+   * Takes the content of a message away, and keeps the message.
+   *
+   * The content becomes `[redacted]`, the metadata and the attachments are removed, and `redacted`
+   * is true, all in one revision of the session. That is for ever: nothing of it can be changed or
+   * restored. The place, the author and the language code of the message stay. Watchers of the
+   * session receive the message again, and searches no longer find it. To redact a redacted message
+   * is not a change.
+   *
+   * The database keeps the old content until PostgreSQL removes dead rows, and backups keep it as
+   * long as they are kept.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision of the message, and the
+   *   message is not redacted.
+   *
+   * Retry: safe.
+   */
+  redactChatMessage: handleUnaryCall<RedactChatMessageRequest, RedactChatMessageResponse>;
   /**
    * Searches the content of the tenant's messages, best match first, in pages.
    *
@@ -2680,15 +3179,18 @@ export interface ChatMessageServiceClient extends Client {
    *   session or with other content, to a deleted message, or to an open draft.
    * - ALREADY_EXISTS (CHAT_ATTACHMENT_ALREADY_EXISTS): the id of an attachment belongs to another
    *   attachment.
+   * - ABORTED (ETAG_MISMATCH): `expected_revision` is set and is not the current revision of the
+   *   session.
    * - FAILED_PRECONDITION (ATTACHMENT_URL_NOT_ACCESSIBLE): the URL of an attachment is not
    *   accessible. The error message names its position among the attachments of the request,
    *   counted from 1. It does not say why the URL is not accessible.
    * - RESOURCE_EXHAUSTED (URL_CHECKS_BUSY): too many URLs are being checked. Retry later.
    *
    * Retry: safe when `message.id` is set. A retry with the same content returns the stored message
-   * as it is now, without checking URLs. The session, role, content and language code are always
-   * compared. Metadata and attachments are compared only until the message changes. Without an id,
-   * a retry can append a second message.
+   * as it is now, without checking URLs or `expected_revision`. The session, role, author, content
+   * and language code are always compared; only the content of a redacted message is not. Metadata
+   * and attachments are compared only until the message changes. Without an id, a retry can append a
+   * second message.
    */
   createChatMessage(
     request: CreateChatMessageRequest,
@@ -2798,15 +3300,24 @@ export interface ChatMessageServiceClient extends Client {
   /**
    * Updates the metadata of a message.
    *
-   * The metadata is replaced as a whole. The revision of the message and of its session increases,
-   * and watchers of the session receive the message again. Setting equal metadata is not a change.
-   * The content, the language code, the role and the sequence of a message never change.
+   * The metadata is replaced as a whole, or a JSON merge patch is applied to it. Use a patch when
+   * several callers keep values in the metadata of one message: none of them erases another's.
+   *
+   * The revision of the message and of its session increases, and watchers of the session receive the
+   * message again. Setting equal metadata is not a change. The content, the language code, the role,
+   * the author and the sequence of a message are not changed by an update.
    *
    * Errors:
    *
    * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - ABORTED (ETAG_MISMATCH): `message.etag` is set and is not the current revision of the message,
+   *   or `expected_revision` is set and is not the current revision of the session.
+   * - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
    *
-   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+   * Retry: safe, although a retry without a merge patch can overwrite an update that another caller
+   * made meanwhile. A retry with `expected_revision` after a successful attempt finds its own update
+   * and is OK, as long as nothing else has changed in the session. With an etag, a retry after a
+   * successful attempt fails with ETAG_MISMATCH.
    */
   updateChatMessage(
     request: UpdateChatMessageRequest,
@@ -2832,8 +3343,11 @@ export interface ChatMessageServiceClient extends Client {
    * Errors:
    *
    * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision of the message, or
+   *   `expected_revision` is set and is not the current revision of the session.
    *
-   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   * Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+   * succeeded.
    */
   deleteChatMessage(
     request: DeleteChatMessageRequest,
@@ -2849,6 +3363,41 @@ export interface ChatMessageServiceClient extends Client {
     metadata: Metadata,
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: DeleteChatMessageResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Takes the content of a message away, and keeps the message.
+   *
+   * The content becomes `[redacted]`, the metadata and the attachments are removed, and `redacted`
+   * is true, all in one revision of the session. That is for ever: nothing of it can be changed or
+   * restored. The place, the author and the language code of the message stay. Watchers of the
+   * session receive the message again, and searches no longer find it. To redact a redacted message
+   * is not a change.
+   *
+   * The database keeps the old content until PostgreSQL removes dead rows, and backups keep it as
+   * long as they are kept.
+   *
+   * Errors:
+   *
+   * - NOT_FOUND (CHAT_MESSAGE_NOT_FOUND): the message does not exist.
+   * - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision of the message, and the
+   *   message is not redacted.
+   *
+   * Retry: safe.
+   */
+  redactChatMessage(
+    request: RedactChatMessageRequest,
+    callback: (error: ServiceError | null, response: RedactChatMessageResponse) => void,
+  ): ClientUnaryCall;
+  redactChatMessage(
+    request: RedactChatMessageRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: RedactChatMessageResponse) => void,
+  ): ClientUnaryCall;
+  redactChatMessage(
+    request: RedactChatMessageRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: RedactChatMessageResponse) => void,
   ): ClientUnaryCall;
   /**
    * Searches the content of the tenant's messages, best match first, in pages.

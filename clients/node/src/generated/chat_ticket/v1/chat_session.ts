@@ -27,6 +27,7 @@ import {
   chatSessionStatusFromJSON,
   chatSessionStatusToJSON,
   chatSessionStatusToNumber,
+  ChatTicket,
 } from "./resources.js";
 
 /**
@@ -102,7 +103,10 @@ export function chatSessionOrderToNumber(object: ChatSessionOrder): number {
 
 /** Request message for ChatSessionService.CreateChatSession. */
 export interface CreateChatSessionRequest {
-  /** The session to create. Optional. The server reads `id` and `status`, both optional. */
+  /**
+   * The session to create. Optional. The server reads `id`, `status`, `user_id`, `title` and
+   * `labels`, all optional.
+   */
   session: ChatSession | undefined;
 }
 
@@ -168,6 +172,13 @@ export interface ListChatSessionsRequest {
     | undefined;
   /** The order of the sessions. Optional; the default is CREATE_TIME. */
   orderBy: ChatSessionOrder;
+  /** Returns only sessions of this user: an exact `ChatSession.user_id`. Optional; empty means all. */
+  userId: string;
+  /**
+   * Returns only sessions that have all of these labels, with exactly these values. Optional; at most
+   * 4 pairs.
+   */
+  labels: { [key: string]: string };
   /**
    * The maximum number of sessions in the page. Optional; 0 means 50, and values over 1,000 mean
    * 1,000. A page can have fewer sessions although more follow.
@@ -178,6 +189,11 @@ export interface ListChatSessionsRequest {
    * for the same filters and order.
    */
   pageToken: string;
+}
+
+export interface ListChatSessionsRequest_LabelsEntry {
+  key: string;
+  value: string;
 }
 
 /** Response message for ChatSessionService.ListChatSessions. */
@@ -197,7 +213,12 @@ export interface UpdateChatSessionRequest {
   session:
     | ChatSession
     | undefined;
-  /** The fields to update. Required; at most 20 paths. The only field is `status`. */
+  /**
+   * The fields to update. Required; at most 20 paths. The fields are `status`, `title`, `labels`, and
+   * `labels.KEY` for one label, where KEY is all that follows the first dot. An empty `title` removes
+   * the title. `labels` replaces all labels, and is not allowed together with `labels.KEY`. A
+   * `labels.KEY` that `session.labels` does not have is removed.
+   */
   updateMask: string[] | undefined;
 }
 
@@ -216,6 +237,8 @@ export interface DeleteChatSessionRequest {
    * means that it is not checked.
    */
   etag: string;
+  /** Whether the call is OK when the session does not exist. Optional; the default is false. */
+  allowMissing: boolean;
 }
 
 /** Response message for ChatSessionService.DeleteChatSession. */
@@ -247,9 +270,9 @@ export interface WatchChatSessionResponse {
     | //
     /**
      * The session in its current state. Sent as the first response, with `after_revision` as the
-     * position of the stream. Sent again when `status` or `has_ticket` changes. When messages
-     * changed at about the same time, the session comes before them, and the position of the stream
-     * stays where it was.
+     * position of the stream. Sent again when `status`, `has_ticket`, `title` or `labels` changes.
+     * When messages changed at about the same time, the session comes before them, and the position
+     * of the stream stays where it was.
      */
     { $case: "session"; value: ChatSession }
     | //
@@ -285,6 +308,14 @@ export interface WatchChatSessionResponse {
     | //
     /** A draft is gone. Only with `include_drafts`. */
     { $case: "draftEnded"; value: WatchChatSessionResponse_ChatDraftEnded }
+    | //
+    /**
+     * The link of the session to its ticket, with the ticket in its current state. Sent after the
+     * session at the beginning of the stream, if the session is linked. Sent again when the session
+     * is linked and when the ticket changes, and without any field set when the session is unlinked.
+     * It has its place among other events as the session has.
+     */
+    { $case: "ticket"; value: ChatTicket }
     | undefined;
 }
 
@@ -620,6 +651,8 @@ function createBaseListChatSessionsRequest(): ListChatSessionsRequest {
     startUpdateTime: undefined,
     endUpdateTime: undefined,
     orderBy: ChatSessionOrder.CHAT_SESSION_ORDER_UNSPECIFIED,
+    userId: "",
+    labels: {},
     pageSize: 0,
     pageToken: "",
   };
@@ -652,6 +685,12 @@ export const ListChatSessionsRequest: MessageFns<ListChatSessionsRequest> = {
     if (message.orderBy !== ChatSessionOrder.CHAT_SESSION_ORDER_UNSPECIFIED) {
       writer.uint32(56).int32(chatSessionOrderToNumber(message.orderBy));
     }
+    if (message.userId !== "") {
+      writer.uint32(82).string(message.userId);
+    }
+    globalThis.Object.entries(message.labels).forEach(([key, value]: [string, string]) => {
+      ListChatSessionsRequest_LabelsEntry.encode({ key: key as any, value }, writer.uint32(90).fork()).join();
+    });
     if (message.pageSize !== 0) {
       writer.uint32(64).int32(message.pageSize);
     }
@@ -740,6 +779,25 @@ export const ListChatSessionsRequest: MessageFns<ListChatSessionsRequest> = {
             message.orderBy = chatSessionOrderFromJSON(reader.int32());
             continue;
           }
+          case 10: {
+            if (tag !== 82) {
+              break;
+            }
+
+            message.userId = reader.string();
+            continue;
+          }
+          case 11: {
+            if (tag !== 90) {
+              break;
+            }
+
+            const entry11 = ListChatSessionsRequest_LabelsEntry.decode(reader, reader.uint32());
+            if (entry11.value !== undefined) {
+              message.labels[entry11.key] = entry11.value;
+            }
+            continue;
+          }
           case 8: {
             if (tag !== 64) {
               break;
@@ -803,6 +861,25 @@ export const ListChatSessionsRequest: MessageFns<ListChatSessionsRequest> = {
         : isSet(object.order_by)
         ? chatSessionOrderFromJSON(object.order_by)
         : ChatSessionOrder.CHAT_SESSION_ORDER_UNSPECIFIED,
+      userId: isSet(object.userId)
+        ? globalThis.String(object.userId)
+        : isSet(object.user_id)
+        ? globalThis.String(object.user_id)
+        : "",
+      labels: isObject(object.labels)
+        ? (globalThis.Object.entries(object.labels) as [string, any][]).reduce(
+          (acc: { [key: string]: string }, [key, value]: [string, any]) => {
+            globalThis.Object.defineProperty(acc, key, {
+              value: globalThis.String(value),
+              enumerable: true,
+              configurable: true,
+              writable: true,
+            });
+            return acc;
+          },
+          {},
+        )
+        : {},
       pageSize: isSet(object.pageSize)
         ? globalThis.Number(object.pageSize)
         : isSet(object.page_size)
@@ -839,6 +916,18 @@ export const ListChatSessionsRequest: MessageFns<ListChatSessionsRequest> = {
     if (message.orderBy !== ChatSessionOrder.CHAT_SESSION_ORDER_UNSPECIFIED) {
       obj.orderBy = chatSessionOrderToJSON(message.orderBy);
     }
+    if (message.userId !== "") {
+      obj.userId = message.userId;
+    }
+    if (message.labels) {
+      const entries = globalThis.Object.entries(message.labels) as [string, string][];
+      if (entries.length > 0) {
+        obj.labels = {};
+        entries.forEach(([k, v]) => {
+          obj.labels[k] = v;
+        });
+      }
+    }
     if (message.pageSize !== 0) {
       obj.pageSize = Math.round(message.pageSize);
     }
@@ -860,8 +949,103 @@ export const ListChatSessionsRequest: MessageFns<ListChatSessionsRequest> = {
     message.startUpdateTime = object.startUpdateTime ?? undefined;
     message.endUpdateTime = object.endUpdateTime ?? undefined;
     message.orderBy = object.orderBy ?? ChatSessionOrder.CHAT_SESSION_ORDER_UNSPECIFIED;
+    message.userId = object.userId ?? "";
+    message.labels = (globalThis.Object.entries(object.labels ?? {}) as [string, string][]).reduce(
+      (acc: { [key: string]: string }, [key, value]: [string, string]) => {
+        if (value !== undefined) {
+          acc[key] = globalThis.String(value);
+        }
+        return acc;
+      },
+      {},
+    );
     message.pageSize = object.pageSize ?? 0;
     message.pageToken = object.pageToken ?? "";
+    return message;
+  },
+};
+
+function createBaseListChatSessionsRequest_LabelsEntry(): ListChatSessionsRequest_LabelsEntry {
+  return { key: "", value: "" };
+}
+
+export const ListChatSessionsRequest_LabelsEntry: MessageFns<ListChatSessionsRequest_LabelsEntry> = {
+  encode(message: ListChatSessionsRequest_LabelsEntry, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.key !== "") {
+      writer.uint32(10).string(message.key);
+    }
+    if (message.value !== "") {
+      writer.uint32(18).string(message.value);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): ListChatSessionsRequest_LabelsEntry {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseListChatSessionsRequest_LabelsEntry();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.key = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.value = reader.string();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): ListChatSessionsRequest_LabelsEntry {
+    return {
+      key: isSet(object.key) ? globalThis.String(object.key) : "",
+      value: isSet(object.value) ? globalThis.String(object.value) : "",
+    };
+  },
+
+  toJSON(message: ListChatSessionsRequest_LabelsEntry): unknown {
+    const obj: any = {};
+    if (message.key !== "") {
+      obj.key = message.key;
+    }
+    if (message.value !== "") {
+      obj.value = message.value;
+    }
+    return obj;
+  },
+
+  create(base?: DeepPartial<ListChatSessionsRequest_LabelsEntry>): ListChatSessionsRequest_LabelsEntry {
+    return ListChatSessionsRequest_LabelsEntry.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<ListChatSessionsRequest_LabelsEntry>): ListChatSessionsRequest_LabelsEntry {
+    const message = createBaseListChatSessionsRequest_LabelsEntry();
+    message.key = object.key ?? "";
+    message.value = object.value ?? "";
     return message;
   },
 };
@@ -1118,7 +1302,7 @@ export const UpdateChatSessionResponse: MessageFns<UpdateChatSessionResponse> = 
 };
 
 function createBaseDeleteChatSessionRequest(): DeleteChatSessionRequest {
-  return { sessionId: "", etag: "" };
+  return { sessionId: "", etag: "", allowMissing: false };
 }
 
 export const DeleteChatSessionRequest: MessageFns<DeleteChatSessionRequest> = {
@@ -1128,6 +1312,9 @@ export const DeleteChatSessionRequest: MessageFns<DeleteChatSessionRequest> = {
     }
     if (message.etag !== "") {
       writer.uint32(18).string(message.etag);
+    }
+    if (message.allowMissing !== false) {
+      writer.uint32(24).bool(message.allowMissing);
     }
     return writer;
   },
@@ -1161,6 +1348,14 @@ export const DeleteChatSessionRequest: MessageFns<DeleteChatSessionRequest> = {
             message.etag = reader.string();
             continue;
           }
+          case 3: {
+            if (tag !== 24) {
+              break;
+            }
+
+            message.allowMissing = reader.bool();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1181,6 +1376,11 @@ export const DeleteChatSessionRequest: MessageFns<DeleteChatSessionRequest> = {
         ? globalThis.String(object.session_id)
         : "",
       etag: isSet(object.etag) ? globalThis.String(object.etag) : "",
+      allowMissing: isSet(object.allowMissing)
+        ? globalThis.Boolean(object.allowMissing)
+        : isSet(object.allow_missing)
+        ? globalThis.Boolean(object.allow_missing)
+        : false,
     };
   },
 
@@ -1192,6 +1392,9 @@ export const DeleteChatSessionRequest: MessageFns<DeleteChatSessionRequest> = {
     if (message.etag !== "") {
       obj.etag = message.etag;
     }
+    if (message.allowMissing !== false) {
+      obj.allowMissing = message.allowMissing;
+    }
     return obj;
   },
 
@@ -1202,6 +1405,7 @@ export const DeleteChatSessionRequest: MessageFns<DeleteChatSessionRequest> = {
     const message = createBaseDeleteChatSessionRequest();
     message.sessionId = object.sessionId ?? "";
     message.etag = object.etag ?? "";
+    message.allowMissing = object.allowMissing ?? false;
     return message;
   },
 };
@@ -1419,6 +1623,9 @@ export const WatchChatSessionResponse: MessageFns<WatchChatSessionResponse> = {
       case "draftEnded":
         WatchChatSessionResponse_ChatDraftEnded.encode(message.event.value, writer.uint32(90).fork()).join();
         break;
+      case "ticket":
+        ChatTicket.encode(message.event.value, writer.uint32(98).fork()).join();
+        break;
     }
     return writer;
   },
@@ -1545,6 +1752,14 @@ export const WatchChatSessionResponse: MessageFns<WatchChatSessionResponse> = {
             };
             continue;
           }
+          case 12: {
+            if (tag !== 98) {
+              break;
+            }
+
+            message.event = { $case: "ticket", value: ChatTicket.decode(reader, reader.uint32()) };
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1612,6 +1827,8 @@ export const WatchChatSessionResponse: MessageFns<WatchChatSessionResponse> = {
         ? { $case: "draftEnded", value: WatchChatSessionResponse_ChatDraftEnded.fromJSON(object.draftEnded) }
         : isSet(object.draft_ended)
         ? { $case: "draftEnded", value: WatchChatSessionResponse_ChatDraftEnded.fromJSON(object.draft_ended) }
+        : isSet(object.ticket)
+        ? { $case: "ticket", value: ChatTicket.fromJSON(object.ticket) }
         : undefined,
     };
   },
@@ -1641,6 +1858,8 @@ export const WatchChatSessionResponse: MessageFns<WatchChatSessionResponse> = {
       obj.draftAppended = WatchChatSessionResponse_ChatDraftAppended.toJSON(message.event.value);
     } else if (message.event?.$case === "draftEnded") {
       obj.draftEnded = WatchChatSessionResponse_ChatDraftEnded.toJSON(message.event.value);
+    } else if (message.event?.$case === "ticket") {
+      obj.ticket = ChatTicket.toJSON(message.event.value);
     }
     return obj;
   },
@@ -1730,6 +1949,12 @@ export const WatchChatSessionResponse: MessageFns<WatchChatSessionResponse> = {
             $case: "draftEnded",
             value: WatchChatSessionResponse_ChatDraftEnded.fromPartial(object.event.value),
           };
+        }
+        break;
+      }
+      case "ticket": {
+        if (object.event?.value !== undefined && object.event?.value !== null) {
+          message.event = { $case: "ticket", value: ChatTicket.fromPartial(object.event.value) };
         }
         break;
       }
@@ -2252,12 +2477,14 @@ export const ChatSessionServiceDefinition = {
      *
      * Errors:
      *
-     * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): a session with this id existed when the call
-     *   began, and was deleted during the call.
+     * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session of another
+     *   user.
+     * - ALREADY_EXISTS (CHAT_SESSION_DELETED): `session.id` belongs to a session that was deleted.
      *
      * Retry: safe when `session.id` is set. A call with the id of an existing session returns that
-     * session as it is now, whatever its status. Without an id, a retry can create a second session.
-     * The id of a deleted session must not be used again; the server does not reject it.
+     * session as it is now, whatever its status, title and labels. The `user_id` is compared. Without
+     * an id, a retry can create a second session. The id of a deleted session is rejected for 30 days
+     * after its deletion, and must not be used again later.
      */
     createChatSession: {
       name: "CreateChatSession",
@@ -2304,16 +2531,18 @@ export const ChatSessionServiceDefinition = {
       options: {},
     },
     /**
-     * Updates the status of a session.
+     * Updates the status, the title or the labels of a session.
      *
-     * Every transition between statuses is allowed. Setting the current status is not a change: the
-     * revision and the update time stay the same.
+     * Every transition between statuses is allowed. One call is one change, whatever it sets: the
+     * revision increases by one. Setting the current values is not a change: the revision and the
+     * update time stay the same. Watchers of the session receive the session.
      *
      * Errors:
      *
      * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
      * - ABORTED (ETAG_MISMATCH): `session.etag` is set and is not the current revision, even if the
-     *   status would stay the same. Read the session again before another attempt.
+     *   values would stay the same. Read the session again before another attempt.
+     * - FAILED_PRECONDITION (TOO_MANY_LABELS): the session would have more than 32 labels.
      *
      * Retry: safe without `session.etag`, although a retry can overwrite an update that another
      * caller made meanwhile. With an etag, a retry after a successful attempt fails with
@@ -2346,7 +2575,10 @@ export const ChatSessionServiceDefinition = {
      * - FAILED_PRECONDITION (SESSION_HAS_ACTIVE_TICKET): the ticket of the session is OPEN or
      *   PENDING.
      *
-     * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+     * The id of the session is rejected in creates for 30 days.
+     *
+     * Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+     * succeeded.
      */
     deleteChatSession: {
       name: "DeleteChatSession",
@@ -2372,7 +2604,9 @@ export const ChatSessionServiceDefinition = {
      *   can be combined into one update. A message that had changed before its delivery can be
      *   delivered again as updated.
      * - A deleted message is named by its id.
-     * - A change of `status` or `has_ticket` is delivered as the session.
+     * - A change of `status`, `has_ticket`, `title` or `labels` is delivered as the session.
+     * - The ticket of the session is delivered as `ticket` at the beginning, after the session, and
+     *   whenever the session is linked or unlinked or the ticket changes.
      *
      * The `revision` of a response is the position of the stream. To resume after any break, call
      * again with `after_revision` set to the last `revision` received: no change is lost.
@@ -2403,7 +2637,7 @@ export const ChatSessionServiceDefinition = {
      *
      * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
      * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
-     * delivered by then are lost. Changes to the title or status of a ticket are not streamed.
+     * delivered by then are lost.
      *
      * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
      * ListChatMessages together, and at most 100 of them for one session. A response has at most 500
@@ -2452,12 +2686,14 @@ export const ChatSessionServiceService = {
    *
    * Errors:
    *
-   * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): a session with this id existed when the call
-   *   began, and was deleted during the call.
+   * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session of another
+   *   user.
+   * - ALREADY_EXISTS (CHAT_SESSION_DELETED): `session.id` belongs to a session that was deleted.
    *
    * Retry: safe when `session.id` is set. A call with the id of an existing session returns that
-   * session as it is now, whatever its status. Without an id, a retry can create a second session.
-   * The id of a deleted session must not be used again; the server does not reject it.
+   * session as it is now, whatever its status, title and labels. The `user_id` is compared. Without
+   * an id, a retry can create a second session. The id of a deleted session is rejected for 30 days
+   * after its deletion, and must not be used again later.
    */
   createChatSession: {
     path: "/chat_ticket.v1.ChatSessionService/CreateChatSession" as const,
@@ -2513,16 +2749,18 @@ export const ChatSessionServiceService = {
     responseDeserialize: (value: Buffer): ListChatSessionsResponse => ListChatSessionsResponse.decode(value),
   },
   /**
-   * Updates the status of a session.
+   * Updates the status, the title or the labels of a session.
    *
-   * Every transition between statuses is allowed. Setting the current status is not a change: the
-   * revision and the update time stay the same.
+   * Every transition between statuses is allowed. One call is one change, whatever it sets: the
+   * revision increases by one. Setting the current values is not a change: the revision and the
+   * update time stay the same. Watchers of the session receive the session.
    *
    * Errors:
    *
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
    * - ABORTED (ETAG_MISMATCH): `session.etag` is set and is not the current revision, even if the
-   *   status would stay the same. Read the session again before another attempt.
+   *   values would stay the same. Read the session again before another attempt.
+   * - FAILED_PRECONDITION (TOO_MANY_LABELS): the session would have more than 32 labels.
    *
    * Retry: safe without `session.etag`, although a retry can overwrite an update that another
    * caller made meanwhile. With an etag, a retry after a successful attempt fails with
@@ -2558,7 +2796,10 @@ export const ChatSessionServiceService = {
    * - FAILED_PRECONDITION (SESSION_HAS_ACTIVE_TICKET): the ticket of the session is OPEN or
    *   PENDING.
    *
-   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   * The id of the session is rejected in creates for 30 days.
+   *
+   * Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+   * succeeded.
    */
   deleteChatSession: {
     path: "/chat_ticket.v1.ChatSessionService/DeleteChatSession" as const,
@@ -2587,7 +2828,9 @@ export const ChatSessionServiceService = {
    *   can be combined into one update. A message that had changed before its delivery can be
    *   delivered again as updated.
    * - A deleted message is named by its id.
-   * - A change of `status` or `has_ticket` is delivered as the session.
+   * - A change of `status`, `has_ticket`, `title` or `labels` is delivered as the session.
+   * - The ticket of the session is delivered as `ticket` at the beginning, after the session, and
+   *   whenever the session is linked or unlinked or the ticket changes.
    *
    * The `revision` of a response is the position of the stream. To resume after any break, call
    * again with `after_revision` set to the last `revision` received: no change is lost.
@@ -2618,7 +2861,7 @@ export const ChatSessionServiceService = {
    *
    * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
    * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
-   * delivered by then are lost. Changes to the title or status of a ticket are not streamed.
+   * delivered by then are lost.
    *
    * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
    * ListChatMessages together, and at most 100 of them for one session. A response has at most 500
@@ -2663,12 +2906,14 @@ export interface ChatSessionServiceServer extends UntypedServiceImplementation {
    *
    * Errors:
    *
-   * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): a session with this id existed when the call
-   *   began, and was deleted during the call.
+   * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session of another
+   *   user.
+   * - ALREADY_EXISTS (CHAT_SESSION_DELETED): `session.id` belongs to a session that was deleted.
    *
    * Retry: safe when `session.id` is set. A call with the id of an existing session returns that
-   * session as it is now, whatever its status. Without an id, a retry can create a second session.
-   * The id of a deleted session must not be used again; the server does not reject it.
+   * session as it is now, whatever its status, title and labels. The `user_id` is compared. Without
+   * an id, a retry can create a second session. The id of a deleted session is rejected for 30 days
+   * after its deletion, and must not be used again later.
    */
   createChatSession: handleUnaryCall<CreateChatSessionRequest, CreateChatSessionResponse>;
   /**
@@ -2694,16 +2939,18 @@ export interface ChatSessionServiceServer extends UntypedServiceImplementation {
    */
   listChatSessions: handleUnaryCall<ListChatSessionsRequest, ListChatSessionsResponse>;
   /**
-   * Updates the status of a session.
+   * Updates the status, the title or the labels of a session.
    *
-   * Every transition between statuses is allowed. Setting the current status is not a change: the
-   * revision and the update time stay the same.
+   * Every transition between statuses is allowed. One call is one change, whatever it sets: the
+   * revision increases by one. Setting the current values is not a change: the revision and the
+   * update time stay the same. Watchers of the session receive the session.
    *
    * Errors:
    *
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
    * - ABORTED (ETAG_MISMATCH): `session.etag` is set and is not the current revision, even if the
-   *   status would stay the same. Read the session again before another attempt.
+   *   values would stay the same. Read the session again before another attempt.
+   * - FAILED_PRECONDITION (TOO_MANY_LABELS): the session would have more than 32 labels.
    *
    * Retry: safe without `session.etag`, although a retry can overwrite an update that another
    * caller made meanwhile. With an etag, a retry after a successful attempt fails with
@@ -2729,7 +2976,10 @@ export interface ChatSessionServiceServer extends UntypedServiceImplementation {
    * - FAILED_PRECONDITION (SESSION_HAS_ACTIVE_TICKET): the ticket of the session is OPEN or
    *   PENDING.
    *
-   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   * The id of the session is rejected in creates for 30 days.
+   *
+   * Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+   * succeeded.
    */
   deleteChatSession: handleUnaryCall<DeleteChatSessionRequest, DeleteChatSessionResponse>;
   /**
@@ -2748,7 +2998,9 @@ export interface ChatSessionServiceServer extends UntypedServiceImplementation {
    *   can be combined into one update. A message that had changed before its delivery can be
    *   delivered again as updated.
    * - A deleted message is named by its id.
-   * - A change of `status` or `has_ticket` is delivered as the session.
+   * - A change of `status`, `has_ticket`, `title` or `labels` is delivered as the session.
+   * - The ticket of the session is delivered as `ticket` at the beginning, after the session, and
+   *   whenever the session is linked or unlinked or the ticket changes.
    *
    * The `revision` of a response is the position of the stream. To resume after any break, call
    * again with `after_revision` set to the last `revision` received: no change is lost.
@@ -2779,7 +3031,7 @@ export interface ChatSessionServiceServer extends UntypedServiceImplementation {
    *
    * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
    * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
-   * delivered by then are lost. Changes to the title or status of a ticket are not streamed.
+   * delivered by then are lost.
    *
    * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
    * ListChatMessages together, and at most 100 of them for one session. A response has at most 500
@@ -2814,12 +3066,14 @@ export interface ChatSessionServiceClient extends Client {
    *
    * Errors:
    *
-   * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): a session with this id existed when the call
-   *   began, and was deleted during the call.
+   * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session of another
+   *   user.
+   * - ALREADY_EXISTS (CHAT_SESSION_DELETED): `session.id` belongs to a session that was deleted.
    *
    * Retry: safe when `session.id` is set. A call with the id of an existing session returns that
-   * session as it is now, whatever its status. Without an id, a retry can create a second session.
-   * The id of a deleted session must not be used again; the server does not reject it.
+   * session as it is now, whatever its status, title and labels. The `user_id` is compared. Without
+   * an id, a retry can create a second session. The id of a deleted session is rejected for 30 days
+   * after its deletion, and must not be used again later.
    */
   createChatSession(
     request: CreateChatSessionRequest,
@@ -2887,16 +3141,18 @@ export interface ChatSessionServiceClient extends Client {
     callback: (error: ServiceError | null, response: ListChatSessionsResponse) => void,
   ): ClientUnaryCall;
   /**
-   * Updates the status of a session.
+   * Updates the status, the title or the labels of a session.
    *
-   * Every transition between statuses is allowed. Setting the current status is not a change: the
-   * revision and the update time stay the same.
+   * Every transition between statuses is allowed. One call is one change, whatever it sets: the
+   * revision increases by one. Setting the current values is not a change: the revision and the
+   * update time stay the same. Watchers of the session receive the session.
    *
    * Errors:
    *
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
    * - ABORTED (ETAG_MISMATCH): `session.etag` is set and is not the current revision, even if the
-   *   status would stay the same. Read the session again before another attempt.
+   *   values would stay the same. Read the session again before another attempt.
+   * - FAILED_PRECONDITION (TOO_MANY_LABELS): the session would have more than 32 labels.
    *
    * Retry: safe without `session.etag`, although a retry can overwrite an update that another
    * caller made meanwhile. With an etag, a retry after a successful attempt fails with
@@ -2936,7 +3192,10 @@ export interface ChatSessionServiceClient extends Client {
    * - FAILED_PRECONDITION (SESSION_HAS_ACTIVE_TICKET): the ticket of the session is OPEN or
    *   PENDING.
    *
-   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   * The id of the session is rejected in creates for 30 days.
+   *
+   * Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+   * succeeded.
    */
   deleteChatSession(
     request: DeleteChatSessionRequest,
@@ -2969,7 +3228,9 @@ export interface ChatSessionServiceClient extends Client {
    *   can be combined into one update. A message that had changed before its delivery can be
    *   delivered again as updated.
    * - A deleted message is named by its id.
-   * - A change of `status` or `has_ticket` is delivered as the session.
+   * - A change of `status`, `has_ticket`, `title` or `labels` is delivered as the session.
+   * - The ticket of the session is delivered as `ticket` at the beginning, after the session, and
+   *   whenever the session is linked or unlinked or the ticket changes.
    *
    * The `revision` of a response is the position of the stream. To resume after any break, call
    * again with `after_revision` set to the last `revision` received: no change is lost.
@@ -3000,7 +3261,7 @@ export interface ChatSessionServiceClient extends Client {
    *
    * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
    * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
-   * delivered by then are lost. Changes to the title or status of a ticket are not streamed.
+   * delivered by then are lost.
    *
    * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
    * ListChatMessages together, and at most 100 of them for one session. A response has at most 500
@@ -3073,6 +3334,10 @@ function fromJsonTimestamp(o: any): Date {
   } else {
     return fromTimestamp(Timestamp.fromJSON(o));
   }
+}
+
+function isObject(value: any): boolean {
+  return typeof value === "object" && value !== null;
 }
 
 function isSet(value: any): boolean {

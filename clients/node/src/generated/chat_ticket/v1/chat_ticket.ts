@@ -16,6 +16,7 @@ import {
   type UntypedServiceImplementation,
 } from "@grpc/grpc-js";
 import { FieldMask } from "../../google/protobuf/field_mask.js";
+import { Timestamp } from "../../google/protobuf/timestamp.js";
 import {
   ChatTicket,
   Ticket,
@@ -46,11 +47,16 @@ export interface CreateChatTicketRequest {
     { $case: "ticketId"; value: string }
     | //
     /**
-     * A ticket to create. The server reads `id` (optional), `title` and `status` (optional; the
-     * default is OPEN).
+     * A ticket to create. The server reads `id` (optional), `title`, `status` (optional; the default
+     * is OPEN) and `external_ref` (optional).
      */
     { $case: "ticket"; value: Ticket }
     | undefined;
+  /**
+   * The revision that the session must have. Optional; unset means that it is not checked. Not
+   * negative.
+   */
+  expectedRevision?: bigint | undefined;
 }
 
 /** Response message for ChatTicketService.CreateChatTicket. */
@@ -109,10 +115,27 @@ export interface ListChatTicketsResponse {
 export interface DeleteChatTicketRequest {
   /** The id of the link. Required. */
   chatTicketId: string;
+  /** Whether the call is OK when the link does not exist. Optional; the default is false. */
+  allowMissing: boolean;
 }
 
 /** Response message for ChatTicketService.DeleteChatTicket. */
 export interface DeleteChatTicketResponse {
+}
+
+/** Request message for ChatTicketService.CreateTicket. */
+export interface CreateTicketRequest {
+  /**
+   * The ticket to create. Required. The server reads `id` (optional), `title`, `status` (optional;
+   * the default is OPEN) and `external_ref` (optional).
+   */
+  ticket: Ticket | undefined;
+}
+
+/** Response message for ChatTicketService.CreateTicket. */
+export interface CreateTicketResponse {
+  /** The ticket as stored. */
+  ticket: Ticket | undefined;
 }
 
 /** Request message for ChatTicketService.GetTicket. */
@@ -127,13 +150,29 @@ export interface GetTicketResponse {
   ticket: Ticket | undefined;
 }
 
-/** Request message for ChatTicketService.ListTickets. */
+/** Request message for ChatTicketService.ListTickets. A ticket must match all filters that are set. */
 export interface ListTicketsRequest {
   /**
    * Returns only tickets with one of these statuses. Optional; empty means any status. At most 20
    * values; UNSPECIFIED is rejected.
    */
   statuses: TicketStatus[];
+  /** Returns only the ticket with this `Ticket.external_ref`. Optional; empty means all. */
+  externalRef: string;
+  /**
+   * Returns only tickets last changed at or after this time. Optional; unset and
+   * 0001-01-01T00:00:00Z mean no limit.
+   */
+  startUpdateTime:
+    | Date
+    | undefined;
+  /**
+   * Returns only tickets last changed before this time. Optional; unset and the last microsecond of
+   * the year 9999 mean no limit.
+   */
+  endUpdateTime:
+    | Date
+    | undefined;
   /**
    * The maximum number of tickets in the page. Optional; 0 means 50, and values over 1,000 mean
    * 1,000. A page can have fewer tickets although more follow.
@@ -156,11 +195,17 @@ export interface ListTicketsResponse {
 
 /** Request message for ChatTicketService.UpdateTicket. */
 export interface UpdateTicketRequest {
-  /** The ticket to update. `id` is required and names it. The fields that the mask names are set. */
+  /**
+   * The ticket to update. `id` is required and names it. `etag` is optional. The fields that the mask
+   * names are set.
+   */
   ticket:
     | Ticket
     | undefined;
-  /** The fields to update: `title`, `status`, or both. Required; at most 20 paths. */
+  /**
+   * The fields to update: `title`, `status` and `external_ref`. Required; at most 20 paths. An empty
+   * `external_ref` removes it.
+   */
   updateMask: string[] | undefined;
 }
 
@@ -174,6 +219,13 @@ export interface UpdateTicketResponse {
 export interface DeleteTicketRequest {
   /** The id of the ticket. Required. */
   ticketId: string;
+  /**
+   * The `etag` that the ticket must still have: decimal text of at most 18 digits. Optional; empty
+   * means that it is not checked.
+   */
+  etag: string;
+  /** Whether the call is OK when the ticket does not exist. Optional; the default is false. */
+  allowMissing: boolean;
 }
 
 /** Response message for ChatTicketService.DeleteTicket. */
@@ -181,7 +233,7 @@ export interface DeleteTicketResponse {
 }
 
 function createBaseCreateChatTicketRequest(): CreateChatTicketRequest {
-  return { sessionId: "", chatTicketId: "", target: undefined };
+  return { sessionId: "", chatTicketId: "", target: undefined, expectedRevision: undefined };
 }
 
 export const CreateChatTicketRequest: MessageFns<CreateChatTicketRequest> = {
@@ -199,6 +251,12 @@ export const CreateChatTicketRequest: MessageFns<CreateChatTicketRequest> = {
       case "ticket":
         Ticket.encode(message.target.value, writer.uint32(34).fork()).join();
         break;
+    }
+    if (message.expectedRevision !== undefined) {
+      if (BigInt.asIntN(64, message.expectedRevision) !== message.expectedRevision) {
+        throw new globalThis.Error("value provided for field message.expectedRevision of type int64 too large");
+      }
+      writer.uint32(40).int64(message.expectedRevision);
     }
     return writer;
   },
@@ -248,6 +306,14 @@ export const CreateChatTicketRequest: MessageFns<CreateChatTicketRequest> = {
             message.target = { $case: "ticket", value: Ticket.decode(reader, reader.uint32()) };
             continue;
           }
+          case 5: {
+            if (tag !== 40) {
+              break;
+            }
+
+            message.expectedRevision = reader.int64() as bigint;
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -279,6 +345,11 @@ export const CreateChatTicketRequest: MessageFns<CreateChatTicketRequest> = {
         : isSet(object.ticket)
         ? { $case: "ticket", value: Ticket.fromJSON(object.ticket) }
         : undefined,
+      expectedRevision: isSet(object.expectedRevision)
+        ? BigInt(object.expectedRevision)
+        : isSet(object.expected_revision)
+        ? BigInt(object.expected_revision)
+        : undefined,
     };
   },
 
@@ -294,6 +365,9 @@ export const CreateChatTicketRequest: MessageFns<CreateChatTicketRequest> = {
       obj.ticketId = message.target.value;
     } else if (message.target?.$case === "ticket") {
       obj.ticket = Ticket.toJSON(message.target.value);
+    }
+    if (message.expectedRevision !== undefined) {
+      obj.expectedRevision = message.expectedRevision.toString();
     }
     return obj;
   },
@@ -319,6 +393,9 @@ export const CreateChatTicketRequest: MessageFns<CreateChatTicketRequest> = {
         break;
       }
     }
+    message.expectedRevision = (object.expectedRevision !== undefined && object.expectedRevision !== null)
+      ? BigInt(object.expectedRevision)
+      : undefined;
     return message;
   },
 };
@@ -785,13 +862,16 @@ export const ListChatTicketsResponse: MessageFns<ListChatTicketsResponse> = {
 };
 
 function createBaseDeleteChatTicketRequest(): DeleteChatTicketRequest {
-  return { chatTicketId: "" };
+  return { chatTicketId: "", allowMissing: false };
 }
 
 export const DeleteChatTicketRequest: MessageFns<DeleteChatTicketRequest> = {
   encode(message: DeleteChatTicketRequest, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
     if (message.chatTicketId !== "") {
       writer.uint32(10).string(message.chatTicketId);
+    }
+    if (message.allowMissing !== false) {
+      writer.uint32(16).bool(message.allowMissing);
     }
     return writer;
   },
@@ -817,6 +897,14 @@ export const DeleteChatTicketRequest: MessageFns<DeleteChatTicketRequest> = {
             message.chatTicketId = reader.string();
             continue;
           }
+          case 2: {
+            if (tag !== 16) {
+              break;
+            }
+
+            message.allowMissing = reader.bool();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -836,6 +924,11 @@ export const DeleteChatTicketRequest: MessageFns<DeleteChatTicketRequest> = {
         : isSet(object.chat_ticket_id)
         ? globalThis.String(object.chat_ticket_id)
         : "",
+      allowMissing: isSet(object.allowMissing)
+        ? globalThis.Boolean(object.allowMissing)
+        : isSet(object.allow_missing)
+        ? globalThis.Boolean(object.allow_missing)
+        : false,
     };
   },
 
@@ -843,6 +936,9 @@ export const DeleteChatTicketRequest: MessageFns<DeleteChatTicketRequest> = {
     const obj: any = {};
     if (message.chatTicketId !== "") {
       obj.chatTicketId = message.chatTicketId;
+    }
+    if (message.allowMissing !== false) {
+      obj.allowMissing = message.allowMissing;
     }
     return obj;
   },
@@ -853,6 +949,7 @@ export const DeleteChatTicketRequest: MessageFns<DeleteChatTicketRequest> = {
   fromPartial(object: DeepPartial<DeleteChatTicketRequest>): DeleteChatTicketRequest {
     const message = createBaseDeleteChatTicketRequest();
     message.chatTicketId = object.chatTicketId ?? "";
+    message.allowMissing = object.allowMissing ?? false;
     return message;
   },
 };
@@ -905,6 +1002,144 @@ export const DeleteChatTicketResponse: MessageFns<DeleteChatTicketResponse> = {
   },
   fromPartial(_: DeepPartial<DeleteChatTicketResponse>): DeleteChatTicketResponse {
     const message = createBaseDeleteChatTicketResponse();
+    return message;
+  },
+};
+
+function createBaseCreateTicketRequest(): CreateTicketRequest {
+  return { ticket: undefined };
+}
+
+export const CreateTicketRequest: MessageFns<CreateTicketRequest> = {
+  encode(message: CreateTicketRequest, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.ticket !== undefined) {
+      Ticket.encode(message.ticket, writer.uint32(10).fork()).join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): CreateTicketRequest {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseCreateTicketRequest();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.ticket = Ticket.decode(reader, reader.uint32());
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): CreateTicketRequest {
+    return { ticket: isSet(object.ticket) ? Ticket.fromJSON(object.ticket) : undefined };
+  },
+
+  toJSON(message: CreateTicketRequest): unknown {
+    const obj: any = {};
+    if (message.ticket !== undefined) {
+      obj.ticket = Ticket.toJSON(message.ticket);
+    }
+    return obj;
+  },
+
+  create(base?: DeepPartial<CreateTicketRequest>): CreateTicketRequest {
+    return CreateTicketRequest.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<CreateTicketRequest>): CreateTicketRequest {
+    const message = createBaseCreateTicketRequest();
+    message.ticket = (object.ticket !== undefined && object.ticket !== null)
+      ? Ticket.fromPartial(object.ticket)
+      : undefined;
+    return message;
+  },
+};
+
+function createBaseCreateTicketResponse(): CreateTicketResponse {
+  return { ticket: undefined };
+}
+
+export const CreateTicketResponse: MessageFns<CreateTicketResponse> = {
+  encode(message: CreateTicketResponse, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.ticket !== undefined) {
+      Ticket.encode(message.ticket, writer.uint32(10).fork()).join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): CreateTicketResponse {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseCreateTicketResponse();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.ticket = Ticket.decode(reader, reader.uint32());
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): CreateTicketResponse {
+    return { ticket: isSet(object.ticket) ? Ticket.fromJSON(object.ticket) : undefined };
+  },
+
+  toJSON(message: CreateTicketResponse): unknown {
+    const obj: any = {};
+    if (message.ticket !== undefined) {
+      obj.ticket = Ticket.toJSON(message.ticket);
+    }
+    return obj;
+  },
+
+  create(base?: DeepPartial<CreateTicketResponse>): CreateTicketResponse {
+    return CreateTicketResponse.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<CreateTicketResponse>): CreateTicketResponse {
+    const message = createBaseCreateTicketResponse();
+    message.ticket = (object.ticket !== undefined && object.ticket !== null)
+      ? Ticket.fromPartial(object.ticket)
+      : undefined;
     return message;
   },
 };
@@ -1052,7 +1287,14 @@ export const GetTicketResponse: MessageFns<GetTicketResponse> = {
 };
 
 function createBaseListTicketsRequest(): ListTicketsRequest {
-  return { statuses: [], pageSize: 0, pageToken: "" };
+  return {
+    statuses: [],
+    externalRef: "",
+    startUpdateTime: undefined,
+    endUpdateTime: undefined,
+    pageSize: 0,
+    pageToken: "",
+  };
 }
 
 export const ListTicketsRequest: MessageFns<ListTicketsRequest> = {
@@ -1063,6 +1305,15 @@ export const ListTicketsRequest: MessageFns<ListTicketsRequest> = {
         writer.int32(ticketStatusToNumber(v));
       }
       writer.join();
+    }
+    if (message.externalRef !== "") {
+      writer.uint32(34).string(message.externalRef);
+    }
+    if (message.startUpdateTime !== undefined) {
+      Timestamp.encode(toTimestamp(message.startUpdateTime), writer.uint32(42).fork()).join();
+    }
+    if (message.endUpdateTime !== undefined) {
+      Timestamp.encode(toTimestamp(message.endUpdateTime), writer.uint32(50).fork()).join();
     }
     if (message.pageSize !== 0) {
       writer.uint32(16).int32(message.pageSize);
@@ -1104,6 +1355,30 @@ export const ListTicketsRequest: MessageFns<ListTicketsRequest> = {
 
             break;
           }
+          case 4: {
+            if (tag !== 34) {
+              break;
+            }
+
+            message.externalRef = reader.string();
+            continue;
+          }
+          case 5: {
+            if (tag !== 42) {
+              break;
+            }
+
+            message.startUpdateTime = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
+          case 6: {
+            if (tag !== 50) {
+              break;
+            }
+
+            message.endUpdateTime = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
           case 2: {
             if (tag !== 16) {
               break;
@@ -1137,6 +1412,21 @@ export const ListTicketsRequest: MessageFns<ListTicketsRequest> = {
       statuses: globalThis.Array.isArray(object?.statuses)
         ? object.statuses.map((e: any) => ticketStatusFromJSON(e))
         : [],
+      externalRef: isSet(object.externalRef)
+        ? globalThis.String(object.externalRef)
+        : isSet(object.external_ref)
+        ? globalThis.String(object.external_ref)
+        : "",
+      startUpdateTime: isSet(object.startUpdateTime)
+        ? fromJsonTimestamp(object.startUpdateTime)
+        : isSet(object.start_update_time)
+        ? fromJsonTimestamp(object.start_update_time)
+        : undefined,
+      endUpdateTime: isSet(object.endUpdateTime)
+        ? fromJsonTimestamp(object.endUpdateTime)
+        : isSet(object.end_update_time)
+        ? fromJsonTimestamp(object.end_update_time)
+        : undefined,
       pageSize: isSet(object.pageSize)
         ? globalThis.Number(object.pageSize)
         : isSet(object.page_size)
@@ -1155,6 +1445,15 @@ export const ListTicketsRequest: MessageFns<ListTicketsRequest> = {
     if (message.statuses?.length) {
       obj.statuses = message.statuses.map((e) => ticketStatusToJSON(e));
     }
+    if (message.externalRef !== "") {
+      obj.externalRef = message.externalRef;
+    }
+    if (message.startUpdateTime !== undefined) {
+      obj.startUpdateTime = message.startUpdateTime.toISOString();
+    }
+    if (message.endUpdateTime !== undefined) {
+      obj.endUpdateTime = message.endUpdateTime.toISOString();
+    }
     if (message.pageSize !== 0) {
       obj.pageSize = Math.round(message.pageSize);
     }
@@ -1170,6 +1469,9 @@ export const ListTicketsRequest: MessageFns<ListTicketsRequest> = {
   fromPartial(object: DeepPartial<ListTicketsRequest>): ListTicketsRequest {
     const message = createBaseListTicketsRequest();
     message.statuses = object.statuses?.map((e) => e) || [];
+    message.externalRef = object.externalRef ?? "";
+    message.startUpdateTime = object.startUpdateTime ?? undefined;
+    message.endUpdateTime = object.endUpdateTime ?? undefined;
     message.pageSize = object.pageSize ?? 0;
     message.pageToken = object.pageToken ?? "";
     return message;
@@ -1426,13 +1728,19 @@ export const UpdateTicketResponse: MessageFns<UpdateTicketResponse> = {
 };
 
 function createBaseDeleteTicketRequest(): DeleteTicketRequest {
-  return { ticketId: "" };
+  return { ticketId: "", etag: "", allowMissing: false };
 }
 
 export const DeleteTicketRequest: MessageFns<DeleteTicketRequest> = {
   encode(message: DeleteTicketRequest, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
     if (message.ticketId !== "") {
       writer.uint32(10).string(message.ticketId);
+    }
+    if (message.etag !== "") {
+      writer.uint32(18).string(message.etag);
+    }
+    if (message.allowMissing !== false) {
+      writer.uint32(24).bool(message.allowMissing);
     }
     return writer;
   },
@@ -1458,6 +1766,22 @@ export const DeleteTicketRequest: MessageFns<DeleteTicketRequest> = {
             message.ticketId = reader.string();
             continue;
           }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.etag = reader.string();
+            continue;
+          }
+          case 3: {
+            if (tag !== 24) {
+              break;
+            }
+
+            message.allowMissing = reader.bool();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1477,6 +1801,12 @@ export const DeleteTicketRequest: MessageFns<DeleteTicketRequest> = {
         : isSet(object.ticket_id)
         ? globalThis.String(object.ticket_id)
         : "",
+      etag: isSet(object.etag) ? globalThis.String(object.etag) : "",
+      allowMissing: isSet(object.allowMissing)
+        ? globalThis.Boolean(object.allowMissing)
+        : isSet(object.allow_missing)
+        ? globalThis.Boolean(object.allow_missing)
+        : false,
     };
   },
 
@@ -1484,6 +1814,12 @@ export const DeleteTicketRequest: MessageFns<DeleteTicketRequest> = {
     const obj: any = {};
     if (message.ticketId !== "") {
       obj.ticketId = message.ticketId;
+    }
+    if (message.etag !== "") {
+      obj.etag = message.etag;
+    }
+    if (message.allowMissing !== false) {
+      obj.allowMissing = message.allowMissing;
     }
     return obj;
   },
@@ -1494,6 +1830,8 @@ export const DeleteTicketRequest: MessageFns<DeleteTicketRequest> = {
   fromPartial(object: DeepPartial<DeleteTicketRequest>): DeleteTicketRequest {
     const message = createBaseDeleteTicketRequest();
     message.ticketId = object.ticketId ?? "";
+    message.etag = object.etag ?? "";
+    message.allowMissing = object.allowMissing ?? false;
     return message;
   },
 };
@@ -1578,11 +1916,16 @@ export const ChatTicketServiceDefinition = {
      *   and this call is not a retry of its creation.
      * - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
      *   call is not a retry of its creation.
+     * - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+     *   The ErrorInfo metadata has its `ticket_id`.
+     * - ABORTED (ETAG_MISMATCH): `expected_revision` is set and is not the current revision of the
+     *   session.
      * - FAILED_PRECONDITION (SESSION_ARCHIVED): the session is archived.
+     * - FAILED_PRECONDITION (TICKET_HAS_TOO_MANY_SESSIONS): 500 sessions are linked to the ticket.
      *
      * Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
-     * its ticket as it is now. The title and status of a new ticket are compared only until the
-     * ticket changes. Without an id, a retry after a successful attempt fails with
+     * its ticket as it is now, without checking `expected_revision`. The title, status and
+     * `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry after a successful attempt fails with
      * SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
      * does not reject them.
      */
@@ -1641,13 +1984,38 @@ export const ChatTicketServiceDefinition = {
      *
      * - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
      *
-     * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+     * Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+     * succeeded.
      */
     deleteChatTicket: {
       name: "DeleteChatTicket",
       requestType: DeleteChatTicketRequest as typeof DeleteChatTicketRequest,
       requestStream: false,
       responseType: DeleteChatTicketResponse as typeof DeleteChatTicketResponse,
+      responseStream: false,
+      options: {},
+    },
+    /**
+     * Creates a ticket that no session is linked to yet.
+     *
+     * CreateChatTicket links sessions to it, by its id.
+     *
+     * Errors:
+     *
+     * - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
+     *   call is not a retry of its creation.
+     * - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+     *   The ErrorInfo metadata has its `ticket_id`.
+     *
+     * Retry: safe when `ticket.id` is set. A retry returns the existing ticket as it is now. The title,
+     * status and `external_ref` are compared only until the ticket changes. Without an id, a retry can
+     * create a second ticket, unless `external_ref` is set: then it fails with EXTERNAL_REF_TAKEN.
+     */
+    createTicket: {
+      name: "CreateTicket",
+      requestType: CreateTicketRequest as typeof CreateTicketRequest,
+      requestStream: false,
+      responseType: CreateTicketResponse as typeof CreateTicketResponse,
       responseStream: false,
       options: {},
     },
@@ -1686,17 +2054,25 @@ export const ChatTicketServiceDefinition = {
       options: {},
     },
     /**
-     * Updates the title or the status of a ticket.
+     * Updates the title, the status or the external reference of a ticket.
      *
-     * Every transition between statuses is allowed. Setting the current values is not a change: the
-     * update time stays the same. The sessions that are linked to the ticket do not change, and their
-     * watchers receive nothing.
+     * Every transition between statuses is allowed. A change increases the revision of the ticket, and
+     * in the same transaction that of every session that is linked to it. The watchers of these
+     * sessions receive `ticket`. Setting the current values is not a change: the revisions and the
+     * update times stay the same.
      *
      * Errors:
      *
      * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+     * - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+     *   The ErrorInfo metadata has its `ticket_id`.
+     * - ABORTED (ETAG_MISMATCH): `ticket.etag` is set and is not the current revision, even if the
+     *   values would stay the same.
+     * - FAILED_PRECONDITION (TICKET_HAS_TOO_MANY_SESSIONS): more than 500 sessions are linked to the
+     *   ticket, as was once possible. Unlink some of them.
      *
-     * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+     * Retry: safe without `ticket.etag`, although a retry can overwrite an update that another caller
+     * made meanwhile. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
      */
     updateTicket: {
       name: "UpdateTicket",
@@ -1712,9 +2088,11 @@ export const ChatTicketServiceDefinition = {
      * Errors:
      *
      * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+     * - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision.
      * - FAILED_PRECONDITION (TICKET_LINKED): a session is linked to the ticket.
      *
-     * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+     * Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+     * succeeded.
      */
     deleteTicket: {
       name: "DeleteTicket",
@@ -1752,11 +2130,16 @@ export const ChatTicketServiceService = {
    *   and this call is not a retry of its creation.
    * - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
    *   call is not a retry of its creation.
+   * - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+   *   The ErrorInfo metadata has its `ticket_id`.
+   * - ABORTED (ETAG_MISMATCH): `expected_revision` is set and is not the current revision of the
+   *   session.
    * - FAILED_PRECONDITION (SESSION_ARCHIVED): the session is archived.
+   * - FAILED_PRECONDITION (TICKET_HAS_TOO_MANY_SESSIONS): 500 sessions are linked to the ticket.
    *
    * Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
-   * its ticket as it is now. The title and status of a new ticket are compared only until the
-   * ticket changes. Without an id, a retry after a successful attempt fails with
+   * its ticket as it is now, without checking `expected_revision`. The title, status and
+   * `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry after a successful attempt fails with
    * SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
    * does not reject them.
    */
@@ -1823,7 +2206,8 @@ export const ChatTicketServiceService = {
    *
    * - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
    *
-   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   * Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+   * succeeded.
    */
   deleteChatTicket: {
     path: "/chat_ticket.v1.ChatTicketService/DeleteChatTicket" as const,
@@ -1835,6 +2219,32 @@ export const ChatTicketServiceService = {
     responseSerialize: (value: DeleteChatTicketResponse): Buffer =>
       Buffer.from(DeleteChatTicketResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): DeleteChatTicketResponse => DeleteChatTicketResponse.decode(value),
+  },
+  /**
+   * Creates a ticket that no session is linked to yet.
+   *
+   * CreateChatTicket links sessions to it, by its id.
+   *
+   * Errors:
+   *
+   * - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
+   *   call is not a retry of its creation.
+   * - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+   *   The ErrorInfo metadata has its `ticket_id`.
+   *
+   * Retry: safe when `ticket.id` is set. A retry returns the existing ticket as it is now. The title,
+   * status and `external_ref` are compared only until the ticket changes. Without an id, a retry can
+   * create a second ticket, unless `external_ref` is set: then it fails with EXTERNAL_REF_TAKEN.
+   */
+  createTicket: {
+    path: "/chat_ticket.v1.ChatTicketService/CreateTicket" as const,
+    requestStream: false as const,
+    responseStream: false as const,
+    requestSerialize: (value: CreateTicketRequest): Buffer => Buffer.from(CreateTicketRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): CreateTicketRequest => CreateTicketRequest.decode(value),
+    responseSerialize: (value: CreateTicketResponse): Buffer =>
+      Buffer.from(CreateTicketResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): CreateTicketResponse => CreateTicketResponse.decode(value),
   },
   /**
    * Returns a ticket.
@@ -1873,17 +2283,25 @@ export const ChatTicketServiceService = {
     responseDeserialize: (value: Buffer): ListTicketsResponse => ListTicketsResponse.decode(value),
   },
   /**
-   * Updates the title or the status of a ticket.
+   * Updates the title, the status or the external reference of a ticket.
    *
-   * Every transition between statuses is allowed. Setting the current values is not a change: the
-   * update time stays the same. The sessions that are linked to the ticket do not change, and their
-   * watchers receive nothing.
+   * Every transition between statuses is allowed. A change increases the revision of the ticket, and
+   * in the same transaction that of every session that is linked to it. The watchers of these
+   * sessions receive `ticket`. Setting the current values is not a change: the revisions and the
+   * update times stay the same.
    *
    * Errors:
    *
    * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   * - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+   *   The ErrorInfo metadata has its `ticket_id`.
+   * - ABORTED (ETAG_MISMATCH): `ticket.etag` is set and is not the current revision, even if the
+   *   values would stay the same.
+   * - FAILED_PRECONDITION (TICKET_HAS_TOO_MANY_SESSIONS): more than 500 sessions are linked to the
+   *   ticket, as was once possible. Unlink some of them.
    *
-   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+   * Retry: safe without `ticket.etag`, although a retry can overwrite an update that another caller
+   * made meanwhile. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
    */
   updateTicket: {
     path: "/chat_ticket.v1.ChatTicketService/UpdateTicket" as const,
@@ -1901,9 +2319,11 @@ export const ChatTicketServiceService = {
    * Errors:
    *
    * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   * - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision.
    * - FAILED_PRECONDITION (TICKET_LINKED): a session is linked to the ticket.
    *
-   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   * Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+   * succeeded.
    */
   deleteTicket: {
     path: "/chat_ticket.v1.ChatTicketService/DeleteTicket" as const,
@@ -1934,11 +2354,16 @@ export interface ChatTicketServiceServer extends UntypedServiceImplementation {
    *   and this call is not a retry of its creation.
    * - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
    *   call is not a retry of its creation.
+   * - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+   *   The ErrorInfo metadata has its `ticket_id`.
+   * - ABORTED (ETAG_MISMATCH): `expected_revision` is set and is not the current revision of the
+   *   session.
    * - FAILED_PRECONDITION (SESSION_ARCHIVED): the session is archived.
+   * - FAILED_PRECONDITION (TICKET_HAS_TOO_MANY_SESSIONS): 500 sessions are linked to the ticket.
    *
    * Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
-   * its ticket as it is now. The title and status of a new ticket are compared only until the
-   * ticket changes. Without an id, a retry after a successful attempt fails with
+   * its ticket as it is now, without checking `expected_revision`. The title, status and
+   * `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry after a successful attempt fails with
    * SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
    * does not reject them.
    */
@@ -1976,9 +2401,27 @@ export interface ChatTicketServiceServer extends UntypedServiceImplementation {
    *
    * - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
    *
-   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   * Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+   * succeeded.
    */
   deleteChatTicket: handleUnaryCall<DeleteChatTicketRequest, DeleteChatTicketResponse>;
+  /**
+   * Creates a ticket that no session is linked to yet.
+   *
+   * CreateChatTicket links sessions to it, by its id.
+   *
+   * Errors:
+   *
+   * - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
+   *   call is not a retry of its creation.
+   * - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+   *   The ErrorInfo metadata has its `ticket_id`.
+   *
+   * Retry: safe when `ticket.id` is set. A retry returns the existing ticket as it is now. The title,
+   * status and `external_ref` are compared only until the ticket changes. Without an id, a retry can
+   * create a second ticket, unless `external_ref` is set: then it fails with EXTERNAL_REF_TAKEN.
+   */
+  createTicket: handleUnaryCall<CreateTicketRequest, CreateTicketResponse>;
   /**
    * Returns a ticket.
    *
@@ -2000,17 +2443,25 @@ export interface ChatTicketServiceServer extends UntypedServiceImplementation {
    */
   listTickets: handleUnaryCall<ListTicketsRequest, ListTicketsResponse>;
   /**
-   * Updates the title or the status of a ticket.
+   * Updates the title, the status or the external reference of a ticket.
    *
-   * Every transition between statuses is allowed. Setting the current values is not a change: the
-   * update time stays the same. The sessions that are linked to the ticket do not change, and their
-   * watchers receive nothing.
+   * Every transition between statuses is allowed. A change increases the revision of the ticket, and
+   * in the same transaction that of every session that is linked to it. The watchers of these
+   * sessions receive `ticket`. Setting the current values is not a change: the revisions and the
+   * update times stay the same.
    *
    * Errors:
    *
    * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   * - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+   *   The ErrorInfo metadata has its `ticket_id`.
+   * - ABORTED (ETAG_MISMATCH): `ticket.etag` is set and is not the current revision, even if the
+   *   values would stay the same.
+   * - FAILED_PRECONDITION (TICKET_HAS_TOO_MANY_SESSIONS): more than 500 sessions are linked to the
+   *   ticket, as was once possible. Unlink some of them.
    *
-   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+   * Retry: safe without `ticket.etag`, although a retry can overwrite an update that another caller
+   * made meanwhile. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
    */
   updateTicket: handleUnaryCall<UpdateTicketRequest, UpdateTicketResponse>;
   /**
@@ -2019,9 +2470,11 @@ export interface ChatTicketServiceServer extends UntypedServiceImplementation {
    * Errors:
    *
    * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   * - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision.
    * - FAILED_PRECONDITION (TICKET_LINKED): a session is linked to the ticket.
    *
-   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   * Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+   * succeeded.
    */
   deleteTicket: handleUnaryCall<DeleteTicketRequest, DeleteTicketResponse>;
 }
@@ -2043,11 +2496,16 @@ export interface ChatTicketServiceClient extends Client {
    *   and this call is not a retry of its creation.
    * - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
    *   call is not a retry of its creation.
+   * - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+   *   The ErrorInfo metadata has its `ticket_id`.
+   * - ABORTED (ETAG_MISMATCH): `expected_revision` is set and is not the current revision of the
+   *   session.
    * - FAILED_PRECONDITION (SESSION_ARCHIVED): the session is archived.
+   * - FAILED_PRECONDITION (TICKET_HAS_TOO_MANY_SESSIONS): 500 sessions are linked to the ticket.
    *
    * Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
-   * its ticket as it is now. The title and status of a new ticket are compared only until the
-   * ticket changes. Without an id, a retry after a successful attempt fails with
+   * its ticket as it is now, without checking `expected_revision`. The title, status and
+   * `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry after a successful attempt fails with
    * SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
    * does not reject them.
    */
@@ -2127,7 +2585,8 @@ export interface ChatTicketServiceClient extends Client {
    *
    * - NOT_FOUND (CHAT_TICKET_NOT_FOUND): the link does not exist.
    *
-   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   * Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+   * succeeded.
    */
   deleteChatTicket(
     request: DeleteChatTicketRequest,
@@ -2143,6 +2602,37 @@ export interface ChatTicketServiceClient extends Client {
     metadata: Metadata,
     options: Partial<CallOptions>,
     callback: (error: ServiceError | null, response: DeleteChatTicketResponse) => void,
+  ): ClientUnaryCall;
+  /**
+   * Creates a ticket that no session is linked to yet.
+   *
+   * CreateChatTicket links sessions to it, by its id.
+   *
+   * Errors:
+   *
+   * - ALREADY_EXISTS (TICKET_ALREADY_EXISTS): `ticket.id` belongs to an existing ticket, and this
+   *   call is not a retry of its creation.
+   * - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+   *   The ErrorInfo metadata has its `ticket_id`.
+   *
+   * Retry: safe when `ticket.id` is set. A retry returns the existing ticket as it is now. The title,
+   * status and `external_ref` are compared only until the ticket changes. Without an id, a retry can
+   * create a second ticket, unless `external_ref` is set: then it fails with EXTERNAL_REF_TAKEN.
+   */
+  createTicket(
+    request: CreateTicketRequest,
+    callback: (error: ServiceError | null, response: CreateTicketResponse) => void,
+  ): ClientUnaryCall;
+  createTicket(
+    request: CreateTicketRequest,
+    metadata: Metadata,
+    callback: (error: ServiceError | null, response: CreateTicketResponse) => void,
+  ): ClientUnaryCall;
+  createTicket(
+    request: CreateTicketRequest,
+    metadata: Metadata,
+    options: Partial<CallOptions>,
+    callback: (error: ServiceError | null, response: CreateTicketResponse) => void,
   ): ClientUnaryCall;
   /**
    * Returns a ticket.
@@ -2193,17 +2683,25 @@ export interface ChatTicketServiceClient extends Client {
     callback: (error: ServiceError | null, response: ListTicketsResponse) => void,
   ): ClientUnaryCall;
   /**
-   * Updates the title or the status of a ticket.
+   * Updates the title, the status or the external reference of a ticket.
    *
-   * Every transition between statuses is allowed. Setting the current values is not a change: the
-   * update time stays the same. The sessions that are linked to the ticket do not change, and their
-   * watchers receive nothing.
+   * Every transition between statuses is allowed. A change increases the revision of the ticket, and
+   * in the same transaction that of every session that is linked to it. The watchers of these
+   * sessions receive `ticket`. Setting the current values is not a change: the revisions and the
+   * update times stay the same.
    *
    * Errors:
    *
    * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   * - ALREADY_EXISTS (EXTERNAL_REF_TAKEN): another ticket of the tenant has `ticket.external_ref`.
+   *   The ErrorInfo metadata has its `ticket_id`.
+   * - ABORTED (ETAG_MISMATCH): `ticket.etag` is set and is not the current revision, even if the
+   *   values would stay the same.
+   * - FAILED_PRECONDITION (TICKET_HAS_TOO_MANY_SESSIONS): more than 500 sessions are linked to the
+   *   ticket, as was once possible. Unlink some of them.
    *
-   * Retry: safe, although a retry can overwrite an update that another caller made meanwhile.
+   * Retry: safe without `ticket.etag`, although a retry can overwrite an update that another caller
+   * made meanwhile. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
    */
   updateTicket(
     request: UpdateTicketRequest,
@@ -2226,9 +2724,11 @@ export interface ChatTicketServiceClient extends Client {
    * Errors:
    *
    * - NOT_FOUND (TICKET_NOT_FOUND): the ticket does not exist.
+   * - ABORTED (ETAG_MISMATCH): `etag` is set and is not the current revision.
    * - FAILED_PRECONDITION (TICKET_LINKED): a session is linked to the ticket.
    *
-   * Retry: safe. NOT_FOUND on a retry can mean that an earlier attempt succeeded.
+   * Retry: safe. Without `allow_missing`, NOT_FOUND on a retry can mean that an earlier attempt
+   * succeeded.
    */
   deleteTicket(
     request: DeleteTicketRequest,
@@ -2264,6 +2764,28 @@ type DeepPartial<T> = T extends bigint ? string | number | bigint
   : T extends { $case: string; value: unknown } ? { $case: T["$case"]; value?: DeepPartial<T["value"]> }
   : T extends {} ? { [K in keyof T]?: DeepPartial<T[K]> }
   : Partial<T>;
+
+function toTimestamp(date: Date): Timestamp {
+  const seconds = BigInt(Math.trunc(date.getTime() / 1_000));
+  const nanos = (date.getTime() % 1_000) * 1_000_000;
+  return { seconds, nanos };
+}
+
+function fromTimestamp(t: Timestamp): Date {
+  let millis = (globalThis.Number(t.seconds.toString()) || 0) * 1_000;
+  millis += (t.nanos || 0) / 1_000_000;
+  return new globalThis.Date(millis);
+}
+
+function fromJsonTimestamp(o: any): Date {
+  if (o instanceof globalThis.Date) {
+    return o;
+  } else if (typeof o === "string") {
+    return new globalThis.Date(o);
+  } else {
+    return fromTimestamp(Timestamp.fromJSON(o));
+  }
+}
 
 function isSet(value: any): boolean {
   return value !== null && value !== undefined;

@@ -226,6 +226,82 @@ export function chatMessageStateToNumber(object: ChatMessageState): number {
   }
 }
 
+/** The kind of a message's author. */
+export const ChatMessageAuthorKind = {
+  /** CHAT_MESSAGE_AUTHOR_KIND_UNSPECIFIED - Not known. */
+  CHAT_MESSAGE_AUTHOR_KIND_UNSPECIFIED: "CHAT_MESSAGE_AUTHOR_KIND_UNSPECIFIED",
+  /** CHAT_MESSAGE_AUTHOR_KIND_END_USER - The person who asks. */
+  CHAT_MESSAGE_AUTHOR_KIND_END_USER: "CHAT_MESSAGE_AUTHOR_KIND_END_USER",
+  /** CHAT_MESSAGE_AUTHOR_KIND_AI_AGENT - A program that answers. */
+  CHAT_MESSAGE_AUTHOR_KIND_AI_AGENT: "CHAT_MESSAGE_AUTHOR_KIND_AI_AGENT",
+  /** CHAT_MESSAGE_AUTHOR_KIND_HUMAN_AGENT - A person who answers. The role of the message is ASSISTANT. */
+  CHAT_MESSAGE_AUTHOR_KIND_HUMAN_AGENT: "CHAT_MESSAGE_AUTHOR_KIND_HUMAN_AGENT",
+  UNRECOGNIZED: "UNRECOGNIZED",
+} as const;
+
+export type ChatMessageAuthorKind = typeof ChatMessageAuthorKind[keyof typeof ChatMessageAuthorKind];
+
+export namespace ChatMessageAuthorKind {
+  export type CHAT_MESSAGE_AUTHOR_KIND_UNSPECIFIED = typeof ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_UNSPECIFIED;
+  export type CHAT_MESSAGE_AUTHOR_KIND_END_USER = typeof ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_END_USER;
+  export type CHAT_MESSAGE_AUTHOR_KIND_AI_AGENT = typeof ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_AI_AGENT;
+  export type CHAT_MESSAGE_AUTHOR_KIND_HUMAN_AGENT = typeof ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_HUMAN_AGENT;
+  export type UNRECOGNIZED = typeof ChatMessageAuthorKind.UNRECOGNIZED;
+}
+
+export function chatMessageAuthorKindFromJSON(object: any): ChatMessageAuthorKind {
+  switch (object) {
+    case 0:
+    case "CHAT_MESSAGE_AUTHOR_KIND_UNSPECIFIED":
+      return ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_UNSPECIFIED;
+    case 1:
+    case "CHAT_MESSAGE_AUTHOR_KIND_END_USER":
+      return ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_END_USER;
+    case 2:
+    case "CHAT_MESSAGE_AUTHOR_KIND_AI_AGENT":
+      return ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_AI_AGENT;
+    case 3:
+    case "CHAT_MESSAGE_AUTHOR_KIND_HUMAN_AGENT":
+      return ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_HUMAN_AGENT;
+    case -1:
+    case "UNRECOGNIZED":
+    default:
+      return ChatMessageAuthorKind.UNRECOGNIZED;
+  }
+}
+
+export function chatMessageAuthorKindToJSON(object: ChatMessageAuthorKind): string {
+  switch (object) {
+    case ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_UNSPECIFIED:
+      return "CHAT_MESSAGE_AUTHOR_KIND_UNSPECIFIED";
+    case ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_END_USER:
+      return "CHAT_MESSAGE_AUTHOR_KIND_END_USER";
+    case ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_AI_AGENT:
+      return "CHAT_MESSAGE_AUTHOR_KIND_AI_AGENT";
+    case ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_HUMAN_AGENT:
+      return "CHAT_MESSAGE_AUTHOR_KIND_HUMAN_AGENT";
+    case ChatMessageAuthorKind.UNRECOGNIZED:
+    default:
+      return "UNRECOGNIZED";
+  }
+}
+
+export function chatMessageAuthorKindToNumber(object: ChatMessageAuthorKind): number {
+  switch (object) {
+    case ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_UNSPECIFIED:
+      return 0;
+    case ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_END_USER:
+      return 1;
+    case ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_AI_AGENT:
+      return 2;
+    case ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_HUMAN_AGENT:
+      return 3;
+    case ChatMessageAuthorKind.UNRECOGNIZED:
+    default:
+      return -1;
+  }
+}
+
 /**
  * The status of a ticket. Every transition between statuses is allowed.
  *
@@ -320,8 +396,8 @@ export function ticketStatusToNumber(object: TicketStatus): number {
 /**
  * A conversation of an AI assistant with a user.
  *
- * A session is a log. Every change to the session, its messages, their attachments or its ticket
- * link increments `revision`, in the order of the commits. Changes to the ticket itself do not.
+ * A session is a log. Every change to the session, its messages, their attachments, its ticket link
+ * or the ticket increments `revision`, in the order of the commits.
  */
 export interface ChatSession {
   /** The id of the session. Optional on create; see CreateChatSession for retries. Immutable. */
@@ -352,10 +428,34 @@ export interface ChatSession {
    * The time of the last change to the session or to anything in it. Increases with every revision.
    * Output only.
    */
-  updateTime: Date | undefined;
+  updateTime:
+    | Date
+    | undefined;
+  /**
+   * The caller's own id of the person whose chat it is. Optional; at most 255 characters, of one line
+   * as a `Ticket.title` is. Immutable. A reference, never a profile: keep names and addresses
+   * elsewhere.
+   */
+  userId: string;
+  /** The title. Optional; at most 500 characters, of one line as a `Ticket.title` is. */
+  title: string;
+  /**
+   * Labels, to find sessions by; see ListChatSessions. Optional; at most 32 pairs. A key has 1 to 63
+   * characters of `a-z`, `0-9`, `.`, `_`, `/` and `-`. A value has at most 255 characters, without
+   * control characters or line breaks, and can be empty.
+   */
+  labels: { [key: string]: string };
 }
 
-/** A message of a session. Everything except its metadata and attachments is immutable. */
+export interface ChatSession_LabelsEntry {
+  key: string;
+  value: string;
+}
+
+/**
+ * A message of a session. Everything except its metadata and attachments is immutable. Only a
+ * redaction takes its content away.
+ */
 export interface ChatMessage {
   /**
    * The id of the message. Optional on create; see CreateChatMessage for retries. Immutable. The id
@@ -416,6 +516,35 @@ export interface ChatMessage {
    * ChatDraftService. Output only.
    */
   state: ChatMessageState;
+  /** Who wrote the message. Optional. Immutable. */
+  author:
+    | ChatMessageAuthor
+    | undefined;
+  /**
+   * The `revision` as decimal text of at most 18 digits. Optional in an update. When it is set and is
+   * not the current revision of the message, the call fails with ABORTED (ETAG_MISMATCH). When it is
+   * empty, the revision is not checked. Ignored on create.
+   */
+  etag: string;
+  /**
+   * Whether the message was redacted; see RedactChatMessage. Then its content is `[redacted]`, and it
+   * has no metadata and no attachments, for ever. Output only.
+   */
+  redacted: boolean;
+}
+
+/**
+ * Who wrote a message, beside its role. A human agent writes with the role ASSISTANT, as the AI
+ * assistant does.
+ */
+export interface ChatMessageAuthor {
+  /** The kind of author. Optional. */
+  kind: ChatMessageAuthorKind;
+  /**
+   * The caller's own id of the person or the program. Optional; at most 255 characters, of one line
+   * as a `Ticket.title` is.
+   */
+  id: string;
 }
 
 /**
@@ -446,7 +575,11 @@ export interface ChatDraft {
     | Date
     | undefined;
   /** The time from which on the writer counts as lost, unless it writes before. Output only. */
-  expireTime: Date | undefined;
+  expireTime:
+    | Date
+    | undefined;
+  /** Who writes the message, as `ChatMessage.author`. Optional. Immutable. */
+  author: ChatMessageAuthor | undefined;
 }
 
 /** A file that is attached to a message. The service stores the URL of the file, not the file. */
@@ -460,15 +593,14 @@ export interface ChatAttachment {
   messageId: string;
   /**
    * The URL of the file. Required; an `https` URL of at most 2,048 characters, without user info.
-   * Immutable.
+   * UpdateChatAttachment can replace it, as a presigned URL expires.
    *
    * It is parsed as the WHATWG URL standard says, so a host may be an IDN, and a path may have
    * blanks and characters beyond ASCII. It must begin with the scheme and `//`, be one line as a
    * `Ticket.title` is, and have no backslash before its path. It is stored as sent, and requested
    * in its serialised form.
    *
-   * The server checks that the URL is accessible when the attachment is created, and never again. A
-   * GET request for the first byte must be answered with a 2xx status, or with 416 for an empty
+   * The server checks that the URL is accessible when it is set, and never again. A GET request for the first byte must be answered with a 2xx status, or with 416 for an empty
    * file, from a public address on the default port, after at most five redirects. All URLs of a
    * request have 3 seconds together. The operator can allow `http` and internal hosts, or turn the
    * check off.
@@ -485,10 +617,14 @@ export interface ChatAttachment {
    */
   fileType: string;
   /** The time of creation. Output only. */
-  createTime: Date | undefined;
+  createTime:
+    | Date
+    | undefined;
+  /** The time of the last change. Equal to `create_time` until the first change. Output only. */
+  updateTime: Date | undefined;
 }
 
-/** A ticket that a support team works on. Several sessions can be linked to one ticket. */
+/** A ticket that a support team works on. At most 500 sessions can be linked to one ticket. */
 export interface Ticket {
   /**
    * The id of the ticket. Optional on create; see CreateChatTicket for retries. Immutable. The id
@@ -509,7 +645,25 @@ export interface Ticket {
     | Date
     | undefined;
   /** The time of the last change. Equal to `create_time` until the first change. Output only. */
-  updateTime: Date | undefined;
+  updateTime:
+    | Date
+    | undefined;
+  /**
+   * The ticket in the help desk that it came from, or went to. Optional; at most 255 characters, of
+   * one line as `title` is. Unique within the tenant: no other ticket has the same.
+   */
+  externalRef: string;
+  /**
+   * The number of changes to the ticket since its creation, not counting those before the server
+   * began to count. Output only.
+   */
+  revision: bigint;
+  /**
+   * The `revision` as decimal text of at most 18 digits. Optional in an update or a delete. When it
+   * is set and is not the current revision, the call fails with ABORTED (ETAG_MISMATCH). When it is
+   * empty, the revision is not checked. Ignored on create.
+   */
+  etag: string;
 }
 
 /** The link from a session to the ticket that it was escalated to. A session has at most one link. */
@@ -541,6 +695,9 @@ function createBaseChatSession(): ChatSession {
     etag: "",
     createTime: undefined,
     updateTime: undefined,
+    userId: "",
+    title: "",
+    labels: {},
   };
 }
 
@@ -573,6 +730,15 @@ export const ChatSession: MessageFns<ChatSession> = {
     if (message.updateTime !== undefined) {
       Timestamp.encode(toTimestamp(message.updateTime), writer.uint32(66).fork()).join();
     }
+    if (message.userId !== "") {
+      writer.uint32(74).string(message.userId);
+    }
+    if (message.title !== "") {
+      writer.uint32(82).string(message.title);
+    }
+    globalThis.Object.entries(message.labels).forEach(([key, value]: [string, string]) => {
+      ChatSession_LabelsEntry.encode({ key: key as any, value }, writer.uint32(90).fork()).join();
+    });
     return writer;
   },
 
@@ -653,6 +819,33 @@ export const ChatSession: MessageFns<ChatSession> = {
             message.updateTime = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
             continue;
           }
+          case 9: {
+            if (tag !== 74) {
+              break;
+            }
+
+            message.userId = reader.string();
+            continue;
+          }
+          case 10: {
+            if (tag !== 82) {
+              break;
+            }
+
+            message.title = reader.string();
+            continue;
+          }
+          case 11: {
+            if (tag !== 90) {
+              break;
+            }
+
+            const entry11 = ChatSession_LabelsEntry.decode(reader, reader.uint32());
+            if (entry11.value !== undefined) {
+              message.labels[entry11.key] = entry11.value;
+            }
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -693,6 +886,26 @@ export const ChatSession: MessageFns<ChatSession> = {
         : isSet(object.update_time)
         ? fromJsonTimestamp(object.update_time)
         : undefined,
+      userId: isSet(object.userId)
+        ? globalThis.String(object.userId)
+        : isSet(object.user_id)
+        ? globalThis.String(object.user_id)
+        : "",
+      title: isSet(object.title) ? globalThis.String(object.title) : "",
+      labels: isObject(object.labels)
+        ? (globalThis.Object.entries(object.labels) as [string, any][]).reduce(
+          (acc: { [key: string]: string }, [key, value]: [string, any]) => {
+            globalThis.Object.defineProperty(acc, key, {
+              value: globalThis.String(value),
+              enumerable: true,
+              configurable: true,
+              writable: true,
+            });
+            return acc;
+          },
+          {},
+        )
+        : {},
     };
   },
 
@@ -722,6 +935,21 @@ export const ChatSession: MessageFns<ChatSession> = {
     if (message.updateTime !== undefined) {
       obj.updateTime = message.updateTime.toISOString();
     }
+    if (message.userId !== "") {
+      obj.userId = message.userId;
+    }
+    if (message.title !== "") {
+      obj.title = message.title;
+    }
+    if (message.labels) {
+      const entries = globalThis.Object.entries(message.labels) as [string, string][];
+      if (entries.length > 0) {
+        obj.labels = {};
+        entries.forEach(([k, v]) => {
+          obj.labels[k] = v;
+        });
+      }
+    }
     return obj;
   },
 
@@ -738,6 +966,102 @@ export const ChatSession: MessageFns<ChatSession> = {
     message.etag = object.etag ?? "";
     message.createTime = object.createTime ?? undefined;
     message.updateTime = object.updateTime ?? undefined;
+    message.userId = object.userId ?? "";
+    message.title = object.title ?? "";
+    message.labels = (globalThis.Object.entries(object.labels ?? {}) as [string, string][]).reduce(
+      (acc: { [key: string]: string }, [key, value]: [string, string]) => {
+        if (value !== undefined) {
+          acc[key] = globalThis.String(value);
+        }
+        return acc;
+      },
+      {},
+    );
+    return message;
+  },
+};
+
+function createBaseChatSession_LabelsEntry(): ChatSession_LabelsEntry {
+  return { key: "", value: "" };
+}
+
+export const ChatSession_LabelsEntry: MessageFns<ChatSession_LabelsEntry> = {
+  encode(message: ChatSession_LabelsEntry, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.key !== "") {
+      writer.uint32(10).string(message.key);
+    }
+    if (message.value !== "") {
+      writer.uint32(18).string(message.value);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): ChatSession_LabelsEntry {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseChatSession_LabelsEntry();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.key = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.value = reader.string();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): ChatSession_LabelsEntry {
+    return {
+      key: isSet(object.key) ? globalThis.String(object.key) : "",
+      value: isSet(object.value) ? globalThis.String(object.value) : "",
+    };
+  },
+
+  toJSON(message: ChatSession_LabelsEntry): unknown {
+    const obj: any = {};
+    if (message.key !== "") {
+      obj.key = message.key;
+    }
+    if (message.value !== "") {
+      obj.value = message.value;
+    }
+    return obj;
+  },
+
+  create(base?: DeepPartial<ChatSession_LabelsEntry>): ChatSession_LabelsEntry {
+    return ChatSession_LabelsEntry.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<ChatSession_LabelsEntry>): ChatSession_LabelsEntry {
+    const message = createBaseChatSession_LabelsEntry();
+    message.key = object.key ?? "";
+    message.value = object.value ?? "";
     return message;
   },
 };
@@ -755,6 +1079,9 @@ function createBaseChatMessage(): ChatMessage {
     attachments: [],
     languageCode: "",
     state: ChatMessageState.CHAT_MESSAGE_STATE_COMPLETE,
+    author: undefined,
+    etag: "",
+    redacted: false,
   };
 }
 
@@ -798,6 +1125,15 @@ export const ChatMessage: MessageFns<ChatMessage> = {
     }
     if (message.state !== ChatMessageState.CHAT_MESSAGE_STATE_COMPLETE) {
       writer.uint32(88).int32(chatMessageStateToNumber(message.state));
+    }
+    if (message.author !== undefined) {
+      ChatMessageAuthor.encode(message.author, writer.uint32(98).fork()).join();
+    }
+    if (message.etag !== "") {
+      writer.uint32(106).string(message.etag);
+    }
+    if (message.redacted !== false) {
+      writer.uint32(112).bool(message.redacted);
     }
     return writer;
   },
@@ -903,6 +1239,30 @@ export const ChatMessage: MessageFns<ChatMessage> = {
             message.state = chatMessageStateFromJSON(reader.int32());
             continue;
           }
+          case 12: {
+            if (tag !== 98) {
+              break;
+            }
+
+            message.author = ChatMessageAuthor.decode(reader, reader.uint32());
+            continue;
+          }
+          case 13: {
+            if (tag !== 106) {
+              break;
+            }
+
+            message.etag = reader.string();
+            continue;
+          }
+          case 14: {
+            if (tag !== 112) {
+              break;
+            }
+
+            message.redacted = reader.bool();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -948,6 +1308,9 @@ export const ChatMessage: MessageFns<ChatMessage> = {
       state: isSet(object.state)
         ? chatMessageStateFromJSON(object.state)
         : ChatMessageState.CHAT_MESSAGE_STATE_COMPLETE,
+      author: isSet(object.author) ? ChatMessageAuthor.fromJSON(object.author) : undefined,
+      etag: isSet(object.etag) ? globalThis.String(object.etag) : "",
+      redacted: isSet(object.redacted) ? globalThis.Boolean(object.redacted) : false,
     };
   },
 
@@ -986,6 +1349,15 @@ export const ChatMessage: MessageFns<ChatMessage> = {
     if (message.state !== ChatMessageState.CHAT_MESSAGE_STATE_COMPLETE) {
       obj.state = chatMessageStateToJSON(message.state);
     }
+    if (message.author !== undefined) {
+      obj.author = ChatMessageAuthor.toJSON(message.author);
+    }
+    if (message.etag !== "") {
+      obj.etag = message.etag;
+    }
+    if (message.redacted !== false) {
+      obj.redacted = message.redacted;
+    }
     return obj;
   },
 
@@ -1005,6 +1377,98 @@ export const ChatMessage: MessageFns<ChatMessage> = {
     message.attachments = object.attachments?.map((e) => ChatAttachment.fromPartial(e)) || [];
     message.languageCode = object.languageCode ?? "";
     message.state = object.state ?? ChatMessageState.CHAT_MESSAGE_STATE_COMPLETE;
+    message.author = (object.author !== undefined && object.author !== null)
+      ? ChatMessageAuthor.fromPartial(object.author)
+      : undefined;
+    message.etag = object.etag ?? "";
+    message.redacted = object.redacted ?? false;
+    return message;
+  },
+};
+
+function createBaseChatMessageAuthor(): ChatMessageAuthor {
+  return { kind: ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_UNSPECIFIED, id: "" };
+}
+
+export const ChatMessageAuthor: MessageFns<ChatMessageAuthor> = {
+  encode(message: ChatMessageAuthor, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.kind !== ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_UNSPECIFIED) {
+      writer.uint32(8).int32(chatMessageAuthorKindToNumber(message.kind));
+    }
+    if (message.id !== "") {
+      writer.uint32(18).string(message.id);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): ChatMessageAuthor {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseChatMessageAuthor();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 8) {
+              break;
+            }
+
+            message.kind = chatMessageAuthorKindFromJSON(reader.int32());
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.id = reader.string();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): ChatMessageAuthor {
+    return {
+      kind: isSet(object.kind)
+        ? chatMessageAuthorKindFromJSON(object.kind)
+        : ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_UNSPECIFIED,
+      id: isSet(object.id) ? globalThis.String(object.id) : "",
+    };
+  },
+
+  toJSON(message: ChatMessageAuthor): unknown {
+    const obj: any = {};
+    if (message.kind !== ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_UNSPECIFIED) {
+      obj.kind = chatMessageAuthorKindToJSON(message.kind);
+    }
+    if (message.id !== "") {
+      obj.id = message.id;
+    }
+    return obj;
+  },
+
+  create(base?: DeepPartial<ChatMessageAuthor>): ChatMessageAuthor {
+    return ChatMessageAuthor.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<ChatMessageAuthor>): ChatMessageAuthor {
+    const message = createBaseChatMessageAuthor();
+    message.kind = object.kind ?? ChatMessageAuthorKind.CHAT_MESSAGE_AUTHOR_KIND_UNSPECIFIED;
+    message.id = object.id ?? "";
     return message;
   },
 };
@@ -1020,6 +1484,7 @@ function createBaseChatDraft(): ChatDraft {
     languageCode: "",
     createTime: undefined,
     expireTime: undefined,
+    author: undefined,
   };
 }
 
@@ -1054,6 +1519,9 @@ export const ChatDraft: MessageFns<ChatDraft> = {
     }
     if (message.expireTime !== undefined) {
       Timestamp.encode(toTimestamp(message.expireTime), writer.uint32(74).fork()).join();
+    }
+    if (message.author !== undefined) {
+      ChatMessageAuthor.encode(message.author, writer.uint32(82).fork()).join();
     }
     return writer;
   },
@@ -1143,6 +1611,14 @@ export const ChatDraft: MessageFns<ChatDraft> = {
             message.expireTime = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
             continue;
           }
+          case 10: {
+            if (tag !== 82) {
+              break;
+            }
+
+            message.author = ChatMessageAuthor.decode(reader, reader.uint32());
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1186,6 +1662,7 @@ export const ChatDraft: MessageFns<ChatDraft> = {
         : isSet(object.expire_time)
         ? fromJsonTimestamp(object.expire_time)
         : undefined,
+      author: isSet(object.author) ? ChatMessageAuthor.fromJSON(object.author) : undefined,
     };
   },
 
@@ -1218,6 +1695,9 @@ export const ChatDraft: MessageFns<ChatDraft> = {
     if (message.expireTime !== undefined) {
       obj.expireTime = message.expireTime.toISOString();
     }
+    if (message.author !== undefined) {
+      obj.author = ChatMessageAuthor.toJSON(message.author);
+    }
     return obj;
   },
 
@@ -1235,12 +1715,23 @@ export const ChatDraft: MessageFns<ChatDraft> = {
     message.languageCode = object.languageCode ?? "";
     message.createTime = object.createTime ?? undefined;
     message.expireTime = object.expireTime ?? undefined;
+    message.author = (object.author !== undefined && object.author !== null)
+      ? ChatMessageAuthor.fromPartial(object.author)
+      : undefined;
     return message;
   },
 };
 
 function createBaseChatAttachment(): ChatAttachment {
-  return { id: "", messageId: "", fileUrl: "", fileName: "", fileType: "", createTime: undefined };
+  return {
+    id: "",
+    messageId: "",
+    fileUrl: "",
+    fileName: "",
+    fileType: "",
+    createTime: undefined,
+    updateTime: undefined,
+  };
 }
 
 export const ChatAttachment: MessageFns<ChatAttachment> = {
@@ -1262,6 +1753,9 @@ export const ChatAttachment: MessageFns<ChatAttachment> = {
     }
     if (message.createTime !== undefined) {
       Timestamp.encode(toTimestamp(message.createTime), writer.uint32(50).fork()).join();
+    }
+    if (message.updateTime !== undefined) {
+      Timestamp.encode(toTimestamp(message.updateTime), writer.uint32(58).fork()).join();
     }
     return writer;
   },
@@ -1327,6 +1821,14 @@ export const ChatAttachment: MessageFns<ChatAttachment> = {
             message.createTime = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
             continue;
           }
+          case 7: {
+            if (tag !== 58) {
+              break;
+            }
+
+            message.updateTime = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1367,6 +1869,11 @@ export const ChatAttachment: MessageFns<ChatAttachment> = {
         : isSet(object.create_time)
         ? fromJsonTimestamp(object.create_time)
         : undefined,
+      updateTime: isSet(object.updateTime)
+        ? fromJsonTimestamp(object.updateTime)
+        : isSet(object.update_time)
+        ? fromJsonTimestamp(object.update_time)
+        : undefined,
     };
   },
 
@@ -1390,6 +1897,9 @@ export const ChatAttachment: MessageFns<ChatAttachment> = {
     if (message.createTime !== undefined) {
       obj.createTime = message.createTime.toISOString();
     }
+    if (message.updateTime !== undefined) {
+      obj.updateTime = message.updateTime.toISOString();
+    }
     return obj;
   },
 
@@ -1404,6 +1914,7 @@ export const ChatAttachment: MessageFns<ChatAttachment> = {
     message.fileName = object.fileName ?? "";
     message.fileType = object.fileType ?? "";
     message.createTime = object.createTime ?? undefined;
+    message.updateTime = object.updateTime ?? undefined;
     return message;
   },
 };
@@ -1416,6 +1927,9 @@ function createBaseTicket(): Ticket {
     status: TicketStatus.TICKET_STATUS_UNSPECIFIED,
     createTime: undefined,
     updateTime: undefined,
+    externalRef: "",
+    revision: 0n,
+    etag: "",
   };
 }
 
@@ -1438,6 +1952,18 @@ export const Ticket: MessageFns<Ticket> = {
     }
     if (message.updateTime !== undefined) {
       Timestamp.encode(toTimestamp(message.updateTime), writer.uint32(50).fork()).join();
+    }
+    if (message.externalRef !== "") {
+      writer.uint32(58).string(message.externalRef);
+    }
+    if (message.revision !== 0n) {
+      if (BigInt.asIntN(64, message.revision) !== message.revision) {
+        throw new globalThis.Error("value provided for field message.revision of type int64 too large");
+      }
+      writer.uint32(64).int64(message.revision);
+    }
+    if (message.etag !== "") {
+      writer.uint32(74).string(message.etag);
     }
     return writer;
   },
@@ -1503,6 +2029,30 @@ export const Ticket: MessageFns<Ticket> = {
             message.updateTime = fromTimestamp(Timestamp.decode(reader, reader.uint32()));
             continue;
           }
+          case 7: {
+            if (tag !== 58) {
+              break;
+            }
+
+            message.externalRef = reader.string();
+            continue;
+          }
+          case 8: {
+            if (tag !== 64) {
+              break;
+            }
+
+            message.revision = reader.int64() as bigint;
+            continue;
+          }
+          case 9: {
+            if (tag !== 74) {
+              break;
+            }
+
+            message.etag = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1535,6 +2085,13 @@ export const Ticket: MessageFns<Ticket> = {
         : isSet(object.update_time)
         ? fromJsonTimestamp(object.update_time)
         : undefined,
+      externalRef: isSet(object.externalRef)
+        ? globalThis.String(object.externalRef)
+        : isSet(object.external_ref)
+        ? globalThis.String(object.external_ref)
+        : "",
+      revision: isSet(object.revision) ? BigInt(object.revision) : 0n,
+      etag: isSet(object.etag) ? globalThis.String(object.etag) : "",
     };
   },
 
@@ -1558,6 +2115,15 @@ export const Ticket: MessageFns<Ticket> = {
     if (message.updateTime !== undefined) {
       obj.updateTime = message.updateTime.toISOString();
     }
+    if (message.externalRef !== "") {
+      obj.externalRef = message.externalRef;
+    }
+    if (message.revision !== 0n) {
+      obj.revision = message.revision.toString();
+    }
+    if (message.etag !== "") {
+      obj.etag = message.etag;
+    }
     return obj;
   },
 
@@ -1572,6 +2138,9 @@ export const Ticket: MessageFns<Ticket> = {
     message.status = object.status ?? TicketStatus.TICKET_STATUS_UNSPECIFIED;
     message.createTime = object.createTime ?? undefined;
     message.updateTime = object.updateTime ?? undefined;
+    message.externalRef = object.externalRef ?? "";
+    message.revision = (object.revision !== undefined && object.revision !== null) ? BigInt(object.revision) : 0n;
+    message.etag = object.etag ?? "";
     return message;
   },
 };
@@ -1752,6 +2321,10 @@ function fromJsonTimestamp(o: any): Date {
   } else {
     return fromTimestamp(Timestamp.fromJSON(o));
   }
+}
+
+function isObject(value: any): boolean {
+  return typeof value === "object" && value !== null;
 }
 
 function isSet(value: any): boolean {
