@@ -136,6 +136,7 @@ def calls(w: TenantIds) -> dict[str, dict[str, Message]]:
             )
         },
         "DeleteChatMessage": {"": messages_pb.DeleteChatMessageRequest(message_id=w.message)},
+        "RedactChatMessage": {"": messages_pb.RedactChatMessageRequest(message_id=w.message)},
         "SearchChatMessages": {
             "": messages_pb.SearchChatMessagesRequest(query="hello", page_size=1, page_token=token),
             "in a session": messages_pb.SearchChatMessagesRequest(
@@ -192,12 +193,20 @@ def calls(w: TenantIds) -> dict[str, dict[str, Message]]:
     }
 
 
+def is_id(field: FieldDescriptor) -> bool:
+    """Whether it is text that names something of the service, or a place in a list."""
+    # The id of an author is the caller's own.
+    is_own = field.containing_type.name == "ChatMessageAuthor"
+    is_text = field.type in (field.TYPE_STRING, field.TYPE_BYTES)
+    return is_text and field.name not in TEXTS and not is_own
+
+
 def id_fields(kind: Descriptor) -> Iterator[str]:
     """The paths of all ids that a message of this kind can carry."""
     for field in kind.fields:
         if field.message_type is not None:
             yield from (f"{field.name}.{path}" for path in id_fields(field.message_type))
-        elif field.type in (field.TYPE_STRING, field.TYPE_BYTES) and field.name not in TEXTS:
+        elif is_id(field):
             yield field.name
 
 
@@ -211,7 +220,7 @@ def ids_of(message: Message) -> dict[str, tuple[Message, str]]:
                 parts = {f"{field.name}[{index}]": part for index, part in enumerate(value)}
             for name, part in parts.items():
                 found |= {f"{name}.{path}": place for path, place in ids_of(part).items()}
-        elif field.type == FieldDescriptor.TYPE_STRING and field.name not in TEXTS:
+        elif is_id(field):
             found[field.name] = (message, field.name)
     return found
 

@@ -42,7 +42,7 @@ def needed(method: str) -> str:
         return "read"
     if name == "DeleteChatTicket" or ("Ticket" in name and not name.startswith("Delete")):
         return "ticket"
-    return "delete" if name.startswith("Delete") else "write"
+    return "delete" if name.startswith(("Delete", "Redact")) else "write"
 
 
 class TestPermissions:

@@ -1,6 +1,7 @@
 """Lost writers: their drafts become INCOMPLETE messages, by exactly one of several servers."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -25,6 +26,7 @@ from support.server import serving
 from support.sessions import ARCHIVED, get_revision, set_status
 from support.watching import assert_same_state, watching
 
+from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket_svc import errors
 from chat_ticket_svc.server import Server
 from chat_ticket_svc.store import draft_expiry, drafts, expired_drafts
@@ -99,6 +101,27 @@ class TestLostWriter:
         assert await get_revision(api, session.id) == 8
         said = [line for line in capsys.readouterr().out.splitlines() if LOST in line]
         assert len([line for line in said if api.tenant in line]) == 8
+
+    @pytest.mark.parametrize("is_locked", [False, True])
+    async def test_message_has_the_fields_of_the_draft(
+        self, api: Api, database: str, expire: Expire, is_locked: bool
+    ) -> None:
+        """Each its own: those that end together, and those that wait for their session."""
+        session = await api.session()
+        own = [
+            {"author": r.ChatMessageAuthor(kind=2, id="bot")},
+            {"author": r.ChatMessageAuthor(id="ann"), "language_code": "de"},
+            {"metadata_json": '{"a": 1}'},
+        ]
+        ids = [await leave_draft(api, session.id, "x", **fields) for fields in own]
+        with session_locked(database, session.id) if is_locked else contextlib.nullcontext():
+            await expire(*ids)
+            await asyncio.sleep(0.2 * is_locked)  # in which all servers find them
+        await wait_until_ended(api, session.id)
+        for draft_id, fields in zip(ids, own, strict=True):
+            message = await get_message(api, draft_id)
+            assert message.HasField("author") == ("author" in fields)
+            assert {name: getattr(message, name) for name in fields} == fields
 
     async def test_locked_sessions_hold_up_no_other(
         self, api: Api, database: str, expire: Expire

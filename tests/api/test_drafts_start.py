@@ -186,14 +186,20 @@ class TestSession:
 
 class TestIds:
     async def test_id_of_another_draft(self, api: Api) -> None:
-        """Of another session, or with another role or language code. The draft is not harmed."""
+        """Of another session, or with another role, author or language code. The draft is not
+        harmed.
+        """
         session, elsewhere = await api.session(), await api.session()
-        async with writing(api, session.id, language_code="de") as stream:
+        same = {"language_code": "de", "author": r.ChatMessageAuthor(id="bot")}
+        async with writing(api, session.id, **same) as stream:
             for session_id, fields in (
-                (elsewhere.id, {"language_code": "de"}),
-                (session.id, {"language_code": "de", "role": USER}),
-                (session.id, {"language_code": "fr"}),
-                (session.id, {}),
+                (elsewhere.id, same),
+                (session.id, same | {"role": USER}),
+                (session.id, same | {"language_code": "fr"}),
+                (session.id, same | {"language_code": ""}),
+                (session.id, same | {"author": None}),
+                (session.id, same | {"author": r.ChatMessageAuthor(id="Bot")}),
+                (session.id, same | {"author": r.ChatMessageAuthor(id="bot", kind=1)}),
             ):
                 with refused(EXISTS, "CHAT_DRAFT_ALREADY_EXISTS") as refusal:
                     await begin(api, session_id, stream.draft_id, **fields)
@@ -201,16 +207,21 @@ class TestIds:
             await stream.write("still mine")
 
     async def test_id_of_another_message(self, api: Api) -> None:
-        """Of another session, or with another role or language code; or of a deleted message."""
+        """Of another session, or with another role, author or language code; or of a deleted
+        message.
+        """
         session, elsewhere = await api.session(), await api.session()
-        message = await api.message(session.id, role=ASSISTANT, language_code="de")
+        same = {"language_code": "de", "author": r.ChatMessageAuthor(kind=2)}
+        message = await api.message(session.id, role=ASSISTANT, **same)
         deleted = await api.message(session.id, role=ASSISTANT)
         await delete_message(api, deleted.id)
         for message_id, session_id, fields in (
-            (message.id, elsewhere.id, {"language_code": "de"}),
-            (message.id, session.id, {"language_code": "de", "role": USER}),
-            (message.id, session.id, {"language_code": "fr"}),
-            (message.id, session.id, {}),
+            (message.id, elsewhere.id, same),
+            (message.id, session.id, same | {"role": USER}),
+            (message.id, session.id, same | {"language_code": "fr"}),
+            (message.id, session.id, same | {"language_code": ""}),
+            (message.id, session.id, same | {"author": None}),
+            (message.id, session.id, same | {"author": r.ChatMessageAuthor(kind=3)}),
             (deleted.id, session.id, {}),
             (deleted.id, elsewhere.id, {}),
         ):

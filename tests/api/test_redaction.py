@@ -19,10 +19,12 @@ from support.messages import (
     user_message,
 )
 from support.process import command
+from support.search import every_page
 from support.sessions import get_revision, get_session
 from support.watching import assert_same_state, watching
 
 from chat_ticket.v1 import resources_pb2 as r
+from chat_ticket_svc.store import search as search_store
 
 MARK = "[redacted]"
 AUTHOR = r.ChatMessageAuthor(kind=r.CHAT_MESSAGE_AUTHOR_KIND_END_USER, id="ann")
@@ -295,6 +297,48 @@ class TestWatch:
             await watcher.until("caught_up")
             redacted = await redact_message(two, message.id)
             assert (await watcher.until("message_updated")).message_updated == redacted
+
+
+class TestSearch:
+    @pytest.mark.parametrize("query", ["kumquat", "redacted", '"[redacted]"', "kum*", "-kumquat"])
+    async def test_redacted_message_is_not_found(self, api: Api, query: str) -> None:
+        """Not by its old words, and not by the mark; in all sessions and in its own."""
+        session = await api.session()
+        message = await api.message(session.id, "a kumquat redacted")
+        await redact_message(api, message.id)
+        other = await api.message(session.id, "[redacted] kumquat")
+        expected = [] if query == "-kumquat" else [other.id]
+        for filters in ({}, {"session_id": session.id}):
+            hits, incomplete = await every_page(api, query, **filters)
+            assert ([hit.message_id for hit in hits], incomplete) == (expected, False)
+
+    async def test_mark_hides_no_words_of_others(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However many marks there are: the words of others are found as before."""
+        monkeypatch.setattr(search_store, "MAX_MESSAGES", 5)
+        session = await api.session()
+        found = await api.message(session.id, "it was redacted")
+        for _ in range(8):
+            await redact_message(api, (await api.message(session.id)).id)
+        hits, incomplete = await every_page(api, "redacted")
+        assert ([hit.message_id for hit in hits], incomplete) == ([found.id], False)
+
+    async def test_incomplete_search_finds_none_either(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whichever way it looked for them."""
+        monkeypatch.setattr(search_store, "MAX_MESSAGES", 5)
+        session = await api.session()
+        messages = [await api.message(session.id, "kumquat") for _ in range(18)]
+        for message in messages[::2]:
+            await redact_message(api, message.id)
+        for query in ("kumquat", "redacted", "kumquat or redacted"):
+            hits, incomplete = await every_page(api, query)
+            assert incomplete == ("kumquat" in query)
+            assert bool(hits) == ("kumquat" in query)
+            assert {hit.message_id for hit in hits} <= {message.id for message in messages[1::2]}
+            assert "redacted" not in "".join(part.text for hit in hits for part in hit.snippet)
 
 
 class TestRace:

@@ -169,9 +169,14 @@ async def write_message(
         return await stream.finish()
 
 
-async def leave_draft(api: Api, session_id: str, text: str = "", draft_id: str = "") -> str:
-    """An open draft with this text, whose stream has been cancelled. Returns its id."""
-    async with writing(api, session_id, draft_id) as stream:
+async def leave_draft(
+    api: Api, session_id: str, text: str = "", draft_id: str = "", **fields: Any
+) -> str:
+    """An open draft with this text, whose stream has been cancelled. Returns its id.
+
+    `fields` are those of `start` and of its draft.
+    """
+    async with writing(api, session_id, draft_id, **fields) as stream:
         await stream.write(text)
     return stream.draft_id
 

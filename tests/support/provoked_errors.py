@@ -241,6 +241,10 @@ async def provoke_rule_violations(
     await output.expect_error(
         "TOO_MANY_ATTACHMENTS", api.attachment(second.id, file_url=f"{store}/{secret('path')}")
     )
+    await messages.RedactChatMessage(m.RedactChatMessageRequest(message_id=second.id))
+    await output.expect_error(
+        "CHAT_MESSAGE_REDACTED", api.attachment(second.id, file_url=f"{store}/{secret('path')}")
+    )
     for url in (
         f"https://127.0.0.1/{secret('path')}?{secret('query')}",
         f"{store}/gone/{secret('path')}?{secret('query')}",

@@ -64,7 +64,7 @@ SELECT followed.ordinal,
             THEN draft.metadata::text END,
        draft.language_code,
        {microseconds("draft.created_at")}, {microseconds("draft.expires_at")},
-       draft.fencing_token, draft.known_length
+       draft.author_kind, draft.author_id, draft.fencing_token, draft.known_length
   FROM followed
   LEFT JOIN draft ON draft.ordinal = followed.ordinal
  ORDER BY followed.ordinal, draft.created_at, draft.id
