@@ -61,10 +61,11 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         validator = Validator(self._limits, self._url_schemes)
         session_id = validator.id("session_id", request.session_id)
         new = [validator.new_message("message", request.message)]
+        expected_revision = validator.expected_revision(request)
         validator.raise_if_invalid()
         if not request.message.id:
             request_context.set_not_repeatable(message_id=new[0].id)
-        [message] = await self._append(tenant_id, session_id, new)
+        [message] = await self._append(tenant_id, session_id, new, expected_revision)
         return pb.CreateChatMessageResponse(message=convert.message(message))
 
     async def BatchCreateChatMessages(
@@ -74,10 +75,11 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         validator = Validator(self._limits, self._url_schemes)
         session_id = validator.id("session_id", request.session_id)
         new = validator.new_messages("messages", request.messages)
+        expected_revision = validator.expected_revision(request)
         validator.raise_if_invalid()
         if not all(message.id for message in request.messages):
             _set_assigned_message_ids(new)
-        created = await self._append(tenant_id, session_id, new)
+        created = await self._append(tenant_id, session_id, new, expected_revision)
         return pb.BatchCreateChatMessagesResponse(
             messages=[
                 pb.BatchCreateChatMessagesResponse.CreatedChatMessage(
@@ -90,7 +92,11 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         )
 
     async def _append(
-        self, tenant_id: str, session_id: str, new: list[messages.NewMessage]
+        self,
+        tenant_id: str,
+        session_id: str,
+        new: list[messages.NewMessage],
+        expected_revision: int | None,
     ) -> list[messages.Message]:
         stored = await attachment_access.find_stored_or_check_urls(
             self._url_checker,
@@ -99,7 +105,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             lambda: append.find_repeat(self._db, tenant_id, session_id, new),
         )
         if stored is None:
-            stored = await self._group_commit.append(tenant_id, session_id, new)
+            stored = await self._group_commit.append(tenant_id, session_id, new, expected_revision)
             self._watch_hub.notify_changed(tenant_id, session_id)
         return stored
 
@@ -213,13 +219,40 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         tenant_id = request_context.tenant_id()
         validator = Validator(self._limits)
         message_id = validator.id("message.id", request.message.id)
+        etag = validator.etag("message.etag", request.message.etag)
+        expected_revision = validator.expected_revision(request)
         metadata = None
-        if "metadata_json" in validator.update_mask(request.update_mask, ["metadata_json"]):
+        patch = validator.metadata("metadata_merge_json", request.metadata_merge_json)
+        if patch is None and not request.update_mask.paths:
+            for field in ("update_mask", "metadata_merge_json"):
+                validator.add_violation(field, "required: update_mask or metadata_merge_json")
+        elif patch is not None and request.update_mask.paths:
+            validator.add_violation("update_mask", "not allowed with metadata_merge_json")
+        elif patch is None and "metadata_json" in validator.update_mask(
+            request.update_mask, ["metadata_json"]
+        ):
             metadata = validator.metadata("message.metadata_json", request.message.metadata_json)
         validator.raise_if_invalid()
-        message = await messages.set_metadata(self._db, tenant_id, message_id, metadata)
+        if etag is not None:
+            # Repeated after its own success, the call meets a revision that is not its etag.
+            request_context.set_not_repeatable()
+        message = await messages.set_metadata(
+            self._db,
+            tenant_id,
+            message_id,
+            metadata,
+            patch=patch,
+            check_result=self._check_merged_metadata,
+            etag=etag,
+            expected_revision=expected_revision,
+        )
         self._watch_hub.notify_changed(tenant_id, message.session_id)
         return pb.UpdateChatMessageResponse(message=convert.message(message))
+
+    def _check_merged_metadata(self, merged: str) -> None:
+        validator = Validator(self._limits)
+        validator.merged_metadata("metadata_merge_json", merged)
+        validator.raise_if_invalid()
 
     async def DeleteChatMessage(
         self, request: pb.DeleteChatMessageRequest, context: Context
@@ -227,8 +260,12 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         tenant_id = request_context.tenant_id()
         validator = Validator(self._limits)
         message_id = validator.id("message_id", request.message_id)
+        etag = validator.etag("etag", request.etag)
+        expected_revision = validator.expected_revision(request)
         validator.raise_if_invalid()
-        session_id = await messages.delete(self._db, tenant_id, message_id)
+        session_id = await messages.delete(
+            self._db, tenant_id, message_id, etag=etag, expected_revision=expected_revision
+        )
         self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.DeleteChatMessageResponse()
 

@@ -38,11 +38,14 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
                 target = validator.id("ticket_id", request.ticket_id)
             case "ticket":
                 target = self._new_ticket(validator, request.ticket)
+        expected_revision = validator.expected_revision(request)
         validator.raise_if_invalid()
         if not request.chat_ticket_id and not request.ticket.id:
             # With this id a repeated call is recognised, whatever the ticket's own id.
             request_context.set_not_repeatable(chat_ticket_id=chat_ticket_id)
-        chat_ticket = await tickets.link(self._db, tenant_id, session_id, chat_ticket_id, target)
+        chat_ticket = await tickets.link(
+            self._db, tenant_id, session_id, chat_ticket_id, target, expected_revision
+        )
         self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.CreateChatTicketResponse(chat_ticket=convert.chat_ticket(chat_ticket))
 

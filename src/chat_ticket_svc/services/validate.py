@@ -225,6 +225,12 @@ class Validator:
             return None
         return int(value)
 
+    def expected_revision(self, request: Any) -> int | None:
+        """The revision that a session must have; None when it is not to be checked."""
+        if not request.HasField("expected_revision"):
+            return None
+        return self.non_negative("expected_revision", request.expected_revision)
+
     def update_mask(self, mask: FieldMask, allowed: Sequence[str]) -> set[str]:
         """The fields to update. Of `labels`, a path can also name one, as `labels.KEY`."""
         names = ", ".join(allowed)
@@ -291,6 +297,15 @@ class Validator:
         ):
             self.add_violation(field, description)
         return value
+
+    def merged_metadata(self, field: str, value: str) -> None:
+        """The metadata that a merge patch results in, of valid metadata and a valid patch."""
+        for description in metadata_json.violations(
+            value,
+            max_bytes=self._limits.metadata_bytes,
+            max_depth=self._limits.metadata_depth,
+        ):
+            self.add_violation(field, f"merged metadata: {description}")
 
     def new_message(self, field: str, message: pb.ChatMessage) -> NewMessage:
         new = self._message(field, message)

@@ -15,7 +15,9 @@ from chat_ticket_svc.store.driver_errors import ConstraintViolation
 from chat_ticket_svc.store.messages import Message, NewMessage
 
 # One statement is one transaction. The UPDATE locks the session. Each message gets a revision of
-# its own, and each row a microsecond of its own. If one of the ids exists, nothing is written.
+# its own, and each row a microsecond of its own. If one of the ids exists, or the session is not at
+# the expected revision, nothing is written. After a wait for the lock, PostgreSQL looks at the
+# revision again.
 APPEND = """
 WITH session AS (
     UPDATE chat_sessions
@@ -23,6 +25,7 @@ WITH session AS (
            updated_at = next_change_time(updated_at)
                + (%(ticks)s::integer - 1) * interval '1 microsecond'
      WHERE tenant_id = %(tenant_id)s AND id = %(session_id)s::uuid
+       AND (%(expected_revision)s::bigint IS NULL OR revision = %(expected_revision)s::bigint)
        AND NOT EXISTS (
            SELECT FROM chat_messages
             WHERE tenant_id = %(tenant_id)s AND id = ANY (%(ids)s::uuid[]))
@@ -134,7 +137,11 @@ def search_language_literal(language_codes: Iterable[str | None]) -> str:
 
 
 def append_params(
-    tenant_id: str, session_id: str, new: Sequence[NewMessage], default_search_language: str
+    tenant_id: str,
+    session_id: str,
+    new: Sequence[NewMessage],
+    default_search_language: str,
+    expected_revision: int | None = None,
 ) -> dict[str, Any]:
     """The parameters of APPEND. See append_messages."""
     ticks = 0
@@ -149,6 +156,7 @@ def append_params(
     return _message_params(tenant_id, session_id, new) | {
         "search_languages": search_language_literal(message.language_code for message in new),
         "search_language": default_search_language,
+        "expected_revision": expected_revision,
         "states": array_literal(message.state for message in new),
         "count": len(new),
         "ticks": ticks,
@@ -192,19 +200,21 @@ async def append_messages(
     new: Sequence[NewMessage],
     *,
     default_search_language: str,
+    expected_revision: int | None,
     outcome_unknown: bool,
 ) -> list[Message]:
     """Append messages to a session, in order, all or none, and return them as stored.
 
-    A repeated request with the same ids and content returns the stored messages. Messages without a
-    language code, of a tenant without a search language, get `default_search_language`.
+    A repeated request with the same ids and content returns the stored messages. Otherwise raises
+    AbortedError if the session is not at `expected_revision`, when that is given. Messages without
+    a language code, of a tenant without a search language, get `default_search_language`.
     `outcome_unknown` says that an earlier attempt lost its connection and may have stored them.
     """
     id_violation = None
     try:
         rows = await db.write(
             APPEND,
-            append_params(tenant_id, session_id, new, default_search_language),
+            append_params(tenant_id, session_id, new, default_search_language, expected_revision),
             lambda *row: row,
             idempotent=True,
             outcome_unknown=outcome_unknown,
@@ -223,10 +233,11 @@ async def append_messages(
         raise await attachments.id_taken_error(
             db, tenant_id, [attachment for message in new for attachment in message.attachments]
         ) from id_violation
-    await sessions.get(db, tenant_id, session_id)
+    session = await sessions.get(db, tenant_id, session_id)
+    sessions.check_revision(session.revision, expected_revision)
     await _refuse_draft(db, tenant_id, new)
     # The statement found one of the ids, which is gone now: its session was deleted in between, or
-    # its draft was dropped.
+    # its draft was dropped. Or the session has reached the expected revision since.
     raise errors.ContentionError from id_violation
 
 

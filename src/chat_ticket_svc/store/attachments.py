@@ -184,7 +184,7 @@ async def create(
     """
 
     async def body(transaction: Transaction) -> tuple[Attachment, str]:
-        session_id = await sessions.lock_of_message(transaction, tenant_id, message_id)
+        session_id, _ = await sessions.lock_of_message(transaction, tenant_id, message_id)
         params = {"tenant_id": tenant_id, "id": new.id}
         existing = await transaction.fetch_one(GET, params, Attachment)
         stored = _checked_repeat(new, message_id, existing)

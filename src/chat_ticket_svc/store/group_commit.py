@@ -5,12 +5,14 @@ small messages that arrive while a statement is in flight are collected, and the
 inserts them all, across callers, sessions and tenants. A message that arrives when no statement is
 in flight is sent at once.
 
-The statement waits for no lock. A message whose session is locked, or whose id exists, is skipped.
-It is then appended in a statement of its own (see append.py). If a row is invalid, the statement
-fails, and all its messages are appended one by one, so that only the invalid one fails. If the
-connection is lost, the outcome of the messages in flight is unknown. They too are appended one by
-one, which is safe as they have ids. If a caller is cancelled before its message is sent, the
-message is dropped. If it is cancelled later, the statement goes on for the others.
+The statement waits for no lock. A message is skipped if its session is locked or is not at the
+revision that the message expects, or if its id exists. It is then appended in a statement of its
+own (see append.py). A message that expects a revision is the only one of its session in a
+statement, so that no other is skipped with it. If a row is invalid, the statement fails, and all
+its messages are appended one by one, so that only the invalid one fails. If the connection is lost,
+the outcome of the messages in flight is unknown. They too are appended one by one, which is safe as
+they have ids. If a caller is cancelled before its message is sent, the message is dropped. If it is
+cancelled later, the statement goes on for the others.
 """
 
 import asyncio
@@ -39,8 +41,9 @@ MAX_BATCH_DELAY_SECONDS = 0.002
 MAX_BATCHED_MESSAGE_BYTES = 8192
 
 # `position` counts the messages of one session. The sessions are locked in a SELECT, as an UPDATE
-# cannot SKIP LOCKED. The arrays are selected so that the planner does not see their length. If it
-# does, it plans the statement for every execution, which takes longer than executing it.
+# cannot SKIP LOCKED. It compares the revision of the row that it locks, which can be newer than its
+# snapshot. The arrays are selected so that the planner does not see their length. If it does, it
+# plans the statement for every execution, which takes longer than executing it.
 APPEND_BATCH = """
 WITH new AS MATERIALIZED (
     SELECT new.*,
@@ -50,10 +53,11 @@ WITH new AS MATERIALIZED (
                   (SELECT %(ids)s::uuid[]), (SELECT %(roles)s::text[]),
                   (SELECT %(contents)s::text[]), (SELECT %(language_codes)s::text[]),
                   (SELECT %(search_languages)s::text[]), (SELECT %(metadatas)s::text[]),
-                  (SELECT %(author_kinds)s::text[]), (SELECT %(author_ids)s::text[]))
+                  (SELECT %(author_kinds)s::text[]), (SELECT %(author_ids)s::text[]),
+                  (SELECT %(expected_revisions)s::bigint[]))
                WITH ORDINALITY
                AS new (tenant_id, session_id, id, role, content, language_code, search_language,
-                       metadata, author_kind, author_id, ordinal)
+                       metadata, author_kind, author_id, expected_revision, ordinal)
      WHERE NOT EXISTS (
          SELECT FROM chat_messages m
           WHERE m.tenant_id = new.tenant_id AND m.id = new.id OFFSET 0)
@@ -62,6 +66,7 @@ WITH new AS MATERIALIZED (
       FROM new
       JOIN chat_sessions s ON s.tenant_id = new.tenant_id AND s.id = new.session_id
      WHERE new.position = 1
+       AND (new.expected_revision IS NULL OR s.revision = new.expected_revision)
        FOR NO KEY UPDATE OF s SKIP LOCKED
 ), session AS (
     UPDATE chat_sessions s
@@ -97,10 +102,13 @@ SELECT * FROM message
 class _PendingAppend:
     """A message that waits to be sent, or for its result."""
 
-    def __init__(self, tenant_id: str, session_id: str, message: NewMessage):
+    def __init__(
+        self, tenant_id: str, session_id: str, message: NewMessage, expected_revision: int | None
+    ):
         self.tenant_id = tenant_id
         self.session_id = session_id
         self.message = message
+        self.expected_revision = expected_revision
         self.key = (tenant_id, message.id)
         # The row that was inserted, or None if the message has to be appended alone.
         self.row: asyncio.Future[Sequence[Any] | None]
@@ -122,15 +130,20 @@ class GroupCommitWriter:
         self._target_reached = asyncio.Event()
 
     async def append(
-        self, tenant_id: str, session_id: str, new: Sequence[NewMessage]
+        self,
+        tenant_id: str,
+        session_id: str,
+        new: Sequence[NewMessage],
+        expected_revision: int | None,
     ) -> list[Message]:
         """Append messages to a session, in order, all or none, and return them as stored.
 
-        A repeated request with the same ids and content returns the stored messages.
+        A repeated request with the same ids and content returns the stored messages. Otherwise
+        raises AbortedError if the session is not at `expected_revision`, when that is given.
         """
         outcome_unknown = False
         if len(new) == 1 and _is_small(new[0]):
-            pending = _PendingAppend(tenant_id, session_id, new[0])
+            pending = _PendingAppend(tenant_id, session_id, new[0], expected_revision)
             self._pending.append(pending)
             if len(self._pending) >= self._target_size:
                 self._target_reached.set()
@@ -148,6 +161,7 @@ class GroupCommitWriter:
             session_id,
             new,
             default_search_language=self._default_search_language,
+            expected_revision=expected_revision,
             outcome_unknown=outcome_unknown,
         )
 
@@ -170,14 +184,25 @@ class GroupCommitWriter:
 
     def _next_batch(self) -> list[_PendingAppend]:
         batch: dict[tuple[str, str], _PendingAppend] = {}
+        # For each session, whether its message in the batch expects a revision.
+        sessions: dict[tuple[str, str], bool] = {}
+        deferred: list[_PendingAppend] = []
         while self._pending and len(batch) < MAX_BATCH_MESSAGES:
             pending = self._pending.popleft()
             if pending.row.done():  # its caller was cancelled
                 continue
+            session = (pending.tenant_id, pending.session_id)
+            has_expectation = pending.expected_revision is not None
             if pending.key in batch:  # a repeated request, while the first one is pending
                 pending.row.set_result(None)
+            elif has_expectation and session in sessions:
+                # It most likely loses. Of many that wait, the losers would fill a batch each.
+                pending.row.set_result(None)
+            elif sessions.setdefault(session, has_expectation) and not has_expectation:
+                deferred.append(pending)
             else:
                 batch[pending.key] = pending
+        self._pending.extendleft(reversed(deferred))
         return list(batch.values())
 
     async def _write_batch(self, batch: list[_PendingAppend]) -> None:
@@ -202,6 +227,9 @@ class GroupCommitWriter:
                             pending.message.author_kind for pending in batch
                         ),
                         "author_ids": array_literal(pending.message.author_id for pending in batch),
+                        "expected_revisions": array_literal(
+                            pending.expected_revision for pending in batch
+                        ),
                     },
                 )
             }

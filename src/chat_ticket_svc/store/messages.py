@@ -1,8 +1,9 @@
-"""Chat messages: reading, changing, redacting and deleting one. The session's lock orders the changes.
+"""Chat messages: reading, changing, redacting and deleting one. A session's lock orders changes.
 
 append.py and group_commit.py add messages; message_listing.py lists them.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 from chat_ticket_svc import errors
@@ -75,22 +76,39 @@ SELECT {COLUMNS} FROM chat_messages m
  WHERE m.tenant_id = %(tenant_id)s AND m.id = %(id)s::uuid
 """
 
-SET_METADATA = """
+# A patch that leaves nothing of metadata that is not there leaves it so. Metadata is compared as
+# text, as 1.0 and 1 are equal as jsonb, but different values to the caller.
+GET_WITH_NEW_METADATA = f"""
+SELECT new.metadata::text, new.metadata::text IS DISTINCT FROM m.metadata::text, {COLUMNS}
+  FROM chat_messages m
+ CROSS JOIN LATERAL (
+     SELECT CASE
+         WHEN %(patch)s::text IS NULL THEN %(metadata)s::text::jsonb
+         WHEN m.metadata IS NULL
+         THEN nullif(json_merge_patch(NULL, %(patch)s::text::jsonb), '{{}}')
+         ELSE json_merge_patch(m.metadata, %(patch)s::text::jsonb)
+     END
+ ) AS new (metadata)
+ WHERE m.tenant_id = %(tenant_id)s AND m.id = %(id)s::uuid
+"""
+
+SET_METADATA = f"""
 WITH session AS (
     UPDATE chat_sessions
        SET revision = revision + 1, updated_at = next_change_time(updated_at)
      WHERE tenant_id = %(tenant_id)s AND id = %(session_id)s::uuid
-       AND EXISTS (
-           SELECT FROM chat_messages m
-            WHERE m.tenant_id = %(tenant_id)s AND m.id = %(id)s::uuid
-              AND NOT m.redacted
-              AND m.metadata::text IS DISTINCT FROM %(metadata)s::jsonb::text)
     RETURNING revision
 )
 UPDATE chat_messages m
-   SET metadata = %(metadata)s::jsonb, revision = session.revision
+   SET metadata = %(metadata)s::text::jsonb, revision = session.revision
   FROM session
  WHERE m.tenant_id = %(tenant_id)s AND m.id = %(id)s::uuid
+RETURNING {COLUMNS}
+"""
+
+GET_REVISION = """
+SELECT revision FROM chat_messages
+ WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
 """
 
 REDACT = """
@@ -155,25 +173,53 @@ async def get(db: Database, tenant_id: str, message_id: str) -> Message:
 
 
 async def set_metadata(
-    db: Database, tenant_id: str, message_id: str, metadata: str | None
+    db: Database,
+    tenant_id: str,
+    message_id: str,
+    metadata: str | None,
+    *,
+    patch: str | None,
+    check_result: Callable[[str], None],
+    etag: int | None,
+    expected_revision: int | None,
 ) -> Message:
-    """Replace the metadata. Equal metadata changes nothing, not even the revision."""
+    """Replace the metadata, or apply `patch` to it, a JSON merge patch.
+
+    Equal metadata changes nothing, not even the revision. `check_result` raises if the metadata
+    that a patch results in is not allowed. Raises AbortedError if the message is not at revision
+    `etag`, or the session not at `expected_revision`, when they are given. A repeat with
+    `expected_revision` finds the revision that it has made.
+    """
+    params = {"tenant_id": tenant_id, "id": message_id}
 
     async def body(transaction: Transaction) -> Message:
-        session_id = await sessions.lock_of_message(transaction, tenant_id, message_id)
-        params = {"tenant_id": tenant_id, "id": message_id}
-        await transaction.execute(
-            SET_METADATA, {**params, "session_id": session_id, "metadata": metadata}
+        session_id, revision = await sessions.lock_of_message(transaction, tenant_id, message_id)
+        found = await transaction.fetch_one(
+            GET_WITH_NEW_METADATA,
+            {**params, "metadata": metadata, "patch": patch},
+            lambda new, is_change, *row: (new, is_change, from_row(*row)),
         )
-        message = await transaction.fetch_one(GET, params, from_row)
-        if message is None:  # deleted during the wait for the lock
+        if found is None:  # deleted during the wait for the lock
             raise not_found(message_id)
+        new, is_change, message = found
         if message.redacted:
             raise errors.MessageRedactedError(message_id)
-        return message
+        sessions.check_revision(message.revision, etag, "message")
+        is_own_change = not is_change and message.revision - 1 == expected_revision
+        if not is_own_change:
+            sessions.check_revision(revision, expected_revision)
+        if not is_change:
+            return message
+        if patch is not None and new is not None:
+            check_result(new)
+        [changed] = await transaction.fetch_all(
+            SET_METADATA, {**params, "session_id": session_id, "metadata": new}, from_row
+        )
+        return changed
 
     session_id = await sessions.of_message(db, tenant_id, message_id)
-    return await db.transaction(body, idempotent=True, locks=[session_id])
+    # Repeated after its own success, the call meets a revision that is not its etag.
+    return await db.transaction(body, idempotent=etag is None, locks=[session_id])
 
 
 async def redact(db: Database, tenant_id: str, message_id: str, etag: int | None) -> Message:
@@ -182,32 +228,46 @@ async def redact(db: Database, tenant_id: str, message_id: str, etag: int | None
     A redacted message is returned as it is. Raises AbortedError if `etag` is given and differs from
     the revision of the message.
     """
+    params = {"tenant_id": tenant_id, "id": message_id}
 
     async def body(transaction: Transaction) -> Message:
-        session_id = await sessions.lock_of_message(transaction, tenant_id, message_id)
-        params = {"tenant_id": tenant_id, "id": message_id}
+        session_id, _ = await sessions.lock_of_message(transaction, tenant_id, message_id)
         await transaction.execute(REDACT, {**params, "session_id": session_id, "etag": etag})
         message = await transaction.fetch_one(GET, params, from_row)
         if message is None:  # deleted during the wait for the lock
             raise not_found(message_id)
         if not message.redacted:
-            raise errors.AbortedError(
-                f"the message is at revision {message.revision}, not {etag}",
-                reason="ETAG_MISMATCH",
-                metadata={"revision": str(message.revision)},
-            )
+            sessions.check_revision(message.revision, etag, "message")
         return message
 
     session_id = await sessions.of_message(db, tenant_id, message_id)
     return await db.transaction(body, idempotent=True, locks=[session_id])
 
 
-async def delete(db: Database, tenant_id: str, message_id: str) -> str:
-    """Delete a message and its attachments, and leave a tombstone; return the session's id."""
+async def delete(
+    db: Database,
+    tenant_id: str,
+    message_id: str,
+    *,
+    etag: int | None = None,
+    expected_revision: int | None = None,
+) -> str:
+    """Delete a message and its attachments, and leave a tombstone; return the session's id.
+
+    Raises AbortedError if the message is not at revision `etag`, or the session not at
+    `expected_revision`, when they are given.
+    """
+    params = {"tenant_id": tenant_id, "id": message_id}
 
     async def body(transaction: Transaction) -> str:
-        await sessions.lock_of_message(transaction, tenant_id, message_id)
-        params = {"tenant_id": tenant_id, "id": message_id}
+        _, session_revision = await sessions.lock_of_message(transaction, tenant_id, message_id)
+        if etag is not None or expected_revision is not None:
+            # A message that is gone is not found, whatever the revision of its session is by now.
+            revision = await transaction.fetch_one(GET_REVISION, params, int)
+            if revision is None:
+                raise not_found(message_id)
+            sessions.check_revision(revision, etag, "message")
+            sessions.check_revision(session_revision, expected_revision)
         session_id = await transaction.fetch_one(DELETE, params, str)
         if session_id is None:
             raise not_found(message_id)

@@ -100,7 +100,7 @@ SELECT session_id::text FROM chat_messages
 """
 
 LOCK_OF_MESSAGE = """
-SELECT s.id::text
+SELECT s.id::text, s.revision
   FROM chat_messages m
   JOIN chat_sessions s ON s.tenant_id = m.tenant_id AND s.id = m.session_id
  WHERE m.tenant_id = %(tenant_id)s AND m.id = %(message_id)s::uuid
@@ -310,11 +310,18 @@ async def lock(
     session = await transaction.fetch_one(LOCK, {"tenant_id": tenant_id, "id": session_id}, Session)
     if session is None:
         raise not_found(session_id)
-    if etag is not None and etag != session.revision:
-        raise errors.AbortedError(
-            f"the session is at revision {session.revision}, not {etag}", reason="ETAG_MISMATCH"
-        )
+    check_revision(session.revision, etag)
     return session
+
+
+def check_revision(revision: int, expected: int | None, entity: str = "session") -> None:
+    """Raise AbortedError if another revision is expected than the session, or `entity`, has."""
+    if expected is not None and expected != revision:
+        raise errors.AbortedError(
+            f"the {entity} is at revision {revision}, not {expected}",
+            reason="ETAG_MISMATCH",
+            metadata={"revision": str(revision)},
+        )
 
 
 async def of_message(db: Database, tenant_id: str, message_id: str) -> str:
@@ -326,16 +333,18 @@ async def of_message(db: Database, tenant_id: str, message_id: str) -> str:
     return session_id
 
 
-async def lock_of_message(transaction: Transaction, tenant_id: str, message_id: str) -> str:
-    """Lock the session of a message, like `lock`, and return the session's id.
+async def lock_of_message(
+    transaction: Transaction, tenant_id: str, message_id: str
+) -> tuple[str, int]:
+    """Lock the session of a message, like `lock`, and return the session's id and revision.
 
     The message may be deleted while this waits for the lock. The next statement must check that.
     """
     params = {"tenant_id": tenant_id, "message_id": message_id}
-    session_id = await transaction.fetch_one(LOCK_OF_MESSAGE, params, str)
-    if session_id is None:
+    locked = await transaction.fetch_one(LOCK_OF_MESSAGE, params, lambda *row: row)
+    if locked is None:
         raise errors.NotFoundError("chat_message", message_id)
-    return session_id
+    return locked
 
 
 async def update(

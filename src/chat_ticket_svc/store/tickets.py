@@ -193,24 +193,31 @@ def _is_repeat(chat_ticket: ChatTicket, session_id: str, target: str | NewTicket
 
 
 async def link(
-    db: Database, tenant_id: str, session_id: str, chat_ticket_id: str, target: str | NewTicket
+    db: Database,
+    tenant_id: str,
+    session_id: str,
+    chat_ticket_id: str,
+    target: str | NewTicket,
+    expected_revision: int | None,
 ) -> ChatTicket:
     """Link a session to an existing ticket, given by id, or to a new one.
 
-    A new ticket is opened in the same transaction.
+    A new ticket is opened in the same transaction. Raises AbortedError if the session is not at
+    `expected_revision`, when that is given, unless this is a repeat of what has linked it.
     """
     params = {"tenant_id": tenant_id, "id": chat_ticket_id, "session_id": session_id}
     # A new ticket is locked by nobody else.
     locks = [session_id, target] if isinstance(target, str) else [session_id]
 
     async def body(transaction: Transaction) -> ChatTicket:
-        await sessions.lock(transaction, tenant_id, session_id)
+        session = await sessions.lock(transaction, tenant_id, session_id)
         existing = await transaction.fetch_one(GET_CHAT_TICKET, params, _chat_ticket_from_row)
         if existing is not None:
             if _is_repeat(existing, session_id, target):
                 return existing
             raise errors.AlreadyExistsError.id_taken("chat_ticket", chat_ticket_id)
         if isinstance(target, str):
+            sessions.check_revision(session.revision, expected_revision)
             ticket_id = target
         else:
             ticket_id = target.id
@@ -223,6 +230,7 @@ async def link(
                 and _is_repeat(current, session_id, target)
             ):
                 return current
+            sessions.check_revision(session.revision, expected_revision)
             await transaction.execute(
                 CREATE_TICKET,
                 {
