@@ -227,6 +227,16 @@ class Settings(BaseSettings):
         "message with the state `INCOMPLETE`. All servers of a database need the same.",
     )
 
+    # Deleted sessions
+    session_tombstone_days: int = Field(
+        default=30,
+        ge=1,
+        le=3650,
+        description="How long the id of a deleted session is rejected when a session is created. "
+        "It is kept for so many days, without anything of what the session was. All servers of a "
+        "database need the same.",
+    )
+
     # Attachments
     attachment_url_check: bool = Field(
         default=True,

@@ -99,12 +99,17 @@ REASONS = (
             {
                 "chat_message": "The id belongs to a different or a deleted message, or to an open "
                 "draft.",
-                "chat_session": "The id belongs to a session of another user, or to one that was "
-                "deleted during the call.",
+                "chat_session": "The id belongs to a session of another user.",
             }.get(resource, f"The id belongs to a different {name}."),
             "Choose a new id.",
         )
         for resource, name in _RESOURCES.items()
+    ),
+    Reason(
+        "CHAT_SESSION_DELETED",
+        "ALREADY_EXISTS",
+        "The id belongs to a session that was deleted.",
+        "Choose a new id, unless the call is a late repeat of the creation of that session.",
     ),
     Reason(
         "DRAFT_OPEN",

@@ -47,6 +47,7 @@ from chat_ticket_svc.store.connection_queue import tenant_connections
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.draft_commit import DraftGroupCommit
 from chat_ticket_svc.store.draft_expiry import DraftExpiry
+from chat_ticket_svc.store.tombstone_sweep import TombstoneSweep
 from chat_ticket_svc.telemetry import metrics
 from chat_ticket_svc.watch.hub import WatchHub
 
@@ -149,6 +150,7 @@ class Server:
             default_search_language=settings.search_language,
             on_finished=self._on_drafts_ended,
         )
+        self._tombstone_sweep = TombstoneSweep(self._db, days=settings.session_tombstone_days)
         self._url_checker = _url_checker(settings)
         self._certificates = _server_certificates(settings)
         self._jwks_client = _jwks_client(settings)
@@ -193,6 +195,7 @@ class Server:
         await self._db.open()
         self._watch_hub.start()
         self._draft_expiry.start()
+        self._tombstone_sweep.start()
         if self._certificates is not None:
             self._certificates.start_reloading()
         await self._health_monitor.start()
@@ -222,6 +225,7 @@ class Server:
         await stopping
         await self._middleware.wait_for_handlers(timeout=1)
         await self._draft_expiry.stop()
+        await self._tombstone_sweep.stop()
         await self._draft_commit.close()
         await self._watch_hub.stop()
         await self._close()

@@ -1,4 +1,4 @@
-"""The rule that the file URLs of new attachments are accessible."""
+"""The rule that the file URLs of attachments are accessible when they are set."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar

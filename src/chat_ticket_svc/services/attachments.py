@@ -117,7 +117,25 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
     async def UpdateChatAttachment(
         self, request: pb.UpdateChatAttachmentRequest, context: Context
     ) -> pb.UpdateChatAttachmentResponse:
-        raise NotImplementedError
+        tenant_id = request_context.tenant_id()
+        validator = Validator(self._limits, self._url_schemes)
+        attachment_id = validator.id("attachment.id", request.attachment.id)
+        file_url = ""
+        if "file_url" in validator.update_mask(request.update_mask, ["file_url"]):
+            file_url = validator.file_url("attachment.file_url", request.attachment.file_url)
+        validator.raise_if_invalid()
+        attachment = await attachment_access.find_stored_or_check_urls(
+            self._url_checker,
+            tenant_id,
+            [file_url],
+            lambda: attachments.find_with_url(self._db, tenant_id, attachment_id, file_url),
+        )
+        if attachment is None:
+            attachment, session_id = await attachments.set_url(
+                self._db, tenant_id, attachment_id, file_url
+            )
+            self._watch_hub.notify_changed(tenant_id, session_id)
+        return pb.UpdateChatAttachmentResponse(attachment=convert.attachment(attachment))
 
     async def DeleteChatAttachment(
         self, request: pb.DeleteChatAttachmentRequest, context: Context
@@ -126,6 +144,9 @@ class ChatAttachmentService(chat_attachment_pb2_grpc.ChatAttachmentServiceServic
         validator = Validator(self._limits)
         attachment_id = validator.id("attachment_id", request.attachment_id)
         validator.raise_if_invalid()
-        session_id = await attachments.delete(self._db, tenant_id, attachment_id)
-        self._watch_hub.notify_changed(tenant_id, session_id)
+        session_id = await attachments.delete(
+            self._db, tenant_id, attachment_id, allow_missing=request.allow_missing
+        )
+        if session_id is not None:
+            self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.DeleteChatAttachmentResponse()

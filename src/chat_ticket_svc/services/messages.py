@@ -264,9 +264,15 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         expected_revision = validator.expected_revision(request)
         validator.raise_if_invalid()
         session_id = await messages.delete(
-            self._db, tenant_id, message_id, etag=etag, expected_revision=expected_revision
+            self._db,
+            tenant_id,
+            message_id,
+            etag=etag,
+            expected_revision=expected_revision,
+            allow_missing=request.allow_missing,
         )
-        self._watch_hub.notify_changed(tenant_id, session_id)
+        if session_id is not None:
+            self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.DeleteChatMessageResponse()
 
     async def RedactChatMessage(

@@ -141,7 +141,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         session_id = validator.id("session_id", request.session_id)
         etag = validator.etag("etag", request.etag)
         validator.raise_if_invalid()
-        await self._deleter.delete(tenant_id, session_id, etag)
+        await self._deleter.delete(tenant_id, session_id, etag, allow_missing=request.allow_missing)
         return pb.DeleteChatSessionResponse()
 
     def WatchChatSession(

@@ -116,8 +116,11 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
         validator = Validator(self._limits)
         chat_ticket_id = validator.id("chat_ticket_id", request.chat_ticket_id)
         validator.raise_if_invalid()
-        session_id = await tickets.unlink(self._db, tenant_id, chat_ticket_id)
-        self._watch_hub.notify_changed(tenant_id, session_id)
+        session_id = await tickets.unlink(
+            self._db, tenant_id, chat_ticket_id, allow_missing=request.allow_missing
+        )
+        if session_id is not None:
+            self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.DeleteChatTicketResponse()
 
     async def CreateTicket(
@@ -190,5 +193,5 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
         validator = Validator(self._limits)
         ticket_id = validator.id("ticket_id", request.ticket_id)
         validator.raise_if_invalid()
-        await tickets.delete(self._db, tenant_id, ticket_id)
+        await tickets.delete(self._db, tenant_id, ticket_id, allow_missing=request.allow_missing)
         return pb.DeleteTicketResponse()

@@ -387,14 +387,14 @@ class Validator:
         return NewAttachment(
             id=self.new_id(f"{field}.id", attachment.id),
             has_client_id=bool(attachment.id),
-            file_url=self._file_url(f"{field}.file_url", attachment.file_url),
+            file_url=self.file_url(f"{field}.file_url", attachment.file_url),
             file_name=self.single_line(
                 f"{field}.file_name", attachment.file_name, self._limits.file_name
             ),
             file_type=file_type,
         )
 
-    def _file_url(self, field: str, value: str) -> str:
+    def file_url(self, field: str, value: str) -> str:
         self.text(field, value, self._limits.file_url)
         if not value or len(value) > self._limits.file_url:
             return value

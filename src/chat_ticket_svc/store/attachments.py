@@ -8,6 +8,7 @@ from chat_ticket_svc import errors
 from chat_ticket_svc.store import sessions
 from chat_ticket_svc.store.columns import column_list, microseconds
 from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store.deletion import missing_allowed
 from chat_ticket_svc.store.driver_errors import ConstraintViolation
 from chat_ticket_svc.store.transaction import Transaction
 
@@ -36,9 +37,10 @@ class NewAttachment(NamedTuple):
     def is_repeat_of(self, stored: Attachment) -> bool:
         """Whether `stored` is the result of an earlier request to create this attachment."""
         return (
-            (self.file_url, self.file_name, self.file_type)
-            == (stored.file_url, stored.file_name, stored.file_type)
-        ) and (not self.has_client_id or self.id == stored.id)
+            (self.file_name, self.file_type) == (stored.file_name, stored.file_type)
+            and (stored.updated_at is not None or self.file_url == stored.file_url)
+            and (not self.has_client_id or self.id == stored.id)
+        )
 
 
 class SequencedAttachment(NamedTuple):
@@ -100,6 +102,30 @@ SELECT s.id::text
   JOIN chat_sessions s ON s.tenant_id = m.tenant_id AND s.id = m.session_id
  WHERE a.tenant_id = %(tenant_id)s AND a.id = %(id)s::uuid
    FOR UPDATE OF s
+"""
+
+SET_URL = """
+WITH message AS (
+    SELECT m.id, m.session_id
+      FROM chat_attachments a
+      JOIN chat_messages m ON m.tenant_id = a.tenant_id AND m.id = a.message_id
+     WHERE a.tenant_id = %(tenant_id)s AND a.id = %(id)s::uuid AND a.file_url <> %(file_url)s
+), session AS (
+    UPDATE chat_sessions s
+       SET revision = revision + 1, updated_at = next_change_time(updated_at)
+      FROM message
+     WHERE s.tenant_id = %(tenant_id)s AND s.id = message.session_id
+    RETURNING s.revision, s.updated_at
+), updated AS (
+    UPDATE chat_messages m
+       SET revision = session.revision
+      FROM session, message
+     WHERE m.tenant_id = %(tenant_id)s AND m.id = message.id
+)
+UPDATE chat_attachments a
+   SET file_url = %(file_url)s, updated_at = session.updated_at
+  FROM session
+ WHERE a.tenant_id = %(tenant_id)s AND a.id = %(id)s::uuid
 """
 
 DELETE = """
@@ -265,22 +291,59 @@ async def page(
     )
 
 
-async def delete(db: Database, tenant_id: str, attachment_id: str) -> str:
-    """Delete an attachment; return the id of its session."""
+async def find_with_url(
+    db: Database, tenant_id: str, attachment_id: str, file_url: str
+) -> Attachment | None:
+    """The attachment, if it has this URL already. Raises NotFoundError if it does not exist."""
+    attachment = await get(db, tenant_id, attachment_id)
+    return attachment if attachment.file_url == file_url else None
+
+
+async def set_url(
+    db: Database, tenant_id: str, attachment_id: str, file_url: str
+) -> tuple[Attachment, str]:
+    """Replace the URL; also return the id of the session. An equal URL changes nothing."""
+    params = {"tenant_id": tenant_id, "id": attachment_id}
+
+    async def body(transaction: Transaction) -> Attachment:
+        await transaction.fetch_one(LOCK_SESSION, params, str)
+        await transaction.execute(SET_URL, {**params, "file_url": file_url})
+        attachment = await transaction.fetch_one(GET, params, Attachment)
+        if attachment is None:  # deleted before the lock
+            raise not_found(attachment_id)
+        return attachment
+
+    session_id = await _session_of(db, tenant_id, attachment_id)
+    return await db.transaction(body, idempotent=True, locks=[session_id]), session_id
+
+
+async def delete(
+    db: Database, tenant_id: str, attachment_id: str, *, allow_missing: bool
+) -> str | None:
+    """Delete an attachment; return the id of its session.
+
+    With `allow_missing`, returns None if the attachment does not exist.
+    """
 
     params = {"tenant_id": tenant_id, "id": attachment_id}
 
-    async def body(transaction: Transaction) -> str:
-        session_id = await transaction.fetch_one(LOCK_SESSION, params, str)
-        if session_id is not None:
-            session_id = await transaction.fetch_one(
-                DELETE, {**params, "session_id": session_id}, str
-            )
-        if session_id is None:
+    async def body(transaction: Transaction) -> None:
+        locked = await transaction.fetch_one(LOCK_SESSION, params, str)
+        if locked is None:
             raise not_found(attachment_id)
-        return session_id
+        if await transaction.fetch_one(DELETE, {**params, "session_id": locked}, str) is None:
+            raise not_found(attachment_id)
 
+    session_id = None
+    with missing_allowed(allow_missing):
+        session_id = await _session_of(db, tenant_id, attachment_id)
+        await db.transaction(body, idempotent=allow_missing, locks=[session_id])
+    return session_id
+
+
+async def _session_of(db: Database, tenant_id: str, attachment_id: str) -> str:
+    params = {"tenant_id": tenant_id, "id": attachment_id}
     session_id = await db.fetch_by_key(SESSION, params, str)
     if session_id is None:
         raise not_found(attachment_id)
-    return await db.transaction(body, idempotent=False, locks=[session_id])
+    return session_id

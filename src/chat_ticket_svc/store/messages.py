@@ -11,6 +11,7 @@ from chat_ticket_svc.store import attachments, sessions
 from chat_ticket_svc.store.attachments import Attachment, NewAttachment
 from chat_ticket_svc.store.columns import column_list, microseconds
 from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store.deletion import missing_allowed
 from chat_ticket_svc.store.transaction import Transaction
 
 # A page of messages ends at the message that reaches this size, so that responses stay small.
@@ -249,29 +250,35 @@ async def delete(
     tenant_id: str,
     message_id: str,
     *,
-    etag: int | None = None,
-    expected_revision: int | None = None,
-) -> str:
+    etag: int | None,
+    expected_revision: int | None,
+    allow_missing: bool,
+) -> str | None:
     """Delete a message and its attachments, and leave a tombstone; return the session's id.
 
     Raises AbortedError if the message is not at revision `etag`, or the session not at
-    `expected_revision`, when they are given.
+    `expected_revision`, when they are given. With `allow_missing`, returns None if the message does
+    not exist.
     """
     params = {"tenant_id": tenant_id, "id": message_id}
+    is_conditional = etag is not None or expected_revision is not None
 
-    async def body(transaction: Transaction) -> str:
+    async def body(transaction: Transaction) -> None:
         _, session_revision = await sessions.lock_of_message(transaction, tenant_id, message_id)
-        if etag is not None or expected_revision is not None:
+        if is_conditional:
             # A message that is gone is not found, whatever the revision of its session is by now.
             revision = await transaction.fetch_one(GET_REVISION, params, int)
             if revision is None:
                 raise not_found(message_id)
             sessions.check_revision(revision, etag, "message")
             sessions.check_revision(session_revision, expected_revision)
-        session_id = await transaction.fetch_one(DELETE, params, str)
-        if session_id is None:
+        if await transaction.fetch_one(DELETE, params, str) is None:
             raise not_found(message_id)
-        return session_id
 
-    session_id = await sessions.of_message(db, tenant_id, message_id)
-    return await db.transaction(body, idempotent=False, locks=[session_id])
+    session_id = None
+    with missing_allowed(allow_missing):
+        session_id = await sessions.of_message(db, tenant_id, message_id)
+        await db.transaction(
+            body, idempotent=allow_missing and not is_conditional, locks=[session_id]
+        )
+    return session_id

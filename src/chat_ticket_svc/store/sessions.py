@@ -8,6 +8,7 @@ from typing import Annotated, LiteralString, NamedTuple
 from chat_ticket_svc import errors
 from chat_ticket_svc.store.columns import column_list, microseconds
 from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store.deletion import missing_allowed
 from chat_ticket_svc.store.driver_errors import ConstraintViolation
 from chat_ticket_svc.store.transaction import Transaction
 
@@ -237,15 +238,33 @@ def not_found(session_id: str) -> errors.NotFoundError:
     return errors.NotFoundError("chat_session", session_id)
 
 
+def _deleted(session_id: str) -> errors.AlreadyExistsError:
+    return errors.AlreadyExistsError(
+        f"id {session_id} belongs to a deleted chat session",
+        reason="CHAT_SESSION_DELETED",
+        resource="chat_session",
+        resource_id=session_id,
+    )
+
+
 async def create(db: Database, tenant_id: str, new: NewSession) -> Session:
-    """Create a session. If the id exists, return the session that has it, if it is this user's."""
+    """Create a session. If the id exists, return the session that has it, if it is this user's.
+
+    Raises AlreadyExistsError if it belonged to a session that was deleted.
+    """
     params = {"tenant_id": tenant_id, **new._asdict(), "labels": _json(new.labels)}
-    created = await db.write(CREATE, params, Session, idempotent=True)
+    try:
+        created = await db.write(CREATE, params, Session, idempotent=True)
+    except ConstraintViolation as violation:
+        if violation.constraint != "chat_session_tombstones_pkey":
+            raise
+        raise _deleted(new.id) from violation
     if created:
         return created[0]
     existing = await db.fetch_by_key(GET, params, Session, outcome_unknown=True)
-    # None: deleted between the two statements.
-    if existing is None or existing.user_id != new.user_id:
+    if existing is None:  # deleted between the two statements
+        raise _deleted(new.id)
+    if existing.user_id != new.user_id:
         raise errors.AlreadyExistsError.id_taken("chat_session", new.id)
     return existing
 
@@ -399,9 +418,12 @@ async def delete(
     session_id: str,
     etag: int | None,
     *,
+    allow_missing: bool,
     may_be_large: bool = False,
 ) -> None:
     """Delete a session and its contents, unless its ticket is open or pending.
+
+    With `allow_missing`, does nothing if it does not exist.
 
     Raises LargeSession, and deletes nothing, if it is large. With `may_be_large`, deletes it
     without a statement timeout.
@@ -416,7 +438,8 @@ async def delete(
         await transaction.execute(DELETE, {"tenant_id": tenant_id, "id": session_id})
 
     try:
-        await db.transaction(body, idempotent=False, locks=[session_id])
+        with missing_allowed(allow_missing):
+            await db.transaction(body, idempotent=allow_missing, locks=[session_id])
     except ConstraintViolation as violation:
         if violation.constraint != "chat_sessions_ticket_status_check":
             raise

@@ -7,6 +7,7 @@ from chat_ticket_svc import errors
 from chat_ticket_svc.store import sessions
 from chat_ticket_svc.store.columns import column_list, microseconds
 from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store.deletion import missing_allowed
 from chat_ticket_svc.store.driver_errors import ConstraintViolation
 from chat_ticket_svc.store.transaction import Transaction
 
@@ -317,23 +318,30 @@ async def chat_ticket_page(
     )
 
 
-async def unlink(db: Database, tenant_id: str, chat_ticket_id: str) -> str:
-    """Unlink a session from its ticket; return the session's id."""
+async def unlink(
+    db: Database, tenant_id: str, chat_ticket_id: str, *, allow_missing: bool
+) -> str | None:
+    """Unlink a session from its ticket; return the session's id.
+
+    With `allow_missing`, returns None if the link does not exist.
+    """
 
     params = {"tenant_id": tenant_id, "id": chat_ticket_id}
 
-    async def body(transaction: Transaction) -> str:
-        session_id = await transaction.fetch_one(LOCK_SESSION_OF_CHAT_TICKET, params, str)
-        if session_id is not None:
-            session_id = await transaction.fetch_one(DELETE_CHAT_TICKET, params, str)
+    async def body(transaction: Transaction) -> None:
+        unlinked = await transaction.fetch_one(LOCK_SESSION_OF_CHAT_TICKET, params, str)
+        if unlinked is not None:
+            unlinked = await transaction.fetch_one(DELETE_CHAT_TICKET, params, str)
+        if unlinked is None:
+            raise chat_ticket_not_found(chat_ticket_id)
+
+    session_id = None
+    with missing_allowed(allow_missing):
+        session_id = await db.fetch_by_key(SESSION_OF_CHAT_TICKET, params, str)
         if session_id is None:
             raise chat_ticket_not_found(chat_ticket_id)
-        return session_id
-
-    session_id = await db.fetch_by_key(SESSION_OF_CHAT_TICKET, params, str)
-    if session_id is None:
-        raise chat_ticket_not_found(chat_ticket_id)
-    return await db.transaction(body, idempotent=False, locks=[session_id])
+        await db.transaction(body, idempotent=allow_missing, locks=[session_id])
+    return session_id
 
 
 async def get(db: Database, tenant_id: str, ticket_id: str) -> Ticket:
@@ -379,11 +387,16 @@ async def update(
     return updated[0]
 
 
-async def delete(db: Database, tenant_id: str, ticket_id: str) -> None:
-    """Delete a ticket. FailedPreconditionError if a session is linked to it."""
+async def delete(db: Database, tenant_id: str, ticket_id: str, *, allow_missing: bool) -> None:
+    """Delete a ticket. FailedPreconditionError if a session is linked to it.
+
+    With `allow_missing`, does nothing if it does not exist.
+    """
     params = {"tenant_id": tenant_id, "id": ticket_id}
     try:
-        deleted = await db.write(DELETE_TICKET, params, str, idempotent=False, locks=[ticket_id])
+        deleted = await db.write(
+            DELETE_TICKET, params, str, idempotent=allow_missing, locks=[ticket_id]
+        )
     except ConstraintViolation as violation:
         if violation.constraint != "fk_chat_tickets_ticket":
             raise
@@ -392,5 +405,6 @@ async def delete(db: Database, tenant_id: str, ticket_id: str) -> None:
             reason="TICKET_LINKED",
             subject=f"tickets/{ticket_id}",
         ) from violation
-    if not deleted:
-        raise ticket_not_found(ticket_id)
+    with missing_allowed(allow_missing):
+        if not deleted:
+            raise ticket_not_found(ticket_id)

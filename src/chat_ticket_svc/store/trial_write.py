@@ -70,6 +70,15 @@ STATEMENTS = (
     # A message takes the search language that is set for its tenant.
     "SELECT FROM tenant_settings WHERE tenant_id = %(tenant_id)s",
     "DELETE FROM chat_sessions WHERE tenant_id = %(tenant_id)s AND id = %(session_id)s",
+    # A trigger has left it. A sweep locks it first.
+    """
+    SELECT FROM chat_session_tombstones
+     WHERE tenant_id = %(tenant_id)s AND session_id = %(session_id)s FOR UPDATE
+    """,
+    """
+    DELETE FROM chat_session_tombstones
+     WHERE tenant_id = %(tenant_id)s AND session_id = %(session_id)s
+    """,
 )
 
 
