@@ -22,8 +22,8 @@ COMMANDS = {
     "token": "print a development token for a server with --embedded and jwt",
     "tenant": "set or show the search language of a tenant",
     "reindex": "bring messages to the search languages of their tenants; safe to repeat",
-    "export": "write a tenant, or one of its sessions, as JSON Lines",
-    "erase": "delete a tenant and all its data; safe to repeat",
+    "export": "write a tenant, or one of its users or sessions, as JSON Lines",
+    "erase": "delete a tenant, or one of its users, and all their data; safe to repeat",
 }
 # Not in the help, the errors and the completion: only `serve --workers` runs it.
 WORKER = "worker"

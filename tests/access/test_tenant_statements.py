@@ -28,7 +28,7 @@ STATEMENTS: dict[str, LiteralString] = {
 
 
 # What an operator's command, and who finishes lost drafts, ask about all tenants.
-OF_ALL_TENANTS = {"store.reindexing.NEXT_TENANT", "store.draft_expiry.EXPIRED"}
+OF_ALL_TENANTS = {"store.tenants.NEXT_TENANT", "store.draft_expiry.EXPIRED"}
 
 
 # Besides them, only this is sent.

@@ -1,4 +1,4 @@
-"""`chat-ticket-svc erase`: deletes a tenant and all its data."""
+"""`chat-ticket-svc erase`: deletes a tenant, or one of its users, and all their data."""
 
 import argparse
 import signal
@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from chat_ticket_svc.commands import arguments
 from chat_ticket_svc.commands.migrated_database import run_on_database
-from chat_ticket_svc.store import tenants
+from chat_ticket_svc.store import erasure, tenants
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.tenants import Count
 
@@ -17,7 +17,8 @@ MAX_NAMED_TICKETS = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    arguments.add_required_tenant(parser, "the tenant to delete")
+    arguments.add_required_tenant(parser, "the tenant to delete, or whose user to delete")
+    arguments.add_user(parser, "delete only the sessions of this user, and their tickets")
     parser.add_argument("--dry-run", action="store_true", help="only count what would be deleted")
     parser.add_argument(
         "--active-tickets",
@@ -32,6 +33,7 @@ def run(options: argparse.Namespace) -> int:
         lambda db: erase(
             db,
             options.tenant,
+            options.user,
             dry_run=options.dry_run,
             active_tickets=options.active_tickets,
             is_confirmed=options.yes,
@@ -40,41 +42,49 @@ def run(options: argparse.Namespace) -> int:
 
 
 async def erase(
-    db: Database, tenant_id: str, *, dry_run: bool, active_tickets: bool, is_confirmed: bool
+    db: Database,
+    tenant_id: str,
+    user_id: str | None,
+    *,
+    dry_run: bool,
+    active_tickets: bool,
+    is_confirmed: bool,
 ) -> int:
-    """Count the tenant's rows, ask for confirmation, and delete in batches.
+    """Count the rows of the tenant or the user, ask for confirmation, and delete in batches.
 
     Returns the exit status. After an interruption, run it again to delete the rest. Watchers of a
     session receive its deletion like any other.
     """
-    counts = await tenants.count(db, tenant_id)
+    erased = arguments.describe(tenant_id, user_id)
+    counts = await tenants.count(db, tenant_id, user_id)
     if not any(counts):
-        print(f"tenant {tenant_id} has no data")
+        print(f"{erased} has no data")
         return 0
-    print(f"tenant {tenant_id} has {_describe(counts)}")
+    print(f"{erased} has {_describe(counts)}")
     if counts.active_tickets and not active_tickets:
-        await _print_active_tickets(db, tenant_id, counts.active_tickets)
+        await _print_active_tickets(db, tenant_id, user_id, counts.active_tickets)
         return 1
     if dry_run:
         print("nothing was deleted: dry run")
         return 0
-    if not is_confirmed and not _ask_for_confirmation(tenant_id):
+    if not is_confirmed and not _ask_for_confirmation(tenant_id, user_id):
         print("chat-ticket-svc: nothing was deleted: not confirmed (see --yes)", file=sys.stderr)
         return 1
-    total = counts.sessions + counts.messages + counts.tombstones
-    total += counts.chat_tickets + counts.tickets + counts.settings
+    total = counts.sessions + counts.messages + counts.tombstones + counts.chat_tickets
+    total += counts.tickets - counts.shared_tickets + counts.settings
     with tqdm(total=total, unit=" rows", unit_scale=True, disable=None, leave=False) as bar:
-        async for deleted in tenants.erase(db, tenant_id, active_tickets=active_tickets):
+        async for deleted in erasure.erase(db, tenant_id, user_id, active_tickets=active_tickets):
             bar.update(deleted)
-    left = await tenants.count(db, tenant_id)
+    left = await tenants.count(db, tenant_id, user_id)
     if any(left):
+        callers = "its" if user_id is None else "the user's"
         print(
-            f"chat-ticket-svc: tenant {tenant_id} still has {_describe(left)}:"
-            " stop its callers and run this again",
+            f"chat-ticket-svc: {erased} still has {_describe(left)}:"
+            f" stop {callers} callers and run this again",
             file=sys.stderr,
         )
         return 1
-    print(f"tenant {tenant_id} is erased")
+    print(f"{erased} is erased")
     return 0
 
 
@@ -89,16 +99,23 @@ def _describe(counts: Count) -> str:
         f"tickets ({counts.active_tickets} of them active)": counts.tickets,
         "rows of settings": counts.settings,
     }
-    return ", ".join(f"{number:,} {name}" for name, number in names.items())
+    text = ", ".join(f"{number:,} {name}" for name, number in names.items())
+    if counts.shared_tickets:
+        text += f"; {counts.shared_tickets:,} of the tickets serve other sessions too, and stay"
+    return text
 
 
-async def _print_active_tickets(db: Database, tenant_id: str, active: int) -> None:
-    oldest = (await tenants.oldest_tickets(db, tenant_id, active=True))[:MAX_NAMED_TICKETS]
+async def _print_active_tickets(
+    db: Database, tenant_id: str, user_id: str | None, active: int
+) -> None:
+    page = await tenants.oldest_tickets(db, tenant_id, user_id, active=True)
+    oldest = page[:MAX_NAMED_TICKETS]
     lines = [f"  {ticket.id} ({ticket.status})" for ticket in oldest]
     if active > len(oldest):
         lines.append(f"  and {active - len(oldest):,} more")
+    holder = "the tenant" if user_id is None else "the user"
     print(
-        "chat-ticket-svc: nothing was deleted: the tenant has open or pending tickets:",
+        f"chat-ticket-svc: nothing was deleted: {holder} has open or pending tickets:",
         *lines,
         "solve or close them, or pass --active-tickets to delete them too",
         sep="\n",
@@ -106,13 +123,15 @@ async def _print_active_tickets(db: Database, tenant_id: str, active: int) -> No
     )
 
 
-def _ask_for_confirmation(tenant_id: str) -> bool:
+def _ask_for_confirmation(tenant_id: str, user_id: str | None) -> bool:
     if not sys.stdin.isatty():
         return False
     # asyncio's handler would cancel this task, which does not notice while it reads.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return input("type the tenant's id to delete all of this: ") == tenant_id
+        if user_id is None:
+            return input("type the tenant's id to delete all of this: ") == tenant_id
+        return input("type the user's id to delete all of this: ") == user_id
     except EOFError:
         return False
     finally:

@@ -1,4 +1,4 @@
-"""`chat-ticket-svc export`: writes a tenant, or one of its sessions, as JSON Lines.
+"""`chat-ticket-svc export`: writes a tenant, or one of its users or sessions, as JSON Lines.
 
 Each line is an object with one field, which names the type of its value: `ticket`, `chatSession`,
 `chatMessage` or `chatTicket`. The values are messages of chat_ticket.v1 in protobuf's JSON
@@ -45,7 +45,9 @@ LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_required_tenant(parser, "the tenant to export")
-    parser.add_argument(
+    part = parser.add_mutually_exclusive_group()
+    arguments.add_user(part, "export only the sessions of this user, and their tickets")
+    part.add_argument(
         "--session", type=arguments.uuid, metavar="ID", help="export only this session"
     )
     parser.add_argument(
@@ -58,20 +60,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     return run_on_database(
-        lambda db: _export_to_file(db, options.tenant, options.session, options.output)
+        lambda db: _export_to_file(
+            db, options.tenant, options.user, options.session, options.output
+        )
     )
 
 
 async def _export_to_file(
-    db: Database, tenant_id: str, session_id: str | None, output: Path | None
+    db: Database,
+    tenant_id: str,
+    user_id: str | None,
+    session_id: str | None,
+    output: Path | None,
 ) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # JSON is UTF-8, whatever the terminal's encoding
         sys.stdout.reconfigure(encoding="utf-8")
     target = contextlib.nullcontext(sys.stdout) if output is None else atomic_write(output)
     try:
         with target as file:
-            if not await export(db, tenant_id, session_id, file):
-                raise ConfigurationError(f"tenant {tenant_id} has no data")
+            if not await export(db, tenant_id, user_id, session_id, file):
+                raise ConfigurationError(f"{arguments.describe(tenant_id, user_id)} has no data")
     except OSError as error:
         if output is None:  # the command line reports it, as for every command
             raise
@@ -100,13 +108,19 @@ def atomic_write(path: Path) -> Iterator[TextIO]:
         raise
 
 
-async def export(db: Database, tenant_id: str, session_id: str | None, output: TextIO) -> int:
+async def export(
+    db: Database,
+    tenant_id: str,
+    user_id: str | None,
+    session_id: str | None,
+    output: TextIO,
+) -> int:
     """Write the lines and return their number. Raises NotFoundError if the session is absent."""
     lines = 0
     if session_id is None:
-        counts = await tenants.count(db, tenant_id)
+        counts = await tenants.count(db, tenant_id, user_id)
         total = counts.tickets + counts.sessions + counts.messages + counts.chat_tickets
-        items = _tenant_messages(db, tenant_id)
+        items = _messages_of_all(db, tenant_id, user_id)
     else:
         total = None  # unknown: a revision does not count messages
         items = _session_messages(db, tenant_id, session_id)
@@ -122,14 +136,14 @@ async def export(db: Database, tenant_id: str, session_id: str | None, output: T
     return lines
 
 
-async def _tenant_messages(db: Database, tenant_id: str) -> Items:
+async def _messages_of_all(db: Database, tenant_id: str, user_id: str | None) -> Items:
     last_ticket = None
-    while page := await tenants.oldest_tickets(db, tenant_id, last_ticket):
+    while page := await tenants.oldest_tickets(db, tenant_id, user_id, last_ticket):
         for ticket in page:
             yield "ticket", convert.ticket(ticket)
         last_ticket = page[-1]
     last_session = None
-    while batch := await tenants.oldest_sessions(db, tenant_id, last_session):
+    while batch := await tenants.oldest_sessions(db, tenant_id, user_id, last_session):
         for session in batch:
             with contextlib.suppress(NotFoundError):  # deleted meanwhile
                 items = _session_messages(db, tenant_id, session.id)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from chat_ticket_svc import config
 from chat_ticket_svc.commands import arguments, migrate
 from chat_ticket_svc.commands.migrated_database import run_on_database
-from chat_ticket_svc.store import reindexing
+from chat_ticket_svc.store import reindexing, tenants
 from chat_ticket_svc.store.database import Database
 
 
@@ -47,14 +47,14 @@ async def reindex(db: Database, tenant_id: str | None, default_language: str) ->
     """
     read = changed = 0
     total = await reindexing.count_messages(db, tenant_id)
-    tenant = await reindexing.next_tenant(db, "") if tenant_id is None else tenant_id
+    tenant = await tenants.next_tenant(db, "") if tenant_id is None else tenant_id
     with tqdm(total=total, unit=" messages", unit_scale=True, disable=None, leave=False) as bar:
         while tenant is not None:
             async for batch in reindexing.reindex(db, tenant, default_language=default_language):
                 read += batch.read
                 changed += batch.changed
                 bar.update(batch.read)
-            tenant = await reindexing.next_tenant(db, tenant) if tenant_id is None else None
+            tenant = await tenants.next_tenant(db, tenant) if tenant_id is None else None
     # Some that were changed may have been deleted before they were counted as read.
     print(f"changed the search language of {changed:,} of {max(read, changed):,} messages")
     return 0

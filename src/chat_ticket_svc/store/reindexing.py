@@ -19,13 +19,6 @@ SELECT greatest(reltuples, 0)::bigint FROM pg_class WHERE oid = to_regclass('cha
 
 MESSAGES_OF_TENANT = "SELECT count(*) FROM chat_messages WHERE tenant_id = %(tenant_id)s"
 
-NEXT_TENANT = """
-SELECT tenant_id COLLATE "C" FROM chat_sessions
- WHERE tenant_id > %(after)s
- ORDER BY chat_sessions.tenant_id
- LIMIT 1
-"""
-
 # Messages that somebody has locked are skipped: waiting for them could be a deadlock, as a deletion
 # of a session locks its messages in another order.
 REINDEX = """
@@ -70,12 +63,6 @@ class _Batch(NamedTuple):
     due: int
     changed: int
     last: str | None
-
-
-async def next_tenant(db: Database, after: str) -> str | None:
-    """The first tenant in order after this one that has sessions."""
-    rows = await db.fetch_all(NEXT_TENANT, {"after": after}, str)
-    return rows[0] if rows else None
 
 
 async def count_messages(db: Database, tenant_id: str | None) -> int:

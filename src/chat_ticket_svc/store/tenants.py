@@ -1,25 +1,23 @@
-"""All data of a tenant: counting it, reading it from the oldest on, and deleting it in batches.
+"""All data of a tenant, or of one of its users: counting it, and reading it from the oldest on."""
 
-A session is deleted whole, in one transaction. So whatever interrupts the deletion, each session
-that is left has all that its revision stands for.
-"""
-
-import itertools
-from collections.abc import AsyncIterator
 from typing import NamedTuple
 from uuid import UUID
 
-from chat_ticket_svc import errors
 from chat_ticket_svc.store import sessions, tickets
 from chat_ticket_svc.store.database import Database
-from chat_ticket_svc.store.sessions import NO_STATEMENT_TIMEOUT, Session
+from chat_ticket_svc.store.sessions import Session
 from chat_ticket_svc.store.tickets import Ticket
-from chat_ticket_svc.store.transaction import Transaction
 
-# Limits of one page, and of one transaction that deletes: for sessions, and for all other rows. A
-# session with more rows has a transaction of its own.
-SESSIONS_PER_BATCH = 20
-ROWS_PER_BATCH = 500
+# Limits of one page.
+SESSIONS_PER_PAGE = 20
+TICKETS_PER_PAGE = 500
+
+NEXT_TENANT = """
+SELECT tenant_id COLLATE "C" FROM chat_sessions
+ WHERE tenant_id > %(after)s
+ ORDER BY chat_sessions.tenant_id
+ LIMIT 1
+"""
 
 COUNT = """
 SELECT (SELECT count(*) FROM chat_sessions WHERE tenant_id = %(tenant_id)s),
@@ -31,12 +29,47 @@ SELECT (SELECT count(*) FROM chat_sessions WHERE tenant_id = %(tenant_id)s),
        (SELECT count(*) FROM tickets WHERE tenant_id = %(tenant_id)s),
        (SELECT count(*) FROM tickets
          WHERE tenant_id = %(tenant_id)s AND status IN ('open', 'pending')),
+       0,
        (SELECT count(*) FROM tenant_settings WHERE tenant_id = %(tenant_id)s)
+"""
+
+COUNT_OF_USER = """
+WITH session AS MATERIALIZED (
+    SELECT id FROM chat_sessions
+     WHERE tenant_id = %(tenant_id)s AND user_id = %(user_id)s::text
+), chat_ticket AS MATERIALIZED (
+    SELECT ticket_id FROM chat_tickets
+     WHERE tenant_id = %(tenant_id)s AND session_id IN (SELECT id FROM session)
+), ticket AS MATERIALIZED (
+    SELECT status,
+           EXISTS (SELECT FROM chat_tickets ct
+                    WHERE ct.tenant_id = %(tenant_id)s AND ct.ticket_id = t.id
+                      AND ct.session_id NOT IN (SELECT id FROM session)) AS is_shared
+      FROM tickets t
+     WHERE t.tenant_id = %(tenant_id)s AND t.id IN (SELECT ticket_id FROM chat_ticket)
+)
+SELECT (SELECT count(*) FROM session),
+       (SELECT count(*) FROM chat_messages
+         WHERE tenant_id = %(tenant_id)s AND session_id IN (SELECT id FROM session)),
+       (SELECT count(*) FROM chat_attachments a
+          JOIN chat_messages m ON m.tenant_id = a.tenant_id AND m.id = a.message_id
+         WHERE a.tenant_id = %(tenant_id)s AND m.tenant_id = %(tenant_id)s
+           AND m.session_id IN (SELECT id FROM session)),
+       (SELECT count(*) FROM chat_message_tombstones
+         WHERE tenant_id = %(tenant_id)s AND session_id IN (SELECT id FROM session)),
+       (SELECT count(*) FROM chat_drafts
+         WHERE tenant_id = %(tenant_id)s AND session_id IN (SELECT id FROM session)),
+       (SELECT count(*) FROM chat_ticket),
+       (SELECT count(*) FROM ticket),
+       (SELECT count(*) FROM ticket WHERE status IN ('open', 'pending')),
+       (SELECT count(*) FROM ticket WHERE is_shared),
+       0
 """
 
 OLDEST_SESSIONS = f"""
 SELECT {sessions.COLUMNS} FROM chat_sessions
  WHERE tenant_id = %(tenant_id)s
+   AND (%(user_id)s::text IS NULL OR user_id = %(user_id)s::text)
    AND (created_at, id) > ('epoch'::timestamptz + %(after_time)s * interval '1 microsecond',
                            %(after_id)s::uuid)
  ORDER BY created_at, chat_sessions.id
@@ -53,94 +86,30 @@ SELECT {tickets.TICKET_COLUMNS} FROM tickets t
  LIMIT %(limit)s
 """
 
-LOCK_OLDEST_SESSIONS = """
-SELECT id::text, revision FROM chat_sessions
- WHERE tenant_id = %(tenant_id)s
- ORDER BY created_at, id
+# From the few sessions of the user to their tickets, and not through all tickets of the tenant.
+OLDEST_TICKETS_OF_USER = f"""
+WITH linked AS MATERIALIZED (
+    SELECT DISTINCT ct.ticket_id
+      FROM chat_sessions s
+      JOIN chat_tickets ct ON ct.tenant_id = s.tenant_id AND ct.session_id = s.id
+     WHERE s.tenant_id = %(tenant_id)s AND s.user_id = %(user_id)s::text
+)
+SELECT {tickets.TICKET_COLUMNS} FROM linked
+  JOIN tickets t ON t.tenant_id = %(tenant_id)s AND t.id = linked.ticket_id
+ WHERE (NOT %(active)s OR t.status IN ('open', 'pending'))
+   AND (t.created_at, t.id) > ('epoch'::timestamptz + %(after_time)s * interval '1 microsecond',
+                               %(after_id)s::uuid)
+ ORDER BY t.created_at, t.id
  LIMIT %(limit)s
-   FOR UPDATE
-"""
-
-# A ticket may have been linked or reopened since the chat tickets were deleted. The lock keeps its
-# status.
-STATUSES_OF_LINKED_TICKETS = """
-SELECT t.status
-  FROM chat_tickets ct
-  JOIN tickets t ON t.tenant_id = ct.tenant_id AND t.id = ct.ticket_id
- WHERE ct.tenant_id = %(tenant_id)s AND ct.session_id = ANY (%(session_ids)s::uuid[])
-   FOR SHARE OF t
-"""
-
-DELETE_MESSAGES = """
-WITH deleted AS (
-    DELETE FROM chat_messages
-     WHERE tenant_id = %(tenant_id)s AND session_id = ANY (%(session_ids)s::uuid[])
-    RETURNING id
-)
-SELECT count(*) FROM deleted
-"""
-
-DELETE_TOMBSTONES = """
-WITH deleted AS (
-    DELETE FROM chat_message_tombstones
-     WHERE tenant_id = %(tenant_id)s AND session_id = ANY (%(session_ids)s::uuid[])
-    RETURNING message_id
-)
-SELECT count(*) FROM deleted
-"""
-
-DELETE_SESSIONS = """
-DELETE FROM chat_sessions
- WHERE tenant_id = %(tenant_id)s AND id = ANY (%(session_ids)s::uuid[])
-"""
-
-# The lock keeps the ticket from being reopened by a concurrent call.
-DELETE_CHAT_TICKETS = """
-WITH deleted AS (
-    DELETE FROM chat_tickets
-     WHERE tenant_id = %(tenant_id)s AND id IN (
-         SELECT ct.id
-           FROM chat_tickets ct
-           JOIN tickets t ON t.tenant_id = ct.tenant_id AND t.id = ct.ticket_id
-          WHERE ct.tenant_id = %(tenant_id)s
-            AND (%(active)s OR t.status NOT IN ('open', 'pending'))
-          LIMIT %(limit)s
-            FOR SHARE OF t)
-    RETURNING id
-)
-SELECT count(*) FROM deleted
-"""
-
-DELETE_TICKETS = """
-WITH deleted AS (
-    DELETE FROM tickets
-     WHERE tenant_id = %(tenant_id)s AND id IN (
-         SELECT t.id
-           FROM tickets t
-          WHERE t.tenant_id = %(tenant_id)s
-            AND (%(active)s OR t.status NOT IN ('open', 'pending'))
-            AND NOT EXISTS (
-                SELECT FROM chat_tickets ct
-                 WHERE ct.tenant_id = t.tenant_id AND ct.ticket_id = t.id)
-          LIMIT %(limit)s
-            FOR UPDATE OF t)
-    RETURNING id
-)
-SELECT count(*) FROM deleted
-"""
-
-
-DELETE_SETTINGS = """
-WITH deleted AS (
-    DELETE FROM tenant_settings WHERE tenant_id = %(tenant_id)s
-    RETURNING tenant_id
-)
-SELECT count(*) FROM deleted
 """
 
 
 class Count(NamedTuple):
-    """How many rows a tenant has in each table. `active_tickets` are open or pending."""
+    """How many rows a tenant or a user has in each table.
+
+    `active_tickets` are open or pending. The tickets of a user are those of the user's sessions.
+    `shared_tickets` of them are also those of other sessions.
+    """
 
     sessions: int
     messages: int
@@ -150,83 +119,61 @@ class Count(NamedTuple):
     chat_tickets: int
     tickets: int
     active_tickets: int
+    shared_tickets: int
     settings: int
 
 
-async def count(db: Database, tenant_id: str) -> Count:
-    [counts] = await db.fetch_all(COUNT, {"tenant_id": tenant_id}, Count)
+async def next_tenant(db: Database, after: str) -> str | None:
+    """The first tenant in order after this one that has sessions."""
+    rows = await db.fetch_all(NEXT_TENANT, {"after": after}, str)
+    return rows[0] if rows else None
+
+
+async def count(db: Database, tenant_id: str, user_id: str | None = None) -> Count:
+    """The rows of a tenant, or of a user."""
+    params = {"tenant_id": tenant_id, "user_id": user_id}
+    [counts] = await db.fetch_all(COUNT if user_id is None else COUNT_OF_USER, params, Count)
     return counts
 
 
 async def oldest_sessions(
-    db: Database, tenant_id: str, after: Session | None = None
+    db: Database, tenant_id: str, user_id: str | None = None, after: Session | None = None
 ) -> list[Session]:
-    """A page of sessions, oldest first, after the given one."""
-    params = {"tenant_id": tenant_id, **_cursor_params(after), "limit": SESSIONS_PER_BATCH}
-    return await db.fetch_all(OLDEST_SESSIONS, params, Session)
+    """A page of the sessions of a tenant or a user, oldest first, after the given one."""
+    params = {
+        "tenant_id": tenant_id,
+        "user_id": user_id,
+        **_cursor_params(after),
+        "limit": SESSIONS_PER_PAGE,
+    }
+    return await db.fetch_all(OLDEST_SESSIONS, params, Session, prepare=False)
 
 
 async def oldest_tickets(
-    db: Database, tenant_id: str, after: Ticket | None = None, *, active: bool = False
+    db: Database,
+    tenant_id: str,
+    user_id: str | None = None,
+    after: Ticket | None = None,
+    *,
+    active: bool = False,
 ) -> list[Ticket]:
-    """A page of tickets, oldest first, after the given one. With `active`, only open or pending."""
+    """A page of the tickets of a tenant or a user, oldest first, after the given one.
+
+    With `active`, only open or pending ones.
+    """
     params = {
         "tenant_id": tenant_id,
+        "user_id": user_id,
         **_cursor_params(after),
         "active": active,
-        "limit": ROWS_PER_BATCH,
+        "limit": TICKETS_PER_PAGE,
     }
-    return await db.fetch_all(OLDEST_TICKETS, params, Ticket)
+    return await db.fetch_all(
+        OLDEST_TICKETS if user_id is None else OLDEST_TICKETS_OF_USER, params, Ticket
+    )
 
 
 def _cursor_params(after: Session | Ticket | None) -> dict[str, int | str]:
     if after is None:
         return {"after_time": 0, "after_id": str(UUID(int=0))}
     return {"after_time": after.created_at, "after_id": after.id}
-
-
-async def erase(db: Database, tenant_id: str, *, active_tickets: bool) -> AsyncIterator[int]:
-    """Delete all data of a tenant, in batches, and yield the number of deleted rows after each.
-
-    Attachments and drafts are deleted with their messages and sessions, and not counted. Without
-    `active_tickets`, open and pending tickets and their sessions are kept, and
-    FailedPreconditionError is raised at the first of them. Each batch is a transaction, so after an
-    interruption, another call continues.
-    """
-    params = {"tenant_id": tenant_id, "active": active_tickets, "limit": ROWS_PER_BATCH}
-    while deleted := sum(await db.write(DELETE_CHAT_TICKETS, params, int, idempotent=True)):
-        yield deleted
-    while deleted := sum(await db.write(DELETE_TICKETS, params, int, idempotent=True)):
-        yield deleted
-    while deleted := await _erase_oldest_sessions(db, tenant_id):
-        yield deleted
-    if deleted := sum(await db.write(DELETE_SETTINGS, params, int, idempotent=True)):
-        yield deleted
-
-
-async def _erase_oldest_sessions(db: Database, tenant_id: str) -> int:
-    """Delete some of the oldest sessions with their contents; return the number of deleted rows."""
-
-    async def body(transaction: Transaction) -> int:
-        page = {"tenant_id": tenant_id, "limit": SESSIONS_PER_BATCH}
-        oldest = await transaction.fetch_all(LOCK_OLDEST_SESSIONS, page, lambda *row: row)
-        # A session has no more messages and tombstones than revisions.
-        rows = list(itertools.accumulate(revision for _, revision in oldest))
-        ids = [
-            id_ for (id_, _), total in zip(oldest, rows, strict=True) if total <= ROWS_PER_BATCH
-        ] or [id_ for id_, _ in oldest[:1]]
-        params = {"tenant_id": tenant_id, "session_ids": ids}
-        statuses = await transaction.fetch_all(STATUSES_OF_LINKED_TICKETS, params, str)
-        if not {"open", "pending"}.isdisjoint(statuses):
-            raise errors.FailedPreconditionError(
-                "a ticket was linked or reopened during the deletion",
-                reason="SESSION_HAS_ACTIVE_TICKET",
-                subject="chat_sessions",
-            )
-        await transaction.execute(NO_STATEMENT_TIMEOUT, {})
-        deleted = sum(await transaction.fetch_all(DELETE_MESSAGES, params, int))
-        deleted += sum(await transaction.fetch_all(DELETE_TOMBSTONES, params, int))
-        await transaction.execute(DELETE_SESSIONS, params)
-        return deleted + len(ids)
-
-    return await db.transaction(body, idempotent=True)
