@@ -607,7 +607,7 @@ class SearchChatMessagesResponse(_message.Message):
         `before_sequence` of ListChatMessages.
         """
         role: _resources_pb2.ChatMessageRole.ValueType
-        """Its author."""
+        """Its role."""
         score: _builtins.float
         """How well it matches, as PostgreSQL's ts_rank: higher is better. Scores are comparable only
         within one query.

@@ -600,7 +600,7 @@ class WatchChatSessionResponse(_message.Message):
 
     @_builtins.property
     def message_updated(self) -> _resources_pb2.ChatMessage:
-        """A message whose metadata or attachments changed, as a whole."""
+        """A message whose metadata or attachments changed, or that was redacted, as a whole."""
 
     @_builtins.property
     def message_deleted(self) -> Global___WatchChatSessionResponse.ChatMessageDeleted:

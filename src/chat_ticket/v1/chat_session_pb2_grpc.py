@@ -82,8 +82,8 @@ class ChatSessionServiceServicer:
 
         Errors:
 
-        - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session of another
-        user.
+        - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session with another
+        `user_id`.
         - ALREADY_EXISTS (CHAT_SESSION_DELETED): `session.id` belongs to a session that was deleted.
 
         Retry: safe when `session.id` is set. A call with the id of an existing session returns that
@@ -217,8 +217,8 @@ class ChatSessionServiceServicer:
         `revision` is the one before. A new stream sends all open drafts again, so a caller that resumes
         forgets the drafts that it has.
 
-        Ignore events that are not set or not known, but keep their `revision`: later versions add
-        events.
+        Later versions add events. Ignore a response without an event that is known, but keep its
+        `revision`.
 
         When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
         session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not

@@ -45,8 +45,8 @@ class ChatSessionServiceStub:
 
     Errors:
 
-    - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session of another
-      user.
+    - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session with another
+      `user_id`.
     - ALREADY_EXISTS (CHAT_SESSION_DELETED): `session.id` belongs to a session that was deleted.
 
     Retry: safe when `session.id` is set. A call with the id of an existing session returns that
@@ -160,8 +160,8 @@ class ChatSessionServiceStub:
     `revision` is the one before. A new stream sends all open drafts again, so a caller that resumes
     forgets the drafts that it has.
 
-    Ignore events that are not set or not known, but keep their `revision`: later versions add
-    events.
+    Later versions add events. Ignore a response without an event that is known, but keep its
+    `revision`.
 
     When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
     session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
@@ -205,8 +205,8 @@ class ChatSessionServiceAsyncStub(ChatSessionServiceStub):
 
     Errors:
 
-    - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session of another
-      user.
+    - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session with another
+      `user_id`.
     - ALREADY_EXISTS (CHAT_SESSION_DELETED): `session.id` belongs to a session that was deleted.
 
     Retry: safe when `session.id` is set. A call with the id of an existing session returns that
@@ -320,8 +320,8 @@ class ChatSessionServiceAsyncStub(ChatSessionServiceStub):
     `revision` is the one before. A new stream sends all open drafts again, so a caller that resumes
     forgets the drafts that it has.
 
-    Ignore events that are not set or not known, but keep their `revision`: later versions add
-    events.
+    Later versions add events. Ignore a response without an event that is known, but keep its
+    `revision`.
 
     When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
     session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
@@ -368,8 +368,8 @@ class ChatSessionServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Errors:
 
-        - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session of another
-          user.
+        - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session with another
+          `user_id`.
         - ALREADY_EXISTS (CHAT_SESSION_DELETED): `session.id` belongs to a session that was deleted.
 
         Retry: safe when `session.id` is set. A call with the id of an existing session returns that
@@ -513,8 +513,8 @@ class ChatSessionServiceServicer(metaclass=_abc_1.ABCMeta):
         `revision` is the one before. A new stream sends all open drafts again, so a caller that resumes
         forgets the drafts that it has.
 
-        Ignore events that are not set or not known, but keep their `revision`: later versions add
-        events.
+        Later versions add events. Ignore a response without an event that is known, but keep its
+        `revision`.
 
         When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
         session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not

@@ -119,9 +119,9 @@ class ChatTicketServiceServicer:
 
         Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
         its ticket as it is now, without checking `expected_revision`. The title, status and
-        `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry after a successful attempt fails with
-        SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
-        does not reject them.
+        `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry
+        after a successful attempt fails with SESSION_HAS_TICKET. The ids of deleted links and tickets
+        must not be used again; the server does not reject them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

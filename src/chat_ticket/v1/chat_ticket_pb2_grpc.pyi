@@ -65,9 +65,9 @@ class ChatTicketServiceStub:
 
     Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
     its ticket as it is now, without checking `expected_revision`. The title, status and
-    `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry after a successful attempt fails with
-    SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
-    does not reject them.
+    `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry
+    after a successful attempt fails with SESSION_HAS_TICKET. The ids of deleted links and tickets
+    must not be used again; the server does not reject them.
     """
     GetChatTicket: _grpc.UnaryUnaryMultiCallable[_chat_ticket_pb2.GetChatTicketRequest, _chat_ticket_pb2.GetChatTicketResponse]
     """Returns a link with its ticket.
@@ -206,9 +206,9 @@ class ChatTicketServiceAsyncStub(ChatTicketServiceStub):
 
     Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
     its ticket as it is now, without checking `expected_revision`. The title, status and
-    `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry after a successful attempt fails with
-    SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
-    does not reject them.
+    `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry
+    after a successful attempt fails with SESSION_HAS_TICKET. The ids of deleted links and tickets
+    must not be used again; the server does not reject them.
     """
     GetChatTicket: _aio.UnaryUnaryMultiCallable[_chat_ticket_pb2.GetChatTicketRequest, _chat_ticket_pb2.GetChatTicketResponse]  # type: ignore[assignment]
     """Returns a link with its ticket.
@@ -350,9 +350,9 @@ class ChatTicketServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
         its ticket as it is now, without checking `expected_revision`. The title, status and
-        `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry after a successful attempt fails with
-        SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
-        does not reject them.
+        `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry
+        after a successful attempt fails with SESSION_HAS_TICKET. The ids of deleted links and tickets
+        must not be used again; the server does not reject them.
         """
 
     @_abc_1.abstractmethod

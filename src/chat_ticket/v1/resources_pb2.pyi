@@ -47,19 +47,26 @@ of them. docs/reference/settings.md lists them, and the quotas on calls and stre
 Later versions add fields, enum values, events of streams and RPCs, and change none of those that
 are here. So that a client goes on working with a newer server:
 
-- Ignore fields that are not known. Do not send back a resource that was read as a whole: name the
-  fields to update in the mask.
-- Treat an enum value that is not known as one that the client has no special rule for, and never
-  as an error. Do not replace it by another one.
-- Ignore an event that is not known, but keep its position, such as `revision`.
+- Ignore fields that are not known. An update changes only the fields that its mask names, so it
+  does not erase them.
+- Accept an enum value that is not known. Do not treat it as an error, nor as another value.
+- Ignore a response of a stream whose event is not known: the client sees no event in it. Keep its
+  position, such as `revision`.
+- Handle an error whose reason is not known by its status.
 
 ## Conditional writes
 
-A session, a message and a ticket have an `etag`. An update or a delete with an etag is done only
-if the resource has not changed since it was read. A write to a session with `expected_revision` is
-done only if nothing in the session has changed since. Otherwise the call fails with ABORTED
-(ETAG_MISMATCH), and the ErrorInfo metadata has the `revision` that it found. Of several calls with
-the same etag or expectation, exactly one succeeds.
+Two writers that have read the same state can each write only if the other has not written yet:
+
+- Sessions, messages and tickets have an `etag`. An update or a delete with the etag that was read
+  is done only if the resource has not changed since.
+- Some writes to a session, such as CreateChatMessage, have an `expected_revision`. With the
+  `ChatSession.revision` that was read, the write is done only if nothing in the session has
+  changed since: no message, no attachment, no ticket and not the session itself.
+
+Otherwise the call fails with ABORTED (ETAG_MISMATCH) and changes nothing. The ErrorInfo metadata
+has the current `revision`. Of several calls that expect the same revision, at most one makes its
+change. Read again before another attempt.
 
 ## Pages
 
@@ -210,17 +217,17 @@ class _ChatMessageRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ChatM
     CHAT_MESSAGE_ROLE_USER: _ChatMessageRole.ValueType  # 1
     """The user."""
     CHAT_MESSAGE_ROLE_ASSISTANT: _ChatMessageRole.ValueType  # 2
-    """The AI assistant."""
+    """The AI assistant, or a person who answers in its place."""
 
 class ChatMessageRole(_ChatMessageRole, metaclass=_ChatMessageRoleEnumTypeWrapper):
-    """The author of a message."""
+    """The side of the conversation that a message is from. `ChatMessage.author` says who wrote it."""
 
 CHAT_MESSAGE_ROLE_UNSPECIFIED: ChatMessageRole.ValueType  # 0
 """No role. Rejected."""
 CHAT_MESSAGE_ROLE_USER: ChatMessageRole.ValueType  # 1
 """The user."""
 CHAT_MESSAGE_ROLE_ASSISTANT: ChatMessageRole.ValueType  # 2
-"""The AI assistant."""
+"""The AI assistant, or a person who answers in its place."""
 Global___ChatMessageRole: _TypeAlias = ChatMessageRole  # noqa: Y015
 
 class _ChatMessageState:
@@ -376,8 +383,8 @@ class ChatSession(_message.Message):
     """
     user_id: _builtins.str
     """The caller's own id of the person whose chat it is. Optional; at most 255 characters, of one line
-    as a `Ticket.title` is. Immutable. A reference, never a profile: keep names and addresses
-    elsewhere.
+    as a `Ticket.title` is. Immutable. It refers to a person whom the caller knows: do not put a name
+    or an address here.
     """
     title: _builtins.str
     """The title. Optional; at most 500 characters, of one line as a `Ticket.title` is."""
@@ -423,8 +430,8 @@ Global___ChatSession: _TypeAlias = ChatSession  # noqa: Y015
 
 @_typing.final
 class ChatMessage(_message.Message):
-    """A message of a session. Everything except its metadata and attachments is immutable. Only a
-    redaction takes its content away.
+    """A message of a session. Everything except its metadata and attachments is immutable, except that
+    RedactChatMessage takes the content away.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -458,9 +465,11 @@ class ChatMessage(_message.Message):
     `sequence` until the first change. Output only.
     """
     role: Global___ChatMessageRole.ValueType
-    """The author. Required. Immutable."""
+    """The side of the conversation. Required. Immutable."""
     content: _builtins.str
-    """The text, stored exactly as sent. Required; at most 256 KiB of UTF-8; no NUL. Immutable."""
+    """The text, stored exactly as sent. Required; at most 256 KiB of UTF-8; no NUL. Immutable, until
+    the message is redacted.
+    """
     metadata_json: _builtins.str
     """A JSON object as text. Optional; empty means no metadata. At most 64 KiB, counted without
     blanks between its tokens and with all numbers written without an exponent, and at most 20
@@ -590,7 +599,7 @@ class ChatDraft(_message.Message):
     session_id: _builtins.str
     """The session of the draft. Output only."""
     role: Global___ChatMessageRole.ValueType
-    """The author. Required. Immutable."""
+    """The side of the conversation. Required. Immutable."""
     content: _builtins.str
     """The text so far. Output only."""
     length: _builtins.int
@@ -656,17 +665,17 @@ class ChatAttachment(_message.Message):
     """The message of the attachment. Output only."""
     file_url: _builtins.str
     """The URL of the file. Required; an `https` URL of at most 2,048 characters, without user info.
-    UpdateChatAttachment can replace it, as a presigned URL expires.
+    UpdateChatAttachment can replace it, for example when a presigned URL expires.
 
     It is parsed as the WHATWG URL standard says, so a host may be an IDN, and a path may have
     blanks and characters beyond ASCII. It must begin with the scheme and `//`, be one line as a
     `Ticket.title` is, and have no backslash before its path. It is stored as sent, and requested
     in its serialised form.
 
-    The server checks that the URL is accessible when it is set, and never again. A GET request for the first byte must be answered with a 2xx status, or with 416 for an empty
-    file, from a public address on the default port, after at most five redirects. All URLs of a
-    request have 3 seconds together. The operator can allow `http` and internal hosts, or turn the
-    check off.
+    The server checks that the URL is accessible when it is set, and never again. A GET request for
+    the first byte must be answered with a 2xx status, or with 416 for an empty file, from a public
+    address on the default port, after at most five redirects. All URLs of a request have 3 seconds
+    together. The operator can allow `http` and internal hosts, or turn the check off.
     """
     file_name: _builtins.str
     """The name of the file. Required; at most 255 characters, of one line as a `Ticket.title` is.
@@ -735,8 +744,8 @@ class Ticket(_message.Message):
     one line as `title` is. Unique within the tenant: no other ticket has the same.
     """
     revision: _builtins.int
-    """The number of changes to the ticket since its creation, not counting those before the server
-    began to count. Output only.
+    """The number of the last change to the ticket; 0 for a new ticket. Changes from before this field
+    existed are not counted. Output only.
     """
     etag: _builtins.str
     """The `revision` as decimal text of at most 18 digits. Optional in an update or a delete. When it

@@ -47,19 +47,26 @@ of them. docs/reference/settings.md lists them, and the quotas on calls and stre
 Later versions add fields, enum values, events of streams and RPCs, and change none of those that
 are here. So that a client goes on working with a newer server:
 
-- Ignore fields that are not known. Do not send back a resource that was read as a whole: name the
-  fields to update in the mask.
-- Treat an enum value that is not known as one that the client has no special rule for, and never
-  as an error. Do not replace it by another one.
-- Ignore an event that is not known, but keep its position, such as `revision`.
+- Ignore fields that are not known. An update changes only the fields that its mask names, so it
+  does not erase them.
+- Accept an enum value that is not known. Do not treat it as an error, nor as another value.
+- Ignore a response of a stream whose event is not known: the client sees no event in it. Keep its
+  position, such as `revision`.
+- Handle an error whose reason is not known by its status.
 
 ## Conditional writes
 
-A session, a message and a ticket have an `etag`. An update or a delete with an etag is done only
-if the resource has not changed since it was read. A write to a session with `expected_revision` is
-done only if nothing in the session has changed since. Otherwise the call fails with ABORTED
-(ETAG_MISMATCH), and the ErrorInfo metadata has the `revision` that it found. Of several calls with
-the same etag or expectation, exactly one succeeds.
+Two writers that have read the same state can each write only if the other has not written yet:
+
+- Sessions, messages and tickets have an `etag`. An update or a delete with the etag that was read
+  is done only if the resource has not changed since.
+- Some writes to a session, such as CreateChatMessage, have an `expected_revision`. With the
+  `ChatSession.revision` that was read, the write is done only if nothing in the session has
+  changed since: no message, no attachment, no ticket and not the session itself.
+
+Otherwise the call fails with ABORTED (ETAG_MISMATCH) and changes nothing. The ErrorInfo metadata
+has the current `revision`. Of several calls that expect the same revision, at most one makes its
+change. Read again before another attempt.
 
 ## Pages
 

@@ -368,7 +368,7 @@ export interface SearchChatMessagesResponse_Hit {
    * `before_sequence` of ListChatMessages.
    */
   sequence: bigint;
-  /** Its author. */
+  /** Its role. */
   role: ChatMessageRole;
   /** Its time of creation. */
   createTime:

@@ -279,7 +279,7 @@ export interface WatchChatSessionResponse {
     /** New messages. */
     { $case: "messagesCreated"; value: WatchChatSessionResponse_ChatMessagesCreated }
     | //
-    /** A message whose metadata or attachments changed, as a whole. */
+    /** A message whose metadata or attachments changed, or that was redacted, as a whole. */
     { $case: "messageUpdated"; value: ChatMessage }
     | //
     /** A message was deleted. */
@@ -2477,8 +2477,8 @@ export const ChatSessionServiceDefinition = {
      *
      * Errors:
      *
-     * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session of another
-     *   user.
+     * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session with another
+     *   `user_id`.
      * - ALREADY_EXISTS (CHAT_SESSION_DELETED): `session.id` belongs to a session that was deleted.
      *
      * Retry: safe when `session.id` is set. A call with the id of an existing session returns that
@@ -2632,8 +2632,8 @@ export const ChatSessionServiceDefinition = {
      * `revision` is the one before. A new stream sends all open drafts again, so a caller that resumes
      * forgets the drafts that it has.
      *
-     * Ignore events that are not set or not known, but keep their `revision`: later versions add
-     * events.
+     * Later versions add events. Ignore a response without an event that is known, but keep its
+     * `revision`.
      *
      * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
      * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
@@ -2686,8 +2686,8 @@ export const ChatSessionServiceService = {
    *
    * Errors:
    *
-   * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session of another
-   *   user.
+   * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session with another
+   *   `user_id`.
    * - ALREADY_EXISTS (CHAT_SESSION_DELETED): `session.id` belongs to a session that was deleted.
    *
    * Retry: safe when `session.id` is set. A call with the id of an existing session returns that
@@ -2856,8 +2856,8 @@ export const ChatSessionServiceService = {
    * `revision` is the one before. A new stream sends all open drafts again, so a caller that resumes
    * forgets the drafts that it has.
    *
-   * Ignore events that are not set or not known, but keep their `revision`: later versions add
-   * events.
+   * Later versions add events. Ignore a response without an event that is known, but keep its
+   * `revision`.
    *
    * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
    * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
@@ -2906,8 +2906,8 @@ export interface ChatSessionServiceServer extends UntypedServiceImplementation {
    *
    * Errors:
    *
-   * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session of another
-   *   user.
+   * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session with another
+   *   `user_id`.
    * - ALREADY_EXISTS (CHAT_SESSION_DELETED): `session.id` belongs to a session that was deleted.
    *
    * Retry: safe when `session.id` is set. A call with the id of an existing session returns that
@@ -3026,8 +3026,8 @@ export interface ChatSessionServiceServer extends UntypedServiceImplementation {
    * `revision` is the one before. A new stream sends all open drafts again, so a caller that resumes
    * forgets the drafts that it has.
    *
-   * Ignore events that are not set or not known, but keep their `revision`: later versions add
-   * events.
+   * Later versions add events. Ignore a response without an event that is known, but keep its
+   * `revision`.
    *
    * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
    * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not
@@ -3066,8 +3066,8 @@ export interface ChatSessionServiceClient extends Client {
    *
    * Errors:
    *
-   * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session of another
-   *   user.
+   * - ALREADY_EXISTS (CHAT_SESSION_ALREADY_EXISTS): `session.id` belongs to a session with another
+   *   `user_id`.
    * - ALREADY_EXISTS (CHAT_SESSION_DELETED): `session.id` belongs to a session that was deleted.
    *
    * Retry: safe when `session.id` is set. A call with the id of an existing session returns that
@@ -3256,8 +3256,8 @@ export interface ChatSessionServiceClient extends Client {
    * `revision` is the one before. A new stream sends all open drafts again, so a caller that resumes
    * forgets the drafts that it has.
    *
-   * Ignore events that are not set or not known, but keep their `revision`: later versions add
-   * events.
+   * Later versions add events. Ignore a response without an event that is known, but keep its
+   * `revision`.
    *
    * When nothing else is sent, the server sends a heartbeat at least every 15 seconds. When the
    * session is deleted, the stream sends `session_deleted` and ends with OK. Changes that were not

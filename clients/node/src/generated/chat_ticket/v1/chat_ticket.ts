@@ -1925,9 +1925,9 @@ export const ChatTicketServiceDefinition = {
      *
      * Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
      * its ticket as it is now, without checking `expected_revision`. The title, status and
-     * `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry after a successful attempt fails with
-     * SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
-     * does not reject them.
+     * `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry
+     * after a successful attempt fails with SESSION_HAS_TICKET. The ids of deleted links and tickets
+     * must not be used again; the server does not reject them.
      */
     createChatTicket: {
       name: "CreateChatTicket",
@@ -2139,9 +2139,9 @@ export const ChatTicketServiceService = {
    *
    * Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
    * its ticket as it is now, without checking `expected_revision`. The title, status and
-   * `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry after a successful attempt fails with
-   * SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
-   * does not reject them.
+   * `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry
+   * after a successful attempt fails with SESSION_HAS_TICKET. The ids of deleted links and tickets
+   * must not be used again; the server does not reject them.
    */
   createChatTicket: {
     path: "/chat_ticket.v1.ChatTicketService/CreateChatTicket" as const,
@@ -2363,9 +2363,9 @@ export interface ChatTicketServiceServer extends UntypedServiceImplementation {
    *
    * Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
    * its ticket as it is now, without checking `expected_revision`. The title, status and
-   * `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry after a successful attempt fails with
-   * SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
-   * does not reject them.
+   * `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry
+   * after a successful attempt fails with SESSION_HAS_TICKET. The ids of deleted links and tickets
+   * must not be used again; the server does not reject them.
    */
   createChatTicket: handleUnaryCall<CreateChatTicketRequest, CreateChatTicketResponse>;
   /**
@@ -2505,9 +2505,9 @@ export interface ChatTicketServiceClient extends Client {
    *
    * Retry: safe when `chat_ticket_id` or `ticket.id` is set. A retry returns the existing link with
    * its ticket as it is now, without checking `expected_revision`. The title, status and
-   * `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry after a successful attempt fails with
-   * SESSION_HAS_TICKET. The ids of deleted links and tickets must not be used again; the server
-   * does not reject them.
+   * `external_ref` of a new ticket are compared only until the ticket changes. Without an id, a retry
+   * after a successful attempt fails with SESSION_HAS_TICKET. The ids of deleted links and tickets
+   * must not be used again; the server does not reject them.
    */
   createChatTicket(
     request: CreateChatTicketRequest,

@@ -91,13 +91,13 @@ export function chatSessionStatusToNumber(object: ChatSessionStatus): number {
   }
 }
 
-/** The author of a message. */
+/** The side of the conversation that a message is from. `ChatMessage.author` says who wrote it. */
 export const ChatMessageRole = {
   /** CHAT_MESSAGE_ROLE_UNSPECIFIED - No role. Rejected. */
   CHAT_MESSAGE_ROLE_UNSPECIFIED: "CHAT_MESSAGE_ROLE_UNSPECIFIED",
   /** CHAT_MESSAGE_ROLE_USER - The user. */
   CHAT_MESSAGE_ROLE_USER: "CHAT_MESSAGE_ROLE_USER",
-  /** CHAT_MESSAGE_ROLE_ASSISTANT - The AI assistant. */
+  /** CHAT_MESSAGE_ROLE_ASSISTANT - The AI assistant, or a person who answers in its place. */
   CHAT_MESSAGE_ROLE_ASSISTANT: "CHAT_MESSAGE_ROLE_ASSISTANT",
   UNRECOGNIZED: "UNRECOGNIZED",
 } as const;
@@ -433,8 +433,8 @@ export interface ChatSession {
     | undefined;
   /**
    * The caller's own id of the person whose chat it is. Optional; at most 255 characters, of one line
-   * as a `Ticket.title` is. Immutable. A reference, never a profile: keep names and addresses
-   * elsewhere.
+   * as a `Ticket.title` is. Immutable. It refers to a person whom the caller knows: do not put a name
+   * or an address here.
    */
   userId: string;
   /** The title. Optional; at most 500 characters, of one line as a `Ticket.title` is. */
@@ -453,8 +453,8 @@ export interface ChatSession_LabelsEntry {
 }
 
 /**
- * A message of a session. Everything except its metadata and attachments is immutable. Only a
- * redaction takes its content away.
+ * A message of a session. Everything except its metadata and attachments is immutable, except that
+ * RedactChatMessage takes the content away.
  */
 export interface ChatMessage {
   /**
@@ -474,9 +474,12 @@ export interface ChatMessage {
    * `sequence` until the first change. Output only.
    */
   revision: bigint;
-  /** The author. Required. Immutable. */
+  /** The side of the conversation. Required. Immutable. */
   role: ChatMessageRole;
-  /** The text, stored exactly as sent. Required; at most 256 KiB of UTF-8; no NUL. Immutable. */
+  /**
+   * The text, stored exactly as sent. Required; at most 256 KiB of UTF-8; no NUL. Immutable, until
+   * the message is redacted.
+   */
   content: string;
   /**
    * A JSON object as text. Optional; empty means no metadata. At most 64 KiB, counted without
@@ -557,7 +560,7 @@ export interface ChatDraft {
   id: string;
   /** The session of the draft. Output only. */
   sessionId: string;
-  /** The author. Required. Immutable. */
+  /** The side of the conversation. Required. Immutable. */
   role: ChatMessageRole;
   /** The text so far. Output only. */
   content: string;
@@ -593,17 +596,17 @@ export interface ChatAttachment {
   messageId: string;
   /**
    * The URL of the file. Required; an `https` URL of at most 2,048 characters, without user info.
-   * UpdateChatAttachment can replace it, as a presigned URL expires.
+   * UpdateChatAttachment can replace it, for example when a presigned URL expires.
    *
    * It is parsed as the WHATWG URL standard says, so a host may be an IDN, and a path may have
    * blanks and characters beyond ASCII. It must begin with the scheme and `//`, be one line as a
    * `Ticket.title` is, and have no backslash before its path. It is stored as sent, and requested
    * in its serialised form.
    *
-   * The server checks that the URL is accessible when it is set, and never again. A GET request for the first byte must be answered with a 2xx status, or with 416 for an empty
-   * file, from a public address on the default port, after at most five redirects. All URLs of a
-   * request have 3 seconds together. The operator can allow `http` and internal hosts, or turn the
-   * check off.
+   * The server checks that the URL is accessible when it is set, and never again. A GET request for
+   * the first byte must be answered with a 2xx status, or with 416 for an empty file, from a public
+   * address on the default port, after at most five redirects. All URLs of a request have 3 seconds
+   * together. The operator can allow `http` and internal hosts, or turn the check off.
    */
   fileUrl: string;
   /**
@@ -654,8 +657,8 @@ export interface Ticket {
    */
   externalRef: string;
   /**
-   * The number of changes to the ticket since its creation, not counting those before the server
-   * began to count. Output only.
+   * The number of the last change to the ticket; 0 for a new ticket. Changes from before this field
+   * existed are not counted. Output only.
    */
   revision: bigint;
   /**
