@@ -63,9 +63,13 @@ SELECT id::text FROM chat_attachments
  LIMIT 1
 """
 
-COUNT = """
-SELECT count(*) FROM chat_attachments
- WHERE tenant_id = %(tenant_id)s AND message_id = %(message_id)s::uuid
+# Whether the message is redacted, and how many attachments it has.
+GET_MESSAGE_STATE = """
+SELECT m.redacted,
+       (SELECT count(*) FROM chat_attachments a
+         WHERE a.tenant_id = m.tenant_id AND a.message_id = m.id)
+  FROM chat_messages m
+ WHERE m.tenant_id = %(tenant_id)s AND m.id = %(message_id)s::uuid
 """
 
 CREATE = """
@@ -217,7 +221,12 @@ async def create(
         if stored is not None:
             return stored, session_id
         params |= {"session_id": session_id, "message_id": message_id}
-        [count] = await transaction.fetch_all(COUNT, params, int)
+        found = await transaction.fetch_one(GET_MESSAGE_STATE, params, lambda *row: row)
+        if found is None:  # deleted during the wait for the lock
+            raise errors.NotFoundError("chat_message", message_id)
+        is_redacted, count = found
+        if is_redacted:
+            raise errors.MessageRedactedError(message_id)
         if count >= limit:
             raise errors.FailedPreconditionError(
                 f"the message has {count} attachments, at most {limit} are allowed",
@@ -229,17 +238,13 @@ async def create(
             "file_name": new.file_name,
             "file_type": new.file_type,
         }
-        created = await transaction.fetch_one(CREATE, params, Attachment)
-        if created is None:  # the message was deleted during the wait for the lock
-            raise errors.NotFoundError("chat_message", message_id)
+        [created] = await transaction.fetch_all(CREATE, params, Attachment)
         return created, session_id
 
     session_id = await sessions.of_message(db, tenant_id, message_id)
     try:
         return await db.transaction(body, idempotent=True, locks=[session_id])
     except ConstraintViolation as violation:
-        if violation.constraint == "chat_attachments_redacted_check":
-            raise errors.MessageRedactedError(message_id) from violation
         if violation.constraint != "chat_attachments_pkey":
             raise
         raise errors.AlreadyExistsError.id_taken("chat_attachment", new.id) from violation
