@@ -8,7 +8,11 @@ from chat_ticket.v1.chat_session_pb2 import WatchChatSessionResponse as Event
 from chat_ticket_svc.services import convert, paging
 from chat_ticket_svc.store import session_changes
 from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store.sessions import Session
 from chat_ticket_svc.watch.hub import Position
+
+# What the event of a session tells: it is sent again when this changes.
+SessionState = tuple[str, bool, str | None, str | None]
 
 
 async def read_page(
@@ -38,7 +42,7 @@ class SerializedPage:
         self.has_more = page.more
         self.after = after
         self.session = page.session
-        self.session_state = (page.session.status, page.session.has_ticket)
+        self.session_state = _state(page.session)
         self.changes = [event.SerializeToString() for event in _events(page)]
 
     @functools.cached_property
@@ -90,6 +94,10 @@ class SerializedPage:
                 part.revision = event.revision
                 yield part.SerializeToString()
             revision = event.revision
+
+
+def _state(session: Session) -> SessionState:
+    return session.status, session.has_ticket, session.title, session.labels
 
 
 def serialize(revision: int, **event: Any) -> bytes:

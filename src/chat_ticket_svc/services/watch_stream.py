@@ -6,7 +6,12 @@ from collections.abc import AsyncIterator
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionResponse as Event
 from chat_ticket_svc import errors
 from chat_ticket_svc.services import convert, paging
-from chat_ticket_svc.services.session_page import SerializedPage, read_page, serialize
+from chat_ticket_svc.services.session_page import (
+    SerializedPage,
+    SessionState,
+    read_page,
+    serialize,
+)
 from chat_ticket_svc.services.shown_drafts import ShownDrafts
 from chat_ticket_svc.store import sessions
 from chat_ticket_svc.store.database import Database
@@ -79,7 +84,7 @@ class _WatchStream:
     def __init__(self, session_id: str, after: int):
         self._session_id = session_id
         self._created_at: int | None = None
-        self._session_state: tuple[str, bool] | None = None
+        self._session_state: SessionState | None = None
         self.revision = after
         self.is_caught_up = False
         self.is_finished = False

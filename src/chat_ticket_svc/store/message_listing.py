@@ -50,8 +50,18 @@ FIRST_READ_MESSAGE_BYTES = 2048
 UNLIMITED_BYTES = 2**31 - 1
 
 
-def _statement(columns: LiteralString, order: LiteralString) -> LiteralString:
+SESSION = f"""
+  LEFT JOIN LATERAL (
+      SELECT {sessions.COLUMNS}
+       WHERE m.sequence IS NOT DISTINCT FROM (SELECT sequence FROM page LIMIT 1) OFFSET 0
+  ) AS session ON true
+"""
+
+
+def _statement(order: LiteralString, *, first: bool = False) -> LiteralString:
     """A page of messages. No row means no session; one row without a message means no message left.
+
+    On the first page, the first row has the session too. The others do not, as labels can be long.
 
     Attachments are looked up per message. With a join, the planner may read all attachments of the
     tenant, or compare all attachments of the page with each message. EXISTS is faster than an
@@ -77,7 +87,7 @@ WITH page AS MATERIALIZED (
                 + coalesce(octet_length(attachments), 0))::bigint AS size
       FROM page
 )
-SELECT {columns} m.id::text, m.sequence, m.revision, m.role,
+SELECT {"session.*," if first else ""} m.id::text, m.sequence, m.revision, m.role,
        CASE WHEN m.size <= %(message_bytes)s THEN m.content END,
        CASE WHEN m.size <= %(message_bytes)s THEN m.metadata END,
        m.created_at,
@@ -85,15 +95,16 @@ SELECT {columns} m.id::text, m.sequence, m.revision, m.role,
        m.language_code, m.state, m.author_kind, m.author_id, m.redacted, m.size
   FROM chat_sessions
   LEFT JOIN sized m ON true
+  {SESSION if first else ""}
  WHERE chat_sessions.tenant_id = %(tenant_id)s AND chat_sessions.id = %(session_id)s::uuid
  ORDER BY m.sequence {order}
 """
 
 
-FIRST_ASC = _statement(f"{sessions.COLUMNS},", "ASC")
-FIRST_DESC = _statement(f"{sessions.COLUMNS},", "DESC")
-LIST_ASC = _statement("", "ASC")
-LIST_DESC = _statement("", "DESC")
+FIRST_ASC = _statement("ASC", first=True)
+FIRST_DESC = _statement("DESC", first=True)
+LIST_ASC = _statement("ASC")
+LIST_DESC = _statement("DESC")
 
 
 async def page(

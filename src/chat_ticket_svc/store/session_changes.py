@@ -13,13 +13,10 @@ TOMBSTONE_COLUMNS = ", ".join(_TOMBSTONE.get(name, "NULL") for name in Message._
 
 # Every change has a revision of its own, so `revision` orders the three kinds of changes, and a
 # page can end after any of them. No revision in the snapshot exceeds the session's. The condition
-# `revision > sequence` is implied by the other two. It lets the partial index be used.
+# `revision > sequence` is implied by the other two. It lets the partial index be used. Only the
+# first row has the session, whose labels can be long.
 PAGE = f"""
-WITH session AS (
-    SELECT {sessions.COLUMNS}
-      FROM chat_sessions
-     WHERE tenant_id = %(tenant_id)s AND id = %(session_id)s::uuid
-), change AS (
+WITH change AS (
     SELECT *, count(*) OVER () AS fetched, {messages.SIZE} AS size,
            sum({messages.SIZE}) OVER (ORDER BY at) AS total
       FROM (
@@ -45,8 +42,13 @@ WITH session AS (
       ) AS changes
 )
 SELECT session.*, change.*
-  FROM session
+  FROM chat_sessions
   LEFT JOIN change ON change.total <= %(bytes)s OR change.total = change.size
+  LEFT JOIN LATERAL (
+      SELECT {sessions.COLUMNS}
+       WHERE change.at IS NOT DISTINCT FROM (SELECT min(at) FROM change) OFFSET 0
+  ) AS session ON true
+ WHERE chat_sessions.tenant_id = %(tenant_id)s AND chat_sessions.id = %(session_id)s::uuid
  ORDER BY change.at
 """
 
