@@ -4,6 +4,8 @@ There is one database per size, loaded with plain SQL. Calls are made on all of 
 of the messages belong to one large tenant, an eighth to one that writes Japanese, and the others to
 a thousand tenants, down to a few messages each. One small tenant is the same in every database.
 Each call reads or writes the same amount at every size, or its time is divided by the amount.
+
+Lists of sessions are also measured on a tenant of a million sessions (see session_lists.py).
 """
 
 import asyncio
@@ -25,7 +27,7 @@ import grpc.aio
 import psycopg
 import uuid_utils
 
-from benchmarks import chats, japanese, search_index, service
+from benchmarks import chats, japanese, search_index, service, session_lists
 from benchmarks.figures import Figure
 from benchmarks.service import Bench, Server
 from chat_ticket.v1 import chat_message_pb2 as messages_pb2
@@ -45,7 +47,7 @@ from chat_ticket_svc.store import (
 )
 
 NAME = "growth"
-SECONDS = 320
+SECONDS = 360
 
 SIZES = (10_000, 1_000_000, 5_000_000)  # messages in a database
 LENGTHS = (10, 1_000, 100_000)  # messages in a session
@@ -399,14 +401,26 @@ def measure(bench: Bench) -> list[Figure]:
         index_bytes = search_index.index_bytes(urls[size])
         english_index_bytes = search_index.english_index_bytes(urls[ENGLISH_INDEX_SIZE])
     append_cpu = search_index.append_cpu(bench)
+    lists, list_plans = session_lists.measure(bench)
     of_data = [
-        _figure(name, "all", {each: results[each, name, length] for each in SIZES}, plans)
+        _figure(
+            name, "messages in all", {each: results[each, name, length] for each in SIZES}, plans
+        )
         for names, length in ((SESSION_CALLS, LENGTH), (TENANT_CALLS, None))
         for name in names
     ]
     of_sessions = [
-        _figure(name, "a session", {each: results[size, name, each] for each in LENGTHS}, plans)
+        _figure(
+            name,
+            "messages in a session",
+            {each: results[size, name, each] for each in LENGTHS},
+            plans,
+        )
         for name in SESSION_CALLS
+    ]
+    of_lists = [
+        _figure(name, "sessions of the tenant", by_size, list_plans)
+        for name, by_size in lists.items()
     ]
     of_index = [
         Figure(
@@ -438,18 +452,18 @@ def measure(bench: Bench) -> list[Figure]:
         )
         for call in search_index.CALLERS
     ]
-    return of_data + of_sessions + of_index + of_appends
+    return of_data + of_sessions + of_lists + of_index + of_appends
 
 
 def _figure(
-    name: str, where: str, by_size: Mapping[int, list[float]], plans: Mapping[str, str]
+    name: str, of_what: str, by_size: Mapping[int, list[float]], plans: Mapping[str, str]
 ) -> Figure:
     """The latency at the largest size, compared with that at the smallest."""
     medians = {size: statistics.median(rounds) for size, rounds in by_size.items()}
     sizes = sorted(by_size)
     return Figure(
         part=NAME,
-        name=f"{name}, {sizes[-1]:,} messages in {where}",
+        name=f"{name}, {sizes[-1]:,} {of_what}",
         unit="µs" if name.endswith("each message") else "ms",
         measured=by_size[sizes[-1]],
         limit=by_size[sizes[0]],

@@ -14,7 +14,7 @@ from chat_ticket_svc.config import Settings
 from chat_ticket_svc.limits import KIB, MIB, Limits, Quotas
 from chat_ticket_svc.rpc import middleware, status
 from chat_ticket_svc.services import attachment_url_policy, metadata_json, paging, validate
-from chat_ticket_svc.store import drafts, messages, search
+from chat_ticket_svc.store import drafts, messages, search, sessions
 
 OPTIONS = dict(server.OPTIONS)
 DEFAULTS = Limits()
@@ -45,6 +45,11 @@ CONSTANTS = [
     ("ListChatDraftsResponse.drafts", f"at most {drafts.MAX_OPEN_DRAFTS}"),
     ("ChatMessage.language_code", f"at most {validate.MAX_LANGUAGE_CODE} characters"),
     ("ChatAttachment.file_url", "at most five redirects"),
+    ("ChatSession.user_id", f"at most {validate.MAX_REFERENCE} characters"),
+    ("ChatSession.title", f"at most {DEFAULTS.title} characters"),
+    ("ChatSession.labels", f"at most {sessions.MAX_LABELS} pairs. A key has 1 to 63 characters"),
+    ("ChatSession.labels", f"A value has at most {validate.MAX_LABEL_VALUE} characters"),
+    ("ListChatSessionsRequest.labels", f"at most {validate.MAX_FILTER_LABELS} pairs"),
     ("ListChatMessagesResponse.messages", f"at most {paging.MAX_STREAM_PAGE} and about 1 MiB"),
     (
         "SearchChatMessagesResponse.incomplete_results",

@@ -306,6 +306,11 @@ class UpdateChatSessionRequest(_message.Message):
         `labels.KEY` for one label, where KEY is all that follows the first dot. An empty `title` removes
         the title. `labels` replaces all labels, and is not allowed together with `labels.KEY`. A
         `labels.KEY` that `session.labels` does not have is removed.
+
+        The JSON form of a mask, as buf and newer versions of grpcurl send it, has no path for every key.
+        It has one for words of letters and digits that begin with a letter, with dots between them; `_a`
+        is written as `A`. A key with a `-`, a `/` or a word that begins with a digit needs a binary
+        client, or `labels`.
         """
 
     def __init__(
