@@ -1,6 +1,5 @@
 """Redaction: what a message said is gone, and its place stays."""
 
-import asyncio
 from typing import Any
 
 import psycopg
@@ -339,27 +338,3 @@ class TestSearch:
             assert bool(hits) == ("kumquat" in query)
             assert {hit.message_id for hit in hits} <= {message.id for message in messages[1::2]}
             assert "redacted" not in "".join(part.text for hit in hits for part in hit.snippet)
-
-
-class TestRace:
-    async def test_nothing_survives_what_comes_at_once(self, api: Api) -> None:
-        """Whichever is first: attachments and metadata are refused, or they are gone."""
-        session = await api.session()
-        for _ in range(10):
-            message = await full_message(api, session.id)
-            outcomes = await asyncio.gather(
-                *(api.attachment(message.id) for _ in range(4)),
-                *(set_metadata(api, message.id, f'{{"n": {n}}}') for n in range(4)),
-                redact_message(api, message.id),
-                redact_message(api, message.id),
-                return_exceptions=True,
-            )
-            for outcome in outcomes[:8]:
-                if isinstance(outcome, BaseException):
-                    with refused(StatusCode.FAILED_PRECONDITION, "CHAT_MESSAGE_REDACTED"):
-                        raise outcome
-            stored = await get_message(api, message.id)
-            assert stored.redacted
-            assert (stored.content, stored.metadata_json) == (MARK, "")
-            assert list(stored.attachments) == []
-            assert outcomes[8:] == [stored, stored]

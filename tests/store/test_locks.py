@@ -16,7 +16,7 @@ from support.database import (
     terminate_at_commit,
     wait_for_lock_waiters,
 )
-from support.messages import delete_message, set_metadata, user_message
+from support.messages import delete_message, redact_message, set_metadata, user_message
 from support.sessions import ACTIVE, RESOLVED, delete_session, get_session, set_status
 from support.tickets import delete_ticket, unlink, update_ticket
 
@@ -25,7 +25,8 @@ from chat_ticket.v1.chat_message_pb2 import BatchCreateChatMessagesRequest
 
 
 @pytest.mark.parametrize(
-    "change", ["metadata", "attach", "detach", "delete", "unlink", "link", "drop", "status"]
+    "change",
+    ["metadata", "attach", "detach", "redact", "delete", "unlink", "link", "drop", "status"],
 )
 async def test_session_is_locked_before_anything_else(
     start_server: Any, fresh_database: str, change: str
@@ -40,6 +41,7 @@ async def test_session_is_locked_before_anything_else(
         "metadata": lambda: set_metadata(api, message.id, "{}"),
         "attach": lambda: api.attachment(message.id),
         "detach": lambda: delete_attachment(api, file.id),
+        "redact": lambda: redact_message(api, message.id),
         "delete": lambda: delete_message(api, message.id),
         "unlink": lambda: unlink(api, link.id),
         "link": lambda: api.escalate(other.id, ticket=r.Ticket(id=link.ticket_id, title="x")),
@@ -55,7 +57,7 @@ async def test_session_is_locked_before_anything_else(
     await asyncio.gather(waiting, return_exceptions=True)
 
 
-@pytest.mark.parametrize("change", ["metadata", "attach"])
+@pytest.mark.parametrize("change", ["metadata", "attach", "redact"])
 async def test_message_deleted_while_its_change_waited(
     start_server: Any, fresh_database: str, change: str
 ) -> None:
@@ -66,9 +68,11 @@ async def test_message_deleted_while_its_change_waited(
         deleting = asyncio.create_task(delete_message(api, message.id))
         await wait_for_lock_waiters(fresh_database, 1)
         changing = asyncio.create_task(
-            set_metadata(api, message.id, "{}")
-            if change == "metadata"
-            else api.attachment(message.id)
+            {
+                "metadata": lambda: set_metadata(api, message.id, "{}"),
+                "attach": lambda: api.attachment(message.id),
+                "redact": lambda: redact_message(api, message.id),
+            }[change]()
         )
         await wait_for_lock_waiters(fresh_database, 2)
     await deleting
@@ -84,6 +88,8 @@ async def test_message_deleted_while_its_change_waited(
         ("append", "chat_messages", "INSERT", True),
         ("metadata", "chat_messages", "UPDATE", True),
         ("attach", "chat_attachments", "INSERT", True),
+        ("redact", "chat_messages", "UPDATE", True),
+        ("redact a revision", "chat_messages", "UPDATE", True),
         ("link", "chat_tickets", "INSERT", True),
         ("status", "chat_sessions", "UPDATE", True),
         ("rename", "tickets", "UPDATE", True),
@@ -114,6 +120,8 @@ async def test_lost_commit_is_repeated_only_if_that_is_safe(
         "append": lambda: api.message(empty.id),
         "metadata": lambda: set_metadata(api, message.id, "{}"),
         "attach": lambda: api.attachment(message.id),
+        "redact": lambda: redact_message(api, message.id),
+        "redact a revision": lambda: redact_message(api, message.id, message.etag),
         "link": lambda: api.escalate(empty.id),
         "status": lambda: set_status(api, empty.id, RESOLVED),
         "rename": lambda: update_ticket(api, link.ticket_id, title="x"),

@@ -15,8 +15,14 @@ import psycopg
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from grpc import StatusCode
-from support.client import Api, an_id
-from support.messages import delete_message, set_metadata, user_message
+from support.client import Api, a_file, an_id
+from support.messages import (
+    delete_message,
+    get_message,
+    redact_message,
+    set_metadata,
+    user_message,
+)
 from support.sessions import ARCHIVED, get_session, set_status
 from support.tickets import CLOSED, OPEN, unlink, update_ticket
 
@@ -65,6 +71,13 @@ INVARIANTS = {
                        OVER (PARTITION BY session_id ORDER BY sequence) AS backwards
               FROM chat_messages WHERE tenant_id = %(tenant)s) AS pairs
          WHERE backwards
+    """,
+    "a redacted message says nothing": """
+        SELECT count(*) FROM chat_messages m
+         WHERE tenant_id = %(tenant)s AND redacted
+           AND (content <> '[redacted]' OR metadata IS NOT NULL OR EXISTS (
+               SELECT FROM chat_attachments a
+                WHERE a.tenant_id = m.tenant_id AND a.message_id = m.id))
     """,
     "no id is both alive and buried": """
         SELECT count(*) FROM chat_messages m
@@ -203,6 +216,29 @@ async def test_delete_against_reopened_ticket(callers: list[Api]) -> None:
         assert reopen is StatusCode.OK
         assert drop in (StatusCode.OK, StatusCode.FAILED_PRECONDITION)
         assert await exists(one, session_id) == (drop is StatusCode.FAILED_PRECONDITION)
+
+
+async def test_redact_against_what_the_message_gets(callers: list[Api], database: str) -> None:
+    """Metadata and files are refused, or they are gone: nothing survives a redaction."""
+    one, two, three, four = callers
+    seen = set()
+    for round_ in range(ROUNDS):
+        session_id = (await one.session()).id
+        message = await one.message(session_id, metadata_json="{}", attachments=[a_file()])
+        redact, attach, set_, drop = await race(
+            lambda: redact_message(one, message.id),
+            lambda: two.attachment(message.id),
+            lambda: set_metadata(three, message.id, '{"a": 1}'),
+            lambda: delete_message(four, message.id) if round_ % 2 else redact_message(four, message.id),
+        )
+        if not round_ % 2:
+            assert (redact, drop) == (StatusCode.OK, StatusCode.OK)
+            stored = await get_message(one, message.id)
+            assert (stored.redacted, stored.metadata_json) == (True, "")
+            assert not stored.attachments
+        seen.add((redact, attach, set_, drop))
+    assert len(seen) > 2, "the calls never raced"
+    assert_invariants(database, one.tenant)
 
 
 async def test_answer_of_an_update_is_of_that_update(callers: list[Api]) -> None:

@@ -146,6 +146,7 @@ def messages(session_id: str, rows: Iterable[Row]) -> bytes:
     parts: list[bytes] = []
     session_id_and_sequence_tag = b"\x12$" + session_id.encode() + b"\x18"
     time, time_seconds = b"", -1
+    authors: dict[tuple[bytes | None, bytes | None], bytes] = {}
     continued, final = CONTINUED, FINAL  # local names are faster
     for (
         id_, sequence, revision, role, content, metadata, created_at, attachments, language, state,
@@ -184,13 +185,16 @@ def messages(session_id: str, rows: Iterable[Row]) -> bytes:
         if state is not None:
             message += STATE[state]
         if author_kind is not None or author_id is not None:
-            message += _author(author_kind, author_id)
+            author = author_kind, author_id
+            if author not in authors:
+                authors[author] = _author(author_kind, author_id)
+            message += authors[author]
         etag = b"%d" % revision
-        message += b"j%b%b" % (final[len(etag)], etag)
+        end = b"j%b%b" % (final[len(etag)], etag)
         if redacted:
-            message += REDACTED
-        size = len(message)
-        parts += (b"\x12", final[size] if size < 0x4000 else _varint(size), message)
+            end += REDACTED
+        size = len(message) + len(end)
+        parts += (b"\x12", final[size] if size < 0x4000 else _varint(size), message, end)
     return b"".join(parts)
 
 
