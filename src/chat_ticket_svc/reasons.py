@@ -173,12 +173,6 @@ REASONS = (
         "Finish or stop one of them first.",
     ),
     Reason(
-        "CHAT_MESSAGE_REDACTED",
-        "FAILED_PRECONDITION",
-        "The message is redacted. It takes no metadata and no attachments.",
-        "Leave the message as it is.",
-    ),
-    Reason(
         "ETAG_MISMATCH",
         "ABORTED",
         "The session, the message or the ticket has changed since the caller read it. The metadata "
