@@ -88,11 +88,18 @@ class Api:
         return response.session
 
     async def message(
-        self, session_id: str, content: str = "hello", **fields: Any
+        self,
+        session_id: str,
+        content: str = "hello",
+        *,
+        expected_revision: int | None = None,
+        **fields: Any,
     ) -> resources_pb2.ChatMessage:
         fields.setdefault("role", resources_pb2.CHAT_MESSAGE_ROLE_USER)
         message = resources_pb2.ChatMessage(content=content, **fields)
-        request = CreateChatMessageRequest(session_id=session_id, message=message)
+        request = CreateChatMessageRequest(
+            session_id=session_id, message=message, expected_revision=expected_revision
+        )
         return (await self.messages.CreateChatMessage(request)).message
 
     async def attachment(self, message_id: str, **fields: Any) -> resources_pb2.ChatAttachment:

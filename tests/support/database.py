@@ -47,13 +47,15 @@ def terminate_at_commit(
 
 
 @contextmanager
-def session_locked(database_url: str, *session_ids: str) -> Iterator[None]:
-    """Hold the row locks of sessions, as a slow writer would."""
+def session_locked(
+    database_url: str, *session_ids: str
+) -> Iterator[psycopg.Connection[tuple[Any, ...]]]:
+    """Hold the row locks of sessions, as a slow writer would. It can write before it commits."""
     with psycopg.connect(database_url) as connection:
         connection.execute(
             "SELECT FROM chat_sessions WHERE id = ANY (%s::uuid[]) FOR UPDATE", [list(session_ids)]
         )
-        yield
+        yield connection
 
 
 def set_read_only(database_url: str, setting: str) -> None:

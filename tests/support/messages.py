@@ -28,18 +28,21 @@ async def get_message(api: Api, message_id: str) -> r.ChatMessage:
 
 
 async def create_batch(
-    api: Api, session_id: str, messages: list[r.ChatMessage]
+    api: Api, session_id: str, messages: list[r.ChatMessage], **fields: Any
 ) -> list[tuple[str, int]]:
     """Create a batch; returns the id and sequence of each message."""
-    request = BatchCreateChatMessagesRequest(session_id=session_id, messages=messages)
+    request = BatchCreateChatMessagesRequest(session_id=session_id, messages=messages, **fields)
     response = await api.messages.BatchCreateChatMessages(request)
     return [(message.id, message.sequence) for message in response.messages]
 
 
-async def set_metadata(api: Api, message_id: str, metadata: str) -> r.ChatMessage:
+async def set_metadata(
+    api: Api, message_id: str, metadata: str, *, etag: str = "", **fields: Any
+) -> r.ChatMessage:
     request = UpdateChatMessageRequest(
-        message=r.ChatMessage(id=message_id, metadata_json=metadata),
+        message=r.ChatMessage(id=message_id, metadata_json=metadata, etag=etag),
         update_mask=FieldMask(paths=["metadata_json"]),
+        **fields,
     )
     return (await api.messages.UpdateChatMessage(request)).message
 
@@ -49,8 +52,17 @@ async def redact_message(api: Api, message_id: str, etag: str = "") -> r.ChatMes
     return (await api.messages.RedactChatMessage(request)).message
 
 
-async def delete_message(api: Api, message_id: str) -> None:
-    await api.messages.DeleteChatMessage(DeleteChatMessageRequest(message_id=message_id))
+async def merge_metadata(
+    api: Api, message_id: str, patch: str, *, etag: str = "", **fields: Any
+) -> r.ChatMessage:
+    request = UpdateChatMessageRequest(
+        message=r.ChatMessage(id=message_id, etag=etag), metadata_merge_json=patch, **fields
+    )
+    return (await api.messages.UpdateChatMessage(request)).message
+
+
+async def delete_message(api: Api, message_id: str, **fields: Any) -> None:
+    await api.messages.DeleteChatMessage(DeleteChatMessageRequest(message_id=message_id, **fields))
 
 
 def user_message(content: str, **fields: object) -> r.ChatMessage:
