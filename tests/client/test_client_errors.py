@@ -319,6 +319,7 @@ class TestRetry:
             (CreateChatTicketRequest(ticket_id=an_id()), "chat_ticket_id"),
             (CreateChatTicketRequest(ticket=r.Ticket(title="help")), "chat_ticket_id"),
             (UpdateChatSessionRequest(session=r.ChatSession(etag="7")), "session.etag"),
+            (UpdateChatMessageRequest(message=r.ChatMessage(etag="7")), "message.etag"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )
@@ -332,6 +333,48 @@ class TestRetry:
 
         with pytest.raises(ValueError, match=f"^{re.escape(field)}: "):
             await connect(free_port()).retry(sent, request_)
+
+    async def test_conditional_writes_that_find_themselves_are_repeated(
+        self, client: AsyncChatTicketClient
+    ) -> None:
+        """Their first attempt succeeds here, and its answer is lost."""
+        session_id, message_id, link_id = an_id(), an_id(), an_id()
+        session = r.ChatSession(id=session_id)
+        await client.sessions.CreateChatSession(CreateChatSessionRequest(session=session))
+
+        async def retry(method: Callable[[Any], Awaitable[Any]], request: Any) -> Any:
+            answers = []
+
+            async def lose_first(request: Any) -> Any:
+                answers.append(await method(request))
+                if len(answers) == 1:
+                    raise errors.UnavailableError(StatusCode.UNAVAILABLE, "lost")
+                return answers[-1]
+
+            answer = await client.retry(lose_first, request)
+            assert answers == [answer] * 2
+            return answer
+
+        message = r.ChatMessage(id=message_id, role=r.CHAT_MESSAGE_ROLE_USER, content="hello")
+        create = CreateChatMessageRequest(
+            session_id=session_id, message=message, expected_revision=0
+        )
+        created = await retry(client.messages.CreateChatMessage, create)
+        assert created.message.sequence == 1
+        merge = UpdateChatMessageRequest(
+            message=r.ChatMessage(id=message_id),
+            metadata_merge_json='{"rating": 5}',
+            expected_revision=1,
+        )
+        merged = await retry(client.messages.UpdateChatMessage, merge)
+        assert merged.message.revision == 2
+        link = CreateChatTicketRequest(
+            session_id=session_id,
+            chat_ticket_id=link_id,
+            ticket=r.Ticket(title="help"),
+            expected_revision=2,
+        )
+        assert (await retry(client.tickets.CreateChatTicket, link)).chat_ticket.id == link_id
 
     async def test_permanent_errors_are_not_retried(self, client: AsyncChatTicketClient) -> None:
         """A permanent error is raised at once."""

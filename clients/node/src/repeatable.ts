@@ -18,15 +18,21 @@ export function requireRepeatable(type: string, request: Fields): void {
       return requireId('chatTicketId', request?.chatTicketId || ticketId)
     }
     case 'UpdateChatSessionRequest':
-      if (request?.session?.etag) {
-        throw new TypeError(
-          'session.etag: must be empty in a call that is retried: when an attempt succeeds and its answer is lost, ' +
-            'the next one fails with ETAG_MISMATCH',
-        )
-      }
+      return requireNoEtag('session.etag', request?.session?.etag)
+    case 'UpdateChatMessageRequest':
+      return requireNoEtag('message.etag', request?.message?.etag)
   }
 }
 
 function requireId(field: string, value: string | undefined): void {
   if (!value) throw new TypeError(`${field}: must be set in a call that is retried, so that it creates once`)
+}
+
+function requireNoEtag(field: string, value: string | undefined): void {
+  if (value) {
+    throw new TypeError(
+      `${field}: must be empty in a call that is retried: when an attempt succeeds and its answer is lost, ` +
+        'the next one fails with ETAG_MISMATCH',
+    )
+  }
 }

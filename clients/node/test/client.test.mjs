@@ -434,6 +434,7 @@ suite('retry', () => {
       [attachments.createChatAttachment, { attachment: {} }, 'attachment.id'],
       [tickets.createChatTicket, { target: { $case: 'ticketId', value: 'x' } }, 'chatTicketId'],
       [sessions.updateChatSession, { session: { id: 'an id', etag: '7' } }, 'session.etag'],
+      [messages.updateChatMessage, { message: { id: 'an id', etag: '7' } }, 'message.etag'],
     ]
     for (const [method, request, field] of unsafe) {
       const error = await caught(client.retry(method, request))
@@ -441,7 +442,14 @@ suite('retry', () => {
       assert.ok(error.message.startsWith(`${field}: `), error.message)
     }
     const ticket = { target: { $case: 'ticket', value: { id: 'an id' } } }
-    for (const [method, request] of [[tickets.createChatTicket, ticket], [tickets.createChatTicket, { chatTicketId: 'x' }]]) {
+    const safe = [
+      [tickets.createChatTicket, ticket],
+      [tickets.createChatTicket, { chatTicketId: 'x' }],
+      [messages.createChatMessage, { message: { id: 'an id' }, expectedRevision: 7 }],
+      [messages.updateChatMessage, { message: { id: 'an id' }, metadataMergeJson: '{}', expectedRevision: 7 }],
+      [messages.deleteChatMessage, { messageId: 'an id', etag: '7' }],
+    ]
+    for (const [method, request] of safe) {
       assert.equal((await caught(client.retry(method, request))).code, status.UNIMPLEMENTED)
     }
   })

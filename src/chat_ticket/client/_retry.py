@@ -10,7 +10,11 @@ import grpc
 
 from chat_ticket.errors import ChatTicketError
 from chat_ticket.v1.chat_attachment_pb2 import CreateChatAttachmentRequest
-from chat_ticket.v1.chat_message_pb2 import BatchCreateChatMessagesRequest, CreateChatMessageRequest
+from chat_ticket.v1.chat_message_pb2 import (
+    BatchCreateChatMessagesRequest,
+    CreateChatMessageRequest,
+    UpdateChatMessageRequest,
+)
 from chat_ticket.v1.chat_session_pb2 import CreateChatSessionRequest, UpdateChatSessionRequest
 from chat_ticket.v1.chat_ticket_pb2 import CreateChatTicketRequest
 
@@ -62,16 +66,23 @@ def require_repeatable(request: object) -> None:
             _require_id("attachment.id", request.attachment.id)
         case CreateChatTicketRequest():
             _require_id("chat_ticket_id", request.chat_ticket_id or request.ticket.id)
-        case UpdateChatSessionRequest() if request.session.etag:
-            raise ValueError(
-                "session.etag: must be empty in a call that is retried: when an attempt succeeds "
-                "and its answer is lost, the next one fails with ETAG_MISMATCH"
-            )
+        case UpdateChatSessionRequest():
+            _require_no_etag("session.etag", request.session.etag)
+        case UpdateChatMessageRequest():
+            _require_no_etag("message.etag", request.message.etag)
 
 
 def _require_id(field: str, value: str) -> None:
     if not value:
         raise ValueError(f"{field}: must be set in a call that is retried, so that it creates once")
+
+
+def _require_no_etag(field: str, value: str) -> None:
+    if value:
+        raise ValueError(
+            f"{field}: must be empty in a call that is retried: when an attempt succeeds and its "
+            "answer is lost, the next one fails with ETAG_MISMATCH"
+        )
 
 
 _deadline: ContextVar[float | None] = ContextVar("_deadline", default=None)
