@@ -5,7 +5,7 @@ import contextlib
 import pickle
 import re
 import socket
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -27,6 +27,7 @@ from chat_ticket.v1.chat_message_pb2 import (
     BatchCreateChatMessagesRequest,
     CreateChatMessageRequest,
     ListChatMessagesRequest,
+    UpdateChatMessageRequest,
 )
 from chat_ticket.v1.chat_session_pb2 import (
     CreateChatSessionRequest,
@@ -348,7 +349,7 @@ class TestRetry:
             async def lose_first(request: Any) -> Any:
                 answers.append(await method(request))
                 if len(answers) == 1:
-                    raise errors.UnavailableError(StatusCode.UNAVAILABLE, "lost")
+                    raise errors.UnavailableError(grpc.StatusCode.UNAVAILABLE, "lost")
                 return answers[-1]
 
             answer = await client.retry(lose_first, request)

@@ -10,7 +10,7 @@ from grpc.aio import AioRpcError
 from support.client import Api, an_id, refused
 from support.database import terminate_at_commit, wait_until_blocked
 from support.lost_answers import lose_first_answer
-from support.messages import merge_metadata, sequences, set_metadata
+from support.messages import delete_message, merge_metadata, sequences, set_metadata
 from support.sessions import get_revision
 
 from chat_ticket.v1 import resources_pb2 as r
@@ -268,6 +268,17 @@ class TestRepeat:
 
 
 class TestUpdates:
+    async def test_delete_after_a_lost_commit(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A conditional delete that allows a missing message finds that it is gone."""
+        session = await api.session()
+        message = await api.message(session.id)
+        lost = lose_first_answer(monkeypatch, "COMMIT", after=messages.DELETE)
+        await delete_message(api, message.id, etag="1", expected_revision=1, allow_missing=True)
+        assert lost
+        assert await get_revision(api, session.id) == 2
+
     @pytest.mark.parametrize("change", ["set", "merge"])
     async def test_connection_lost_after_the_commit(
         self, api: Api, monkeypatch: pytest.MonkeyPatch, change: str

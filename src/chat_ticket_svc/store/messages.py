@@ -261,11 +261,10 @@ async def delete(
     not exist.
     """
     params = {"tenant_id": tenant_id, "id": message_id}
-    is_conditional = etag is not None or expected_revision is not None
 
     async def body(transaction: Transaction) -> None:
         _, session_revision = await sessions.lock_of_message(transaction, tenant_id, message_id)
-        if is_conditional:
+        if etag is not None or expected_revision is not None:
             # A message that is gone is not found, whatever the revision of its session is by now.
             revision = await transaction.fetch_one(GET_REVISION, params, int)
             if revision is None:
@@ -278,7 +277,6 @@ async def delete(
     session_id = None
     with missing_allowed(allow_missing):
         session_id = await sessions.of_message(db, tenant_id, message_id)
-        await db.transaction(
-            body, idempotent=allow_missing and not is_conditional, locks=[session_id]
-        )
+        # Repeated after its own success, the call finds no message, whatever it expects.
+        await db.transaction(body, idempotent=allow_missing, locks=[session_id])
     return session_id
