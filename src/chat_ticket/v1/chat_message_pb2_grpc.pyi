@@ -133,10 +133,10 @@ class ChatMessageServiceStub:
       or `expected_revision` is set and is not the current revision of the session.
     - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
 
-    Retry: safe, although a retry without a merge patch can overwrite an update that another caller
-    made meanwhile. A retry with `expected_revision` after a successful attempt finds its own update
-    and is OK, as long as nothing else has changed in the session. With an etag, a retry after a
-    successful attempt fails with ETAG_MISMATCH.
+    Retry: safe, although a retry can overwrite what another caller has set meanwhile: all of the
+    metadata or, with a merge patch, the same members. A retry with `expected_revision` after a
+    successful attempt finds its own update and is OK, as long as nothing else has changed in the
+    message. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
     """
     DeleteChatMessage: _grpc.UnaryUnaryMultiCallable[_chat_message_pb2.DeleteChatMessageRequest, _chat_message_pb2.DeleteChatMessageResponse]
     """Deletes a message and its attachments.
@@ -309,10 +309,10 @@ class ChatMessageServiceAsyncStub(ChatMessageServiceStub):
       or `expected_revision` is set and is not the current revision of the session.
     - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
 
-    Retry: safe, although a retry without a merge patch can overwrite an update that another caller
-    made meanwhile. A retry with `expected_revision` after a successful attempt finds its own update
-    and is OK, as long as nothing else has changed in the session. With an etag, a retry after a
-    successful attempt fails with ETAG_MISMATCH.
+    Retry: safe, although a retry can overwrite what another caller has set meanwhile: all of the
+    metadata or, with a merge patch, the same members. A retry with `expected_revision` after a
+    successful attempt finds its own update and is OK, as long as nothing else has changed in the
+    message. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
     """
     DeleteChatMessage: _aio.UnaryUnaryMultiCallable[_chat_message_pb2.DeleteChatMessageRequest, _chat_message_pb2.DeleteChatMessageResponse]  # type: ignore[assignment]
     """Deletes a message and its attachments.
@@ -512,10 +512,10 @@ class ChatMessageServiceServicer(metaclass=_abc_1.ABCMeta):
           or `expected_revision` is set and is not the current revision of the session.
         - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
 
-        Retry: safe, although a retry without a merge patch can overwrite an update that another caller
-        made meanwhile. A retry with `expected_revision` after a successful attempt finds its own update
-        and is OK, as long as nothing else has changed in the session. With an etag, a retry after a
-        successful attempt fails with ETAG_MISMATCH.
+        Retry: safe, although a retry can overwrite what another caller has set meanwhile: all of the
+        metadata or, with a merge patch, the same members. A retry with `expected_revision` after a
+        successful attempt finds its own update and is OK, as long as nothing else has changed in the
+        message. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
         """
 
     @_abc_1.abstractmethod

@@ -2614,10 +2614,10 @@ export const ChatMessageServiceDefinition = {
      *   or `expected_revision` is set and is not the current revision of the session.
      * - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
      *
-     * Retry: safe, although a retry without a merge patch can overwrite an update that another caller
-     * made meanwhile. A retry with `expected_revision` after a successful attempt finds its own update
-     * and is OK, as long as nothing else has changed in the session. With an etag, a retry after a
-     * successful attempt fails with ETAG_MISMATCH.
+     * Retry: safe, although a retry can overwrite what another caller has set meanwhile: all of the
+     * metadata or, with a merge patch, the same members. A retry with `expected_revision` after a
+     * successful attempt finds its own update and is OK, as long as nothing else has changed in the
+     * message. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
      */
     updateChatMessage: {
       name: "UpdateChatMessage",
@@ -2868,10 +2868,10 @@ export const ChatMessageServiceService = {
    *   or `expected_revision` is set and is not the current revision of the session.
    * - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
    *
-   * Retry: safe, although a retry without a merge patch can overwrite an update that another caller
-   * made meanwhile. A retry with `expected_revision` after a successful attempt finds its own update
-   * and is OK, as long as nothing else has changed in the session. With an etag, a retry after a
-   * successful attempt fails with ETAG_MISMATCH.
+   * Retry: safe, although a retry can overwrite what another caller has set meanwhile: all of the
+   * metadata or, with a merge patch, the same members. A retry with `expected_revision` after a
+   * successful attempt finds its own update and is OK, as long as nothing else has changed in the
+   * message. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
    */
   updateChatMessage: {
     path: "/chat_ticket.v1.ChatMessageService/UpdateChatMessage" as const,
@@ -3086,10 +3086,10 @@ export interface ChatMessageServiceServer extends UntypedServiceImplementation {
    *   or `expected_revision` is set and is not the current revision of the session.
    * - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
    *
-   * Retry: safe, although a retry without a merge patch can overwrite an update that another caller
-   * made meanwhile. A retry with `expected_revision` after a successful attempt finds its own update
-   * and is OK, as long as nothing else has changed in the session. With an etag, a retry after a
-   * successful attempt fails with ETAG_MISMATCH.
+   * Retry: safe, although a retry can overwrite what another caller has set meanwhile: all of the
+   * metadata or, with a merge patch, the same members. A retry with `expected_revision` after a
+   * successful attempt finds its own update and is OK, as long as nothing else has changed in the
+   * message. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
    */
   updateChatMessage: handleUnaryCall<UpdateChatMessageRequest, UpdateChatMessageResponse>;
   /**
@@ -3314,10 +3314,10 @@ export interface ChatMessageServiceClient extends Client {
    *   or `expected_revision` is set and is not the current revision of the session.
    * - FAILED_PRECONDITION (CHAT_MESSAGE_REDACTED): the message is redacted.
    *
-   * Retry: safe, although a retry without a merge patch can overwrite an update that another caller
-   * made meanwhile. A retry with `expected_revision` after a successful attempt finds its own update
-   * and is OK, as long as nothing else has changed in the session. With an etag, a retry after a
-   * successful attempt fails with ETAG_MISMATCH.
+   * Retry: safe, although a retry can overwrite what another caller has set meanwhile: all of the
+   * metadata or, with a merge patch, the same members. A retry with `expected_revision` after a
+   * successful attempt finds its own update and is OK, as long as nothing else has changed in the
+   * message. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
    */
   updateChatMessage(
     request: UpdateChatMessageRequest,
