@@ -119,6 +119,12 @@ REASONS = (
         "Leave the answer to the other writer, or stop its draft first.",
     ),
     Reason(
+        "EXTERNAL_REF_TAKEN",
+        "ALREADY_EXISTS",
+        "Another ticket of the tenant has this `external_ref`. The metadata has its `ticket_id`.",
+        "Use that ticket, or another reference.",
+    ),
+    Reason(
         "SESSION_HAS_TICKET",
         "ALREADY_EXISTS",
         "The session has a ticket already.",
@@ -141,6 +147,12 @@ REASONS = (
         "FAILED_PRECONDITION",
         "A ticket that is linked to a session cannot be deleted.",
         "Unlink it from its sessions first.",
+    ),
+    Reason(
+        "TICKET_HAS_TOO_MANY_SESSIONS",
+        "FAILED_PRECONDITION",
+        "The ticket has as many sessions as it may have; to change it, it has more.",
+        "Use another ticket, or unlink the ticket from some of its sessions.",
     ),
     Reason(
         "ATTACHMENT_URL_NOT_ACCESSIBLE",

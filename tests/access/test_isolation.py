@@ -68,6 +68,7 @@ def calls(w: TenantIds) -> dict[str, dict[str, Message]]:
     the page after the first. The last request of a stream stands for all of them.
     """
     named = {"tenant_id": w.tenant, "title": w.tenant, "status": r.TICKET_STATUS_SOLVED}
+    referring = {**named, "external_ref": w.external_ref}
     message = {"session_id": w.session, "role": r.CHAT_MESSAGE_ROLE_USER, "content": w.content}
     file, second = w.a_file(w.file), w.a_file(w.second)
     messages = {
@@ -163,13 +164,16 @@ def calls(w: TenantIds) -> dict[str, dict[str, Message]]:
                 session_id=w.session, chat_ticket_id=w.link, ticket_id=w.ticket
             ),
             "repeat new": tickets_pb.CreateChatTicketRequest(
-                session_id=w.session, ticket=r.Ticket(**named, id=w.ticket)
+                session_id=w.session, ticket=r.Ticket(**referring, id=w.ticket)
             ),
             "taken chat_ticket_id": tickets_pb.CreateChatTicketRequest(
                 session_id=w.bare, chat_ticket_id=w.link, ticket_id=w.ticket
             ),
             "taken ticket.id": tickets_pb.CreateChatTicketRequest(
                 session_id=w.bare, ticket=r.Ticket(**named, id=w.ticket)
+            ),
+            "taken ticket.external_ref": tickets_pb.CreateChatTicketRequest(
+                session_id=w.bare, ticket=r.Ticket(**referring)
             ),
         },
         "GetChatTicket": {"": tickets_pb.GetChatTicketRequest(chat_ticket_id=w.link)},
@@ -181,13 +185,29 @@ def calls(w: TenantIds) -> dict[str, dict[str, Message]]:
             ),
         },
         "DeleteChatTicket": {"": tickets_pb.DeleteChatTicketRequest(chat_ticket_id=w.link)},
+        "CreateTicket": {
+            "repeat": tickets_pb.CreateTicketRequest(ticket=r.Ticket(**referring, id=w.ticket)),
+            "taken ticket.id": tickets_pb.CreateTicketRequest(
+                ticket=r.Ticket(**named, id=w.ticket)
+            ),
+            "taken ticket.external_ref": tickets_pb.CreateTicketRequest(
+                ticket=r.Ticket(**referring)
+            ),
+        },
         "GetTicket": {"": tickets_pb.GetTicketRequest(ticket_id=w.ticket)},
-        "ListTickets": {"": tickets_pb.ListTicketsRequest(page_size=1, page_token=token)},
+        "ListTickets": {
+            "": tickets_pb.ListTicketsRequest(page_size=1, page_token=token),
+            "of a reference": tickets_pb.ListTicketsRequest(external_ref=w.external_ref),
+        },
         "UpdateTicket": {
             "": tickets_pb.UpdateTicketRequest(
                 ticket=r.Ticket(id=w.ticket, tenant_id=w.tenant, title="another"),
                 update_mask=FieldMask(paths=["title"]),
-            )
+            ),
+            "of a reference": tickets_pb.UpdateTicketRequest(
+                ticket=r.Ticket(id=w.ticket, external_ref=w.external_ref),
+                update_mask=FieldMask(paths=["external_ref"]),
+            ),
         },
         "DeleteTicket": {"": tickets_pb.DeleteTicketRequest(ticket_id=w.spare)},
     }

@@ -28,7 +28,7 @@ from chat_ticket.v1.chat_session_pb2 import (
     UpdateChatSessionRequest,
 )
 from chat_ticket_svc.services.validate import MAX_UUID
-from chat_ticket_svc.store import sessions, tickets
+from chat_ticket_svc.store import sessions, ticket_listing
 
 NIL = "00000000-0000-0000-0000-000000000000"
 
@@ -296,7 +296,7 @@ class TestList:
             (sessions.LIST_OF_KIND_BY_CREATE_TIME, ["archived"], None),
             (sessions.LIST_OF_KIND_BY_UPDATE_TIME, ["archived", "resolved"], None),
             (sessions.LIST_OF_KIND_BY_UPDATE_TIME, None, True),
-            (tickets.LIST_TICKETS_OF_STATUSES, ["pending", "open"], None),
+            (ticket_listing.LIST_TICKETS_OF_STATUSES, ["pending", "open"], None),
         ],
         ids=["by create time", "by update time", "with a ticket", "tickets"],
     )
@@ -310,6 +310,7 @@ class TestList:
             "tenant_id": tenant,
             "statuses": statuses,
             "has_ticket": has_ticket,
+            "external_ref": None,
             "limit": 51,
             "after_time": "infinity",
             "after_id": MAX_UUID,

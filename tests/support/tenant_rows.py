@@ -53,6 +53,7 @@ class TenantIds:
     file: str = dataclasses.field(default_factory=an_id)
     second: str = dataclasses.field(default_factory=an_id)  # another file of the message
     ticket: str = dataclasses.field(default_factory=an_id)
+    external_ref: str = dataclasses.field(default_factory=an_id)
     spare: str = dataclasses.field(default_factory=an_id)  # a ticket without a session
     link: str = dataclasses.field(default_factory=an_id)
     draft: str = dataclasses.field(default_factory=an_id)
@@ -74,7 +75,12 @@ class TenantIds:
         await api.message(self.session, self.content, id=self.deleted)
         await delete_message(api, self.deleted)
         await api.message(self.session, self.content)
-        ticket = r.Ticket(id=self.ticket, title=self.tenant, status=r.TICKET_STATUS_SOLVED)
+        ticket = r.Ticket(
+            id=self.ticket,
+            title=self.tenant,
+            status=r.TICKET_STATUS_SOLVED,
+            external_ref=self.external_ref,
+        )
         await api.escalate(self.session, chat_ticket_id=self.link, ticket=ticket)
         await api.escalate(self.sharing, ticket_id=self.ticket)
         spare = r.Ticket(id=self.spare, title=self.tenant)

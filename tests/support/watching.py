@@ -13,6 +13,7 @@ from chat_ticket.v1.chat_session_pb2 import (
     WatchChatSessionRequest,
     WatchChatSessionResponse,
 )
+from chat_ticket.v1.chat_ticket_pb2 import ListChatTicketsRequest
 from support.client import Api
 from support.sessions import get_session
 
@@ -28,6 +29,7 @@ class Watcher:
         self.kinds: list[str] = []
         self.revision = -1
         self.session: r.ChatSession | None = None
+        self.ticket = r.ChatTicket()  # without any field set while there is none
         self.created: list[int] = []
         self.messages: dict[str, r.ChatMessage] = {}
         # The content of the open drafts, and of those that have ended as they stood then.
@@ -56,6 +58,9 @@ class Watcher:
         match kind:
             case "session":
                 self.session = event.session
+            case "ticket":
+                assert self.kinds[-2] == "session" or event.ticket != self.ticket
+                self.ticket = event.ticket
             case "messages_created":
                 for n, message in enumerate(event.messages_created.messages):
                     assert message.id not in self.drafts, "a draft ends before its message comes"
@@ -131,6 +136,9 @@ async def assert_same_state(api: Api, watcher: Watcher, session_id: str) -> None
     assert watcher.session is not None
     assert watcher.session.status == session.status
     assert watcher.session.has_ticket == session.has_ticket
+    tickets = await api.tickets.ListChatTickets(ListChatTicketsRequest(session_id=session_id))
+    assert [watcher.ticket][: session.has_ticket] == list(tickets.chat_tickets)
+    assert session.has_ticket or watcher.ticket == r.ChatTicket()
     assert watcher.created == sorted(set(watcher.created)), "once each, in order"
     for message_id, message in watcher.messages.items():
         request = GetChatMessageRequest(message_id=message_id)

@@ -186,8 +186,10 @@ class TestLive:
 
             link = await api.escalate(session.id)
             assert (await watcher.next()).session.has_ticket
+            assert (await watcher.next()).ticket == link
             await unlink(api, link.id)
             assert not (await watcher.next()).session.has_ticket
+            assert (await watcher.next()).ticket == r.ChatTicket()
             assert watcher.kinds.count("caught_up") == 1
 
             await api.message(session.id)

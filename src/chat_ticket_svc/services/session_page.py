@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionResponse as Event
+from chat_ticket.v1.resources_pb2 import ChatTicket
 from chat_ticket_svc.services import convert, paging
-from chat_ticket_svc.store import session_changes
+from chat_ticket_svc.store import session_changes, tickets
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.sessions import Session
 from chat_ticket_svc.watch.hub import Position
@@ -43,13 +44,29 @@ class SerializedPage:
         self.after = after
         self.session = page.session
         self.session_state = _state(page.session)
+        self.chat_ticket = page.chat_ticket
+        # What differs whenever the ticket event does. A ticket changes with its time, also when its
+        # database goes on from an older copy.
+        self.ticket_state = page.chat_ticket and (
+            page.chat_ticket.id,
+            page.chat_ticket.ticket.id,
+            page.chat_ticket.ticket.updated_at,
+        )
         self.changes = [event.SerializeToString() for event in _events(page)]
 
     @functools.cached_property
     def session_event(self) -> bytes:
         """The event of a changed session, sent first: its place among the changes is unknown."""
-        revision = self.after if self.changes else self.session.revision
-        return serialize(revision, session=convert.session(self.session))
+        return serialize(self._first_revision, session=convert.session(self.session))
+
+    @functools.cached_property
+    def ticket_event(self) -> bytes:
+        """The event of a changed ticket, or of one that is linked no more, after the session's."""
+        return serialize(self._first_revision, ticket=_ticket(self.chat_ticket))
+
+    @property
+    def _first_revision(self) -> int:
+        return self.after if self.changes else self.session.revision
 
     @functools.cached_property
     def message_ids(self) -> frozenset[str]:
@@ -105,8 +122,20 @@ def serialize(revision: int, **event: Any) -> bytes:
     return Event(revision=revision, **event).SerializeToString()
 
 
+def first_events(revision: int, page: SerializedPage) -> list[bytes]:
+    """What every stream begins with, at its position: the session, and its ticket if it has one."""
+    events = [serialize(revision, session=convert.session(page.session))]
+    if page.chat_ticket is not None:
+        events.append(serialize(revision, ticket=_ticket(page.chat_ticket)))
+    return events
+
+
 def draft_ended(revision: int, draft_id: str) -> bytes:
     return serialize(revision, draft_ended=Event.ChatDraftEnded(draft_id=draft_id))
+
+
+def _ticket(row: tickets.ChatTicket | None) -> ChatTicket:
+    return ChatTicket() if row is None else convert.chat_ticket(row)
 
 
 def _created_ids(event: Event) -> Iterator[str]:

@@ -10,7 +10,7 @@ from chat_ticket_svc.access import request_context
 from chat_ticket_svc.config import Settings
 from chat_ticket_svc.services import convert, paging
 from chat_ticket_svc.services.validate import MAX_UUID, NIL_UUID, Validator
-from chat_ticket_svc.store import sessions, tickets
+from chat_ticket_svc.store import sessions, ticket_listing, ticket_update, tickets
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.watch.hub import WatchHub
 
@@ -58,6 +58,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
             has_client_id=bool(ticket.id),
             title=validator.single_line("ticket.title", ticket.title, self._limits.title),
             status=status,
+            external_ref=validator.reference("ticket.external_ref", ticket.external_ref),
         )
 
     async def GetChatTicket(
@@ -126,7 +127,14 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     async def CreateTicket(
         self, request: pb.CreateTicketRequest, context: Context
     ) -> pb.CreateTicketResponse:
-        raise NotImplementedError
+        tenant_id = request_context.tenant_id()
+        validator = Validator(self._limits)
+        new = self._new_ticket(validator, request.ticket)
+        validator.raise_if_invalid()
+        if not new.has_client_id:
+            request_context.set_not_repeatable(ticket_id=new.id)
+        ticket = await tickets.create(self._db, tenant_id, new)
+        return pb.CreateTicketResponse(ticket=convert.ticket(ticket))
 
     async def GetTicket(
         self, request: pb.GetTicketRequest, context: Context
@@ -143,7 +151,12 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
     ) -> pb.ListTicketsResponse:
         tenant_id = request_context.tenant_id()
         validator = Validator(self._limits)
-        statuses = validator.enum_filter("statuses", request.statuses, convert.TICKET_STATUS)
+        filters = ticket_listing.Filter(
+            statuses=validator.enum_filter("statuses", request.statuses, convert.TICKET_STATUS),
+            external_ref=validator.reference("external_ref", request.external_ref),
+            updated_from=validator.start_time("start_update_time", request),
+            updated_to=validator.end_time("end_update_time", request),
+        )
         page_size = validator.page_size(request.page_size)
         after_time, after_id = paging.decode_token(
             validator,
@@ -154,10 +167,10 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
             paging.parse_id,
         )
         validator.raise_if_invalid()
-        rows = await tickets.page(
+        rows = await ticket_listing.page(
             self._db,
             tenant_id,
-            statuses=statuses,
+            filters,
             after_time=after_time,
             after_id=after_id,
             limit=page_size + 1,
@@ -176,14 +189,30 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
         tenant_id = request_context.tenant_id()
         validator = Validator(self._limits)
         ticket_id = validator.id("ticket.id", request.ticket.id)
-        named = validator.update_mask(request.update_mask, ["title", "status"])
-        title = status = None
+        etag = validator.etag("ticket.etag", request.ticket.etag)
+        named = validator.update_mask(request.update_mask, ["title", "status", "external_ref"])
+        changes: dict[str, Any] = {}
         if "title" in named:
-            title = validator.single_line("ticket.title", request.ticket.title, self._limits.title)
+            changes["title"] = validator.single_line(
+                "ticket.title", request.ticket.title, self._limits.title
+            )
         if "status" in named:
-            status = validator.enum("ticket.status", request.ticket.status, convert.TICKET_STATUS)
+            changes["status"] = validator.enum(
+                "ticket.status", request.ticket.status, convert.TICKET_STATUS
+            )
+        if "external_ref" in named:
+            changes["external_ref"] = validator.reference(
+                "ticket.external_ref", request.ticket.external_ref
+            )
         validator.raise_if_invalid()
-        ticket = await tickets.update(self._db, tenant_id, ticket_id, title=title, status=status)
+        if etag is not None:
+            # Repeated after its own success, the call meets a revision that is not its etag.
+            request_context.set_not_repeatable()
+        ticket, changed_sessions = await ticket_update.update(
+            self._db, tenant_id, ticket_id, changes, etag
+        )
+        for session_id in changed_sessions:
+            self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.UpdateTicketResponse(ticket=convert.ticket(ticket))
 
     async def DeleteTicket(
@@ -192,6 +221,9 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
         tenant_id = request_context.tenant_id()
         validator = Validator(self._limits)
         ticket_id = validator.id("ticket_id", request.ticket_id)
+        etag = validator.etag("etag", request.etag)
         validator.raise_if_invalid()
-        await tickets.delete(self._db, tenant_id, ticket_id, allow_missing=request.allow_missing)
+        await tickets.delete(
+            self._db, tenant_id, ticket_id, etag, allow_missing=request.allow_missing
+        )
         return pb.DeleteTicketResponse()

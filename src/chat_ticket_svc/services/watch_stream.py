@@ -5,10 +5,11 @@ from collections.abc import AsyncIterator
 
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionResponse as Event
 from chat_ticket_svc import errors
-from chat_ticket_svc.services import convert, paging
+from chat_ticket_svc.services import paging
 from chat_ticket_svc.services.session_page import (
     SerializedPage,
     SessionState,
+    first_events,
     read_page,
     serialize,
 )
@@ -79,12 +80,13 @@ async def watch_with_drafts(
 
 
 class _WatchStream:
-    """The position of a stream in its session, and the state of the session that it has sent."""
+    """The position of a stream in its session, and the states of session and ticket it has sent."""
 
     def __init__(self, session_id: str, after: int):
         self._session_id = session_id
         self._created_at: int | None = None
         self._session_state: SessionState | None = None
+        self._ticket_state: tuple[str, str, int] | None = None
         self.revision = after
         self.is_caught_up = False
         self.is_finished = False
@@ -112,9 +114,12 @@ class _WatchStream:
             )
         events = page.changes_ending(ended_drafts) if ended_drafts else page.changes
         if self._session_state is None:
-            events = [serialize(self.revision, session=convert.session(page.session)), *events]
-        elif self._session_state != page.session_state:
-            events = [page.session_event, *events]
+            events = [*first_events(self.revision, page), *events]
+        else:
+            if self._ticket_state != page.ticket_state:
+                events = [page.ticket_event, *events]
+            if self._session_state != page.session_state:
+                events = [page.session_event, *events]
         if not page.has_more and not self.is_caught_up:
             events = [*events, serialize(end, caught_up=Event.CaughtUp())]
             self.is_caught_up = True
@@ -123,4 +128,5 @@ class _WatchStream:
             events = [serialize(end, heartbeat=Event.Heartbeat())]
         self._created_at, self.revision = page.position
         self._session_state = page.session_state
+        self._ticket_state = page.ticket_state
         return events

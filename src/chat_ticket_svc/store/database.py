@@ -4,8 +4,8 @@ A statement runs in autocommit mode, prepared, with binary results, or in a `tra
 statements share a connection (see pipelined_connection.py). All others lease one (see
 connection_queue.py). Driver errors become domain errors here (see driver_errors.py).
 
-Serialization failures and deadlocks are retried. If a connection is lost, the pool is checked, and
-idempotent work is retried once.
+Serialization failures and deadlocks are retried, and bodies that raise StartAgain. If a connection
+is lost, the pool is checked, and idempotent work is retried once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from chat_ticket_svc.store.connection_queue import (
 )
 from chat_ticket_svc.store.driver_errors import CancellationDetector, ConnectionLost, translate
 from chat_ticket_svc.store.pipelined_connection import PipelinedConnection
-from chat_ticket_svc.store.transaction import Params, Transaction
+from chat_ticket_svc.store.transaction import Params, StartAgain, Transaction
 from chat_ticket_svc.telemetry import metrics, tracing
 
 T = TypeVar("T")
@@ -404,7 +404,11 @@ class Database:
         while True:
             try:
                 return await work(outcome)
-            except (pg_errors.SerializationFailure, pg_errors.DeadlockDetected) as error:
+            except (
+                pg_errors.SerializationFailure,
+                pg_errors.DeadlockDetected,
+                StartAgain,
+            ) as error:
                 outcome.is_unknown = earlier_outcome_unknown
                 conflicts += 1
                 if conflicts > CONTENTION_RETRIES:

@@ -2,14 +2,23 @@
 
 from typing import Literal, NamedTuple
 
-from chat_ticket_svc.store import messages, sessions
+from chat_ticket_svc.store import messages, sessions, tickets
 from chat_ticket_svc.store.database import PIPELINED_MAX_BYTES, PIPELINED_MAX_ROWS, Database
 from chat_ticket_svc.store.messages import Message
 from chat_ticket_svc.store.sessions import Session
+from chat_ticket_svc.store.tickets import ChatTicket
 
 # The row of a deleted message has its id, content for messages.SIZE, and NULL in all other columns.
 _TOMBSTONE = {"id": "t.message_id::text", "content": "''"}
 TOMBSTONE_COLUMNS = ", ".join(_TOMBSTONE.get(name, "NULL") for name in Message._fields)
+
+# As JSON, or NULL. Of a session without a ticket no other table is read.
+CHAT_TICKET = f"""
+    (SELECT json_build_array({tickets.CHAT_TICKET_COLUMNS})
+       FROM chat_tickets ct JOIN tickets t ON t.tenant_id = ct.tenant_id AND t.id = ct.ticket_id
+      WHERE chat_sessions.has_ticket
+        AND ct.tenant_id = %(tenant_id)s AND ct.session_id = %(session_id)s::uuid)
+"""
 
 # Every change has a revision of its own, so `revision` orders the three kinds of changes, and a
 # page can end after any of them. No revision in the snapshot exceeds the session's. The condition
@@ -45,7 +54,7 @@ SELECT session.*, change.*
   FROM chat_sessions
   LEFT JOIN change ON change.total <= %(bytes)s OR change.total = change.size
   LEFT JOIN LATERAL (
-      SELECT {sessions.COLUMNS}
+      SELECT {sessions.COLUMNS}, {CHAT_TICKET} AS chat_ticket
        WHERE change.at IS NOT DISTINCT FROM (SELECT min(at) FROM change) OFFSET 0
   ) AS session ON true
  WHERE chat_sessions.tenant_id = %(tenant_id)s AND chat_sessions.id = %(session_id)s::uuid
@@ -63,9 +72,13 @@ class Change(NamedTuple):
 
 
 class ChangePage(NamedTuple):
-    """Changes in order, the session in the same snapshot, and whether more changes follow."""
+    """Changes in order, whether more follow, and the session with its ticket in the same snapshot.
+
+    `chat_ticket` is None when the session has no ticket.
+    """
 
     session: Session
+    chat_ticket: ChatTicket | None
     changes: list[Change]
     more: bool
 
@@ -95,12 +108,14 @@ async def page(
         return None
     width = len(Session._fields)
     session = Session._make(rows[0][:width])
+    chat_ticket = tickets.chat_ticket_from_row(*rows[0][width]) if rows[0][width] else None
+    width += 1
     if rows[0][width] is None:
-        return ChangePage(session, [], more=False)
+        return ChangePage(session, chat_ticket, [], more=False)
     fetched = rows[0][-3]
     changes = []
     for row in rows:
         kind, revision, *columns, _, _, _ = row[width:]
         message = None if kind == "deleted" else messages.from_row(*columns)
         changes.append(Change(kind, revision, columns[0], message))
-    return ChangePage(session, changes, more=len(rows) < fetched or fetched == limit)
+    return ChangePage(session, chat_ticket, changes, more=len(rows) < fetched or fetched == limit)

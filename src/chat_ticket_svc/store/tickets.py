@@ -1,7 +1,7 @@
 """Tickets, and chat tickets. A chat ticket links a session to a ticket."""
 
 from datetime import datetime
-from typing import Annotated, Any, LiteralString, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from chat_ticket_svc import errors
 from chat_ticket_svc.store import sessions
@@ -27,8 +27,6 @@ class Ticket(NamedTuple):
 
 TICKET_COLUMNS = column_list(Ticket)
 
-STATUSES: tuple[LiteralString, ...] = ("open", "pending", "solved", "closed")
-
 
 class ChatTicket(NamedTuple):
     """A row of chat_tickets with its ticket."""
@@ -47,7 +45,13 @@ class NewTicket(NamedTuple):
     has_client_id: bool
     title: str
     status: str
+    external_ref: str | None
 
+
+REFERENCE_INDEX = "idx_tickets_external_ref"
+
+# A change of a ticket is a change of each of its sessions, in one transaction.
+MAX_SESSIONS = 500
 
 CHAT_TICKET_COLUMNS = column_list(ChatTicket)
 
@@ -82,13 +86,25 @@ SELECT {CHAT_TICKET_COLUMNS}
 """
 
 CREATE_TICKET = """
-INSERT INTO tickets (tenant_id, id, title, status)
-VALUES (%(tenant_id)s, %(ticket_id)s::uuid, %(title)s, %(status)s)
+INSERT INTO tickets (tenant_id, id, title, status, external_ref)
+VALUES (%(tenant_id)s, %(id)s::uuid, %(title)s, %(status)s, %(external_ref)s)
+"""
+
+CREATE_TICKET_OR_NOTHING = f"""
+INSERT INTO tickets AS t (tenant_id, id, title, status, external_ref)
+VALUES (%(tenant_id)s, %(id)s::uuid, %(title)s, %(status)s, %(external_ref)s)
+ON CONFLICT (tenant_id, id) DO NOTHING
+RETURNING {TICKET_COLUMNS}
 """
 
 CREATE_CHAT_TICKET = """
 INSERT INTO chat_tickets (tenant_id, id, session_id, ticket_id)
 VALUES (%(tenant_id)s, %(id)s::uuid, %(session_id)s::uuid, %(ticket_id)s::uuid)
+"""
+
+COUNT_SESSIONS = """
+SELECT count(*) FROM chat_tickets
+ WHERE tenant_id = %(tenant_id)s AND ticket_id = %(ticket_id)s::uuid
 """
 
 SESSION_OF_CHAT_TICKET = """
@@ -115,53 +131,19 @@ SELECT {TICKET_COLUMNS} FROM tickets t
  WHERE t.tenant_id = %(tenant_id)s AND t.id = %(id)s::uuid
 """
 
-LIST_TICKETS = f"""
+GET_TICKET_OF_REFERENCE = f"""
 SELECT {TICKET_COLUMNS} FROM tickets t
- WHERE t.tenant_id = %(tenant_id)s
-   AND (t.created_at, t.id) < (%(after_time)s::timestamptz, %(after_id)s::uuid)
- ORDER BY t.created_at DESC, t.id DESC
- LIMIT %(limit)s
+ WHERE t.tenant_id = %(tenant_id)s AND t.external_ref = %(external_ref)s
 """
 
-# The page of each status is a range of an index. In the order of all tickets, PostgreSQL reads all
-# of them to find those of a rare status. The statuses are constants, and the statement is not
-# prepared, so that the planner knows which are rare, and drops those that are not wanted.
-_PAGES_OF_STATUSES: list[LiteralString] = [
-    f"""(
-SELECT * FROM tickets
- WHERE tenant_id = %(tenant_id)s AND status = '{status}'
-   AND '{status}' = ANY (%(statuses)s::text[])
-   AND (created_at, id) < (%(after_time)s::timestamptz, %(after_id)s::uuid)
- ORDER BY created_at DESC, id DESC
- LIMIT %(limit)s)"""
-    for status in STATUSES
-]
-LIST_TICKETS_OF_STATUSES = f"""
-SELECT {TICKET_COLUMNS} FROM ({" UNION ALL ".join(_PAGES_OF_STATUSES)}) AS t
- ORDER BY t.created_at DESC, t.id DESC
- LIMIT %(limit)s
-"""
-
-# One statement, so that the row it returns is the one it wrote: another update, or the deletion of
-# the ticket, comes before it or after it. Equal values leave the row as it is, its time included.
-UPDATE_TICKET = f"""
-UPDATE tickets t
-   SET title = coalesce(%(title)s, title),
-       status = coalesce(%(status)s, status),
-       updated_at = CASE
-           WHEN (title, status)
-                IS DISTINCT FROM (coalesce(%(title)s, title), coalesce(%(status)s, status))
-           THEN next_change_time(updated_at)
-           ELSE updated_at
-       END
- WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
-RETURNING {TICKET_COLUMNS}
+LOCK_TICKET_TO_DELETE = f"""
+SELECT {TICKET_COLUMNS} FROM tickets t
+ WHERE t.tenant_id = %(tenant_id)s AND t.id = %(id)s::uuid
+   FOR UPDATE
 """
 
 DELETE_TICKET = """
-DELETE FROM tickets
- WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
-RETURNING id::text
+DELETE FROM tickets WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
 """
 
 
@@ -173,10 +155,35 @@ def chat_ticket_not_found(chat_ticket_id: str) -> errors.NotFoundError:
     return errors.NotFoundError("chat_ticket", chat_ticket_id)
 
 
+def too_many_sessions(ticket_id: str, count: int) -> errors.FailedPreconditionError:
+    return errors.FailedPreconditionError(
+        f"{count:,} sessions are linked to the ticket, at most {MAX_SESSIONS}",
+        reason="TICKET_HAS_TOO_MANY_SESSIONS",
+        subject=f"tickets/{ticket_id}",
+    )
+
+
+async def external_ref_taken(
+    db: Database, tenant_id: str, external_ref: str | None
+) -> errors.DomainError:
+    """The error of a write that PostgreSQL has refused, as another ticket has this reference."""
+    params = {"tenant_id": tenant_id, "external_ref": external_ref}
+    holder = await db.fetch_by_key(GET_TICKET_OF_REFERENCE, params, Ticket)
+    if holder is None:  # deleted or changed since
+        return errors.ContentionError()
+    return errors.AlreadyExistsError(
+        f"ticket {holder.id} has the external_ref already",
+        reason="EXTERNAL_REF_TAKEN",
+        resource="ticket",
+        resource_id=holder.id,
+        metadata={"ticket_id": holder.id},
+    )
+
+
 _TICKET_START = ChatTicket._fields.index("ticket")
 
 
-def _chat_ticket_from_row(*row: Any) -> ChatTicket:
+def chat_ticket_from_row(*row: Any) -> ChatTicket:
     return ChatTicket._make((*row[:_TICKET_START], Ticket(*row[_TICKET_START:])))
 
 
@@ -186,10 +193,16 @@ def _is_repeat(chat_ticket: ChatTicket, session_id: str, target: str | NewTicket
         return False
     if isinstance(target, str):
         return chat_ticket.ticket_id == target
-    is_unchanged = chat_ticket.ticket.created_at == chat_ticket.ticket.updated_at
-    return (not target.has_client_id or target.id == chat_ticket.ticket_id) and (
-        not is_unchanged
-        or (target.title, target.status) == (chat_ticket.ticket.title, chat_ticket.ticket.status)
+    if target.has_client_id and target.id != chat_ticket.ticket_id:
+        return False
+    return _is_created_by(target, chat_ticket.ticket)
+
+
+def _is_created_by(new: NewTicket, ticket: Ticket) -> bool:
+    """Whether a request for this new ticket may have created `ticket`, which may have changed."""
+    return ticket.created_at != ticket.updated_at or (
+        (new.title, new.status, new.external_ref)
+        == (ticket.title, ticket.status, ticket.external_ref)
     )
 
 
@@ -212,7 +225,7 @@ async def link(
 
     async def body(transaction: Transaction) -> ChatTicket:
         session = await sessions.lock(transaction, tenant_id, session_id)
-        existing = await transaction.fetch_one(GET_CHAT_TICKET, params, _chat_ticket_from_row)
+        existing = await transaction.fetch_one(GET_CHAT_TICKET, params, chat_ticket_from_row)
         if existing is not None:
             if _is_repeat(existing, session_id, target):
                 return existing
@@ -223,7 +236,7 @@ async def link(
         else:
             ticket_id = target.id
             current = await transaction.fetch_one(
-                GET_CHAT_TICKET_OF_SESSION, params, _chat_ticket_from_row
+                GET_CHAT_TICKET_OF_SESSION, params, chat_ticket_from_row
             )
             if (
                 current is not None
@@ -232,23 +245,33 @@ async def link(
             ):
                 return current
             sessions.check_revision(session.revision, expected_revision)
-            await transaction.execute(
-                CREATE_TICKET,
-                {
-                    "tenant_id": tenant_id,
-                    "ticket_id": ticket_id,
-                    "title": target.title,
-                    "status": target.status,
-                },
-            )
-        await transaction.execute(CREATE_CHAT_TICKET, {**params, "ticket_id": ticket_id})
-        [created] = await transaction.fetch_all(GET_CHAT_TICKET, params, _chat_ticket_from_row)
+            if current is not None and current.ticket_id != target.id:
+                raise _session_has_ticket(session_id)  # and not that its reference is taken
+            await transaction.execute(CREATE_TICKET, {"tenant_id": tenant_id, **target._asdict()})
+        link_params = {**params, "ticket_id": ticket_id}
+        await transaction.execute(CREATE_CHAT_TICKET, link_params)
+        # The insert has locked the ticket, so no other link of it comes meanwhile.
+        [count] = await transaction.fetch_all(COUNT_SESSIONS, link_params, int)
+        if count > MAX_SESSIONS:
+            raise too_many_sessions(ticket_id, count - 1)
+        [created] = await transaction.fetch_all(GET_CHAT_TICKET, params, chat_ticket_from_row)
         return created
 
     try:
         return await db.transaction(body, idempotent=True, locks=locks)
     except ConstraintViolation as violation:
+        if violation.constraint == REFERENCE_INDEX and isinstance(target, NewTicket):
+            raise await external_ref_taken(db, tenant_id, target.external_ref) from violation
         raise _translated(violation, session_id, chat_ticket_id, target) from violation
+
+
+def _session_has_ticket(session_id: str) -> errors.AlreadyExistsError:
+    return errors.AlreadyExistsError(
+        "the session already has a ticket",
+        reason="SESSION_HAS_TICKET",
+        resource="chat_session",
+        resource_id=session_id,
+    )
 
 
 def _translated(
@@ -257,12 +280,7 @@ def _translated(
     ticket_id = target if isinstance(target, str) else target.id
     match violation.constraint:
         case "idx_chat_tickets_session":
-            return errors.AlreadyExistsError(
-                "the session already has a ticket",
-                reason="SESSION_HAS_TICKET",
-                resource="chat_session",
-                resource_id=session_id,
-            )
+            return _session_has_ticket(session_id)
         case "chat_tickets_session_status_check":
             return errors.FailedPreconditionError(
                 "the session is archived",
@@ -280,7 +298,7 @@ def _translated(
 
 async def get_chat_ticket(db: Database, tenant_id: str, chat_ticket_id: str) -> ChatTicket:
     params = {"tenant_id": tenant_id, "id": chat_ticket_id}
-    chat_ticket = await db.fetch_by_key(GET_CHAT_TICKET, params, _chat_ticket_from_row)
+    chat_ticket = await db.fetch_by_key(GET_CHAT_TICKET, params, chat_ticket_from_row)
     if chat_ticket is None:
         raise chat_ticket_not_found(chat_ticket_id)
     return chat_ticket
@@ -290,7 +308,7 @@ async def chat_ticket_of_session(
     transaction: Transaction, tenant_id: str, session_id: str
 ) -> ChatTicket | None:
     params = {"tenant_id": tenant_id, "session_id": session_id}
-    return await transaction.fetch_one(GET_CHAT_TICKET_OF_SESSION, params, _chat_ticket_from_row)
+    return await transaction.fetch_one(GET_CHAT_TICKET_OF_SESSION, params, chat_ticket_from_row)
 
 
 async def chat_ticket_page(
@@ -314,7 +332,7 @@ async def chat_ticket_page(
     return await db.fetch_all(
         LIST_CHAT_TICKETS_OF_SESSION if of_session else LIST_CHAT_TICKETS_OF_TICKET,
         params,
-        _chat_ticket_from_row,
+        chat_ticket_from_row,
     )
 
 
@@ -351,52 +369,46 @@ async def get(db: Database, tenant_id: str, ticket_id: str) -> Ticket:
     return ticket
 
 
-async def page(
-    db: Database,
-    tenant_id: str,
-    *,
-    statuses: list[str] | None,
-    after_time: datetime,
-    after_id: str,
-    limit: int,
-) -> list[Ticket]:
-    """A page of tickets, newest first, that starts after (time, id) in this order."""
-    params = {
-        "tenant_id": tenant_id,
-        "statuses": statuses,
-        "after_time": after_time,
-        "after_id": after_id,
-        "limit": limit,
-    }
-    return await db.fetch_all(
-        LIST_TICKETS if statuses is None else LIST_TICKETS_OF_STATUSES,
-        params,
-        Ticket,
-        prepare=None if statuses is None else False,
-    )
+async def create(db: Database, tenant_id: str, new: NewTicket) -> Ticket:
+    """Create a ticket. If a request for the same ticket has created it, return it as it is now."""
+    params = {"tenant_id": tenant_id, **new._asdict()}
+    try:
+        created = await db.write(CREATE_TICKET_OR_NOTHING, params, Ticket, idempotent=True)
+    except ConstraintViolation as violation:
+        if violation.constraint != REFERENCE_INDEX:
+            raise
+        error = await external_ref_taken(db, tenant_id, new.external_ref)
+        # Of two equal requests at once, PostgreSQL may compare the references first.
+        if error.metadata.get("ticket_id") != new.id:
+            raise error from violation
+        created = []
+    if created:
+        return created[0]
+    existing = await db.fetch_by_key(GET_TICKET, params, Ticket, outcome_unknown=True)
+    if existing is None or not _is_created_by(new, existing):
+        raise errors.AlreadyExistsError.id_taken("ticket", new.id)
+    return existing
 
 
-async def update(
-    db: Database, tenant_id: str, ticket_id: str, *, title: str | None, status: str | None
-) -> Ticket:
-    """Set the title, the status, or both. Setting the current values changes nothing."""
-    params = {"tenant_id": tenant_id, "id": ticket_id, "title": title, "status": status}
-    updated = await db.write(UPDATE_TICKET, params, Ticket, idempotent=True, locks=[ticket_id])
-    if not updated:
-        raise ticket_not_found(ticket_id)
-    return updated[0]
-
-
-async def delete(db: Database, tenant_id: str, ticket_id: str, *, allow_missing: bool) -> None:
+async def delete(
+    db: Database, tenant_id: str, ticket_id: str, etag: int | None, *, allow_missing: bool
+) -> None:
     """Delete a ticket. FailedPreconditionError if a session is linked to it.
 
     With `allow_missing`, does nothing if it does not exist.
     """
     params = {"tenant_id": tenant_id, "id": ticket_id}
+
+    async def body(transaction: Transaction) -> None:
+        ticket = await transaction.fetch_one(LOCK_TICKET_TO_DELETE, params, Ticket)
+        if ticket is None:
+            raise ticket_not_found(ticket_id)
+        sessions.check_revision(ticket.revision, etag, "ticket")
+        await transaction.execute(DELETE_TICKET, params)
+
     try:
-        deleted = await db.write(
-            DELETE_TICKET, params, str, idempotent=allow_missing, locks=[ticket_id]
-        )
+        with missing_allowed(allow_missing):
+            await db.transaction(body, idempotent=allow_missing, locks=[ticket_id])
     except ConstraintViolation as violation:
         if violation.constraint != "fk_chat_tickets_ticket":
             raise
@@ -405,6 +417,3 @@ async def delete(db: Database, tenant_id: str, ticket_id: str, *, allow_missing:
             reason="TICKET_LINKED",
             subject=f"tickets/{ticket_id}",
         ) from violation
-    with missing_allowed(allow_missing):
-        if not deleted:
-            raise ticket_not_found(ticket_id)

@@ -14,6 +14,10 @@ T = TypeVar("T")
 Params = Mapping[str, Any]
 
 
+class StartAgain(Exception):  # noqa: N818 - a signal to Database, never to a caller
+    """The body of a transaction has met a concurrent change, and is to run again from its start."""
+
+
 class Transaction:
     """Runs the statements of one transaction, each in a span of its own."""
 
