@@ -54,7 +54,8 @@ class TestTicket:
             watcher.kinds.clear()
 
             link = await api.escalate(session.id)
-            assert (await watcher.next()).session.has_ticket
+            event = await watcher.next()
+            assert (event.session.has_ticket, event.revision) == (True, 0)
             event = await watcher.next()
             assert (event.ticket, event.revision) == (link, 1)
 
@@ -212,11 +213,11 @@ async def test_ticket_does_not_disturb_open_drafts(unpolled: Api) -> None:
     link = await api.escalate(session.id)
     async with following(api, session.id) as watcher, writing(api, session.id) as writer:
         await writer.append("Hello")
-        await watcher.until_draft(writer.id, "Hello")
+        await watcher.until_draft(writer.draft_id, "Hello")
         solved = await update_ticket(api, link.ticket_id, status=SOLVED)
         assert (await watcher.until("ticket")).ticket.ticket == solved
         await writer.append(", you")
-        await watcher.until_draft(writer.id, "Hello, you")
+        await watcher.until_draft(writer.draft_id, "Hello, you")
 
 
 def test_page_of_a_session_without_a_ticket_reads_no_ticket(

@@ -55,18 +55,25 @@ class SerializedPage:
         self.changes = [event.SerializeToString() for event in _events(page)]
 
     @functools.cached_property
-    def session_event(self) -> bytes:
-        """The event of a changed session, sent first: its place among the changes is unknown."""
-        return serialize(self._first_revision, session=convert.session(self.session))
+    def _state_events(self) -> dict[tuple[bool, bool], list[bytes]]:
+        return {}
 
-    @functools.cached_property
-    def ticket_event(self) -> bytes:
-        """The event of a changed ticket, or of one that is linked no more, after the session's."""
-        return serialize(self._first_revision, ticket=_ticket(self.chat_ticket))
+    def state_events(self, *, session: bool, ticket: bool) -> list[bytes]:
+        """The events of a changed session and of a changed ticket, or of one linked no more.
 
-    @property
-    def _first_revision(self) -> int:
-        return self.after if self.changes else self.session.revision
+        They are sent first, as their place among the changes is unknown. Only the last event of the
+        page moves the position.
+        """
+        events = self._state_events.get((session, ticket))
+        if events is None:
+            after, last = self.after, self.after if self.changes else self.session.revision
+            events = self._state_events[session, ticket] = []
+            if session:
+                revision = after if ticket else last
+                events.append(serialize(revision, session=convert.session(self.session)))
+            if ticket:
+                events.append(serialize(last, ticket=_ticket(self.chat_ticket)))
+        return events
 
     @functools.cached_property
     def message_ids(self) -> frozenset[str]:

@@ -116,10 +116,11 @@ class _WatchStream:
         if self._session_state is None:
             events = [*first_events(self.revision, page), *events]
         else:
-            if self._ticket_state != page.ticket_state:
-                events = [page.ticket_event, *events]
-            if self._session_state != page.session_state:
-                events = [page.session_event, *events]
+            states = page.state_events(
+                session=self._session_state != page.session_state,
+                ticket=self._ticket_state != page.ticket_state,
+            )
+            events = [*states, *events]
         if not page.has_more and not self.is_caught_up:
             events = [*events, serialize(end, caught_up=Event.CaughtUp())]
             self.is_caught_up = True

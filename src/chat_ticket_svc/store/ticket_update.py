@@ -40,6 +40,13 @@ SELECT s.id::text FROM chat_sessions s
    FOR NO KEY UPDATE
 """
 
+# Of sessions that are locked after their ticket. To wait for one could be a deadlock.
+LOCK_SESSIONS_AT_ONCE = """
+SELECT s.id::text FROM chat_sessions s
+ WHERE s.tenant_id = %(tenant_id)s AND s.id = ANY (%(session_ids)s::uuid[])
+   FOR NO KEY UPDATE SKIP LOCKED
+"""
+
 LOCK_TICKET = f"""
 SELECT {TICKET_COLUMNS} FROM tickets t
  WHERE t.tenant_id = %(tenant_id)s AND t.id = %(ticket_id)s::uuid
@@ -83,8 +90,12 @@ async def update(
         linked = await transaction.fetch_all(SESSIONS, params, str)
         if len(linked) > MAX_SESSIONS:
             raise too_many_sessions(ticket_id, await _count_sessions(transaction, params))
-        if not set(locked).issuperset(linked):  # linked during the wait for the locks
-            raise StartAgain
+        if late := set(linked).difference(locked):  # linked during the wait for the locks
+            session_ids = {**params, "session_ids": list(late)}
+            if len(await transaction.fetch_all(LOCK_SESSIONS_AT_ONCE, session_ids, str)) < len(
+                late
+            ):
+                raise StartAgain
         values = {**params, **changed._asdict()}
         [updated] = await transaction.fetch_all(UPDATE_TICKET, values, Ticket)
         return updated, linked
