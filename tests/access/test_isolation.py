@@ -53,6 +53,9 @@ IGNORED = {
     "UpdateChatMessage message.attachments[0].id",
 }
 
+# The cases of a deletion, which is OK for what is absent when that is allowed.
+MISSING = {"": False, "allowing that it is missing": True}
+
 ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 FENCING_TOKEN = re.compile(r'(?<="fencing_token": )\d+')
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[\d.]*(Z|[+-][\d:]+)")
@@ -98,7 +101,10 @@ def calls(w: TenantIds) -> dict[str, dict[str, Message]]:
                 update_mask=FieldMask(paths=["status"]),
             )
         },
-        "DeleteChatSession": {"": sessions_pb.DeleteChatSessionRequest(session_id=w.session)},
+        "DeleteChatSession": {
+            case: sessions_pb.DeleteChatSessionRequest(session_id=w.session, allow_missing=allowed)
+            for case, allowed in MISSING.items()
+        },
         "WatchChatSession": {
             "": sessions_pb.WatchChatSessionRequest(session_id=w.session),
             "with drafts": sessions_pb.WatchChatSessionRequest(
@@ -136,7 +142,10 @@ def calls(w: TenantIds) -> dict[str, dict[str, Message]]:
                 update_mask=FieldMask(paths=["metadata_json"]),
             )
         },
-        "DeleteChatMessage": {"": messages_pb.DeleteChatMessageRequest(message_id=w.message)},
+        "DeleteChatMessage": {
+            case: messages_pb.DeleteChatMessageRequest(message_id=w.message, allow_missing=allowed)
+            for case, allowed in MISSING.items()
+        },
         "RedactChatMessage": {"": messages_pb.RedactChatMessageRequest(message_id=w.message)},
         "SearchChatMessages": {
             "": messages_pb.SearchChatMessagesRequest(query="hello", page_size=1, page_token=token),
@@ -156,7 +165,18 @@ def calls(w: TenantIds) -> dict[str, dict[str, Message]]:
                 session_id=w.session, page_size=1, page_token=token
             ),
         },
-        "DeleteChatAttachment": {"": files_pb.DeleteChatAttachmentRequest(attachment_id=w.file)},
+        "UpdateChatAttachment": {
+            "": files_pb.UpdateChatAttachmentRequest(
+                attachment=r.ChatAttachment(
+                    id=w.file, message_id=w.message, file_url="https://files.example/new"
+                ),
+                update_mask=FieldMask(paths=["file_url"]),
+            )
+        },
+        "DeleteChatAttachment": {
+            case: files_pb.DeleteChatAttachmentRequest(attachment_id=w.file, allow_missing=allowed)
+            for case, allowed in MISSING.items()
+        },
         "CreateChatTicket": {
             "new": tickets_pb.CreateChatTicketRequest(session_id=w.bare, ticket=r.Ticket(**named)),
             "existing": tickets_pb.CreateChatTicketRequest(session_id=w.bare, ticket_id=w.ticket),
@@ -184,7 +204,10 @@ def calls(w: TenantIds) -> dict[str, dict[str, Message]]:
                 ticket_id=w.ticket, page_size=1, page_token=token
             ),
         },
-        "DeleteChatTicket": {"": tickets_pb.DeleteChatTicketRequest(chat_ticket_id=w.link)},
+        "DeleteChatTicket": {
+            case: tickets_pb.DeleteChatTicketRequest(chat_ticket_id=w.link, allow_missing=allowed)
+            for case, allowed in MISSING.items()
+        },
         "CreateTicket": {
             "repeat": tickets_pb.CreateTicketRequest(ticket=r.Ticket(**referring, id=w.ticket)),
             "taken ticket.id": tickets_pb.CreateTicketRequest(
@@ -209,7 +232,10 @@ def calls(w: TenantIds) -> dict[str, dict[str, Message]]:
                 update_mask=FieldMask(paths=["external_ref"]),
             ),
         },
-        "DeleteTicket": {"": tickets_pb.DeleteTicketRequest(ticket_id=w.spare)},
+        "DeleteTicket": {
+            case: tickets_pb.DeleteTicketRequest(ticket_id=w.spare, allow_missing=allowed)
+            for case, allowed in MISSING.items()
+        },
     }
 
 

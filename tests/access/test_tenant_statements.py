@@ -27,8 +27,11 @@ STATEMENTS: dict[str, LiteralString] = {
 }
 
 
-# What an operator's command, and who finishes lost drafts, ask about all tenants.
-OF_ALL_TENANTS = {"store.tenants.NEXT_TENANT", "store.draft_expiry.EXPIRED"}
+# What an operator's command, who finishes lost drafts and who sweeps ask about all tenants.
+OF_ALL_TENANTS = {
+    *("store.tenants.NEXT_TENANT", "store.draft_expiry.EXPIRED"),
+    "store.tombstone_sweep.SWEEP",
+}
 
 
 # Besides them, only this is sent.

@@ -20,7 +20,7 @@ import grpc.aio
 import pytest
 import pytest_asyncio
 from grpc import StatusCode
-from support.attachments import list_all_attachments
+from support.attachments import list_all_attachments, update_attachment
 from support.client import Api, a_file, an_id, refused
 from support.messages import get_message
 from support.server import serving
@@ -128,10 +128,11 @@ def fill(ports: dict[str, int], template: str) -> str:
 
 @dataclass
 class World:
-    """A server with a message to attach to, the attacker's site, and the traps."""
+    """A server with a message and its attachment, the attacker's site, and the traps."""
 
     api: Api
     message: r.ChatMessage
+    file: r.ChatAttachment
     uniform: tuple[Any, ...]
     database: str
     public: Site
@@ -146,11 +147,15 @@ class World:
         return fill(self.ports, template)
 
     def attach(self, template: str) -> list[Awaitable[tuple[Any, ...]]]:
-        """Attach a URL alone and with a message; both fail. Each has its own name for `one`."""
+        """Set a URL in each way; all fail. Each has its own name for `one`.
+
+        Alone, with a message, and as the new one of an attachment.
+        """
         alone, with_message = self.fill(template), a_file(file_url=self.fill(template))
         return [
             refusal(self.api.attachment(self.message.id, file_url=alone)),
             refusal(self.api.message(self.message.session_id, attachments=[with_message])),
+            refusal(update_attachment(self.api, self.file.id, self.fill(template))),
         ]
 
     def expect(self, pages: dict[str, Page]) -> None:
@@ -227,10 +232,11 @@ async def world(database: str) -> AsyncIterator[World]:
             Api(f"127.0.0.1:{served.port}", f"attacker {an_id()}")
         )
         message = await api.message((await api.session()).id)
+        file = await api.attachment(message.id, file_url=f"http://{public.at}/ok")
         uniform = await refusal(api.attachment(message.id, file_url=f"http://{public.at}/gone"))
         yield World(
-            *(api, message, uniform, database, public, handshakes, traps, ports, names, pages),
-            *checkers,
+            *(api, message, file, uniform, database, public, handshakes, traps, ports, names),
+            *(pages, *checkers),
         )
 
 
@@ -289,7 +295,7 @@ async def test_attack_is_rejected(
     with watched() as connects:
         refusals = await asyncio.gather(*world.attach(attack.url))
 
-    assert refusals == [world.uniform, world.uniform]
+    assert refusals == [world.uniform] * 3
     assert set(connects) <= world.open
     assert await world.sprung() == []
     assert await state(world.api, world.message) == before
@@ -309,9 +315,10 @@ async def test_malformed_attack_is_rejected(world: World, kind: str) -> None:
     world.expect({})
     with watched() as connects:
         refusals = await asyncio.gather(*world.attach(MALFORMED[kind]))
-    assert [code for code, *_ in refusals] == [StatusCode.INVALID_ARGUMENT] * 2
-    alone, with_message = [text for _, text, _ in refusals]
+    assert [code for code, *_ in refusals] == [StatusCode.INVALID_ARGUMENT] * 3
+    alone, with_message, updated = [text for _, text, _ in refusals]
     assert alone.startswith("attachment.file_url: ")
+    assert updated == alone
     assert with_message == alone.replace("attachment.", "message.attachments[0].")
     assert "secret" not in repr(refusals)
     assert connects == []
@@ -326,7 +333,9 @@ async def test_accessible_url_is_stored(world: World, host: str) -> None:
     world.expect({"/first": to("http://public.test:{port}/ok")})
     for path in ("ok", "first"):
         url = f"http://{host}:{world.ports['port']}/{path}"
-        assert (await world.api.attachment(world.message.id, file_url=url)).file_url == url
+        file = await world.api.attachment(world.message.id, file_url=url)
+        assert file.file_url == url
+        assert (await update_attachment(world.api, file.id, f"{url}?")).file_url == f"{url}?"
 
 
 async def test_slow_urls_use_no_connection(world: World, start_server: Any) -> None:
@@ -341,6 +350,8 @@ async def test_slow_urls_use_no_connection(world: World, start_server: Any) -> N
             unary_timeout_seconds=6,
         )
     message = await api.message((await api.session()).id)
+    world.expect({})
+    file = await api.attachment(message.id, file_url=f"http://{world.public.at}/ok")
     before = await state(api, message)
     world.expect(
         {
@@ -359,7 +370,8 @@ async def test_slow_urls_use_no_connection(world: World, start_server: Any) -> N
         asyncio.create_task(refusal(call))
         for call in (
             api.message(message.session_id, attachments=[a_file(file_url=url) for url in urls]),
-            *(api.attachment(message.id, file_url=url) for url in urls[:4]),
+            *(api.attachment(message.id, file_url=url) for url in urls[:2]),
+            *(update_attachment(api, file.id, url) for url in urls[2:4]),
         )
     ]
     while len(world.public.requests) < 12 or world.names.asked.total() < 6:
@@ -390,7 +402,12 @@ async def test_flood_of_one_tenant(world: World) -> None:
         ]
         while len(world.public.requests) < 25:
             await asyncio.sleep(0.01)
-        assert (await other.attachment(message.id, file_url=good)).file_url == good
+        file = await other.attachment(message.id, file_url=good)
+        assert file.file_url == good
+        updated = await update_attachment(other, file.id, f"{good}?new")
+        assert updated.file_url == f"{good}?new"
+        with refused(StatusCode.RESOURCE_EXHAUSTED, "URL_CHECKS_BUSY"):
+            await update_attachment(world.api, world.file.id, f"{slow}?new")
         assert not all(call.done() for call in flooding)
 
     answers = Counter(await asyncio.gather(*flooding))
@@ -469,16 +486,24 @@ async def test_allow_list_allows_only_what_it_names(
         attachment_url_allowed_hosts=world.fill(case.entry),
     )
     message = await api.message((await api.session()).id)
+    file = await api.attachment(message.id, file_url=f"http://{world.public.at}/ok")
     accepted = []
     for url in OTHERS:
         world.expect(pages)
         with watched() as connects:
-            try:
-                await api.attachment(message.id, file_url=world.fill(url))
-            except grpc.aio.AioRpcError as error:
-                assert (error.code(), error.details()) == (StatusCode.FAILED_PRECONDITION, REFUSAL)
-            else:
+            file_url = world.fill(url)
+            outcomes = await asyncio.gather(
+                api.attachment(message.id, file_url=file_url),
+                update_attachment(api, file.id, file_url),
+                return_exceptions=True,
+            )
+            if isinstance(outcomes[0], r.ChatAttachment):
+                assert [outcome.file_url for outcome in outcomes] == [file_url] * 2
                 accepted.append(url)
+            else:
+                assert [(error.code(), error.details()) for error in outcomes] == [
+                    (StatusCode.FAILED_PRECONDITION, REFUSAL)
+                ] * 2
         if url not in (*accepted, case.tried):
             assert set(connects) <= world.open, url
             assert await world.sprung() == [], url

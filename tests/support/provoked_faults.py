@@ -142,7 +142,7 @@ async def provoke_database_errors(output: ServerOutput, api: Api, database: str)
     raise_on_insert(database, f"{raising} = 'XX000'")
     await output.expect_internal_error("XX000", api.session())
     raise_on_insert(database, "RETURN NULL")
-    await output.expect_error("CHAT_SESSION_ALREADY_EXISTS", api.session(id=an_id()))
+    await output.expect_error("CHAT_SESSION_DELETED", api.session(id=an_id()))
     execute(database, "DROP TRIGGER sabotage ON chat_sessions")
 
     refused_content = "ALTER TABLE chat_messages ADD CONSTRAINT no_content CHECK (content = 'fine')"

@@ -8,20 +8,11 @@ it.
 
 import asyncio
 from collections.abc import Callable
-from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 from chat_ticket_svc.store import sessions
 from chat_ticket_svc.store.database import Database
-
-
-class _Deletion(NamedTuple):
-    """What a caller wants. Those who want the same share the deletion of a large session."""
-
-    tenant_id: str
-    session_id: str
-    etag: int | None
-    allow_missing: bool
+from chat_ticket_svc.store.deletion import missing_allowed
 
 
 class SessionDeleter:
@@ -30,7 +21,7 @@ class SessionDeleter:
     def __init__(self, db: Database, on_deleted: Callable[[str, str], object]):
         self._db = db
         self._on_deleted = on_deleted
-        self._large: dict[_Deletion, asyncio.Task[None]] = {}
+        self._large: dict[tuple[str, str, int | None], asyncio.Task[None]] = {}
         # A tenant deletes one large session at a time, as each takes a connection for long. Weak:
         # only tenants that do so have an entry.
         self._turns = WeakValueDictionary[str, asyncio.Lock]()
@@ -40,12 +31,12 @@ class SessionDeleter:
     ) -> None:
         """Delete a session and its contents, unless its ticket is open or pending.
 
-        With `allow_missing`, a session that does not exist is no error.
+        With `allow_missing`, does nothing if it does not exist.
 
         If the caller leaves, the deletion of a large session goes on. If the process ends first,
         nothing is deleted.
         """
-        key = _Deletion(tenant_id, session_id, etag, allow_missing)
+        key = (tenant_id, session_id, etag)
         deletion = self._large.get(key)
         if deletion is None:
             try:
@@ -53,14 +44,16 @@ class SessionDeleter:
                     self._db, tenant_id, session_id, etag, allow_missing=allow_missing
                 )
             except sessions.LargeSession:
-                deletion = self._large.get(key) or self._start(key)
+                deletion = self._large.get(key) or self._start(*key)
             else:
                 self._on_deleted(tenant_id, session_id)
                 return
-        await asyncio.shield(deletion)
+        with missing_allowed(allow_missing):
+            await asyncio.shield(deletion)
 
-    def _start(self, key: _Deletion) -> asyncio.Task[None]:
-        deletion = asyncio.create_task(self._delete_large(key))
+    def _start(self, tenant_id: str, session_id: str, etag: int | None) -> asyncio.Task[None]:
+        key = (tenant_id, session_id, etag)
+        deletion = asyncio.create_task(self._delete_large(*key))
         self._large[key] = deletion
 
         def forget(_: asyncio.Task[None]) -> None:
@@ -71,14 +64,10 @@ class SessionDeleter:
         deletion.add_done_callback(forget)
         return deletion
 
-    async def _delete_large(self, key: _Deletion) -> None:
-        async with self._turns.setdefault(key.tenant_id, asyncio.Lock()):
+    async def _delete_large(self, tenant_id: str, session_id: str, etag: int | None) -> None:
+        async with self._turns.setdefault(tenant_id, asyncio.Lock()):
+            # Those who allow that it is missing, and those who do not, share this deletion.
             await sessions.delete(
-                self._db,
-                key.tenant_id,
-                key.session_id,
-                key.etag,
-                allow_missing=key.allow_missing,
-                may_be_large=True,
+                self._db, tenant_id, session_id, etag, allow_missing=False, may_be_large=True
             )
-        self._on_deleted(key.tenant_id, key.session_id)
+        self._on_deleted(tenant_id, session_id)
