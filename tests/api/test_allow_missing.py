@@ -202,6 +202,20 @@ async def test_lost_answer_of_the_database(
         await kind.get(api, id_)
 
 
+@pytest.mark.parametrize("condition", [{"etag": "1"}, {"expected_revision": 1}])
+async def test_lost_answer_to_a_conditional_delete(
+    api: Api, lost_answers: list[str], condition: dict[str, Any]
+) -> None:
+    """What is gone meets no condition, so this is repeated too."""
+    message_id = await a_message(api)
+    lost_answers.append("chat_messages")
+    await delete_message(api, message_id, allow_missing=True, **condition)
+    assert not lost_answers
+    await delete_message(api, message_id, allow_missing=True, **condition)
+    with refused(StatusCode.NOT_FOUND, "CHAT_MESSAGE_NOT_FOUND"):
+        await delete_message(api, message_id, **condition)
+
+
 @pytest.mark.parametrize("name", ["CHAT_SESSION", "CHAT_MESSAGE", "CHAT_ATTACHMENT", "CHAT_TICKET"])
 async def test_watchers_learn_of_a_deletion_whose_answer_was_lost(
     start_server: Any, database: str, lost_answers: list[str], kind: Kind
@@ -274,6 +288,14 @@ class TestOtherErrors:
         with refused(StatusCode.FAILED_PRECONDITION, "TICKET_LINKED"):
             await delete_ticket(api, link.ticket_id, allow_missing=True)
         assert (await get_ticket(api, link.ticket_id)).id == link.ticket_id
+
+    @pytest.mark.parametrize("condition", [{"etag": "2"}, {"expected_revision": 0}])
+    async def test_condition_of_a_message(self, api: Api, condition: dict[str, Any]) -> None:
+        """The message stays."""
+        message_id = await a_message(api)
+        with refused(StatusCode.ABORTED, "ETAG_MISMATCH"):
+            await delete_message(api, message_id, allow_missing=True, **condition)
+        assert (await get_message(api, message_id)).id == message_id
 
     async def test_stale_etag(self, api: Api) -> None:
         """Only a session that exists has another etag."""

@@ -12,7 +12,7 @@ from support.messages import delete_message
 from support.sessions import delete_session, get_session
 
 from chat_ticket.v1 import resources_pb2 as r
-from chat_ticket_svc.store import tenants
+from chat_ticket_svc.store import erasure, tenants
 from chat_ticket_svc.store.database import Database
 
 DELETED = "CHAT_SESSION_DELETED"
@@ -97,7 +97,7 @@ async def test_erased_tenant_keeps_the_ids_alone(api: Api, database: str) -> Non
     session_ids = sorted([(await api.session()).id for _ in range(3)])
     await api.message(session_ids[0], "a secret")
     async with store_database(database) as db:
-        async for _ in tenants.erase(db, api.tenant, active_tickets=False):
+        async for _ in erasure.erase(db, api.tenant, active_tickets=False):
             pass
         assert not any(await tenants.count(db, api.tenant))
     with psycopg.connect(database) as connection:

@@ -139,6 +139,10 @@ async def test_a_database_with_settings_of_its_own_fails(fresh_database: str) ->
             "permission denied for table chat_draft_pieces (SQLSTATE 42501)",
         ),
         (
+            "REVOKE DELETE ON chat_session_tombstones FROM app",
+            "permission denied for table chat_session_tombstones (SQLSTATE 42501)",
+        ),
+        (
             "ALTER FUNCTION chat_drafts_refuse_message_id() SET search_path = elsewhere",
             'relation "chat_messages" does not exist (SQLSTATE 42P01),'
             " in public.chat_drafts_refuse_message_id()",
