@@ -23,6 +23,7 @@ COMMANDS = {
     "tenant": "set or show the search language of a tenant",
     "reindex": "bring messages to the search languages of their tenants; safe to repeat",
     "export": "write a tenant, or one of its users or sessions, as JSON Lines",
+    "expire": "delete sessions whose last change is too long ago; safe to repeat",
     "erase": "delete a tenant, or one of its users, and all their data; safe to repeat",
 }
 # Not in the help, the errors and the completion: only `serve --workers` runs it.

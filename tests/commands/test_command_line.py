@@ -18,7 +18,7 @@ from chat_ticket_svc.store.migration_progress import Activity, IndexBuild
 
 COMMANDS = (
     *("serve", "migrate", "migrate-status", "check", "token", "tenant", "reindex"),
-    *("export", "erase"),
+    *("export", "expire", "erase"),
 )
 
 
