@@ -25,6 +25,7 @@ from benchmarks import (
     batch,
     calls,
     drafts,
+    expire,
     figures,
     growth,
     neighbour,
@@ -66,6 +67,7 @@ PARTS: Sequence[Part] = (
     workers,
     peers,
     neighbour,
+    expire,
     start,
 )
 

@@ -130,6 +130,7 @@ class TestTenant:
                 (("tenant", "set", "--search-language", "german"), "tenant_settings"),
                 (("reindex",), "chat_messages"),
                 (("erase", "--yes"), "chat_sessions"),
+                (("expire", "--older-than", "1d"), "chat_sessions"),
             ):
                 done = await command(*arguments, "--tenant", tenant, DATABASE_URL=own)
                 assert done == (1, "", refused.format(table, "SQLSTATE 42501"))
