@@ -117,7 +117,9 @@ class TestRaces:
                 start.wait()
                 try:
                     cursor = connection.execute(statement, values)
-                    outcomes.append(cursor.fetchone() if cursor.description else True)
+                    outcomes.append(
+                        cursor.fetchone() if cursor.description else cursor.rowcount == 1
+                    )
                 except psycopg.errors.IntegrityError as error:
                     outcomes.append(error.diag.constraint_name)
             return outcomes
