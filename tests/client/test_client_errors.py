@@ -36,7 +36,11 @@ from chat_ticket.v1.chat_session_pb2 import (
     ListChatSessionsRequest,
     UpdateChatSessionRequest,
 )
-from chat_ticket.v1.chat_ticket_pb2 import CreateChatTicketRequest
+from chat_ticket.v1.chat_ticket_pb2 import (
+    CreateChatTicketRequest,
+    CreateTicketRequest,
+    UpdateTicketRequest,
+)
 from chat_ticket_svc.server import Server
 
 
@@ -319,8 +323,10 @@ class TestRetry:
             (CreateChatAttachmentRequest(attachment=a_file()), "attachment.id"),
             (CreateChatTicketRequest(ticket_id=an_id()), "chat_ticket_id"),
             (CreateChatTicketRequest(ticket=r.Ticket(title="help")), "chat_ticket_id"),
+            (CreateTicketRequest(ticket=r.Ticket(title="help")), "ticket.id"),
             (UpdateChatSessionRequest(session=r.ChatSession(etag="7")), "session.etag"),
             (UpdateChatMessageRequest(message=r.ChatMessage(etag="7")), "message.etag"),
+            (UpdateTicketRequest(ticket=r.Ticket(etag="7")), "ticket.etag"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )

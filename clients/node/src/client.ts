@@ -78,7 +78,7 @@ export class ChatTicketClient {
    * whose request sets the ids. It throws a TypeError, before anything is sent, for a create without
    * them and an update with an etag, when `method` is one of the client's. The ids are `session.id`,
    * `message.id`, `messages[i].id`, `attachment.id`, and `chatTicketId` or that of the new ticket. A
-   * repeated delete fails with NOT_FOUND when the first attempt succeeded.
+   * repeated delete without `allowMissing` fails with NOT_FOUND when the first attempt succeeded.
    *
    * The call is repeated when it fails with UNAVAILABLE, DEADLINE_EXCEEDED or CANCELLED, with INTERNAL
    * or UNKNOWN without a reason, or with an error that has `retrySeconds`: after a pause, and not

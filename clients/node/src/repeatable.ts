@@ -17,10 +17,14 @@ export function requireRepeatable(type: string, request: Fields): void {
       const ticketId = request?.target?.$case === 'ticket' ? request.target.value?.id : undefined
       return requireId('chatTicketId', request?.chatTicketId || ticketId)
     }
+    case 'CreateTicketRequest':
+      return requireId('ticket.id', request?.ticket?.id)
     case 'UpdateChatSessionRequest':
       return requireNoEtag('session.etag', request?.session?.etag)
     case 'UpdateChatMessageRequest':
       return requireNoEtag('message.etag', request?.message?.etag)
+    case 'UpdateTicketRequest':
+      return requireNoEtag('ticket.etag', request?.ticket?.etag)
   }
 }
 

@@ -1,5 +1,7 @@
+import { isDeepStrictEqual } from 'node:util'
+
 import type { ChatTicketError } from './errors.js'
-import type { ChatSession } from './generated/chat_ticket/v1/resources.js'
+import { ChatTicket, type ChatSession } from './generated/chat_ticket/v1/resources.js'
 import type { WatchChatSessionRequest, WatchChatSessionResponse } from './generated/chat_ticket/v1/chat_session.js'
 import { FollowedDrafts } from './followed-drafts.js'
 import type { Progress } from './resume.js'
@@ -77,7 +79,7 @@ export class WatchProgress implements Progress<WatchChatSessionResponse, WatchEv
     let event = this.#state.next(response)
     if (event !== undefined) event = this.#drafts.next(event)
     if (this.#state.isDeleted) ended.push(...this.#drafts.allEnded(position))
-    return event === undefined ? ended : [...ended, event]
+    return [...ended, ...(event === undefined ? [] : [event]), ...this.#state.unlinked(response)]
   }
 
   onStreamEnd(): void {} // it ends by itself only after sessionDeleted, or when a proxy ends it
@@ -88,12 +90,24 @@ export class WatchProgress implements Progress<WatchChatSessionResponse, WatchEv
   }
 }
 
+/** Whether the session shows nothing new. Its other fields change with every message, which has an event of its own. */
+function isKnown(previous: ChatSession, session: ChatSession): boolean {
+  return (
+    previous.status === session.status &&
+    previous.hasTicket === session.hasTicket &&
+    previous.title === session.title &&
+    isDeepStrictEqual(previous.labels, session.labels)
+  )
+}
+
 /** What has been delivered to the caller of a watch, over all of its streams. */
 class ResumeState {
   revision: bigint
   session: ChatSession | undefined
   isDeleted = false
   #isCaughtUp = false
+  // As delivered last. Empty while the session is linked to none.
+  #ticket = ChatTicket.fromPartial({})
 
   constructor(revision: bigint) {
     this.revision = revision
@@ -108,9 +122,13 @@ class ResumeState {
         const previous = this.session
         // A later session with the same id: the watched one was deleted.
         if (previous && previous.createTime?.getTime() !== session.createTime?.getTime()) return this.deleted()
-        // Its revision and times change with every message, which has an event of its own.
-        if (previous?.status === session.status && previous.hasTicket === session.hasTicket) event = undefined
+        if (previous && isKnown(previous, session)) event = undefined
         this.session = session
+        break
+      }
+      case 'ticket': {
+        if (isDeepStrictEqual(response.event.value, this.#ticket)) event = undefined
+        this.#ticket = response.event.value
         break
       }
       case 'caughtUp':
@@ -129,6 +147,17 @@ class ResumeState {
     }
     this.revision = response.revision
     return event
+  }
+
+  /**
+   * The event that an unbroken stream has had after a response, for a ticket that is gone. A new stream does not say
+   * that the session was unlinked meanwhile: it begins with a session without a ticket.
+   */
+  unlinked(response: WatchChatSessionResponse): readonly WatchEvent[] {
+    const isUnlinked = response.event?.$case === 'session' && !response.event.value.hasTicket
+    if (this.isDeleted || !isUnlinked || !this.#ticket.id) return []
+    this.#ticket = ChatTicket.fromPartial({})
+    return [{ revision: this.revision, event: { $case: 'ticket', value: this.#ticket } }]
   }
 
   /** The event that the server would have sent on an unbroken stream. */

@@ -433,8 +433,10 @@ suite('retry', () => {
       [messages.batchCreateChatMessages, { messages: [{ id: 'an id' }, {}] }, 'messages[1].id'],
       [attachments.createChatAttachment, { attachment: {} }, 'attachment.id'],
       [tickets.createChatTicket, { target: { $case: 'ticketId', value: 'x' } }, 'chatTicketId'],
+      [tickets.createTicket, { ticket: { title: 'a title' } }, 'ticket.id'],
       [sessions.updateChatSession, { session: { id: 'an id', etag: '7' } }, 'session.etag'],
       [messages.updateChatMessage, { message: { id: 'an id', etag: '7' } }, 'message.etag'],
+      [tickets.updateTicket, { ticket: { id: 'an id', etag: '7' } }, 'ticket.etag'],
     ]
     for (const [method, request, field] of unsafe) {
       const error = await caught(client.retry(method, request))

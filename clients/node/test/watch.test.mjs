@@ -3,11 +3,14 @@ import assert from 'node:assert/strict'
 import { mock, suite, test } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 
-import { ChatDraft, ChatMessage, status } from 'chat-ticket-client'
+import { ChatDraft, ChatMessage, ChatTicket, status } from 'chat-ticket-client'
 
 import { BORN, brief, cancelled, collect, deleted, event, refusal, scripted, serve, session } from './fake.mjs'
 
 const random = mock.method(Math, 'random', () => 0)
+
+const ticket = (revision, state) =>
+  event('ticket', revision, ChatTicket.fromPartial({ id: 'a link', ticket: { id: 'a ticket', status: state } }))
 
 const unavailable = refusal(status.UNAVAILABLE, 'DRAINING')
 const expired = refusal(status.UNAUTHENTICATED, 'CREDENTIAL_EXPIRED')
@@ -66,6 +69,41 @@ suite('watch', () => {
     const client = await serve(t, script)
     assert.deepEqual(await collect(client.watch('an id')), ['session 0', 'session 2', 'session 2', 'sessionDeleted 2'])
     assert.deepEqual(script.requests.map(({ afterRevision }) => afterRevision), [0n, 0n, 1n, 2n, 2n])
+  })
+
+  test('delivers the session when its title or labels have changed', async (t) => {
+    const titled = { title: 'a title' }
+    const script = scripted([
+      session(0),
+      session(1, titled),
+      session(2, { ...titled, labels: { channel: 'web' } }),
+      session(3, { ...titled, labels: { channel: 'web' } }),
+      event('sessionDeleted', 3),
+    ])
+    const client = await serve(t, script)
+    assert.deepEqual(await collect(client.watch('an id')), ['session 0', 'session 1', 'session 2', 'sessionDeleted 3'])
+  })
+
+  test('delivers the ticket when it has changed, and when it is gone, also over a break', async (t) => {
+    const linked = (revision) => session(revision, { hasTicket: true })
+    const script = scripted(
+      [linked(1), ticket(1, 'TICKET_STATUS_OPEN'), unavailable],
+      [linked(1), ticket(1, 'TICKET_STATUS_OPEN'), ticket(2, 'TICKET_STATUS_SOLVED'), unavailable],
+      [session(3), event('caughtUp', 3), unavailable],
+      [session(3), event('ticket', 4, ChatTicket.fromPartial({})), linked(5), ticket(5, 'TICKET_STATUS_OPEN'), event('sessionDeleted', 5)],
+    )
+    const client = await serve(t, script)
+    assert.deepEqual(await collect(client.watch('an id')), [
+      'session 1',
+      'ticket 1',
+      'ticket 2',
+      'session 3',
+      'ticket 3',
+      'caughtUp 3',
+      'session 5',
+      'ticket 5',
+      'sessionDeleted 5',
+    ])
   })
 
   test('delivers caughtUp once, and later a heartbeat when the position has moved', async (t) => {

@@ -155,8 +155,8 @@ class AsyncChatTicketClient:
         Only for calls that are safe to repeat: reads, deletes, updates without an etag, and creates
         whose request sets the ids. ValueError, before anything is sent, for a create without them
         and an update with an etag. The ids are `session.id`, `message.id`, `messages[i].id`,
-        `attachment.id`, and `chat_ticket_id` or `ticket.id`. (When a delete is repeated, it may
-        raise NotFoundError although it succeeded.)
+        `attachment.id`, and `chat_ticket_id` or `ticket.id`. (When a delete without
+        `allow_missing` is repeated, it may raise NotFoundError although it succeeded.)
 
         Retries errors that have `retry_seconds`, UnavailableError, DeadlineExceededError and
         CallCancelledError, with exponential backoff, and not before `retry_seconds`. Any other

@@ -9,7 +9,7 @@ from chat_ticket.client._followed_drafts import FollowedDrafts
 from chat_ticket.errors import NotFoundError
 from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest, ListChatMessagesResponse
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionRequest, WatchChatSessionResponse
-from chat_ticket.v1.resources_pb2 import ChatMessage, ChatSession
+from chat_ticket.v1.resources_pb2 import ChatMessage, ChatSession, ChatTicket
 
 Response = TypeVar("Response", contravariant=True)
 Item = TypeVar("Item", covariant=True)
@@ -47,6 +47,8 @@ class ResumeState:
         """Everything up to here is delivered. The next stream starts after it."""
         self.session: ChatSession | None = None
         """As delivered last. None until the first stream has begun."""
+        self.ticket = ChatTicket()
+        """As delivered last. Empty while the session is linked to none."""
         self.ended = False
         """Whether the session is deleted, after which nothing follows."""
         self._caught_up = False
@@ -54,8 +56,8 @@ class ResumeState:
     def accept(self, response: WatchChatSessionResponse) -> WatchChatSessionResponse | None:
         """The event to deliver for a response.
 
-        None when the response only repeats what every stream begins with: the session, and the
-        end of the backlog.
+        None when the response only repeats what every stream begins with: the session, its ticket,
+        and the end of the backlog.
         """
         is_known = False
         match response.WhichOneof("event"):
@@ -66,6 +68,9 @@ class ResumeState:
                     return self.session_deleted()
                 is_known = self._is_known(response.session)
                 self.session = response.session
+            case "ticket":
+                is_known = response.ticket == self.ticket
+                self.ticket = response.ticket
             case "caught_up" if self._caught_up:
                 # A second caught_up is delivered as a heartbeat, and only if the revision moved.
                 is_known = response.revision == self.revision
@@ -84,10 +89,24 @@ class ResumeState:
         Its other fields change with every message, which has an event of its own.
         """
         previous = self.session
-        return previous is not None and (previous.status, previous.has_ticket) == (
-            session.status,
-            session.has_ticket,
+        return previous is not None and (
+            previous.status == session.status
+            and previous.has_ticket == session.has_ticket
+            and previous.title == session.title
+            and previous.labels == session.labels
         )
+
+    def unlinked(self, response: WatchChatSessionResponse) -> Sequence[WatchChatSessionResponse]:
+        """The event that an unbroken stream has had after a response, for a ticket that is gone.
+
+        A new stream does not say that the session was unlinked meanwhile: it begins with a session
+        without a ticket.
+        """
+        is_unlinked = response.HasField("session") and not response.session.has_ticket
+        if self.ended or not is_unlinked or not self.ticket.id:
+            return []
+        self.ticket = ChatTicket()
+        return [WatchChatSessionResponse(revision=self.revision, ticket=self.ticket)]
 
     def session_deleted(self) -> WatchChatSessionResponse:
         """End the watch; returns the event that the server would have sent."""
@@ -131,7 +150,7 @@ class WatchProgress:
             event = self._drafts.accept(event)
         if self._state.ended:
             before = [*before, *self._drafts.all_ended(position)]
-        return before if event is None else [*before, event]
+        return [*before, *([] if event is None else [event]), *self._state.unlinked(response)]
 
     def on_stream_end(self) -> None:
         pass  # it ends by itself only after session_deleted, or when a proxy ends it

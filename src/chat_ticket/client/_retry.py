@@ -16,7 +16,11 @@ from chat_ticket.v1.chat_message_pb2 import (
     UpdateChatMessageRequest,
 )
 from chat_ticket.v1.chat_session_pb2 import CreateChatSessionRequest, UpdateChatSessionRequest
-from chat_ticket.v1.chat_ticket_pb2 import CreateChatTicketRequest
+from chat_ticket.v1.chat_ticket_pb2 import (
+    CreateChatTicketRequest,
+    CreateTicketRequest,
+    UpdateTicketRequest,
+)
 
 RETRYABLE_CODES = frozenset(
     {
@@ -66,10 +70,14 @@ def require_repeatable(request: object) -> None:
             _require_id("attachment.id", request.attachment.id)
         case CreateChatTicketRequest():
             _require_id("chat_ticket_id", request.chat_ticket_id or request.ticket.id)
+        case CreateTicketRequest():
+            _require_id("ticket.id", request.ticket.id)
         case UpdateChatSessionRequest():
             _require_no_etag("session.etag", request.session.etag)
         case UpdateChatMessageRequest():
             _require_no_etag("message.etag", request.message.etag)
+        case UpdateTicketRequest():
+            _require_no_etag("ticket.etag", request.ticket.etag)
 
 
 def _require_id(field: str, value: str) -> None:
