@@ -27,10 +27,19 @@ async def output_of(path: Path, server: Server) -> str:
     return output
 
 
-@pytest.mark.parametrize("name", ["python", "streaming", "search"])
-async def test_guide_prints_what_it_shows(server: Server, name: str) -> None:
+@pytest.mark.parametrize(
+    "page",
+    [
+        "guides/python",
+        "guides/cookbook",
+        "guides/streaming",
+        "guides/search",
+        "concepts/conditional-writes",
+    ],
+)
+async def test_page_prints_what_it_shows(server: Server, page: str) -> None:
     """The blocks in their order, and all of their output."""
-    path = ROOT / "docs" / "guides" / f"{name}.md"
+    path = ROOT / "docs" / f"{page}.md"
     assert await output_of(path, server) == "".join(blocks(path, "text"))
 
 
