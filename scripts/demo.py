@@ -21,30 +21,23 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Awaitable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import chitchat_dataset
 import grpc.aio
 import psycopg
-from google.rpc import error_details_pb2, status_pb2
+from demo_chats import Chat, Checks, Tenant, read_chats, write_request
+from demo_rules import rules_1_to_3, rules_4_and_5, rules_6_and_7
+from demo_writes import write_together
 from tqdm import tqdm
 
-from chat_ticket.v1 import (
-    chat_attachment_pb2,
-    chat_draft_pb2,
-    chat_message_pb2,
-    chat_session_pb2,
-    chat_ticket_pb2,
+from chat_ticket.v1.resources_pb2 import (
+    CHAT_MESSAGE_ROLE_USER,
+    TICKET_STATUS_OPEN,
+    TICKET_STATUS_SOLVED,
 )
-from chat_ticket.v1.chat_attachment_pb2_grpc import ChatAttachmentServiceStub
-from chat_ticket.v1.chat_draft_pb2_grpc import ChatDraftServiceStub
-from chat_ticket.v1.chat_message_pb2_grpc import ChatMessageServiceStub
-from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
-from chat_ticket.v1.chat_ticket_pb2_grpc import ChatTicketServiceStub
-from chat_ticket.v1.resources_pb2 import CHAT_MESSAGE_ROLE_ASSISTANT, CHAT_MESSAGE_ROLE_USER
 from chat_ticket_svc.embedded import EmbeddedPostgres
 
 TENANTS = ("acme", "globex", "initech")
@@ -53,138 +46,7 @@ CONCURRENT_SESSIONS = 12
 BATCH = 500  # the limit of BatchCreateChatMessages
 LIVE_MESSAGES = 8  # the last messages of one chat, which are written while the session is watched
 ANSWER = "Your parcel left the warehouse on Monday, and will be with you tomorrow before noon."
-CALL_SECONDS = 30
 SERVER_SECONDS = 60  # to start, and to stop
-
-
-class Tenant:
-    """The API for one tenant. `acknowledged` has the stored sequences of each session."""
-
-    def __init__(self, channel: grpc.aio.Channel, name: str | None):
-        self.name = name
-        self.acknowledged: dict[str, list[int]] = {}
-        self._metadata = () if name is None else (("x-tenant-id", name),)
-        self._write_draft = ChatDraftServiceStub(channel).WriteChatDraft
-        self._rpcs: dict[str, tuple[Any, Any]] = {}
-        for file, stub in (
-            (chat_session_pb2, ChatSessionServiceStub(channel)),
-            (chat_message_pb2, ChatMessageServiceStub(channel)),
-            (chat_attachment_pb2, ChatAttachmentServiceStub(channel)),
-            (chat_ticket_pb2, ChatTicketServiceStub(channel)),
-        ):
-            (service,) = file.DESCRIPTOR.services_by_name.values()
-            for rpc in service.methods:
-                self._rpcs[rpc.name] = getattr(stub, rpc.name), getattr(file, rpc.input_type.name)
-
-    def __call__(self, rpc: str, **fields: Any) -> Any:
-        """Call an RPC by its name, with the fields of its request."""
-        method, request = self._rpcs[rpc]
-        return method(request(**fields), metadata=self._metadata, timeout=CALL_SECONDS)
-
-    async def start_draft(self, session_id: str, draft_id: str) -> tuple[Any, int]:
-        """A stream that writes a draft, and the length from which it goes on."""
-        stream: Any = self._write_draft(metadata=self._metadata, timeout=CALL_SECONDS)
-        draft = {"id": draft_id, "role": CHAT_MESSAGE_ROLE_ASSISTANT}
-        await stream.write(write_request(start={"session_id": session_id, "draft": draft}))
-        return stream, (await stream.read()).started.length
-
-    async def write(self, session_id: str, messages: Sequence[dict[str, Any]]) -> list[int]:
-        request = {"session_id": session_id, "messages": messages}
-        response = await self("BatchCreateChatMessages", **request)
-        return [message.sequence for message in response.messages]
-
-
-def write_request(**fields: Any) -> chat_draft_pb2.WriteChatDraftRequest:
-    return chat_draft_pb2.WriteChatDraftRequest(**fields)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chat:
-    """A chat of the dataset, to be stored as a session of a tenant."""
-
-    tenant: Tenant
-    about: dict[str, Any]
-    utterances: list[dict[str, str]]
-    empty: int  # the number of utterances without text, which are omitted
-
-    @property
-    def session_id(self) -> str:
-        # Derived from the chat's id, so that loading the chat again is a retry.
-        return str(uuid.uuid5(uuid.NAMESPACE_OID, self.about["id"]))
-
-    @property
-    def rating(self) -> float:
-        return sum(self.about["ratings"].values()) if "ratings" in self.about else float("inf")
-
-    def speakers(self, last: int = 0) -> int:
-        return len({utterance["sender"] for utterance in self.utterances[-last:]})
-
-    def messages(self) -> list[dict[str, Any]]:
-        messages = []
-        for number, utterance in enumerate(self.utterances):
-            metadata: dict[str, Any] = {
-                "sent_at": utterance["timestamp"],
-                "sender": utterance["sender"],
-            }
-            if number == 0:
-                metadata["chat"] = self.about  # with its ratings: sessions have no metadata
-            is_user = utterance["sender"] == self.utterances[0]["sender"]
-            message = {
-                "id": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{self.about['id']} {number}")),
-                "role": CHAT_MESSAGE_ROLE_USER if is_user else CHAT_MESSAGE_ROLE_ASSISTANT,
-                "content": utterance["text"],
-                "metadata_json": json.dumps(metadata),
-            }
-            messages.append(message)
-        return messages
-
-
-def read_chats(tenants: Sequence[Tenant], limit: int | None) -> list[Chat]:
-    chats = []
-    dataset = itertools.islice(chitchat_dataset.Dataset().items(), limit)
-    for (chat_id, chat), tenant in zip(dataset, itertools.cycle(tenants), strict=False):
-        utterances = [utterance for turn in chat.pop("messages") for utterance in turn]
-        with_text = [utterance for utterance in utterances if utterance["text"]]
-        about, empty = {"id": chat_id, **chat}, len(utterances) - len(with_text)
-        chats.append(Chat(tenant=tenant, about=about, utterances=with_text, empty=empty))
-    return chats
-
-
-class Checks:
-    """Prints the result of each check, and counts them."""
-
-    def __init__(self) -> None:
-        self.passed = self.failed = 0
-
-    def check(self, ok: bool, text: str) -> None:
-        self.passed += ok
-        self.failed += not ok
-        print(f"  {'✓' if ok else '✗ FAILED:'} {text}")
-
-    async def check_rejected(self, attempt: str, expected: str, call: Awaitable[object]) -> str:
-        """Await a call that must fail with `expected`. Returns the error's message."""
-        actual, message = "accepted", ""
-        try:
-            await call
-        except grpc.aio.AioRpcError as error:
-            actual, message = describe_error(error), error.details() or ""
-        difference = "" if actual == expected else f", not {expected}"
-        self.check(not difference, f"{attempt:<47} → {actual}{difference}")
-        return message
-
-
-def describe_error(error: grpc.aio.AioRpcError) -> str:
-    """The status code with the invalid fields if there are any, otherwise with the reason."""
-    status = status_pb2.Status()
-    for key, value in error.trailing_metadata() or ():
-        if key == "grpc-status-details-bin":
-            status.MergeFromString(value)
-    info, request = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
-    for detail in status.details:
-        detail.Unpack(info)  # does nothing for a detail of another type
-        detail.Unpack(request)
-    fields = ", ".join(violation.field for violation in request.field_violations)
-    return f"{error.code().name} {fields or info.reason}"
 
 
 async def load(checks: Checks, chats: list[Chat], watched: Chat) -> None:
@@ -195,7 +57,7 @@ async def load(checks: Checks, chats: list[Chat], watched: Chat) -> None:
 
     async def work() -> None:
         for chat in remaining:  # shared: each worker takes the next one
-            await chat.tenant("CreateChatSession", session={"id": chat.session_id})
+            await chat.tenant("CreateChatSession", session=chat.session())
             acknowledged = chat.tenant.acknowledged[chat.session_id] = []
             messages = chat.messages()[: -LIVE_MESSAGES if chat is watched else None]
             for start in range(0, len(messages), BATCH):
@@ -215,6 +77,34 @@ async def load(checks: Checks, chats: list[Chat], watched: Chat) -> None:
     checks.check(stored == total, f"{stored:,} messages acknowledged in {speed}")
     empty, one_sided = sum(c.empty for c in chats), sum(c.speakers() == 1 for c in chats)
     print(f"    dataset: {empty} empty utterances omitted, {one_sided:,} chats without an answer")
+
+
+async def list_chats(checks: Checks, chats: list[Chat]) -> None:
+    """By the user with the most chats, and by labels."""
+    tenant = chats[0].tenant
+    mine = [chat for chat in chats if chat.tenant is tenant]
+    [(user_id, _)] = Counter(chat.user_id for chat in mine if chat.user_id).most_common(1)
+    print(f"\nLIST the sessions of {tenant.name} by their user and by their labels")
+
+    async def listed(**filters: Any) -> set[str]:
+        found, token = set(), ""
+        while True:
+            page = await tenant("ListChatSessions", page_token=token, **filters)
+            found |= {session.id for session in page.sessions}
+            if not (token := page.next_page_token):
+                return found
+
+    of_user = {chat.session_id for chat in mine if chat.user_id == user_id}
+    checks.check(
+        await listed(user_id=user_id) == of_user,
+        f"user {user_id} has {len(of_user)} of the {len(mine):,} sessions",
+    )
+    labels = mine[0].session()["labels"]
+    labelled = {chat.session_id for chat in mine if chat.session()["labels"] == labels}
+    checks.check(
+        await listed(labels=labels) == labelled,
+        f"{len(labelled)} sessions have the labels {labels}",
+    )
 
 
 async def retry_batch(checks: Checks, chat: Chat, db: psycopg.Connection) -> None:
@@ -347,118 +237,24 @@ async def escalate(checks: Checks, chat: Chat) -> Any:
     has_ticket = (await chat.tenant("GetChatSession", **session)).session.has_ticket
     ok = has_ticket and link.ticket.title == title
     checks.check(ok, f'has_ticket is true, and the ticket is "{title[:75]}"')
+    await solve(checks, chat, link)
     return link
 
 
-async def rules_1_to_3(
-    checks: Checks, channel: grpc.aio.Channel, chat: Chat, other_chat: Chat, files: str
-) -> None:
-    """The rules of sessions, messages and attachments. `other_chat` belongs to another tenant."""
-    for what, tenant, session, expected in (
-        ("no tenant", Tenant(channel, None), {}, "UNAUTHENTICATED TENANT_REQUIRED"),
-        ("an empty tenant", Tenant(channel, ""), {}, "INVALID_ARGUMENT x-tenant-id"),
-        ("an unknown status", chat.tenant, {"status": 99}, "INVALID_ARGUMENT session.status"),
-    ):
-        call = tenant("CreateChatSession", session=session)
-        await checks.check_rejected(f"rule 1: a session of {what}", expected, call)
-
-    absent, here, there = str(uuid.uuid4()), chat.session_id, other_chat.session_id
-    hello = {"content": "hello", "role": CHAT_MESSAGE_ROLE_USER}
-    not_there, bad = "NOT_FOUND CHAT_SESSION_NOT_FOUND", "INVALID_ARGUMENT message."
-    errors = {}
-    for what, session_id, wrong, expected in (
-        ("to an absent session", absent, {}, not_there),
-        (f"to a session of {other_chat.tenant.name}", there, {}, not_there),
-        ("without content", here, {"content": ""}, bad + "content"),
-        ("without a role", here, {"role": 0}, bad + "role"),
-        ("with a list as metadata", here, {"metadata_json": "[1]"}, bad + "metadata_json"),
-    ):
-        call = chat.tenant("CreateChatMessage", session_id=session_id, message=hello | wrong)
-        text = await checks.check_rejected(f"rule 2: a message {what}", expected, call)
-        errors[session_id] = text.replace(session_id, "")
+async def solve(checks: Checks, chat: Chat, link: Any) -> None:
+    """Solve the ticket while somebody follows its session."""
+    statuses = []
+    async for response in chat.tenant("WatchChatSession", session_id=chat.session_id):
+        if response.HasField("ticket"):
+            statuses.append(response.ticket.ticket.status)
+            if statuses[-1] == TICKET_STATUS_SOLVED:
+                break
+        elif response.HasField("caught_up"):
+            ticket = {"id": link.ticket_id, "status": TICKET_STATUS_SOLVED}
+            await chat.tenant("UpdateTicket", ticket=ticket, update_mask={"paths": ["status"]})
     checks.check(
-        errors[absent] == errors[there], "rule 2: same error for absent and foreign sessions"
-    )
-
-    message_id, gone = chat.messages()[0]["id"], "FAILED_PRECONDITION ATTACHMENT_URL_NOT_ACCESSIBLE"
-    for what, on, url, expected in (
-        ("of no message", absent, f"{files}/photo.png", "NOT_FOUND CHAT_MESSAGE_NOT_FOUND"),
-        ("without a valid URL", message_id, "photo.png", "INVALID_ARGUMENT attachment.file_url"),
-        ("that is missing", message_id, f"{files}/gone.png", gone),
-        ("on an unknown host", message_id, "https://files.invalid/photo.png", gone),
-        ("in a private network", message_id, "https://127.0.0.1/photo.png", gone),
-    ):
-        call = chat.tenant("CreateChatAttachment", message_id=on, attachment=photo(url))
-        await checks.check_rejected(f"rule 3: a file {what}", expected, call)
-
-
-def photo(url: str) -> dict[str, str]:
-    return {"file_url": url, "file_name": "photo.png", "file_type": "image/png"}
-
-
-async def rules_4_and_5(checks: Checks, link: Any, tenant: Tenant, to_delete: Chat) -> None:
-    """The rules of tickets. `link` is of `tenant`; `to_delete`, of another tenant, is deleted."""
-    other, session_id, ticket = to_delete.tenant, to_delete.session_id, str(uuid.uuid4())
-    request = {"session": {"status": "CHAT_SESSION_STATUS_ARCHIVED"}}
-    archived = (await tenant("CreateChatSession", **request)).session.id
-    linked = link.session_id
-    for what, who, session, expected in (
-        ("a ticket of another tenant", other, session_id, "NOT_FOUND TICKET_NOT_FOUND"),
-        ("a second ticket of a session", tenant, linked, "ALREADY_EXISTS SESSION_HAS_TICKET"),
-        (
-            "a ticket of an archived one",
-            tenant,
-            archived,
-            "FAILED_PRECONDITION SESSION_ARCHIVED",
-        ),
-    ):
-        call = who("CreateChatTicket", session_id=session, ticket_id=link.ticket_id)
-        await checks.check_rejected(f"rule 4: {what}", expected, call)
-
-    opened = {"id": ticket, "title": "to be solved"}
-    await other("CreateChatTicket", session_id=session_id, ticket=opened)
-    await checks.check_rejected(
-        "rule 5: deleting a session with an open ticket",
-        "FAILED_PRECONDITION SESSION_HAS_ACTIVE_TICKET",
-        other("DeleteChatSession", session_id=session_id),
-    )
-    await checks.check_rejected(
-        "rule 5: deleting a ticket linked to a session",
-        "FAILED_PRECONDITION TICKET_LINKED",
-        other("DeleteTicket", ticket_id=ticket),
-    )
-    solved = {"id": ticket, "status": "TICKET_STATUS_SOLVED"}
-    await other("UpdateTicket", ticket=solved, update_mask={"paths": ["status"]})
-    await other("DeleteChatSession", session_id=session_id)
-    del other.acknowledged[session_id]
-    await checks.check_rejected(
-        "rule 5: a message of a deleted session",
-        "NOT_FOUND CHAT_MESSAGE_NOT_FOUND",
-        other("GetChatMessage", message_id=to_delete.messages()[0]["id"]),
-    )
-
-
-async def rules_6_and_7(checks: Checks, chat: Chat, files: str) -> None:
-    """The rules that the service maintains by itself."""
-    session = {"session_id": chat.session_id}
-    message, link = {"message_id": chat.messages()[0]["id"]}, {"chat_ticket_id": str(uuid.uuid4())}
-    sessions = []
-    for rpc, fields in (
-        ("GetChatSession", session),
-        ("CreateChatAttachment", message | {"attachment": photo(f"{files}/photo.png")}),
-        ("CreateChatTicket", session | link | {"ticket": {"title": "please call"}}),
-        ("DeleteChatTicket", link),
-    ):
-        await chat.tenant(rpc, **fields)
-        sessions.append((await chat.tenant("GetChatSession", **session)).session)
-    checks.check(
-        [session.has_ticket for session in sessions] == [False, False, True, False],
-        "rule 6: has_ticket is true while a ticket is linked, and false otherwise",
-    )
-    times = [session.update_time.ToNanoseconds() for session in sessions]
-    checks.check(
-        all(earlier < later for earlier, later in itertools.pairwise(times)),
-        "rule 7: update_time increases with an attachment, a linked and an unlinked ticket",
+        statuses == [TICKET_STATUS_OPEN, TICKET_STATUS_SOLVED],
+        "a follower of the session saw the ticket open, and then solved",
     )
 
 
@@ -518,8 +314,10 @@ async def run_demo(
         watched_chat = next(chat for chat in medium if chat.speakers(last=LIVE_MESSAGES) == 2)
         await load(checks, chats, watched_chat)
         await retry_batch(checks, chats[0], db)
+        await list_chats(checks, chats)
         await watch(checks, watched_chat)
         await draft(checks, acme)
+        await write_together(checks, acme)
         await search(checks, globex, "favorite movie")
         rated = (chat for chat in chats if chat.tenant is acme)
         link = await escalate(checks, min(rated, key=lambda chat: chat.rating))
