@@ -113,8 +113,13 @@ class TestWrite:
     ) -> None:
         """It is a draft while it is written, and an ordinary message then."""
         session_id = await create_session_id(client)
+        author = r.ChatMessageAuthor(kind=r.CHAT_MESSAGE_AUTHOR_KIND_AI_AGENT, id="agent-1")
         async with client.write(
-            session_id, role=ASSISTANT, metadata={"model": "none"}, language_code="de"
+            session_id,
+            role=ASSISTANT,
+            author=author,
+            metadata={"model": "none"},
+            language_code="de",
         ) as draft:
             assert (draft.length, draft.message, draft.stopped) == (0, None, False)
             for word in ("Für ", "", "Elise"):
@@ -126,6 +131,7 @@ class TestWrite:
         assert draft.message is not None
         assert (draft.message.id, draft.message.content) == (draft.id, "Für Elise")
         assert (draft.message.role, draft.message.language_code) == (ASSISTANT, "de")
+        assert draft.message.author == author
         assert draft.message.metadata_json == '{"model": "none"}'
         assert draft.message.state == r.CHAT_MESSAGE_STATE_COMPLETE
         assert await drafts_in(client, session_id) == []

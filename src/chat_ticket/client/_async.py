@@ -29,7 +29,7 @@ from chat_ticket.v1.chat_message_pb2_grpc import ChatMessageServiceStub
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionResponse
 from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
 from chat_ticket.v1.chat_ticket_pb2_grpc import ChatTicketServiceStub
-from chat_ticket.v1.resources_pb2 import ChatDraft, ChatMessage
+from chat_ticket.v1.resources_pb2 import ChatDraft, ChatMessage, ChatMessageAuthor
 
 if TYPE_CHECKING:  # the type stubs alone have these names
     from chat_ticket.v1.chat_attachment_pb2_grpc import ChatAttachmentServiceAsyncStub
@@ -265,6 +265,7 @@ class AsyncChatTicketClient:
         session_id: str,
         *,
         role: "ChatMessageRole.ValueType",
+        author: ChatMessageAuthor | None = None,
         exclusive: bool = False,
         draft_id: str | None = None,
         metadata: Mapping[str, Any] | None = None,
@@ -286,6 +287,7 @@ class AsyncChatTicketClient:
         server, and sends again what is not durable. When nothing is acknowledged for `timeout`
         seconds in spite of retries, the last error is raised.
 
+        - `author`: who writes the message, beside its role.
         - `exclusive`: whether the draft must be the only open one of its session.
         - `draft_id`: to take over an open draft of a writer that is gone. Its text is kept, so go
           on at `draft.length`. If it is a message by now, the block begins with `draft.stopped`.
@@ -300,6 +302,7 @@ class AsyncChatTicketClient:
         draft = ChatDraft(
             id=draft_id or str(uuid.uuid4()),
             role=role,
+            author=author,
             metadata_json=metadata_json(metadata),
             language_code=language_code,
         )
