@@ -131,12 +131,12 @@ async def _measure_rounds(
     return results
 
 
-async def _list(stub: ChatSessionServiceStub, name: str) -> float:
+async def _list(stub: Any, name: str) -> float:
     expected, filters = LISTS[name]
     request = sessions_pb2.ListChatSessionsRequest(page_size=PAGE_SIZE, **filters)
     started_at = time.perf_counter()
     response = await stub.ListChatSessions(
-        request, metadata=[("x-tenant-id", TENANT)], timeout=TIMEOUT_SECONDS
+        request, metadata=(("x-tenant-id", TENANT),), timeout=TIMEOUT_SECONDS
     )
     milliseconds = 1000 * (time.perf_counter() - started_at)
     if len(response.sessions) != expected:

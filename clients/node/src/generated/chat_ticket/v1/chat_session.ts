@@ -276,8 +276,8 @@ export interface WatchChatSessionResponse {
     /**
      * The session in its current state. Sent as the first response, with `after_revision` as the
      * position of the stream. Sent again when `status`, `has_ticket`, `title` or `labels` changes.
-     * When messages changed at about the same time, the session comes before them, and the position
-     * of the stream stays where it was.
+     * When messages or the ticket changed at about the same time, the session comes before them, and
+     * the position of the stream stays where it was.
      */
     { $case: "session"; value: ChatSession }
     | //
