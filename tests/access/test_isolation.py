@@ -51,6 +51,7 @@ IGNORED = {
     *("ChatSession.tenant_id", "Ticket.tenant_id"),
     *("ChatMessage.session_id", "ChatDraft.session_id", "ChatAttachment.message_id"),
     "UpdateChatMessage message.attachments[0].id",
+    "UpdateChatSession session.user_id",
 }
 
 # The cases of a deletion, which is OK for what is absent when that is allowed.
@@ -86,17 +87,21 @@ def calls(w: TenantIds) -> dict[str, dict[str, Message]]:
     return {
         "CreateChatSession": {
             "repeat": sessions_pb.CreateChatSessionRequest(
-                session=r.ChatSession(id=w.session, tenant_id=w.tenant)
+                session=r.ChatSession(id=w.session, tenant_id=w.tenant, user_id=w.user)
             ),
         },
         "GetChatSession": {"": sessions_pb.GetChatSessionRequest(session_id=w.session)},
         "ListChatSessions": {
-            "": sessions_pb.ListChatSessionsRequest(page_size=1, page_token=token)
+            "": sessions_pb.ListChatSessionsRequest(page_size=1, page_token=token),
+            "of a user": sessions_pb.ListChatSessionsRequest(user_id=w.user),
         },
         "UpdateChatSession": {
             "": sessions_pb.UpdateChatSessionRequest(
                 session=r.ChatSession(
-                    id=w.session, tenant_id=w.tenant, status=r.CHAT_SESSION_STATUS_RESOLVED
+                    id=w.session,
+                    tenant_id=w.tenant,
+                    user_id=w.user,
+                    status=r.CHAT_SESSION_STATUS_RESOLVED,
                 ),
                 update_mask=FieldMask(paths=["status"]),
             )
@@ -241,8 +246,8 @@ def calls(w: TenantIds) -> dict[str, dict[str, Message]]:
 
 def is_id(field: FieldDescriptor) -> bool:
     """Whether it is text that names something of the service, or a place in a list."""
-    # The id of an author is the caller's own.
-    is_own = field.containing_type.name == "ChatMessageAuthor"
+    # The id of an author and the labels of a session are the caller's own.
+    is_own = field.containing_type.name in ("ChatMessageAuthor", "LabelsEntry")
     is_text = field.type in (field.TYPE_STRING, field.TYPE_BYTES)
     return is_text and field.name not in TEXTS and not is_own
 
@@ -260,7 +265,7 @@ def ids_of(message: Message) -> dict[str, tuple[Message, str]]:
     """The ids that a message carries: path → the message that holds it, and the field there."""
     found: dict[str, tuple[Message, str]] = {}
     for field, value in message.ListFields():
-        if field.type == FieldDescriptor.TYPE_MESSAGE:
+        if field.type == FieldDescriptor.TYPE_MESSAGE and field.name != "labels":
             parts = {field.name: value}
             if field.is_repeated:
                 parts = {f"{field.name}[{index}]": part for index, part in enumerate(value)}

@@ -131,6 +131,10 @@ async def provoke_request_errors(output: ServerOutput, api: Api) -> None:
             update_mask=FieldMask(paths=["metadata_json"]),
         )
         calls.append(api.messages.UpdateChatMessage(update))
+    labeled = r.ChatSession(
+        user_id=f"{bad}\n", title=f"{bad} ", labels={"NO-KEY": bad, "lines": f"{bad}\n"}
+    )
+    calls.append(api.sessions.CreateChatSession(s.CreateChatSessionRequest(session=labeled)))
     for call in calls:
         await output.expect_error(invalid, call)
     for method, stub in (("GetChatSession", "unary_unary"), ("WatchChatSession", "unary_stream")):
@@ -174,7 +178,11 @@ async def provoke_authentication_errors(output: ServerOutput, api: Api, keys: Pa
 
 async def use_everything(api: Api, store: str) -> tuple[str, str]:
     """Store and read every kind of secret. Returns a session and its message."""
-    session = await api.session()
+    session = await api.session(
+        user_id=secret("user"), title=secret("title"), labels={"secret": secret("label")}
+    )
+    by_user = s.ListChatSessionsRequest(user_id=session.user_id, labels=session.labels)
+    assert len((await api.sessions.ListChatSessions(by_user)).sessions) == 1
     message = await api.message(
         session.id,
         secret("content"),
@@ -210,6 +218,15 @@ async def provoke_rule_violations(
     get = s.GetChatSessionRequest(session_id=none)
     await output.expect_error("CHAT_SESSION_NOT_FOUND", sessions.GetChatSession(get))
     await output.expect_error("CHAT_SESSION_NOT_FOUND", api.message(none, secret("content")))
+    await output.expect_error(
+        "CHAT_SESSION_ALREADY_EXISTS", api.session(id=session_id, user_id=secret("user"))
+    )
+    full = await api.session(labels={f"key-{n}": secret("label") for n in range(32)})
+    one_more = s.UpdateChatSessionRequest(
+        session=r.ChatSession(id=full.id, labels={"one-more": secret("label")}),
+        update_mask=FieldMask(paths=["labels.one-more"]),
+    )
+    await output.expect_error("TOO_MANY_LABELS", sessions.UpdateChatSession(one_more))
     await output.expect_error(
         "CHAT_MESSAGE_NOT_FOUND",
         messages.GetChatMessage(m.GetChatMessageRequest(message_id=none)),

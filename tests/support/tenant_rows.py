@@ -45,6 +45,7 @@ class TenantIds:
     """The ids of all that a tenant has."""
 
     tenant: str
+    user: str = dataclasses.field(default_factory=an_id)
     session: str = dataclasses.field(default_factory=an_id)
     sharing: str = dataclasses.field(default_factory=an_id)  # another session with the ticket
     bare: str = dataclasses.field(default_factory=an_id)  # a session without one
@@ -69,7 +70,9 @@ class TenantIds:
     async def make(self, api: Api) -> None:
         """All of it, with the tenant's name wherever there is text."""
         for session in (self.session, self.sharing, self.bare):
-            await api.session(id=session)
+            await api.session(
+                id=session, user_id=self.user, title=self.tenant, labels={"tenant": self.tenant}
+            )
         files = [self.a_file(self.file), self.a_file(self.second)]
         await api.message(self.session, self.content, id=self.message, attachments=files)
         await api.message(self.session, self.content, id=self.deleted)
