@@ -43,6 +43,7 @@ from chat_ticket_svc.store import (
     messages,
     search,
     session_changes,
+    session_listing,
     sessions,
 )
 
@@ -521,7 +522,7 @@ def _explain(url: str, dataset: Dataset) -> dict[str, str]:
         "message_bytes": message_listing.FIRST_READ_MESSAGE_BYTES,
     }
     newest = {"after_time": paging.END_OF_TIME, "after_id": MAX_UUID, "limit": PAGE_SIZE + 1}
-    no_filter = dict.fromkeys(sessions.Filter._fields)
+    no_filter = dict.fromkeys(session_listing.Filter._fields)
     search_params = {
         "has_prefix": False,
         "has_phrase": False,
@@ -566,11 +567,11 @@ def _explain(url: str, dataset: Dataset) -> dict[str, str]:
         ),
         DELETE: (sessions.DELETE, by_id),
         "ListChatSessions, 50 by create time": (
-            sessions.LIST_BY_CREATE_TIME,
+            session_listing.LIST_BY_CREATE_TIME,
             {"tenant_id": LARGE, **no_filter, **newest},
         ),
         "ListChatSessions, 50 by update time": (
-            sessions.LIST_BY_UPDATE_TIME,
+            session_listing.LIST_BY_UPDATE_TIME,
             {"tenant_id": LARGE, **no_filter, **newest},
         ),
         "search of a rare word, large tenant": (

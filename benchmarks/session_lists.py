@@ -23,7 +23,7 @@ from chat_ticket.v1 import chat_session_pb2 as sessions_pb2
 from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
 from chat_ticket_svc.services import paging
 from chat_ticket_svc.services.validate import MAX_UUID
-from chat_ticket_svc.store import sessions
+from chat_ticket_svc.store import session_listing
 
 SIZES = (10_000, 1_000_000)  # sessions of the tenant
 PAGE_SIZE = 50
@@ -152,17 +152,19 @@ def _explain(url: str) -> dict[str, str]:
             by_update_time = "order_by" in filters
             if filters.keys() & {"user_id", "labels"}:
                 statement = (
-                    sessions.LIST_OF_IDENTITY_BY_UPDATE_TIME
+                    session_listing.LIST_OF_IDENTITY_BY_UPDATE_TIME
                     if by_update_time
-                    else sessions.LIST_OF_IDENTITY_BY_CREATE_TIME
+                    else session_listing.LIST_OF_IDENTITY_BY_CREATE_TIME
                 )
             else:
                 statement = (
-                    sessions.LIST_BY_UPDATE_TIME if by_update_time else sessions.LIST_BY_CREATE_TIME
+                    session_listing.LIST_BY_UPDATE_TIME
+                    if by_update_time
+                    else session_listing.LIST_BY_CREATE_TIME
                 )
             labels = filters.get("labels")
             params = {
-                **dict.fromkeys(sessions.Filter._fields),
+                **dict.fromkeys(session_listing.Filter._fields),
                 "tenant_id": TENANT,
                 "user_id": filters.get("user_id"),
                 "labels": json.dumps(labels) if labels else None,

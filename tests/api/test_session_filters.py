@@ -19,7 +19,7 @@ from chat_ticket.v1.chat_session_pb2 import (
 )
 from chat_ticket_svc.services.paging import MAX_RESPONSE_BYTES
 from chat_ticket_svc.services.validate import MAX_UUID
-from chat_ticket_svc.store import sessions
+from chat_ticket_svc.store import session_listing
 
 BY_UPDATE = CHAT_SESSION_ORDER_UPDATE_TIME
 LARGE_TENANT = "large"
@@ -170,7 +170,10 @@ def large_tenant(cluster: Cluster) -> Iterator[psycopg.Connection[Any]]:
 
 @pytest.mark.parametrize(
     "statement",
-    [sessions.LIST_OF_IDENTITY_BY_CREATE_TIME, sessions.LIST_OF_IDENTITY_BY_UPDATE_TIME],
+    [
+        session_listing.LIST_OF_IDENTITY_BY_CREATE_TIME,
+        session_listing.LIST_OF_IDENTITY_BY_UPDATE_TIME,
+    ],
     ids=["by create time", "by update time"],
 )
 @pytest.mark.parametrize(
@@ -198,7 +201,7 @@ def test_page_reads_little_of_a_large_tenant(
 ) -> None:
     """A user and a rare label have an index. Of a common label, the newest sessions are read."""
     params = {
-        **dict.fromkeys(sessions.Filter._fields),
+        **dict.fromkeys(session_listing.Filter._fields),
         **filters,
         "labels": json.dumps(filters["labels"]) if "labels" in filters else None,
         "tenant_id": LARGE_TENANT,

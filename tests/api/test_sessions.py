@@ -28,7 +28,7 @@ from chat_ticket.v1.chat_session_pb2 import (
     UpdateChatSessionRequest,
 )
 from chat_ticket_svc.services.validate import MAX_UUID
-from chat_ticket_svc.store import sessions, ticket_listing
+from chat_ticket_svc.store import session_listing, ticket_listing
 
 NIL = "00000000-0000-0000-0000-000000000000"
 
@@ -293,9 +293,9 @@ class TestList:
     @pytest.mark.parametrize(
         ("statement", "statuses", "has_ticket"),
         [
-            (sessions.LIST_OF_KIND_BY_CREATE_TIME, ["archived"], None),
-            (sessions.LIST_OF_KIND_BY_UPDATE_TIME, ["archived", "resolved"], None),
-            (sessions.LIST_OF_KIND_BY_UPDATE_TIME, None, True),
+            (session_listing.LIST_OF_KIND_BY_CREATE_TIME, ["archived"], None),
+            (session_listing.LIST_OF_KIND_BY_UPDATE_TIME, ["archived", "resolved"], None),
+            (session_listing.LIST_OF_KIND_BY_UPDATE_TIME, None, True),
             (ticket_listing.LIST_TICKETS_OF_STATUSES, ["pending", "open"], None),
         ],
         ids=["by create time", "by update time", "with a ticket", "tickets"],
@@ -306,7 +306,7 @@ class TestList:
         """However many others the tenant has: the plan has an index whose order begins with it."""
         database, tenant = many_of_one_status
         params = {
-            **dict.fromkeys(sessions.Filter._fields),
+            **dict.fromkeys(session_listing.Filter._fields),
             "tenant_id": tenant,
             "statuses": statuses,
             "has_ticket": has_ticket,

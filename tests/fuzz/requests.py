@@ -40,7 +40,7 @@ from fuzz.values import (
 )
 
 CHANGEABLE = {
-    "UpdateChatSessionRequest": ["status"],
+    "UpdateChatSessionRequest": ["status", "title", "labels", "labels.a/b"],
     "UpdateChatMessageRequest": ["metadata_json"],
     "UpdateTicketRequest": ["title", "status"],
 }

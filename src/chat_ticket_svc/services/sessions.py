@@ -12,7 +12,7 @@ from chat_ticket_svc.access import request_context
 from chat_ticket_svc.config import Settings
 from chat_ticket_svc.services import convert, paging, watch_stream
 from chat_ticket_svc.services.validate import MAX_FILTER_LABELS, MAX_UUID, Validator
-from chat_ticket_svc.store import sessions
+from chat_ticket_svc.store import session_listing, sessions
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.session_deletion import SessionDeleter
 from chat_ticket_svc.watch.hub import WatchHub
@@ -77,7 +77,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         tenant_id = request_context.tenant_id()
         validator = Validator(self._limits)
         labels = validator.labels("labels", request.labels, MAX_FILTER_LABELS)
-        filters = sessions.Filter(
+        filters = session_listing.Filter(
             statuses=validator.enum_filter("statuses", request.statuses, convert.SESSION_STATUS),
             has_ticket=request.has_ticket if request.HasField("has_ticket") else None,
             created_from=validator.start_time("start_create_time", request),
@@ -100,7 +100,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
             paging.parse_id,
         )
         validator.raise_if_invalid()
-        rows = await sessions.page(
+        rows = await session_listing.page(
             self._db,
             tenant_id,
             filters,
