@@ -331,6 +331,7 @@ class TestLive:
             with psycopg.connect(database) as connection:
                 for sql in (
                     "DELETE FROM chat_sessions WHERE tenant_id = %(t)s",
+                    "DELETE FROM chat_session_tombstones WHERE tenant_id = %(t)s",
                     "INSERT INTO chat_sessions (tenant_id, id, revision) VALUES (%(t)s, %(id)s, 9)",
                 ):
                     connection.execute(sql, {"t": tenant, "id": session.id})
