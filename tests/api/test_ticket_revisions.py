@@ -15,32 +15,12 @@ from support.tickets import (
     create_ticket,
     delete_ticket,
     get_ticket,
+    link_sessions,
     unlink,
     update_ticket,
 )
 
 from chat_ticket_svc.store import ticket_update
-
-LINK_SESSIONS = """
-WITH session AS (
-    INSERT INTO chat_sessions (tenant_id)
-    SELECT %(tenant)s FROM generate_series(1, %(count)s) RETURNING id
-)
-SELECT array_agg(id) FROM session
-"""
-
-
-def link_sessions(database: str, tenant: str, ticket_id: str, count: int) -> list[str]:
-    """Link new sessions to a ticket, as a server could which knew no limit."""
-    with psycopg.connect(database) as connection:
-        params = {"tenant": tenant, "ticket": ticket_id, "count": count}
-        [session_ids] = connection.execute(LINK_SESSIONS, params).fetchone() or ([],)
-        connection.execute(
-            "INSERT INTO chat_tickets (tenant_id, session_id, ticket_id)"
-            " SELECT %s, unnest(%s::uuid[]), %s",
-            [tenant, session_ids, ticket_id],
-        )
-    return list(map(str, session_ids))
 
 
 class TestRevision:

@@ -108,7 +108,7 @@ async def test_ticket_that_is_gone_is_delivered_once(
 ) -> None:
     """A stream that was open says so by itself, and a new one begins without a ticket."""
     linked = session(1, has_ticket=True)
-    for last in ([linked, session(2), unlinked(2)], [session(2)]):
+    for position, last in ((1, [linked, session(1), unlinked(2)]), (2, [session(2)])):
         events = await delivered(
             scripted,
             connect,
@@ -119,7 +119,7 @@ async def test_ticket_that_is_gone_is_delivered_once(
         assert events == [
             ("session", 1),
             ("ticket", 1),
-            ("session", 2),
+            ("session", position),
             ("ticket", 2),
             ("session_deleted", 3),
         ]

@@ -18,7 +18,7 @@ from support.database import (
 )
 from support.messages import delete_message, redact_message, set_metadata, user_message
 from support.sessions import ACTIVE, RESOLVED, delete_session, get_session, set_status
-from support.tickets import delete_ticket, unlink, update_ticket
+from support.tickets import create_ticket, delete_ticket, unlink, update_ticket
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import BatchCreateChatMessagesRequest
@@ -99,6 +99,8 @@ async def test_message_deleted_while_its_change_waited(
         ("unlink", "chat_tickets", "DELETE", False),
         ("drop", "chat_sessions", "DELETE", False),
         ("delete ticket", "tickets", "DELETE", False),
+        ("create ticket", "tickets", "INSERT", True),
+        ("rename of a revision", "tickets", "UPDATE", False),
     ],
 )
 async def test_lost_commit_is_repeated_only_if_that_is_safe(
@@ -125,6 +127,8 @@ async def test_lost_commit_is_repeated_only_if_that_is_safe(
         "link": lambda: api.escalate(empty.id),
         "status": lambda: set_status(api, empty.id, RESOLVED),
         "rename": lambda: update_ticket(api, link.ticket_id, title="x"),
+        "create ticket": lambda: create_ticket(api),
+        "rename of a revision": lambda: update_ticket(api, link.ticket_id, etag="0", title="x"),
         "status of a revision": lambda: set_status(api, empty.id, RESOLVED, etag="2"),
         "delete": lambda: delete_message(api, message.id),
         "detach": lambda: delete_attachment(api, message.attachments[0].id),
@@ -225,6 +229,7 @@ async def test_create_with_an_unknown_outcome_names_the_id_to_repeat_it_with(
             "chat_tickets",
             lambda id_: api.escalate(session.id, chat_ticket_id=id_),
         ),
+        "ticket_id": ("tickets", lambda id_: create_ticket(api, id=id_)),
     }
     for key, (table, create) in creates.items():
         terminate_at_commit(fresh_database, table, "INSERT")

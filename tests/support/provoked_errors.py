@@ -25,6 +25,7 @@ from support.client import Api, Refusal, a_file, an_id
 from support.database import session_locked
 from support.process import ServerProcess
 from support.secrets import leaks, secret
+from support.tickets import link_sessions
 
 
 @dataclass
@@ -292,6 +293,15 @@ async def provoke_rule_violations(
     await output.expect_error(
         "CHAT_TICKET_ALREADY_EXISTS",
         api.escalate(other.id, chat_ticket_id=link.id, ticket=r.Ticket(title=secret("title"))),
+    )
+    await tickets.CreateTicket(
+        t.CreateTicketRequest(ticket=r.Ticket(title="x", external_ref=secret("reference")))
+    )
+    taking = r.Ticket(title=secret("title"), external_ref=secret("reference"))
+    await output.expect_error("EXTERNAL_REF_TAKEN", api.escalate(other.id, ticket=taking))
+    link_sessions(database, api.tenant, link.ticket.id, 499)
+    await output.expect_error(
+        "TICKET_HAS_TOO_MANY_SESSIONS", api.escalate(other.id, ticket_id=link.ticket.id)
     )
     existing = r.Ticket(id=link.ticket.id, title=secret("title"))
     await output.expect_error("TICKET_ALREADY_EXISTS", api.escalate(other.id, ticket=existing))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import psycopg
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from chat_ticket.v1 import resources_pb2 as r
@@ -47,3 +48,25 @@ async def update_ticket(api: Api, ticket_id: str, *, etag: str = "", **fields: A
 
 async def delete_ticket(api: Api, ticket_id: str, etag: str = "") -> None:
     await api.tickets.DeleteTicket(DeleteTicketRequest(ticket_id=ticket_id, etag=etag))
+
+
+LINK_SESSIONS = """
+WITH session AS (
+    INSERT INTO chat_sessions (tenant_id)
+    SELECT %(tenant)s FROM generate_series(1, %(count)s) RETURNING id
+)
+SELECT array_agg(id) FROM session
+"""
+
+
+def link_sessions(database: str, tenant: str, ticket_id: str, count: int) -> list[str]:
+    """Link new sessions to a ticket, as a server could which knew no limit."""
+    with psycopg.connect(database) as connection:
+        params = {"tenant": tenant, "ticket": ticket_id, "count": count}
+        [session_ids] = connection.execute(LINK_SESSIONS, params).fetchone() or ([],)
+        connection.execute(
+            "INSERT INTO chat_tickets (tenant_id, session_id, ticket_id)"
+            " SELECT %s, unnest(%s::uuid[]), %s",
+            [tenant, session_ids, ticket_id],
+        )
+    return list(map(str, session_ids))

@@ -48,6 +48,7 @@ export class WatchProgress implements Progress<WatchChatSessionResponse, WatchEv
   readonly #includeDrafts: boolean
   readonly #state: ResumeState
   readonly #drafts = new FollowedDrafts()
+  #isAtStart = true // of a stream
 
   constructor(sessionId: string, afterRevision: bigint, includeDrafts: boolean) {
     this.#sessionId = sessionId
@@ -66,6 +67,7 @@ export class WatchProgress implements Progress<WatchChatSessionResponse, WatchEv
   /** The request of the next stream. */
   nextRequest(): Partial<WatchChatSessionRequest> {
     this.#drafts.beginStream()
+    this.#isAtStart = true
     return {
       sessionId: this.#sessionId,
       afterRevision: this.#state.revision,
@@ -79,7 +81,9 @@ export class WatchProgress implements Progress<WatchChatSessionResponse, WatchEv
     let event = this.#state.next(response)
     if (event !== undefined) event = this.#drafts.next(event)
     if (this.#state.isDeleted) ended.push(...this.#drafts.allEnded(position))
-    return [...ended, ...(event === undefined ? [] : [event]), ...this.#state.unlinked(response)]
+    const unlinked = this.#isAtStart ? this.#state.unlinked(response) : []
+    this.#isAtStart = false
+    return [...ended, ...(event === undefined ? [] : [event]), ...unlinked]
   }
 
   onStreamEnd(): void {} // it ends by itself only after sessionDeleted, or when a proxy ends it
@@ -150,8 +154,8 @@ class ResumeState {
   }
 
   /**
-   * The event that an unbroken stream has had after a response, for a ticket that is gone. A new stream does not say
-   * that the session was unlinked meanwhile: it begins with a session without a ticket.
+   * The event that an unbroken stream has had, for a ticket that is gone. `response` is the first of a stream. A new
+   * stream does not say that the session was unlinked meanwhile: it begins with a session without a ticket.
    */
   unlinked(response: WatchChatSessionResponse): readonly WatchEvent[] {
     const isUnlinked = response.event?.$case === 'session' && !response.event.value.hasTicket

@@ -97,10 +97,10 @@ class ResumeState:
         )
 
     def unlinked(self, response: WatchChatSessionResponse) -> Sequence[WatchChatSessionResponse]:
-        """The event that an unbroken stream has had after a response, for a ticket that is gone.
+        """The event that an unbroken stream has had, for a ticket that is gone.
 
-        A new stream does not say that the session was unlinked meanwhile: it begins with a session
-        without a ticket.
+        `response` is the first of a stream. A new stream does not say that the session was unlinked
+        meanwhile: it begins with a session without a ticket.
         """
         is_unlinked = response.HasField("session") and not response.session.has_ticket
         if self.ended or not is_unlinked or not self.ticket.id:
@@ -124,10 +124,12 @@ class WatchProgress:
         self._include_drafts = include_drafts
         self._state = ResumeState(after_revision)
         self._drafts = FollowedDrafts()
+        self._is_at_start = True  # of a stream
 
     def request(self) -> WatchChatSessionRequest:
         """That of the next stream."""
         self._drafts.begin_stream()
+        self._is_at_start = True
         return WatchChatSessionRequest(
             session_id=self._session_id,
             after_revision=self._state.revision,
@@ -150,7 +152,9 @@ class WatchProgress:
             event = self._drafts.accept(event)
         if self._state.ended:
             before = [*before, *self._drafts.all_ended(position)]
-        return [*before, *([] if event is None else [event]), *self._state.unlinked(response)]
+        unlinked = self._state.unlinked(response) if self._is_at_start else []
+        self._is_at_start = False
+        return [*before, *([] if event is None else [event]), *unlinked]
 
     def on_stream_end(self) -> None:
         pass  # it ends by itself only after session_deleted, or when a proxy ends it

@@ -150,11 +150,11 @@ The server enforces this for messages, and for sessions until 30 days after thei
 A delete with `allow_missing` is idempotent: it is OK when the resource does not exist.
 
 A create without an id is not idempotent. After OUTCOME_UNKNOWN or DEADLINE_EXCEEDED, the
-ErrorInfo metadata has the id that the server chose: `session_id`, `message_id`, `attachment_id`
-or `chat_ticket_id`. A retry with this id is safe. For a batch of at most 100 messages, some of
-which have no id, `message_ids` has the ids of all its messages, in order, separated by commas. A
-larger batch has no `message_ids`: read the session before a retry. An update with an etag fails
-with ETAG_MISMATCH when it is retried after its own success.
+ErrorInfo metadata has the id that the server chose: `session_id`, `message_id`, `attachment_id`,
+`chat_ticket_id` or `ticket_id`. A retry with this id is safe. For a batch of at most 100 messages,
+some of which have no id, `message_ids` has the ids of all its messages, in order, separated by
+commas. A larger batch has no `message_ids`: read the session before a retry. An update with an
+etag fails with ETAG_MISMATCH when it is retried after its own success.
 """
 
 from collections import abc as _abc

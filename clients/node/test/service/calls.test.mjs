@@ -90,14 +90,15 @@ test('a watch shows the history, and then what happens', async () => {
         target: { $case: 'ticket', value: { title: 'help' } },
       })
     }
-    if (event.$case === 'session' && event.value.hasTicket) break
+    if (event.$case === 'ticket') break
   }
   assert.deepEqual(found, [
     ['session', 0n, undefined],
     ['messagesCreated', 1n, ['before']],
     ['caughtUp', 1n, undefined],
     ['messagesCreated', 2n, ['live']],
-    ['session', 3n, undefined],
+    ['session', 2n, undefined],
+    ['ticket', 3n, undefined],
   ])
 })
 
