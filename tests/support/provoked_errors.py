@@ -294,10 +294,8 @@ async def provoke_rule_violations(
         "CHAT_TICKET_ALREADY_EXISTS",
         api.escalate(other.id, chat_ticket_id=link.id, ticket=r.Ticket(title=secret("title"))),
     )
-    await tickets.CreateTicket(
-        t.CreateTicketRequest(ticket=r.Ticket(title="x", external_ref=secret("reference")))
-    )
     taking = r.Ticket(title=secret("title"), external_ref=secret("reference"))
+    await tickets.CreateTicket(t.CreateTicketRequest(ticket=taking))
     await output.expect_error("EXTERNAL_REF_TAKEN", api.escalate(other.id, ticket=taking))
     link_sessions(database, api.tenant, link.ticket.id, 499)
     await output.expect_error(
