@@ -312,8 +312,9 @@ async def test_large_session_is_ok_for_all_who_delete_it(
 ) -> None:
     """The first call leaves, and the others wait for its deletion, with `allow_missing` or not."""
     api = await start_server(fresh_database)
-    session = await api.session()
-    await api.message(session.id)
+    session, with_etag = await api.session(), await api.session()
+    for each in (session, with_etag):
+        await api.message(each.id)
     execute(
         fresh_database,
         "UPDATE chat_sessions SET revision = 1000000",
@@ -332,3 +333,7 @@ async def test_large_session_is_ok_for_all_who_delete_it(
     await delete_session(api, session.id, allow_missing=True)
     with refused(StatusCode.NOT_FOUND, "CHAT_SESSION_NOT_FOUND"):
         await delete_session(api, session.id)
+    # Calls with different etags are different deletions, of which the later one finds nothing.
+    await asyncio.gather(
+        *(delete_session(api, with_etag.id, allow_missing=True, etag=e) for e in ("", "1000000"))
+    )
