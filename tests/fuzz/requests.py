@@ -42,6 +42,7 @@ from fuzz.values import (
 CHANGEABLE = {
     "UpdateChatSessionRequest": ["status", "title", "labels", "labels.a/b"],
     "UpdateChatMessageRequest": ["metadata_json"],
+    "UpdateChatAttachmentRequest": ["file_url"],
     "UpdateTicketRequest": ["title", "status"],
 }
 

@@ -21,6 +21,7 @@ from chat_ticket.v1 import chat_session_pb2 as s
 from chat_ticket.v1 import chat_ticket_pb2 as t
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket_svc.commands import token as token_command
+from support.attachments import update_attachment
 from support.client import Api, Refusal, a_file, an_id
 from support.database import session_locked
 from support.process import ServerProcess
@@ -116,6 +117,7 @@ async def provoke_request_errors(output: ServerOutput, api: Api) -> None:
     assert len(refusal.fields) >= 5
     calls = [api.sessions.GetChatSession(s.GetChatSessionRequest(session_id=bad))]
     calls.append(api.sessions.DeleteChatSession(s.DeleteChatSessionRequest(etag=bad)))
+    calls.append(update_attachment(api, bad, f"https://{bad}:{bad}@h/{bad}"))
     calls.append(api.sessions.ListChatSessions(s.ListChatSessionsRequest(page_token=bad)))
     calls.append(api.messages.SearchChatMessages(m.SearchChatMessagesRequest(query=bad * 99)))
     calls.append(read_all(api.messages.ListChatMessages(m.ListChatMessagesRequest(session_id=bad))))
@@ -228,6 +230,11 @@ async def provoke_rule_violations(
         update_mask=FieldMask(paths=["labels.one-more"]),
     )
     await output.expect_error("TOO_MANY_LABELS", sessions.UpdateChatSession(one_more))
+    deleted = await api.session()
+    await sessions.DeleteChatSession(s.DeleteChatSessionRequest(session_id=deleted.id))
+    await output.expect_error(
+        "CHAT_SESSION_DELETED", api.session(id=deleted.id, title=secret("title"))
+    )
     await output.expect_error(
         "CHAT_MESSAGE_NOT_FOUND",
         messages.GetChatMessage(m.GetChatMessageRequest(message_id=none)),
@@ -252,6 +259,8 @@ async def provoke_rule_violations(
     second = await api.message(session_id, secret("content"))
     await api.attachment(second.id, **with_file)
     third = await api.message(session_id, secret("content"))
+    file = await api.attachment(third.id, file_url=f"{store}/{secret('path')}")
+    await update_attachment(api, file.id, f"{store}/{secret('path')}?sig={secret('query')}")
     await output.expect_error(
         "CHAT_ATTACHMENT_ALREADY_EXISTS",
         api.attachment(third.id, **with_file, file_name=secret("name")),
@@ -271,6 +280,9 @@ async def provoke_rule_violations(
     ):
         await output.expect_error(
             "ATTACHMENT_URL_NOT_ACCESSIBLE", api.attachment(third.id, file_url=url)
+        )
+        await output.expect_error(
+            "ATTACHMENT_URL_NOT_ACCESSIBLE", update_attachment(api, file.id, url)
         )
     await output.expect_error(
         "SESSION_HAS_TICKET", api.escalate(session_id, ticket=r.Ticket(title=secret("title")))

@@ -322,7 +322,7 @@ class TestLive:
     async def test_session_created_again_is_another_one(
         self, start_server: Any, database: str, tenant: str
     ) -> None:
-        """An id that should not have been used again does not carry a watcher over."""
+        """An id that is used again, as it may be once it is forgotten, carries no watcher over."""
         api = await start_server(database, watch_poll_interval_seconds=0.1)
         session = await api.session()
         await api.message(session.id)
