@@ -28,10 +28,11 @@ from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
 from chat_ticket.v1.resources_pb2 import CHAT_MESSAGE_ROLE_USER, ChatMessage
 
 NAME = "expire"
-SECONDS = 60
+SECONDS = 50
 
-PHASE_SECONDS = 3.0
+PHASE_SECONDS = 2.5
 WARM_UP_SECONDS = 1.5  # in which the command starts
+SETTLE_SECONDS = 0.5  # after it has ended
 CALLS_PER_SECOND = 200
 SESSIONS = 20
 TARGET = 2
@@ -134,7 +135,7 @@ def measure(bench: Bench) -> list[Figure]:
         pool.submit(_phase, server.address).result()  # a warm-up
         for number in range(bench.rounds):
             bench.progress(f"round {number + 1}")
-            time.sleep(WARM_UP_SECONDS)
+            time.sleep(SETTLE_SECONDS)
             alone.append(pool.submit(_phase, server.address).result())
             with _expiring(url):
                 before = _sessions(db)
