@@ -1,22 +1,28 @@
 """`chat-ticket-svc export --user` and `erase --user`: one person's data, of one tenant."""
 
 import asyncio
+import contextlib
 import json
 import os
+import random
 import sys
+from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any
 
+import grpc.aio
 import psycopg
 import pytest
 from support.client import Api
 from support.database import session_locked, store_database, wait_for_lock_waiters
 from support.process import Finished, command
-from support.tenant_data import counts, many_messages, parsed, session_of, terminal
-from support.tickets import CLOSED, get_ticket, unlink, update_ticket
+from support.tenant_data import counts, many_messages, parsed, terminal
+from support.tickets import CLOSED, SOLVED, create_ticket, get_ticket, unlink, update_ticket
 from support.watching import watching
 
 from chat_ticket.v1 import resources_pb2 as r
-from chat_ticket_svc.store import erasure
+from chat_ticket_svc.store import erasure, retention
+from chat_ticket_svc.store.retention import Rule
 
 USER = "kundin ürsula 7"
 
@@ -39,8 +45,9 @@ class Filled:
         self.database = database
 
     async def fill(self) -> None:
-        self.first, self.second = self.session(USER), self.session(USER)
-        self.neighbour, self.nobody = self.session("kundin ürsula 70"), self.session(None)
+        self.first, self.second = await self.session(USER), await self.session(USER)
+        self.neighbour = await self.session("kundin ürsula 70")
+        self.nobody = await self.session("")
         for session_id in (self.first, self.second, self.neighbour, self.nobody):
             message = await self.api.message(session_id, f"of {session_id}")
             await self.api.attachment(message.id)
@@ -49,8 +56,8 @@ class Filled:
         await self.api.escalate(self.second, ticket_id=self.shared.ticket_id)
         self.other = await self.api.escalate(self.nobody)
 
-    def session(self, user_id: str | None) -> str:
-        return session_of(self.database, self.api.tenant, user_id)
+    async def session(self, user_id: str) -> str:
+        return (await self.api.session(user_id=user_id)).id
 
     async def close_tickets(self) -> None:
         for ticket_id in (self.own.ticket_id, self.shared.ticket_id):
@@ -103,7 +110,7 @@ class TestExport:
         self, filled: Filled, other: Api, database: str
     ) -> None:
         """Who has the same id."""
-        session_id = session_of(database, other.tenant, USER)
+        session_id = (await other.session(user_id=USER)).id
         assert [line.id for line in parsed(await export(database, other.tenant))] == [session_id]
         assert filled.first != session_id
 
@@ -118,10 +125,9 @@ class TestExport:
         self, api: Api, database: str, tenant: str
     ) -> None:
         """Of several pages."""
-        expected = [session_of(database, tenant, USER) for _ in range(45)]
+        expected = [(await api.session(user_id=USER)).id for _ in range(45)]
         lines = (await export(database, tenant)).output.splitlines()
         assert [json.loads(line)["chatSession"]["id"] for line in lines] == expected
-        assert api.tenant == tenant
 
 
 @pytest.mark.parametrize(
@@ -213,7 +219,7 @@ class TestErase:
         self, api: Api, database: str, tenant: str
     ) -> None:
         """Though they are not in one batch."""
-        sessions = [session_of(database, tenant, USER) for _ in range(3)]
+        sessions = [(await api.session(user_id=USER)).id for _ in range(3)]
         for session_id in sessions:
             many_messages(database, tenant, session_id, erasure.ROWS_PER_BATCH)
         link = await api.escalate(sessions[0])
@@ -274,7 +280,7 @@ class TestErase:
     ) -> None:
         """It was not asked for. The others are erased."""
         await filled.close_tickets()
-        session_id = filled.session(USER)
+        session_id = await filled.session(USER)
         await filled.api.escalate(session_id)
         async with store_database(database) as db:
             deleted = [n async for n in erasure.erase(db, tenant, USER, active_tickets=False)]
@@ -286,7 +292,7 @@ class TestErase:
     async def test_watchers_receive_the_deletion(
         self, api: Api, database: str, tenant: str
     ) -> None:
-        session_id = session_of(database, tenant, USER)
+        session_id = (await api.session(user_id=USER)).id
         async with watching(api, session_id) as watcher:
             await watcher.until("caught_up")
             assert (await erase(database, tenant, "--yes")).status == 0
@@ -300,7 +306,7 @@ async def test_sessions_are_locked_before_their_tickets(
 ) -> None:
     """As by all others, so that an erase and a call wait for each other, and never deadlock."""
     api = await start_server(fresh_database)
-    session_ids = [session_of(fresh_database, api.tenant, USER) for _ in range(3)]
+    session_ids = [(await api.session(user_id=USER)).id for _ in range(3)]
     link = await api.escalate(session_ids[1])
     await api.escalate(session_ids[0], ticket_id=link.ticket_id)
     await update_ticket(api, link.ticket_id, status=CLOSED)
@@ -335,3 +341,49 @@ async def test_ticket_that_is_linked_meanwhile_stays(
         await filled.api.escalate(new.id, ticket_id=filled.own.ticket_id)
     assert (await erasing).status == 0
     assert (await get_ticket(filled.api, filled.own.ticket_id)).id == filled.own.ticket_id
+
+
+@pytest.mark.parametrize("deletion", ["tenant", "user", "expire"])
+async def test_no_deadlock_with_calls_on_the_same_tickets(
+    start_server: Any, fresh_database: str, deletion: str
+) -> None:
+    """Links, changes of tickets and a deletion wait for each other in one order."""
+    api = await start_server(fresh_database)
+    session_ids = [(await api.session(user_id=USER)).id for _ in range(60)]
+    tickets = [(await create_ticket(api, title="help")).id for _ in range(3)]
+    is_deleted = asyncio.Event()
+
+    async def link(number: int) -> None:
+        for session_id in session_ids[number::6]:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                ticket_id = tickets[random.randrange(3)]
+                await api.escalate(session_id, ticket_id=ticket_id)
+
+    async def change(ticket_id: str) -> None:
+        while not is_deleted.is_set():
+            for status in (SOLVED, CLOSED):
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    await update_ticket(api, ticket_id, status=status)
+
+    async def delete() -> None:
+        rule = Rule(older_than=timedelta(), statuses=None)
+        async with store_database(fresh_database, lock_timeout_ms=10_000) as db:
+            while sessions_and_tickets(fresh_database, api.tenant)[0]:
+                if deletion == "expire":
+                    deleting: AsyncIterator[Any] = retention.expire(db, api.tenant, rule)
+                else:
+                    user_id = USER if deletion == "user" else None
+                    deleting = erasure.erase(db, api.tenant, user_id, active_tickets=False)
+                async for _ in deleting:
+                    pass
+        is_deleted.set()
+
+    await asyncio.gather(
+        delete(), *(link(number) for number in range(6)), *(change(each) for each in tickets)
+    )
+    with psycopg.connect(fresh_database) as connection:
+        connection.execute("SELECT pg_stat_force_next_flush()")
+        deadlocks = connection.execute(
+            "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+        ).fetchone()
+    assert deadlocks == (0,)

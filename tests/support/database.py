@@ -92,14 +92,14 @@ def wait_until_blocked(by: psycopg.Connection[Any], waiter: psycopg.Connection[A
 
 
 @asynccontextmanager
-async def store_database(database: str) -> AsyncIterator[Database]:
+async def store_database(database: str, *, lock_timeout_ms: int = 1_000) -> AsyncIterator[Database]:
     """The store of a command."""
     db = Database(
         database,
         pool_size=1,
         prepare_statements=True,
         statement_timeout_ms=10_000,
-        lock_timeout_ms=1_000,
+        lock_timeout_ms=lock_timeout_ms,
     )
     await db.open()
     try:
