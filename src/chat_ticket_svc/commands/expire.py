@@ -14,7 +14,7 @@ from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.store import retention, tenants
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.retention import Expired, Rule
-from chat_ticket_svc.store.sessions import STATUSES
+from chat_ticket_svc.store.session_listing import STATUSES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
