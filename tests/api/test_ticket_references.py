@@ -12,6 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import StatusCode
 from support.client import Api, an_id, refused
 from support.cluster import Cluster
+from support.database import execute
 from support.tickets import (
     CLOSED,
     OPEN,
@@ -71,6 +72,19 @@ class TestCreate:
         assert all(answer == answers[0] for answer in answers)
         assert await list_tickets(api) == [answers[0]]
         assert (await create_ticket(api)).id != (await create_ticket(api)).id
+
+    async def test_repeat_is_the_same_ticket_after_a_reindex(
+        self, start_server: Any, fresh_database: str
+    ) -> None:
+        """Then PostgreSQL compares the references before the ids."""
+        execute(fresh_database, "REINDEX INDEX CONCURRENTLY tickets_pkey")
+        api = await start_server(fresh_database)
+        for _ in range(5):
+            fields = {"id": an_id(), "title": "help", "external_ref": an_id()}
+            answers = await asyncio.gather(*(create_ticket(api, **fields) for _ in range(16)))
+            assert all(answer == answers[0] for answer in answers)
+            with refused(StatusCode.ALREADY_EXISTS, "TICKET_ALREADY_EXISTS"):
+                await api.escalate((await api.session()).id, ticket=r.Ticket(**fields))
 
     @pytest.mark.parametrize(
         "changed", [{"title": "other"}, {"status": PENDING}, {"external_ref": "b"}]

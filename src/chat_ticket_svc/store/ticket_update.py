@@ -112,7 +112,9 @@ async def update(
     except ConstraintViolation as violation:
         if violation.constraint != REFERENCE_INDEX:
             raise
-        raise await external_ref_taken(db, tenant_id, changes["external_ref"]) from violation
+        raise await external_ref_taken(
+            db, tenant_id, ticket_id, changes["external_ref"]
+        ) from violation
 
 
 async def _count_sessions(reader: Database | Transaction, params: Mapping[str, Any]) -> int:

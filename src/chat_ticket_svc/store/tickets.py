@@ -164,13 +164,19 @@ def too_many_sessions(ticket_id: str, count: int) -> errors.FailedPreconditionEr
 
 
 async def external_ref_taken(
-    db: Database, tenant_id: str, external_ref: str | None
+    db: Database, tenant_id: str, ticket_id: str, external_ref: str | None
 ) -> errors.DomainError:
-    """The error of a write that PostgreSQL has refused, as another ticket has this reference."""
+    """The error of a write of a ticket that PostgreSQL has refused, as one has this reference.
+
+    It may be the ticket itself, whose creation is repeated: after a REINDEX, PostgreSQL compares the
+    references before the ids.
+    """
     params = {"tenant_id": tenant_id, "external_ref": external_ref}
     holder = await db.fetch_by_key(GET_TICKET_OF_REFERENCE, params, Ticket)
     if holder is None:  # deleted or changed since
         return errors.ContentionError()
+    if holder.id == ticket_id:
+        return errors.AlreadyExistsError.id_taken("ticket", ticket_id)
     return errors.AlreadyExistsError(
         f"ticket {holder.id} has the external_ref already",
         reason="EXTERNAL_REF_TAKEN",
@@ -261,7 +267,9 @@ async def link(
         return await db.transaction(body, idempotent=True, locks=locks)
     except ConstraintViolation as violation:
         if violation.constraint == REFERENCE_INDEX and isinstance(target, NewTicket):
-            raise await external_ref_taken(db, tenant_id, target.external_ref) from violation
+            raise await external_ref_taken(
+                db, tenant_id, target.id, target.external_ref
+            ) from violation
         raise _translated(violation, session_id, chat_ticket_id, target) from violation
 
 
@@ -377,9 +385,8 @@ async def create(db: Database, tenant_id: str, new: NewTicket) -> Ticket:
     except ConstraintViolation as violation:
         if violation.constraint != REFERENCE_INDEX:
             raise
-        error = await external_ref_taken(db, tenant_id, new.external_ref)
-        # Of two equal requests at once, PostgreSQL may compare the references first.
-        if error.metadata.get("ticket_id") != new.id:
+        error = await external_ref_taken(db, tenant_id, new.id, new.external_ref)
+        if error.reason != "TICKET_ALREADY_EXISTS":
             raise error from violation
         created = []
     if created:
