@@ -168,8 +168,8 @@ async def external_ref_taken(
 ) -> errors.DomainError:
     """The error of a write of a ticket that PostgreSQL has refused, as one has this reference.
 
-    It may be the ticket itself, whose creation is repeated: after a REINDEX, PostgreSQL compares the
-    references before the ids.
+    It may be the ticket itself, whose creation is repeated: after a REINDEX, PostgreSQL compares
+    the references before the ids.
     """
     params = {"tenant_id": tenant_id, "external_ref": external_ref}
     holder = await db.fetch_by_key(GET_TICKET_OF_REFERENCE, params, Ticket)
