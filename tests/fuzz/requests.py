@@ -141,6 +141,8 @@ def _message(
             getattr(result, field.name).CopyFrom(_value(draw, field, wild, depth))
         else:
             setattr(result, field.name, _value(draw, field, wild, depth))
+    if descriptor.name == "UpdateChatMessageRequest" and not wild():
+        result.ClearField(draw(st.sampled_from(["update_mask", "metadata_merge_json"])))
     return result
 
 
@@ -312,7 +314,7 @@ def corner_cases(kind: type[Message], tenant: str, choice: str = "") -> Iterator
     [good] = draw_examples(_valid_message(kind, choice), 1, 0)
     for path in _texts(good):
         values = CORNERS
-        if path[-1] == "metadata_json":
+        if path[-1] in ("metadata_json", "metadata_merge_json"):
             values = CORNERS + METADATA_CORNERS
         elif path[-1] == "file_url":
             values = CORNERS + [f"https://{host}/" for host in HOSTS]

@@ -288,6 +288,7 @@ STRINGS: dict[str, Callable[[Draw, bool], str]] = {
     "file_type": _text(LIMITS.file_type, ["image/png", "text/plain"]),
     "file_url": _url,
     "metadata_json": _metadata,
+    "metadata_merge_json": _metadata,
     "etag": _etag,
     "service": _text(100, ["", "chat_ticket.v1.ChatSessionService", "nope"]),
     # The requests of server reflection.

@@ -134,6 +134,10 @@ async def provoke_request_errors(output: ServerOutput, api: Api) -> None:
             update_mask=FieldMask(paths=["metadata_json"]),
         )
         calls.append(api.messages.UpdateChatMessage(update))
+        merge = m.UpdateChatMessageRequest(
+            message=r.ChatMessage(id=an_id()), metadata_merge_json=metadata_json
+        )
+        calls.append(api.messages.UpdateChatMessage(merge))
     labeled = r.ChatSession(
         user_id=f"{bad}\n", title=f"{bad} ", labels={"NO-KEY": bad, "lines": f"{bad}\n"}
     )
