@@ -67,7 +67,7 @@ class ChatDraftService(chat_draft_pb2_grpc.ChatDraftServiceServicer):
     ) -> AsyncIterator[pb.WriteChatDraftResponse]:
         tenant_id = request_context.tenant_id()
         self._group_commit.raise_if_draining()
-        session_id, new, start = await self._read_start(requests)
+        session_id, new, exclusive, expected_revision = await self._read_start(requests)
         request_context.set_draft(session_id, new.id)
         with self._quotas.writing(tenant_id):
             async with self._quotas.turn(tenant_id):
@@ -76,10 +76,8 @@ class ChatDraftService(chat_draft_pb2_grpc.ChatDraftServiceServicer):
                     tenant_id,
                     session_id,
                     new,
-                    exclusive=start.exclusive,
-                    expected_revision=(
-                        start.expected_revision if start.HasField("expected_revision") else None
-                    ),
+                    exclusive=exclusive,
+                    expected_revision=expected_revision,
                     lease_seconds=self._settings.draft_seconds,
                 )
             if not isinstance(opened, Lease):
@@ -131,9 +129,8 @@ class ChatDraftService(chat_draft_pb2_grpc.ChatDraftServiceServicer):
         finally:
             await cancel_and_wait(reading)
 
-    async def _read_start(
-        self, requests: Requests
-    ) -> tuple[str, NewDraft, pb.WriteChatDraftRequest.Start]:
+    async def _read_start(self, requests: Requests) -> tuple[str, NewDraft, bool, int | None]:
+        """The session, the draft, whether it must be the only one, and the expected revision."""
         validator = Validator(self._settings.limits)
         request = await anext(requests, pb.WriteChatDraftRequest())
         if not request.HasField("start"):
@@ -152,9 +149,9 @@ class ChatDraftService(chat_draft_pb2_grpc.ChatDraftServiceServicer):
             author_kind=author_kind,
             author_id=author_id,
         )
-        validator.non_negative("start.expected_revision", start.expected_revision)
+        expected_revision = validator.expected_revision(start, "start.")
         validator.raise_if_invalid()
-        return session_id, new, start
+        return session_id, new, start.exclusive, expected_revision
 
     async def _read_text(
         self, requests: Requests, writer: DraftWriter

@@ -225,11 +225,14 @@ class Validator:
             return None
         return int(value)
 
-    def expected_revision(self, request: Any) -> int | None:
-        """The revision that a session must have; None when it is not to be checked."""
+    def expected_revision(self, request: Any, prefix: str = "") -> int | None:
+        """The revision that a session must have; None when it is not to be checked.
+
+        `prefix` is the path of `request` in the request of the call, with a dot.
+        """
         if not request.HasField("expected_revision"):
             return None
-        return self.non_negative("expected_revision", request.expected_revision)
+        return self.non_negative(f"{prefix}expected_revision", request.expected_revision)
 
     def update_mask(self, mask: FieldMask, allowed: Sequence[str]) -> set[str]:
         """The fields to update. Of `labels`, a path can also name one, as `labels.KEY`."""
