@@ -400,3 +400,14 @@ async def test_foreign_id_gets_the_answer_of_an_absent_id(
     holder, name = ids_of(request)[path]
     is_ignored = not IGNORED.isdisjoint([f"{holder.DESCRIPTOR.name}.{name}", f"{rpc} {path}"])
     assert (plain(outcome["own"]) == plain(outcome["absent"])) == is_ignored
+
+
+async def test_label_of_another_tenant_finds_nothing(api: Api, other: Api) -> None:
+    """Neither a label of its own, nor the very same one, alone or beside others."""
+    same, own = {"team": "billing"}, {"team": "billing", "of": other.tenant}
+    session = await api.session(labels=same)
+    await other.session(labels=own)
+    for labels, expected in ((same, [session.id]), (own, []), ({"of": other.tenant}, [])):
+        request = sessions_pb.ListChatSessionsRequest(labels=labels)
+        listed = await api.sessions.ListChatSessions(request)
+        assert [each.id for each in listed.sessions] == expected

@@ -20,6 +20,7 @@ from support.drafts import a_start
 
 from chat_ticket_svc.limits import KIB
 from chat_ticket_svc.services import paging
+from chat_ticket_svc.store.sessions import MAX_LABELS
 from fuzz.values import (
     FOREIGN,
     HOSTS,
@@ -40,10 +41,10 @@ from fuzz.values import (
 )
 
 CHANGEABLE = {
-    "UpdateChatSessionRequest": ["status", "title", "labels", "labels.a/b"],
+    "UpdateChatSessionRequest": ["status", "title", "labels", "labels.team"],
     "UpdateChatMessageRequest": ["metadata_json"],
     "UpdateChatAttachmentRequest": ["file_url"],
-    "UpdateTicketRequest": ["title", "status"],
+    "UpdateTicketRequest": ["title", "status", "external_ref"],
 }
 
 
@@ -51,7 +52,12 @@ def _mask(draw: Draw, request: str, wild: bool) -> list[str]:
     valid = st.sampled_from(CHANGEABLE.get(request, ["x"]))
     if not wild:
         return draw(st.lists(valid, min_size=1, max_size=2))
-    odd = st.sampled_from(["*", "", "id", "tenant_id", "status.x", "Status", "metadataJson", "\0"])
+    odd = st.sampled_from(
+        [
+            *("*", "", "id", "tenant_id", "status.x", "Status", "metadataJson", "\0", "user_id"),
+            *("labels.", "labels.*", "labels.A", "labels." + "k" * 64, "labels.a.b", "author.id"),
+        ]
+    )
     count = draw(st.sampled_from([0, 1, 2, 20, 21, 1000]))
     return [draw(st.one_of(valid, odd, TEXT))] * count
 
@@ -80,7 +86,8 @@ def _value(draw: Draw, field: FieldDescriptor, wild: Callable[[], bool], depth: 
 
 def _many(draw: Draw, field: FieldDescriptor, wild: Callable[[], bool], depth: int) -> list[Any]:
     """The values of a repeated field: a few, or a few repeated up to a limit."""
-    limit = LIMITS.batch_messages if field.name == "messages" else LIMITS.attachments
+    limits = {"messages": LIMITS.batch_messages, "labels": MAX_LABELS}
+    limit = limits.get(field.name, LIMITS.attachments)
     least = 0 if wild() else int(field.name == "messages")
     values = [_value(draw, field, wild, depth) for _ in range(draw(st.integers(least, 2)))]
     if values and wild():
@@ -93,6 +100,9 @@ def _many(draw: Draw, field: FieldDescriptor, wild: Callable[[], bool], depth: i
     return values
 
 
+OUTPUT_ONLY = {"tenant_id", "sequence", "revision", "create_time", "update_time", "redacted"}
+
+
 def _unset(draw: Draw, field: FieldDescriptor, wild: Callable[[], bool]) -> bool:
     """Whether to omit a field: optional filters, positions, and output-only fields."""
     if wild():
@@ -101,8 +111,11 @@ def _unset(draw: Draw, field: FieldDescriptor, wild: Callable[[], bool]) -> bool
         (field.is_repeated and field.name != "messages")
         or (field.containing_oneof is not None and len(field.containing_oneof.fields) == 1)
         or field.name.startswith(("start_", "end_", "after_", "before_"))
+        or field.name == "metadata_merge_json"
     )
-    output = field.name in ("tenant_id", "sequence", "revision", "create_time", "update_time")
+    if field.name == "expected_revision":  # which is hardly ever the revision
+        return draw(st.integers(0, 9)) > 0
+    output = field.name in OUTPUT_ONLY
     return output or (optional and draw(st.integers(0, 2)) > 0)
 
 
@@ -170,6 +183,8 @@ def hostile_message(draw: Draw, kind: type[Message], tenant: str = "", other: st
     """A request as `tenant` would send it, whose page token may be one of `other`."""
     level = draw(LEVELS)
     result = _message(draw, kind.DESCRIPTOR, lambda: draw(ONE_OF_TEN) < level)
+    if getattr(result, "metadata_merge_json", "") and draw(ONE_OF_TEN) >= level:
+        result.ClearField("update_mask")
     if "page_token" in kind.DESCRIPTOR.fields_by_name:
         result.page_token = _page_token(draw, result, tenant, other)  # type: ignore[attr-defined]
     return result
@@ -319,7 +334,10 @@ def corner_cases(kind: type[Message], tenant: str, choice: str = "") -> Iterator
         elif path[-1] == "file_url":
             values = CORNERS + [f"https://{host}/" for host in HOSTS]
         for value in values:
-            yield _with(good, path, value)
+            changed = _with(good, path, value)
+            if path[-1] == "metadata_merge_json":
+                changed.ClearField("update_mask")
+            yield changed
     if "page_token" in kind.DESCRIPTOR.fields_by_name:
         digest = json.dumps(json.loads(decode_token(paging.encode_token(tenant, good)))[0])
         first = {"ListChatAttachmentsRequest": ["0"], "SearchChatMessagesRequest": ["0.5"]}
@@ -354,7 +372,11 @@ def _token(text: str) -> str:
 def _texts(hostile_message: Message) -> Iterator[list[Any]]:
     """Where a message has text: the names and indexes that lead there."""
     for field, value in hostile_message.ListFields():
-        if field.message_type is not None:
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            for key in value:
+                if isinstance(value[key], str):
+                    yield [field.name, key]
+        elif field.message_type is not None:
             each = enumerate(value) if field.is_repeated else [(None, value)]
             for index, inner in each:
                 for path in _texts(inner):
@@ -370,5 +392,8 @@ def _with(hostile_message: Message, path: list[Any], value: str) -> Message:
     at: Any = changed
     for step in path[:-1]:
         at = at[step] if isinstance(step, int) else getattr(at, step)
-    setattr(at, path[-1], value)
+    if isinstance(at, Message):
+        setattr(at, path[-1], value)
+    else:
+        at[path[-1]] = value
     return changed

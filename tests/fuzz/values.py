@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from chat_ticket_svc.limits import Limits
+from chat_ticket_svc.services.validate import MAX_LABEL_VALUE, MAX_REFERENCE
 
 LIMITS = Limits()
 KINDS = ("session", "message", "attachment", "chat_ticket", "ticket", "draft")
@@ -278,7 +279,20 @@ def _language_code(draw: Draw, wild: bool) -> str:
     return draw(st.one_of(st.sampled_from(odd), TEXT))
 
 
+def _label_key(draw: Draw, wild: bool) -> str:
+    if not wild:
+        return draw(st.sampled_from(["team", "a/b.c_d-9"]))
+    odd = ["A", "\u00e9", "a b", "a=b", "a\n", "\0", "*", ":", "k" * 63, "k" * 64]
+    return draw(st.one_of(st.sampled_from(odd), TEXT))
+
+
 STRINGS: dict[str, Callable[[Draw, bool], str]] = {
+    # The caller's own ids. Each external reference is of one ticket, so few are tame.
+    "user_id": _text(MAX_REFERENCE, ["u-1", "J\u00f6rg \u6f22", ""]),
+    "external_ref": _text(MAX_REFERENCE, ["ZD-1", "", "", ""]),
+    "key": _label_key,
+    "value": _text(MAX_LABEL_VALUE, ["billing", "", "\u00e9 = \U0001f600"]),
+    "metadata_merge_json": _metadata,
     "content": _text(LIMITS.content_bytes, ["hello", "where is my order"], in_bytes=True),
     "text": _text(LIMITS.content_bytes, ["hello", "x", ""], in_bytes=True),
     "language_code": _language_code,
@@ -310,11 +324,13 @@ OF_TYPE = {
 
 
 def string_value(draw: Draw, field: FieldDescriptor, wild: bool) -> str:
+    if field.containing_type.name == "ChatMessageAuthor":
+        return STRINGS["user_id"](draw, wild)
+    if field.name in STRINGS:
+        return STRINGS[field.name](draw, wild)
     if field.name == "id" or field.name.endswith("_id"):
         kind = OF_TYPE.get(field.containing_type.name, "") if field.name == "id" else ""
         return id_value(draw, kind or field.name.removesuffix("_id"), wild)
-    if field.name in STRINGS:
-        return STRINGS[field.name](draw, wild)
     return draw(TEXT) if wild else draw(st.sampled_from(["", "x"]))
 
 

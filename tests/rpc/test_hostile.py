@@ -40,7 +40,7 @@ from chat_ticket.v1.chat_message_pb2 import SearchChatMessagesRequest
 from chat_ticket_svc.limits import MIB
 from chat_ticket_svc.reasons import REASONS
 
-SEED = 20261129
+SEED = 20261130
 COUNT = 30
 
 
@@ -74,7 +74,7 @@ class TestRequests:
         """
         report = Report()
         await run_batch(address, method, as_bytes=False, count=COUNT, seed=SEED, report=report)
-        assert not report.findings, report.found
+        assert not report.findings, report.summary
         assert report.counts[method.name, "OK"] + report.counts[method.name, "left"]
 
     @pytest.mark.parametrize("method", OURS, ids=lambda method: method.name)
@@ -82,14 +82,14 @@ class TestRequests:
         """Values that have broken something before, one at a time in a valid request."""
         report = Report()
         await run_corners(address, method, report)
-        assert not report.findings, report.found
+        assert not report.findings, report.summary
 
     @every_method
     async def test_bytes_that_are_no_message(self, address: str, method: Method) -> None:
         """Whatever the bytes are, the answer is a documented one, and the caller's own."""
         report = Report()
         await run_batch(address, method, as_bytes=True, count=COUNT, seed=SEED, report=report)
-        assert not report.findings, report.found
+        assert not report.findings, report.summary
 
     async def test_every_service_of_the_server_is_fuzzed(self, address: str) -> None:
         """What reflection lists is what the tests above know."""

@@ -193,6 +193,7 @@ async def use_everything(api: Api, store: str) -> tuple[str, str]:
     message = await api.message(
         session.id,
         secret("content"),
+        author=r.ChatMessageAuthor(id=secret("author")),
         metadata_json=json.dumps({secret("key"): [secret("value")]}),
         attachments=[a_secret_file(file_url=f"{store}/{secret('path')}?sig={secret('query')}")],
     )
@@ -206,6 +207,11 @@ async def use_everything(api: Api, store: str) -> tuple[str, str]:
         api.messages.ListChatMessages(m.ListChatMessagesRequest(session_id=session.id))
     )
     assert leaks(str(listed)), "the caller gets what is theirs"
+    merge = m.UpdateChatMessageRequest(
+        message=r.ChatMessage(id=message.id),
+        metadata_merge_json=json.dumps({secret("key"): None, secret("merged"): secret("value")}),
+    )
+    await api.messages.UpdateChatMessage(merge)
     await api.escalate(session.id, ticket=r.Ticket(title=secret("title")))
     return session.id, message.id
 
