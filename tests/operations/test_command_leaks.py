@@ -5,12 +5,19 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.client import a_file
+from support.database import execute, raise_on_insert
+from support.migrations import ask
+from support.process import command
 from support.provoked_faults import command_line, with_secrets
 from support.secrets import MARKED, leaks, secret
 
+from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket_svc import config, limits
 from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.commands import token as token_command
@@ -260,6 +267,53 @@ class TestCommands:
         assert re.search(r"KeyError.*RuntimeError", done.stderr, re.DOTALL)
         assert re.search(r"cli\.py:\d+ main", done.stderr)
         assert not leaks(done.stdout + done.stderr)
+
+
+async def test_commands_about_data_show_none(
+    fresh_database: str, start_server: Callable[..., Any], tenant: str
+) -> None:
+    """Neither when they count, refuse or delete, nor when PostgreSQL's error has a row.
+
+    An export is the data, and nothing beside it.
+    """
+    api = await start_server(fresh_database)
+    session = await api.session(
+        user_id="u-1", title=secret("title"), labels={"label": secret("label")}
+    )
+    await api.message(
+        session.id,
+        secret("content"),
+        author=r.ChatMessageAuthor(id=secret("author")),
+        metadata_json=json.dumps({secret("key"): secret("value")}),
+        attachments=[a_file(file_name=secret("name"))],
+    )
+    ticket = r.Ticket(title=secret("title"), external_ref=secret("reference"))
+    await api.escalate(session.id, ticket=ticket)
+    execute(fresh_database, "UPDATE chat_sessions SET updated_at = '2020-01-01Z'")
+    of_user = ("--tenant", tenant, "--user", "u-1")
+    erase = ("erase", *of_user, "--yes", "--active-tickets")
+    sabotage = f"RAISE '{secret('MESSAGE')}' USING DETAIL = '{secret('DETAIL')}'"
+    expire = ("expire", "--tenant", tenant, "--older-than", "400d")
+    for arguments, status in (
+        (("erase", *of_user, "--dry-run"), 1),
+        (("erase", *of_user, "--yes"), 1),
+        (expire, 0),
+        (erase, 1),
+        (erase, 0),
+    ):
+        is_sabotaged = (arguments, status) == (erase, 1)
+        if is_sabotaged:
+            raise_on_insert(fresh_database, sabotage, table="chat_session_tombstones")
+        done = await command(*arguments, DATABASE_URL=fresh_database)
+        if is_sabotaged:
+            execute(fresh_database, "DROP TRIGGER sabotage ON chat_session_tombstones")
+            exported = await command("export", *of_user, DATABASE_URL=fresh_database)
+            assert exported.status == 0
+            assert leaks(exported.output)
+            assert not leaks(exported.errors)
+        assert done.status == status, done
+        assert not leaks(done.output + done.errors)
+    assert ask(fresh_database, "SELECT count(*) FROM chat_sessions") == [(0,)]
 
 
 def certificate(directory: Path) -> dict[str, str]:
