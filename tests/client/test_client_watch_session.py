@@ -103,26 +103,45 @@ async def test_ticket_is_delivered_when_it_changes(
     assert events == [("session", 1), ("ticket", 1), ("ticket", 2), ("session_deleted", 3)]
 
 
-async def test_ticket_that_is_gone_is_delivered_once(
+async def test_ticket_that_is_unlinked_is_delivered_with_its_revision(
     scripted: tuple[ScriptedSessions, int], connect: NewClient
 ) -> None:
-    """A stream that was open says so by itself, and a new one begins without a ticket."""
+    """The stream says so itself, after the session, whose event does not move the position."""
     linked = session(1, has_ticket=True)
-    for position, last in ((1, [linked, session(1), unlinked(2)]), (2, [session(2)])):
-        events = await delivered(
-            scripted,
-            connect,
-            [linked, ticket(1, r.TICKET_STATUS_OPEN)],
-            last,
-            [session(2), deleted(3)],
-        )
-        assert events == [
-            ("session", 1),
-            ("ticket", 1),
-            ("session", position),
-            ("ticket", 2),
-            ("session_deleted", 3),
-        ]
+    events = await delivered(
+        scripted,
+        connect,
+        [linked, ticket(1, r.TICKET_STATUS_OPEN), session(1), unlinked(2)],
+        [session(2), deleted(3)],
+    )
+    assert events == [
+        ("session", 1),
+        ("ticket", 1),
+        ("session", 1),
+        ("ticket", 2),
+        ("session_deleted", 3),
+    ]
+
+
+async def test_ticket_that_was_unlinked_between_streams_is_delivered(
+    scripted: tuple[ScriptedSessions, int], connect: NewClient
+) -> None:
+    """The new stream begins with a session that has no ticket, and does not say more."""
+    linked = session(1, has_ticket=True)
+    events = await delivered(
+        scripted,
+        connect,
+        [linked, ticket(1, r.TICKET_STATUS_OPEN)],
+        [session(1)],
+        [session(1), deleted(3)],
+    )
+    assert events == [
+        ("session", 1),
+        ("ticket", 1),
+        ("session", 1),
+        ("ticket", 1),
+        ("session_deleted", 3),
+    ]
 
 
 async def test_unknown_event_moves_the_position(

@@ -11,6 +11,7 @@ const random = mock.method(Math, 'random', () => 0)
 
 const ticket = (revision, state) =>
   event('ticket', revision, ChatTicket.fromPartial({ id: 'a link', ticket: { id: 'a ticket', status: state } }))
+const unlinked = (revision) => event('ticket', revision, ChatTicket.fromPartial({}))
 
 const unavailable = refusal(status.UNAVAILABLE, 'DRAINING')
 const expired = refusal(status.UNAUTHENTICATED, 'CREDENTIAL_EXPIRED')
@@ -89,20 +90,22 @@ suite('watch', () => {
     const script = scripted(
       [linked(1), ticket(1, 'TICKET_STATUS_OPEN'), unavailable],
       [linked(1), ticket(1, 'TICKET_STATUS_OPEN'), ticket(2, 'TICKET_STATUS_SOLVED'), unavailable],
-      [session(3), event('caughtUp', 3), unavailable],
-      [session(3), event('ticket', 4, ChatTicket.fromPartial({})), linked(5), ticket(5, 'TICKET_STATUS_OPEN'), event('sessionDeleted', 5)],
+      [session(2), event('caughtUp', 3), unavailable],
+      [session(3), linked(3), ticket(4, 'TICKET_STATUS_OPEN'), session(4), unlinked(5), event('sessionDeleted', 6)],
     )
     const client = await serve(t, script)
     assert.deepEqual(await collect(client.watch('an id')), [
       'session 1',
       'ticket 1',
       'ticket 2',
-      'session 3',
-      'ticket 3',
+      'session 2',
+      'ticket 2',
       'caughtUp 3',
-      'session 5',
+      'session 3',
+      'ticket 4',
+      'session 4',
       'ticket 5',
-      'sessionDeleted 5',
+      'sessionDeleted 6',
     ])
   })
 
