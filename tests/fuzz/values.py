@@ -292,7 +292,6 @@ STRINGS: dict[str, Callable[[Draw, bool], str]] = {
     "external_ref": _text(MAX_REFERENCE, ["ZD-1", "", "", ""]),
     "key": _label_key,
     "value": _text(MAX_LABEL_VALUE, ["billing", "", "\u00e9 = \U0001f600"]),
-    "metadata_merge_json": _metadata,
     "content": _text(LIMITS.content_bytes, ["hello", "where is my order"], in_bytes=True),
     "text": _text(LIMITS.content_bytes, ["hello", "x", ""], in_bytes=True),
     "language_code": _language_code,
