@@ -44,7 +44,7 @@ OUTPUT = ROOT / "build" / "bench"
 PICTURE_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
 
 ROUNDS = 5
-MAX_SECONDS = 20 * 60
+MAX_SECONDS = 22 * 60
 
 
 class Part(Protocol):
