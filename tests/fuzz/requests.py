@@ -111,7 +111,6 @@ def _unset(draw: Draw, field: FieldDescriptor, wild: Callable[[], bool]) -> bool
         (field.is_repeated and field.name != "messages")
         or (field.containing_oneof is not None and len(field.containing_oneof.fields) == 1)
         or field.name.startswith(("start_", "end_", "after_", "before_"))
-        or field.name == "metadata_merge_json"
     )
     if field.name == "expected_revision":  # which is hardly ever the revision
         return draw(st.integers(0, 9)) > 0
@@ -183,8 +182,6 @@ def hostile_message(draw: Draw, kind: type[Message], tenant: str = "", other: st
     """A request as `tenant` would send it, whose page token may be one of `other`."""
     level = draw(LEVELS)
     result = _message(draw, kind.DESCRIPTOR, lambda: draw(ONE_OF_TEN) < level)
-    if getattr(result, "metadata_merge_json", "") and draw(ONE_OF_TEN) >= level:
-        result.ClearField("update_mask")
     if "page_token" in kind.DESCRIPTOR.fields_by_name:
         result.page_token = _page_token(draw, result, tenant, other)  # type: ignore[attr-defined]
     return result
