@@ -63,7 +63,6 @@ def process(database: str) -> Iterator[ServerProcess]:
         "CHAT_TICKET_METRICS_PORT": "0",
         "CHAT_TICKET_QUOTAS__SESSION_STREAMS": "1",
         "CHAT_TICKET_POOL_SIZE": "3",
-        "CHAT_TICKET_DRAFT_SECONDS": "1.5",
     }
     with server_process(database, **settings) as process:
         process.wait_for("serving")
