@@ -27,7 +27,7 @@ from support.tickets import (
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_ticket_pb2 import ListTicketsRequest
 from chat_ticket_svc.services.validate import MAX_UUID
-from chat_ticket_svc.store import ticket_listing
+from chat_ticket_svc.store import ticket_listing, ticket_update
 
 
 async def list_tickets(api: Api, **filters: Any) -> list[r.Ticket]:
@@ -143,6 +143,24 @@ class TestReference:
                 return refusal.info.metadata["ticket_id"]
 
         assert len(set(await asyncio.gather(*map(take, tickets)))) == 1
+
+    async def test_taken_and_then_its_own(self, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Between the refusal and its reason, another call gives the ticket the reference."""
+        holder = await create_ticket(api, external_ref="a")
+        ticket = await create_ticket(api)
+        find_holder = ticket_update.external_ref_taken
+
+        async def find_holder_later(*arguments: Any) -> Any:
+            monkeypatch.undo()
+            await update_ticket(api, holder.id, external_ref="")
+            await update_ticket(api, ticket.id, external_ref="a")
+            return await find_holder(*arguments)
+
+        monkeypatch.setattr(ticket_update, "external_ref_taken", find_holder_later)
+        with refused(StatusCode.ABORTED, "CONTENTION"):
+            await update_ticket(api, ticket.id, external_ref="a", title="new")
+        again = await update_ticket(api, ticket.id, external_ref="a", title="new")
+        assert (again.external_ref, again.title, again.revision) == ("a", "new", 2)
 
     async def test_is_free_again_when_it_is_removed_or_its_ticket_deleted(self, api: Api) -> None:
         """An empty one removes it, which is a change."""

@@ -7,6 +7,7 @@ older version too.
 from collections.abc import Mapping
 from typing import Any
 
+from chat_ticket_svc import errors
 from chat_ticket_svc.store import sessions
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.driver_errors import ConstraintViolation
@@ -112,9 +113,8 @@ async def update(
     except ConstraintViolation as violation:
         if violation.constraint != REFERENCE_INDEX:
             raise
-        raise await external_ref_taken(
-            db, tenant_id, ticket_id, changes["external_ref"]
-        ) from violation
+        error = await external_ref_taken(db, tenant_id, ticket_id, changes["external_ref"])
+        raise error or errors.ContentionError() from violation
 
 
 async def _count_sessions(reader: Database | Transaction, params: Mapping[str, Any]) -> int:

@@ -155,6 +155,10 @@ def chat_ticket_not_found(chat_ticket_id: str) -> errors.NotFoundError:
     return errors.NotFoundError("chat_ticket", chat_ticket_id)
 
 
+def _ticket_id_taken(ticket_id: str) -> errors.AlreadyExistsError:
+    return errors.AlreadyExistsError.id_taken("ticket", ticket_id)
+
+
 def too_many_sessions(ticket_id: str, count: int) -> errors.FailedPreconditionError:
     return errors.FailedPreconditionError(
         f"{count:,} sessions are linked to the ticket, at most {MAX_SESSIONS}",
@@ -165,18 +169,19 @@ def too_many_sessions(ticket_id: str, count: int) -> errors.FailedPreconditionEr
 
 async def external_ref_taken(
     db: Database, tenant_id: str, ticket_id: str, external_ref: str | None
-) -> errors.DomainError:
+) -> errors.DomainError | None:
     """The error of a write of a ticket that PostgreSQL has refused, as one has this reference.
 
-    It may be the ticket itself, whose creation is repeated: after a REINDEX, PostgreSQL compares
-    the references before the ids.
+    None if the ticket itself has it. When its creation is repeated after a REINDEX, PostgreSQL
+    compares the references before the ids. When it is changed, another call may have given it the
+    reference since.
     """
     params = {"tenant_id": tenant_id, "external_ref": external_ref}
     holder = await db.fetch_by_key(GET_TICKET_OF_REFERENCE, params, Ticket)
     if holder is None:  # deleted or changed since
         return errors.ContentionError()
     if holder.id == ticket_id:
-        return errors.AlreadyExistsError.id_taken("ticket", ticket_id)
+        return None
     return errors.AlreadyExistsError(
         f"ticket {holder.id} has the external_ref already",
         reason="EXTERNAL_REF_TAKEN",
@@ -267,9 +272,8 @@ async def link(
         return await db.transaction(body, idempotent=True, locks=locks)
     except ConstraintViolation as violation:
         if violation.constraint == REFERENCE_INDEX and isinstance(target, NewTicket):
-            raise await external_ref_taken(
-                db, tenant_id, target.id, target.external_ref
-            ) from violation
+            error = await external_ref_taken(db, tenant_id, target.id, target.external_ref)
+            raise error or _ticket_id_taken(target.id) from violation
         raise _translated(violation, session_id, chat_ticket_id, target) from violation
 
 
@@ -298,7 +302,7 @@ def _translated(
         case "fk_chat_tickets_ticket":
             return ticket_not_found(ticket_id)
         case "tickets_pkey":
-            return errors.AlreadyExistsError.id_taken("ticket", ticket_id)
+            return _ticket_id_taken(ticket_id)
         case "chat_tickets_pkey":
             return errors.AlreadyExistsError.id_taken("chat_ticket", chat_ticket_id)
     return violation
@@ -386,14 +390,14 @@ async def create(db: Database, tenant_id: str, new: NewTicket) -> Ticket:
         if violation.constraint != REFERENCE_INDEX:
             raise
         error = await external_ref_taken(db, tenant_id, new.id, new.external_ref)
-        if error.reason != "TICKET_ALREADY_EXISTS":
+        if error is not None:
             raise error from violation
         created = []
     if created:
         return created[0]
     existing = await db.fetch_by_key(GET_TICKET, params, Ticket, outcome_unknown=True)
     if existing is None or not _is_created_by(new, existing):
-        raise errors.AlreadyExistsError.id_taken("ticket", new.id)
+        raise _ticket_id_taken(new.id)
     return existing
 
 
