@@ -125,6 +125,17 @@ class AbortedError(DomainError):
     """The call lost to a concurrent call. The caller may read again, or simply retry."""
 
 
+class EtagMismatchError(AbortedError):
+    """The session, or `entity`, is at another revision than the caller expects."""
+
+    def __init__(self, entity: str, revision: int, expected: int):
+        super().__init__(
+            f"the {entity} is at revision {revision}, not {expected}",
+            reason="ETAG_MISMATCH",
+            metadata={"revision": str(revision)},
+        )
+
+
 class ContentionError(AbortedError):
     """Transactions conflicted, and the service's own retries are exhausted."""
 

@@ -10,11 +10,18 @@ from grpc.aio import AioRpcError
 from support.client import Api, an_id, refused
 from support.database import terminate_at_commit, wait_until_blocked
 from support.lost_answers import lose_first_answer
-from support.messages import delete_message, merge_metadata, sequences, set_metadata
+from support.messages import (
+    delete_message,
+    get_message,
+    merge_metadata,
+    sequences,
+    set_metadata,
+)
 from support.sessions import get_revision
+from support.tickets import unlink
 
 from chat_ticket.v1 import resources_pb2 as r
-from chat_ticket_svc.store import append, group_commit, messages
+from chat_ticket_svc.store import append, group_commit, messages, tickets
 
 
 @pytest.fixture
@@ -305,4 +312,35 @@ class TestUpdates:
         with refused(StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN") as refusal:
             await update(api, message.id, '{"a": 1}', etag="1")
         assert "RetryInfo" not in refusal.details
+        assert await get_revision(api, session.id) == 2
+
+    async def test_other_change_after_the_lost_commit(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A mismatch would say that nothing was changed, so the outcome is unknown."""
+        session = await api.session()
+        message = await api.message(session.id)
+
+        async def change_too() -> None:
+            await merge_metadata(api, message.id, '{"b": 1}')
+
+        lose_first_answer(monkeypatch, "COMMIT", after=messages.SET_METADATA, then=change_too)
+        with refused(StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN"):
+            await merge_metadata(api, message.id, '{"a": 1}', expected_revision=1)
+        changed = await get_message(api, message.id)
+        assert changed.metadata_json == '{"a": 1, "b": 1}'
+
+    async def test_link_that_is_gone_after_the_lost_commit(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was made, and its followers were told of it: the outcome is unknown."""
+        session = await api.session()
+        link_id = an_id()
+
+        async def drop_link() -> None:
+            await unlink(api, link_id)
+
+        lose_first_answer(monkeypatch, "COMMIT", after=tickets.CREATE_CHAT_TICKET, then=drop_link)
+        with refused(StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN"):
+            await api.escalate(session.id, chat_ticket_id=link_id, expected_revision=0)
         assert await get_revision(api, session.id) == 2

@@ -63,6 +63,7 @@ SNAPSHOT_IDLE_TIMEOUT = "SELECT set_config('idle_in_transaction_session_timeout'
 # After these errors callers take it that nothing was written.
 _NOTHING_WRITTEN = (
     errors.ContentionError,
+    errors.EtagMismatchError,
     errors.ResourceExhaustedError,
     errors.UnavailableError,
     errors.UnsupportedError,
@@ -418,6 +419,9 @@ class Database:
                     raise self._unavailable(outcome) from error
                 retried = True
                 earlier_outcome_unknown = outcome.is_unknown
+            except errors.EtagMismatchError as error:
+                # Perhaps an earlier attempt has made its change, and another call one behind it.
+                raise outcome.or_unknown(error) from None
             except psycopg.Error as error:
                 outcome.is_unknown = earlier_outcome_unknown
                 raise outcome.or_unknown(self._translated(error)) from error

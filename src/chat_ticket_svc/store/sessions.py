@@ -190,13 +190,9 @@ async def lock(
 
 
 def check_revision(revision: int, expected: int | None, entity: str = "session") -> None:
-    """Raise AbortedError if another revision is expected than the session, or `entity`, has."""
+    """Raise EtagMismatchError if the session, or `entity`, is expected at another revision."""
     if expected is not None and expected != revision:
-        raise errors.AbortedError(
-            f"the {entity} is at revision {revision}, not {expected}",
-            reason="ETAG_MISMATCH",
-            metadata={"revision": str(revision)},
-        )
+        raise errors.EtagMismatchError(entity, revision, expected)
 
 
 async def of_message(db: Database, tenant_id: str, message_id: str) -> str:
