@@ -9,6 +9,7 @@ from grpc import StatusCode
 from support.client import Api, an_id
 from support.drafts import leave_draft, list_drafts, stop_draft, writing
 from support.messages import KIB, delete_message
+from support.sessions import RESOLVED, set_status
 from support.watching import following, watching
 
 from chat_ticket.v1 import resources_pb2 as r
@@ -147,6 +148,17 @@ class TestBegin:
                     "draft 1",
                     "draft 2",
                 ]
+
+    async def test_moves_no_position_before_caught_up(self, unpolled: Api) -> None:
+        """A stream that resumes where only the session has changed: the draft comes before that."""
+        api = unpolled
+        session = await api.session()
+        await set_status(api, session.id, RESOLVED)
+        await leave_draft(api, session.id, "text")
+        async with watching(api, session.id, include_drafts=True) as watcher:
+            events = [await watcher.next() for _ in range(3)]
+            assert watcher.kinds == ["session", "draft", "caught_up"]
+            assert [event.revision for event in events] == [0, 0, 1]
 
     async def test_draft_that_nothing_announced_comes_before_caught_up(
         self, unpolled: Api, database: str

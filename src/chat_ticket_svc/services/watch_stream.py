@@ -51,7 +51,8 @@ async def watch_with_drafts(
     ):
         drafts = ShownDrafts(feed)
         while not (stream.is_caught_up or stream.is_finished):
-            history = await watcher.read_page(stream.revision, page_size)
+            sent = stream.revision
+            history = await watcher.read_page(sent, page_size)
             page_size = min(2 * page_size, paging.MAX_STREAM_PAGE)
             events = stream.advance(history)
             caught_up = events.pop() if stream.is_caught_up else b""
@@ -59,7 +60,10 @@ async def watch_with_drafts(
                 yield event
             if caught_up:
                 await feed.refreshed()
-                for event in drafts.news(stream.revision):
+                # Where no message has changed, only `caught_up` moves the position.
+                if events:
+                    sent = Event.FromString(events[-1]).revision
+                for event in drafts.news(sent):
                     yield event
                 yield caught_up
         del history
