@@ -11,6 +11,7 @@ import psycopg
 import pytest
 from support.client import Api, an_id
 from support.database import session_locked, store_database
+from support.drafts import leave_draft
 from support.plain_rows import Rows
 from support.process import Finished, command
 from support.tenant_data import counts, many_messages, session_of
@@ -109,17 +110,22 @@ async def test_session_with_an_active_ticket_is_kept(api: Api, database: str, te
 
 
 async def test_a_dry_run_only_counts(api: Api, database: str, tenant: str) -> None:
+    """What a run would delete: no session with an active ticket, and none with an open draft."""
     for _ in range(3):
         old_session(database, tenant, messages=1)
     escalated = session_of(database, tenant, None)
     await api.escalate(escalated)
-    age(database, escalated)
+    being_written = session_of(database, tenant, None)
+    await leave_draft(api, being_written, "text")
+    age(database, escalated, being_written)
     before = counts(database, tenant)
     done = await expire(database, "--tenant", tenant, "--older-than", "400d", "--dry-run")
     assert done.status == 0
     assert f"tenant {tenant}: 3 sessions would be deleted, kept 1 with" in done.output
     assert done.output.endswith("nothing was deleted: dry run\n")
     assert counts(database, tenant) == before
+    done = await expire(database, "--tenant", tenant, "--older-than", "400d")
+    assert "deleted 3 sessions with 3 messages, kept 1 with" in done.output
 
 
 @pytest.mark.parametrize("change", ["message", "ticket", "draft", "status"])
@@ -305,6 +311,7 @@ BAD_POLICIES = {
         "default.status.1: Input should be 'active', 'resolved' or 'archived'",
         "tenant: Extra inputs are not permitted",
     ],
+    f"a = {'[' * 5000}\n": ["too deeply nested"],
     '[tenants."ä"]\nolder_than = "1d"\n': ["must be a tenant id"],
 }
 

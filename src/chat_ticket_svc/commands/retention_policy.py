@@ -83,6 +83,8 @@ def load(path: Path) -> Policy:
         ) from error
     except ValueError as error:  # neither UTF-8 nor TOML
         raise ConfigurationError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise ConfigurationError(f"{path}: too deeply nested") from error
     if file.default is None and not file.tenants:
         raise ConfigurationError(f"{path}: must have a [default] or a [tenants.ID]")
     default = None if file.default is None else file.default.rule()

@@ -31,7 +31,10 @@ SELECT s.id::text, s.revision, {microseconds("s.updated_hour")},
            SELECT FROM chat_tickets ct
              JOIN tickets t ON t.tenant_id = %(tenant_id)s AND t.id = ct.ticket_id
             WHERE ct.tenant_id = %(tenant_id)s AND ct.session_id = s.id
-              AND t.status IN ('open', 'pending'))
+              AND t.status IN ('open', 'pending')),
+       EXISTS (
+           SELECT FROM chat_drafts d
+            WHERE d.tenant_id = %(tenant_id)s AND d.session_id = s.id)
   FROM chat_sessions s
  WHERE {EXPIRED}
    AND updated_hour < now() - %(older_than)s::interval
@@ -79,6 +82,7 @@ class _Candidate(NamedTuple):
     revision: int
     updated_hour: int
     has_active_ticket: bool
+    has_draft: bool
 
 
 async def expire(
@@ -90,7 +94,7 @@ async def expire(
     `dry_run`, nothing is deleted, the messages are not counted, and nothing pauses. After an
     interruption, another call continues, and two calls at once share the work.
     """
-    last = _Candidate(str(UUID(int=0)), 0, 0, has_active_ticket=False)
+    last = _Candidate(str(UUID(int=0)), 0, 0, has_active_ticket=False, has_draft=False)
     params = {"tenant_id": tenant_id, **rule._asdict(), "limit": SESSIONS_PER_PAGE}
     while page := await db.fetch_all(
         PAGE,
@@ -98,8 +102,9 @@ async def expire(
         _Candidate,
         prepare=False,
     ):
-        due = [session for session in page if not session.has_active_ticket]
-        yield Expired(len(due) if dry_run else 0, 0, kept=len(page) - len(due))
+        kept = [session for session in page if session.has_active_ticket]
+        due = [s for s in page if not (s.has_active_ticket or s.has_draft)]
+        yield Expired(len(due) if dry_run else 0, 0, len(kept))
         for batch in [] if dry_run else erasure.batches(due):
             yield await _delete_expired(db, tenant_id, rule, [session.id for session in batch])
             await asyncio.sleep(PAUSE_SECONDS)
