@@ -18,7 +18,7 @@ from support.watching import assert_same_state, watching
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_ticket_pb2 import ListChatTicketsRequest
 
-SECONDS = 4
+SECONDS = 2
 # What a caller of these calls may hear when another one was first.
 LOST = {
     *("CHAT_SESSION_NOT_FOUND", "CHAT_TICKET_NOT_FOUND"),
