@@ -5,7 +5,7 @@ of the messages belong to one large tenant, an eighth to one that writes Japanes
 a thousand tenants, down to a few messages each. One small tenant is the same in every database.
 Each call reads or writes the same amount at every size, or its time is divided by the amount.
 
-Lists of sessions are also measured on a tenant of a million sessions (see session_lists.py).
+Lists are also measured on a tenant of a million sessions and tickets (see lists.py).
 """
 
 import asyncio
@@ -27,7 +27,7 @@ import grpc.aio
 import psycopg
 import uuid_utils
 
-from benchmarks import chats, japanese, search_index, service, session_lists
+from benchmarks import chats, japanese, lists, search_index, service
 from benchmarks.figures import Figure
 from benchmarks.service import Bench, Server
 from chat_ticket.v1 import chat_message_pb2 as messages_pb2
@@ -402,7 +402,7 @@ def measure(bench: Bench) -> list[Figure]:
         index_bytes = search_index.index_bytes(urls[size])
         english_index_bytes = search_index.english_index_bytes(urls[ENGLISH_INDEX_SIZE])
     append_cpu = search_index.append_cpu(bench)
-    lists, list_plans = session_lists.measure(bench)
+    of_lists_by_size, list_plans = lists.measure(bench)
     of_data = [
         _figure(
             name, "messages in all", {each: results[each, name, length] for each in SIZES}, plans
@@ -420,8 +420,13 @@ def measure(bench: Bench) -> list[Figure]:
         for name in SESSION_CALLS
     ]
     of_lists = [
-        _figure(name, "sessions of the tenant", by_size, list_plans)
-        for name, by_size in lists.items()
+        _figure(
+            name,
+            "tickets of the tenant" if name.startswith(lists.TICKETS) else "sessions of the tenant",
+            by_size,
+            list_plans,
+        )
+        for name, by_size in of_lists_by_size.items()
     ]
     of_index = [
         Figure(
