@@ -146,6 +146,35 @@ async def test_page_of_sessions_with_long_labels_fits_into_a_response(api: Api) 
     assert await list_all_ids(api, request) == ids[::-1]
 
 
+@pytest.mark.parametrize("value", ["題" * 255, '"' * 255], ids=["long", "longer as JSON"])
+@pytest.mark.parametrize("order", [0, BY_UPDATE])
+@pytest.mark.parametrize("filters", [{}, {"statuses": [ACTIVE]}, {"labels": {"of": "all"}}])
+async def test_page_of_sessions_with_long_labels_reads_little_more_than_it_returns(
+    api: Api, database: str, monkeypatch: pytest.MonkeyPatch, value: str, order: int, filters: Any
+) -> None:
+    """Not all sessions that a page may have: their labels are 35 MB."""
+    execute(
+        database,
+        f"INSERT INTO chat_sessions (tenant_id, labels) SELECT '{api.tenant}', ("
+        f" SELECT jsonb_object_agg('key-' || n, '{value}') || '{{\"of\": \"all\"}}'"
+        "   FROM generate_series(1, 31) AS n) FROM generate_series(1, 500)",
+    )
+    read, sizes = session_listing.page, list[int]()
+
+    async def page(*arguments: Any, **named: Any) -> Any:
+        rows = await read(*arguments, **named)
+        sizes.append(sum(len((row.labels or "").encode()) for row in rows))
+        return rows
+
+    monkeypatch.setattr(session_listing, "page", page)
+    request = ListChatSessionsRequest(page_size=1000, order_by=order, **filters)
+    ids = await list_all_ids(api, request)
+    assert len(ids) == len(set(ids)) == 500
+    assert max(sizes) < 2.1 * MAX_RESPONSE_BYTES
+    first = await api.sessions.ListChatSessions(ListChatSessionsRequest(page_size=1000))
+    assert first.ByteSize() > MAX_RESPONSE_BYTES - 30_000, "the response is full all the same"
+
+
 @pytest.fixture(scope="module")
 def large_tenant(cluster: Cluster) -> Iterator[psycopg.Connection[Any]]:
     """A database whose tenant has 20,000 sessions, three of five of which have the same label."""

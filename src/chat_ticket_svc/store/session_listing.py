@@ -39,10 +39,16 @@ RANGES = """
             AND updated_hour < %(updated_to)s::timestamptz))
 """
 
+BY_CREATE_TIME = "chat_sessions.created_at DESC, chat_sessions.id DESC"
+
+BY_UPDATE_TIME = (
+    "chat_sessions.updated_hour DESC, chat_sessions.updated_at DESC, chat_sessions.id DESC"
+)
+
 PAGE_BY_CREATE_TIME = f"""
    {RANGES}
    AND (created_at, id) < (%(after_time)s::timestamptz, %(after_id)s::uuid)
- ORDER BY chat_sessions.created_at DESC, chat_sessions.id DESC
+ ORDER BY {BY_CREATE_TIME}
  LIMIT %(limit)s
 """
 
@@ -50,17 +56,37 @@ PAGE_BY_UPDATE_TIME = f"""
    {RANGES}
    AND (updated_at, id) < (%(after_time)s::timestamptz, %(after_id)s::uuid)
    AND updated_hour <= %(after_time)s::timestamptz
- ORDER BY chat_sessions.updated_hour DESC, chat_sessions.updated_at DESC, chat_sessions.id DESC
+ ORDER BY {BY_UPDATE_TIME}
  LIMIT %(limit)s
 """
 
-LIST_BY_CREATE_TIME = f"""
-SELECT {sessions.COLUMNS} FROM chat_sessions WHERE tenant_id = %(tenant_id)s {PAGE_BY_CREATE_TIME}
+# The labels of a page of sessions can have ten times the bytes of a response. So the rows end with
+# the one that exceeds this: twice the bytes of a response, as JSON is at most twice as long as what
+# it becomes there. They fill the response then.
+LABEL_BYTES = 6 * 1024 * 1024
+
+
+def _sized(order: LiteralString, page: LiteralString) -> LiteralString:
+    return f"""
+SELECT {sessions.COLUMNS}
+  FROM (SELECT *, sum(octet_length(labels::text)) OVER before AS bytes_before
+          FROM ({page}) AS chat_sessions
+        WINDOW before AS (ORDER BY {order} ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING)
+       ) AS chat_sessions
+ WHERE bytes_before IS NULL OR bytes_before <= {LABEL_BYTES}
+ ORDER BY {order}
 """
 
-LIST_BY_UPDATE_TIME = f"""
-SELECT {sessions.COLUMNS} FROM chat_sessions WHERE tenant_id = %(tenant_id)s {PAGE_BY_UPDATE_TIME}
-"""
+
+LIST_BY_CREATE_TIME = _sized(
+    BY_CREATE_TIME,
+    f"SELECT * FROM chat_sessions WHERE tenant_id = %(tenant_id)s {PAGE_BY_CREATE_TIME}",
+)
+
+LIST_BY_UPDATE_TIME = _sized(
+    BY_UPDATE_TIME,
+    f"SELECT * FROM chat_sessions WHERE tenant_id = %(tenant_id)s {PAGE_BY_UPDATE_TIME}",
+)
 
 # The two conditions on labels are the same. The second lets the index be used. The first is cheap
 # to judge where the sessions are read in order. Together they let the planner take a label that it
@@ -76,18 +102,18 @@ IDENTITY = """
    AND (%(has_ticket)s::boolean IS NULL OR has_ticket = %(has_ticket)s::boolean)
 """
 
-LIST_OF_IDENTITY_BY_CREATE_TIME = f"""
-SELECT {sessions.COLUMNS} FROM chat_sessions
- WHERE tenant_id = %(tenant_id)s {IDENTITY} {PAGE_BY_CREATE_TIME}
-"""
+LIST_OF_IDENTITY_BY_CREATE_TIME = _sized(
+    BY_CREATE_TIME,
+    f"SELECT * FROM chat_sessions WHERE tenant_id = %(tenant_id)s {IDENTITY} {PAGE_BY_CREATE_TIME}",
+)
 
-LIST_OF_IDENTITY_BY_UPDATE_TIME = f"""
-SELECT {sessions.COLUMNS} FROM chat_sessions
- WHERE tenant_id = %(tenant_id)s {IDENTITY} {PAGE_BY_UPDATE_TIME}
-"""
+LIST_OF_IDENTITY_BY_UPDATE_TIME = _sized(
+    BY_UPDATE_TIME,
+    f"SELECT * FROM chat_sessions WHERE tenant_id = %(tenant_id)s {IDENTITY} {PAGE_BY_UPDATE_TIME}",
+)
 
 
-def _of_each_kind(page: LiteralString) -> LiteralString:
+def _of_each_kind(order: LiteralString, page: LiteralString) -> LiteralString:
     """The pages of sessions of each status, with and without a ticket: what the filter admits.
 
     Each page is a range of an index. In the order of all sessions, PostgreSQL reads all of them to
@@ -104,20 +130,20 @@ SELECT * FROM chat_sessions
         for status in STATUSES
         for has_ticket in ("true", "false")
     ]
-    return " UNION ALL ".join(kinds)
-
-
-LIST_OF_KIND_BY_CREATE_TIME = f"""
-SELECT {sessions.COLUMNS} FROM ({_of_each_kind(PAGE_BY_CREATE_TIME)}) AS chat_sessions
- ORDER BY chat_sessions.created_at DESC, chat_sessions.id DESC
+    return f"""
+SELECT * FROM ({" UNION ALL ".join(kinds)}) AS chat_sessions
+ ORDER BY {order}
  LIMIT %(limit)s
 """
 
-LIST_OF_KIND_BY_UPDATE_TIME = f"""
-SELECT {sessions.COLUMNS} FROM ({_of_each_kind(PAGE_BY_UPDATE_TIME)}) AS chat_sessions
- ORDER BY chat_sessions.updated_hour DESC, chat_sessions.updated_at DESC, chat_sessions.id DESC
- LIMIT %(limit)s
-"""
+
+LIST_OF_KIND_BY_CREATE_TIME = _sized(
+    BY_CREATE_TIME, _of_each_kind(BY_CREATE_TIME, PAGE_BY_CREATE_TIME)
+)
+
+LIST_OF_KIND_BY_UPDATE_TIME = _sized(
+    BY_UPDATE_TIME, _of_each_kind(BY_UPDATE_TIME, PAGE_BY_UPDATE_TIME)
+)
 
 
 async def page(
@@ -130,7 +156,10 @@ async def page(
     after_id: str,
     limit: int,
 ) -> list[Session]:
-    """A page of sessions, newest first, that starts after (after_time, after_id) in this order."""
+    """A page of sessions, newest first, that starts after (after_time, after_id) in this order.
+
+    It has fewer than `limit` sessions if more follow and their labels do not fit into a response.
+    """
     params = {
         "tenant_id": tenant_id,
         "after_time": after_time,
