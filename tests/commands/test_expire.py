@@ -311,6 +311,7 @@ BAD_POLICIES = {
         "default.status.1: Input should be 'active', 'resolved' or 'archived'",
         "tenant: Extra inputs are not permitted",
     ],
+    'default = "400d"\n': ["default: must be a table"],
     f"a = {'[' * 5000}\n": ["too deeply nested"],
     '[tenants."ä"]\nolder_than = "1d"\n': ["must be a tenant id"],
 }

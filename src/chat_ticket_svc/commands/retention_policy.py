@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from chat_ticket_svc.access.credential import TENANT_ID
 from chat_ticket_svc.config import ConfigurationError
@@ -67,6 +68,12 @@ class _File(BaseModel):
     tenants: dict[Annotated[str, BeforeValidator(_require_tenant_id)], _Rule] = {}
 
 
+def _message(problem: ErrorDetails) -> str:
+    if problem["type"] in ("model_type", "dict_type"):
+        return "must be a table"  # and not, as pydantic has it, an instance of a class
+    return problem["msg"].removeprefix("Value error, ")
+
+
 def load(path: Path) -> Policy:
     """Read the file. Raises ConfigurationError with a line for each problem in it."""
     try:
@@ -76,8 +83,7 @@ def load(path: Path) -> Policy:
     except ValidationError as error:
         raise ConfigurationError(
             "\n".join(
-                f"{path}: {'.'.join(map(str, problem['loc']))}:"
-                f" {problem['msg'].removeprefix('Value error, ')}"
+                f"{path}: {'.'.join(map(str, problem['loc']))}: {_message(problem)}"
                 for problem in error.errors(include_input=False, include_url=False)
             )
         ) from error
