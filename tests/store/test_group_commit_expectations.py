@@ -9,6 +9,7 @@ from grpc import StatusCode
 from grpc.aio import AioRpcError
 from support.client import Api, an_id, refused
 from support.database import terminate_at_commit, wait_until_blocked
+from support.drafts import list_drafts, start_finished, write_message, writing
 from support.lost_answers import lose_first_answer
 from support.messages import (
     delete_message,
@@ -21,7 +22,7 @@ from support.sessions import get_revision
 from support.tickets import unlink
 
 from chat_ticket.v1 import resources_pb2 as r
-from chat_ticket_svc.store import append, group_commit, messages, tickets
+from chat_ticket_svc.store import append, drafts, group_commit, messages, tickets
 
 
 @pytest.fixture
@@ -344,3 +345,40 @@ class TestUpdates:
         with refused(StatusCode.UNAVAILABLE, "OUTCOME_UNKNOWN"):
             await api.escalate(session.id, chat_ticket_id=link_id, expected_revision=0)
         assert await get_revision(api, session.id) == 2
+
+
+class TestDrafts:
+    async def test_other_message_after_the_lost_begin(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The writer gets the draft that it has begun."""
+        session = await api.session()
+
+        async def write_another() -> None:
+            await api.message(session.id)
+
+        lost = lose_first_answer(monkeypatch, "COMMIT", after=drafts.BEGIN, then=write_another)
+        async with writing(api, session.id, expected_revision=0, exclusive=True) as stream:
+            assert lost
+            assert stream.revision == 1
+            assert [draft.id for draft in await list_drafts(api, session.id)] == [stream.draft_id]
+
+    async def test_finished_after_it_was_looked_for(
+        self, api: Api, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By another stream of the same writer: then the message is returned."""
+        session = await api.session()
+        draft_id = an_id()
+        start = {"expected_revision": 0, "exclusive": True}
+        written: list[r.ChatMessage] = []
+
+        begin_draft = drafts._begin
+
+        async def begin_later(*arguments: Any, **options: Any) -> Any:
+            monkeypatch.undo()
+            written.append(await write_message(api, session.id, draft_id=draft_id, **start))
+            async with writing(api, session.id):
+                return await begin_draft(*arguments, **options)
+
+        monkeypatch.setattr(drafts, "_begin", begin_later)
+        assert await start_finished(api, session.id, draft_id, **start) == written[0]

@@ -244,10 +244,17 @@ async def _begin(
 
     async def body(transaction: Transaction) -> Lease | None:
         # The session's lock also orders the drafts that begin at once, so they see each other.
-        session = await sessions.lock(transaction, tenant_id, session_id, revision)
+        session = await sessions.lock(transaction, tenant_id, session_id)
         open_ids = await transaction.fetch_all(IDS_OF_SESSION, params, str)
         if params["id"] in open_ids:
             return None
+        if revision not in (None, session.revision) or (exclusive and open_ids):
+            # The draft may have begun and become a message since it was looked for.
+            [found] = await transaction.fetch_all(FIND, params, lambda *row: row)
+            _, is_message, is_deleted, _ = found
+            if is_message is not None or is_deleted:
+                return None
+        sessions.check_revision(session.revision, revision)
         if exclusive and open_ids:
             raise errors.AlreadyExistsError(
                 f"the session has the open draft {open_ids[0]}",
