@@ -45,7 +45,8 @@ class WriteChatDraftRequest(_message.Message):
         """
         expected_revision: _builtins.int
         """The revision that the session must have. Optional; unset means that it is not checked. Not
-        negative. Not checked when a draft is taken over.
+        negative. Not checked when a draft is taken over. To begin a draft takes no revision: of several
+        that expect the same one, all can begin, unless `exclusive` is set.
         """
         @_builtins.property
         def draft(self) -> _resources_pb2.ChatDraft:

@@ -199,7 +199,9 @@ class ChatMessageServiceServicer:
         Retry: safe, although a retry can overwrite what another caller has set meanwhile: all of the
         metadata or, with a merge patch, the same members. A retry with `expected_revision` after a
         successful attempt finds its own update and is OK, as long as nothing else has changed in the
-        message. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
+        message. It cannot tell its own from another caller's: of callers that set equal metadata at the
+        same `expected_revision`, all can be OK. To claim a message, set a value that no other caller
+        sets. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -136,7 +136,9 @@ class ChatMessageServiceStub:
     Retry: safe, although a retry can overwrite what another caller has set meanwhile: all of the
     metadata or, with a merge patch, the same members. A retry with `expected_revision` after a
     successful attempt finds its own update and is OK, as long as nothing else has changed in the
-    message. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
+    message. It cannot tell its own from another caller's: of callers that set equal metadata at the
+    same `expected_revision`, all can be OK. To claim a message, set a value that no other caller
+    sets. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
     """
     DeleteChatMessage: _grpc.UnaryUnaryMultiCallable[_chat_message_pb2.DeleteChatMessageRequest, _chat_message_pb2.DeleteChatMessageResponse]
     """Deletes a message and its attachments.
@@ -312,7 +314,9 @@ class ChatMessageServiceAsyncStub(ChatMessageServiceStub):
     Retry: safe, although a retry can overwrite what another caller has set meanwhile: all of the
     metadata or, with a merge patch, the same members. A retry with `expected_revision` after a
     successful attempt finds its own update and is OK, as long as nothing else has changed in the
-    message. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
+    message. It cannot tell its own from another caller's: of callers that set equal metadata at the
+    same `expected_revision`, all can be OK. To claim a message, set a value that no other caller
+    sets. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
     """
     DeleteChatMessage: _aio.UnaryUnaryMultiCallable[_chat_message_pb2.DeleteChatMessageRequest, _chat_message_pb2.DeleteChatMessageResponse]  # type: ignore[assignment]
     """Deletes a message and its attachments.
@@ -515,7 +519,9 @@ class ChatMessageServiceServicer(metaclass=_abc_1.ABCMeta):
         Retry: safe, although a retry can overwrite what another caller has set meanwhile: all of the
         metadata or, with a merge patch, the same members. A retry with `expected_revision` after a
         successful attempt finds its own update and is OK, as long as nothing else has changed in the
-        message. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
+        message. It cannot tell its own from another caller's: of callers that set equal metadata at the
+        same `expected_revision`, all can be OK. To claim a message, set a value that no other caller
+        sets. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
         """
 
     @_abc_1.abstractmethod

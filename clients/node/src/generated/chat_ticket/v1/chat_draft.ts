@@ -66,7 +66,8 @@ export interface WriteChatDraftRequest_Start {
   exclusive: boolean;
   /**
    * The revision that the session must have. Optional; unset means that it is not checked. Not
-   * negative. Not checked when a draft is taken over.
+   * negative. Not checked when a draft is taken over. To begin a draft takes no revision: of several
+   * that expect the same one, all can begin, unless `exclusive` is set.
    */
   expectedRevision?: bigint | undefined;
 }

@@ -2617,7 +2617,9 @@ export const ChatMessageServiceDefinition = {
      * Retry: safe, although a retry can overwrite what another caller has set meanwhile: all of the
      * metadata or, with a merge patch, the same members. A retry with `expected_revision` after a
      * successful attempt finds its own update and is OK, as long as nothing else has changed in the
-     * message. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
+     * message. It cannot tell its own from another caller's: of callers that set equal metadata at the
+     * same `expected_revision`, all can be OK. To claim a message, set a value that no other caller
+     * sets. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
      */
     updateChatMessage: {
       name: "UpdateChatMessage",
@@ -2871,7 +2873,9 @@ export const ChatMessageServiceService = {
    * Retry: safe, although a retry can overwrite what another caller has set meanwhile: all of the
    * metadata or, with a merge patch, the same members. A retry with `expected_revision` after a
    * successful attempt finds its own update and is OK, as long as nothing else has changed in the
-   * message. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
+   * message. It cannot tell its own from another caller's: of callers that set equal metadata at the
+   * same `expected_revision`, all can be OK. To claim a message, set a value that no other caller
+   * sets. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
    */
   updateChatMessage: {
     path: "/chat_ticket.v1.ChatMessageService/UpdateChatMessage" as const,
@@ -3089,7 +3093,9 @@ export interface ChatMessageServiceServer extends UntypedServiceImplementation {
    * Retry: safe, although a retry can overwrite what another caller has set meanwhile: all of the
    * metadata or, with a merge patch, the same members. A retry with `expected_revision` after a
    * successful attempt finds its own update and is OK, as long as nothing else has changed in the
-   * message. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
+   * message. It cannot tell its own from another caller's: of callers that set equal metadata at the
+   * same `expected_revision`, all can be OK. To claim a message, set a value that no other caller
+   * sets. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
    */
   updateChatMessage: handleUnaryCall<UpdateChatMessageRequest, UpdateChatMessageResponse>;
   /**
@@ -3317,7 +3323,9 @@ export interface ChatMessageServiceClient extends Client {
    * Retry: safe, although a retry can overwrite what another caller has set meanwhile: all of the
    * metadata or, with a merge patch, the same members. A retry with `expected_revision` after a
    * successful attempt finds its own update and is OK, as long as nothing else has changed in the
-   * message. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
+   * message. It cannot tell its own from another caller's: of callers that set equal metadata at the
+   * same `expected_revision`, all can be OK. To claim a message, set a value that no other caller
+   * sets. With an etag, a retry after a successful attempt fails with ETAG_MISMATCH.
    */
   updateChatMessage(
     request: UpdateChatMessageRequest,
