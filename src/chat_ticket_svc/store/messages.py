@@ -79,7 +79,8 @@ SELECT {COLUMNS} FROM chat_messages m
 
 # A patch that leaves nothing of metadata that is not there leaves it so. Metadata is compared as
 # text, as 1.0 and 1 are equal as jsonb, but different values to the caller. OFFSET 0 keeps the
-# planner from merging a second time for the comparison.
+# planner from merging a second time for the comparison. `|| '{}'` decompresses long metadata once,
+# and not for each member of the patch.
 GET_WITH_NEW_METADATA = f"""
 SELECT new.metadata, new.metadata IS DISTINCT FROM m.metadata::text, {COLUMNS}
   FROM chat_messages m
@@ -88,7 +89,7 @@ SELECT new.metadata, new.metadata IS DISTINCT FROM m.metadata::text, {COLUMNS}
          WHEN %(patch)s::text IS NULL THEN %(metadata)s::text::jsonb
          WHEN m.metadata IS NULL
          THEN nullif(json_merge_patch(NULL, %(patch)s::text::jsonb), '{{}}')
-         ELSE json_merge_patch(m.metadata, %(patch)s::text::jsonb)
+         ELSE json_merge_patch(m.metadata || '{{}}', %(patch)s::text::jsonb)
      END)::text
      OFFSET 0
  ) AS new (metadata)
