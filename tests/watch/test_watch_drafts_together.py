@@ -20,7 +20,7 @@ from support.watching import Watcher, assert_same_state, following, watching
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionRequest
 from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
 from chat_ticket_svc import errors
-from chat_ticket_svc.services import shown_drafts
+from chat_ticket_svc.services import session_page, shown_drafts, watch_stream
 from chat_ticket_svc.store import draft_following
 
 # So small that the server soon waits for a client that does not read.
@@ -258,6 +258,26 @@ class TestFaults:
                 await asyncio.sleep(3600)
 
             monkeypatch.setattr(draft_following, "read", read)
+            with refused(StatusCode.UNAVAILABLE, "DRAINING"):
+                async with following(api, session.id):
+                    pass
+
+    async def test_shutdown_between_the_history_and_its_drafts(
+        self, database: str, tenant: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with serving(database) as server, Api(f"127.0.0.1:{server.port}", tenant) as api:
+            session = await api.session()
+
+            async def read_history(*arguments: Any) -> Any:
+                page = await session_page.read_page(*arguments)
+                server._watch_hub.drain()
+                return page
+
+            async def read_drafts(*_: Any, **__: Any) -> Any:
+                await asyncio.sleep(3600)
+
+            monkeypatch.setattr(watch_stream, "read_page", read_history)
+            monkeypatch.setattr(draft_following, "read", read_drafts)
             with refused(StatusCode.UNAVAILABLE, "DRAINING"):
                 async with following(api, session.id):
                     pass

@@ -59,7 +59,7 @@ async def watch_with_drafts(
             for event in events:
                 yield event
             if caught_up:
-                await feed.refreshed()
+                await watcher.read_drafts(feed)
                 # Where no message has changed, only `caught_up` moves the position.
                 if events:
                     sent = Event.FromString(events[-1]).revision

@@ -220,6 +220,11 @@ class Watcher(Generic[P]):
             if not feed.follower_count:
                 session_hub.draft_feed = None
 
+    async def read_drafts(self, feed: DraftFeed) -> None:
+        """Wait for a read of the drafts that begins after now."""
+        self._watch_hub.raise_if_draining()
+        await feed.refreshed()
+
     async def next_page(self) -> P | None:
         """Wait for the next page, which all watchers at this position share, and move past it.
 
