@@ -190,6 +190,9 @@ def _scripts(directory: Path) -> dict[str, Path]:
                 "search_language": "'english'",
                 "metadatas": "ARRAY[NULL]",
                 "states": "ARRAY[NULL]",
+                "author_kinds": "ARRAY[NULL]",
+                "author_ids": "ARRAY[NULL]",
+                "expected_revision": "NULL",
                 "message_ticks": "ARRAY[0]",
                 **dict.fromkeys(
                     (

@@ -238,6 +238,9 @@ class _Run:
             "search_languages": nulls,
             "search_language": "english",
             "metadatas": nulls,
+            "author_kinds": nulls,
+            "author_ids": nulls,
+            "expected_revisions": nulls,
         }
 
     def _finish(self, draft_id: str, session_id: str) -> None:

@@ -556,6 +556,9 @@ def _explain(url: str, dataset: Dataset) -> dict[str, str]:
                 "search_languages": [None],
                 "search_language": "english",
                 "metadatas": [None],
+                "author_kinds": [None],
+                "author_ids": [None],
+                "expected_revisions": [None],
             },
         ),
         "ListChatMessages, the first 10": (
