@@ -10,6 +10,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from grpc import StatusCode
 from support.client import Api, an_id, refused
 from support.database import execute
+from support.merge_patches import APPENDIX_A
 from support.messages import KIB, get_message, merge_metadata
 from support.sessions import get_revision
 from support.watching import watching
@@ -17,19 +18,8 @@ from support.watching import watching
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import UpdateChatMessageRequest
 
-# The test cases of RFC 7396, appendix A, whose target and result are objects.
-RFC_7396 = [
-    ('{"a":"b"}', '{"a":"c"}', '{"a":"c"}'),
-    ('{"a":"b"}', '{"b":"c"}', '{"a":"b","b":"c"}'),
-    ('{"a":"b"}', '{"a":null}', "{}"),
-    ('{"a":"b","b":"c"}', '{"a":null}', '{"b":"c"}'),
-    ('{"a":["b"]}', '{"a":"c"}', '{"a":"c"}'),
-    ('{"a":"c"}', '{"a":["b"]}', '{"a":["b"]}'),
-    ('{"a":{"b":"c"}}', '{"a":{"b":"d","c":null}}', '{"a":{"b":"d"}}'),
-    ('{"a":[{"b":"c"}]}', '{"a":[1]}', '{"a":[1]}'),
-    ('{"e":null}', '{"a":1}', '{"e":null,"a":1}'),
-    ("{}", '{"a":{"bb":{"ccc":null}}}', '{"a":{"bb":{}}}'),
-]
+# Metadata is an object, before and afterwards.
+OF_OBJECTS = [case for case in APPENDIX_A if all(text.startswith("{") for text in case)]
 # And more: what is merged is an object in both, everything else is replaced.
 OTHER_CASES = [
     ('{"a":{"b":1,"c":{"d":2,"e":3}}}', '{"a":{"c":{"d":null}}}', '{"a":{"b":1,"c":{"e":3}}}'),
@@ -48,7 +38,7 @@ def parsed(text: str) -> Any:
 
 
 class TestMerge:
-    @pytest.mark.parametrize(("metadata", "patch", "result"), RFC_7396 + OTHER_CASES)
+    @pytest.mark.parametrize(("metadata", "patch", "result"), OF_OBJECTS + OTHER_CASES)
     async def test_result(self, api: Api, metadata: str, patch: str, result: str) -> None:
         """It is the metadata with the members of the patch. One revision is taken."""
         session = await api.session()

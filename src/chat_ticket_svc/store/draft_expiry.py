@@ -20,7 +20,7 @@ from chat_ticket_svc.store import drafts, expired_drafts
 from chat_ticket_svc.store.connection_errors import cause
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.expired_drafts import ExpiredDraft
-from chat_ticket_svc.tasks import cancel_and_wait
+from chat_ticket_svc.store.sweeper import Sweeper
 from chat_ticket_svc.telemetry import metrics
 from chat_ticket_svc.telemetry.repeats import RepeatedWarnings
 
@@ -59,26 +59,18 @@ class DraftExpiry:
         self._default_search_language = default_search_language
         self._on_finished = on_finished
         self._warnings = RepeatedWarnings()
-        self._task: asyncio.Task[None] | None = None
+        self._sweeper = Sweeper(
+            SWEEP_SECONDS, self._finish_expired, "could not look for expired drafts"
+        )
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._run())
+        self._sweeper.start()
 
     async def stop(self) -> None:
-        await cancel_and_wait(self._task)
+        await self._sweeper.stop()
 
-    async def _run(self) -> None:
-        while True:
-            # The jitter keeps processes that started together from looking together.
-            await asyncio.sleep(SWEEP_SECONDS * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
-            try:
-                while await self._finish_expired() == MAX_EXPIRED:
-                    pass
-            except Exception as error:  # any error: the next sweep may work
-                self._warnings.warn("could not look for expired drafts", cause(error))
-
-    async def _finish_expired(self) -> int:
-        """Finish some of the expired drafts, and return the number of those that are gone."""
+    async def _finish_expired(self) -> bool:
+        """Finish some of the expired drafts. Returns whether there may be more."""
         expired = await self._db.fetch_all(EXPIRED, {"limit": MAX_EXPIRED}, ExpiredDraft)
         batches = _batches(expired)
         random.shuffle(batches)  # other processes have found the same ones
@@ -86,7 +78,8 @@ class DraftExpiry:
         of_sessions = [
             list(group) for _, group in itertools.groupby(sorted(left), lambda draft: draft[:2])
         ]
-        return len(expired) - len(left) + sum(await _map(self._finish_alone, of_sessions))
+        gone = len(expired) - len(left) + sum(await _map(self._finish_alone, of_sessions))
+        return gone == MAX_EXPIRED
 
     async def _finish_batch(self, batch: Sequence[ExpiredDraft]) -> Sequence[ExpiredDraft]:
         """Returns those that are to be finished alone."""

@@ -3,14 +3,9 @@
 Every process sweeps. Of several at the same time, each takes rows that no other has.
 """
 
-import asyncio
-import random
-
-from chat_ticket_svc.store.connection_errors import cause
 from chat_ticket_svc.store.database import Database
-from chat_ticket_svc.tasks import cancel_and_wait
+from chat_ticket_svc.store.sweeper import Sweeper
 from chat_ticket_svc.telemetry import metrics
-from chat_ticket_svc.telemetry.repeats import RepeatedWarnings
 
 SWEEP_SECONDS = 3600.0
 # Of one statement, so that each is short.
@@ -40,27 +35,19 @@ class TombstoneSweep:
     def __init__(self, db: Database, *, days: int):
         self._db = db
         self._days = days
-        self._warnings = RepeatedWarnings()
-        self._task: asyncio.Task[None] | None = None
+        self._sweeper = Sweeper(
+            SWEEP_SECONDS, self._sweep_batch, "could not sweep the tombstones of sessions"
+        )
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._run())
+        self._sweeper.start()
 
     async def stop(self) -> None:
-        await cancel_and_wait(self._task)
+        await self._sweeper.stop()
 
-    async def _run(self) -> None:
-        while True:
-            # The jitter keeps processes that started together from sweeping together.
-            await asyncio.sleep(SWEEP_SECONDS * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
-            try:
-                while await self._sweep_batch() == MAX_BATCH:
-                    pass
-            except Exception as error:  # any error: the next sweep may work
-                self._warnings.warn("could not sweep the tombstones of sessions", cause(error))
-
-    async def _sweep_batch(self) -> int:
+    async def _sweep_batch(self) -> bool:
+        """Delete some of the old tombstones. Returns whether there may be more."""
         params = {"days": self._days, "limit": MAX_BATCH}
         [swept] = await self._db.write(SWEEP, params, int, idempotent=True)
         metrics.SESSION_TOMBSTONES_SWEPT.inc(swept)
-        return swept
+        return swept == MAX_BATCH
