@@ -29,7 +29,7 @@ from typing import Any
 import grpc.aio
 import psycopg
 from demo_chats import Chat, Checks, Tenant, read_chats, write_request
-from demo_rules import rules_1_to_3, rules_4_and_5, rules_6_and_7
+from demo_rules import rules_1_to_3, rules_4_and_5, rules_6_and_8
 from demo_writes import write_together
 from tqdm import tqdm
 
@@ -324,7 +324,7 @@ async def run_demo(
         print("\nRULES and the errors of calls that break them")
         await rules_1_to_3(checks, channel, chats[0], chats[1], files)
         await rules_4_and_5(checks, link, acme, chats[1])
-        await rules_6_and_7(checks, chats[2], files)
+        await rules_6_and_8(checks, chats[2], files)
         summary(checks, db, tenants)
 
 

@@ -98,7 +98,7 @@ async def rules_4_and_5(checks: Checks, link: Any, tenant: Tenant, to_delete: Ch
     )
 
 
-async def rules_6_and_7(checks: Checks, chat: Chat, files: str) -> None:
+async def rules_6_and_8(checks: Checks, chat: Chat, files: str) -> None:
     """The rules that the service maintains by itself."""
     session = {"session_id": chat.session_id}
     message, link = {"message_id": chat.messages()[0]["id"]}, {"chat_ticket_id": str(uuid.uuid4())}
@@ -118,5 +118,5 @@ async def rules_6_and_7(checks: Checks, chat: Chat, files: str) -> None:
     times = [session.update_time.ToNanoseconds() for session in sessions]
     checks.check(
         all(earlier < later for earlier, later in itertools.pairwise(times)),
-        "rule 7: update_time increases with an attachment, a linked and an unlinked ticket",
+        "rule 8: update_time increases with an attachment, a linked and an unlinked ticket",
     )

@@ -165,7 +165,7 @@ class TestErase:
         assert done.status == 0, done
         assert "2 sessions, 2 messages, 2 attachments" in done.output
         assert "2 chat tickets, 2 tickets (0 of them active)" in done.output
-        assert "1 of the tickets serve other sessions too, and stay" in done.output
+        assert "tickets that serve other sessions too, and stay: 1" in done.output
         assert sessions_and_tickets(database, tenant) == (
             {filled.neighbour, filled.nobody},
             {filled.shared.ticket_id, filled.other.ticket_id},

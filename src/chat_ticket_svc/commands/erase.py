@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--active-tickets",
         action="store_true",
-        help="also delete open and pending tickets; without this they block the deletion",
+        help="also delete sessions whose ticket is open or pending, and such tickets unless they"
+        " serve sessions of other users too; without this they block the deletion",
     )
     parser.add_argument("--yes", action="store_true", help="do not ask for confirmation")
 
@@ -93,7 +94,7 @@ def _describe(counts: Count) -> str:
         "sessions": counts.sessions,
         "messages": counts.messages,
         "attachments": counts.attachments,
-        "tombstones": counts.tombstones,
+        "message tombstones": counts.tombstones,
         "drafts": counts.drafts,
         "chat tickets": counts.chat_tickets,
         f"tickets ({counts.active_tickets} of them active)": counts.tickets,
@@ -101,7 +102,7 @@ def _describe(counts: Count) -> str:
     }
     text = ", ".join(f"{number:,} {name}" for name, number in names.items())
     if counts.shared_tickets:
-        text += f"; {counts.shared_tickets:,} of the tickets serve other sessions too, and stay"
+        text += f"; tickets that serve other sessions too, and stay: {counts.shared_tickets:,}"
     return text
 
 
@@ -113,11 +114,13 @@ async def _print_active_tickets(
     lines = [f"  {ticket.id} ({ticket.status})" for ticket in oldest]
     if active > len(oldest):
         lines.append(f"  and {active - len(oldest):,} more")
-    holder = "the tenant" if user_id is None else "the user"
+    holder, effect = "the tenant", "to delete them too"
+    if user_id is not None:
+        holder, effect = "the user", "to unlink them, and to delete those that serve nobody else"
     print(
         f"chat-ticket-svc: nothing was deleted: {holder} has open or pending tickets:",
         *lines,
-        "solve or close them, or pass --active-tickets to delete them too",
+        f"solve or close them, or pass --active-tickets {effect}",
         sep="\n",
         file=sys.stderr,
     )
