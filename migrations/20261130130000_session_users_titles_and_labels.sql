@@ -4,8 +4,9 @@
 SET LOCAL lock_timeout = '5s';
 
 ALTER TABLE chat_sessions
-    -- The caller's own id of the person whose chat it is.
-    ADD COLUMN user_id text,
+    -- The caller's own id of the person whose chat it is. In the order of its bytes, as no version of
+    -- a library changes that: an index that has lost its order would miss sessions of a person.
+    ADD COLUMN user_id text COLLATE "C",
     ADD COLUMN title   text,
     -- Pairs of text. NULL means none.
     ADD COLUMN labels  jsonb,

@@ -4,8 +4,9 @@
 SET LOCAL lock_timeout = '5s';
 
 ALTER TABLE tickets
-    -- The ticket in the help desk that it came from, or went to.
-    ADD COLUMN external_ref text,
+    -- The ticket in the help desk that it came from, or went to. In the order of its bytes, as no
+    -- version of a library changes that.
+    ADD COLUMN external_ref text COLLATE "C",
     -- Incremented by every change.
     ADD COLUMN revision     bigint NOT NULL DEFAULT 0,
     -- Not validated, which would read the whole table: no row breaks them yet.
