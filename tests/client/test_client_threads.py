@@ -29,7 +29,7 @@ from chat_ticket.v1.chat_session_pb2 import (
     ListChatSessionsRequest,
 )
 
-WATCHDOG = "chat-ticket-silence"
+READER = "chat-ticket-stream"  # the name of the thread of a stream
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def watchdogs() -> int:
-    return sum(thread.name == WATCHDOG for thread in threading.enumerate())
+def readers() -> int:
+    return sum(thread.name == READER for thread in threading.enumerate())
 
 
 def test_call_has_the_metadata_and_status_of_grpc(client: ChatTicketClient) -> None:
@@ -136,7 +136,7 @@ def test_threads_share_a_client(client: ChatTicketClient) -> None:
         f"{writer} {number}" for writer in range(8) for number in range(10)
     )
     assert others == [first] * 3
-    until(lambda: watchdogs() == 0)
+    until(lambda: readers() == 0)
 
 
 def test_silence_resumes_the_watch(
@@ -182,15 +182,15 @@ def test_calls_do_not_wait_behind_watches(client: ChatTicketClient) -> None:
         session_of(client)
 
 
-def test_leaving_the_loop_ends_the_thread_that_watches_the_time(client: ChatTicketClient) -> None:
+def test_leaving_the_loop_ends_the_thread_that_reads(client: ChatTicketClient) -> None:
     """And an iterator that is dropped unread starts none."""
     session_id = session_of(client)
     client.watch(session_id)
     for event in client.watch(session_id):
-        assert watchdogs() == 1
+        assert readers() == 1
         if event.WhichOneof("event") == "caught_up":
             break
-    until(lambda: watchdogs() == 0)
+    until(lambda: readers() == 0)
 
 
 def test_closing_the_client_ends_a_watch_in_another_thread(target: str, tenant: str) -> None:

@@ -53,23 +53,23 @@ class TestRun:
     ) -> None:
         """Neither its timeouts, nor transactions that are read-only or serializable."""
         settings = {
-            "statement_timeout": "50ms",
-            "lock_timeout": "50ms",
-            "idle_in_transaction_session_timeout": "50ms",
-            "idle_session_timeout": "50ms",
+            "statement_timeout": "300ms",
+            "lock_timeout": "300ms",
+            "idle_in_transaction_session_timeout": "300ms",
+            "idle_session_timeout": "300ms",
             "default_transaction_read_only": "on",
             "default_transaction_isolation": "serializable",
         }
         with psycopg.connect(empty_database, autocommit=True) as connection:
             if connection.info.server_version >= 170_000:
-                settings["transaction_timeout"] = "50ms"
+                settings["transaction_timeout"] = "300ms"
             for name, value in settings.items():
                 connection.execute(
                     f"ALTER DATABASE {connection.info.dbname} SET {name} = '{value}'"  # type: ignore[arg-type]
                 )
         (directory / "20200101000000_slow.sql").write_text(
             "-- migrate:up\nCREATE TABLE slow AS SELECT current_setting('transaction_isolation'),"
-            " pg_sleep(0.2)::text;\n-- migrate:down\n"
+            " pg_sleep(0.6)::text;\n-- migrate:down\n"
         )
         assert migrate.up(empty_database, quiet=True) == 0
         assert ask(empty_database, "SELECT current_setting FROM slow") == [("read committed",)]

@@ -1,5 +1,6 @@
 """The threading runtime of ChatTicketClient. `_runtime_asyncio` has the same names."""
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -78,53 +79,53 @@ def open_channel(
 class ResponseReader(Generic[Response]):
     """The responses of a stream, each awaited for at most `silence_seconds`.
 
-    A blocked read cannot time out by itself. A thread watches the time, one for each stream, and
-    cancels the call.
+    A blocked read of gRPC cannot time out by itself. To cancel the call is not enough: when servers
+    are killed under load, gRPC now and then does not wake the reader. So a thread of each stream
+    reads, one response whenever the caller wants one.
     """
 
     def __init__(self, call: Any, silence_seconds: float):
         self._call = call
         self._silence_seconds = min(silence_seconds, threading.TIMEOUT_MAX)
-        self._responses: Iterator[Response] = iter(call)
-        self._waiting_since: float | None = None
-        self._is_silent = False
-        self._ended = threading.Event()
-        threading.Thread(target=self._watch, name="chat-ticket-silence", daemon=True).start()
+        self._wanted = threading.Semaphore(0)
+        # A response, None at the end, or the error that ends the stream.
+        self._results: queue.SimpleQueue[Response | Exception | None] = queue.SimpleQueue()
+        self._has_ended = False
+        threading.Thread(target=self._read, name="chat-ticket-stream", daemon=True).start()
 
     def read(self) -> Response | None:
         """The next response, or None at the end. TimeoutError after the silence."""
-        self._waiting_since = time.monotonic()
+        self._wanted.release()
         try:
-            return next(self._responses, None)
-        except errors.CallCancelledError:
-            if self._is_silent:
-                raise TimeoutError from None
-            raise
-        finally:
-            self._waiting_since = None
+            result = self._results.get(timeout=self._silence_seconds)
+        except queue.Empty:
+            raise TimeoutError from None
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def cancel(self) -> None:
         """End the stream, also at the server."""
-        self._ended.set()
+        self._has_ended = True
+        self._wanted.release()
         self._call.cancel()
 
-    def _watch(self) -> None:
-        """Cancel the call after the silence; return when the stream ends.
+    def _read(self) -> None:
+        """Read until the stream ends.
 
-        It sleeps until the present wait would be over, and looks again. So it needs no lock and
-        no signal for each response. A response that arrives just as the call is cancelled is not
-        lost: the watch resumes after the last one delivered.
+        A response that arrives just as the caller gives up is not lost: the watch resumes after the
+        last one delivered.
         """
-        pause = self._silence_seconds
-        while not self._ended.wait(pause):
-            since = self._waiting_since
-            pause = self._silence_seconds
-            if since is not None:
-                pause += since - time.monotonic()
-                if pause <= 0:
-                    self._is_silent = True
-                    self._call.cancel()
-                    return
+        while True:
+            self._wanted.acquire()
+            if self._has_ended:
+                return
+            result: Response | Exception | None
+            try:
+                result = next(self._call, None)
+            except Exception as error:  # any error: it is the caller's
+                result = error
+            self._results.put(result)
 
 
 class _CallDetails(NamedTuple):
