@@ -20,6 +20,7 @@ from support.process import server_process
 
 from chat_ticket import errors
 from chat_ticket.client import AsyncChatTicketClient, ChatTicketClient
+from chat_ticket.client._runtime_threads import ResponseReader
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest, ListChatMessagesRequest
 from chat_ticket.v1.chat_session_pb2 import (
@@ -27,6 +28,7 @@ from chat_ticket.v1.chat_session_pb2 import (
     DeleteChatSessionRequest,
     GetChatSessionRequest,
     ListChatSessionsRequest,
+    WatchChatSessionRequest,
 )
 
 READER = "chat-ticket-stream"  # the name of the thread of a stream
@@ -180,6 +182,23 @@ def test_calls_do_not_wait_behind_watches(client: ChatTicketClient) -> None:
             events = stack.enter_context(contextlib.closing(watch))
             assert next(events).WhichOneof("event") == "session"
         session_of(client)
+
+
+def test_silence_is_noticed_although_the_read_does_not_end(
+    tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gRPC does not always wake who reads a call that is cancelled."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        ChatTicketClient(f"127.0.0.1:{silent.getsockname()[1]}", tenant=tenant) as client,
+    ):
+        call: Any = client.sessions.WatchChatSession(WatchChatSessionRequest(session_id=an_id()))
+        monkeypatch.setattr(call, "cancel", lambda: None)
+        reader: ResponseReader[object] = ResponseReader(call, 0.2)
+        with pytest.raises(TimeoutError):
+            reader.read()
+        reader.cancel()
+    until(lambda: readers() == 0)
 
 
 def test_leaving_the_loop_ends_the_thread_that_reads(client: ChatTicketClient) -> None:
