@@ -262,6 +262,7 @@ class ListChatMessagesRequest(_message.Message):
     ORDER_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
     ROLES_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The id of the session. Required."""
     after_sequence: _builtins.int
@@ -276,6 +277,11 @@ class ListChatMessagesRequest(_message.Message):
     """The order of the messages. Optional; the default is ASC."""
     limit: _builtins.int
     """The maximum number of messages in the whole stream. Optional; 0 means all. Not negative."""
+    epoch: _builtins.str
+    """To continue after a break: the `ChatSession.epoch` of the first response. It is checked that the
+    message at `after_sequence`, or in descending order at `before_sequence`, is still in the history.
+    Optional; empty means that it is not checked. At most 8,192 characters.
+    """
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[_resources_pb2.ChatMessageRole.ValueType]:
         """Returns only messages with one of these roles. Optional; empty means any role. At most 20
@@ -291,10 +297,11 @@ class ListChatMessagesRequest(_message.Message):
         order: Global___ChatMessageOrder.ValueType = ...,
         limit: _builtins.int = ...,
         roles: _abc.Iterable[_resources_pb2.ChatMessageRole.ValueType] | None = ...,
+        epoch: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "before_sequence", b"before_sequence", "limit", b"limit", "order", b"order", "roles", b"roles", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "before_sequence", b"before_sequence", "epoch", b"epoch", "limit", b"limit", "order", b"order", "roles", b"roles", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

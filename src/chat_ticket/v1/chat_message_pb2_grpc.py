@@ -159,7 +159,7 @@ class ChatMessageServiceServicer:
 
         To continue after a break, call again. In ascending order, set `after_sequence` to the last
         sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
-        number of messages received.
+        number of messages received. Set `epoch` to that of the session in the first response.
 
         Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
         ListChatMessages together, and at most 100 of them for one session.
@@ -168,6 +168,11 @@ class ChatMessageServiceServicer:
 
         - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with
         this error when the session is deleted during the call.
+        - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost that place of the
+        session, because it was restored from a backup or a standby was promoted. The metadata has the
+        last `revision` that both histories share: messages received with a sequence after it are no
+        more, or are different. Also ends a stream when it happens during the call. List again after that
+        revision.
         - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
         could not send. Continue.
         - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when

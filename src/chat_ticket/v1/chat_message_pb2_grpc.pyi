@@ -100,7 +100,7 @@ class ChatMessageServiceStub:
 
     To continue after a break, call again. In ascending order, set `after_sequence` to the last
     sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
-    number of messages received.
+    number of messages received. Set `epoch` to that of the session in the first response.
 
     Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
     ListChatMessages together, and at most 100 of them for one session.
@@ -109,6 +109,11 @@ class ChatMessageServiceStub:
 
     - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with
       this error when the session is deleted during the call.
+    - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost that place of the
+      session, because it was restored from a backup or a standby was promoted. The metadata has the
+      last `revision` that both histories share: messages received with a sequence after it are no
+      more, or are different. Also ends a stream when it happens during the call. List again after that
+      revision.
     - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
       could not send. Continue.
     - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
@@ -278,7 +283,7 @@ class ChatMessageServiceAsyncStub(ChatMessageServiceStub):
 
     To continue after a break, call again. In ascending order, set `after_sequence` to the last
     sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
-    number of messages received.
+    number of messages received. Set `epoch` to that of the session in the first response.
 
     Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
     ListChatMessages together, and at most 100 of them for one session.
@@ -287,6 +292,11 @@ class ChatMessageServiceAsyncStub(ChatMessageServiceStub):
 
     - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with
       this error when the session is deleted during the call.
+    - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost that place of the
+      session, because it was restored from a backup or a standby was promoted. The metadata has the
+      last `revision` that both histories share: messages received with a sequence after it are no
+      more, or are different. Also ends a stream when it happens during the call. List again after that
+      revision.
     - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
       could not send. Continue.
     - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
@@ -477,7 +487,7 @@ class ChatMessageServiceServicer(metaclass=_abc_1.ABCMeta):
 
         To continue after a break, call again. In ascending order, set `after_sequence` to the last
         sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
-        number of messages received.
+        number of messages received. Set `epoch` to that of the session in the first response.
 
         Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
         ListChatMessages together, and at most 100 of them for one session.
@@ -486,6 +496,11 @@ class ChatMessageServiceServicer(metaclass=_abc_1.ABCMeta):
 
         - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with
           this error when the session is deleted during the call.
+        - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost that place of the
+          session, because it was restored from a backup or a standby was promoted. The metadata has the
+          last `revision` that both histories share: messages received with a sequence after it are no
+          more, or are different. Also ends a stream when it happens during the call. List again after that
+          revision.
         - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
           could not send. Continue.
         - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when

@@ -409,6 +409,7 @@ class WatchChatSessionRequest(_message.Message):
     SESSION_ID_FIELD_NUMBER: _builtins.int
     AFTER_REVISION_FIELD_NUMBER: _builtins.int
     INCLUDE_DRAFTS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The id of the session. Required."""
     after_revision: _builtins.int
@@ -417,16 +418,21 @@ class WatchChatSessionRequest(_message.Message):
     """
     include_drafts: _builtins.bool
     """Whether the stream also shows drafts. Optional; the default is false."""
+    epoch: _builtins.str
+    """The `epoch` that came with the revision: that of the response, or of the session. Optional; empty
+    means that it is not checked whether the revision is still the same. At most 8,192 characters.
+    """
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
         after_revision: _builtins.int = ...,
         include_drafts: _builtins.bool = ...,
+        epoch: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_revision", b"after_revision", "include_drafts", b"include_drafts", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_revision", b"after_revision", "epoch", b"epoch", "include_drafts", b"include_drafts", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -587,9 +593,14 @@ class WatchChatSessionResponse(_message.Message):
     DRAFT_APPENDED_FIELD_NUMBER: _builtins.int
     DRAFT_ENDED_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     revision: _builtins.int
     """The position of the stream: the `after_revision` to resume from. WatchChatSession says what the
     caller has at a position.
+    """
+    epoch: _builtins.str
+    """The history of the session's revisions, as in `ChatSession.epoch`. Keep it with the `revision`, and
+    send both to resume.
     """
     @_builtins.property
     def session(self) -> _resources_pb2.ChatSession:
@@ -662,13 +673,272 @@ class WatchChatSessionResponse(_message.Message):
         draft_appended: Global___WatchChatSessionResponse.ChatDraftAppended | None = ...,
         draft_ended: Global___WatchChatSessionResponse.ChatDraftEnded | None = ...,
         ticket: _resources_pb2.ChatTicket | None = ...,
+        epoch: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["caught_up", b"caught_up", "draft", b"draft", "draft_appended", b"draft_appended", "draft_ended", b"draft_ended", "event", b"event", "heartbeat", b"heartbeat", "message_deleted", b"message_deleted", "message_updated", b"message_updated", "messages_created", b"messages_created", "session", b"session", "session_deleted", b"session_deleted", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caught_up", b"caught_up", "draft", b"draft", "draft_appended", b"draft_appended", "draft_ended", b"draft_ended", "event", b"event", "heartbeat", b"heartbeat", "message_deleted", b"message_deleted", "message_updated", b"message_updated", "messages_created", b"messages_created", "revision", b"revision", "session", b"session", "session_deleted", b"session_deleted", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caught_up", b"caught_up", "draft", b"draft", "draft_appended", b"draft_appended", "draft_ended", b"draft_ended", "epoch", b"epoch", "event", b"event", "heartbeat", b"heartbeat", "message_deleted", b"message_deleted", "message_updated", b"message_updated", "messages_created", b"messages_created", "revision", b"revision", "session", b"session", "session_deleted", b"session_deleted", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["session", "messages_created", "message_updated", "message_deleted", "session_deleted", "caught_up", "heartbeat", "draft", "draft_appended", "draft_ended", "ticket"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___WatchChatSessionResponse: _TypeAlias = WatchChatSessionResponse  # noqa: Y015
+
+@_typing.final
+class WatchChatSessionsRequest(_message.Message):
+    """Request message for ChatSessionService.WatchChatSessions. A session must match all filters that are
+    set.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CURSOR_FIELD_NUMBER: _builtins.int
+    FROM_BEGINNING_FIELD_NUMBER: _builtins.int
+    STATUSES_FIELD_NUMBER: _builtins.int
+    HAS_TICKET_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    cursor: _builtins.str
+    """The `cursor` of the last response that was processed. Optional; empty means from now. Valid only for
+    the same filters. At most 8,192 characters.
+    """
+    from_beginning: _builtins.bool
+    """Whether to begin with all sessions and tickets that exist. Optional; the default is false. Not
+    together with `cursor`.
+    """
+    has_ticket: _builtins.bool
+    """Tells only sessions with a ticket (true) or without one (false). Optional; unset means both."""
+    user_id: _builtins.str
+    """Tells only sessions of this user: an exact `ChatSession.user_id`. Optional; empty means all."""
+    @_builtins.property
+    def statuses(self) -> _containers.RepeatedScalarFieldContainer[_resources_pb2.ChatSessionStatus.ValueType]:
+        """Tells only sessions with one of these statuses. Optional; empty means any status. At most 20
+        values; UNSPECIFIED is rejected.
+        """
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Tells only sessions that have all of these labels, with exactly these values. Optional; at most 4
+        pairs.
+        """
+
+    def __init__(
+        self,
+        *,
+        cursor: _builtins.str = ...,
+        from_beginning: _builtins.bool = ...,
+        statuses: _abc.Iterable[_resources_pb2.ChatSessionStatus.ValueType] | None = ...,
+        has_ticket: _builtins.bool | None = ...,
+        user_id: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_has_ticket", b"_has_ticket", "has_ticket", b"has_ticket"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_has_ticket", b"_has_ticket", "cursor", b"cursor", "from_beginning", b"from_beginning", "has_ticket", b"has_ticket", "labels", b"labels", "statuses", b"statuses", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__has_ticket: _TypeAlias = _typing.Literal["has_ticket"]  # noqa: Y015
+    _WhichOneofArgType__has_ticket: _TypeAlias = _typing.Literal["_has_ticket", b"_has_ticket"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__has_ticket) -> _WhichOneofReturnType__has_ticket | None: ...
+
+Global___WatchChatSessionsRequest: _TypeAlias = WatchChatSessionsRequest  # noqa: Y015
+
+@_typing.final
+class WatchChatSessionsResponse(_message.Message):
+    """Response message for ChatSessionService.WatchChatSessions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Event(_message.Message):
+        """One thing that the stream tells."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SESSION_FIELD_NUMBER: _builtins.int
+        SESSION_DELETED_FIELD_NUMBER: _builtins.int
+        TICKET_FIELD_NUMBER: _builtins.int
+        TICKET_DELETED_FIELD_NUMBER: _builtins.int
+        LEFT_FIELD_NUMBER: _builtins.int
+        CAUGHT_UP_FIELD_NUMBER: _builtins.int
+        HEARTBEAT_FIELD_NUMBER: _builtins.int
+        @_builtins.property
+        def session(self) -> _resources_pb2.ChatSession:
+            """A session in its current state. It was created or changed, or something in it was."""
+
+        @_builtins.property
+        def session_deleted(self) -> Global___WatchChatSessionsResponse.ChatSessionDeleted:
+            """A session was deleted."""
+
+        @_builtins.property
+        def ticket(self) -> _resources_pb2.Ticket:
+            """A ticket in its current state. It was created or changed."""
+
+        @_builtins.property
+        def ticket_deleted(self) -> Global___WatchChatSessionsResponse.TicketDeleted:
+            """A ticket was deleted."""
+
+        @_builtins.property
+        def left(self) -> Global___WatchChatSessionsResponse.ChatSessionLeft:
+            """A session no longer matches the filters."""
+
+        @_builtins.property
+        def caught_up(self) -> Global___WatchChatSessionsResponse.CaughtUp:
+            """What was there when the stream began has been told. Sent once per stream."""
+
+        @_builtins.property
+        def heartbeat(self) -> Global___WatchChatSessionsResponse.Heartbeat:
+            """There is nothing to tell. Shows that the connection works."""
+
+        def __init__(
+            self,
+            *,
+            session: _resources_pb2.ChatSession | None = ...,
+            session_deleted: Global___WatchChatSessionsResponse.ChatSessionDeleted | None = ...,
+            ticket: _resources_pb2.Ticket | None = ...,
+            ticket_deleted: Global___WatchChatSessionsResponse.TicketDeleted | None = ...,
+            left: Global___WatchChatSessionsResponse.ChatSessionLeft | None = ...,
+            caught_up: Global___WatchChatSessionsResponse.CaughtUp | None = ...,
+            heartbeat: Global___WatchChatSessionsResponse.Heartbeat | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["caught_up", b"caught_up", "event", b"event", "heartbeat", b"heartbeat", "left", b"left", "session", b"session", "session_deleted", b"session_deleted", "ticket", b"ticket", "ticket_deleted", b"ticket_deleted"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["caught_up", b"caught_up", "event", b"event", "heartbeat", b"heartbeat", "left", b"left", "session", b"session", "session_deleted", b"session_deleted", "ticket", b"ticket", "ticket_deleted", b"ticket_deleted"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["session", "session_deleted", "ticket", "ticket_deleted", "left", "caught_up", "heartbeat"]  # noqa: Y015
+        _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+    @_typing.final
+    class ChatSessionDeleted(_message.Message):
+        """The deletion of a session and everything in it."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SESSION_ID_FIELD_NUMBER: _builtins.int
+        session_id: _builtins.str
+        """The id of the session. The stream may never have told that session."""
+        def __init__(
+            self,
+            *,
+            session_id: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class TicketDeleted(_message.Message):
+        """The deletion of a ticket."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        TICKET_ID_FIELD_NUMBER: _builtins.int
+        ticket_id: _builtins.str
+        """The id of the ticket. The stream may never have told that ticket."""
+        def __init__(
+            self,
+            *,
+            ticket_id: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket_id", b"ticket_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class ChatSessionLeft(_message.Message):
+        """A session that exists and no longer matches the filters."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SESSION_ID_FIELD_NUMBER: _builtins.int
+        session_id: _builtins.str
+        """The id of the session."""
+        def __init__(
+            self,
+            *,
+            session_id: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class CaughtUp(_message.Message):
+        """The end of what was there when the stream began."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        def __init__(
+            self,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Heartbeat(_message.Message):
+        """A sign that the stream is alive."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        def __init__(
+            self,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CURSOR_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    cursor: _builtins.str
+    """Where to resume after this response. Opaque. Together with the events of this response and of those
+    before it, the caller has everything up to here.
+    """
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___WatchChatSessionsResponse.Event]:
+        """What has changed; at least one event."""
+
+    def __init__(
+        self,
+        *,
+        cursor: _builtins.str = ...,
+        events: _abc.Iterable[Global___WatchChatSessionsResponse.Event] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "events", b"events"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchChatSessionsResponse: _TypeAlias = WatchChatSessionsResponse  # noqa: Y015

@@ -67,6 +67,11 @@ class ChatSessionServiceStub:
                 request_serializer=chat__ticket_dot_v1_dot_chat__session__pb2.WatchChatSessionRequest.SerializeToString,
                 response_deserializer=chat__ticket_dot_v1_dot_chat__session__pb2.WatchChatSessionResponse.FromString,
                 _registered_method=True)
+        self.WatchChatSessions = channel.unary_stream(
+                '/chat_ticket.v1.ChatSessionService/WatchChatSessions',
+                request_serializer=chat__ticket_dot_v1_dot_chat__session__pb2.WatchChatSessionsRequest.SerializeToString,
+                response_deserializer=chat__ticket_dot_v1_dot_chat__session__pb2.WatchChatSessionsResponse.FromString,
+                _registered_method=True)
 
 
 class ChatSessionServiceServicer:
@@ -231,9 +236,15 @@ class ChatSessionServiceServicer:
         Errors:
 
         - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
-        - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): the session has not reached `after_revision`. The
-        stream also ends with this error when the database loses changes that were delivered, for
-        example in a failover. Watch again from 0.
+        - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost changes up to
+        `after_revision`, because it was restored from a backup or a standby was promoted. The metadata
+        has the last `revision` that both histories share. What was received after it is no more, or is
+        different. Also ends a stream that is open. Forget what came after that revision, read what had
+        changed after it again, and resume after it, with the `epoch` of the metadata.
+        - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): without `epoch`, the session has not reached
+        `after_revision`. The stream also ends with this error when the database loses changes that
+        were delivered. Watch again from 0. A call without `epoch` is not refused when the session has
+        reached that revision again, with other changes.
         - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
         could not send. Resume.
         - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
@@ -245,6 +256,69 @@ class ChatSessionServiceServicer:
 
         Retry: safe. Resume after the last `revision` received, or from the same `after_revision` when
         nothing was received.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchChatSessions(self, request, context):
+        """Watches all sessions and tickets of the tenant: streams which have changed after a cursor, and then
+        every one that changes.
+
+        Use it for whatever must hear of every change of a tenant: an inbox, a search index, a relay of
+        webhooks, billing. It tells the state of what has changed. To get the messages of a session too,
+        call WatchChatSession or ListChatMessages with the last revision that you know, and its epoch.
+
+        Every session or ticket whose last change was committed after the cursor is told at least once, with
+        its state at that change or at a later one. Nothing is skipped, in whatever order transactions are
+        committed, and on however many servers. Several changes of one session can be told as one. A session
+        can be told again although it has not changed. The order of the events says nothing about the order
+        of the changes. A caller that keeps the newest `revision` of each session can ignore repeats.
+
+        Every response has the `cursor` to resume after. Store it when you have processed the events of its
+        response. A cursor is valid for the tenant and the filters of the stream that it came from.
+
+        - With `cursor`, the stream goes on after it.
+        - With `from_beginning`, it tells all sessions and tickets that exist, and then the changes. Those
+        that are deleted meanwhile are named too.
+        - With neither, it begins now.
+
+        `caught_up` is sent once per stream: what was there when the stream began has been told. Heartbeats
+        come at least every 15 seconds when nothing else is sent. Their cursor can have moved on.
+
+        A session that does not match the filters is not told. One that matched at the cursor and does not
+        match any more is named in `left`. It can also name a session that never matched. The deletion of
+        sessions is told whatever the filters are, as a deleted session has no fields. Tickets are not
+        filtered.
+
+        A change is told when all transactions that began to write before it have ended. So a long
+        transaction that writes, even in another database of the same PostgreSQL, holds up the feed until
+        it ends. Nothing is lost.
+
+        Later versions add events. Ignore an event that is not known, but keep the `cursor`.
+
+        Limits: the streams count as streams of the tenant; see WatchChatSession. A response has at most 500
+        events and about 1 MiB. A cursor stays valid for 30 days without a call.
+
+        Errors:
+
+        - OUT_OF_RANGE (CURSOR_EXPIRED): the cursor is so old that deletions since then may be forgotten.
+        Watch from the beginning, and drop what is not told until `caught_up`.
+        - OUT_OF_RANGE (HISTORY_CHANGED): the database was restored from a backup, or a standby was
+        promoted, and what was told before the cursor may be no more. The metadata has a `cursor` that
+        goes on in the new history without a gap, if there is one. Read again what was told lately, and
+        then resume after that cursor. Without one, or when in doubt, watch from the beginning, and drop
+        what is not told until `caught_up`.
+        - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+        could not send. Resume.
+        - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
+        server.
+        - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
+        Resume.
+        - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
+        it is about 30 minutes old. Resume.
+
+        Retry: safe. Resume after the last `cursor` received, or as before when nothing was received.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -282,6 +356,11 @@ def add_ChatSessionServiceServicer_to_server(servicer, server):
                     servicer.WatchChatSession,
                     request_deserializer=chat__ticket_dot_v1_dot_chat__session__pb2.WatchChatSessionRequest.FromString,
                     response_serializer=chat__ticket_dot_v1_dot_chat__session__pb2.WatchChatSessionResponse.SerializeToString,
+            ),
+            'WatchChatSessions': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchChatSessions,
+                    request_deserializer=chat__ticket_dot_v1_dot_chat__session__pb2.WatchChatSessionsRequest.FromString,
+                    response_serializer=chat__ticket_dot_v1_dot_chat__session__pb2.WatchChatSessionsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -449,6 +528,33 @@ class ChatSessionService:
             '/chat_ticket.v1.ChatSessionService/WatchChatSession',
             chat__ticket_dot_v1_dot_chat__session__pb2.WatchChatSessionRequest.SerializeToString,
             chat__ticket_dot_v1_dot_chat__session__pb2.WatchChatSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchChatSessions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/chat_ticket.v1.ChatSessionService/WatchChatSessions',
+            chat__ticket_dot_v1_dot_chat__session__pb2.WatchChatSessionsRequest.SerializeToString,
+            chat__ticket_dot_v1_dot_chat__session__pb2.WatchChatSessionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -174,9 +174,15 @@ class ChatSessionServiceStub:
     Errors:
 
     - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
-    - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): the session has not reached `after_revision`. The
-      stream also ends with this error when the database loses changes that were delivered, for
-      example in a failover. Watch again from 0.
+    - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost changes up to
+      `after_revision`, because it was restored from a backup or a standby was promoted. The metadata
+      has the last `revision` that both histories share. What was received after it is no more, or is
+      different. Also ends a stream that is open. Forget what came after that revision, read what had
+      changed after it again, and resume after it, with the `epoch` of the metadata.
+    - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): without `epoch`, the session has not reached
+      `after_revision`. The stream also ends with this error when the database loses changes that
+      were delivered. Watch again from 0. A call without `epoch` is not refused when the session has
+      reached that revision again, with other changes.
     - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
       could not send. Resume.
     - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
@@ -188,6 +194,65 @@ class ChatSessionServiceStub:
 
     Retry: safe. Resume after the last `revision` received, or from the same `after_revision` when
     nothing was received.
+    """
+    WatchChatSessions: _grpc.UnaryStreamMultiCallable[_chat_session_pb2.WatchChatSessionsRequest, _chat_session_pb2.WatchChatSessionsResponse]
+    """Watches all sessions and tickets of the tenant: streams which have changed after a cursor, and then
+    every one that changes.
+
+    Use it for whatever must hear of every change of a tenant: an inbox, a search index, a relay of
+    webhooks, billing. It tells the state of what has changed. To get the messages of a session too,
+    call WatchChatSession or ListChatMessages with the last revision that you know, and its epoch.
+
+    Every session or ticket whose last change was committed after the cursor is told at least once, with
+    its state at that change or at a later one. Nothing is skipped, in whatever order transactions are
+    committed, and on however many servers. Several changes of one session can be told as one. A session
+    can be told again although it has not changed. The order of the events says nothing about the order
+    of the changes. A caller that keeps the newest `revision` of each session can ignore repeats.
+
+    Every response has the `cursor` to resume after. Store it when you have processed the events of its
+    response. A cursor is valid for the tenant and the filters of the stream that it came from.
+
+    - With `cursor`, the stream goes on after it.
+    - With `from_beginning`, it tells all sessions and tickets that exist, and then the changes. Those
+      that are deleted meanwhile are named too.
+    - With neither, it begins now.
+
+    `caught_up` is sent once per stream: what was there when the stream began has been told. Heartbeats
+    come at least every 15 seconds when nothing else is sent. Their cursor can have moved on.
+
+    A session that does not match the filters is not told. One that matched at the cursor and does not
+    match any more is named in `left`. It can also name a session that never matched. The deletion of
+    sessions is told whatever the filters are, as a deleted session has no fields. Tickets are not
+    filtered.
+
+    A change is told when all transactions that began to write before it have ended. So a long
+    transaction that writes, even in another database of the same PostgreSQL, holds up the feed until
+    it ends. Nothing is lost.
+
+    Later versions add events. Ignore an event that is not known, but keep the `cursor`.
+
+    Limits: the streams count as streams of the tenant; see WatchChatSession. A response has at most 500
+    events and about 1 MiB. A cursor stays valid for 30 days without a call.
+
+    Errors:
+
+    - OUT_OF_RANGE (CURSOR_EXPIRED): the cursor is so old that deletions since then may be forgotten.
+      Watch from the beginning, and drop what is not told until `caught_up`.
+    - OUT_OF_RANGE (HISTORY_CHANGED): the database was restored from a backup, or a standby was
+      promoted, and what was told before the cursor may be no more. The metadata has a `cursor` that
+      goes on in the new history without a gap, if there is one. Read again what was told lately, and
+      then resume after that cursor. Without one, or when in doubt, watch from the beginning, and drop
+      what is not told until `caught_up`.
+    - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+      could not send. Resume.
+    - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
+      server.
+    - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
+      Resume.
+    - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
+      it is about 30 minutes old. Resume.
+
+    Retry: safe. Resume after the last `cursor` received, or as before when nothing was received.
     """
 
 @_typing.type_check_only
@@ -334,9 +399,15 @@ class ChatSessionServiceAsyncStub(ChatSessionServiceStub):
     Errors:
 
     - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
-    - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): the session has not reached `after_revision`. The
-      stream also ends with this error when the database loses changes that were delivered, for
-      example in a failover. Watch again from 0.
+    - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost changes up to
+      `after_revision`, because it was restored from a backup or a standby was promoted. The metadata
+      has the last `revision` that both histories share. What was received after it is no more, or is
+      different. Also ends a stream that is open. Forget what came after that revision, read what had
+      changed after it again, and resume after it, with the `epoch` of the metadata.
+    - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): without `epoch`, the session has not reached
+      `after_revision`. The stream also ends with this error when the database loses changes that
+      were delivered. Watch again from 0. A call without `epoch` is not refused when the session has
+      reached that revision again, with other changes.
     - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
       could not send. Resume.
     - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
@@ -348,6 +419,65 @@ class ChatSessionServiceAsyncStub(ChatSessionServiceStub):
 
     Retry: safe. Resume after the last `revision` received, or from the same `after_revision` when
     nothing was received.
+    """
+    WatchChatSessions: _aio.UnaryStreamMultiCallable[_chat_session_pb2.WatchChatSessionsRequest, _chat_session_pb2.WatchChatSessionsResponse]  # type: ignore[assignment]
+    """Watches all sessions and tickets of the tenant: streams which have changed after a cursor, and then
+    every one that changes.
+
+    Use it for whatever must hear of every change of a tenant: an inbox, a search index, a relay of
+    webhooks, billing. It tells the state of what has changed. To get the messages of a session too,
+    call WatchChatSession or ListChatMessages with the last revision that you know, and its epoch.
+
+    Every session or ticket whose last change was committed after the cursor is told at least once, with
+    its state at that change or at a later one. Nothing is skipped, in whatever order transactions are
+    committed, and on however many servers. Several changes of one session can be told as one. A session
+    can be told again although it has not changed. The order of the events says nothing about the order
+    of the changes. A caller that keeps the newest `revision` of each session can ignore repeats.
+
+    Every response has the `cursor` to resume after. Store it when you have processed the events of its
+    response. A cursor is valid for the tenant and the filters of the stream that it came from.
+
+    - With `cursor`, the stream goes on after it.
+    - With `from_beginning`, it tells all sessions and tickets that exist, and then the changes. Those
+      that are deleted meanwhile are named too.
+    - With neither, it begins now.
+
+    `caught_up` is sent once per stream: what was there when the stream began has been told. Heartbeats
+    come at least every 15 seconds when nothing else is sent. Their cursor can have moved on.
+
+    A session that does not match the filters is not told. One that matched at the cursor and does not
+    match any more is named in `left`. It can also name a session that never matched. The deletion of
+    sessions is told whatever the filters are, as a deleted session has no fields. Tickets are not
+    filtered.
+
+    A change is told when all transactions that began to write before it have ended. So a long
+    transaction that writes, even in another database of the same PostgreSQL, holds up the feed until
+    it ends. Nothing is lost.
+
+    Later versions add events. Ignore an event that is not known, but keep the `cursor`.
+
+    Limits: the streams count as streams of the tenant; see WatchChatSession. A response has at most 500
+    events and about 1 MiB. A cursor stays valid for 30 days without a call.
+
+    Errors:
+
+    - OUT_OF_RANGE (CURSOR_EXPIRED): the cursor is so old that deletions since then may be forgotten.
+      Watch from the beginning, and drop what is not told until `caught_up`.
+    - OUT_OF_RANGE (HISTORY_CHANGED): the database was restored from a backup, or a standby was
+      promoted, and what was told before the cursor may be no more. The metadata has a `cursor` that
+      goes on in the new history without a gap, if there is one. Read again what was told lately, and
+      then resume after that cursor. Without one, or when in doubt, watch from the beginning, and drop
+      what is not told until `caught_up`.
+    - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+      could not send. Resume.
+    - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
+      server.
+    - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
+      Resume.
+    - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
+      it is about 30 minutes old. Resume.
+
+    Retry: safe. Resume after the last `cursor` received, or as before when nothing was received.
     """
 
 class ChatSessionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -527,9 +657,15 @@ class ChatSessionServiceServicer(metaclass=_abc_1.ABCMeta):
         Errors:
 
         - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
-        - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): the session has not reached `after_revision`. The
-          stream also ends with this error when the database loses changes that were delivered, for
-          example in a failover. Watch again from 0.
+        - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost changes up to
+          `after_revision`, because it was restored from a backup or a standby was promoted. The metadata
+          has the last `revision` that both histories share. What was received after it is no more, or is
+          different. Also ends a stream that is open. Forget what came after that revision, read what had
+          changed after it again, and resume after it, with the `epoch` of the metadata.
+        - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): without `epoch`, the session has not reached
+          `after_revision`. The stream also ends with this error when the database loses changes that
+          were delivered. Watch again from 0. A call without `epoch` is not refused when the session has
+          reached that revision again, with other changes.
         - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
           could not send. Resume.
         - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
@@ -541,6 +677,71 @@ class ChatSessionServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Retry: safe. Resume after the last `revision` received, or from the same `after_revision` when
         nothing was received.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchChatSessions(
+        self,
+        request: _chat_session_pb2.WatchChatSessionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_chat_session_pb2.WatchChatSessionsResponse], _abc.AsyncIterator[_chat_session_pb2.WatchChatSessionsResponse]]:
+        """Watches all sessions and tickets of the tenant: streams which have changed after a cursor, and then
+        every one that changes.
+
+        Use it for whatever must hear of every change of a tenant: an inbox, a search index, a relay of
+        webhooks, billing. It tells the state of what has changed. To get the messages of a session too,
+        call WatchChatSession or ListChatMessages with the last revision that you know, and its epoch.
+
+        Every session or ticket whose last change was committed after the cursor is told at least once, with
+        its state at that change or at a later one. Nothing is skipped, in whatever order transactions are
+        committed, and on however many servers. Several changes of one session can be told as one. A session
+        can be told again although it has not changed. The order of the events says nothing about the order
+        of the changes. A caller that keeps the newest `revision` of each session can ignore repeats.
+
+        Every response has the `cursor` to resume after. Store it when you have processed the events of its
+        response. A cursor is valid for the tenant and the filters of the stream that it came from.
+
+        - With `cursor`, the stream goes on after it.
+        - With `from_beginning`, it tells all sessions and tickets that exist, and then the changes. Those
+          that are deleted meanwhile are named too.
+        - With neither, it begins now.
+
+        `caught_up` is sent once per stream: what was there when the stream began has been told. Heartbeats
+        come at least every 15 seconds when nothing else is sent. Their cursor can have moved on.
+
+        A session that does not match the filters is not told. One that matched at the cursor and does not
+        match any more is named in `left`. It can also name a session that never matched. The deletion of
+        sessions is told whatever the filters are, as a deleted session has no fields. Tickets are not
+        filtered.
+
+        A change is told when all transactions that began to write before it have ended. So a long
+        transaction that writes, even in another database of the same PostgreSQL, holds up the feed until
+        it ends. Nothing is lost.
+
+        Later versions add events. Ignore an event that is not known, but keep the `cursor`.
+
+        Limits: the streams count as streams of the tenant; see WatchChatSession. A response has at most 500
+        events and about 1 MiB. A cursor stays valid for 30 days without a call.
+
+        Errors:
+
+        - OUT_OF_RANGE (CURSOR_EXPIRED): the cursor is so old that deletions since then may be forgotten.
+          Watch from the beginning, and drop what is not told until `caught_up`.
+        - OUT_OF_RANGE (HISTORY_CHANGED): the database was restored from a backup, or a standby was
+          promoted, and what was told before the cursor may be no more. The metadata has a `cursor` that
+          goes on in the new history without a gap, if there is one. Read again what was told lately, and
+          then resume after that cursor. Without one, or when in doubt, watch from the beginning, and drop
+          what is not told until `caught_up`.
+        - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+          could not send. Resume.
+        - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
+          server.
+        - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
+          Resume.
+        - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
+          it is about 30 minutes old. Resume.
+
+        Retry: safe. Resume after the last `cursor` received, or as before when nothing was received.
         """
 
 def add_ChatSessionServiceServicer_to_server(servicer: ChatSessionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63hat_ticket/v1/resources.proto\x12\x0e\x63hat_ticket.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xfd\x02\n\x0b\x43hatSession\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12\x31\n\x06status\x18\x03 \x01(\x0e\x32!.chat_ticket.v1.ChatSessionStatus\x12\x12\n\nhas_ticket\x18\x04 \x01(\x08\x12\x10\n\x08revision\x18\x05 \x01(\x03\x12\x0c\n\x04\x65tag\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07user_id\x18\t \x01(\t\x12\r\n\x05title\x18\n \x01(\t\x12\x37\n\x06labels\x18\x0b \x03(\x0b\x32\'.chat_ticket.v1.ChatSession.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa9\x03\n\x0b\x43hatMessage\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x03\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12-\n\x04role\x18\x05 \x01(\x0e\x32\x1f.chat_ticket.v1.ChatMessageRole\x12\x0f\n\x07\x63ontent\x18\x06 \x01(\t\x12\x15\n\rmetadata_json\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0b\x61ttachments\x18\t \x03(\x0b\x32\x1e.chat_ticket.v1.ChatAttachment\x12\x15\n\rlanguage_code\x18\n \x01(\t\x12/\n\x05state\x18\x0b \x01(\x0e\x32 .chat_ticket.v1.ChatMessageState\x12\x31\n\x06\x61uthor\x18\x0c \x01(\x0b\x32!.chat_ticket.v1.ChatMessageAuthor\x12\x0c\n\x04\x65tag\x18\r \x01(\t\x12\x10\n\x08redacted\x18\x0e \x01(\x08\"T\n\x11\x43hatMessageAuthor\x12\x33\n\x04kind\x18\x01 \x01(\x0e\x32%.chat_ticket.v1.ChatMessageAuthorKind\x12\n\n\x02id\x18\x02 \x01(\t\"\xbe\x02\n\tChatDraft\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12-\n\x04role\x18\x03 \x01(\x0e\x32\x1f.chat_ticket.v1.ChatMessageRole\x12\x0f\n\x07\x63ontent\x18\x04 \x01(\t\x12\x0e\n\x06length\x18\x05 \x01(\x03\x12\x15\n\rmetadata_json\x18\x06 \x01(\t\x12\x15\n\rlanguage_code\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x06\x61uthor\x18\n \x01(\x0b\x32!.chat_ticket.v1.ChatMessageAuthor\"\xca\x01\n\x0e\x43hatAttachment\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nmessage_id\x18\x02 \x01(\t\x12\x10\n\x08\x66ile_url\x18\x03 \x01(\t\x12\x11\n\tfile_name\x18\x04 \x01(\t\x12\x11\n\tfile_type\x18\x05 \x01(\t\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xfc\x01\n\x06Ticket\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12,\n\x06status\x18\x04 \x01(\x0e\x32\x1c.chat_ticket.v1.TicketStatus\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x65xternal_ref\x18\x07 \x01(\t\x12\x10\n\x08revision\x18\x08 \x01(\x03\x12\x0c\n\x04\x65tag\x18\t \x01(\t\"\x98\x01\n\nChatTicket\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x11\n\tticket_id\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x06ticket\x18\x05 \x01(\x0b\x32\x16.chat_ticket.v1.Ticket*\x9c\x01\n\x11\x43hatSessionStatus\x12#\n\x1f\x43HAT_SESSION_STATUS_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x43HAT_SESSION_STATUS_ACTIVE\x10\x01\x12 \n\x1c\x43HAT_SESSION_STATUS_RESOLVED\x10\x02\x12 \n\x1c\x43HAT_SESSION_STATUS_ARCHIVED\x10\x03*q\n\x0f\x43hatMessageRole\x12!\n\x1d\x43HAT_MESSAGE_ROLE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x43HAT_MESSAGE_ROLE_USER\x10\x01\x12\x1f\n\x1b\x43HAT_MESSAGE_ROLE_ASSISTANT\x10\x02*v\n\x10\x43hatMessageState\x12\x1f\n\x1b\x43HAT_MESSAGE_STATE_COMPLETE\x10\x00\x12!\n\x1d\x43HAT_MESSAGE_STATE_INCOMPLETE\x10\x01\x12\x1e\n\x1a\x43HAT_MESSAGE_STATE_STOPPED\x10\x02*\xb9\x01\n\x15\x43hatMessageAuthorKind\x12(\n$CHAT_MESSAGE_AUTHOR_KIND_UNSPECIFIED\x10\x00\x12%\n!CHAT_MESSAGE_AUTHOR_KIND_END_USER\x10\x01\x12%\n!CHAT_MESSAGE_AUTHOR_KIND_AI_AGENT\x10\x02\x12(\n$CHAT_MESSAGE_AUTHOR_KIND_HUMAN_AGENT\x10\x03*\x94\x01\n\x0cTicketStatus\x12\x1d\n\x19TICKET_STATUS_UNSPECIFIED\x10\x00\x12\x16\n\x12TICKET_STATUS_OPEN\x10\x01\x12\x19\n\x15TICKET_STATUS_PENDING\x10\x02\x12\x18\n\x14TICKET_STATUS_SOLVED\x10\x03\x12\x18\n\x14TICKET_STATUS_CLOSED\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63hat_ticket/v1/resources.proto\x12\x0e\x63hat_ticket.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8c\x03\n\x0b\x43hatSession\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12\x31\n\x06status\x18\x03 \x01(\x0e\x32!.chat_ticket.v1.ChatSessionStatus\x12\x12\n\nhas_ticket\x18\x04 \x01(\x08\x12\x10\n\x08revision\x18\x05 \x01(\x03\x12\x0c\n\x04\x65tag\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07user_id\x18\t \x01(\t\x12\r\n\x05title\x18\n \x01(\t\x12\x37\n\x06labels\x18\x0b \x03(\x0b\x32\'.chat_ticket.v1.ChatSession.LabelsEntry\x12\r\n\x05\x65poch\x18\x0c \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xa9\x03\n\x0b\x43hatMessage\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x03\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12-\n\x04role\x18\x05 \x01(\x0e\x32\x1f.chat_ticket.v1.ChatMessageRole\x12\x0f\n\x07\x63ontent\x18\x06 \x01(\t\x12\x15\n\rmetadata_json\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0b\x61ttachments\x18\t \x03(\x0b\x32\x1e.chat_ticket.v1.ChatAttachment\x12\x15\n\rlanguage_code\x18\n \x01(\t\x12/\n\x05state\x18\x0b \x01(\x0e\x32 .chat_ticket.v1.ChatMessageState\x12\x31\n\x06\x61uthor\x18\x0c \x01(\x0b\x32!.chat_ticket.v1.ChatMessageAuthor\x12\x0c\n\x04\x65tag\x18\r \x01(\t\x12\x10\n\x08redacted\x18\x0e \x01(\x08\"T\n\x11\x43hatMessageAuthor\x12\x33\n\x04kind\x18\x01 \x01(\x0e\x32%.chat_ticket.v1.ChatMessageAuthorKind\x12\n\n\x02id\x18\x02 \x01(\t\"\xbe\x02\n\tChatDraft\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12-\n\x04role\x18\x03 \x01(\x0e\x32\x1f.chat_ticket.v1.ChatMessageRole\x12\x0f\n\x07\x63ontent\x18\x04 \x01(\t\x12\x0e\n\x06length\x18\x05 \x01(\x03\x12\x15\n\rmetadata_json\x18\x06 \x01(\t\x12\x15\n\rlanguage_code\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x06\x61uthor\x18\n \x01(\x0b\x32!.chat_ticket.v1.ChatMessageAuthor\"\xca\x01\n\x0e\x43hatAttachment\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nmessage_id\x18\x02 \x01(\t\x12\x10\n\x08\x66ile_url\x18\x03 \x01(\t\x12\x11\n\tfile_name\x18\x04 \x01(\t\x12\x11\n\tfile_type\x18\x05 \x01(\t\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xfc\x01\n\x06Ticket\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\ttenant_id\x18\x02 \x01(\t\x12\r\n\x05title\x18\x03 \x01(\t\x12,\n\x06status\x18\x04 \x01(\x0e\x32\x1c.chat_ticket.v1.TicketStatus\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x0c\x65xternal_ref\x18\x07 \x01(\t\x12\x10\n\x08revision\x18\x08 \x01(\x03\x12\x0c\n\x04\x65tag\x18\t \x01(\t\"\x98\x01\n\nChatTicket\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x11\n\tticket_id\x18\x03 \x01(\t\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12&\n\x06ticket\x18\x05 \x01(\x0b\x32\x16.chat_ticket.v1.Ticket*\x9c\x01\n\x11\x43hatSessionStatus\x12#\n\x1f\x43HAT_SESSION_STATUS_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x43HAT_SESSION_STATUS_ACTIVE\x10\x01\x12 \n\x1c\x43HAT_SESSION_STATUS_RESOLVED\x10\x02\x12 \n\x1c\x43HAT_SESSION_STATUS_ARCHIVED\x10\x03*q\n\x0f\x43hatMessageRole\x12!\n\x1d\x43HAT_MESSAGE_ROLE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x43HAT_MESSAGE_ROLE_USER\x10\x01\x12\x1f\n\x1b\x43HAT_MESSAGE_ROLE_ASSISTANT\x10\x02*v\n\x10\x43hatMessageState\x12\x1f\n\x1b\x43HAT_MESSAGE_STATE_COMPLETE\x10\x00\x12!\n\x1d\x43HAT_MESSAGE_STATE_INCOMPLETE\x10\x01\x12\x1e\n\x1a\x43HAT_MESSAGE_STATE_STOPPED\x10\x02*\xb9\x01\n\x15\x43hatMessageAuthorKind\x12(\n$CHAT_MESSAGE_AUTHOR_KIND_UNSPECIFIED\x10\x00\x12%\n!CHAT_MESSAGE_AUTHOR_KIND_END_USER\x10\x01\x12%\n!CHAT_MESSAGE_AUTHOR_KIND_AI_AGENT\x10\x02\x12(\n$CHAT_MESSAGE_AUTHOR_KIND_HUMAN_AGENT\x10\x03*\x94\x01\n\x0cTicketStatus\x12\x1d\n\x19TICKET_STATUS_UNSPECIFIED\x10\x00\x12\x16\n\x12TICKET_STATUS_OPEN\x10\x01\x12\x19\n\x15TICKET_STATUS_PENDING\x10\x02\x12\x18\n\x14TICKET_STATUS_SOLVED\x10\x03\x12\x18\n\x14TICKET_STATUS_CLOSED\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,30 +34,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CHATSESSION_LABELSENTRY']._loaded_options = None
   _globals['_CHATSESSION_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_CHATSESSIONSTATUS']._serialized_start=1918
-  _globals['_CHATSESSIONSTATUS']._serialized_end=2074
-  _globals['_CHATMESSAGEROLE']._serialized_start=2076
-  _globals['_CHATMESSAGEROLE']._serialized_end=2189
-  _globals['_CHATMESSAGESTATE']._serialized_start=2191
-  _globals['_CHATMESSAGESTATE']._serialized_end=2309
-  _globals['_CHATMESSAGEAUTHORKIND']._serialized_start=2312
-  _globals['_CHATMESSAGEAUTHORKIND']._serialized_end=2497
-  _globals['_TICKETSTATUS']._serialized_start=2500
-  _globals['_TICKETSTATUS']._serialized_end=2648
+  _globals['_CHATSESSIONSTATUS']._serialized_start=1933
+  _globals['_CHATSESSIONSTATUS']._serialized_end=2089
+  _globals['_CHATMESSAGEROLE']._serialized_start=2091
+  _globals['_CHATMESSAGEROLE']._serialized_end=2204
+  _globals['_CHATMESSAGESTATE']._serialized_start=2206
+  _globals['_CHATMESSAGESTATE']._serialized_end=2324
+  _globals['_CHATMESSAGEAUTHORKIND']._serialized_start=2327
+  _globals['_CHATMESSAGEAUTHORKIND']._serialized_end=2512
+  _globals['_TICKETSTATUS']._serialized_start=2515
+  _globals['_TICKETSTATUS']._serialized_end=2663
   _globals['_CHATSESSION']._serialized_start=84
-  _globals['_CHATSESSION']._serialized_end=465
-  _globals['_CHATSESSION_LABELSENTRY']._serialized_start=420
-  _globals['_CHATSESSION_LABELSENTRY']._serialized_end=465
-  _globals['_CHATMESSAGE']._serialized_start=468
-  _globals['_CHATMESSAGE']._serialized_end=893
-  _globals['_CHATMESSAGEAUTHOR']._serialized_start=895
-  _globals['_CHATMESSAGEAUTHOR']._serialized_end=979
-  _globals['_CHATDRAFT']._serialized_start=982
-  _globals['_CHATDRAFT']._serialized_end=1300
-  _globals['_CHATATTACHMENT']._serialized_start=1303
-  _globals['_CHATATTACHMENT']._serialized_end=1505
-  _globals['_TICKET']._serialized_start=1508
-  _globals['_TICKET']._serialized_end=1760
-  _globals['_CHATTICKET']._serialized_start=1763
-  _globals['_CHATTICKET']._serialized_end=1915
+  _globals['_CHATSESSION']._serialized_end=480
+  _globals['_CHATSESSION_LABELSENTRY']._serialized_start=435
+  _globals['_CHATSESSION_LABELSENTRY']._serialized_end=480
+  _globals['_CHATMESSAGE']._serialized_start=483
+  _globals['_CHATMESSAGE']._serialized_end=908
+  _globals['_CHATMESSAGEAUTHOR']._serialized_start=910
+  _globals['_CHATMESSAGEAUTHOR']._serialized_end=994
+  _globals['_CHATDRAFT']._serialized_start=997
+  _globals['_CHATDRAFT']._serialized_end=1315
+  _globals['_CHATATTACHMENT']._serialized_start=1318
+  _globals['_CHATATTACHMENT']._serialized_end=1520
+  _globals['_TICKET']._serialized_start=1523
+  _globals['_TICKET']._serialized_end=1775
+  _globals['_CHATTICKET']._serialized_start=1778
+  _globals['_CHATTICKET']._serialized_end=1930
 # @@protoc_insertion_point(module_scope)

@@ -363,6 +363,7 @@ class ChatSession(_message.Message):
     USER_ID_FIELD_NUMBER: _builtins.int
     TITLE_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The id of the session. Optional on create; see CreateChatSession for retries. Immutable."""
     tenant_id: _builtins.str
@@ -388,6 +389,15 @@ class ChatSession(_message.Message):
     """
     title: _builtins.str
     """The title. Optional; at most 500 characters, of one line as a `Ticket.title` is."""
+    epoch: _builtins.str
+    """The history of the session's revisions: an opaque text, of hexadecimal digits, dots and hyphens.
+    Output only.
+
+    The history changes when the database is restored from a backup, or when a standby is promoted.
+    Changes can be lost then, and their revisions are given again to other changes. A revision together
+    with its epoch is a position that stays true or is recognised as lost: keep both, and send both
+    when you continue after a revision.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """The time of creation. Output only."""
@@ -419,10 +429,11 @@ class ChatSession(_message.Message):
         user_id: _builtins.str = ...,
         title: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        epoch: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "etag", b"etag", "has_ticket", b"has_ticket", "id", b"id", "labels", b"labels", "revision", b"revision", "status", b"status", "tenant_id", b"tenant_id", "title", b"title", "update_time", b"update_time", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "epoch", b"epoch", "etag", b"etag", "has_ticket", b"has_ticket", "id", b"id", "labels", b"labels", "revision", b"revision", "status", b"status", "tenant_id", b"tenant_id", "title", b"title", "update_time", b"update_time", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

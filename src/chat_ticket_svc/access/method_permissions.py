@@ -15,6 +15,7 @@ METHOD_PERMISSIONS: Mapping[str, Permission] = {
     f"{SESSIONS}/GetChatSession": Permission.READ,
     f"{SESSIONS}/ListChatSessions": Permission.READ,
     f"{SESSIONS}/WatchChatSession": Permission.READ,
+    f"{SESSIONS}/WatchChatSessions": Permission.READ,
     f"{SESSIONS}/CreateChatSession": Permission.WRITE,
     f"{SESSIONS}/UpdateChatSession": Permission.WRITE,
     f"{SESSIONS}/DeleteChatSession": Permission.DELETE,

@@ -71,6 +71,7 @@ def session(row: Session) -> pb.ChatSession:
         user_id=row.user_id or "",
         title=row.title or "",
         labels=json.loads(row.labels) if row.labels else None,
+        epoch=row.epoch,
     )
 
 

@@ -25,6 +25,7 @@ class Session(NamedTuple):
     user_id: Annotated[str | None, "chat_sessions.user_id"]
     title: Annotated[str | None, "chat_sessions.title"]
     labels: Annotated[str | None, "chat_sessions.labels::text"]  # a JSON object
+    epoch: Annotated[str, "chat_sessions.epoch"]  # see epochs.py
 
 
 class LargeSession(Exception):  # noqa: N818 - a signal to SessionDeleter, never to a caller

@@ -193,6 +193,12 @@ export interface ListChatMessagesRequest {
    * values; UNSPECIFIED is rejected.
    */
   roles: ChatMessageRole[];
+  /**
+   * To continue after a break: the `ChatSession.epoch` of the first response. It is checked that the
+   * message at `after_sequence`, or in descending order at `before_sequence`, is still in the history.
+   * Optional; empty means that it is not checked. At most 8,192 characters.
+   */
+  epoch: string;
 }
 
 /** Response message for ChatMessageService.ListChatMessages: one batch. */
@@ -1035,6 +1041,7 @@ function createBaseListChatMessagesRequest(): ListChatMessagesRequest {
     order: ChatMessageOrder.CHAT_MESSAGE_ORDER_UNSPECIFIED,
     limit: 0n,
     roles: [],
+    epoch: "",
   };
 }
 
@@ -1070,6 +1077,9 @@ export const ListChatMessagesRequest: MessageFns<ListChatMessagesRequest> = {
         writer.int32(chatMessageRoleToNumber(v));
       }
       writer.join();
+    }
+    if (message.epoch !== "") {
+      writer.uint32(58).string(message.epoch);
     }
     return writer;
   },
@@ -1145,6 +1155,14 @@ export const ListChatMessagesRequest: MessageFns<ListChatMessagesRequest> = {
 
             break;
           }
+          case 7: {
+            if (tag !== 58) {
+              break;
+            }
+
+            message.epoch = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1181,6 +1199,7 @@ export const ListChatMessagesRequest: MessageFns<ListChatMessagesRequest> = {
       roles: globalThis.Array.isArray(object?.roles)
         ? object.roles.map((e: any) => chatMessageRoleFromJSON(e))
         : [],
+      epoch: isSet(object.epoch) ? globalThis.String(object.epoch) : "",
     };
   },
 
@@ -1204,6 +1223,9 @@ export const ListChatMessagesRequest: MessageFns<ListChatMessagesRequest> = {
     if (message.roles?.length) {
       obj.roles = message.roles.map((e) => chatMessageRoleToJSON(e));
     }
+    if (message.epoch !== "") {
+      obj.epoch = message.epoch;
+    }
     return obj;
   },
 
@@ -1222,6 +1244,7 @@ export const ListChatMessagesRequest: MessageFns<ListChatMessagesRequest> = {
     message.order = object.order ?? ChatMessageOrder.CHAT_MESSAGE_ORDER_UNSPECIFIED;
     message.limit = (object.limit !== undefined && object.limit !== null) ? BigInt(object.limit) : 0n;
     message.roles = object.roles?.map((e) => e) || [];
+    message.epoch = object.epoch ?? "";
     return message;
   },
 };
@@ -2573,7 +2596,7 @@ export const ChatMessageServiceDefinition = {
      *
      * To continue after a break, call again. In ascending order, set `after_sequence` to the last
      * sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
-     * number of messages received.
+     * number of messages received. Set `epoch` to that of the session in the first response.
      *
      * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
      * ListChatMessages together, and at most 100 of them for one session.
@@ -2582,6 +2605,11 @@ export const ChatMessageServiceDefinition = {
      *
      * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with
      *   this error when the session is deleted during the call.
+     * - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost that place of the
+     *   session, because it was restored from a backup or a standby was promoted. The metadata has the
+     *   last `revision` that both histories share: messages received with a sequence after it are no
+     *   more, or are different. Also ends a stream when it happens during the call. List again after that
+     *   revision.
      * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
      *   could not send. Continue.
      * - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
@@ -2826,7 +2854,7 @@ export const ChatMessageServiceService = {
    *
    * To continue after a break, call again. In ascending order, set `after_sequence` to the last
    * sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
-   * number of messages received.
+   * number of messages received. Set `epoch` to that of the session in the first response.
    *
    * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
    * ListChatMessages together, and at most 100 of them for one session.
@@ -2835,6 +2863,11 @@ export const ChatMessageServiceService = {
    *
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with
    *   this error when the session is deleted during the call.
+   * - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost that place of the
+   *   session, because it was restored from a backup or a standby was promoted. The metadata has the
+   *   last `revision` that both histories share: messages received with a sequence after it are no
+   *   more, or are different. Also ends a stream when it happens during the call. List again after that
+   *   revision.
    * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
    *   could not send. Continue.
    * - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
@@ -3056,7 +3089,7 @@ export interface ChatMessageServiceServer extends UntypedServiceImplementation {
    *
    * To continue after a break, call again. In ascending order, set `after_sequence` to the last
    * sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
-   * number of messages received.
+   * number of messages received. Set `epoch` to that of the session in the first response.
    *
    * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
    * ListChatMessages together, and at most 100 of them for one session.
@@ -3065,6 +3098,11 @@ export interface ChatMessageServiceServer extends UntypedServiceImplementation {
    *
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with
    *   this error when the session is deleted during the call.
+   * - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost that place of the
+   *   session, because it was restored from a backup or a standby was promoted. The metadata has the
+   *   last `revision` that both histories share: messages received with a sequence after it are no
+   *   more, or are different. Also ends a stream when it happens during the call. List again after that
+   *   revision.
    * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
    *   could not send. Continue.
    * - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
@@ -3278,7 +3316,7 @@ export interface ChatMessageServiceClient extends Client {
    *
    * To continue after a break, call again. In ascending order, set `after_sequence` to the last
    * sequence received. In descending order, set `before_sequence` to it. Reduce `limit` by the
-   * number of messages received.
+   * number of messages received. Set `epoch` to that of the session in the first response.
    *
    * Limits: on one server process, a tenant has at most 1,000 streams of WatchChatSession and
    * ListChatMessages together, and at most 100 of them for one session.
@@ -3287,6 +3325,11 @@ export interface ChatMessageServiceClient extends Client {
    *
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with
    *   this error when the session is deleted during the call.
+   * - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost that place of the
+   *   session, because it was restored from a backup or a standby was promoted. The metadata has the
+   *   last `revision` that both histories share: messages received with a sequence after it are no
+   *   more, or are different. Also ends a stream when it happens during the call. List again after that
+   *   revision.
    * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
    *   could not send. Continue.
    * - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when

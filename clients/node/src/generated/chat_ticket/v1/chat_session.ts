@@ -28,6 +28,7 @@ import {
   chatSessionStatusToJSON,
   chatSessionStatusToNumber,
   ChatTicket,
+  Ticket,
 } from "./resources.js";
 
 /**
@@ -261,6 +262,11 @@ export interface WatchChatSessionRequest {
   afterRevision: bigint;
   /** Whether the stream also shows drafts. Optional; the default is false. */
   includeDrafts: boolean;
+  /**
+   * The `epoch` that came with the revision: that of the response, or of the session. Optional; empty
+   * means that it is not checked whether the revision is still the same. At most 8,192 characters.
+   */
+  epoch: string;
 }
 
 /** Response message for ChatSessionService.WatchChatSession: one event. */
@@ -322,6 +328,11 @@ export interface WatchChatSessionResponse {
      */
     { $case: "ticket"; value: ChatTicket }
     | undefined;
+  /**
+   * The history of the session's revisions, as in `ChatSession.epoch`. Keep it with the `revision`, and
+   * send both to resume.
+   */
+  epoch: string;
 }
 
 /** New messages of the session. */
@@ -365,6 +376,109 @@ export interface WatchChatSessionResponse_ChatDraftAppended {
 export interface WatchChatSessionResponse_ChatDraftEnded {
   /** The id of the draft, and of its message if it became one. */
   draftId: string;
+}
+
+/**
+ * Request message for ChatSessionService.WatchChatSessions. A session must match all filters that are
+ * set.
+ */
+export interface WatchChatSessionsRequest {
+  /**
+   * The `cursor` of the last response that was processed. Optional; empty means from now. Valid only for
+   * the same filters. At most 8,192 characters.
+   */
+  cursor: string;
+  /**
+   * Whether to begin with all sessions and tickets that exist. Optional; the default is false. Not
+   * together with `cursor`.
+   */
+  fromBeginning: boolean;
+  /**
+   * Tells only sessions with one of these statuses. Optional; empty means any status. At most 20
+   * values; UNSPECIFIED is rejected.
+   */
+  statuses: ChatSessionStatus[];
+  /** Tells only sessions with a ticket (true) or without one (false). Optional; unset means both. */
+  hasTicket?:
+    | boolean
+    | undefined;
+  /** Tells only sessions of this user: an exact `ChatSession.user_id`. Optional; empty means all. */
+  userId: string;
+  /**
+   * Tells only sessions that have all of these labels, with exactly these values. Optional; at most 4
+   * pairs.
+   */
+  labels: { [key: string]: string };
+}
+
+export interface WatchChatSessionsRequest_LabelsEntry {
+  key: string;
+  value: string;
+}
+
+/** Response message for ChatSessionService.WatchChatSessions. */
+export interface WatchChatSessionsResponse {
+  /**
+   * Where to resume after this response. Opaque. Together with the events of this response and of those
+   * before it, the caller has everything up to here.
+   */
+  cursor: string;
+  /** What has changed; at least one event. */
+  events: WatchChatSessionsResponse_Event[];
+}
+
+/** One thing that the stream tells. */
+export interface WatchChatSessionsResponse_Event {
+  /** What it tells. */
+  event:
+    | //
+    /** A session in its current state. It was created or changed, or something in it was. */
+    { $case: "session"; value: ChatSession }
+    | //
+    /** A session was deleted. */
+    { $case: "sessionDeleted"; value: WatchChatSessionsResponse_ChatSessionDeleted }
+    | //
+    /** A ticket in its current state. It was created or changed. */
+    { $case: "ticket"; value: Ticket }
+    | //
+    /** A ticket was deleted. */
+    { $case: "ticketDeleted"; value: WatchChatSessionsResponse_TicketDeleted }
+    | //
+    /** A session no longer matches the filters. */
+    { $case: "left"; value: WatchChatSessionsResponse_ChatSessionLeft }
+    | //
+    /** What was there when the stream began has been told. Sent once per stream. */
+    { $case: "caughtUp"; value: WatchChatSessionsResponse_CaughtUp }
+    | //
+    /** There is nothing to tell. Shows that the connection works. */
+    { $case: "heartbeat"; value: WatchChatSessionsResponse_Heartbeat }
+    | undefined;
+}
+
+/** The deletion of a session and everything in it. */
+export interface WatchChatSessionsResponse_ChatSessionDeleted {
+  /** The id of the session. The stream may never have told that session. */
+  sessionId: string;
+}
+
+/** The deletion of a ticket. */
+export interface WatchChatSessionsResponse_TicketDeleted {
+  /** The id of the ticket. The stream may never have told that ticket. */
+  ticketId: string;
+}
+
+/** A session that exists and no longer matches the filters. */
+export interface WatchChatSessionsResponse_ChatSessionLeft {
+  /** The id of the session. */
+  sessionId: string;
+}
+
+/** The end of what was there when the stream began. */
+export interface WatchChatSessionsResponse_CaughtUp {
+}
+
+/** A sign that the stream is alive. */
+export interface WatchChatSessionsResponse_Heartbeat {
 }
 
 function createBaseCreateChatSessionRequest(): CreateChatSessionRequest {
@@ -1468,7 +1582,7 @@ export const DeleteChatSessionResponse: MessageFns<DeleteChatSessionResponse> = 
 };
 
 function createBaseWatchChatSessionRequest(): WatchChatSessionRequest {
-  return { sessionId: "", afterRevision: 0n, includeDrafts: false };
+  return { sessionId: "", afterRevision: 0n, includeDrafts: false, epoch: "" };
 }
 
 export const WatchChatSessionRequest: MessageFns<WatchChatSessionRequest> = {
@@ -1484,6 +1598,9 @@ export const WatchChatSessionRequest: MessageFns<WatchChatSessionRequest> = {
     }
     if (message.includeDrafts !== false) {
       writer.uint32(24).bool(message.includeDrafts);
+    }
+    if (message.epoch !== "") {
+      writer.uint32(34).string(message.epoch);
     }
     return writer;
   },
@@ -1525,6 +1642,14 @@ export const WatchChatSessionRequest: MessageFns<WatchChatSessionRequest> = {
             message.includeDrafts = reader.bool();
             continue;
           }
+          case 4: {
+            if (tag !== 34) {
+              break;
+            }
+
+            message.epoch = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1554,6 +1679,7 @@ export const WatchChatSessionRequest: MessageFns<WatchChatSessionRequest> = {
         : isSet(object.include_drafts)
         ? globalThis.Boolean(object.include_drafts)
         : false,
+      epoch: isSet(object.epoch) ? globalThis.String(object.epoch) : "",
     };
   },
 
@@ -1568,6 +1694,9 @@ export const WatchChatSessionRequest: MessageFns<WatchChatSessionRequest> = {
     if (message.includeDrafts !== false) {
       obj.includeDrafts = message.includeDrafts;
     }
+    if (message.epoch !== "") {
+      obj.epoch = message.epoch;
+    }
     return obj;
   },
 
@@ -1581,12 +1710,13 @@ export const WatchChatSessionRequest: MessageFns<WatchChatSessionRequest> = {
       ? BigInt(object.afterRevision)
       : 0n;
     message.includeDrafts = object.includeDrafts ?? false;
+    message.epoch = object.epoch ?? "";
     return message;
   },
 };
 
 function createBaseWatchChatSessionResponse(): WatchChatSessionResponse {
-  return { revision: 0n, event: undefined };
+  return { revision: 0n, event: undefined, epoch: "" };
 }
 
 export const WatchChatSessionResponse: MessageFns<WatchChatSessionResponse> = {
@@ -1631,6 +1761,9 @@ export const WatchChatSessionResponse: MessageFns<WatchChatSessionResponse> = {
       case "ticket":
         ChatTicket.encode(message.event.value, writer.uint32(98).fork()).join();
         break;
+    }
+    if (message.epoch !== "") {
+      writer.uint32(106).string(message.epoch);
     }
     return writer;
   },
@@ -1765,6 +1898,14 @@ export const WatchChatSessionResponse: MessageFns<WatchChatSessionResponse> = {
             message.event = { $case: "ticket", value: ChatTicket.decode(reader, reader.uint32()) };
             continue;
           }
+          case 13: {
+            if (tag !== 106) {
+              break;
+            }
+
+            message.epoch = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -1835,6 +1976,7 @@ export const WatchChatSessionResponse: MessageFns<WatchChatSessionResponse> = {
         : isSet(object.ticket)
         ? { $case: "ticket", value: ChatTicket.fromJSON(object.ticket) }
         : undefined,
+      epoch: isSet(object.epoch) ? globalThis.String(object.epoch) : "",
     };
   },
 
@@ -1865,6 +2007,9 @@ export const WatchChatSessionResponse: MessageFns<WatchChatSessionResponse> = {
       obj.draftEnded = WatchChatSessionResponse_ChatDraftEnded.toJSON(message.event.value);
     } else if (message.event?.$case === "ticket") {
       obj.ticket = ChatTicket.toJSON(message.event.value);
+    }
+    if (message.epoch !== "") {
+      obj.epoch = message.epoch;
     }
     return obj;
   },
@@ -1964,6 +2109,7 @@ export const WatchChatSessionResponse: MessageFns<WatchChatSessionResponse> = {
         break;
       }
     }
+    message.epoch = object.epoch ?? "";
     return message;
   },
 };
@@ -2465,6 +2611,965 @@ export const WatchChatSessionResponse_ChatDraftEnded: MessageFns<WatchChatSessio
   },
 };
 
+function createBaseWatchChatSessionsRequest(): WatchChatSessionsRequest {
+  return { cursor: "", fromBeginning: false, statuses: [], hasTicket: undefined, userId: "", labels: {} };
+}
+
+export const WatchChatSessionsRequest: MessageFns<WatchChatSessionsRequest> = {
+  encode(message: WatchChatSessionsRequest, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.cursor !== "") {
+      writer.uint32(10).string(message.cursor);
+    }
+    if (message.fromBeginning !== false) {
+      writer.uint32(16).bool(message.fromBeginning);
+    }
+    if (message.statuses.length !== 0) {
+      writer.uint32(26).fork();
+      for (const v of message.statuses) {
+        writer.int32(chatSessionStatusToNumber(v));
+      }
+      writer.join();
+    }
+    if (message.hasTicket !== undefined) {
+      writer.uint32(32).bool(message.hasTicket);
+    }
+    if (message.userId !== "") {
+      writer.uint32(42).string(message.userId);
+    }
+    globalThis.Object.entries(message.labels).forEach(([key, value]: [string, string]) => {
+      WatchChatSessionsRequest_LabelsEntry.encode({ key: key as any, value }, writer.uint32(50).fork()).join();
+    });
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): WatchChatSessionsRequest {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseWatchChatSessionsRequest();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.cursor = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 16) {
+              break;
+            }
+
+            message.fromBeginning = reader.bool();
+            continue;
+          }
+          case 3: {
+            if (tag === 24) {
+              message.statuses.push(chatSessionStatusFromJSON(reader.int32()));
+
+              continue;
+            }
+
+            if (tag === 26) {
+              const end2 = reader.uint32() + reader.pos;
+              while (reader.pos < end2) {
+                message.statuses.push(chatSessionStatusFromJSON(reader.int32()));
+              }
+
+              continue;
+            }
+
+            break;
+          }
+          case 4: {
+            if (tag !== 32) {
+              break;
+            }
+
+            message.hasTicket = reader.bool();
+            continue;
+          }
+          case 5: {
+            if (tag !== 42) {
+              break;
+            }
+
+            message.userId = reader.string();
+            continue;
+          }
+          case 6: {
+            if (tag !== 50) {
+              break;
+            }
+
+            const entry6 = WatchChatSessionsRequest_LabelsEntry.decode(reader, reader.uint32());
+            if (entry6.value !== undefined) {
+              message.labels[entry6.key] = entry6.value;
+            }
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): WatchChatSessionsRequest {
+    return {
+      cursor: isSet(object.cursor) ? globalThis.String(object.cursor) : "",
+      fromBeginning: isSet(object.fromBeginning)
+        ? globalThis.Boolean(object.fromBeginning)
+        : isSet(object.from_beginning)
+        ? globalThis.Boolean(object.from_beginning)
+        : false,
+      statuses: globalThis.Array.isArray(object?.statuses)
+        ? object.statuses.map((e: any) => chatSessionStatusFromJSON(e))
+        : [],
+      hasTicket: isSet(object.hasTicket)
+        ? globalThis.Boolean(object.hasTicket)
+        : isSet(object.has_ticket)
+        ? globalThis.Boolean(object.has_ticket)
+        : undefined,
+      userId: isSet(object.userId)
+        ? globalThis.String(object.userId)
+        : isSet(object.user_id)
+        ? globalThis.String(object.user_id)
+        : "",
+      labels: isObject(object.labels)
+        ? (globalThis.Object.entries(object.labels) as [string, any][]).reduce(
+          (acc: { [key: string]: string }, [key, value]: [string, any]) => {
+            globalThis.Object.defineProperty(acc, key, {
+              value: globalThis.String(value),
+              enumerable: true,
+              configurable: true,
+              writable: true,
+            });
+            return acc;
+          },
+          {},
+        )
+        : {},
+    };
+  },
+
+  toJSON(message: WatchChatSessionsRequest): unknown {
+    const obj: any = {};
+    if (message.cursor !== "") {
+      obj.cursor = message.cursor;
+    }
+    if (message.fromBeginning !== false) {
+      obj.fromBeginning = message.fromBeginning;
+    }
+    if (message.statuses?.length) {
+      obj.statuses = message.statuses.map((e) => chatSessionStatusToJSON(e));
+    }
+    if (message.hasTicket !== undefined) {
+      obj.hasTicket = message.hasTicket;
+    }
+    if (message.userId !== "") {
+      obj.userId = message.userId;
+    }
+    if (message.labels) {
+      const entries = globalThis.Object.entries(message.labels) as [string, string][];
+      if (entries.length > 0) {
+        obj.labels = {};
+        entries.forEach(([k, v]) => {
+          obj.labels[k] = v;
+        });
+      }
+    }
+    return obj;
+  },
+
+  create(base?: DeepPartial<WatchChatSessionsRequest>): WatchChatSessionsRequest {
+    return WatchChatSessionsRequest.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<WatchChatSessionsRequest>): WatchChatSessionsRequest {
+    const message = createBaseWatchChatSessionsRequest();
+    message.cursor = object.cursor ?? "";
+    message.fromBeginning = object.fromBeginning ?? false;
+    message.statuses = object.statuses?.map((e) => e) || [];
+    message.hasTicket = object.hasTicket ?? undefined;
+    message.userId = object.userId ?? "";
+    message.labels = (globalThis.Object.entries(object.labels ?? {}) as [string, string][]).reduce(
+      (acc: { [key: string]: string }, [key, value]: [string, string]) => {
+        if (value !== undefined) {
+          acc[key] = globalThis.String(value);
+        }
+        return acc;
+      },
+      {},
+    );
+    return message;
+  },
+};
+
+function createBaseWatchChatSessionsRequest_LabelsEntry(): WatchChatSessionsRequest_LabelsEntry {
+  return { key: "", value: "" };
+}
+
+export const WatchChatSessionsRequest_LabelsEntry: MessageFns<WatchChatSessionsRequest_LabelsEntry> = {
+  encode(message: WatchChatSessionsRequest_LabelsEntry, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.key !== "") {
+      writer.uint32(10).string(message.key);
+    }
+    if (message.value !== "") {
+      writer.uint32(18).string(message.value);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): WatchChatSessionsRequest_LabelsEntry {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseWatchChatSessionsRequest_LabelsEntry();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.key = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.value = reader.string();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): WatchChatSessionsRequest_LabelsEntry {
+    return {
+      key: isSet(object.key) ? globalThis.String(object.key) : "",
+      value: isSet(object.value) ? globalThis.String(object.value) : "",
+    };
+  },
+
+  toJSON(message: WatchChatSessionsRequest_LabelsEntry): unknown {
+    const obj: any = {};
+    if (message.key !== "") {
+      obj.key = message.key;
+    }
+    if (message.value !== "") {
+      obj.value = message.value;
+    }
+    return obj;
+  },
+
+  create(base?: DeepPartial<WatchChatSessionsRequest_LabelsEntry>): WatchChatSessionsRequest_LabelsEntry {
+    return WatchChatSessionsRequest_LabelsEntry.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<WatchChatSessionsRequest_LabelsEntry>): WatchChatSessionsRequest_LabelsEntry {
+    const message = createBaseWatchChatSessionsRequest_LabelsEntry();
+    message.key = object.key ?? "";
+    message.value = object.value ?? "";
+    return message;
+  },
+};
+
+function createBaseWatchChatSessionsResponse(): WatchChatSessionsResponse {
+  return { cursor: "", events: [] };
+}
+
+export const WatchChatSessionsResponse: MessageFns<WatchChatSessionsResponse> = {
+  encode(message: WatchChatSessionsResponse, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.cursor !== "") {
+      writer.uint32(10).string(message.cursor);
+    }
+    for (const v of message.events) {
+      WatchChatSessionsResponse_Event.encode(v!, writer.uint32(18).fork()).join();
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): WatchChatSessionsResponse {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseWatchChatSessionsResponse();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.cursor = reader.string();
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.events.push(WatchChatSessionsResponse_Event.decode(reader, reader.uint32()));
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): WatchChatSessionsResponse {
+    return {
+      cursor: isSet(object.cursor) ? globalThis.String(object.cursor) : "",
+      events: globalThis.Array.isArray(object?.events)
+        ? object.events.map((e: any) => WatchChatSessionsResponse_Event.fromJSON(e))
+        : [],
+    };
+  },
+
+  toJSON(message: WatchChatSessionsResponse): unknown {
+    const obj: any = {};
+    if (message.cursor !== "") {
+      obj.cursor = message.cursor;
+    }
+    if (message.events?.length) {
+      obj.events = message.events.map((e) => WatchChatSessionsResponse_Event.toJSON(e));
+    }
+    return obj;
+  },
+
+  create(base?: DeepPartial<WatchChatSessionsResponse>): WatchChatSessionsResponse {
+    return WatchChatSessionsResponse.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<WatchChatSessionsResponse>): WatchChatSessionsResponse {
+    const message = createBaseWatchChatSessionsResponse();
+    message.cursor = object.cursor ?? "";
+    message.events = object.events?.map((e) => WatchChatSessionsResponse_Event.fromPartial(e)) || [];
+    return message;
+  },
+};
+
+function createBaseWatchChatSessionsResponse_Event(): WatchChatSessionsResponse_Event {
+  return { event: undefined };
+}
+
+export const WatchChatSessionsResponse_Event: MessageFns<WatchChatSessionsResponse_Event> = {
+  encode(message: WatchChatSessionsResponse_Event, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    switch (message.event?.$case) {
+      case "session":
+        ChatSession.encode(message.event.value, writer.uint32(10).fork()).join();
+        break;
+      case "sessionDeleted":
+        WatchChatSessionsResponse_ChatSessionDeleted.encode(message.event.value, writer.uint32(18).fork()).join();
+        break;
+      case "ticket":
+        Ticket.encode(message.event.value, writer.uint32(26).fork()).join();
+        break;
+      case "ticketDeleted":
+        WatchChatSessionsResponse_TicketDeleted.encode(message.event.value, writer.uint32(34).fork()).join();
+        break;
+      case "left":
+        WatchChatSessionsResponse_ChatSessionLeft.encode(message.event.value, writer.uint32(42).fork()).join();
+        break;
+      case "caughtUp":
+        WatchChatSessionsResponse_CaughtUp.encode(message.event.value, writer.uint32(50).fork()).join();
+        break;
+      case "heartbeat":
+        WatchChatSessionsResponse_Heartbeat.encode(message.event.value, writer.uint32(58).fork()).join();
+        break;
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): WatchChatSessionsResponse_Event {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseWatchChatSessionsResponse_Event();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.event = { $case: "session", value: ChatSession.decode(reader, reader.uint32()) };
+            continue;
+          }
+          case 2: {
+            if (tag !== 18) {
+              break;
+            }
+
+            message.event = {
+              $case: "sessionDeleted",
+              value: WatchChatSessionsResponse_ChatSessionDeleted.decode(reader, reader.uint32()),
+            };
+            continue;
+          }
+          case 3: {
+            if (tag !== 26) {
+              break;
+            }
+
+            message.event = { $case: "ticket", value: Ticket.decode(reader, reader.uint32()) };
+            continue;
+          }
+          case 4: {
+            if (tag !== 34) {
+              break;
+            }
+
+            message.event = {
+              $case: "ticketDeleted",
+              value: WatchChatSessionsResponse_TicketDeleted.decode(reader, reader.uint32()),
+            };
+            continue;
+          }
+          case 5: {
+            if (tag !== 42) {
+              break;
+            }
+
+            message.event = {
+              $case: "left",
+              value: WatchChatSessionsResponse_ChatSessionLeft.decode(reader, reader.uint32()),
+            };
+            continue;
+          }
+          case 6: {
+            if (tag !== 50) {
+              break;
+            }
+
+            message.event = {
+              $case: "caughtUp",
+              value: WatchChatSessionsResponse_CaughtUp.decode(reader, reader.uint32()),
+            };
+            continue;
+          }
+          case 7: {
+            if (tag !== 58) {
+              break;
+            }
+
+            message.event = {
+              $case: "heartbeat",
+              value: WatchChatSessionsResponse_Heartbeat.decode(reader, reader.uint32()),
+            };
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): WatchChatSessionsResponse_Event {
+    return {
+      event: isSet(object.session)
+        ? { $case: "session", value: ChatSession.fromJSON(object.session) }
+        : isSet(object.sessionDeleted)
+        ? {
+          $case: "sessionDeleted",
+          value: WatchChatSessionsResponse_ChatSessionDeleted.fromJSON(object.sessionDeleted),
+        }
+        : isSet(object.session_deleted)
+        ? {
+          $case: "sessionDeleted",
+          value: WatchChatSessionsResponse_ChatSessionDeleted.fromJSON(object.session_deleted),
+        }
+        : isSet(object.ticket)
+        ? { $case: "ticket", value: Ticket.fromJSON(object.ticket) }
+        : isSet(object.ticketDeleted)
+        ? { $case: "ticketDeleted", value: WatchChatSessionsResponse_TicketDeleted.fromJSON(object.ticketDeleted) }
+        : isSet(object.ticket_deleted)
+        ? { $case: "ticketDeleted", value: WatchChatSessionsResponse_TicketDeleted.fromJSON(object.ticket_deleted) }
+        : isSet(object.left)
+        ? { $case: "left", value: WatchChatSessionsResponse_ChatSessionLeft.fromJSON(object.left) }
+        : isSet(object.caughtUp)
+        ? { $case: "caughtUp", value: WatchChatSessionsResponse_CaughtUp.fromJSON(object.caughtUp) }
+        : isSet(object.caught_up)
+        ? { $case: "caughtUp", value: WatchChatSessionsResponse_CaughtUp.fromJSON(object.caught_up) }
+        : isSet(object.heartbeat)
+        ? { $case: "heartbeat", value: WatchChatSessionsResponse_Heartbeat.fromJSON(object.heartbeat) }
+        : undefined,
+    };
+  },
+
+  toJSON(message: WatchChatSessionsResponse_Event): unknown {
+    const obj: any = {};
+    if (message.event?.$case === "session") {
+      obj.session = ChatSession.toJSON(message.event.value);
+    } else if (message.event?.$case === "sessionDeleted") {
+      obj.sessionDeleted = WatchChatSessionsResponse_ChatSessionDeleted.toJSON(message.event.value);
+    } else if (message.event?.$case === "ticket") {
+      obj.ticket = Ticket.toJSON(message.event.value);
+    } else if (message.event?.$case === "ticketDeleted") {
+      obj.ticketDeleted = WatchChatSessionsResponse_TicketDeleted.toJSON(message.event.value);
+    } else if (message.event?.$case === "left") {
+      obj.left = WatchChatSessionsResponse_ChatSessionLeft.toJSON(message.event.value);
+    } else if (message.event?.$case === "caughtUp") {
+      obj.caughtUp = WatchChatSessionsResponse_CaughtUp.toJSON(message.event.value);
+    } else if (message.event?.$case === "heartbeat") {
+      obj.heartbeat = WatchChatSessionsResponse_Heartbeat.toJSON(message.event.value);
+    }
+    return obj;
+  },
+
+  create(base?: DeepPartial<WatchChatSessionsResponse_Event>): WatchChatSessionsResponse_Event {
+    return WatchChatSessionsResponse_Event.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<WatchChatSessionsResponse_Event>): WatchChatSessionsResponse_Event {
+    const message = createBaseWatchChatSessionsResponse_Event();
+    switch (object.event?.$case) {
+      case "session": {
+        if (object.event?.value !== undefined && object.event?.value !== null) {
+          message.event = { $case: "session", value: ChatSession.fromPartial(object.event.value) };
+        }
+        break;
+      }
+      case "sessionDeleted": {
+        if (object.event?.value !== undefined && object.event?.value !== null) {
+          message.event = {
+            $case: "sessionDeleted",
+            value: WatchChatSessionsResponse_ChatSessionDeleted.fromPartial(object.event.value),
+          };
+        }
+        break;
+      }
+      case "ticket": {
+        if (object.event?.value !== undefined && object.event?.value !== null) {
+          message.event = { $case: "ticket", value: Ticket.fromPartial(object.event.value) };
+        }
+        break;
+      }
+      case "ticketDeleted": {
+        if (object.event?.value !== undefined && object.event?.value !== null) {
+          message.event = {
+            $case: "ticketDeleted",
+            value: WatchChatSessionsResponse_TicketDeleted.fromPartial(object.event.value),
+          };
+        }
+        break;
+      }
+      case "left": {
+        if (object.event?.value !== undefined && object.event?.value !== null) {
+          message.event = {
+            $case: "left",
+            value: WatchChatSessionsResponse_ChatSessionLeft.fromPartial(object.event.value),
+          };
+        }
+        break;
+      }
+      case "caughtUp": {
+        if (object.event?.value !== undefined && object.event?.value !== null) {
+          message.event = {
+            $case: "caughtUp",
+            value: WatchChatSessionsResponse_CaughtUp.fromPartial(object.event.value),
+          };
+        }
+        break;
+      }
+      case "heartbeat": {
+        if (object.event?.value !== undefined && object.event?.value !== null) {
+          message.event = {
+            $case: "heartbeat",
+            value: WatchChatSessionsResponse_Heartbeat.fromPartial(object.event.value),
+          };
+        }
+        break;
+      }
+    }
+    return message;
+  },
+};
+
+function createBaseWatchChatSessionsResponse_ChatSessionDeleted(): WatchChatSessionsResponse_ChatSessionDeleted {
+  return { sessionId: "" };
+}
+
+export const WatchChatSessionsResponse_ChatSessionDeleted: MessageFns<WatchChatSessionsResponse_ChatSessionDeleted> = {
+  encode(
+    message: WatchChatSessionsResponse_ChatSessionDeleted,
+    writer: BinaryWriter = new BinaryWriter(),
+  ): BinaryWriter {
+    if (message.sessionId !== "") {
+      writer.uint32(10).string(message.sessionId);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): WatchChatSessionsResponse_ChatSessionDeleted {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseWatchChatSessionsResponse_ChatSessionDeleted();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.sessionId = reader.string();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): WatchChatSessionsResponse_ChatSessionDeleted {
+    return {
+      sessionId: isSet(object.sessionId)
+        ? globalThis.String(object.sessionId)
+        : isSet(object.session_id)
+        ? globalThis.String(object.session_id)
+        : "",
+    };
+  },
+
+  toJSON(message: WatchChatSessionsResponse_ChatSessionDeleted): unknown {
+    const obj: any = {};
+    if (message.sessionId !== "") {
+      obj.sessionId = message.sessionId;
+    }
+    return obj;
+  },
+
+  create(
+    base?: DeepPartial<WatchChatSessionsResponse_ChatSessionDeleted>,
+  ): WatchChatSessionsResponse_ChatSessionDeleted {
+    return WatchChatSessionsResponse_ChatSessionDeleted.fromPartial(base ?? {});
+  },
+  fromPartial(
+    object: DeepPartial<WatchChatSessionsResponse_ChatSessionDeleted>,
+  ): WatchChatSessionsResponse_ChatSessionDeleted {
+    const message = createBaseWatchChatSessionsResponse_ChatSessionDeleted();
+    message.sessionId = object.sessionId ?? "";
+    return message;
+  },
+};
+
+function createBaseWatchChatSessionsResponse_TicketDeleted(): WatchChatSessionsResponse_TicketDeleted {
+  return { ticketId: "" };
+}
+
+export const WatchChatSessionsResponse_TicketDeleted: MessageFns<WatchChatSessionsResponse_TicketDeleted> = {
+  encode(message: WatchChatSessionsResponse_TicketDeleted, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.ticketId !== "") {
+      writer.uint32(10).string(message.ticketId);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): WatchChatSessionsResponse_TicketDeleted {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseWatchChatSessionsResponse_TicketDeleted();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.ticketId = reader.string();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): WatchChatSessionsResponse_TicketDeleted {
+    return {
+      ticketId: isSet(object.ticketId)
+        ? globalThis.String(object.ticketId)
+        : isSet(object.ticket_id)
+        ? globalThis.String(object.ticket_id)
+        : "",
+    };
+  },
+
+  toJSON(message: WatchChatSessionsResponse_TicketDeleted): unknown {
+    const obj: any = {};
+    if (message.ticketId !== "") {
+      obj.ticketId = message.ticketId;
+    }
+    return obj;
+  },
+
+  create(base?: DeepPartial<WatchChatSessionsResponse_TicketDeleted>): WatchChatSessionsResponse_TicketDeleted {
+    return WatchChatSessionsResponse_TicketDeleted.fromPartial(base ?? {});
+  },
+  fromPartial(object: DeepPartial<WatchChatSessionsResponse_TicketDeleted>): WatchChatSessionsResponse_TicketDeleted {
+    const message = createBaseWatchChatSessionsResponse_TicketDeleted();
+    message.ticketId = object.ticketId ?? "";
+    return message;
+  },
+};
+
+function createBaseWatchChatSessionsResponse_ChatSessionLeft(): WatchChatSessionsResponse_ChatSessionLeft {
+  return { sessionId: "" };
+}
+
+export const WatchChatSessionsResponse_ChatSessionLeft: MessageFns<WatchChatSessionsResponse_ChatSessionLeft> = {
+  encode(message: WatchChatSessionsResponse_ChatSessionLeft, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    if (message.sessionId !== "") {
+      writer.uint32(10).string(message.sessionId);
+    }
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): WatchChatSessionsResponse_ChatSessionLeft {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseWatchChatSessionsResponse_ChatSessionLeft();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+          case 1: {
+            if (tag !== 10) {
+              break;
+            }
+
+            message.sessionId = reader.string();
+            continue;
+          }
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(object: any): WatchChatSessionsResponse_ChatSessionLeft {
+    return {
+      sessionId: isSet(object.sessionId)
+        ? globalThis.String(object.sessionId)
+        : isSet(object.session_id)
+        ? globalThis.String(object.session_id)
+        : "",
+    };
+  },
+
+  toJSON(message: WatchChatSessionsResponse_ChatSessionLeft): unknown {
+    const obj: any = {};
+    if (message.sessionId !== "") {
+      obj.sessionId = message.sessionId;
+    }
+    return obj;
+  },
+
+  create(base?: DeepPartial<WatchChatSessionsResponse_ChatSessionLeft>): WatchChatSessionsResponse_ChatSessionLeft {
+    return WatchChatSessionsResponse_ChatSessionLeft.fromPartial(base ?? {});
+  },
+  fromPartial(
+    object: DeepPartial<WatchChatSessionsResponse_ChatSessionLeft>,
+  ): WatchChatSessionsResponse_ChatSessionLeft {
+    const message = createBaseWatchChatSessionsResponse_ChatSessionLeft();
+    message.sessionId = object.sessionId ?? "";
+    return message;
+  },
+};
+
+function createBaseWatchChatSessionsResponse_CaughtUp(): WatchChatSessionsResponse_CaughtUp {
+  return {};
+}
+
+export const WatchChatSessionsResponse_CaughtUp: MessageFns<WatchChatSessionsResponse_CaughtUp> = {
+  encode(_: WatchChatSessionsResponse_CaughtUp, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): WatchChatSessionsResponse_CaughtUp {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseWatchChatSessionsResponse_CaughtUp();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(_: any): WatchChatSessionsResponse_CaughtUp {
+    return {};
+  },
+
+  toJSON(_: WatchChatSessionsResponse_CaughtUp): unknown {
+    const obj: any = {};
+    return obj;
+  },
+
+  create(base?: DeepPartial<WatchChatSessionsResponse_CaughtUp>): WatchChatSessionsResponse_CaughtUp {
+    return WatchChatSessionsResponse_CaughtUp.fromPartial(base ?? {});
+  },
+  fromPartial(_: DeepPartial<WatchChatSessionsResponse_CaughtUp>): WatchChatSessionsResponse_CaughtUp {
+    const message = createBaseWatchChatSessionsResponse_CaughtUp();
+    return message;
+  },
+};
+
+function createBaseWatchChatSessionsResponse_Heartbeat(): WatchChatSessionsResponse_Heartbeat {
+  return {};
+}
+
+export const WatchChatSessionsResponse_Heartbeat: MessageFns<WatchChatSessionsResponse_Heartbeat> = {
+  encode(_: WatchChatSessionsResponse_Heartbeat, writer: BinaryWriter = new BinaryWriter()): BinaryWriter {
+    return writer;
+  },
+
+  decode(input: BinaryReader | Uint8Array, length?: number): WatchChatSessionsResponse_Heartbeat {
+    const reader = input instanceof BinaryReader ? input : new BinaryReader(input);
+    const previousRecursionDepth = (reader as any).__tsProtoDecodeDepth ?? 0;
+    if (previousRecursionDepth >= 100) {
+      throw new globalThis.Error("protobuf decode recursion limit exceeded");
+    }
+    (reader as any).__tsProtoDecodeDepth = previousRecursionDepth + 1;
+    try {
+      const end = length === undefined ? reader.len : reader.pos + length;
+      const message = createBaseWatchChatSessionsResponse_Heartbeat();
+      while (reader.pos < end) {
+        const tag = reader.uint32();
+        switch (tag >>> 3) {
+        }
+        if ((tag & 7) === 4 || tag === 0) {
+          break;
+        }
+        reader.skip(tag & 7);
+      }
+      return message;
+    } finally {
+      (reader as any).__tsProtoDecodeDepth = previousRecursionDepth;
+    }
+  },
+
+  fromJSON(_: any): WatchChatSessionsResponse_Heartbeat {
+    return {};
+  },
+
+  toJSON(_: WatchChatSessionsResponse_Heartbeat): unknown {
+    const obj: any = {};
+    return obj;
+  },
+
+  create(base?: DeepPartial<WatchChatSessionsResponse_Heartbeat>): WatchChatSessionsResponse_Heartbeat {
+    return WatchChatSessionsResponse_Heartbeat.fromPartial(base ?? {});
+  },
+  fromPartial(_: DeepPartial<WatchChatSessionsResponse_Heartbeat>): WatchChatSessionsResponse_Heartbeat {
+    const message = createBaseWatchChatSessionsResponse_Heartbeat();
+    return message;
+  },
+};
+
 /**
  * Manages the chat sessions of a tenant.
  *
@@ -2651,9 +3756,15 @@ export const ChatSessionServiceDefinition = {
      * Errors:
      *
      * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
-     * - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): the session has not reached `after_revision`. The
-     *   stream also ends with this error when the database loses changes that were delivered, for
-     *   example in a failover. Watch again from 0.
+     * - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost changes up to
+     *   `after_revision`, because it was restored from a backup or a standby was promoted. The metadata
+     *   has the last `revision` that both histories share. What was received after it is no more, or is
+     *   different. Also ends a stream that is open. Forget what came after that revision, read what had
+     *   changed after it again, and resume after it, with the `epoch` of the metadata.
+     * - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): without `epoch`, the session has not reached
+     *   `after_revision`. The stream also ends with this error when the database loses changes that
+     *   were delivered. Watch again from 0. A call without `epoch` is not refused when the session has
+     *   reached that revision again, with other changes.
      * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
      *   could not send. Resume.
      * - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
@@ -2671,6 +3782,73 @@ export const ChatSessionServiceDefinition = {
       requestType: WatchChatSessionRequest as typeof WatchChatSessionRequest,
       requestStream: false,
       responseType: WatchChatSessionResponse as typeof WatchChatSessionResponse,
+      responseStream: true,
+      options: {},
+    },
+    /**
+     * Watches all sessions and tickets of the tenant: streams which have changed after a cursor, and then
+     * every one that changes.
+     *
+     * Use it for whatever must hear of every change of a tenant: an inbox, a search index, a relay of
+     * webhooks, billing. It tells the state of what has changed. To get the messages of a session too,
+     * call WatchChatSession or ListChatMessages with the last revision that you know, and its epoch.
+     *
+     * Every session or ticket whose last change was committed after the cursor is told at least once, with
+     * its state at that change or at a later one. Nothing is skipped, in whatever order transactions are
+     * committed, and on however many servers. Several changes of one session can be told as one. A session
+     * can be told again although it has not changed. The order of the events says nothing about the order
+     * of the changes. A caller that keeps the newest `revision` of each session can ignore repeats.
+     *
+     * Every response has the `cursor` to resume after. Store it when you have processed the events of its
+     * response. A cursor is valid for the tenant and the filters of the stream that it came from.
+     *
+     * - With `cursor`, the stream goes on after it.
+     * - With `from_beginning`, it tells all sessions and tickets that exist, and then the changes. Those
+     *   that are deleted meanwhile are named too.
+     * - With neither, it begins now.
+     *
+     * `caught_up` is sent once per stream: what was there when the stream began has been told. Heartbeats
+     * come at least every 15 seconds when nothing else is sent. Their cursor can have moved on.
+     *
+     * A session that does not match the filters is not told. One that matched at the cursor and does not
+     * match any more is named in `left`. It can also name a session that never matched. The deletion of
+     * sessions is told whatever the filters are, as a deleted session has no fields. Tickets are not
+     * filtered.
+     *
+     * A change is told when all transactions that began to write before it have ended. So a long
+     * transaction that writes, even in another database of the same PostgreSQL, holds up the feed until
+     * it ends. Nothing is lost.
+     *
+     * Later versions add events. Ignore an event that is not known, but keep the `cursor`.
+     *
+     * Limits: the streams count as streams of the tenant; see WatchChatSession. A response has at most 500
+     * events and about 1 MiB. A cursor stays valid for 30 days without a call.
+     *
+     * Errors:
+     *
+     * - OUT_OF_RANGE (CURSOR_EXPIRED): the cursor is so old that deletions since then may be forgotten.
+     *   Watch from the beginning, and drop what is not told until `caught_up`.
+     * - OUT_OF_RANGE (HISTORY_CHANGED): the database was restored from a backup, or a standby was
+     *   promoted, and what was told before the cursor may be no more. The metadata has a `cursor` that
+     *   goes on in the new history without a gap, if there is one. Read again what was told lately, and
+     *   then resume after that cursor. Without one, or when in doubt, watch from the beginning, and drop
+     *   what is not told until `caught_up`.
+     * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+     *   could not send. Resume.
+     * - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
+     *   server.
+     * - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
+     *   Resume.
+     * - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
+     *   it is about 30 minutes old. Resume.
+     *
+     * Retry: safe. Resume after the last `cursor` received, or as before when nothing was received.
+     */
+    watchChatSessions: {
+      name: "WatchChatSessions",
+      requestType: WatchChatSessionsRequest as typeof WatchChatSessionsRequest,
+      requestStream: false,
+      responseType: WatchChatSessionsResponse as typeof WatchChatSessionsResponse,
       responseStream: true,
       options: {},
     },
@@ -2875,9 +4053,15 @@ export const ChatSessionServiceService = {
    * Errors:
    *
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
-   * - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): the session has not reached `after_revision`. The
-   *   stream also ends with this error when the database loses changes that were delivered, for
-   *   example in a failover. Watch again from 0.
+   * - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost changes up to
+   *   `after_revision`, because it was restored from a backup or a standby was promoted. The metadata
+   *   has the last `revision` that both histories share. What was received after it is no more, or is
+   *   different. Also ends a stream that is open. Forget what came after that revision, read what had
+   *   changed after it again, and resume after it, with the `epoch` of the metadata.
+   * - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): without `epoch`, the session has not reached
+   *   `after_revision`. The stream also ends with this error when the database loses changes that
+   *   were delivered. Watch again from 0. A call without `epoch` is not refused when the session has
+   *   reached that revision again, with other changes.
    * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
    *   could not send. Resume.
    * - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
@@ -2900,6 +4084,76 @@ export const ChatSessionServiceService = {
     responseSerialize: (value: WatchChatSessionResponse): Buffer =>
       Buffer.from(WatchChatSessionResponse.encode(value).finish()),
     responseDeserialize: (value: Buffer): WatchChatSessionResponse => WatchChatSessionResponse.decode(value),
+  },
+  /**
+   * Watches all sessions and tickets of the tenant: streams which have changed after a cursor, and then
+   * every one that changes.
+   *
+   * Use it for whatever must hear of every change of a tenant: an inbox, a search index, a relay of
+   * webhooks, billing. It tells the state of what has changed. To get the messages of a session too,
+   * call WatchChatSession or ListChatMessages with the last revision that you know, and its epoch.
+   *
+   * Every session or ticket whose last change was committed after the cursor is told at least once, with
+   * its state at that change or at a later one. Nothing is skipped, in whatever order transactions are
+   * committed, and on however many servers. Several changes of one session can be told as one. A session
+   * can be told again although it has not changed. The order of the events says nothing about the order
+   * of the changes. A caller that keeps the newest `revision` of each session can ignore repeats.
+   *
+   * Every response has the `cursor` to resume after. Store it when you have processed the events of its
+   * response. A cursor is valid for the tenant and the filters of the stream that it came from.
+   *
+   * - With `cursor`, the stream goes on after it.
+   * - With `from_beginning`, it tells all sessions and tickets that exist, and then the changes. Those
+   *   that are deleted meanwhile are named too.
+   * - With neither, it begins now.
+   *
+   * `caught_up` is sent once per stream: what was there when the stream began has been told. Heartbeats
+   * come at least every 15 seconds when nothing else is sent. Their cursor can have moved on.
+   *
+   * A session that does not match the filters is not told. One that matched at the cursor and does not
+   * match any more is named in `left`. It can also name a session that never matched. The deletion of
+   * sessions is told whatever the filters are, as a deleted session has no fields. Tickets are not
+   * filtered.
+   *
+   * A change is told when all transactions that began to write before it have ended. So a long
+   * transaction that writes, even in another database of the same PostgreSQL, holds up the feed until
+   * it ends. Nothing is lost.
+   *
+   * Later versions add events. Ignore an event that is not known, but keep the `cursor`.
+   *
+   * Limits: the streams count as streams of the tenant; see WatchChatSession. A response has at most 500
+   * events and about 1 MiB. A cursor stays valid for 30 days without a call.
+   *
+   * Errors:
+   *
+   * - OUT_OF_RANGE (CURSOR_EXPIRED): the cursor is so old that deletions since then may be forgotten.
+   *   Watch from the beginning, and drop what is not told until `caught_up`.
+   * - OUT_OF_RANGE (HISTORY_CHANGED): the database was restored from a backup, or a standby was
+   *   promoted, and what was told before the cursor may be no more. The metadata has a `cursor` that
+   *   goes on in the new history without a gap, if there is one. Read again what was told lately, and
+   *   then resume after that cursor. Without one, or when in doubt, watch from the beginning, and drop
+   *   what is not told until `caught_up`.
+   * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+   *   could not send. Resume.
+   * - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
+   *   server.
+   * - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
+   *   Resume.
+   * - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
+   *   it is about 30 minutes old. Resume.
+   *
+   * Retry: safe. Resume after the last `cursor` received, or as before when nothing was received.
+   */
+  watchChatSessions: {
+    path: "/chat_ticket.v1.ChatSessionService/WatchChatSessions" as const,
+    requestStream: false as const,
+    responseStream: true as const,
+    requestSerialize: (value: WatchChatSessionsRequest): Buffer =>
+      Buffer.from(WatchChatSessionsRequest.encode(value).finish()),
+    requestDeserialize: (value: Buffer): WatchChatSessionsRequest => WatchChatSessionsRequest.decode(value),
+    responseSerialize: (value: WatchChatSessionsResponse): Buffer =>
+      Buffer.from(WatchChatSessionsResponse.encode(value).finish()),
+    responseDeserialize: (value: Buffer): WatchChatSessionsResponse => WatchChatSessionsResponse.decode(value),
   },
 } as const;
 
@@ -3045,9 +4299,15 @@ export interface ChatSessionServiceServer extends UntypedServiceImplementation {
    * Errors:
    *
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
-   * - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): the session has not reached `after_revision`. The
-   *   stream also ends with this error when the database loses changes that were delivered, for
-   *   example in a failover. Watch again from 0.
+   * - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost changes up to
+   *   `after_revision`, because it was restored from a backup or a standby was promoted. The metadata
+   *   has the last `revision` that both histories share. What was received after it is no more, or is
+   *   different. Also ends a stream that is open. Forget what came after that revision, read what had
+   *   changed after it again, and resume after it, with the `epoch` of the metadata.
+   * - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): without `epoch`, the session has not reached
+   *   `after_revision`. The stream also ends with this error when the database loses changes that
+   *   were delivered. Watch again from 0. A call without `epoch` is not refused when the session has
+   *   reached that revision again, with other changes.
    * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
    *   could not send. Resume.
    * - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
@@ -3061,6 +4321,66 @@ export interface ChatSessionServiceServer extends UntypedServiceImplementation {
    * nothing was received.
    */
   watchChatSession: handleServerStreamingCall<WatchChatSessionRequest, WatchChatSessionResponse>;
+  /**
+   * Watches all sessions and tickets of the tenant: streams which have changed after a cursor, and then
+   * every one that changes.
+   *
+   * Use it for whatever must hear of every change of a tenant: an inbox, a search index, a relay of
+   * webhooks, billing. It tells the state of what has changed. To get the messages of a session too,
+   * call WatchChatSession or ListChatMessages with the last revision that you know, and its epoch.
+   *
+   * Every session or ticket whose last change was committed after the cursor is told at least once, with
+   * its state at that change or at a later one. Nothing is skipped, in whatever order transactions are
+   * committed, and on however many servers. Several changes of one session can be told as one. A session
+   * can be told again although it has not changed. The order of the events says nothing about the order
+   * of the changes. A caller that keeps the newest `revision` of each session can ignore repeats.
+   *
+   * Every response has the `cursor` to resume after. Store it when you have processed the events of its
+   * response. A cursor is valid for the tenant and the filters of the stream that it came from.
+   *
+   * - With `cursor`, the stream goes on after it.
+   * - With `from_beginning`, it tells all sessions and tickets that exist, and then the changes. Those
+   *   that are deleted meanwhile are named too.
+   * - With neither, it begins now.
+   *
+   * `caught_up` is sent once per stream: what was there when the stream began has been told. Heartbeats
+   * come at least every 15 seconds when nothing else is sent. Their cursor can have moved on.
+   *
+   * A session that does not match the filters is not told. One that matched at the cursor and does not
+   * match any more is named in `left`. It can also name a session that never matched. The deletion of
+   * sessions is told whatever the filters are, as a deleted session has no fields. Tickets are not
+   * filtered.
+   *
+   * A change is told when all transactions that began to write before it have ended. So a long
+   * transaction that writes, even in another database of the same PostgreSQL, holds up the feed until
+   * it ends. Nothing is lost.
+   *
+   * Later versions add events. Ignore an event that is not known, but keep the `cursor`.
+   *
+   * Limits: the streams count as streams of the tenant; see WatchChatSession. A response has at most 500
+   * events and about 1 MiB. A cursor stays valid for 30 days without a call.
+   *
+   * Errors:
+   *
+   * - OUT_OF_RANGE (CURSOR_EXPIRED): the cursor is so old that deletions since then may be forgotten.
+   *   Watch from the beginning, and drop what is not told until `caught_up`.
+   * - OUT_OF_RANGE (HISTORY_CHANGED): the database was restored from a backup, or a standby was
+   *   promoted, and what was told before the cursor may be no more. The metadata has a `cursor` that
+   *   goes on in the new history without a gap, if there is one. Read again what was told lately, and
+   *   then resume after that cursor. Without one, or when in doubt, watch from the beginning, and drop
+   *   what is not told until `caught_up`.
+   * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+   *   could not send. Resume.
+   * - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
+   *   server.
+   * - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
+   *   Resume.
+   * - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
+   *   it is about 30 minutes old. Resume.
+   *
+   * Retry: safe. Resume after the last `cursor` received, or as before when nothing was received.
+   */
+  watchChatSessions: handleServerStreamingCall<WatchChatSessionsRequest, WatchChatSessionsResponse>;
 }
 
 export interface ChatSessionServiceClient extends Client {
@@ -3275,9 +4595,15 @@ export interface ChatSessionServiceClient extends Client {
    * Errors:
    *
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
-   * - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): the session has not reached `after_revision`. The
-   *   stream also ends with this error when the database loses changes that were delivered, for
-   *   example in a failover. Watch again from 0.
+   * - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost changes up to
+   *   `after_revision`, because it was restored from a backup or a standby was promoted. The metadata
+   *   has the last `revision` that both histories share. What was received after it is no more, or is
+   *   different. Also ends a stream that is open. Forget what came after that revision, read what had
+   *   changed after it again, and resume after it, with the `epoch` of the metadata.
+   * - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): without `epoch`, the session has not reached
+   *   `after_revision`. The stream also ends with this error when the database loses changes that
+   *   were delivered. Watch again from 0. A call without `epoch` is not refused when the session has
+   *   reached that revision again, with other changes.
    * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
    *   could not send. Resume.
    * - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
@@ -3299,6 +4625,74 @@ export interface ChatSessionServiceClient extends Client {
     metadata?: Metadata,
     options?: Partial<CallOptions>,
   ): ClientReadableStream<WatchChatSessionResponse>;
+  /**
+   * Watches all sessions and tickets of the tenant: streams which have changed after a cursor, and then
+   * every one that changes.
+   *
+   * Use it for whatever must hear of every change of a tenant: an inbox, a search index, a relay of
+   * webhooks, billing. It tells the state of what has changed. To get the messages of a session too,
+   * call WatchChatSession or ListChatMessages with the last revision that you know, and its epoch.
+   *
+   * Every session or ticket whose last change was committed after the cursor is told at least once, with
+   * its state at that change or at a later one. Nothing is skipped, in whatever order transactions are
+   * committed, and on however many servers. Several changes of one session can be told as one. A session
+   * can be told again although it has not changed. The order of the events says nothing about the order
+   * of the changes. A caller that keeps the newest `revision` of each session can ignore repeats.
+   *
+   * Every response has the `cursor` to resume after. Store it when you have processed the events of its
+   * response. A cursor is valid for the tenant and the filters of the stream that it came from.
+   *
+   * - With `cursor`, the stream goes on after it.
+   * - With `from_beginning`, it tells all sessions and tickets that exist, and then the changes. Those
+   *   that are deleted meanwhile are named too.
+   * - With neither, it begins now.
+   *
+   * `caught_up` is sent once per stream: what was there when the stream began has been told. Heartbeats
+   * come at least every 15 seconds when nothing else is sent. Their cursor can have moved on.
+   *
+   * A session that does not match the filters is not told. One that matched at the cursor and does not
+   * match any more is named in `left`. It can also name a session that never matched. The deletion of
+   * sessions is told whatever the filters are, as a deleted session has no fields. Tickets are not
+   * filtered.
+   *
+   * A change is told when all transactions that began to write before it have ended. So a long
+   * transaction that writes, even in another database of the same PostgreSQL, holds up the feed until
+   * it ends. Nothing is lost.
+   *
+   * Later versions add events. Ignore an event that is not known, but keep the `cursor`.
+   *
+   * Limits: the streams count as streams of the tenant; see WatchChatSession. A response has at most 500
+   * events and about 1 MiB. A cursor stays valid for 30 days without a call.
+   *
+   * Errors:
+   *
+   * - OUT_OF_RANGE (CURSOR_EXPIRED): the cursor is so old that deletions since then may be forgotten.
+   *   Watch from the beginning, and drop what is not told until `caught_up`.
+   * - OUT_OF_RANGE (HISTORY_CHANGED): the database was restored from a backup, or a standby was
+   *   promoted, and what was told before the cursor may be no more. The metadata has a `cursor` that
+   *   goes on in the new history without a gap, if there is one. Read again what was told lately, and
+   *   then resume after that cursor. Without one, or when in doubt, watch from the beginning, and drop
+   *   what is not told until `caught_up`.
+   * - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
+   *   could not send. Resume.
+   * - UNAVAILABLE (DRAINING): the server shuts down. Resume; the channel connects to another
+   *   server.
+   * - UNAVAILABLE (DATABASE_UNAVAILABLE): the server could not read the changes from its database.
+   *   Resume.
+   * - UNAVAILABLE without ErrorInfo: the connection ended. The server closes every connection when
+   *   it is about 30 minutes old. Resume.
+   *
+   * Retry: safe. Resume after the last `cursor` received, or as before when nothing was received.
+   */
+  watchChatSessions(
+    request: WatchChatSessionsRequest,
+    options?: Partial<CallOptions>,
+  ): ClientReadableStream<WatchChatSessionsResponse>;
+  watchChatSessions(
+    request: WatchChatSessionsRequest,
+    metadata?: Metadata,
+    options?: Partial<CallOptions>,
+  ): ClientReadableStream<WatchChatSessionsResponse>;
 }
 
 export const ChatSessionServiceClient = makeGenericClientConstructor(

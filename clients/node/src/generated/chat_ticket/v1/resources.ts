@@ -445,6 +445,16 @@ export interface ChatSession {
    * control characters or line breaks, and can be empty.
    */
   labels: { [key: string]: string };
+  /**
+   * The history of the session's revisions: an opaque text, of hexadecimal digits, dots and hyphens.
+   * Output only.
+   *
+   * The history changes when the database is restored from a backup, or when a standby is promoted.
+   * Changes can be lost then, and their revisions are given again to other changes. A revision together
+   * with its epoch is a position that stays true or is recognised as lost: keep both, and send both
+   * when you continue after a revision.
+   */
+  epoch: string;
 }
 
 export interface ChatSession_LabelsEntry {
@@ -701,6 +711,7 @@ function createBaseChatSession(): ChatSession {
     userId: "",
     title: "",
     labels: {},
+    epoch: "",
   };
 }
 
@@ -742,6 +753,9 @@ export const ChatSession: MessageFns<ChatSession> = {
     globalThis.Object.entries(message.labels).forEach(([key, value]: [string, string]) => {
       ChatSession_LabelsEntry.encode({ key: key as any, value }, writer.uint32(90).fork()).join();
     });
+    if (message.epoch !== "") {
+      writer.uint32(98).string(message.epoch);
+    }
     return writer;
   },
 
@@ -849,6 +863,14 @@ export const ChatSession: MessageFns<ChatSession> = {
             }
             continue;
           }
+          case 12: {
+            if (tag !== 98) {
+              break;
+            }
+
+            message.epoch = reader.string();
+            continue;
+          }
         }
         if ((tag & 7) === 4 || tag === 0) {
           break;
@@ -909,6 +931,7 @@ export const ChatSession: MessageFns<ChatSession> = {
           {},
         )
         : {},
+      epoch: isSet(object.epoch) ? globalThis.String(object.epoch) : "",
     };
   },
 
@@ -953,6 +976,9 @@ export const ChatSession: MessageFns<ChatSession> = {
         });
       }
     }
+    if (message.epoch !== "") {
+      obj.epoch = message.epoch;
+    }
     return obj;
   },
 
@@ -980,6 +1006,7 @@ export const ChatSession: MessageFns<ChatSession> = {
       },
       {},
     );
+    message.epoch = object.epoch ?? "";
     return message;
   },
 };
