@@ -51,6 +51,17 @@ BEGIN
 END
 $$;
 
+-- The end of the WAL, in bytes: what is visible now was written before it. NULL where a managed service
+-- has no WAL as PostgreSQL has.
+CREATE FUNCTION chat_wal_position() RETURNS bigint
+    LANGUAGE plpgsql VOLATILE AS $$
+BEGIN
+    RETURN pg_current_wal_insert_lsn() - '0/0';
+EXCEPTION WHEN OTHERS THEN
+    RETURN NULL;
+END
+$$;
+
 -- Begins an epoch. By hand, only after a restore that PostgreSQL itself cannot tell: of a snapshot of
 -- the volume, or of data into the tables that are there. Writers wait until the transaction ends.
 CREATE FUNCTION begin_chat_epoch() RETURNS void
@@ -394,6 +405,7 @@ DROP FUNCTION current_feed_position();
 DROP FUNCTION chat_feed_position(bigint, xid8);
 DROP FUNCTION begin_chat_epoch();
 DROP FUNCTION current_chat_epoch();
+DROP FUNCTION chat_wal_position();
 DROP FUNCTION chat_database_identity();
 DROP TABLE chat_epochs;
 

@@ -179,6 +179,13 @@ class UnavailableError(DomainError):
     retry_seconds = 1.0
 
 
+class DrainingError(UnavailableError):
+    """The server is shutting down. The client resumes its stream elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down: resume", reason="DRAINING")
+
+
 class OutcomeUnknownError(UnavailableError):
     """The connection to the database broke during a write, which may have succeeded."""
 

@@ -262,6 +262,9 @@ class Server:
         # exit when a server that was never started still exists.
         watch_hub = self._watch_hub
         metrics.WATCHERS.set_function(lambda: watch_hub.watcher_count)
+        change_feeds = watch_hub.change_feeds
+        metrics.FEED_FOLLOWERS.set_function(lambda: change_feeds.follower_count)
+        metrics.FEED_HELD_UP_SECONDS.set_function(lambda: change_feeds.held_up_seconds)
         certificates = self._certificates
         if certificates is not None:
             metrics.TLS_CERTIFICATE_NOT_AFTER.set_function(

@@ -31,21 +31,37 @@ MAX_STREAM_PAGE = 500
 MAX_RESPONSE_BYTES = 3 * 1024 * 1024
 
 
-def _digest(tenant_id: str, request: Message) -> str:
-    """Identify the tenant, the method and the filters, but neither the page nor its size."""
+def digest(
+    tenant_id: str, request: Message, place_fields: Sequence[str] = ("page_size", "page_token")
+) -> str:
+    """Identify the tenant, the method and the filters, but not how far the caller has come."""
     filters = type(request)()
     filters.CopyFrom(request)
-    filters.ClearField("page_size")
-    filters.ClearField("page_token")
+    for field in place_fields:
+        filters.ClearField(field)
     name = request.DESCRIPTOR.full_name
     content = json.dumps([tenant_id, name]).encode() + filters.SerializeToString(deterministic=True)
     return hashlib.sha256(content).hexdigest()[:16]
 
 
+def encode(*values: Any) -> str:
+    """Opaque text that has these values; see `decode`."""
+    content = json.dumps(values, separators=(",", ":"))
+    return base64.urlsafe_b64encode(content.encode()).decode().rstrip("=")
+
+
+def decode(text: str) -> list[Any]:
+    """The values. Raises ValueError or RecursionError if the text does not come from `encode`."""
+    padded = text + "=" * (-len(text) % 4)
+    values = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
+    if not isinstance(values, list):
+        raise ValueError
+    return values
+
+
 def encode_token(tenant_id: str, request: Message, *position: str | int | float) -> str:
     """Return the token for the page of `request` that starts after `position`."""
-    content = json.dumps([_digest(tenant_id, request), *position], separators=(",", ":"))
-    return base64.urlsafe_b64encode(content.encode()).decode().rstrip("=")
+    return encode(digest(tenant_id, request), *position)
 
 
 def decode_token(
@@ -63,9 +79,8 @@ def decode_token(
     if not request.page_token:
         return start
     try:
-        padded = request.page_token + "=" * (-len(request.page_token) % 4)
-        digest, *values = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
-        if digest != _digest(tenant_id, request):
+        request_digest, *values = decode(request.page_token)
+        if request_digest != digest(tenant_id, request):
             raise ValueError
         return [parse(value) for parse, value in zip(parsers, values, strict=True)]
     except (ValueError, TypeError, OverflowError, RecursionError):

@@ -10,9 +10,19 @@ from chat_ticket.v1 import chat_session_pb2 as pb
 from chat_ticket.v1 import chat_session_pb2_grpc
 from chat_ticket_svc.access import request_context
 from chat_ticket_svc.config import Settings
-from chat_ticket_svc.services import convert, paging, watch_stream
+from chat_ticket_svc.services import (
+    change_feed_cursor,
+    change_feed_stream,
+    convert,
+    paging,
+    watch_stream,
+)
+from chat_ticket_svc.services.change_feed_cursor import Cursor
+from chat_ticket_svc.services.change_feed_events import SessionFilter
+from chat_ticket_svc.services.change_feed_stream import BEGINNING
 from chat_ticket_svc.services.validate import MAX_FILTER_LABELS, MAX_UUID, Validator
 from chat_ticket_svc.store import session_listing, sessions
+from chat_ticket_svc.store.change_feed import Place
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.session_deletion import SessionDeleter
 from chat_ticket_svc.watch.hub import WatchHub
@@ -59,6 +69,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         if not request.session.id:
             request_context.set_not_repeatable(session_id=session_id)
         session = await sessions.create(self._db, tenant_id, new)
+        self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.CreateChatSessionResponse(session=convert.session(session))
 
     async def GetChatSession(
@@ -154,6 +165,45 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         validator.raise_if_invalid()
         watch = watch_stream.watch_with_drafts if request.include_drafts else watch_stream.watch
         return watch(self._db, self._watch_hub, tenant_id, session_id, after)
+
+    def WatchChatSessions(
+        self, request: pb.WatchChatSessionsRequest, context: Context
+    ) -> AsyncIterator[Any]:  # as above
+        tenant_id = request_context.tenant_id()
+        validator = Validator(self._limits)
+        statuses = validator.enum_filter("statuses", request.statuses, convert.SESSION_STATUS)
+        session_filter = SessionFilter(
+            statuses=None if statuses is None else frozenset(statuses),
+            has_ticket=request.has_ticket if request.HasField("has_ticket") else None,
+            user_id=validator.reference("user_id", request.user_id),
+            labels=validator.labels("labels", request.labels, MAX_FILTER_LABELS),
+        )
+        digest = paging.digest(tenant_id, request, ("cursor", "from_beginning"))
+        start: Cursor | Place | None = BEGINNING if request.from_beginning else None
+        if request.cursor:
+            start = _cursor(validator, request, digest)
+        validator.raise_if_invalid()
+        return change_feed_stream.watch(
+            self._db, self._watch_hub.change_feeds, tenant_id, digest, session_filter, start
+        )
+
+
+def _cursor(
+    validator: Validator, request: pb.WatchChatSessionsRequest, digest: str
+) -> Cursor | None:
+    if request.from_beginning:
+        validator.add_violation("from_beginning", "not together with a cursor")
+    if len(request.cursor) > change_feed_cursor.MAX_CHARACTERS:
+        validator.add_violation(
+            "cursor",
+            f"{len(request.cursor):,} characters, at most {change_feed_cursor.MAX_CHARACTERS:,}",
+        )
+        return None
+    try:
+        return change_feed_cursor.decode(request.cursor, digest)
+    except (ValueError, RecursionError):
+        validator.add_violation("cursor", "not a cursor of this method with these filters")
+        return None
 
 
 def _changes(validator: Validator, request: pb.UpdateChatSessionRequest) -> sessions.Update:

@@ -134,6 +134,7 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
         if not new.has_client_id:
             request_context.set_not_repeatable(ticket_id=new.id)
         ticket = await tickets.create(self._db, tenant_id, new)
+        self._watch_hub.notify_changed(tenant_id, ticket.id)
         return pb.CreateTicketResponse(ticket=convert.ticket(ticket))
 
     async def GetTicket(
@@ -211,8 +212,8 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
         ticket, changed_sessions = await ticket_update.update(
             self._db, tenant_id, ticket_id, changes, etag
         )
-        for session_id in changed_sessions:
-            self._watch_hub.notify_changed(tenant_id, session_id)
+        for changed_id in (ticket_id, *changed_sessions):
+            self._watch_hub.notify_changed(tenant_id, changed_id)
         return pb.UpdateTicketResponse(ticket=convert.ticket(ticket))
 
     async def DeleteTicket(
@@ -226,4 +227,5 @@ class ChatTicketService(chat_ticket_pb2_grpc.ChatTicketServiceServicer):
         await tickets.delete(
             self._db, tenant_id, ticket_id, etag, allow_missing=request.allow_missing
         )
+        self._watch_hub.notify_changed(tenant_id, ticket_id)
         return pb.DeleteTicketResponse()

@@ -18,13 +18,18 @@ def microseconds(column: LiteralString) -> LiteralString:
     return f"(extract(epoch FROM {column}) * 1000000)::bigint"
 
 
+def columns(entity: type) -> dict[str, LiteralString]:
+    """The SQL expression of each field, in order."""
+    hints: dict[str, Any] = get_type_hints(entity, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items()}
+
+
 def column_list(entity: type) -> LiteralString:
     """The SQL expressions of all fields, in order, for SELECT or RETURNING.
 
     They have no aliases, so `ORDER BY created_at` sorts by the table's column and uses its index.
     """
-    hints: dict[str, Any] = get_type_hints(entity, include_extras=True)
-    return ", ".join(hint.__metadata__[0] for hint in hints.values())
+    return ", ".join(columns(entity).values())
 
 
 def type_ids(entity: type) -> tuple[int, ...]:

@@ -203,13 +203,13 @@ class DraftGroupCommit:
 
     def raise_if_draining(self) -> None:
         if self._is_draining:
-            raise _draining()
+            raise errors.DrainingError()
 
     def drain(self) -> None:
         """End all writers, present and future, with UNAVAILABLE: the clients resume elsewhere."""
         self._is_draining = True
         for writer in self._all_writers():
-            writer.fail(_draining())
+            writer.fail(errors.DrainingError())
 
     async def close(self) -> None:
         await cancel_and_wait(*self._tasks, self._writing)
@@ -365,7 +365,3 @@ class DraftGroupCommit:
         task = asyncio.create_task(work, context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _draining() -> errors.UnavailableError:
-    return errors.UnavailableError("the server is shutting down: resume", reason="DRAINING")

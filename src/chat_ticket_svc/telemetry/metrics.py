@@ -68,6 +68,25 @@ NOTIFY_BATCH_SESSIONS = Histogram(
     buckets=(1, 2, 4, 8, 16, 27),
     registry=REGISTRY,
 )
+FEED_FOLLOWERS = Gauge(
+    "chat_ticket_feed_followers", "Streams of the change feeds of tenants.", registry=REGISTRY
+)
+FEED_CHANGES = Counter(
+    "chat_ticket_feed_changes",
+    "Changed sessions and tickets, and deletions, that were read for the change feeds of tenants.",
+    registry=REGISTRY,
+)
+FEED_DELIVERY_SECONDS = Histogram(
+    "chat_ticket_feed_delivery_seconds",
+    "Time from when this process learns of a change until the followers of the feed receive it.",
+    buckets=SECONDS,
+    registry=REGISTRY,
+)
+FEED_HELD_UP_SECONDS = Gauge(
+    "chat_ticket_feed_held_up_seconds",
+    "How long changes have been waiting for older transactions to end before the feed tells them.",
+    registry=REGISTRY,
+)
 DRAFT_WRITERS = Gauge("chat_ticket_draft_writers", "Streams that write a draft.", registry=REGISTRY)
 DRAFT_PIECES = Counter(
     "chat_ticket_draft_pieces", "Pieces of text that were added to drafts.", registry=REGISTRY

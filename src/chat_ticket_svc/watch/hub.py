@@ -16,15 +16,18 @@ Watchers that follow drafts wait for the feed of their session too (see draft_fe
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, cast
 from weakref import WeakValueDictionary
 
 from chat_ticket_svc import errors
 from chat_ticket_svc.access import request_context
+from chat_ticket_svc.store import change_feed
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.telemetry import metrics
 from chat_ticket_svc.timeouts import TimeoutQueue
+from chat_ticket_svc.watch.change_feed import ChangeFeeds
 from chat_ticket_svc.watch.draft_feed import DRAFTS_CHANGED, DraftFeed, DraftReader, DraftsChanged
 from chat_ticket_svc.watch.notifications import Notifications, SessionKey
 
@@ -165,13 +168,9 @@ class SessionHub(Generic[P]):
 
     def drain(self) -> None:
         for group in self.groups.values():
-            group.fail(_draining())
+            group.fail(errors.DrainingError())
         if self.draft_feed is not None:
-            self.draft_feed.fail(_draining())
-
-
-def _draining() -> errors.UnavailableError:
-    return errors.UnavailableError("the server is shutting down: resume", reason="DRAINING")
+            self.draft_feed.fail(errors.DrainingError())
 
 
 class Watcher(Generic[P]):
@@ -328,6 +327,11 @@ class WatchHub:
         self._max_tenant_reads = max(1, max_concurrent_reads - 1)
         self._tenant_read_slots = WeakValueDictionary[str, asyncio.Semaphore]()
         self.draft_reader = DraftReader(db)
+        self.change_feeds = ChangeFeeds(
+            functools.partial(change_feed.page, db),
+            self.read_slot,
+            heartbeat_seconds=watch_heartbeat_seconds,
+        )
         self._draft_writers: DraftWriters | None = None
         self._is_draining = False
 
@@ -339,16 +343,21 @@ class WatchHub:
         self._is_draining = True
         for session_hub in self._session_hubs.values():
             session_hub.drain()
+        self.change_feeds.drain()
 
     async def stop(self) -> None:
         await self._notifications.stop()
         await self.draft_reader.stop()
+        await self.change_feeds.stop()
 
     def notify_changed(self, tenant_id: str, session_id: str) -> None:
-        """Wake the watchers of a session, here and in other processes. Call after the commit."""
+        """Wake the watchers of a session, and the followers of the tenant's feed.
+
+        Here and in other processes. Call after the commit. For a ticket, only the feed matters: its
+        id stands for that of a session.
+        """
         key = (tenant_id, session_id)
-        if session_hub := self._session_hubs.get(key):
-            session_hub.wake()
+        self.wake(key)
         self._notifications.announce(key)
 
     def notify_draft(self, tenant_id: str, session_id: str) -> None:
@@ -385,7 +394,7 @@ class WatchHub:
 
     def raise_if_draining(self) -> None:
         if self._is_draining:
-            raise _draining()
+            raise errors.DrainingError()
 
     @contextlib.asynccontextmanager
     async def read_slot(self, tenant_id: str) -> AsyncIterator[None]:
@@ -402,6 +411,10 @@ class WatchHub:
     def wake(self, key: SessionKey) -> None:
         if session_hub := self._session_hubs.get(key):
             session_hub.wake()
+        self.change_feeds.wake(key[0])
+
+    def wake_all_feeds(self) -> None:
+        self.change_feeds.wake_all()
 
     def wake_if_moved(self, key: SessionKey, revision: int | None) -> None:
         session_hub = self._session_hubs.get(key)

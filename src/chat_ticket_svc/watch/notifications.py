@@ -63,6 +63,9 @@ class WatchedSessions(Protocol):
     def wake_if_moved(self, key: SessionKey, revision: int | None) -> None:
         """Read the session's changes if a watcher is not at this revision. None: it is deleted."""
 
+    def wake_all_feeds(self) -> None:
+        """Read the feeds of all tenants that are followed here: notifications may be lost."""
+
     def wake_drafts(self, key: SessionKey) -> None:
         """Look at the session's drafts, if they are followed or written here."""
 
@@ -190,6 +193,7 @@ class Notifications:
                     await self._poll_now.wait()
             self._poll_now.clear()
             self._watched.wake_all_drafts()
+            self._watched.wake_all_feeds()
             cursors = self._watched.cursors()
             if not cursors:
                 continue

@@ -1,0 +1,114 @@
+"""What WatchChatSessions tells of a page of the feed, for the filters of a stream."""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from chat_ticket.v1.chat_session_pb2 import WatchChatSessionsResponse as Response
+from chat_ticket_svc.services import convert
+from chat_ticket_svc.services.change_feed_cursor import Cursor
+from chat_ticket_svc.store.change_feed import (
+    DELETED_SESSION,
+    DELETED_TICKET,
+    TICKET,
+    Page,
+    Place,
+    Row,
+)
+
+MAX_EVENTS = 500
+MAX_RESPONSE_BYTES = 1024 * 1024
+
+Event = Response.Event
+
+
+class SessionFilter(NamedTuple):
+    """Which sessions to tell. None does not filter. A session must have all of `labels`."""
+
+    statuses: frozenset[str] | None
+    has_ticket: bool | None
+    user_id: str | None
+    labels: Mapping[str, str]
+
+    def matches(self, status: str, has_ticket: bool, labels: Mapping[str, str]) -> bool:
+        return (
+            (self.statuses is None or status in self.statuses)
+            and (self.has_ticket is None or has_ticket == self.has_ticket)
+            and self.labels.items() <= labels.items()
+        )
+
+
+def responses(
+    page: Page, session_filter: SessionFilter, tenant_id: str, digest: str, cursor: Cursor
+) -> tuple[list[bytes], Cursor]:
+    """The responses for a page after `cursor`, serialised, and the cursor after them.
+
+    They are made once for all streams at this cursor with the same filters.
+    """
+    key = (digest, cursor)
+    made = page.cache.get(key)
+    if made is None:
+        made = page.cache[key] = _responses(page, session_filter, tenant_id, digest, cursor)
+    result: tuple[list[bytes], Cursor] = made
+    return result
+
+
+def _responses(
+    page: Page, session_filter: SessionFilter, tenant_id: str, digest: str, cursor: Cursor
+) -> tuple[list[bytes], Cursor]:
+    # Not moved by a page without events, so that it stays as low as possible.
+    told = cursor._replace(wal_position=page.wal_position)
+    made: list[bytes] = []
+    response, size, last = Response(), 0, None
+    for row in page.rows:
+        event = _event(row, session_filter, tenant_id, page.place.start)
+        if event is None:
+            continue
+        event_size = event.ByteSize() + 8
+        size += event_size
+        if last and (len(response.events) == MAX_EVENTS or size > MAX_RESPONSE_BYTES):
+            place = Place(page.place.start, page.pass_end, last.section, last.bucket, last.id)
+            response.cursor = told._replace(place=place).encode(digest)
+            made.append(response.SerializeToString())
+            response, size = Response(), event_size
+        response.events.append(event)
+        last = row
+    if last is None:
+        return [], cursor._replace(place=page.next)
+    told = told._replace(place=page.next)
+    response.cursor = told.encode(digest)
+    made.append(response.SerializeToString())
+    return made, told
+
+
+def _event(row: Row, session_filter: SessionFilter, tenant_id: str, start: int) -> Event | None:
+    """What to tell of a row that has changed at or after `start`, if anything."""
+    if row.section == TICKET:
+        return Event(ticket=convert.ticket(row.ticket(tenant_id)))
+    if row.section == DELETED_TICKET:
+        return Event(ticket_deleted=Response.TicketDeleted(ticket_id=row.id))
+    if row.section == DELETED_SESSION:
+        return Event(session_deleted=Response.ChatSessionDeleted(session_id=row.id))
+    if session_filter.user_id is not None and row.user_id != session_filter.user_id:
+        return None
+    labels = json.loads(row.labels) if row.labels and session_filter.labels else {}
+    if session_filter.matches(row.status, row.has_ticket, labels):
+        return Event(session=convert.session(row.session(tenant_id)))
+    if _may_have_matched(row, session_filter, labels, start):
+        return Event(left=Response.ChatSessionLeft(session_id=row.id))
+    return None
+
+
+def _may_have_matched(
+    row: Row, session_filter: SessionFilter, labels: Mapping[str, str], start: int
+) -> bool:
+    """Whether a session that does not match now may have been told as one that matches."""
+    if start == 0 or row.filter_position < start or row.filter_before is None:
+        return False
+    before: dict[str, Any] = json.loads(row.filter_before)
+    # Of several changes since then, only what was before the last one is known.
+    return before["position"] >= start or session_filter.matches(
+        before.get("status", row.status),
+        before.get("has_ticket", row.has_ticket),
+        before.get("labels", labels),
+    )
