@@ -54,7 +54,7 @@ async def watch(
                 is_caught_up = True
                 sent_at = time.monotonic()
                 yield _response(cursor, digest, Event(caught_up=Response.CaughtUp()))
-            elif time.monotonic() - sent_at >= feeds.heartbeat_seconds:
+            elif time.monotonic() - sent_at >= feeds.quiet_seconds:
                 sent_at = time.monotonic()
                 yield _response(cursor, digest, Event(heartbeat=Response.Heartbeat()))
             # Many streams wait for a long time, and their local variables would keep memory.

@@ -94,7 +94,7 @@ class ChangeFeed:
         return self._pages[index] if index < len(self._pages) else None
 
     async def wait(self) -> None:
-        """Wait for another page, or a heartbeat."""
+        """Wait for another page, at most for a third of the heartbeat interval."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.add(waiter)
         try:
@@ -109,7 +109,7 @@ class ChangeFeed:
         self._is_due.set()
 
     def resume_waiters(self) -> None:
-        """Let all waiting followers look for a page, or send a heartbeat."""
+        """Let all waiting followers look for a page, and whether a heartbeat is due."""
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -176,8 +176,9 @@ class ChangeFeeds:
         self._read_slot = read_slot
         self._feeds: dict[str, ChangeFeed] = {}
         self._stopping: set[asyncio.Task[None]] = set()
-        self._heartbeats = TimeoutQueue[ChangeFeed](heartbeat_seconds, self._send_heartbeat)
-        self.heartbeat_seconds = heartbeat_seconds
+        # The followers look three times an interval, so that none waits for longer than one.
+        self._looks = TimeoutQueue[ChangeFeed](heartbeat_seconds / 3, self._let_look)
+        self.quiet_seconds = heartbeat_seconds * 2 / 3
         self._is_draining = False
         self.follower_count = 0
 
@@ -198,7 +199,7 @@ class ChangeFeeds:
         if feed is None:
             feed = ChangeFeed(place, functools.partial(self.read, tenant_id))
             self._feeds[tenant_id] = feed
-            self._heartbeats.start(feed)
+            self._looks.start(feed)
         feed.follower_count += 1
         feed.wake(has_changed=False)
         return feed
@@ -207,7 +208,7 @@ class ChangeFeeds:
         feed.follower_count -= 1
         if not feed.follower_count:
             del self._feeds[tenant_id]
-            self._heartbeats.stop(feed)
+            self._looks.stop(feed)
             stopping = asyncio.create_task(feed.stop())
             self._stopping.add(stopping)
             stopping.add_done_callback(self._stopping.discard)
@@ -249,9 +250,9 @@ class ChangeFeeds:
         # Copied: the metrics thread calls this while the event loop may change the dictionary.
         return max((feed.held_up_seconds for feed in list(self._feeds.values())), default=0.0)
 
-    def _send_heartbeat(self, feed: ChangeFeed) -> None:
+    def _let_look(self, feed: ChangeFeed) -> None:
         feed.resume_waiters()
-        self._heartbeats.start(feed)
+        self._looks.start(feed)
 
 
 class Follower:
@@ -271,7 +272,7 @@ class Follower:
     async def next_page(self, place: Place | None) -> Page | None:
         """The page after `place`. None when there is none yet: ask again.
 
-        It waits for a page of those that have caught up, at most for a heartbeat interval.
+        It waits for one, at most for a third of the heartbeat interval.
         """
         self._feeds.raise_if_draining()
         if self._number is not None and self._feed is not None:
@@ -289,7 +290,8 @@ class Follower:
             self._number = self._feed.number_at(place)
             if self._number is not None:
                 return None
-            if self._feed.start < place.start:
+            if self._feed.start <= place.start:
+                # It has not come so far, or is in the middle of the pass that begins here.
                 await self._feed.wait()
                 return None
             # The feed has gone on: read up to where it is, and look again.
