@@ -23,6 +23,7 @@ SESSION, DELETED_SESSION, TICKET, DELETED_TICKET = SECTIONS = range(4)
 
 BUCKET_BITS = 16  # as in the triggers
 MAX_POSITION = 2**63 - 1
+ROW_BYTES = 1024  # of a row without labels
 MAX_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 
 
@@ -94,6 +95,11 @@ class Page:
     @property
     def pass_end(self) -> int:
         return self.next.start if self.next.end is None else self.next.end
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it has."""
+        return sum(ROW_BYTES + len(row.labels or "") for row in self.rows)
 
 
 class Epoch(NamedTuple):
@@ -193,11 +199,21 @@ async def page(db: Database, tenant_id: str, place: Place | None, limit: int) ->
     """Read what comes after `place`: at most `limit` rows.
 
     Without a place, nothing is read, and `next` is where a follower begins that begins now. Raises
-    OutOfRangeError if a deletion after `place` may be forgotten.
+    OutOfRangeError if a deletion after `place` may be forgotten, or if no history has this place.
     """
     due = [section for section in SECTIONS if place is not None and _is_due(place, section)]
-    rows = await db.fetch_typed(PAGE, _params(tenant_id, place, due, limit), ROW_TYPES)
-    bounds, *changed = sorted(map(Row._make, rows), key=lambda row: row[:3])
+    params = _params(tenant_id, place, due, limit)
+    for is_last_attempt in (False, True):
+        rows = await db.fetch_typed(PAGE, params, ROW_TYPES)
+        bounds, *changed = sorted(map(Row._make, rows), key=lambda row: row[:3])
+        if place is None or max(place.start, place.end or 0) <= bounds.revision:
+            break
+        if is_last_attempt:
+            raise errors.OutOfRangeError(
+                "the cursor is of another history of the database", reason="HISTORY_CHANGED"
+            )
+        # A standby was promoted that lacks the last changes, and nothing was written since.
+        await ensure_epoch(db)
     start, swept_position = bounds.bucket, bounds.filter_position
     place = place or Place(start)
     known = place.start or place.end

@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 
 from chat_ticket_svc import errors
+from chat_ticket_svc.limits import MIB
 from chat_ticket_svc.store.change_feed import Page, Place
 from chat_ticket_svc.tasks import cancel_and_wait
 from chat_ticket_svc.telemetry import metrics
@@ -40,7 +41,7 @@ MAX_RETRY_SECONDS = 0.25
 
 # What is kept for followers that are slower than others.
 MAX_KEPT_PAGES = 64
-MAX_KEPT_ROWS = 4 * PAGE_ROWS
+MAX_KEPT_BYTES = 4 * MIB
 
 ReadPage = Callable[[str, Place | None, int], Awaitable[Page]]
 ReadSlot = Callable[[str], AbstractAsyncContextManager[None]]
@@ -53,7 +54,7 @@ class ChangeFeed:
         self._read = read
         self._place = place
         self._pages: deque[Page] = deque()
-        self._kept_rows = 0
+        self._kept_bytes = 0
         self._first = 0  # the number of the first page that is kept
         self._waiters: set[asyncio.Future[None]] = set()
         self._is_due = asyncio.Event()
@@ -159,11 +160,11 @@ class ChangeFeed:
     def _append(self, page: Page) -> None:
         self._place = page.next
         self._pages.append(page)
-        self._kept_rows += len(page.rows)
+        self._kept_bytes += page.size
         while len(self._pages) > 1 and (
-            len(self._pages) > MAX_KEPT_PAGES or self._kept_rows > MAX_KEPT_ROWS
+            len(self._pages) > MAX_KEPT_PAGES or self._kept_bytes > MAX_KEPT_BYTES
         ):
-            self._kept_rows -= len(self._pages.popleft().rows)
+            self._kept_bytes -= self._pages.popleft().size
             self._first += 1
         self.resume_waiters()
 
@@ -297,6 +298,7 @@ class Follower:
             # The feed has gone on: read up to where it is, and look again.
             place = Place(place.start, self._feed.start)
         page = await self._feeds.read(self._tenant_id, place)
-        if page.next.end is None and self._feed is None:
+        # Only one that has read all there is may begin the feed for others.
+        if self._feed is None and page.next == Place(page.horizon):
             self._feed = self._feeds.join(self._tenant_id, page.next)
         return page
