@@ -17,7 +17,7 @@ CREATE TABLE chat_epochs (
     -- Where recovery ended when the epoch began, by a promotion or a restore to a point in time. NULL
     -- where it is not known what of the epoch before is missing.
     branch_lsn     pg_lsn,
-    -- Tombstones up to this feed_position may have been swept.
+    -- Tombstones below this feed_position may have been swept.
     swept_position bigint      NOT NULL DEFAULT 0,
     started_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
     CONSTRAINT chat_epochs_pkey PRIMARY KEY (ordinal),

@@ -227,14 +227,16 @@ class Settings(BaseSettings):
         "message with the state `INCOMPLETE`. All servers of a database need the same.",
     )
 
-    # Deleted sessions
+    # Deleted sessions and tickets
     session_tombstone_days: int = Field(
         default=30,
         ge=1,
         le=3650,
         description="How long the id of a deleted session is rejected when a session is created. "
-        "It is kept for so many days, without anything of what the session was. All servers of a "
-        "database need the same.",
+        "It is kept for so many days, without anything of what the session was. The ids of deleted "
+        "tickets are kept as long. So a cursor of `WatchChatSessions` is good for so many days: one "
+        "that is older can be refused with `CURSOR_EXPIRED`. All servers of a database need the "
+        "same.",
     )
 
     # Attachments

@@ -1,14 +1,14 @@
-"""The sweep of the tombstones of sessions that were deleted long ago."""
+"""The sweep of the tombstones of sessions and tickets that were deleted long ago."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import psycopg
 import pytest
 from support.client import Api, an_id
-from support.database import execute, store_database
+from support.database import execute, store_database, wait_for_lock_waiters
 from support.server import serving
 
 from chat_ticket_svc.store import tombstone_sweep
@@ -37,9 +37,36 @@ def add(tombstones: psycopg.Connection[Any], count: int, *, days: float) -> None
     )
 
 
+def add_tickets(tombstones: psycopg.Connection[Any], count: int, *, days: float) -> None:
+    """As `add`, of tickets."""
+    tombstones.execute(
+        "INSERT INTO ticket_tombstones SELECT 'tenant ' || n %% 7, gen_random_uuid(),"
+        " now() - %s * interval '1 day' FROM generate_series(1, %s) n",
+        [days, count],
+    )
+
+
 def number(tombstones: psycopg.Connection[Any]) -> int:
-    [count] = tombstones.execute("SELECT count(*) FROM chat_session_tombstones").fetchone() or [-1]
+    """The tombstones of sessions and of tickets."""
+    [count] = tombstones.execute(
+        "SELECT (SELECT count(*) FROM chat_session_tombstones)"
+        " + (SELECT count(*) FROM ticket_tombstones)"
+    ).fetchone() or [-1]
     return int(count)
+
+
+def positions(tombstones: psycopg.Connection[Any]) -> list[int]:
+    found = tombstones.execute(
+        "SELECT feed_position FROM chat_session_tombstones"
+        " UNION ALL SELECT feed_position FROM ticket_tombstones"
+    )
+    return [position for (position,) in found]
+
+
+def swept_positions(tombstones: psycopg.Connection[Any]) -> list[int]:
+    """Of each epoch, in order."""
+    found = tombstones.execute("SELECT swept_position FROM chat_epochs ORDER BY ordinal")
+    return [position for (position,) in found]
 
 
 async def until(tombstones: psycopg.Connection[Any], count: int) -> None:
@@ -51,7 +78,7 @@ async def until(tombstones: psycopg.Connection[Any], count: int) -> None:
 async def until_swept(count: float) -> None:
     """Until so many are counted, after they are gone."""
     async with asyncio.timeout(20):
-        while metrics.SESSION_TOMBSTONES_SWEPT._value.get() != count:
+        while metrics.TOMBSTONES_SWEPT._value.get() != count:
             await asyncio.sleep(0.01)
 
 
@@ -71,21 +98,62 @@ async def test_old_ones_are_swept_and_the_others_stay(
 ) -> None:
     """In several batches, and counted."""
     add(tombstones, 2500, days=30.01)
+    add_tickets(tombstones, 1500, days=30.01)
     add(tombstones, 40, days=29.99)
-    before = metrics.SESSION_TOMBSTONES_SWEPT._value.get()
+    add_tickets(tombstones, 40, days=29.99)
+    before = metrics.TOMBSTONES_SWEPT._value.get()
     async with sweeping(fresh_database):
-        await until(tombstones, 40)
-        await until_swept(before + 2500)
+        await until(tombstones, 80)
+        await until_swept(before + 4000)
         await asyncio.sleep(0.1)
-    assert number(tombstones) == 40
+    assert number(tombstones) == 80
+
+
+@pytest.mark.parametrize("adds", [add, add_tickets])
+async def test_current_epoch_says_what_is_swept(
+    fresh_database: str, tombstones: psycopg.Connection[Any], adds: Callable[..., None]
+) -> None:
+    """No tombstone below `swept_position` is missing before its transaction says so.
+
+    The statement that deletes them waits while another one sweeps.
+    """
+    adds(tombstones, 3, days=30.01)
+    [(last,)] = tombstones.execute("SELECT max(n) FROM unnest(%s) n", [positions(tombstones)])
+    adds(tombstones, 3, days=29.99)
+    *older, _ = swept_positions(tombstones)
+    with psycopg.connect(fresh_database) as other:
+        other.execute("UPDATE chat_epochs SET swept_position = 7")
+        async with sweeping(fresh_database):
+            await wait_for_lock_waiters(fresh_database, 1)
+            assert number(tombstones) == 6
+            other.rollback()
+            await until(tombstones, 3)
+    assert swept_positions(tombstones) == [*older, last + 1]
+    assert min(positions(tombstones)) > last
+
+
+async def test_swept_position_never_goes_back(
+    fresh_database: str, tombstones: psycopg.Connection[Any]
+) -> None:
+    """Not even when another sweep has gone further, and commits first."""
+    add(tombstones, 3, days=31)
+    further = max(positions(tombstones)) + 100
+    with psycopg.connect(fresh_database) as other:
+        other.execute("UPDATE chat_epochs SET swept_position = %s", [further])
+        async with sweeping(fresh_database):
+            await wait_for_lock_waiters(fresh_database, 1)
+            other.commit()
+            await until(tombstones, 0)
+    assert set(swept_positions(tombstones)) == {further}
 
 
 async def test_several_servers_share_the_work(
     fresh_database: str, tombstones: psycopg.Connection[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each tombstone is swept once, and none of them fails."""
-    add(tombstones, 5000, days=31)
-    before = metrics.SESSION_TOMBSTONES_SWEPT._value.get()
+    add(tombstones, 4000, days=31)
+    add_tickets(tombstones, 1000, days=31)
+    before = metrics.TOMBSTONES_SWEPT._value.get()
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(4):
             await stack.enter_async_context(sweeping(fresh_database))
@@ -118,7 +186,7 @@ async def test_error_is_logged_and_the_next_sweep_works(
         execute(fresh_database, "ALTER TABLE elsewhere RENAME TO chat_session_tombstones")
         await until(tombstones, 0)
     logged = capsys.readouterr().out
-    assert logged.count("could not sweep the tombstones of sessions") == 1, logged
+    assert logged.count("could not sweep tombstones") == 1, logged
 
 
 async def test_server_sweeps_by_its_setting(
@@ -142,10 +210,13 @@ async def test_server_sweeps_by_its_setting(
 def test_sweep_is_cheap_when_nothing_is_old(tombstones: psycopg.Connection[Any]) -> None:
     """It reads the old end of an index, however many tombstones there are."""
     add(tombstones, 20_000, days=3)
-    tombstones.execute("ANALYZE chat_session_tombstones")
+    add_tickets(tombstones, 20_000, days=3)
+    tombstones.execute("ANALYZE chat_session_tombstones, ticket_tombstones")
     plan = tombstones.execute(
         f"EXPLAIN (ANALYZE, BUFFERS) {tombstone_sweep.SWEEP}", {"days": 30, "limit": 1000}
     ).fetchall()
     text = "\n".join(line for (line,) in plan)
     assert "idx_chat_session_tombstones_deleted" in text
-    assert "Seq Scan" not in text
+    assert "idx_ticket_tombstones_deleted" in text
+    assert "Seq Scan on chat_session_tombstones" not in text
+    assert "Seq Scan on ticket_tombstones" not in text

@@ -116,9 +116,9 @@ DRAFTS_EXPIRED = Counter(
     "Drafts of lost writers that this process has finished.",
     registry=REGISTRY,
 )
-SESSION_TOMBSTONES_SWEPT = Counter(
-    "chat_ticket_session_tombstones_swept",
-    "Ids of sessions deleted long ago that this process has forgotten.",
+TOMBSTONES_SWEPT = Counter(
+    "chat_ticket_tombstones_swept",
+    "Ids of sessions and tickets deleted long ago that this process has forgotten.",
     registry=REGISTRY,
 )
 POOL_CONNECTIONS = Gauge(
