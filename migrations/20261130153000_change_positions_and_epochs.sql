@@ -232,8 +232,10 @@ BEGIN
         (last_epoch.ordinal << 48) | pg_current_xact_id()::text::bigint;
     NEW.feed_bucket := NEW.feed_position >> 16;
     IF TG_OP = 'INSERT' THEN
-        NEW.epoch := '0.' || last_epoch.id;
+        -- One that is restored as data has epochs already.
+        NEW.epoch := coalesce(NEW.epoch, '0.' || last_epoch.id);
         NEW.filter_position := NEW.feed_position;
+        NEW.filter_before := NULL;
     ELSIF right(OLD.epoch, 16) <> last_epoch.id THEN
         NEW.epoch := OLD.epoch || '-' || (OLD.revision + 1) || '.' || last_epoch.id;
     END IF;

@@ -18,6 +18,7 @@ ID = "uuid NOT NULL DEFAULT gen_random_uuid()"
 TEXT = "text NOT NULL"
 KEY = "uuid NOT NULL"
 TIME = "timestamp with time zone NOT NULL DEFAULT now()"
+FEED = {"feed_position": "bigint NOT NULL", "feed_bucket": "bigint NOT NULL"}
 
 # The columns of the seeds, and those that the design adds. Where they differ: timestamptz for
 # timestamp, and a has_ticket that is never null.
@@ -35,11 +36,16 @@ COLUMNS = {
         "user_id": "text",
         "title": "text",
         "labels": "jsonb",
+        "epoch": TEXT,
+        **FEED,
+        "filter_position": "bigint NOT NULL",
+        "filter_before": "jsonb",
     },
     "chat_session_tombstones": {
         "tenant_id": TEXT,
         "session_id": KEY,
         "deleted_at": TIME,
+        **FEED,
     },
     "chat_messages": {
         "id": ID,
@@ -83,6 +89,13 @@ COLUMNS = {
         "updated_at": TIME,
         "external_ref": "text",
         "revision": "bigint NOT NULL DEFAULT 0",
+        **FEED,
+    },
+    "ticket_tombstones": {
+        "tenant_id": TEXT,
+        "ticket_id": KEY,
+        "deleted_at": TIME,
+        **FEED,
     },
     "chat_tickets": {
         "id": ID,
@@ -116,6 +129,17 @@ COLUMNS = {
         "search_language": "text",
         "updated_at": TIME,
     },
+    # Of the whole database.
+    "chat_epochs": {
+        "ordinal": "bigint NOT NULL",
+        "id": "text NOT NULL DEFAULT"
+        """ "left"(replace((gen_random_uuid())::text, '-'::text, ''::text), 16)""",
+        "identity": TEXT,
+        "table_oid": "oid NOT NULL",
+        "branch_lsn": "pg_lsn",
+        "swept_position": "bigint NOT NULL DEFAULT 0",
+        "started_at": "timestamp with time zone NOT NULL DEFAULT clock_timestamp()",
+    },
 }
 
 # Names of the seeds.
@@ -131,6 +155,8 @@ SEED_INDEXES = {
 OTHER_INDEXES = {
     "idx_chat_sessions_labels",  # of pairs that each begin with the tenant
     "idx_chat_session_tombstones_deleted",  # for the sweep, which is of all tenants
+    "idx_ticket_tombstones_deleted",  # likewise
+    "chat_epochs_pkey",  # of the whole database
 }
 SEED_CASCADES = {
     "fk_chat_messages_session",
@@ -139,7 +165,7 @@ SEED_CASCADES = {
 }
 
 
-OLD_TABLES = set(COLUMNS) - {"chat_session_tombstones"}
+OLD_TABLES = set(COLUMNS) - {"chat_session_tombstones", "ticket_tombstones", "chat_epochs"}
 
 
 def rows_of(connection: psycopg.Connection[Any], table: str) -> list[dict[str, Any]]:
@@ -151,7 +177,7 @@ def rows_of(connection: psycopg.Connection[Any], table: str) -> list[dict[str, A
 
 class TestShape:
     def test_tables_and_columns(self, database: str) -> None:
-        """There are the seeds' columns, with their types and defaults, and a tenant everywhere."""
+        """There are the seeds' columns, with their types and defaults."""
         found: dict[str, dict[str, str]] = {}
         for table, name, definition in ask(
             database,
@@ -183,7 +209,9 @@ class TestShape:
         keys["chat_message_tombstones"] = "PRIMARY KEY (tenant_id, message_id)"
         keys["chat_session_tombstones"] = "PRIMARY KEY (tenant_id, session_id)"
         keys["chat_draft_pieces"] = "PRIMARY KEY (tenant_id, draft_id, start_offset)"
+        keys["ticket_tombstones"] = "PRIMARY KEY (tenant_id, ticket_id)"
         keys["tenant_settings"] = "PRIMARY KEY (tenant_id)"
+        keys["chat_epochs"] = "PRIMARY KEY (ordinal)"  # it has nothing of a tenant
         assert dict(found) == keys | {"schema_migrations": "PRIMARY KEY (version)"}
 
     def test_foreign_keys(self, database: str) -> None:
@@ -212,7 +240,7 @@ class TestShape:
         assert names["a"] == {"fk_chat_tickets_ticket"}
 
     def test_indexes(self, database: str) -> None:
-        """The seeds' names are there, and each index starts with the tenant, but for two."""
+        """The seeds' names are there, and each index starts with the tenant, but for a few."""
         found = ask(
             database,
             """
@@ -293,11 +321,22 @@ class TestUpAndDown:
             us.add("chat_draft_pieces")
             before = {table: rows_of(connection, table) for table in OLD_TABLES}
             assert migrate.up(fresh_database, quiet=True) == 0
+            [(epoch,)] = connection.execute("SELECT id FROM chat_epochs")
+            # As changed at the beginning of the first epoch.
+            feed = {"feed_position": 1 << 48, "feed_bucket": 1 << 32}
             new: dict[str, dict[str, Any]] = {
-                "chat_sessions": {"user_id": None, "title": None, "labels": None},
+                "chat_sessions": {
+                    "user_id": None,
+                    "title": None,
+                    "labels": None,
+                    "epoch": f"0.{epoch}",
+                    **feed,
+                    "filter_position": 1 << 48,
+                    "filter_before": None,
+                },
                 "chat_messages": {"author_kind": None, "author_id": None, "redacted": False},
                 "chat_attachments": {"updated_at": None},
-                "tickets": {"external_ref": None, "revision": 0},
+                "tickets": {"external_ref": None, "revision": 0, **feed},
                 "chat_drafts": {"author_kind": None, "author_id": None},
             }
             for table, rows in before.items():
