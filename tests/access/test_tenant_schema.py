@@ -48,7 +48,7 @@ class TestSchema:
             assert ["tenant_id", "tenant_id"] in pairs, name
 
     def test_every_reference_is_a_foreign_key(self, rows: TenantRows) -> None:
-        """But for a tombstone's, whose session or message is gone, and for the caller's own ids."""
+        """But for a tombstone's, whose row is gone, and for the caller's own ids."""
         referring = {
             (table, column)
             for table, columns in rows.tables.items()
@@ -59,6 +59,7 @@ class TestSchema:
         foreign_keys = {(table, column) for _, table, _, pairs in keys for column, _ in pairs}
         assert referring - foreign_keys == {
             ("chat_session_tombstones", "session_id"),
+            ("ticket_tombstones", "ticket_id"),
             ("chat_message_tombstones", "message_id"),
             ("chat_sessions", "user_id"),
             ("chat_messages", "author_id"),

@@ -36,6 +36,7 @@ class TenantRows:
             "DELETE FROM chat_sessions WHERE tenant_id = ANY (%s)",
             "DELETE FROM chat_session_tombstones WHERE tenant_id = ANY (%s)",
             "DELETE FROM tickets WHERE tenant_id = ANY (%s)",
+            "DELETE FROM ticket_tombstones WHERE tenant_id = ANY (%s)",
         ):
             self.connection.execute(statement, [list(tenants)])
 
