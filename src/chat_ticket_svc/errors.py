@@ -146,7 +146,21 @@ class ContentionError(AbortedError):
 
 
 class OutOfRangeError(DomainError):
-    """The revision, or the place in a draft, does not exist yet."""
+    """The revision, or the place in a draft, does not exist yet, or no more."""
+
+
+class HistoryChangedError(OutOfRangeError):
+    """The database has lost the position of the caller in a session.
+
+    `revision` is the last one that the caller's history shares with the current one, `epoch`.
+    """
+
+    def __init__(self, revision: int, epoch: str):
+        super().__init__(
+            f"the history of the session has changed after revision {revision}",
+            reason="HISTORY_CHANGED",
+            metadata={"revision": str(revision), "epoch": epoch},
+        )
 
 
 class ResourceExhaustedError(DomainError):

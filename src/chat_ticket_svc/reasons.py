@@ -224,6 +224,22 @@ REASONS = (
         "Watch the session again from revision 0.",
     ),
     Reason(
+        "HISTORY_CHANGED",
+        "OUT_OF_RANGE",
+        "The database has lost changes up to the position, because it was restored from a backup "
+        "or a standby was promoted. For a session, the metadata has the last `revision` that both "
+        "histories share, and the current `epoch`. For a cursor of WatchChatSessions, it has the "
+        "`cursor` of what is shared, if one is known.",
+        "Forget what came after that revision, and go on from there with the `epoch` of the "
+        "metadata. Go on after the `cursor` of the metadata; without one, begin again.",
+    ),
+    Reason(
+        "CURSOR_EXPIRED",
+        "OUT_OF_RANGE",
+        "The cursor is so old that deletions after it are forgotten.",
+        "Begin again with `from_beginning`. What is not told again is deleted.",
+    ),
+    Reason(
         "QUOTA_EXCEEDED",
         "RESOURCE_EXHAUSTED",
         "A quota is used up: the metadata names it, `QuotaFailure` says whose it is.",

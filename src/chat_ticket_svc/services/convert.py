@@ -151,7 +151,7 @@ def messages(session_id: str, rows: Iterable[Row]) -> bytes:
     continued, final = CONTINUED, FINAL  # local names are faster
     for (
         id_, sequence, revision, role, content, metadata, created_at, attachments, language, state,
-        author_kind, author_id, redacted, _,
+        author_kind, author_id, redacted, _, _, _,
     ) in rows:  # fmt: skip
         if 0x4000 <= sequence < 0x10000000:
             number = continued[sequence & 0x3FFF] + final[sequence >> 14]

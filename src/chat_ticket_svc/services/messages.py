@@ -15,7 +15,15 @@ from chat_ticket_svc.access import request_context
 from chat_ticket_svc.config import Settings
 from chat_ticket_svc.services import attachment_access, convert, paging
 from chat_ticket_svc.services.validate import MAX_UUID, Validator
-from chat_ticket_svc.store import append, group_commit, message_listing, messages, search, sessions
+from chat_ticket_svc.store import (
+    append,
+    epochs,
+    group_commit,
+    message_listing,
+    messages,
+    search,
+    sessions,
+)
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.search_hits import Hit
 from chat_ticket_svc.tasks import cancel_and_wait
@@ -129,6 +137,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         before = validator.non_negative("before_sequence", request.before_sequence)
         limit = validator.non_negative("limit", request.limit)
         roles = validator.enum_filter("roles", request.roles, convert.MESSAGE_ROLE)
+        epoch = validator.epoch(request.epoch)
         if request.order not in pb.ChatMessageOrder.values():
             validator.add_violation("order", f"unknown enum value {request.order}")
         validator.raise_if_invalid()
@@ -137,10 +146,11 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             tenant_id,
             session_id,
             after=after,
-            before=before or MAX_SEQUENCE,
+            before=before,
             descending=request.order == pb.CHAT_MESSAGE_ORDER_DESC,
             roles=roles,
             limit=limit or MAX_SEQUENCE,
+            epoch=epoch,
         )
         async with contextlib.aclosing(pages):
             async for session, rows in pages:
@@ -159,8 +169,12 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         descending: bool,
         roles: list[str] | None,
         limit: int,
+        epoch: str,
     ) -> AsyncGenerator[tuple[sessions.Session | None, list[message_listing.Row]]]:
         """Yield pages that double in size. Only the first one has the session.
+
+        Raises HistoryChangedError if the session does not have the message where the list goes on,
+        or no more. Where it begins is checked if `epoch` is not empty.
 
         From the third on, each page is read while the caller handles the previous one. The second
         is read after the caller has handled the first, so that it does not delay the first.
@@ -184,10 +198,15 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             )
 
         page_size = paging.MIN_STREAM_PAGE
+        position = before if descending else after
+        before = before or MAX_SEQUENCE
         reading = read(page_size, first=True)
         try:
             while True:
-                session, rows, more = await reading
+                session, revision, current_epoch, rows, more = await reading
+                if epoch:
+                    epochs.check(epoch, position, current_epoch, revision)
+                epoch = current_epoch
                 is_first = session is not None
                 if session is not None:
                     # The list ends at the session's revision in the first page. Messages that are
@@ -195,10 +214,11 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                     before = min(before, session.revision + 1)
                 limit -= len(rows)
                 if more and limit:
+                    position = message_listing.sequence(rows[-1])
                     if descending:
-                        before = message_listing.sequence(rows[-1])
+                        before = position
                     else:
-                        after = message_listing.sequence(rows[-1])
+                        after = position
                     page_size = min(2 * page_size, paging.MAX_STREAM_PAGE)
                     if not is_first:
                         reading = read(page_size)

@@ -39,7 +39,7 @@ class SerializedPage:
     def __init__(self, after: int, page: session_changes.ChangePage | None):
         if page is None:
             return
-        self.position = Position(page.session.created_at, page.revision)
+        self.position = Position(page.session.created_at, page.revision, page.session.epoch)
         self.has_more = page.more
         self.after = after
         self.session = page.session
@@ -67,12 +67,13 @@ class SerializedPage:
         events = self._state_events.get((session, ticket))
         if events is None:
             after, last = self.after, self.after if self.changes else self.session.revision
+            epoch = self.session.epoch
             events = self._state_events[session, ticket] = []
             if session:
                 revision = after if ticket else last
-                events.append(serialize(revision, session=convert.session(self.session)))
+                events.append(serialize(revision, epoch, session=convert.session(self.session)))
             if ticket:
-                events.append(serialize(last, ticket=_ticket(self.chat_ticket)))
+                events.append(serialize(last, epoch, ticket=_ticket(self.chat_ticket)))
         return events
 
     @functools.cached_property
@@ -97,22 +98,22 @@ class SerializedPage:
         return changes
 
     def _end_drafts(self, draft_ids: frozenset[str]) -> Iterator[bytes]:
-        revision = self.after
+        revision, epoch = self.after, self.session.epoch
         for change in self.changes:
             event = Event.FromString(change)
             if event.message_deleted.message_id in draft_ids:
-                yield draft_ended(revision, event.message_deleted.message_id)
+                yield draft_ended(revision, epoch, event.message_deleted.message_id)
             if draft_ids.isdisjoint(_created_ids(event)):
                 yield change
             else:
-                part = Event()
+                part = Event(epoch=epoch)
                 for message in event.messages_created.messages:
                     if message.id in draft_ids:
                         if part.messages_created.messages:
                             revision = part.revision
                             yield part.SerializeToString()
-                            part = Event()
-                        yield draft_ended(revision, message.id)
+                            part = Event(epoch=epoch)
+                        yield draft_ended(revision, epoch, message.id)
                     part.revision = message.sequence
                     part.messages_created.messages.append(message)
                 part.revision = event.revision
@@ -124,21 +125,22 @@ def _state(session: Session) -> SessionState:
     return session.status, session.has_ticket, session.title, session.labels
 
 
-def serialize(revision: int, **event: Any) -> bytes:
+def serialize(revision: int, epoch: str, **event: Any) -> bytes:
     """A response of WatchChatSession."""
-    return Event(revision=revision, **event).SerializeToString()
+    return Event(revision=revision, epoch=epoch, **event).SerializeToString()
 
 
 def first_events(revision: int, page: SerializedPage) -> list[bytes]:
     """What every stream begins with, at its position: the session, and its ticket if it has one."""
-    events = [serialize(revision, session=convert.session(page.session))]
+    epoch = page.session.epoch
+    events = [serialize(revision, epoch, session=convert.session(page.session))]
     if page.chat_ticket is not None:
-        events.append(serialize(revision, ticket=_ticket(page.chat_ticket)))
+        events.append(serialize(revision, epoch, ticket=_ticket(page.chat_ticket)))
     return events
 
 
-def draft_ended(revision: int, draft_id: str) -> bytes:
-    return serialize(revision, draft_ended=Event.ChatDraftEnded(draft_id=draft_id))
+def draft_ended(revision: int, epoch: str, draft_id: str) -> bytes:
+    return serialize(revision, epoch, draft_ended=Event.ChatDraftEnded(draft_id=draft_id))
 
 
 def _ticket(row: tickets.ChatTicket | None) -> ChatTicket:
@@ -161,7 +163,7 @@ def _events(page: session_changes.ChangePage) -> Iterator[Event]:
         ):
             yield response
             response = None
-        response = response or Event()
+        response = response or Event(epoch=page.session.epoch)
         response.revision = change.revision
         if change.message is None:
             response.message_deleted.message_id = change.message_id

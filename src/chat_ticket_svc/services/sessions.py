@@ -162,9 +162,10 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         validator = Validator(self._limits)
         session_id = validator.id("session_id", request.session_id)
         after = validator.non_negative("after_revision", request.after_revision)
+        epoch = validator.epoch(request.epoch)
         validator.raise_if_invalid()
         watch = watch_stream.watch_with_drafts if request.include_drafts else watch_stream.watch
-        return watch(self._db, self._watch_hub, tenant_id, session_id, after)
+        return watch(self._db, self._watch_hub, tenant_id, session_id, after, epoch)
 
     def WatchChatSessions(
         self, request: pb.WatchChatSessionsRequest, context: Context

@@ -37,8 +37,8 @@ class ShownDrafts:
         self._missing_since: dict[str, int] = {}
         self.seen_version = -1
 
-    def news(self, revision: int) -> Iterator[bytes]:
-        """What has changed since the last call, for a stream at this revision."""
+    def news(self, revision: int, epoch: str) -> Iterator[bytes]:
+        """What has changed since the last call, for a stream at this position."""
         feed = self._feed
         self.seen_version = feed.version
         if feed.revision is None:  # the page with the end of the session is to come
@@ -49,15 +49,15 @@ class ShownDrafts:
         for draft_id in [draft_id for draft_id in self._shown if draft_id not in feed.drafts]:
             if self._missing_since.setdefault(draft_id, feed.revision) <= revision:
                 self.forget([draft_id])
-                yield draft_ended(revision, draft_id)
+                yield draft_ended(revision, epoch, draft_id)
         for draft_id, draft in list(feed.drafts.items()):
             self._missing_since.pop(draft_id, None)
             shown = self._shown.get(draft_id)
             length = shown.length if shown is not None and shown.draft is draft else WHOLE
             if length < draft.length:
                 self._shown[draft_id] = _ShownDraft(draft, draft.length)
-                # The fields of a message can be joined, and only the revision differs.
-                yield serialize(revision) + _serialized(draft, draft_id, length)
+                # The fields of a message can be joined, and only the position differs.
+                yield serialize(revision, epoch) + _serialized(draft, draft_id, length)
 
     def ended_by(self, page: SerializedPage | None) -> frozenset[str]:
         """The drafts whose messages are in a page."""
@@ -65,8 +65,8 @@ class ShownDrafts:
             return frozenset()
         return page.message_ids.intersection(self._shown)
 
-    def end_all(self, revision: int) -> Iterator[bytes]:
-        return (draft_ended(revision, draft_id) for draft_id in self._shown)
+    def end_all(self, revision: int, epoch: str) -> Iterator[bytes]:
+        return (draft_ended(revision, epoch, draft_id) for draft_id in self._shown)
 
     def forget(self, draft_ids: Iterable[str]) -> None:
         for draft_id in draft_ids:
@@ -75,7 +75,7 @@ class ShownDrafts:
 
 
 def _serialized(draft: FollowedDraft, draft_id: str, length: int) -> bytes:
-    """The event for a stream that has shown a draft up to a length, without its revision."""
+    """The event for a stream that has shown a draft up to a length, without its position."""
     serialized = draft.events.get(length)
     if serialized is None:
         if length == WHOLE:

@@ -14,6 +14,7 @@ from chat_ticket.v1 import resources_pb2 as pb
 from chat_ticket_svc.errors import InvalidArgumentError, Violation
 from chat_ticket_svc.limits import Limits
 from chat_ticket_svc.services import convert, metadata_json, single_line, web_url
+from chat_ticket_svc.store import epochs
 from chat_ticket_svc.store.attachments import NewAttachment
 from chat_ticket_svc.store.messages import NewMessage
 
@@ -224,6 +225,16 @@ class Validator:
             self.add_violation(field, "not an etag of this service")
             return None
         return int(value)
+
+    def epoch(self, value: str) -> str:
+        """The optional history of a session that a position belongs to."""
+        if len(value) > epochs.MAX_CHARACTERS:
+            self.add_violation(
+                "epoch", f"{len(value):,} characters, at most {epochs.MAX_CHARACTERS:,}"
+            )
+        elif value and not epochs.PATTERN.fullmatch(value):
+            self.add_violation("epoch", "not an epoch of this service")
+        return value
 
     def expected_revision(self, request: Any, prefix: str = "") -> int | None:
         """The revision that a session must have; None when it is not to be checked.

@@ -14,18 +14,18 @@ from chat_ticket_svc.services.session_page import (
     serialize,
 )
 from chat_ticket_svc.services.shown_drafts import ShownDrafts
-from chat_ticket_svc.store import sessions
+from chat_ticket_svc.store import epochs, sessions
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.watch.draft_feed import DraftsChanged
 from chat_ticket_svc.watch.hub import WatchHub
 
 
 async def watch(
-    db: Database, watch_hub: WatchHub, tenant_id: str, session_id: str, after: int
+    db: Database, watch_hub: WatchHub, tenant_id: str, session_id: str, after: int, epoch: str
 ) -> AsyncIterator[bytes]:
-    """The events of a stream without drafts."""
+    """The events of a stream without drafts. An empty `epoch` is not checked."""
     page_size = paging.MIN_STREAM_PAGE
-    stream = _WatchStream(session_id, after)
+    stream = _WatchStream(session_id, after, epoch)
     with watch_hub.watch(tenant_id, session_id, functools.partial(read_page, db)) as watcher:
         while not stream.is_finished:
             if stream.is_caught_up:
@@ -40,11 +40,11 @@ async def watch(
 
 
 async def watch_with_drafts(
-    db: Database, watch_hub: WatchHub, tenant_id: str, session_id: str, after: int
+    db: Database, watch_hub: WatchHub, tenant_id: str, session_id: str, after: int, epoch: str
 ) -> AsyncIterator[bytes]:
-    """The events of a stream that shows drafts too."""
+    """The events of a stream that shows drafts too. An empty `epoch` is not checked."""
     page_size = paging.MIN_STREAM_PAGE
-    stream = _WatchStream(session_id, after)
+    stream = _WatchStream(session_id, after, epoch)
     with (
         watch_hub.watch(tenant_id, session_id, functools.partial(read_page, db)) as watcher,
         watcher.following_drafts() as feed,
@@ -63,7 +63,7 @@ async def watch_with_drafts(
                 # Where no message has changed, only `caught_up` moves the position.
                 if events:
                     sent = Event.FromString(events[-1]).revision
-                for event in drafts.news(sent):
+                for event in drafts.news(sent, stream.epoch):
                     yield event
                 yield caught_up
         del history
@@ -72,12 +72,13 @@ async def watch_with_drafts(
             if not isinstance(page, DraftsChanged):
                 ended = drafts.ended_by(page)
                 events = stream.advance(page, ended)
-                for event in drafts.end_all(stream.revision) if stream.is_finished else ():
-                    yield event
+                if stream.is_finished:
+                    for event in drafts.end_all(stream.revision, stream.epoch):
+                        yield event
                 drafts.forget(ended)
                 for event in events:
                     yield event
-            for event in drafts.news(stream.revision):
+            for event in drafts.news(stream.revision, stream.epoch):
                 yield event
             # As above.
             page, events, event = None, [], b""
@@ -86,12 +87,14 @@ async def watch_with_drafts(
 class _WatchStream:
     """The position of a stream in its session, and the states of session and ticket it has sent."""
 
-    def __init__(self, session_id: str, after: int):
+    def __init__(self, session_id: str, after: int, epoch: str):
         self._session_id = session_id
+        self._sent_epoch = bool(epoch)
         self._created_at: int | None = None
         self._session_state: SessionState | None = None
         self._ticket_state: tuple[str, str, int] | None = None
         self.revision = after
+        self.epoch = epoch
         self.is_caught_up = False
         self.is_finished = False
 
@@ -103,17 +106,24 @@ class _WatchStream:
         The drafts that have become messages of the page end just before them.
         """
         if page is None:
-            return [serialize(self.revision, heartbeat=Event.Heartbeat())]
-        if page.position is None or self._created_at not in (None, page.position.created_at):
+            return [serialize(self.revision, self.epoch, heartbeat=Event.Heartbeat())]
+        if page.position is None:
             if self._created_at is None:
                 raise sessions.not_found(self._session_id)
-            # Ids are not reused. If one is, the session that was watched is gone all the same.
-            self.is_finished = True
-            return [serialize(self.revision, session_deleted=Event.ChatSessionDeleted())]
-        end = page.session.revision
-        if self.revision > end:
+            return self._end()
+        end, epoch = page.session.revision, page.session.epoch
+        shared = epochs.shared_revision(self.epoch or epoch, self.revision, epoch, end)
+        if self._created_at not in (None, page.position.created_at):
+            # Ids are not reused. If one is, the session that was watched is gone all the same. But
+            # a session that the database has lost can be created again.
+            if shared >= 0 or not self._sent_epoch:
+                return self._end()
+            raise errors.HistoryChangedError(0, epoch)
+        if self.revision > max(0, shared):
+            if self._sent_epoch:
+                raise errors.HistoryChangedError(max(0, shared), epoch)
             raise errors.OutOfRangeError(
-                f"revision {self.revision} does not exist: the session is at revision {end}",
+                f"revision {self.revision} does not exist, or no more: the session is at {end}",
                 reason="REVISION_OUT_OF_RANGE",
             )
         events = page.changes_ending(ended_drafts) if ended_drafts else page.changes
@@ -126,12 +136,17 @@ class _WatchStream:
             )
             events = [*states, *events]
         if not page.has_more and not self.is_caught_up:
-            events = [*events, serialize(end, caught_up=Event.CaughtUp())]
+            events = [*events, serialize(end, epoch, caught_up=Event.CaughtUp())]
             self.is_caught_up = True
         elif not events:
             # The changes have cancelled each other out. A heartbeat carries the new revision.
-            events = [serialize(end, heartbeat=Event.Heartbeat())]
-        self._created_at, self.revision = page.position
+            events = [serialize(end, epoch, heartbeat=Event.Heartbeat())]
+        self._created_at, self.revision, self.epoch = page.position
         self._session_state = page.session_state
         self._ticket_state = page.ticket_state
         return events
+
+    def _end(self) -> list[bytes]:
+        self.is_finished = True
+        deleted = Event.ChatSessionDeleted()
+        return [serialize(self.revision, self.epoch, session_deleted=deleted)]

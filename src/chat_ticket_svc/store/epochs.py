@@ -8,6 +8,8 @@ them. Most sessions have one. A trigger writes it.
 
 import re
 
+from chat_ticket_svc import errors
+
 PATTERN = re.compile(r"[0-9]{1,18}\.[0-9a-f]{16}(-[0-9]{1,18}\.[0-9a-f]{16})*")
 
 MAX_CHARACTERS = 8192
@@ -29,3 +31,13 @@ def shared_revision(epoch: str, revision: int, current_epoch: str, current_revis
         if later:
             shared = min(shared, int(later[0].split(".")[0]) - 1)
     return shared
+
+
+def check(epoch: str, revision: int, current_epoch: str, current_revision: int) -> None:
+    """Raise HistoryChangedError unless the session still has this revision of the history `epoch`.
+
+    Revision 0 is before all changes, and so in every history.
+    """
+    shared = max(0, shared_revision(epoch, revision, current_epoch, current_revision))
+    if shared != revision:
+        raise errors.HistoryChangedError(shared, current_epoch)

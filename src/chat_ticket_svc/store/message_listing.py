@@ -9,25 +9,26 @@ from operator import itemgetter
 from typing import LiteralString, NamedTuple
 
 from chat_ticket_svc.store import messages, sessions
-from chat_ticket_svc.store.columns import BOOL, BYTES, INTEGER, type_ids
+from chat_ticket_svc.store.columns import BOOL, BYTES, INTEGER, TEXT, type_ids
 from chat_ticket_svc.store.database import PIPELINED_MAX_ROWS, Database
 from chat_ticket_svc.store.sessions import Session
 from chat_ticket_svc.store.transaction import Transaction
 
 # id, sequence, revision, role, content, metadata, created_at, attachments, language_code, state,
-# author_kind, author_id, redacted, size.
+# author_kind, author_id, redacted, size, session_revision, epoch.
 # `created_at` is in microseconds since PostgreSQL's epoch, 2000-01-01. `attachments` is a JSON
 # array of the columns of the attachments. A message that exceeds the size limit of the read has no
-# content, metadata or attachments.
+# content, metadata or attachments. Only the first row has the session's revision and epoch.
 Row = tuple[
     bytes, int, int, bytes, bytes, bytes | None, int, bytes | None, bytes | None, bytes | None,
-    bytes | None, bytes | None, bool, int,
+    bytes | None, bytes | None, bool, int, int | None, str | None,
 ]  # fmt: skip
 ROW_TYPES = (
     BYTES, INTEGER, INTEGER, BYTES, BYTES, BYTES, INTEGER, BYTES, BYTES, BYTES,
-    BYTES, BYTES, BOOL, INTEGER,
+    BYTES, BYTES, BOOL, INTEGER, INTEGER, TEXT,
 )  # fmt: skip
 sequence, content, size = itemgetter(1), itemgetter(4), itemgetter(13)
+history = itemgetter(14, 15)
 
 SESSION_TYPES = type_ids(Session)
 
@@ -35,10 +36,13 @@ SESSION_TYPES = type_ids(Session)
 class MessagePage(NamedTuple):
     """Messages in order, and whether more may follow.
 
-    The first page also has the session, read in the same snapshot.
+    `revision` and `epoch` are those of the session in the same snapshot. The first page also has
+    the whole session.
     """
 
     session: Session | None
+    revision: int
+    epoch: str
     rows: list[Row]
     more: bool
 
@@ -50,10 +54,12 @@ FIRST_READ_MESSAGE_BYTES = 2048
 UNLIMITED_BYTES = 2**31 - 1
 
 
+IS_FIRST_ROW = "m.sequence IS NOT DISTINCT FROM (SELECT sequence FROM page LIMIT 1)"
+
 SESSION = f"""
   LEFT JOIN LATERAL (
       SELECT {sessions.COLUMNS}
-       WHERE m.sequence IS NOT DISTINCT FROM (SELECT sequence FROM page LIMIT 1) OFFSET 0
+       WHERE {IS_FIRST_ROW} OFFSET 0
   ) AS session ON true
 """
 
@@ -92,7 +98,9 @@ SELECT {"session.*," if first else ""} m.id::text, m.sequence, m.revision, m.rol
        CASE WHEN m.size <= %(message_bytes)s THEN m.metadata END,
        m.created_at,
        CASE WHEN m.size <= %(message_bytes)s THEN m.attachments END,
-       m.language_code, m.state, m.author_kind, m.author_id, m.redacted, m.size
+       m.language_code, m.state, m.author_kind, m.author_id, m.redacted, m.size,
+       CASE WHEN {IS_FIRST_ROW} THEN chat_sessions.revision END,
+       CASE WHEN {IS_FIRST_ROW} THEN chat_sessions.epoch END
   FROM chat_sessions
   LEFT JOIN sized m ON true
   {SESSION if first else ""}
@@ -128,7 +136,9 @@ async def page(
         "roles": roles,
     }
 
-    async def read(*, limit: int, message_bytes: int) -> tuple[Session | None, list[Row]]:
+    async def read(
+        *, limit: int, message_bytes: int
+    ) -> tuple[tuple[Session | None, int, str], list[Row]]:
         bounds = {**params, "limit": limit, "message_bytes": message_bytes}
         session = None
         if first:
@@ -151,15 +161,15 @@ async def page(
             rows = await db.fetch_typed(LIST_DESC if descending else LIST_ASC, bounds, ROW_TYPES)
         if not rows:
             raise sessions.not_found(session_id)
-        return session, rows if size(rows[0]) else []
+        return (session, *history(rows[0])), rows if size(rows[0]) else []
 
-    session, rows = await read(limit=limit, message_bytes=FIRST_READ_MESSAGE_BYTES)
+    found, rows = await read(limit=limit, message_bytes=FIRST_READ_MESSAGE_BYTES)
     if rows and content(rows[0]) is None:
-        session, rows = await read(limit=_count_that_fits(rows), message_bytes=UNLIMITED_BYTES)
-        return MessagePage(session, rows, more=bool(rows))
+        found, rows = await read(limit=_count_that_fits(rows), message_bytes=UNLIMITED_BYTES)
+        return MessagePage(*found, rows, more=bool(rows))
     contents = list(map(content, rows))
     end = contents.index(None) if None in contents else len(rows)
-    return MessagePage(session, rows[:end], more=end < len(rows) or len(rows) == limit)
+    return MessagePage(*found, rows[:end], more=end < len(rows) or len(rows) == limit)
 
 
 def _count_that_fits(rows: list[Row]) -> int:

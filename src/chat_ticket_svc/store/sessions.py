@@ -28,6 +28,15 @@ class Session(NamedTuple):
     epoch: Annotated[str, "chat_sessions.epoch"]  # see epochs.py
 
 
+class WatchedCursor(NamedTuple):
+    """How much of a session all its watchers have received."""
+
+    tenant_id: str
+    session_id: str
+    revision: int
+    epoch: str
+
+
 class LargeSession(Exception):  # noqa: N818 - a signal to SessionDeleter, never to a caller
     """The session may have so many messages that its deletion takes seconds."""
 
@@ -113,13 +122,14 @@ DELETE FROM chat_sessions WHERE tenant_id = %(tenant_id)s AND id = %(id)s::uuid
 
 # For 10,000 sessions, psycopg takes far longer to encode arrays than PostgreSQL to split strings.
 FIND_MOVED = """
-SELECT watched.tenant_id, watched.id::text, s.revision
+SELECT watched.tenant_id, watched.id::text, s.revision, s.epoch
   FROM unnest(string_to_array(%(tenant_ids)s::text, chr(10)),
               string_to_array(%(ids)s::text, chr(10))::uuid[],
-              string_to_array(%(revisions)s::text, chr(10))::bigint[])
-           AS watched (tenant_id, id, revision)
+              string_to_array(%(revisions)s::text, chr(10))::bigint[],
+              string_to_array(%(epochs)s::text, chr(10)))
+           AS watched (tenant_id, id, revision, epoch)
   LEFT JOIN chat_sessions s ON s.tenant_id = watched.tenant_id AND s.id = watched.id
- WHERE s.revision IS DISTINCT FROM watched.revision
+ WHERE s.revision IS DISTINCT FROM watched.revision OR s.epoch IS DISTINCT FROM watched.epoch
 """
 
 
@@ -304,15 +314,16 @@ async def delete(
 
 
 async def find_moved(
-    db: Database, cursors: Sequence[tuple[str, str, int]]
-) -> list[tuple[str, str, int | None]]:
-    """The (tenant, session, current revision) of the cursors whose revision is out of date.
+    db: Database, cursors: Sequence[WatchedCursor]
+) -> list[tuple[str, str, int | None, str | None]]:
+    """The (tenant, session, current revision, current epoch) of the cursors that are out of date.
 
-    A cursor is (tenant, session, revision). The current revision of a deleted session is None.
+    The current revision and epoch of a deleted session are None.
     """
     params = {
-        "tenant_ids": "\n".join(tenant_id for tenant_id, _, _ in cursors),
-        "ids": "\n".join(session_id for _, session_id, _ in cursors),
-        "revisions": "\n".join(str(revision) for _, _, revision in cursors),
+        "tenant_ids": "\n".join(cursor.tenant_id for cursor in cursors),
+        "ids": "\n".join(cursor.session_id for cursor in cursors),
+        "revisions": "\n".join(str(cursor.revision) for cursor in cursors),
+        "epochs": "\n".join(cursor.epoch for cursor in cursors),
     }
     return await db.fetch_all(FIND_MOVED, params, lambda *row: row)

@@ -9,7 +9,7 @@ position, or reads it.
 
 A change wakes the watchers of its session: `notify_changed` for writes of this process,
 `notifications` for those of others. A wake is only a hint. What watchers receive is always read
-from the database, by revision.
+from the database, by position.
 
 Watchers that follow drafts wait for the feed of their session too (see draft_feed.py).
 """
@@ -25,6 +25,7 @@ from chat_ticket_svc import errors
 from chat_ticket_svc.access import request_context
 from chat_ticket_svc.store import change_feed
 from chat_ticket_svc.store.database import Database
+from chat_ticket_svc.store.sessions import WatchedCursor
 from chat_ticket_svc.telemetry import metrics
 from chat_ticket_svc.timeouts import TimeoutQueue
 from chat_ticket_svc.watch.change_feed import ChangeFeeds
@@ -36,11 +37,13 @@ class Position(NamedTuple):
     """How much of a session a watcher has received.
 
     Includes the creation time. If an id were used again, against the rules, the positions of the
-    two sessions would still differ.
+    two sessions would still differ. Includes the epoch. If the database goes back, to a standby or
+    a backup, the same revision can be another change.
     """
 
     created_at: int
     revision: int
+    epoch: str  # of the session: see store/epochs.py
 
 
 class WatchPage(Protocol):
@@ -118,9 +121,12 @@ class SessionHub(Generic[P]):
         self.draft_feed: DraftFeed | None = None  # while a watcher follows drafts
 
     @property
-    def revision(self) -> int:
-        """The revision of all watchers, or -1 when they are at several."""
-        return next(iter(self.groups)).revision if len(self.groups) == 1 else -1
+    def cursor(self) -> WatchedCursor:
+        """Where all watchers are. The revision is -1 when they are at several positions."""
+        if len(self.groups) != 1:
+            return WatchedCursor(*self.key, -1, "")
+        [position] = self.groups
+        return WatchedCursor(*self.key, position.revision, position.epoch)
 
     async def read_page(self, *arguments: int) -> P:
         """Read the page after a revision, within the limits on concurrent reads."""
@@ -416,9 +422,11 @@ class WatchHub:
     def wake_all_feeds(self) -> None:
         self.change_feeds.wake_all()
 
-    def wake_if_moved(self, key: SessionKey, revision: int | None) -> None:
+    def wake_if_moved(self, key: SessionKey, revision: int | None, epoch: str | None) -> None:
         session_hub = self._session_hubs.get(key)
-        if session_hub and any(at.revision != revision for at in session_hub.groups):
+        if session_hub and any(
+            (at.revision, at.epoch) != (revision, epoch) for at in session_hub.groups
+        ):
             session_hub.wake()
 
     def wake_drafts(self, key: SessionKey) -> None:
@@ -433,8 +441,8 @@ class WatchHub:
         if self._draft_writers is not None:
             self._draft_writers.check_all_drafts()
 
-    def cursors(self) -> list[tuple[str, str, int]]:
-        return [(*key, hub.revision) for key, hub in self._session_hubs.items()]
+    def cursors(self) -> list[WatchedCursor]:
+        return [session_hub.cursor for session_hub in self._session_hubs.values()]
 
     def _send_heartbeat(self, group: CursorGroup[Any]) -> None:
         group.deliver(None)

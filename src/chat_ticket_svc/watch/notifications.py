@@ -7,7 +7,7 @@ notifications of the others.
 Drafts change much more often than sessions, and a draft that grows concerns only those who follow
 drafts. So they have a channel of their own, to which servers without drafts do not listen.
 
-Notifications may get lost. As a fallback the revisions of all watched sessions are polled, in one
+Notifications may get lost. As a fallback the positions of all watched sessions are polled, in one
 statement, every `watch_poll_interval_seconds` and whenever the listener has connected. Drafts are
 looked at again at the same times.
 """
@@ -60,8 +60,8 @@ class WatchedSessions(Protocol):
     def wake(self, key: SessionKey) -> None:
         """Read the session's changes, if it is watched."""
 
-    def wake_if_moved(self, key: SessionKey, revision: int | None) -> None:
-        """Read the session's changes if a watcher is not at this revision. None: it is deleted."""
+    def wake_if_moved(self, key: SessionKey, revision: int | None, epoch: str | None) -> None:
+        """Read the session's changes if a watcher is elsewhere. None: the session is deleted."""
 
     def wake_all_feeds(self) -> None:
         """Read the feeds of all tenants that are followed here: notifications may be lost."""
@@ -72,10 +72,10 @@ class WatchedSessions(Protocol):
     def wake_all_drafts(self) -> None:
         """Look at all drafts that are followed or written here: notifications may be lost."""
 
-    def cursors(self) -> list[tuple[str, str, int]]:
-        """Tenant id, session id and the watchers' revision of each watched session.
+    def cursors(self) -> list[sessions.WatchedCursor]:
+        """Where the watchers of each watched session are.
 
-        The revision is -1 when the watchers of a session are at several.
+        The revision is -1 when they are at several positions.
         """
 
 
@@ -202,8 +202,8 @@ class Notifications:
             except Exception as error:  # any error: a poll that ended could leave watchers stuck
                 self._warnings.warn("could not poll the watched sessions", cause(error))
                 continue
-            for tenant_id, session_id, revision in moved:
-                self._watched.wake_if_moved((tenant_id, session_id), revision)
+            for tenant_id, session_id, revision, epoch in moved:
+                self._watched.wake_if_moved((tenant_id, session_id), revision, epoch)
 
 
 def _take_payload(pending: set[SessionKey]) -> str:
