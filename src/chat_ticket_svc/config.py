@@ -234,9 +234,8 @@ class Settings(BaseSettings):
         le=3650,
         description="How long the id of a deleted session is rejected when a session is created. "
         "It is kept for so many days, without anything of what the session was. The ids of deleted "
-        "tickets are kept as long. So a cursor of `WatchChatSessions` is good for so many days: one "
-        "that is older can be refused with `CURSOR_EXPIRED`. All servers of a database need the "
-        "same.",
+        "tickets are kept as long. So a cursor of `WatchChatSessions` is good for so many days: an "
+        "older one can be refused with `CURSOR_EXPIRED`. All servers of a database need the same.",
     )
 
     # Attachments

@@ -217,7 +217,7 @@ async def page(db: Database, tenant_id: str, place: Place | None, limit: int) ->
     start, swept_position = bounds.bucket, bounds.filter_position
     place = place or Place(start)
     known = place.start or place.end
-    if known and known <= swept_position:
+    if known and known < swept_position:
         raise errors.OutOfRangeError(
             "the cursor is too old: deletions after it may be forgotten", reason="CURSOR_EXPIRED"
         )
