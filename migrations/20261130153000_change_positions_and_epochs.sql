@@ -63,14 +63,21 @@ END
 $$;
 
 -- Begins an epoch. By hand, only after a restore that PostgreSQL itself cannot tell: of a snapshot of
--- the volume, or of data into the tables that are there. Writers wait until the transaction ends.
+-- the volume, or of data into the tables that are there. Writers wait until the transaction ends. It
+-- reads all sessions and tickets, as restored ones may have positions of epochs that are not here.
 CREATE FUNCTION begin_chat_epoch() RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
     LOCK TABLE chat_sessions, tickets IN SHARE ROW EXCLUSIVE MODE;
     INSERT INTO chat_epochs (ordinal, identity, table_oid)
-    SELECT coalesce(max(ordinal), 0) + 1, chat_database_identity(), 'chat_epochs'::regclass
-      FROM chat_epochs;
+    SELECT greatest(
+               0,
+               (SELECT max(ordinal) FROM chat_epochs),
+               (SELECT max(feed_position) >> 48 FROM chat_sessions),
+               (SELECT max(feed_position) >> 48 FROM tickets),
+               (SELECT max(feed_position) >> 48 FROM chat_session_tombstones),
+               (SELECT max(feed_position) >> 48 FROM ticket_tombstones)
+           ) + 1, chat_database_identity(), 'chat_epochs'::regclass;
 END
 $$;
 
@@ -223,7 +230,8 @@ DECLARE
 BEGIN
     SELECT e.ordinal, e.id, e.identity, e.table_oid, e.tableoid AS current_oid INTO last_epoch
       FROM chat_epochs e ORDER BY e.ordinal DESC LIMIT 1;
-    IF last_epoch.identity IS DISTINCT FROM current_setting('chat_ticket.database_identity', true)
+    IF NOT FOUND
+       OR last_epoch.identity IS DISTINCT FROM current_setting('chat_ticket.database_identity', true)
        OR last_epoch.table_oid <> last_epoch.current_oid
     THEN
         last_epoch := current_chat_epoch();

@@ -14,12 +14,16 @@ from psycopg import sql
 from psycopg.errors import CheckViolation, InvalidParameterValue, UniqueViolation
 from psycopg.types.json import Jsonb
 from support.cluster import Cluster
+from support.database import execute
 from support.plain_rows import PARENTS, Rows, rejected_by
 
 TABLES = (*PARENTS, "tenant_settings")
 
+# What an insert sets anew, as the feed of the restored database tells what was restored.
+POSITIONS = ["feed_position", "feed_bucket", "filter_position", "filter_before"]
+
 # pg_dump's order is by name, but for foreign keys.
-DATA = ("--data-only", "--exclude-table=schema_migrations")
+DATA = ("--data-only", "--exclude-table=schema_migrations", "--exclude-table=chat_epochs")
 
 
 BY_LABEL: LiteralString = """
@@ -42,6 +46,7 @@ def fill(url: str) -> None:
         rows.delete("chat_tickets", rows.add("chat_tickets", session_id=unlinked))
         rows.delete("chat_sessions", rows.add("chat_sessions"))
         rows.add("tickets", external_ref=str(uuid.uuid4()), revision=7)
+        rows.delete("tickets", rows.add("tickets"))
         author = {"author_kind": "human_agent", "author_id": "a-1"}
         message = rows.add("chat_messages", session_id=linked, **author)
         rows.add("chat_attachments", message_id=message, updated_at="2999-01-01Z")
@@ -58,13 +63,17 @@ def fill(url: str) -> None:
         )
 
 
-def content(url: str) -> dict[str, list[Any]]:
-    """All rows of all tables."""
+def content(url: str, *without: str) -> dict[str, list[Any]]:
+    """All rows of all tables, without some of their columns."""
+    statement = sql.SQL("SELECT to_jsonb(t) - %s::text[] FROM {} t ORDER BY t::text")
     with psycopg.connect(url) as connection:
         return {
-            table: connection.execute(
-                sql.SQL("SELECT * FROM {} AS t ORDER BY t::text").format(sql.Identifier(table))
-            ).fetchall()
+            table: [
+                row
+                for (row,) in connection.execute(
+                    statement.format(sql.Identifier(table)), [list(without)]
+                )
+            ]
             for table in TABLES
         }
 
@@ -105,11 +114,16 @@ def run(of: Callable[[str], Any]) -> Callable[..., None]:
 def test_dumps_are_restored_exactly(
     create: Callable[..., str], run: Callable[..., None], tmp_path: Path
 ) -> None:
-    """Whole, of the data only, as inserts, and table by table."""
+    """Whole, of the data only, as inserts, and table by table.
+
+    The next change of a session is of a new epoch. Its earlier revisions stay true.
+    """
     source = create()
+    execute(source, *["SELECT begin_chat_epoch()"] * 5)
     fill(source)
     expected = content(source)
-    assert [len(rows) for rows in expected.values()] == [4, 1, 3, 1, 1, 5, 3, 1, 2, 1]
+    assert [len(rows) for rows in expected.values()] == [4, 1, 1, 3, 1, 1, 5, 3, 1, 2, 1]
+    session = next(row for row in expected["chat_sessions"] if row["revision"] == 8)
     whole, data, inserts, archive = (
         tmp_path / name for name in ("whole", "data.sql", "inserts.sql", "archive")
     )
@@ -129,20 +143,32 @@ def test_dumps_are_restored_exactly(
         for table in TABLES:
             restore(target, "--data-only", "-t", table, whole)
 
-    for template, restored in (
-        (["template0"], lambda target: restore(target, whole)),
-        ([], lambda target: psql(target, data)),
-        ([], lambda target: psql(target, inserts)),
-        ([], lambda target: restore(target, "--data-only", archive)),
-        ([], lambda target: restore(target, "--data-only", "--disable-triggers", archive)),
-        ([], table_by_table),
+    for template, new, restored in (
+        (["template0"], [], lambda target: restore(target, whole)),
+        ([], POSITIONS, lambda target: psql(target, data)),
+        ([], POSITIONS, lambda target: psql(target, inserts)),
+        ([], POSITIONS, lambda target: restore(target, "--data-only", archive)),
+        ([], [], lambda target: restore(target, "--data-only", "--disable-triggers", archive)),
+        ([], POSITIONS, table_by_table),
     ):
         target = create(*template)
         restored(target)
-        assert content(target) == expected
+        assert content(target, *new) == content(source, *new)
         with psycopg.connect(target, autocommit=True) as connection:
             us = Rows(connection, "us")
             assert us.wrong_flags() == []
+            if not template:
+                connection.execute("SELECT begin_chat_epoch()")
+            [(last,)] = connection.execute("SELECT max(feed_position) FROM chat_sessions")
+            us.set("chat_sessions", uuid.UUID(session["id"]), revision=9)
+            assert connection.execute(
+                """
+                SELECT feed_position > %s, s.epoch = %s || '-9.' || e.id
+                  FROM chat_sessions s, chat_epochs e
+                 WHERE revision = 9 ORDER BY e.ordinal DESC LIMIT 1
+                """,
+                [last, session["epoch"]],
+            ).fetchall() == [(True, True)]
             with rejected_by(CheckViolation, "chat_sessions_has_ticket_check"):
                 us.add("chat_sessions", has_ticket=True)
             [[draft]] = connection.execute("SELECT id FROM chat_drafts").fetchall()
@@ -201,11 +227,13 @@ def test_logical_replication_is_exact(system_cluster: Cluster) -> None:
     [host] = parse_qs(parts.query)["host"]
     name = f"s{uuid.uuid4().hex}"
     fill(source)
+    # The target takes over the epochs of the source too.
+    execute(target, "DELETE FROM chat_epochs")
     with (
         psycopg.connect(source, autocommit=True) as publisher,
         psycopg.connect(target, autocommit=True) as subscriber,
     ):
-        tables = ", ".join(TABLES)
+        tables = ", ".join((*TABLES, "chat_epochs"))
         publisher.execute(f"CREATE PUBLICATION p FOR TABLE {tables}")  # type: ignore[arg-type]
         # Within one server, CREATE SUBSCRIPTION would wait for itself to create the slot.
         publisher.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [name])
@@ -229,5 +257,10 @@ def test_logical_replication_is_exact(system_cluster: Cluster) -> None:
                 assert time.monotonic() < deadline, "the changes did not arrive"
                 time.sleep(0.05)
             assert Rows(subscriber, "us").wrong_flags() == []
+            # The epoch of the target, when it is the one that is written to.
+            [(last,)] = subscriber.execute("SELECT max(feed_position) FROM chat_sessions")
+            subscriber.execute("UPDATE chat_sessions SET revision = revision + 1")
+            [(first,)] = subscriber.execute("SELECT min(feed_position) FROM chat_sessions")
+            assert first >> 48 == (last >> 48) + 1
         finally:
             subscriber.execute(f"DROP SUBSCRIPTION {name}")  # type: ignore[arg-type]

@@ -107,6 +107,7 @@ class TestValues:
                 "id tenant_id session_id sequence revision role content created_at redacted",
             ),
             ("chat_session_tombstones", "tenant_id session_id deleted_at"),
+            ("ticket_tombstones", "tenant_id ticket_id deleted_at"),
             ("chat_message_tombstones", "tenant_id session_id message_id revision"),
             ("chat_attachments", "id tenant_id message_id file_url file_name file_type created_at"),
             ("tickets", "id tenant_id title status created_at updated_at revision"),
@@ -424,6 +425,7 @@ class TestDelete:
         remaining = {"chat_sessions": 1, "chat_messages": 2, "chat_attachments": 4, "tickets": 2}
         remaining |= {"chat_message_tombstones": 1, "chat_tickets": 1}
         remaining |= {"chat_drafts": 1, "chat_draft_pieces": 1, "chat_session_tombstones": 1}
+        remaining |= {"ticket_tombstones": 0}
         sessions = [us.add("chat_sessions"), us.add("chat_sessions")]
         for session, state in zip(sessions, (status, "open"), strict=True):
             for _ in range(2):

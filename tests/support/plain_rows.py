@@ -13,6 +13,7 @@ from psycopg import sql
 # What Rows.add returns of a table that has no id of its own.
 ID_COLUMNS = {
     "chat_session_tombstones": "session_id",
+    "ticket_tombstones": "ticket_id",
     "chat_message_tombstones": "message_id",
     "chat_draft_pieces": "draft_id",
 }
@@ -21,6 +22,7 @@ ID_COLUMNS = {
 PARENTS = {
     "chat_sessions": {},
     "chat_session_tombstones": {},
+    "ticket_tombstones": {},
     "chat_messages": {"session_id": "chat_sessions"},
     "chat_message_tombstones": {"session_id": "chat_sessions"},
     "chat_attachments": {"message_id": "chat_messages"},
@@ -60,8 +62,8 @@ class Rows:
         """The columns that have no default, besides those of PARENTS."""
         number = next(self._numbers)
         match table:
-            case "chat_session_tombstones":
-                return {"session_id": uuid.uuid4()}
+            case "chat_session_tombstones" | "ticket_tombstones":
+                return {ID_COLUMNS[table]: uuid.uuid4()}
             case "chat_messages":
                 order = {"sequence": number, "revision": number}
                 return {**order, "role": "user", "content": "hello"}
