@@ -43,7 +43,7 @@ RPCS = [
 # Strings in requests that are no ids. Every other string is an id or a page token.
 TEXTS = {
     *("title", "content", "metadata_json", "file_url", "file_name", "file_type", "query", "etag"),
-    *("language_code", "text", "metadata_merge_json", "paths"),  # paths: of a FieldMask
+    *("language_code", "text", "metadata_merge_json", "epoch", "paths"),  # paths: of a FieldMask
 }
 
 # What requests carry and no call reads.
