@@ -28,6 +28,7 @@ class Watcher:
         self._call = call
         self.kinds: list[str] = []
         self.revision = -1
+        self.epoch = ""
         self.session: r.ChatSession | None = None
         self.ticket = r.ChatTicket()  # without any field set while there is none
         self.created: list[int] = []
@@ -53,10 +54,12 @@ class Watcher:
         assert event.revision >= self.revision, "positions never go back"
         if kind in DRAFT_EVENTS:
             assert event.revision == self.revision, "drafts have no position of their own"
-        self.revision = event.revision
+        assert event.epoch, "every position has one"
+        self.revision, self.epoch = event.revision, event.epoch
         last, self._last = self._last, event
         match kind:
             case "session":
+                assert event.session.epoch == event.epoch
                 self.session = event.session
             case "ticket":
                 assert self.kinds[-2] == "session" or event.ticket != self.ticket
@@ -116,11 +119,14 @@ class Watcher:
 
 @contextlib.asynccontextmanager
 async def watching(
-    api: Api, session_id: str, after: int = 0, *, include_drafts: bool = False
+    api: Api, session_id: str, after: int = 0, *, epoch: str = "", include_drafts: bool = False
 ) -> AsyncIterator[Watcher]:
     call = api.sessions.WatchChatSession(
         WatchChatSessionRequest(
-            session_id=session_id, after_revision=after, include_drafts=include_drafts
+            session_id=session_id,
+            after_revision=after,
+            epoch=epoch,
+            include_drafts=include_drafts,
         )
     )
     try:
