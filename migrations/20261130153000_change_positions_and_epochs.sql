@@ -51,6 +51,13 @@ BEGIN
 END
 $$;
 
+-- The identity after one promotion, or one restore to a point in time. NULL if a part is not known.
+CREATE FUNCTION chat_next_identity(identity text) RETURNS text
+    LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+    RETURN CASE WHEN identity NOT LIKE '%?%'
+                THEN regexp_replace(identity, '/.*/', format('/%s/', upper(lpad(to_hex(
+                         ('x' || split_part(identity, '/', 2))::bit(32)::bigint + 1), 8, '0')))) END;
+
 -- The end of the WAL, in bytes: what is visible now was written before it. NULL where a managed service
 -- has no WAL as PostgreSQL has.
 CREATE FUNCTION chat_wal_position() RETURNS bigint
@@ -102,13 +109,12 @@ BEGIN
         -- Of several at the same time, one begins it, and the others find it when it is committed.
         INSERT INTO chat_epochs (ordinal, identity, table_oid, branch_lsn)
         VALUES (coalesce(last_epoch.ordinal, 0) + 1, current_identity, 'chat_epochs'::regclass,
-                -- Another timeline of the same database.
+                -- Recovery ended a timeline only if this is the next one of the same database. A
+                -- server that has crashed since then has replayed its own WAL too. It has no time
+                -- of a replayed transaction, as a standby and a restore have.
                 CASE WHEN last_epoch.table_oid = 'chat_epochs'::regclass
-                      AND split_part(last_epoch.identity, '/', 1)
-                          = split_part(current_identity, '/', 1)
-                      AND split_part(last_epoch.identity, '/', 3)
-                          = split_part(current_identity, '/', 3)
-                      AND split_part(last_epoch.identity, '/', 1) <> '?'
+                      AND current_identity = chat_next_identity(last_epoch.identity)
+                      AND pg_last_xact_replay_timestamp() IS NOT NULL
                      THEN pg_last_wal_replay_lsn() END)
             ON CONFLICT (ordinal) DO NOTHING;
     END LOOP;
@@ -416,6 +422,7 @@ DROP FUNCTION chat_feed_position(bigint, xid8);
 DROP FUNCTION begin_chat_epoch();
 DROP FUNCTION current_chat_epoch();
 DROP FUNCTION chat_wal_position();
+DROP FUNCTION chat_next_identity(text);
 DROP FUNCTION chat_database_identity();
 DROP TABLE chat_epochs;
 
