@@ -24,15 +24,20 @@ class Outcome(Enum):
     UNKNOWN = auto()  # it was done, or was not
 
 
-def reason_of(error: grpc.aio.AioRpcError) -> str:
-    """The reason in the details of an error, or an empty string."""
+def info_of(error: grpc.aio.AioRpcError) -> details_pb2.ErrorInfo:
+    """The ErrorInfo in the details of an error, or an empty one."""
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin":
             for packed in status_pb2.Status.FromString(value).details:
                 info = details_pb2.ErrorInfo()
                 if packed.Unpack(info):
-                    return info.reason
-    return ""
+                    return info
+    return details_pb2.ErrorInfo()
+
+
+def reason_of(error: grpc.aio.AioRpcError) -> str:
+    """The reason in the details of an error, or an empty string."""
+    return str(info_of(error).reason)
 
 
 # UNAVAILABLE too, unless its reason is the service's: gRPC itself also answers UNAVAILABLE.
