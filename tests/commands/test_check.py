@@ -42,7 +42,7 @@ async def test_everything_is_ok(start_server: Any, database: str) -> None:
     assert (done.status, done.errors) == (0, "")
     states, about = zip(*re.findall(r"^(\S+) +(\S+)", done.output, re.MULTILINE), strict=True)
     assert set(states) == {"ok"}
-    checked = "settings database schema index session write collation ctype clock service call"
+    checked = "settings database schema index session write feed epoch collation ctype clock service call"
     assert " ".join(about) == checked
     assert re.fullmatch(r"PostgreSQL \d+\.\d+, responds in \d+\.\d ms", line(done, "database")[1])
     assert re.fullmatch(r"[+-]0\.\d{3} s compared to the database's clock", line(done, "clock")[1])

@@ -42,7 +42,7 @@ def system_binaries() -> Path:
 
 @pytest.fixture(scope="session")
 def system_cluster(system_binaries: Path) -> Iterator[Cluster]:
-    """A private server of that PostgreSQL, which can replicate logically.
+    """A private server of that PostgreSQL, which can replicate logically and prepare transactions.
 
     Its template was migrated up, down to nothing, and up again.
     """
@@ -54,6 +54,7 @@ def system_cluster(system_binaries: Path) -> Iterator[Cluster]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(embedded, "_binaries", lambda: system_binaries)
             patch.setitem(embedded._SETTINGS, "wal_level", "logical")
+            patch.setitem(embedded._SETTINGS, "max_prepared_transactions", "1")
             postgres = EmbeddedPostgres(Path(directory, "data"), durable=False)
             cluster = Cluster(stack.enter_context(postgres).url("postgres"))
         downs = ["rollback"] * len(list(MIGRATIONS.glob("*.sql")))

@@ -1,11 +1,12 @@
-"""Checks the database: its version, migrations and search index, its sessions, a write, its
-collation, its LC_CTYPE and its clock.
+"""Checks the database: its version, migrations and search index, its sessions, a write, the change
+feed, its collation, its LC_CTYPE and its clock.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping
 
+from chat_ticket_svc.commands.check.feed import check_epoch, check_holder
 from chat_ticket_svc.commands.check.line import FAILED, OK, WARNING, CheckFailed, Line, run_check
 from chat_ticket_svc.commands.check.service import DEFAULT_TENANT
 from chat_ticket_svc.config import Settings
@@ -101,6 +102,9 @@ async def check_database(settings: Settings) -> AsyncIterator[Line]:
         yield await run_check("session", session())
         if not facts.missing and not facts.is_read_only:
             yield await run_check("write", write())
+        if not facts.missing:
+            yield await run_check("feed", check_holder(settings.database_url))
+            yield await run_check("epoch", check_epoch(settings.database_url))
         if facts.collation is not None:
             yield _collation(facts.collation)
         yield _ctype(facts.ctype)
