@@ -1,11 +1,11 @@
 """A PostgreSQL, its backups of one moment, and the databases that are restored from them."""
 
 import contextlib
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import psycopg
 from support.cluster import Cluster
@@ -13,6 +13,7 @@ from support.database import execute
 
 from chat_ticket_svc import embedded
 from chat_ticket_svc.embedded import EmbeddedPostgres
+from faults.environment import _children, _signal
 
 DATABASE = "chat_ticket"  # as in conftest's migrated_data
 RESTORE_POINT = "backup"
@@ -39,9 +40,13 @@ class Backups:
         self._primary = EmbeddedPostgres(directory / "primary", durable=False)
         self._restores = 0
 
+    @property
+    def url(self) -> str:
+        return self._primary.url(DATABASE)
+
     def start(self) -> str:
         self._primary.start()
-        return self._primary.url(DATABASE)
+        return self.url
 
     def stop(self) -> None:
         self._primary.stop()
@@ -52,13 +57,12 @@ class Backups:
 
     def dump(self) -> None:
         """Dump the database, and name the moment, which recovery can find again."""
-        url = self._primary.url(DATABASE)
-        _run("pg_dump", "-Fc", "-f", self._directory / "dump", url)
-        execute(url, f"SELECT pg_create_restore_point('{RESTORE_POINT}')")
+        _run("pg_dump", "-Fc", "-f", self._directory / "dump", self.url)
+        execute(self.url, f"SELECT pg_create_restore_point('{RESTORE_POINT}')")
 
     def archive(self) -> None:
         """Return when all WAL is in the archive."""
-        with psycopg.connect(self._primary.url(DATABASE), autocommit=True) as connection:
+        with psycopg.connect(self.url, autocommit=True) as connection:
             row = connection.execute("SELECT pg_walfile_name(pg_switch_wal())").fetchone()
             assert row is not None
             wait_until(lambda: (self._archive / row[0]).exists(), "the WAL is archived")
@@ -97,11 +101,9 @@ class Backups:
             recovery_target_name=RESTORE_POINT,
             recovery_target_action="promote",
         )
-        (data / "recovery.signal").touch()
-        with EmbeddedPostgres(data, durable=False) as postgres:
-            url = postgres.url(DATABASE)
-            wait_until(lambda: _is_primary(url), "recovery has ended")
-            yield url
+        self.restored = Restored(data)
+        with self.restored:
+            yield self.restored.recover()
 
     @contextlib.contextmanager
     def from_snapshot(self, _: Cluster) -> Iterator[str]:
@@ -116,6 +118,44 @@ class Backups:
     def _copy_of_snapshot(self) -> Path:
         self._restores += 1
         return copied(self._directory / "base", self._directory / f"restored-{self._restores}")
+
+
+class Restored:
+    """A data directory that PostgreSQL recovers to a primary of a new timeline."""
+
+    def __init__(self, data: Path):
+        self._data = data
+        self._postgres = EmbeddedPostgres(data, durable=False)
+
+    def __enter__(self) -> "Restored":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._postgres.stop()
+
+    def recover(self) -> str:
+        """Start recovery, and return the URL of the database when it has ended."""
+        (self._data / "recovery.signal").touch()
+        self._postgres.start()
+        url = self._postgres.url(DATABASE)
+        wait_until(lambda: _is_primary(url), "recovery has ended")
+        return url
+
+    def write_elsewhere(self) -> None:
+        """Write WAL, but nothing of the service."""
+        execute(
+            self._postgres.url("postgres"),
+            "SET synchronous_commit = on",  # a crash is to find it
+            "CREATE TABLE other AS SELECT repeat('x', 1000) FROM generate_series(1, 1000)",
+        )
+
+    def crash(self) -> None:
+        kill(self._postgres)
+        self._postgres.stop()
+        configure(self._data, recovery_target_name="")
+
+    def start(self) -> None:
+        self._postgres.start()
 
 
 WAYS = (
@@ -143,6 +183,12 @@ def run_as_server(program: str, *arguments: str) -> None:
     binaries = embedded._binaries()
     command = embedded._command(embedded._identity(binaries), binaries / program, *arguments)
     subprocess.run(command, check=True, cwd="/")
+
+
+def kill(postgres: EmbeddedPostgres) -> None:
+    """All of its processes at once, as with their machine."""
+    for pid in (postgres.pid, *_children(postgres.pid)):
+        _signal(pid, signal.SIGKILL)
 
 
 def wait_until(is_so: Callable[[], bool], what: str) -> None:

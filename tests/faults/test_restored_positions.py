@@ -15,7 +15,7 @@ import grpc
 import pytest
 from support.client import Api, an_id, refused
 from support.cluster import Cluster
-from support.messages import create_batch, delete_message, set_metadata, user_message
+from support.messages import batches, create_batch, delete_message, set_metadata, user_message
 from support.scratch_directory import scratch_directory
 from support.server import serving
 from support.sessions import RESOLVED, delete_session, set_status
@@ -128,13 +128,13 @@ async def test_two_restores_of_one_backup(
     # Where recovery ended is known. So it is also known that the feed before it is not lost.
     knows_branch = way is Backups.to_point_in_time
     first = Followers()
+    lost = {LATER: (5, 3), AHEAD: (9, 3), YOUNG: None}  # of the positions in it
     for restore in ("first", "second"):
         with way(original.backups, cluster) as url:
             async with _served(url) as api:
                 await _check(api, original.before, {}, feed=not knows_branch)
                 await _check(api, original.after, {AHEAD: (8, 3), YOUNG: None}, feed=True)
                 if first.sessions:
-                    lost = {LATER: (5, 3), AHEAD: (9, 3), YOUNG: None}
                     await _check(api, first, lost, feed=True)
                 await _write_after(api, original, restore)
                 await _check(api, original.before, {}, feed=not knows_branch)
@@ -145,6 +145,9 @@ async def test_two_restores_of_one_backup(
                 first.feed = FeedFollower()
                 await first.catch_up(api)
                 await _check(api, first, {}, feed=False)
+    # Somebody thinks better of it.
+    async with _served(original.backups.url) as api:
+        await _check(api, first, lost | {YOUNG: (4, 0)}, feed=True)
 
 
 async def _check(
@@ -161,6 +164,7 @@ async def _check(
             with refused(grpc.StatusCode.NOT_FOUND, "CHAT_SESSION_NOT_FOUND"):
                 await follower.catch_up(api)
             continue
+        await _check_list(api, follower, expected)
         await follower.catch_up(api)
         assert (name, follower.lost_positions) == (name, [expected] if expected else [])
         assert (name, follower.repeats) == (name, [])
@@ -168,3 +172,36 @@ async def _check(
     await resumed.feed.catch_up(api)
     assert resumed.feed.lost_positions == feed
     assert await resumed.feed.differences(api) == []
+
+
+async def _check_list(
+    api: Api, follower: SessionFollower, lost: tuple[()] | tuple[int, int]
+) -> None:
+    """A list that goes on at the same position is told the same."""
+    place = {"after_sequence": follower.revision, "epoch": follower.epoch}
+    if not lost:
+        await batches(api, follower.session_id, **place)
+        return
+    with refused(grpc.StatusCode.OUT_OF_RANGE, "HISTORY_CHANGED") as refusal:
+        await batches(api, follower.session_id, **place)
+    assert refusal.info.metadata["revision"] == str(lost[1])
+
+
+@pytest.mark.parametrize("recovers_again", [False, True], ids=["crash", "another recovery"])
+async def test_what_is_replayed_later_hides_no_loss(
+    original: Original, cluster: Cluster, recovers_again: bool
+) -> None:
+    """PostgreSQL tells how far it has replayed last. The epoch may have ended long before."""
+    with original.backups.to_point_in_time(cluster) as url:
+        restored = original.backups.restored
+        restored.write_elsewhere()
+        restored.crash()
+        if recovers_again:
+            restored.recover()
+        else:
+            restored.start()
+        async with _served(url) as api:
+            resumed = copy.deepcopy(original.after.feed)
+            await resumed.catch_up(api)
+            assert resumed.lost_positions == 1
+            assert await resumed.differences(api) == []
