@@ -1,7 +1,8 @@
 """Isolation: another tenant's data looks exactly like absent data, and never changes.
 
-For every id in the request of every RPC, found in the descriptors; for every statement, as
-PostgreSQL plans it; and for every key of the schema, against plain SQL.
+For every id in the request of every RPC, found in the descriptors, and for the feed of a tenant.
+Beside this: for every statement, as PostgreSQL plans it; and for every key of the schema, against
+plain SQL.
 """
 
 import asyncio
@@ -22,7 +23,10 @@ from google.protobuf.message import Message
 from grpc import StatusCode
 from support.client import Api, an_id
 from support.drafts import Finish, a_start
+from support.feeds import caught_up_feed
+from support.sessions import delete_session, set_status
 from support.tenant_rows import TenantIds, TenantRows
+from support.tickets import delete_ticket
 
 from chat_ticket.v1 import chat_attachment_pb2 as files_pb
 from chat_ticket.v1 import chat_draft_pb2 as drafts_pb
@@ -40,11 +44,13 @@ RPCS = [
     for method in descriptor_pool.Default().FindServiceByName(service).methods
 ]
 
-# Strings in requests that are no ids. Every other string is an id or a page token.
+# Strings in requests that are no ids. Every other string is an id or a place in a list.
 TEXTS = {
     *("title", "content", "metadata_json", "file_url", "file_name", "file_type", "query", "etag"),
     *("language_code", "text", "metadata_merge_json", "epoch", "paths"),  # paths: of a FieldMask
 }
+# Places in a list or a stream: each with the field of a response that has the next one.
+PLACES = {"page_token": "nextPageToken", "cursor": "cursor"}
 
 # What requests carry and no call reads.
 IGNORED = {
@@ -58,18 +64,19 @@ IGNORED = {
 MISSING = {"": False, "allowing that it is missing": True}
 
 ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-FENCING_TOKEN = re.compile(r'(?<="fencing_token": )\d+')
+# Numbers that begin with a time or count transactions.
+CLOCKS = re.compile(r'("(?:fencing_token|feed_bucket|\w*position)": )\d+')
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[\d.]*(Z|[+-][\d:]+)")
 PROBE = "00000000-0000-4000-8000-000000000000"  # stands for the id in question
-NEXT_PAGE = re.compile(r'(?<="nextPageToken": ")[^"]+')
+NEXT_PLACE = re.compile(r'(?:(?<="nextPageToken": ")|(?<="cursor": "))[^"]+')
 
 
 def calls(w: TenantIds) -> dict[str, dict[str, Message]]:
     """For each RPC, calls of a tenant for its own data. Together they set every id field.
 
     Those called `taken` are rejected, because something new cannot have the id at that path; the
-    others succeed. Those called `only` are about the id at that path alone. A page token is that of
-    the page after the first. The last request of a stream stands for all of them.
+    others succeed. Those called `only` are about the id at that path alone. A page token or a
+    cursor is that of the first response. The last request of a stream stands for all of them.
     """
     named = {"tenant_id": w.tenant, "title": w.tenant, "status": r.TICKET_STATUS_SOLVED}
     referring = {**named, "external_ref": w.external_ref}
@@ -83,7 +90,7 @@ def calls(w: TenantIds) -> dict[str, dict[str, Message]]:
     }
     taking_over = a_start(w.session, w.draft)
     taking_over.draft.session_id = w.session
-    token = "of the second page"
+    token = "of the first response"
     return {
         "CreateChatSession": {
             "repeat": sessions_pb.CreateChatSessionRequest(
@@ -115,6 +122,12 @@ def calls(w: TenantIds) -> dict[str, dict[str, Message]]:
             "with drafts": sessions_pb.WatchChatSessionRequest(
                 session_id=w.session, include_drafts=True
             ),
+        },
+        "WatchChatSessions": {
+            "from the beginning": sessions_pb.WatchChatSessionsRequest(
+                from_beginning=True, user_id=w.user
+            ),
+            "after a cursor": sessions_pb.WatchChatSessionsRequest(cursor=token),
         },
         "WriteChatDraft": {
             "taking over": Write(start=taking_over),
@@ -324,19 +337,19 @@ async def answer(
 
 
 async def request_of(api: Api, world: TenantIds, rpc: str, case: str, path: str) -> Any:
-    """The request; with its page token, which binds its other fields, only to look at that."""
+    """The request; with its page token or cursor, which binds its other fields, only for that."""
     request: Any = calls(world)[rpc][case]
-    if "page_token" in ids_of(request):
-        request.page_token = ""
-        if path == "page_token":
-            _, [first_page, *_] = await answer(api, world, rpc, request)
-            request.page_token = json.loads(first_page)["nextPageToken"]
+    for place in PLACES.keys() & ids_of(request).keys():
+        request.ClearField(place)
+        if path == place:
+            _, [first, *_] = await answer(api, world, rpc, request)
+            setattr(request, place, json.loads(first)[PLACES[place]])
     return request
 
 
 def of_nobody(path: str, value: str) -> str:
-    """A valid id or page token that nobody owns."""
-    if path != "page_token":
+    """A valid id, page token or cursor that nobody owns."""
+    if path not in PLACES:
         return ID.sub(lambda _: an_id(), value)
     _, *position = json.loads(base64.urlsafe_b64decode(value + "=="))
     return base64.urlsafe_b64encode(json.dumps(["0" * 16, *position]).encode()).decode().rstrip("=")
@@ -345,8 +358,8 @@ def of_nobody(path: str, value: str) -> str:
 def plain(lines: list[str], world: TenantIds | None = None) -> list[str]:
     """Without times and tokens, and with no ids but those of a world and the one asked for."""
     kept_ids = (*dataclasses.astuple(world), PROBE) if world else ()
-    text = NEXT_PAGE.sub("token", TIME.sub("time", "\n".join(lines)))
-    text = FENCING_TOKEN.sub("token", text)  # begins with a time
+    text = NEXT_PLACE.sub("token", TIME.sub("time", "\n".join(lines)))
+    text = CLOCKS.sub(r"\1number", text)
     return sorted(
         ID.sub(lambda found: found[0] if found[0] in kept_ids else "id", text).splitlines()
     )
@@ -370,7 +383,7 @@ async def test_foreign_id_gets_the_answer_of_an_absent_id(
     outcome: dict[str, list[str]] = {}
     for whose in ("absent", "foreign", "own"):
         # A token of theirs is one for the very same request; our own call has a twin to spare.
-        if whose == "own" or path == "page_token":
+        if whose == "own" or path in PLACES:
             theirs = dataclasses.replace(ours, tenant=other.tenant)
         if not made or whose == "own" or rows.of(ours.tenant, theirs.tenant) != made:
             rows.delete(ours.tenant, theirs.tenant)
@@ -396,7 +409,7 @@ async def test_foreign_id_gets_the_answer_of_an_absent_id(
     assert plain(outcome["foreign"], ours) == plain(outcome["absent"], ours)
     expected = StatusCode.ALREADY_EXISTS if case.startswith("taken") else StatusCode.OK
     assert code["own"] == expected, outcome["own"]
-    assert path != "page_token" or code["foreign"] == StatusCode.INVALID_ARGUMENT
+    assert path not in PLACES or code["foreign"] == StatusCode.INVALID_ARGUMENT
     holder, name = ids_of(request)[path]
     is_ignored = not IGNORED.isdisjoint([f"{holder.DESCRIPTOR.name}.{name}", f"{rpc} {path}"])
     assert (plain(outcome["own"]) == plain(outcome["absent"])) == is_ignored
@@ -411,3 +424,22 @@ async def test_label_of_another_tenant_finds_nothing(api: Api, other: Api) -> No
         request = sessions_pb.ListChatSessionsRequest(labels=labels)
         listed = await api.sessions.ListChatSessions(request)
         assert [each.id for each in listed.sessions] == expected
+
+
+async def test_feed_tells_nothing_of_another_tenant(api: Api, other: Api) -> None:
+    """Neither its sessions and tickets, nor their deletions, from the beginning and later."""
+    ours, theirs = TenantIds(api.tenant), TenantIds(other.tenant)
+    await asyncio.gather(ours.make(api), theirs.make(other))
+    async with caught_up_feed(api, from_beginning=True) as feed:
+        for each, ids in ((other, theirs), (api, ours)):
+            await set_status(each, ids.session, r.CHAT_SESSION_STATUS_RESOLVED)
+            await delete_session(each, ids.bare)
+            await delete_ticket(each, ids.spare)
+        told = await feed.settle(api)
+    assert {*told} == {
+        *(("session", each) for each in (ours.session, ours.sharing, ours.bare)),
+        *(("ticket", each) for each in (ours.ticket, ours.spare)),
+        ("caught_up", ""),
+        ("session_deleted", ours.bare),
+        ("ticket_deleted", ours.spare),
+    }
