@@ -126,17 +126,22 @@ def _section(
     """The rows of one section, as a range of the index of its table.
 
     PostgreSQL judges the conditions without a column first. If they fail, it reads nothing.
+
+    The planner does not see values that come from a SELECT. With the limit in sight, and without
+    statistics, it would rather read and sort the whole range. And with the place in sight, it would
+    plan nearly every page anew.
     """
     return f"""
 (SELECT {number}::bigint, {_select_list({**row, "id": f"{id_column}::text"})}
    FROM {table}
   WHERE tenant_id = %(tenant_id)s
     AND %(reads_{number})s::boolean AND (SELECT start < pass_end FROM bounds)
-    AND (feed_bucket, {id_column}) > (%(bucket_{number})s::bigint, %(id_{number})s::uuid)
+    AND (feed_bucket, {id_column})
+        > ((SELECT %(bucket_{number})s::bigint), (SELECT %(id_{number})s::uuid))
     AND feed_bucket <= (SELECT pass_end >> 16 FROM bounds)
     AND feed_position >= (SELECT start FROM bounds)
     AND feed_position < (SELECT pass_end FROM bounds)
-  ORDER BY feed_bucket, {id_column} LIMIT %(limit)s)
+  ORDER BY feed_bucket, {id_column} LIMIT (SELECT %(limit)s::bigint))
 """
 
 
@@ -157,6 +162,8 @@ _SESSION: dict[str, LiteralString] = {
 _TICKET: dict[str, LiteralString] = {**columns(Ticket), "bucket": "feed_bucket"}
 _DELETED: dict[str, LiteralString] = {"bucket": "feed_bucket"}
 
+# The ids are qualified: otherwise ORDER BY would mean the text that is selected, and would sort.
+#
 # The first row has the bounds. All parts of the statement have one snapshot.
 PAGE = f"""
 WITH bounds AS MATERIALIZED (
@@ -173,9 +180,9 @@ WITH bounds AS MATERIALIZED (
 )
 SELECT -1::bigint, {_select_list(_BOUNDS)} FROM bounds
 UNION ALL {_section("0", "chat_sessions", "chat_sessions.id", _SESSION)}
-UNION ALL {_section("1", "chat_session_tombstones", "session_id", _DELETED)}
+UNION ALL {_section("1", "chat_session_tombstones s", "s.session_id", _DELETED)}
 UNION ALL {_section("2", "tickets t", "t.id", _TICKET)}
-UNION ALL {_section("3", "ticket_tombstones", "ticket_id", _DELETED)}
+UNION ALL {_section("3", "ticket_tombstones t", "t.ticket_id", _DELETED)}
 """
 
 ROW_TYPES = type_ids(Row)
