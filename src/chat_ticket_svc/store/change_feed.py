@@ -122,6 +122,7 @@ def _section(
     table: LiteralString,
     id_column: LiteralString,
     row: dict[str, LiteralString],
+    condition: LiteralString = "true",
 ) -> LiteralString:
     """The rows of one section, as a range of the index of its table.
 
@@ -141,6 +142,7 @@ def _section(
     AND feed_bucket <= (SELECT pass_end >> 16 FROM bounds)
     AND feed_position >= (SELECT start FROM bounds)
     AND feed_position < (SELECT pass_end FROM bounds)
+    AND {condition}
   ORDER BY feed_bucket, {id_column} LIMIT (SELECT %(limit)s::bigint))
 """
 
@@ -162,6 +164,11 @@ _SESSION: dict[str, LiteralString] = {
 _TICKET: dict[str, LiteralString] = {**columns(Ticket), "bucket": "feed_bucket"}
 _DELETED: dict[str, LiteralString] = {"bucket": "feed_bucket"}
 
+# A ticket whose id is used again, against the rules, exists.
+_NOT_USED_AGAIN = """
+NOT EXISTS (SELECT FROM tickets u WHERE u.tenant_id = t.tenant_id AND u.id = t.ticket_id)
+"""
+
 # The ids are qualified: otherwise ORDER BY would mean the text that is selected, and would sort.
 #
 # The first row has the bounds. All parts of the statement have one snapshot.
@@ -182,7 +189,7 @@ SELECT -1::bigint, {_select_list(_BOUNDS)} FROM bounds
 UNION ALL {_section("0", "chat_sessions", "chat_sessions.id", _SESSION)}
 UNION ALL {_section("1", "chat_session_tombstones s", "s.session_id", _DELETED)}
 UNION ALL {_section("2", "tickets t", "t.id", _TICKET)}
-UNION ALL {_section("3", "ticket_tombstones t", "t.ticket_id", _DELETED)}
+UNION ALL {_section("3", "ticket_tombstones t", "t.ticket_id", _DELETED, _NOT_USED_AGAIN)}
 """
 
 ROW_TYPES = type_ids(Row)
