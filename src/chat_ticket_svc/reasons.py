@@ -230,8 +230,9 @@ REASONS = (
         "or a standby was promoted. For a session, the metadata has the last `revision` that both "
         "histories share, and the current `epoch`. For a cursor of WatchChatSessions, it has the "
         "`cursor` of what is shared, if one is known.",
-        "Forget what came after that revision, and go on from there with the `epoch` of the "
-        "metadata. Go on after the `cursor` of the metadata; without one, begin again.",
+        "Forget what came after that revision, read again what had changed after it, and go on "
+        "after it with the `epoch` of the metadata. Go on after the `cursor` of the metadata; "
+        "without one, begin again.",
     ),
     Reason(
         "CURSOR_EXPIRED",

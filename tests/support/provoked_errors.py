@@ -331,6 +331,8 @@ async def provoke_rule_violations(
     )
     beyond = s.WatchChatSessionRequest(session_id=session_id, after_revision=99)
     await output.expect_error("REVISION_OUT_OF_RANGE", read_all(sessions.WatchChatSession(beyond)))
+    lost = s.WatchChatSessionRequest(session_id=session_id, after_revision=1, epoch=f"0.{'0' * 16}")
+    await output.expect_error("HISTORY_CHANGED", read_all(sessions.WatchChatSession(lost)))
     watch = s.WatchChatSessionRequest(session_id=session_id)
     watching = [sessions.WatchChatSession(watch) for _ in range(2)]
     for call in watching:
