@@ -110,9 +110,10 @@ class ChatMessageServiceStub:
     - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with
       this error when the session is deleted during the call.
     - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost that place of the
-      session, because it was restored from a backup or a standby was promoted. The metadata has the
-      last `revision` that both histories share: messages received with a sequence after it are no
-      more, or are different. Also ends a stream when it happens during the call. List again after that
+      session, because it was restored from a backup or a standby was promoted. Also ends a stream,
+      with `epoch` or without, when that happens during the call. The metadata has the last `revision`
+      that both histories share, and the current `epoch`. Messages received with a later `sequence`
+      are no more, or are different, and so are changes with a later `revision`. List again after that
       revision.
     - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
       could not send. Continue.
@@ -293,9 +294,10 @@ class ChatMessageServiceAsyncStub(ChatMessageServiceStub):
     - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with
       this error when the session is deleted during the call.
     - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost that place of the
-      session, because it was restored from a backup or a standby was promoted. The metadata has the
-      last `revision` that both histories share: messages received with a sequence after it are no
-      more, or are different. Also ends a stream when it happens during the call. List again after that
+      session, because it was restored from a backup or a standby was promoted. Also ends a stream,
+      with `epoch` or without, when that happens during the call. The metadata has the last `revision`
+      that both histories share, and the current `epoch`. Messages received with a later `sequence`
+      are no more, or are different, and so are changes with a later `revision`. List again after that
       revision.
     - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
       could not send. Continue.
@@ -497,9 +499,10 @@ class ChatMessageServiceServicer(metaclass=_abc_1.ABCMeta):
         - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist. The stream also ends with
           this error when the session is deleted during the call.
         - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost that place of the
-          session, because it was restored from a backup or a standby was promoted. The metadata has the
-          last `revision` that both histories share: messages received with a sequence after it are no
-          more, or are different. Also ends a stream when it happens during the call. List again after that
+          session, because it was restored from a backup or a standby was promoted. Also ends a stream,
+          with `epoch` or without, when that happens during the call. The metadata has the last `revision`
+          that both histories share, and the current `epoch`. Messages received with a later `sequence`
+          are no more, or are different, and so are changes with a later `revision`. List again after that
           revision.
         - RESOURCE_EXHAUSTED (SLOW_READER): the caller read nothing for 30 seconds, so that the server
           could not send. Continue.
