@@ -79,6 +79,7 @@ CODE = [
         r"\bAsyncGenerator, Awaitable, Callable, Mapping, Sequence\b",
         "Callable, Generator, Sequence",
     ),
+    (r"\baclosing\b", "closing"),
     (r"\b__a(enter|exit)__\b", r"__\1__"),
     (r"\bimport _runtime_asyncio as runtime\b", "import _runtime_threads as runtime"),
     # The stubs are imported already, under the names that the first replacement gives.

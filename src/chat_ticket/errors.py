@@ -163,7 +163,27 @@ class AbortedError(ChatTicketError):
 
 
 class OutOfRangeError(ChatTicketError):
-    """The session has not reached this revision."""
+    """The position to go on from is not there, such as a revision that the session has not reached.
+
+    HistoryChangedError is one of these.
+    """
+
+
+class HistoryChangedError(OutOfRangeError):
+    """The database has lost changes up to this position: it was restored, or a standby promoted.
+
+    What was received after `revision` is no more, or is different.
+    """
+
+    @property
+    def revision(self) -> int:
+        """The last revision of the session that both histories share."""
+        return int(self.metadata.get("revision", "0"))
+
+    @property
+    def epoch(self) -> str:
+        """The history to go on with after `revision`."""
+        return self.metadata.get("epoch", "")
 
 
 class ResourceExhaustedError(ChatTicketError):
@@ -213,11 +233,18 @@ _CLASSES: dict[grpc.StatusCode, type[ChatTicketError]] = {
     grpc.StatusCode.INTERNAL: InternalError,
 }
 
+# Reasons that callers handle apart from others of the same status.
+_CLASSES_OF_REASONS: dict[str, type[ChatTicketError]] = {
+    "HISTORY_CHANGED": HistoryChangedError,
+}
+
 
 def from_rpc_error(error: grpc.RpcError) -> ChatTicketError:
     """The exception for an error of gRPC's own stubs, synchronous or asyncio."""
     code, message = error.code(), error.details() or ""
-    return _CLASSES.get(code, ChatTicketError)(code, message, _details(error, code, message))
+    typed = _CLASSES.get(code, ChatTicketError)(code, message, _details(error, code, message))
+    special = _CLASSES_OF_REASONS.get(typed.reason)
+    return typed if special is None else special(code, message, typed.details)
 
 
 def _details(error: grpc.RpcError, code: grpc.StatusCode, message: str) -> tuple[Message, ...]:

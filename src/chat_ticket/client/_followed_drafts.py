@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from chat_ticket.client._position import Position
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionResponse
 
 
@@ -22,7 +23,7 @@ class FollowedDrafts:
         self._unseen = dict.fromkeys(self._lengths)
 
     def ended_before(
-        self, response: WatchChatSessionResponse, position: int
+        self, response: WatchChatSessionResponse, position: Position
     ) -> Sequence[WatchChatSessionResponse]:
         """The ends of drafts that the response implies, to be delivered before it."""
         match response.WhichOneof("event"):
@@ -36,8 +37,8 @@ class FollowedDrafts:
                 ids = []
         return self._ended(ids, position)
 
-    def all_ended(self, position: int) -> Sequence[WatchChatSessionResponse]:
-        """The ends of all drafts: the session is gone."""
+    def all_ended(self, position: Position) -> Sequence[WatchChatSessionResponse]:
+        """The ends of all drafts: the session is gone, or its history has changed."""
         return self._ended(list(self._lengths), position)
 
     def accept(self, response: WatchChatSessionResponse) -> WatchChatSessionResponse | None:
@@ -65,18 +66,19 @@ class FollowedDrafts:
             return response
         if draft.length == known:
             return None
-        return WatchChatSessionResponse(
-            revision=response.revision,
+        return Position(response.revision, response.epoch).event(
             draft_appended=WatchChatSessionResponse.ChatDraftAppended(
                 draft_id=draft.id, offset=known, text=draft.content.encode()[known:].decode()
             ),
         )
 
-    def _ended(self, draft_ids: Iterable[str], position: int) -> Sequence[WatchChatSessionResponse]:
+    def _ended(
+        self, draft_ids: Iterable[str], position: Position
+    ) -> Sequence[WatchChatSessionResponse]:
         events = []
         for draft_id in draft_ids:
             self._unseen.pop(draft_id, None)
             if self._lengths.pop(draft_id, None) is not None:
                 ended = WatchChatSessionResponse.ChatDraftEnded(draft_id=draft_id)
-                events.append(WatchChatSessionResponse(revision=position, draft_ended=ended))
+                events.append(position.event(draft_ended=ended))
         return events

@@ -5,8 +5,11 @@ from typing import Protocol, TypeVar
 
 import grpc
 
+from chat_ticket.client._corrections import Corrections
 from chat_ticket.client._followed_drafts import FollowedDrafts
-from chat_ticket.errors import NotFoundError
+from chat_ticket.client._position import Position
+from chat_ticket.client._told_messages import ToldMessages
+from chat_ticket.errors import HistoryChangedError, NotFoundError
 from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest, ListChatMessagesResponse
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionRequest, WatchChatSessionResponse
 from chat_ticket.v1.resources_pb2 import ChatMessage, ChatSession, ChatTicket
@@ -42,9 +45,11 @@ class ResumeState:
     It does no I/O, and does not know which client uses it.
     """
 
-    def __init__(self, revision: int):
+    def __init__(self, revision: int, epoch: str = ""):
         self.revision = revision
         """Everything up to here is delivered. The next stream starts after it."""
+        self.epoch = epoch
+        """The history that the revision belongs to. Empty when it is not known."""
         self.session: ChatSession | None = None
         """As delivered last. None until the first stream has begun."""
         self.ticket = ChatTicket()
@@ -52,6 +57,15 @@ class ResumeState:
         self.ended = False
         """Whether the session is deleted, after which nothing follows."""
         self._caught_up = False
+
+    @property
+    def position(self) -> Position:
+        """The revision and its epoch."""
+        return Position(self.revision, self.epoch)
+
+    def move_to(self, position: Position) -> None:
+        """Go on from another position."""
+        self.revision, self.epoch = position
 
     def accept(self, response: WatchChatSessionResponse) -> WatchChatSessionResponse | None:
         """The event to deliver for a response.
@@ -79,8 +93,8 @@ class ResumeState:
                 self._caught_up = True
             case "session_deleted":
                 self.ended = True
-        # The revision counts whether or not this response is delivered.
-        self.revision = response.revision
+        # The position counts whether or not this response is delivered.
+        self.move_to(Position(response.revision, response.epoch))
         return None if is_known else response
 
     def _is_known(self, session: ChatSession) -> bool:
@@ -106,24 +120,25 @@ class ResumeState:
         if self.ended or not is_unlinked or not self.ticket.id:
             return []
         self.ticket = ChatTicket()
-        return [WatchChatSessionResponse(revision=self.revision, ticket=self.ticket)]
+        return [self.position.event(ticket=self.ticket)]
 
     def session_deleted(self) -> WatchChatSessionResponse:
         """End the watch; returns the event that the server would have sent."""
         self.ended = True
-        return WatchChatSessionResponse(
-            revision=self.revision, session_deleted=WatchChatSessionResponse.ChatSessionDeleted()
-        )
+        return self.position.event(session_deleted=WatchChatSessionResponse.ChatSessionDeleted())
 
 
 class WatchProgress:
     """The Resumable of WatchChatSession."""
 
-    def __init__(self, session_id: str, after_revision: int, *, include_drafts: bool):
+    def __init__(
+        self, session_id: str, after_revision: int, epoch: str = "", *, include_drafts: bool
+    ):
         self._session_id = session_id
         self._include_drafts = include_drafts
-        self._state = ResumeState(after_revision)
+        self._state = ResumeState(after_revision, epoch)
         self._drafts = FollowedDrafts()
+        self._told = ToldMessages(after_revision)
         self._is_at_start = True  # of a stream
 
     def request(self) -> WatchChatSessionRequest:
@@ -133,6 +148,7 @@ class WatchProgress:
         return WatchChatSessionRequest(
             session_id=self._session_id,
             after_revision=self._state.revision,
+            epoch=self._state.epoch,
             include_drafts=self._include_drafts,
         )
 
@@ -145,10 +161,11 @@ class WatchProgress:
         return self._state.ended
 
     def items(self, response: WatchChatSessionResponse) -> Sequence[WatchChatSessionResponse]:
-        position = self._state.revision
+        position = self._state.position
         before = self._drafts.ended_before(response, position)
         event = self._state.accept(response)
         if event is not None:
+            self._told.add(event)
             event = self._drafts.accept(event)
         if self._state.ended:
             before = [*before, *self._drafts.all_ended(position)]
@@ -162,8 +179,22 @@ class WatchProgress:
     def on_not_found(self) -> Sequence[WatchChatSessionResponse]:
         if self._state.session is None:
             return []
-        ended = self._drafts.all_ended(self._state.revision)
+        ended = self._drafts.all_ended(self._state.position)
         return [*ended, self._state.session_deleted()]
+
+    def corrections(self, change: HistoryChangedError) -> Corrections:
+        """How to tell that the history has changed. Raises the error if that is not known.
+
+        It is not known what an earlier process was told.
+        """
+        if change.revision < self._told.first_known:
+            raise change
+        shared = Position(change.revision, change.epoch)
+        return Corrections(self._told, self._drafts, self._state.position, shared)
+
+    def resume_after(self, corrections: Corrections) -> None:
+        """Go on after all corrections have been delivered."""
+        self._state.move_to(corrections.shared)
 
 
 class ListProgress:
@@ -182,6 +213,7 @@ class ListProgress:
         if self._session is not None:
             # As far as the first stream would have gone.
             request.before_sequence = self._session.revision + 1
+            request.epoch = self._session.epoch
         return request
 
     @property

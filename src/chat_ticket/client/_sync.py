@@ -7,6 +7,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from typing import Any, Self, TypeVar
 
 import grpc
@@ -25,6 +26,7 @@ from chat_ticket.client._retry import (
 from chat_ticket.errors import ChatTicketError
 from chat_ticket.v1.chat_attachment_pb2_grpc import ChatAttachmentServiceStub
 from chat_ticket.v1.chat_draft_pb2_grpc import ChatDraftServiceStub
+from chat_ticket.v1.chat_message_pb2 import GetChatMessageRequest
 from chat_ticket.v1.chat_message_pb2_grpc import ChatMessageServiceStub
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionResponse
 from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
@@ -46,6 +48,9 @@ MAX_EXPIRED_TOKENS = 3
 
 # How often `retry` logs that it still fails.
 RETRY_LOG_SECONDS = 10.0
+
+# How long a watch tries to read a message again: as good as no limit, as for its stream.
+READ_SECONDS = 24 * 3600.0
 
 
 class ChatTicketClient:
@@ -185,6 +190,7 @@ class ChatTicketClient:
         session_id: str,
         after_revision: int = 0,
         *,
+        epoch: str = "",
         include_drafts: bool = False,
         silence_seconds: float = SILENCE_SECONDS,
     ) -> Generator[WatchChatSessionResponse, None, None]:
@@ -206,27 +212,34 @@ class ChatTicketClient:
         has gained during the break comes as `draft_appended`, and a draft that has ended as
         `draft_ended`, just before its message.
 
-        To continue in another process, store the `revision` of an event after you have handled
-        the whole event, and pass it as `after_revision`. An event that was handled in part is
-        delivered again, as a whole. Slow readers lose nothing: events are read on demand.
+        To continue in another process, store the `revision` and the `epoch` of an event after you
+        have handled the whole event, and pass them as `after_revision` and `epoch`. An event that
+        was handled in part is delivered again, as a whole. Slow readers lose nothing: events are
+        read on demand.
+
+        The database can lose changes when it is restored or a standby is promoted. Then the watch
+        tells what is gone or different, and goes on after the last revision that both histories
+        share. A lost message is deleted; it is created again if it is in the new history. A message
+        that was changed since is read again, and is updated, created or deleted. Open drafts end
+        and begin again. These events have the position before, so that nothing is lost when you
+        stop between them. Then a heartbeat has the shared position, which is lower. The watch
+        remembers its last 50,000 to 100,000 changes of messages for this, in at most 3.2 MB. It
+        logs a warning.
 
         The watch ends after `session_deleted`, and by CallCancelledError when the client is
         closed, by whichever thread. When you leave the loop, the stream ends at the server too. If
         you hold the iterator itself, close it with `close` or contextlib.closing, in the thread
         that reads it.
 
-        Raises errors that a retry cannot solve: NotFoundError when the session does not exist,
-        OutOfRangeError for a revision that it has not reached, InvalidArgumentError,
-        PermissionDeniedError, UnauthenticatedError, UnimplementedError, and InternalError with a
-        reason.
+        Raises HistoryChangedError when changes are lost that the watch does not remember, or that
+        were delivered before `after_revision`. Forget what came after the `revision` of the error,
+        or watch again from 0. Raises errors that a retry cannot solve: NotFoundError when the
+        session does not exist, OutOfRangeError for a revision that it has not reached,
+        InvalidArgumentError, PermissionDeniedError, UnauthenticatedError, UnimplementedError, and
+        InternalError with a reason.
         """
-        progress = WatchProgress(session_id, after_revision, include_drafts=include_drafts)
-        return self._resumed(
-            lambda: self.sessions.WatchChatSession(progress.request()),
-            progress,
-            f"watch of session {session_id}",
-            silence_seconds=silence_seconds,
-        )
+        progress = WatchProgress(session_id, after_revision, epoch, include_drafts=include_drafts)
+        return self._corrected(progress, f"watch of session {session_id}", silence_seconds)
 
     def messages_of(
         self, session_id: str, after_sequence: int = 0, *, timeout: float = 60.0
@@ -242,7 +255,8 @@ class ChatTicketClient:
         Each retry is logged by the logger `chat_ticket.client`.
 
         Raises the errors that a retry cannot solve, as `watch` does: NotFoundError also when the
-        session is deleted meanwhile.
+        session is deleted meanwhile, and HistoryChangedError when the database has lost messages
+        that were listed. Those with a sequence above the `revision` of the error are no more.
         """
         progress = ListProgress(session_id, after_sequence)
         return self._resumed(
@@ -252,6 +266,51 @@ class ChatTicketClient:
             silence_seconds=min(SILENCE_SECONDS, timeout),
             timeout=timeout,
         )
+
+    def _corrected(
+        self, progress: WatchProgress, name: str, silence_seconds: float
+    ) -> Generator[WatchChatSessionResponse, None, None]:
+        """What a watch delivers, also when the database has lost changes that were delivered."""
+        changes = 0
+        while True:
+            stream = self._resumed(
+                lambda: self.sessions.WatchChatSession(progress.request()),
+                progress,
+                name,
+                silence_seconds=silence_seconds,
+            )
+            try:
+                with closing(stream):
+                    for event in stream:
+                        changes = 0
+                        yield event
+                return
+            except errors.HistoryChangedError as error:
+                change = error
+            corrections = progress.corrections(change)
+            log.warning("%s: tells what is gone or different: %s", name, change)
+            for event in corrections.first_events():
+                yield event
+            while (request := corrections.next_read()) is not None:
+                for event in corrections.on_read(self._find(request)):
+                    yield event
+            for event in corrections.last_events():
+                yield event
+            progress.resume_after(corrections)
+            # Servers that disagree about the history must not keep the client busy.
+            self._closing.sleep(backoff_seconds(changes, None))
+            changes += 1
+
+    def _find(self, request: GetChatMessageRequest) -> ChatMessage | None:
+        method = self.messages.GetChatMessage
+        try:
+            return (self.retry(method, request, timeout=READ_SECONDS)).message
+        except errors.NotFoundError:
+            return None
+        except ValueError:  # as gRPC calls a closed channel
+            if self._closing.has_begun:
+                raise errors.client_closed() from None
+            raise
 
     def _resumed(
         self,
