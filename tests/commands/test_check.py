@@ -13,10 +13,11 @@ import psycopg
 import pytest
 from cryptography import x509
 from support.authority import Authority, Key
+from support.check_output import line
 from support.client import Api
 from support.cluster import Cluster
 from support.plain_rows import PARENTS
-from support.process import Finished, command
+from support.process import command
 from support.secrets import leaks, secret
 
 CA = Authority()
@@ -29,20 +30,15 @@ def environment(api: Api, database_url: str, **settings: str) -> dict[str, str]:
     return {"DATABASE_URL": database_url, "CHAT_TICKET_PORT": port, **own}
 
 
-def line(done: Finished, about: str) -> tuple[str, str]:
-    """The state and the text of the line about a subject."""
-    found = re.findall(rf"^(\S+) +{about} +(.*)$", done.output, re.MULTILINE)
-    assert len(found) == 1, done
-    return found[0]
-
-
 async def test_everything_is_ok(start_server: Any, database: str) -> None:
     """Every line is ok, and the exit status is 0."""
     done = await command("check", **environment(await start_server(database), database))
     assert (done.status, done.errors) == (0, "")
     states, about = zip(*re.findall(r"^(\S+) +(\S+)", done.output, re.MULTILINE), strict=True)
     assert set(states) == {"ok"}
-    checked = "settings database schema index session write feed epoch collation ctype clock service call"
+    checked = (
+        "settings database schema index session write feed epoch collation ctype clock service call"
+    )
     assert " ".join(about) == checked
     assert re.fullmatch(r"PostgreSQL \d+\.\d+, responds in \d+\.\d ms", line(done, "database")[1])
     assert re.fullmatch(r"[+-]0\.\d{3} s compared to the database's clock", line(done, "clock")[1])
@@ -137,6 +133,19 @@ async def test_a_database_with_settings_of_its_own_fails(fresh_database: str) ->
         (
             "REVOKE SELECT ON chat_draft_pieces FROM app",
             "permission denied for table chat_draft_pieces (SQLSTATE 42501)",
+        ),
+        (
+            "REVOKE INSERT ON ticket_tombstones FROM app",
+            "permission denied for table ticket_tombstones (SQLSTATE 42501),"
+            " in tickets_leave_tombstones()",
+        ),
+        (
+            "REVOKE DELETE ON ticket_tombstones FROM app",
+            "permission denied for table ticket_tombstones (SQLSTATE 42501)",
+        ),
+        (
+            "REVOKE UPDATE ON chat_epochs FROM app",
+            "permission denied for table chat_epochs (SQLSTATE 42501)",
         ),
         (
             "REVOKE DELETE ON chat_session_tombstones FROM app",

@@ -79,6 +79,16 @@ STATEMENTS = (
     DELETE FROM chat_session_tombstones
      WHERE tenant_id = %(tenant_id)s AND session_id = %(session_id)s
     """,
+    """
+    SELECT FROM ticket_tombstones
+     WHERE tenant_id = %(tenant_id)s AND ticket_id = %(ticket_id)s FOR UPDATE
+    """,
+    """
+    DELETE FROM ticket_tombstones
+     WHERE tenant_id = %(tenant_id)s AND ticket_id = %(ticket_id)s
+    """,
+    # The sweep notes how far it has come. No row is locked here: that would hold up a sweep.
+    "UPDATE chat_epochs SET swept_position = 0 WHERE ordinal = 0",
 )
 
 

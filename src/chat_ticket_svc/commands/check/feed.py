@@ -34,8 +34,8 @@ async def check_holder(url: str) -> Line:
     return Line(
         WARNING,
         "feed",
-        f"held up for {age} by the transaction of process {holder.pid} {who}{what}{state}: followers"
-        " of the feed hear of later changes when it has ended",
+        f"held up for {age} by the transaction of process {holder.pid} {who}{what}{state}:"
+        " followers of the feed hear of later changes when it has ended",
     )
 
 
