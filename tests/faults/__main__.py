@@ -59,7 +59,12 @@ def find_mutants(environment: Environment, seed: int, progress: Any) -> dict[str
         environment.become(name)
         [fault] = [each for each in FAULTS if each.name == mutant.fault]
         result = run(
-            environment, fault, seed=seed, amount=3, around=AROUND_SECONDS, settle=MUTANT_SECONDS
+            environment,
+            fault,
+            seed=seed,
+            amount=mutant.amount,
+            around=AROUND_SECONDS,
+            settle=MUTANT_SECONDS,
         )
         texts = [str(violation) for violation in result.violations]
         found[name] = [text for text in texts if any(expected in text for expected in mutant.finds)]

@@ -15,6 +15,9 @@ from psycopg.rows import namedtuple_row
 
 from faults.draft_checker import check_drafts, check_seen
 from faults.draft_record import DraftRecord
+from faults.feed_audit import read_audit
+from faults.feed_checker import check_audit, check_feed
+from faults.feed_record import FeedRecord
 from faults.record import Outcome, Record, WatchRecord, Write
 
 MESSAGES = """
@@ -94,6 +97,8 @@ def check(
             if watch.tenant == tenant:
                 violations += _check_watch(watch, found)
                 violations += _check_seen(watch, drafts, found)
+        feeds = [feed for feed in record.feeds if feed.tenant == tenant]
+        violations += [Violation("feed", text) for text in _check_feeds(feeds, connection, tenant)]
     return violations
 
 
@@ -254,6 +259,19 @@ def _check_seen(
     if watch.drafts is not None:
         for text in check_seen(watch.drafts, drafts, found.messages):
             yield Violation("draft", f"a watch of {watch.session_id} {text}")
+
+
+def _check_feeds(
+    feeds: Sequence[FeedRecord], connection: psycopg.Connection[Any], tenant: str
+) -> Iterator[str]:
+    """What followers of the tenant's feed were told, by the audit of commits."""
+    if not feeds:
+        return
+    audit = read_audit(connection, tenant)
+    yield from check_audit(audit)
+    for feed in feeds:
+        for text in check_feed(feed, audit):
+            yield f"the follower {feed.name} of {tenant} {text}"
 
 
 def _tickets(writes: Sequence[Write], found: Stored) -> Iterator[Violation]:

@@ -29,6 +29,7 @@ from chat_ticket_svc.embedded import EmbeddedPostgres
 from faults.checker import Violation, check
 from faults.draft_record import LEASE_SECONDS
 from faults.draft_sampler import OVERDUE_SECONDS, DraftSampler
+from faults.feed_audit import INSTALL
 from faults.proxy import Proxy
 from faults.served import MUTANT
 from faults.workload import THINK_SECONDS, Workload
@@ -159,6 +160,8 @@ class Environment:
             stack.callback(self._postgres.stop)
             self.database_url = self._postgres.url(DATABASE)
             assert migrate.up(self.database_url, quiet=True) == 0
+            with psycopg.connect(self.database_url) as connection:
+                connection.execute(INSTALL)
             host = Path(parse_qs(urlsplit(self.database_url).query)["host"][0])
             port = parse_qs(urlsplit(self.database_url).query)["port"][0]
             self.proxy = stack.enter_context(Proxy(host / f".s.PGSQL.{port}"))
@@ -254,7 +257,14 @@ class Environment:
         def addresses() -> Sequence[str]:
             return [service.address for service in self.services]
 
-        workload = Workload(addresses, seed, name, think_seconds, drafts=drafts)
+        workload = Workload(
+            addresses,
+            seed,
+            name,
+            think_seconds,
+            drafts=drafts,
+            audited_database=self.database_url,
+        )
         try:
             self.run(workload.start())
             yield workload

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from chat_ticket_svc.services import shown_drafts
+from chat_ticket_svc.services import change_feed_cursor, shown_drafts
 from chat_ticket_svc.store import (
     append,
+    change_feed,
     connection,
     draft_commit,
     drafts,
@@ -34,6 +35,7 @@ class Mutant:
     switch_on: Callable[[], None]
     fault: str
     finds: tuple[str, ...]
+    amount: float = 3  # of the fault
 
 
 def _no_row_lock() -> None:
@@ -139,6 +141,46 @@ def _follower_skips_a_piece() -> None:
     shown_drafts._serialized = skipped
 
 
+def _feed_by_update_time() -> None:
+    """Its watermark is the time, as of a caller that polls for `start_update_time`."""
+    position = "((1::bigint << 48) | (extract(epoch FROM {}) * 1000)::bigint)"
+    bounds, *sections = change_feed.PAGE.split("UNION ALL")
+    for bound in ("xmin", "xmax"):
+        xid = f"chat_feed_position(e.ordinal, pg_snapshot_{bound}(pg_current_snapshot()))"
+        assert xid in bounds, "PAGE has changed: this is no mutant any more"
+        bounds = bounds.replace(xid, position.format("clock_timestamp()"))
+    for number, section in enumerate(sections):
+        is_deleted = number in (change_feed.DELETED_SESSION, change_feed.DELETED_TICKET)
+        time = position.format("deleted_at" if is_deleted else "updated_at")
+        sections[number] = section.replace("feed_bucket", f"({time} >> 16)").replace(
+            "feed_position", time
+        )
+    change_feed.PAGE = "UNION ALL".join([bounds, *sections])
+
+
+def _feed_up_to_newest_transaction() -> None:
+    """It goes on after the newest transaction, although older ones may be running."""
+    _replace(change_feed, "PAGE", "pg_snapshot_xmin(", "pg_snapshot_xmax(")
+
+
+def _feed_without_tombstones() -> None:
+    is_due = change_feed._is_due
+    deleted = (change_feed.DELETED_SESSION, change_feed.DELETED_TICKET)
+    change_feed._is_due = lambda place, section: section not in deleted and is_due(place, section)
+
+
+def _feed_loses_its_place() -> None:
+    """A follower that resumes in the midst of a pass goes on after its end."""
+    decode = change_feed_cursor.decode
+
+    def lost(text: str, digest: str) -> change_feed_cursor.Cursor:
+        cursor = decode(text, digest)
+        place = cursor.place
+        return cursor if place.end is None else cursor._replace(place=change_feed.Place(place.end))
+
+    change_feed_cursor.decode = lost
+
+
 def _replace(module: Any, name: str, old: str, new: str) -> None:
     sql = getattr(module, name)
     assert old in sql, f"{name} has changed: this is no mutant any more"
@@ -148,6 +190,10 @@ def _replace(module: Any, name: str, old: str, new: str) -> None:
 def _each_alone() -> None:
     """Nothing is gathered: appends wait for one another's locks."""
     group_commit.MAX_BATCHED_MESSAGE_BYTES = -1
+
+
+def _feed_mutant(switch_on: Callable[[], None], finds: str) -> Mutant:
+    return Mutant(switch_on, "late commits, 100,000 changes", (finds,), amount=1_000)
 
 
 MUTANTS = {
@@ -174,4 +220,10 @@ MUTANTS = {
     "follower of drafts skips a piece": Mutant(
         _follower_skips_a_piece, "none", ("skipped a piece",)
     ),
+    "feed by update time": _feed_mutant(_feed_by_update_time, "was not told session"),
+    "feed up to the newest transaction": _feed_mutant(
+        _feed_up_to_newest_transaction, "was not told session"
+    ),
+    "feed without tombstones": _feed_mutant(_feed_without_tombstones, "was deleted"),
+    "feed loses its place": _feed_mutant(_feed_loses_its_place, "was not told session"),
 }

@@ -12,6 +12,7 @@ from google.rpc import status_pb2
 from grpc import StatusCode
 
 from faults.draft_record import DraftRecord, SeenDrafts
+from faults.feed_record import FeedRecord
 
 clock = time.monotonic
 
@@ -123,6 +124,7 @@ class Record:
     writes: list[Write] = field(default_factory=list)
     watches: list[WatchRecord] = field(default_factory=list)
     drafts: list[DraftRecord] = field(default_factory=list)
+    feeds: list[FeedRecord] = field(default_factory=list)
     # Bytes of another tenant, and statuses that no caller may see.
     findings: list[str] = field(default_factory=list)
     # When a write was acknowledged, in order: what lies between is an outage.

@@ -43,6 +43,8 @@ from chat_ticket.v1.chat_session_pb2 import (
 from chat_ticket.v1.chat_ticket_pb2 import CreateChatTicketRequest, ListTicketsRequest
 from faults.draft_callers import DraftCallers
 from faults.draft_record import SeenDrafts
+from faults.feed_followers import FeedFollowers
+from faults.feed_record import FeedRecord, Filters
 from faults.record import Attempt, Outcome, Record, WatchRecord, Write, clock, reason_of
 
 TENANTS = 3
@@ -53,6 +55,13 @@ CALL_SECONDS = 5.0
 THINK_SECONDS = 0.01
 BROWSE_SECONDS = 0.2
 PAUSE_SECONDS = 0.05  # before a call is made again
+
+# Whether they begin from the beginning, and what they follow; of each tenant.
+FEEDS = (
+    (True, Filters()),
+    (True, Filters(has_ticket=True)),
+    (False, Filters(statuses=("active",))),
+)
 
 NEVER = {StatusCode.INTERNAL, StatusCode.UNKNOWN}
 
@@ -76,8 +85,12 @@ class Workload:
         think_seconds: float,
         *,
         drafts: bool = False,
+        audited_database: str = "",
     ):
-        """With `drafts`, some callers write drafts, and half of the watches show them."""
+        """With `drafts`, some callers write drafts, and half of the watches show them.
+
+        With the URL of a database that has the audit (see `feed_audit`), some follow the feed.
+        """
         self.record = Record()
         self._think_seconds = think_seconds  # of a writer, between two writes
         self._random = random.Random(seed)
@@ -94,8 +107,29 @@ class Workload:
             self._draft_callers = DraftCallers(
                 self.record, self.api, self._check_response, random.Random(seed)
             )
+        self._feed_followers: FeedFollowers | None = None
+        if audited_database:
+            self._feed_followers = FeedFollowers(
+                self.api,
+                audited_database,
+                self._check_response,
+                random.Random(seed),
+                self.record.findings,
+            )
 
     async def start(self) -> None:
+        if self._feed_followers is not None:
+            for tenant in self.tenants:
+                for from_beginning, filters in FEEDS:
+                    feed = FeedRecord(
+                        tenant=tenant,
+                        name=f"from {'the beginning' if from_beginning else 'now'}, {filters}",
+                        filters=filters,
+                        from_beginning=from_beginning,
+                    )
+                    self.record.feeds.append(feed)
+                    self._feed_followers.start(feed, leaves=True)
+            await self._feed_followers.wait_until_begun()
         for tenant in self.tenants:
             for _ in range(SESSIONS):
                 self.sessions[tenant].append(await self.create_session(tenant))
@@ -137,6 +171,8 @@ class Workload:
                 if any(task.done() for task in self._watch_tasks):
                     break  # by an error, which `close` raises
                 await asyncio.sleep(0.02)
+            if self._feed_followers is not None:
+                await self._feed_followers.settle(seconds / 2)
 
     async def stop_watching(self) -> None:
         """End the watches. What they have seen stays in the record."""
@@ -150,9 +186,13 @@ class Workload:
         tasks = self._writers + self._watch_tasks
         if self._draft_callers is not None:
             tasks += self._draft_callers.tasks
+        if self._feed_followers is not None:
+            tasks += self._feed_followers.tasks
         for task in tasks:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
+        if self._feed_followers is not None:
+            await self._feed_followers.close()
         for api in self._apis.values():
             await api.channel.close()
         self._apis.clear()
