@@ -166,11 +166,11 @@ async def _check(
             continue
         await _check_list(api, follower, expected)
         await follower.catch_up(api)
-        assert (name, follower.lost_positions) == (name, [expected] if expected else [])
+        assert (name, follower.losses) == (name, [expected] if expected else [])
         assert (name, follower.repeats) == (name, [])
         assert (name, await follower.differences(api)) == (name, [])
     await resumed.feed.catch_up(api)
-    assert resumed.feed.lost_positions == feed
+    assert resumed.feed.losses == feed
     assert await resumed.feed.differences(api) == []
 
 
@@ -203,5 +203,5 @@ async def test_what_is_replayed_later_hides_no_loss(
         async with _served(url) as api:
             resumed = copy.deepcopy(original.after.feed)
             await resumed.catch_up(api)
-            assert resumed.lost_positions == 1
+            assert resumed.losses == 1
             assert await resumed.differences(api) == []
