@@ -1,7 +1,8 @@
 """`make failover`: a standby takes over from its primary under load, in several ways.
 
 The services know both by a URL of two hosts. What their callers got is compared with what the
-new primary has: an acknowledged write that is not there is lost.
+new primary has: an acknowledged write that is not there is lost. Followers that keep the epoch of
+their position must hold what it has, and none is sent back if nothing of its own was lost.
 """
 
 import argparse
@@ -10,7 +11,6 @@ import contextlib
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,9 +25,11 @@ from chat_ticket_svc import embedded
 from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.embedded import EmbeddedPostgres
 from faults.checker import check
-from faults.environment import DATABASE, Service, _children, _signal
+from faults.environment import DATABASE, Service
+from faults.failover_followers import Followers, Verdict
 from faults.proxy import Mode, Proxy
 from faults.record import clock
+from faults.restores import kill, run_as_server
 from faults.workload import THINK_SECONDS, Workload
 
 AROUND_SECONDS = 3.0  # of work, before and after
@@ -35,6 +37,9 @@ SETTLE_SECONDS = 30.0
 WAIT_SECONDS = 30.0
 BEHIND_SECONDS = 0.3
 STANDBY = "standby"
+
+REPLAYED = "SELECT pg_last_wal_replay_lsn(), count(*) FROM pg_stat_wal_receiver"
+REVISIONS = "SELECT id::text, revision FROM chat_sessions"
 
 
 class Pair:
@@ -56,7 +61,7 @@ class Pair:
                 Proxy(Path(f"{socket['host']}/.s.PGSQL.{socket['port']}"))
             )
             assert migrate.up(url, quiet=True) == 0
-            _as_server(
+            run_as_server(
                 "pg_basebackup",
                 "--dbname",
                 f"postgresql://postgres@127.0.0.1:{self._proxy.port}/postgres"
@@ -93,9 +98,17 @@ class Pair:
     def _data(self, name: str) -> str:
         return str(self._directory / name)
 
+    def kept_revisions(self) -> dict[str, int]:
+        """The revision of each session that the standby has, before it is promoted."""
+        with psycopg.connect(self.standby.url(DATABASE), autocommit=True) as connection:
+            replayed = None
+            while replayed != (replayed := connection.execute(REPLAYED).fetchone()):
+                time.sleep(0.05)
+            return dict(connection.execute(REVISIONS).fetchall())
+
     def promote(self) -> None:
         """Promote by a signal: replay may cancel any query on a standby, even pg_promote()."""
-        _as_server("pg_ctl", "promote", "--wait", "--silent", "--pgdata", self._data(STANDBY))
+        run_as_server("pg_ctl", "promote", "--wait", "--silent", "--pgdata", self._data(STANDBY))
 
     def lose_primary_and_unsent_wal(self) -> None:
         """As with a network that is slower than the writes are."""
@@ -105,9 +118,7 @@ class Pair:
             time.sleep(BEHIND_SECONDS)
 
     def lose_primary(self) -> None:
-        """All of its processes at once, as with their machine."""
-        for pid in (self.primary.pid, *_children(self.primary.pid)):
-            _signal(pid, signal.SIGKILL)
+        kill(self.primary)
 
     def stop_primary(self) -> None:
         """Stop the primary cleanly: it ends when the standby has all WAL."""
@@ -158,29 +169,38 @@ class Result:
     ahead: int  # watches that delivered what was lost
     promoted_seconds: float  # since the primary's end began
     outage_seconds: float  # the longest without an acknowledged write
+    followers: Verdict
 
 
 async def run(pair: Pair, case: FailoverCase, services: list[Service], seed: int) -> Result:
     workload = Workload(
         lambda: [service.address for service in services], seed, "failover", THINK_SECONDS
     )
-    record = workload.record
+    record, followers = workload.record, Followers(workload)
     try:
         await workload.start()
+        followers.start()
         await asyncio.sleep(AROUND_SECONDS)
         before, struck = len(record.acknowledged), clock()
         await asyncio.to_thread(case.end, pair)
+        followers.leave()
+        kept = await asyncio.to_thread(pair.kept_revisions)
         await asyncio.to_thread(pair.promote)
         promoted = clock()
         await asyncio.to_thread(_until_healthy, services)
-        await asyncio.sleep(AROUND_SECONDS)
+        await asyncio.sleep(AROUND_SECONDS / 2)
+        followers.come_back()
+        await asyncio.sleep(AROUND_SECONDS / 2)
         await workload.settle(SETTLE_SECONDS)
+        await followers.settle()
+        verdict = await followers.verdict(kept)
     finally:
+        await followers.close()
         await workload.close()
-    ahead = [postgres for postgres in record.findings if "OUT_OF_RANGE" in postgres]
-    record.findings[:] = [postgres for postgres in record.findings if postgres not in ahead]
+    ahead = [text for text in record.findings if "OUT_OF_RANGE" in text]
+    record.findings[:] = [text for text in record.findings if text not in ahead]
     with psycopg.connect(pair.standby.url(DATABASE)) as connection:
-        violations = [str(postgres) for postgres in check(record, connection, workload.tenants)]
+        violations = [str(each) for each in check(record, connection, workload.tenants)]
     lost = [text for text in violations if "is lost" in text]
     return Result(
         before=before,
@@ -190,6 +210,7 @@ async def run(pair: Pair, case: FailoverCase, services: list[Service], seed: int
         ahead=len(ahead),
         promoted_seconds=promoted - struck,
         outage_seconds=record.longest_outage(struck),
+        followers=verdict,
     )
 
 
@@ -212,13 +233,6 @@ def _until_healthy(services: list[Service]) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError("a service does not become healthy")
         time.sleep(0.05)
-
-
-def _as_server(program: str, *arguments: str) -> None:
-    """Run it as whom PostgreSQL runs, to whom the files belong."""
-    binaries = embedded._binaries()
-    command = embedded._command(embedded._identity(binaries), binaries / program, *arguments)
-    subprocess.run(command, check=True, cwd="/")
 
 
 def _execute(url: str, sql: str) -> None:
@@ -244,19 +258,40 @@ def table(results: dict[str, list[Result]]) -> str:
     ]
     for name, runs in results.items():
         counts = (
-            sum(postgres.before for postgres in runs),
-            sum(postgres.after for postgres in runs),
-            sum(postgres.lost for postgres in runs),
-            sum(len(postgres.other) for postgres in runs),
-            sum(postgres.ahead for postgres in runs),
+            sum(each.before for each in runs),
+            sum(each.after for each in runs),
+            sum(each.lost for each in runs),
+            sum(len(each.other) for each in runs),
+            sum(each.ahead for each in runs),
         )
         times = (
-            statistics.median(postgres.promoted_seconds for postgres in runs),
-            statistics.median(postgres.outage_seconds for postgres in runs),
+            statistics.median(each.promoted_seconds for each in runs),
+            statistics.median(each.outage_seconds for each in runs),
         )
         cells = [f"{count:,}" for count in (len(runs), *counts)]
         cells += [f"{seconds:.1f} s" for seconds in times]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def follower_table(results: dict[str, list[Result]]) -> str:
+    lines = [
+        "| how | followers of sessions | told of a loss | followers of feeds | told of a loss "
+        "| hold what is no more | sent back for nothing | other errors |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, runs in results.items():
+        verdicts = [each.followers for each in runs]
+        counts = (
+            sum(each.of_sessions for each in verdicts),
+            sum(each.told for each in verdicts),
+            sum(each.of_feeds for each in verdicts),
+            sum(each.feeds_told for each in verdicts),
+            sum(len(each.wrong) for each in verdicts),
+            sum(len(each.for_nothing) for each in verdicts),
+            sum(len(each.errors) for each in verdicts),
+        )
+        lines.append(f"| {name} | {' | '.join(f'{count:,}' for count in counts)} |")
     return "\n".join(lines)
 
 
@@ -283,10 +318,13 @@ def main() -> None:
                 ):
                     result = asyncio.run(run(pair, case, services, options.seed + number))
             results.setdefault(case.name, []).append(result)
-            for text in result.other[:5]:
+            followers = result.followers
+            unexpected = (*followers.wrong, *followers.for_nothing, *followers.errors)
+            for text in (*result.other[:5], *unexpected[:5]):
                 print(f"{case.name}: {text}", file=sys.stderr)
+            failed |= bool(unexpected)
             failed |= not case.loses and bool(result.lost or result.other or result.ahead)
-    print(table(results))
+    print(table(results), follower_table(results), sep="\n\n")
     sys.exit(failed)
 
 

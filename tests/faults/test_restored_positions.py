@@ -1,6 +1,6 @@
 """Followers whose position a restore has lost are told, and no others are sent back.
 
-All restores are of one moment, and other writes follow each. So the same revisions are given several
+All restores are of one moment, and other writes follow each. So revisions are given several
 times.
 """
 

@@ -201,9 +201,12 @@ class Workload:
         if errors:
             raise errors[0]
 
-    def api(self, tenant: str, number: int) -> Api:
+    def address(self, number: int) -> str:
         addresses = self._addresses()
-        address = addresses[number % len(addresses)]
+        return addresses[number % len(addresses)]
+
+    def api(self, tenant: str, number: int) -> Api:
+        address = self.address(number)
         if (tenant, address) not in self._apis:
             self._apis[tenant, address] = Api(address, tenant, options=CHANNEL)
         return self._apis[tenant, address]
