@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from chat_ticket_svc.services import paging
+from chat_ticket_svc.services.validate import Validator
 from chat_ticket_svc.store.change_feed import SECTIONS, Epoch, Place
 
 MAX_CHARACTERS = 8192
@@ -69,28 +70,36 @@ class HistoryChanged(Exception):  # noqa: N818 - a signal to the stream, never t
         self.cursor = cursor
 
 
-def decode(text: str, digest: str) -> Cursor:
-    """The cursor of a text from `encode`. Raises ValueError or RecursionError for any other."""
+def decode(validator: Validator, text: str, digest: str) -> Cursor | None:
+    """The cursor of a request. None, and a violation, if it does not come from `encode`."""
+    if len(text) > MAX_CHARACTERS:
+        validator.add_violation("cursor", f"{len(text):,} characters, at most {MAX_CHARACTERS:,}")
+        return None
+    try:
+        return _parse(text, digest)
+    except (ValueError, TypeError, IndexError, RecursionError):
+        validator.add_violation("cursor", "not a cursor of this method with these filters")
+        return None
+
+
+def _parse(text: str, digest: str) -> Cursor:
     text_digest, *values = paging.decode(text)
     if text_digest != digest:
         raise ValueError
-    try:
-        start, end, section, bucket, row_id, epoch_id, wal_position, earlier = values
-        place = Place(
-            paging.parse_integer(start),
-            None if end is None else paging.parse_integer(end),
-            SECTIONS[paging.parse_integer(section)],
-            paging.parse_integer(bucket),
-            paging.parse_id(row_id) if row_id else "",
-        )
-        return Cursor(
-            place,
-            _parse_epoch_id(epoch_id),
-            None if wal_position is None else paging.parse_integer(wal_position),
-            tuple((_parse_epoch_id(id_), paging.parse_integer(at)) for id_, at in earlier),
-        )
-    except (TypeError, IndexError) as error:
-        raise ValueError from error
+    start, end, section, bucket, row_id, epoch_id, wal_position, earlier = values
+    place = Place(
+        paging.parse_integer(start),
+        None if end is None else paging.parse_integer(end),
+        SECTIONS[paging.parse_integer(section)],
+        paging.parse_integer(bucket),
+        paging.parse_id(row_id) if row_id else "",
+    )
+    return Cursor(
+        place,
+        _parse_epoch_id(epoch_id),
+        None if wal_position is None else paging.parse_integer(wal_position),
+        tuple((_parse_epoch_id(id_), paging.parse_integer(at)) for id_, at in earlier),
+    )
 
 
 def _parse_epoch_id(value: Any) -> str:

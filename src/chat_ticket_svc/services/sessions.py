@@ -182,29 +182,13 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         digest = paging.digest(tenant_id, request, ("cursor", "from_beginning"))
         start: Cursor | Place | None = BEGINNING if request.from_beginning else None
         if request.cursor:
-            start = _cursor(validator, request, digest)
+            start = change_feed_cursor.decode(validator, request.cursor, digest)
+            if request.from_beginning:
+                validator.add_violation("from_beginning", "not together with a cursor")
         validator.raise_if_invalid()
         return change_feed_stream.watch(
             self._db, self._watch_hub.change_feeds, tenant_id, digest, session_filter, start
         )
-
-
-def _cursor(
-    validator: Validator, request: pb.WatchChatSessionsRequest, digest: str
-) -> Cursor | None:
-    if request.from_beginning:
-        validator.add_violation("from_beginning", "not together with a cursor")
-    if len(request.cursor) > change_feed_cursor.MAX_CHARACTERS:
-        validator.add_violation(
-            "cursor",
-            f"{len(request.cursor):,} characters, at most {change_feed_cursor.MAX_CHARACTERS:,}",
-        )
-        return None
-    try:
-        return change_feed_cursor.decode(request.cursor, digest)
-    except (ValueError, RecursionError):
-        validator.add_violation("cursor", "not a cursor of this method with these filters")
-        return None
 
 
 def _changes(validator: Validator, request: pb.UpdateChatSessionRequest) -> sessions.Update:
