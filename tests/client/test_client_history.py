@@ -290,7 +290,9 @@ class Session:
         then, nobody can know.
         """
         ahead = [id_ for id_, at in self.state()[1].items() if at > revision]
-        return not any(kind == "create" and id_ in ahead for kind, id_, _ in self.changes[:revision])
+        return not any(
+            kind == "create" and id_ in ahead for kind, id_, _ in self.changes[:revision]
+        )
 
 
 @pytest.mark.parametrize("seed", range(300))
@@ -307,7 +309,10 @@ def test_caller_ends_with_what_the_database_has(seed: int) -> None:
                 session.write(chance, chance.randrange(12))
     follow(session, progress, caller, chance, is_last=True)
     assert caller.messages == session.state()[0]
-    assert (caller.events[-1].revision, caller.events[-1].epoch) == (session.revision, session.epoch)
+    assert (caller.events[-1].revision, caller.events[-1].epoch) == (
+        session.revision,
+        session.epoch,
+    )
 
 
 def follow(

@@ -179,15 +179,25 @@ class TestErase:
     async def test_ids_of_erased_sessions_are_not_used_again(
         self, filled: Filled, database: str, tenant: str
     ) -> None:
-        """What is left of a session is its id."""
+        """What is left of a session, or of a ticket, is its id, until it is swept."""
         await filled.close_tickets()
+        _, before = sessions_and_tickets(database, tenant)
         assert (await erase(database, tenant, "--yes")).status == 0
         with psycopg.connect(database) as connection:
             left = connection.execute(
                 "SELECT session_id::text FROM chat_session_tombstones WHERE tenant_id = %s",
                 [tenant],
             ).fetchall()
+            left_of_tickets = connection.execute(
+                "SELECT to_jsonb(t) - '{tenant_id,deleted_at,feed_position,feed_bucket}'::text[]"
+                "  FROM ticket_tombstones t WHERE tenant_id = %s",
+                [tenant],
+            ).fetchall()
         assert {row[0] for row in left} == {filled.first, filled.second}
+        erased = before - sessions_and_tickets(database, tenant)[1]
+        assert erased
+        assert sorted(row["ticket_id"] for (row,) in left_of_tickets) == sorted(erased)
+        assert {name for (row,) in left_of_tickets for name in row} == {"ticket_id"}
 
     @pytest.mark.usefixtures("filled")
     async def test_a_dry_run_only_counts(self, database: str, tenant: str) -> None:

@@ -320,7 +320,10 @@ class TestUpAndDown:
             us.add("chat_attachments", message_id=message)
             us.add("chat_draft_pieces")
             before = {table: rows_of(connection, table) for table in OLD_TABLES}
+            files = "SELECT relname, relfilenode FROM pg_class WHERE relname = ANY (%s)"
+            files_before = set(connection.execute(files, [list(OLD_TABLES)]))
             assert migrate.up(fresh_database, quiet=True) == 0
+            assert set(connection.execute(files, [list(OLD_TABLES)])) == files_before, "rewritten"
             [(epoch,)] = connection.execute("SELECT id FROM chat_epochs")
             # As changed at the beginning of the first epoch.
             feed = {"feed_position": 1 << 48, "feed_bucket": 1 << 32}

@@ -191,6 +191,31 @@ def test_dumps_are_restored_exactly(
             )
 
 
+def test_restore_in_place_begins_an_epoch(
+    create: Callable[..., str], run: Callable[..., None], tmp_path: Path
+) -> None:
+    """The database is the same, but its tables are others. What came after the dump is lost."""
+    source = create()
+    fill(source)
+    run("pg_dump", "-Fc", "-f", tmp_path / "whole", source)
+    last = "SELECT id, ordinal, branch_lsn FROM chat_epochs ORDER BY ordinal DESC LIMIT 1"
+    with psycopg.connect(source, autocommit=True) as connection:
+        us = Rows(connection, "us")
+        session = us.add("chat_sessions")
+        us.set("chat_sessions", session, revision=1)
+        [(before, ordinal, _)] = connection.execute(last).fetchall()
+    run("pg_restore", "--exit-on-error", "--clean", "--if-exists", "-d", source, tmp_path / "whole")
+    with psycopg.connect(source, autocommit=True) as connection:
+        us = Rows(connection, "us")
+        us.add("chat_sessions", id=session)
+        us.set("chat_sessions", session, revision=1)
+        [(after, next_ordinal, branch)] = connection.execute(last).fetchall()
+        assert (next_ordinal, branch) == (ordinal + 1, None)
+        assert after != before
+        found = connection.execute("SELECT epoch FROM chat_sessions WHERE id = %s", [session])
+        assert found.fetchall() == [(f"0.{after}",)]
+
+
 def test_lost_links_are_restored_alone(
     create: Callable[..., str], run: Callable[..., None], tmp_path: Path
 ) -> None:
