@@ -3,9 +3,14 @@
 Each row has the position of its last change: the epoch and the transaction id (see the migration
 "change positions and epochs"). Transactions end in another order than that of their ids. But those
 below pg_snapshot_xmin have all ended. So a reader takes this bound as the end of a pass, reads all
-rows from the start of the pass up to there, and goes on from its end. A row that changes meanwhile
-leaves the range, and the next pass finds it. That needs no clock and no lock, and the pages of a
-pass can be read in any number of transactions.
+rows from the start of the pass on, and goes on from its end. That needs no clock and no lock, and
+the pages of a pass can be read in any number of transactions.
+
+A pass also has the rows whose last change is at its end or later, if they are visible already. The
+next pass has them again. Otherwise a session that changes all the time would not be told while
+transactions overlap, as its last change would always be beyond the end. And a follower that has
+come to a position would not know all that was changed before it, so that what has left its filter
+could not be judged by the last changes.
 
 A pass is read in the order of the indexes: by section, bucket and id.
 """
@@ -139,9 +144,7 @@ def _section(
     AND %(reads_{number})s::boolean AND (SELECT start < pass_end FROM bounds)
     AND (feed_bucket, {id_column})
         > ((SELECT %(bucket_{number})s::bigint), (SELECT %(id_{number})s::uuid))
-    AND feed_bucket <= (SELECT pass_end >> 16 FROM bounds)
     AND feed_position >= (SELECT start FROM bounds)
-    AND feed_position < (SELECT pass_end FROM bounds)
     AND {condition}
   ORDER BY feed_bucket, {id_column} LIMIT (SELECT %(limit)s::bigint))
 """
