@@ -111,11 +111,10 @@ class Pair:
         run_as_server("pg_ctl", "promote", "--wait", "--silent", "--pgdata", self._data(STANDBY))
 
     def lose_primary_and_unsent_wal(self) -> None:
-        """As with a network that is slower than the writes are."""
-        with self._proxy.during(Mode.BLACKHOLE):
-            time.sleep(BEHIND_SECONDS)
-            self.lose_primary()
-            time.sleep(BEHIND_SECONDS)
+        """As with a network that is slower than the writes are. What is in it is lost too."""
+        self._stack.enter_context(self._proxy.during(Mode.BLACKHOLE))
+        time.sleep(BEHIND_SECONDS)
+        self.lose_primary()
 
     def lose_primary(self) -> None:
         kill(self.primary)
