@@ -12,6 +12,7 @@ import grpc.aio
 from support.client import Api
 
 from chat_ticket.client import AsyncChatTicketClient
+from chat_ticket.errors import ChatTicketError
 from faults.followers import (
     ClientFeedFollower,
     ClientSessionFollower,
@@ -64,12 +65,12 @@ class Followers:
                 self._sessions += [(tenant, each) for each in (raw, away, by_client)]
                 self._start(raw.follow, tenant, number)
                 self._start(away.follow, tenant, number + 1, is_away=True)
-                self._tasks.append(asyncio.create_task(by_client.follow(client)))
+                self._start_client(by_client.follow, client)
             feed, away_feed, feed_by_client = FeedFollower(), FeedFollower(), ClientFeedFollower()
             self._feeds += [(tenant, each) for each in (feed, away_feed, feed_by_client)]
             self._start(feed.follow, tenant, number)
             self._start(away_feed.follow, tenant, number + 1, is_away=True)
-            self._tasks.append(asyncio.create_task(feed_by_client.follow(client)))
+            self._start_client(feed_by_client.follow, client)
 
     def leave(self) -> None:
         """Some of them, until they come back."""
@@ -134,6 +135,23 @@ class Followers:
         is_away: bool = False,
     ) -> None:
         self._tasks.append(asyncio.create_task(self._follow(follow, tenant, number, is_away)))
+
+    def _start_client(
+        self,
+        follow: Callable[[AsyncChatTicketClient], Awaitable[None]],
+        client: AsyncChatTicketClient,
+    ) -> None:
+        self._tasks.append(asyncio.create_task(self._follow_by_client(follow, client)))
+
+    async def _follow_by_client(
+        self,
+        follow: Callable[[AsyncChatTicketClient], Awaitable[None]],
+        client: AsyncChatTicketClient,
+    ) -> None:
+        try:
+            await follow(client)
+        except ChatTicketError as error:
+            self._errors.append(f"{type(error).__name__} of the client: {error}")
 
     async def _follow(
         self, follow: Callable[[Api], Awaitable[None]], tenant: str, number: int, is_away: bool
