@@ -137,6 +137,7 @@ class WatchProgress:
         self._session_id = session_id
         self._include_drafts = include_drafts
         self._state = ResumeState(after_revision, epoch)
+        self._sent_epoch = epoch
         self._drafts = FollowedDrafts()
         self._told = ToldMessages(after_revision)
         self._is_at_start = True  # of a stream
@@ -145,6 +146,7 @@ class WatchProgress:
         """That of the next stream."""
         self._drafts.begin_stream()
         self._is_at_start = True
+        self._sent_epoch = self._state.epoch
         return WatchChatSessionRequest(
             session_id=self._session_id,
             after_revision=self._state.revision,
@@ -155,6 +157,11 @@ class WatchProgress:
     @property
     def position(self) -> str:
         return f"revision {self._state.revision}"
+
+    @property
+    def has_new_epoch(self) -> bool:
+        """Whether the next stream names the epoch of its position, and this one did not."""
+        return bool(self._state.epoch) and not self._sent_epoch
 
     @property
     def has_ended(self) -> bool:

@@ -287,6 +287,10 @@ class ChatTicketClient:
                 return
             except errors.HistoryChangedError as error:
                 change = error
+            except errors.OutOfRangeError:
+                if not progress.has_new_epoch:
+                    raise
+                continue  # a stream that names its epoch is told what is shared
             corrections = progress.corrections(change)
             log.warning("%s: tells what is gone or different: %s", name, change)
             for event in corrections.first_events():
