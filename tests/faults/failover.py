@@ -319,7 +319,12 @@ def main() -> None:
             results.setdefault(case.name, []).append(result)
             followers = result.followers
             unexpected = (*followers.wrong, *followers.for_nothing, *followers.errors)
-            for text in (*result.other[:5], *unexpected[:5]):
+            for text in (
+                *result.other[:5],
+                *followers.wrong[:5],
+                *followers.for_nothing[:5],
+                *followers.errors[:5],
+            ):
                 print(f"{case.name}: {text}", file=sys.stderr)
             failed |= bool(unexpected)
             failed |= not case.loses and bool(result.lost or result.other or result.ahead)

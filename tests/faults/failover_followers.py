@@ -93,12 +93,11 @@ class Followers:
     async def verdict(self, kept: dict[str, int]) -> Verdict:
         """`kept` has the revision of each session that the standby had."""
         for_nothing = [
-            f"a follower of {follower.session_id} at {revision} was told to go back to {shared},"
-            f" and {kept[follower.session_id]} is kept"
+            f"a follower of {follower.session_id}: {loss}, and {kept[follower.session_id]} is kept"
             for _, follower in self._sessions
-            for revision, shared in follower.losses
-            if shared < min(revision, kept[follower.session_id])
-            or revision <= kept[follower.session_id]
+            for loss in follower.losses
+            if loss.newest <= kept[follower.session_id]
+            or (loss.newest == loss.revision and loss.shared < kept[follower.session_id])
         ]
         for_nothing += [
             f"a follower of {follower.session_id} got {repeat} again"

@@ -5,7 +5,7 @@ has happened to its history.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc.aio
 from google.rpc import error_details_pb2 as details_pb2
@@ -28,6 +28,14 @@ STREAM_SECONDS = 3600
 PAGE_SIZE = 1000
 
 
+class Loss(NamedTuple):
+    """That a follower was told that it has lost its position."""
+
+    revision: int
+    newest: int  # of what it was told: above the revision where the stream was catching up
+    shared: int  # the last revision that it still has
+
+
 class HeldSession:
     """A session as a follower of it has it."""
 
@@ -38,8 +46,8 @@ class HeldSession:
         self.session = r.ChatSession()
         self.messages: dict[str, r.ChatMessage] = {}
         self.is_caught_up = False
-        # The revision at which the follower was told of a loss, and the last one that is shared.
-        self.losses: list[tuple[int, int]] = []
+        self.newest = 0
+        self.losses: list[Loss] = []
         self.repeats: list[str] = []  # messages that came although it had them
         self._deleted: dict[str, int] = {}  # ids of messages, and when that was told
 
@@ -47,8 +55,10 @@ class HeldSession:
         match event.WhichOneof("event"):
             case "session":
                 self.session = event.session
+                self.newest = max(self.newest, event.session.revision)
             case "messages_created":
                 for message in event.messages_created.messages:
+                    self.newest = max(self.newest, message.revision)
                     if message.id in self.messages:
                         self.repeats.append(f"message {message.id} at {message.sequence}")
                     self.messages[message.id] = message
@@ -61,8 +71,13 @@ class HeldSession:
             case "caught_up":
                 self.is_caught_up = True
         if event.revision < self.revision:
-            self.losses.append((self.revision, event.revision))
+            self.lose(event.revision)
         self.revision, self.epoch = event.revision, event.epoch
+        self.newest = max(self.newest, event.revision)
+
+    def lose(self, shared: int) -> None:
+        self.losses.append(Loss(self.revision, self.newest, shared))
+        self.newest = shared
 
     async def differences(self, api: Api) -> list[str]:
         """What it holds that is not so, and what it lacks."""
@@ -98,9 +113,11 @@ class SessionFollower(HeldSession):
                     return
         except grpc.aio.AioRpcError as error:
             info = info_of(error)
-            if info.reason != "HISTORY_CHANGED":
+            if info.reason == "HISTORY_CHANGED":
+                await self._go_back(api, info)
+            elif info.reason != "REVISION_OUT_OF_RANGE" or request.epoch or not self.epoch:
+                # Otherwise a stream that names its epoch is told what is shared.
                 raise
-            await self._go_back(api, info)
         finally:
             call.cancel()
 
@@ -128,7 +145,7 @@ class SessionFollower(HeldSession):
             if found is not None and found.sequence <= shared:
                 self.messages[id_] = found
                 self._deleted.pop(id_, None)
-        self.losses.append((self.revision, shared))
+        self.lose(shared)
         self.revision, self.epoch = shared, info.metadata["epoch"]
 
 
