@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionsResponse as Response
-from chat_ticket_svc.services import convert
+from chat_ticket_svc.services import change_feed_encoding, convert
 from chat_ticket_svc.services.change_feed_cursor import Cursor
 from chat_ticket_svc.store.change_feed import (
     DELETED_SESSION,
-    DELETED_TICKET,
+    SESSION,
     TICKET,
     Page,
     Place,
@@ -58,45 +58,49 @@ def _responses(
 ) -> tuple[list[bytes], Cursor]:
     # Not moved by a page without events, so that it stays as low as possible.
     told = cursor._replace(wal_position=page.wal_position)
+    tenant = change_feed_encoding.tenant_field(tenant_id)
     made: list[bytes] = []
-    response, size, last = Response(), 0, None
+    events: list[bytes] = []
+    size, last = 0, None
     for row in page.rows:
-        event = _event(row, session_filter, tenant_id, page.place.start)
+        event = _event(row, session_filter, tenant_id, tenant, page.place.start)
         if event is None:
             continue
-        event_size = event.ByteSize() + 8
-        size += event_size
-        if last and (len(response.events) == MAX_EVENTS or size > MAX_RESPONSE_BYTES):
+        size += len(event) + 8
+        if last and (len(events) == MAX_EVENTS or size > MAX_RESPONSE_BYTES):
             place = Place(page.place.start, page.pass_end, last.section, last.bucket, last.id)
-            response.cursor = told._replace(place=place).encode(digest)
-            made.append(response.SerializeToString())
-            response, size = Response(), event_size
-        response.events.append(event)
+            place_cursor = told._replace(place=place).encode(digest)
+            made.append(change_feed_encoding.response(place_cursor, events))
+            events, size = [], len(event) + 8
+        events.append(event)
         last = row
     if last is None:
         return [], cursor._replace(place=page.next)
     told = told._replace(place=page.next)
-    response.cursor = told.encode(digest)
-    made.append(response.SerializeToString())
+    made.append(change_feed_encoding.response(told.encode(digest), events))
     return made, told
 
 
-def _event(row: Row, session_filter: SessionFilter, tenant_id: str, start: int) -> Event | None:
-    """What to tell of a row that has changed at or after `start`, if anything."""
-    if row.section == TICKET:
-        return Event(ticket=convert.ticket(row.ticket(tenant_id)))
-    if row.section == DELETED_TICKET:
-        return Event(ticket_deleted=Response.TicketDeleted(ticket_id=row.id))
-    if row.section == DELETED_SESSION:
-        return Event(session_deleted=Response.ChatSessionDeleted(session_id=row.id))
-    if session_filter.user_id is not None and row.user_id != session_filter.user_id:
-        return None
-    labels = json.loads(row.labels) if row.labels and session_filter.labels else {}
-    if session_filter.matches(row.status, row.has_ticket, labels):
-        return Event(session=convert.session(row.session(tenant_id)))
-    if _may_have_matched(row, session_filter, labels, start):
-        return Event(left=Response.ChatSessionLeft(session_id=row.id))
-    return None
+def _event(
+    row: Row, session_filter: SessionFilter, tenant_id: str, tenant: bytes, start: int
+) -> bytes | None:
+    """What to tell of a row that has changed at or after `start`, if anything, as an Event."""
+    if row.section == SESSION:
+        if session_filter.user_id is not None and row.user_id != session_filter.user_id:
+            return None
+        labels = json.loads(row.labels) if row.labels and session_filter.labels else {}
+        if session_filter.matches(row.status, row.has_ticket, labels):
+            return change_feed_encoding.session_event(tenant, row)
+        if not _may_have_matched(row, session_filter, labels, start):
+            return None
+        event = Event(left=Response.ChatSessionLeft(session_id=row.id))
+    elif row.section == DELETED_SESSION:
+        event = Event(session_deleted=Response.ChatSessionDeleted(session_id=row.id))
+    elif row.section == TICKET:
+        event = Event(ticket=convert.ticket(row.ticket(tenant_id)))
+    else:
+        event = Event(ticket_deleted=Response.TicketDeleted(ticket_id=row.id))
+    return event.SerializeToString()
 
 
 def _may_have_matched(

@@ -131,10 +131,13 @@ AUTHOR_KIND_FIELD = {
 REDACTED = b"p\x01"
 
 
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
+    """A number that is not negative."""
     if number < 0x4000:
         return FINAL[number]
-    return CONTINUED[number & 0x3FFF] + _varint(number >> 14)
+    if number < 0x10000000:
+        return CONTINUED[number & 0x3FFF] + FINAL[number >> 14]
+    return CONTINUED[number & 0x3FFF] + varint(number >> 14)
 
 
 def messages(session_id: str, rows: Iterable[Row]) -> bytes:
@@ -156,27 +159,27 @@ def messages(session_id: str, rows: Iterable[Row]) -> bytes:
         if 0x4000 <= sequence < 0x10000000:
             number = continued[sequence & 0x3FFF] + final[sequence >> 14]
         else:
-            number = _varint(sequence)
+            number = varint(sequence)
         seconds, microseconds = divmod(created_at + POSTGRESQL_EPOCH_MICROSECONDS, 1_000_000)
         if seconds != time_seconds:
-            time, time_seconds = b"\x08" + _varint(seconds), seconds
+            time, time_seconds = b"\x08" + varint(seconds), seconds
             before_nanos = b"B%b%b\x10" % (final[len(time) + 6], time)
         if (nanos := 1000 * microseconds) >= 0x10000000:
             rest = continued[nanos >> 14 & 0x3FFF] + final[nanos >> 28]
             create_time = before_nanos + continued[nanos & 0x3FFF] + rest
         else:
-            create_time = b"%b\x10%b" % (time, _varint(nanos)) if nanos else time
+            create_time = b"%b\x10%b" % (time, varint(nanos)) if nanos else time
             create_time = b"B%b%b" % (final[len(create_time)], create_time)
         size = len(content)
         message = b"\n$%b%b%b %b%b%b%b%b%b" % (
             id_,
             session_id_and_sequence_tag,
             number,
-            number if revision == sequence else _varint(revision),
+            number if revision == sequence else varint(revision),
             ROLE_AND_CONTENT_TAG[role],
-            final[size] if size < 0x4000 else _varint(size),
+            final[size] if size < 0x4000 else varint(size),
             content,
-            b"" if metadata is None else b":%b%b" % (_varint(len(metadata)), metadata),
+            b"" if metadata is None else b":%b%b" % (varint(len(metadata)), metadata),
             create_time,
         )
         if attachments is not None:
@@ -195,7 +198,7 @@ def messages(session_id: str, rows: Iterable[Row]) -> bytes:
         if redacted:
             end += REDACTED
         size = len(message) + len(end)
-        parts += (b"\x12", final[size] if size < 0x4000 else _varint(size), message, end)
+        parts += (b"\x12", final[size] if size < 0x4000 else varint(size), message, end)
     return b"".join(parts)
 
 
@@ -209,8 +212,8 @@ def _author(kind: bytes | None, id_: bytes | None) -> bytes:
     """Encode the field `author` of a message."""
     content = b"" if kind is None else AUTHOR_KIND_FIELD[kind]
     if id_ is not None:
-        content += b"\x12%b%b" % (_varint(len(id_)), id_)
-    return b"b%b%b" % (_varint(len(content)), content)
+        content += b"\x12%b%b" % (varint(len(id_)), id_)
+    return b"b%b%b" % (varint(len(content)), content)
 
 
 def attachment(row: Attachment) -> pb.ChatAttachment:

@@ -16,6 +16,7 @@ A pass is read in the order of the indexes: by section, bucket and id.
 """
 
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, LiteralString, NamedTuple
 
 from chat_ticket_svc import errors
@@ -67,12 +68,6 @@ class Row(NamedTuple):
     filter_position: int
     filter_before: str | None
     external_ref: str | None
-
-    def session(self, tenant_id: str) -> Session:
-        return Session(
-            self.id, tenant_id, self.status, self.has_ticket, self.revision, self.created_at,
-            self.updated_at, self.user_id, self.title, self.labels, self.epoch,
-        )  # fmt: skip
 
     def ticket(self, tenant_id: str) -> Ticket:
         return Ticket(
@@ -196,6 +191,7 @@ UNION ALL {_section("3", "ticket_tombstones t", "t.ticket_id", _DELETED, _NOT_US
 """
 
 ROW_TYPES = type_ids(Row)
+_section_bucket_and_id = itemgetter(0, 1, 2)
 
 ENSURE_EPOCH = "SELECT (current_chat_epoch()).id"
 
@@ -222,7 +218,7 @@ async def page(db: Database, tenant_id: str, place: Place | None, limit: int) ->
     params = _params(tenant_id, place, due, limit)
     for is_last_attempt in (False, True):
         rows = await db.fetch_typed(PAGE, params, ROW_TYPES)
-        bounds, *changed = sorted(map(Row._make, rows), key=lambda row: row[:3])
+        bounds, *changed = map(Row._make, sorted(rows, key=_section_bucket_and_id))
         if place is None or max(place.start, place.end or 0) <= bounds.revision:
             break
         if is_last_attempt:
