@@ -59,7 +59,7 @@ class Watcher:
         last, self._last = self._last, event
         match kind:
             case "session":
-                assert event.session.epoch == event.epoch
+                assert event.session.epoch == event.epoch.partition("--")[0]
                 self.session = event.session
             case "ticket":
                 assert self.kinds[-2] == "session" or event.ticket != self.ticket

@@ -7,6 +7,7 @@ import pytest
 import pytest_asyncio
 from grpc import StatusCode
 from support.client import Api, refused
+from support.messages import set_metadata
 from support.restores import begin_epoch, restore, restoring
 from support.server import Server, serving
 from support.sessions import RESOLVED, get_session, set_status
@@ -188,6 +189,42 @@ class TestResume:
         with refused(StatusCode.INVALID_ARGUMENT) as refusal:
             await catch_up(api, r.ChatSession(id=session.id, epoch=epoch))
         assert refusal.fields == {"epoch": description}
+
+
+class TestPositionBetweenChanges:
+    """A message that changes twice is told once, at the second change."""
+
+    async def test_it_is_lost_with_a_later_change(self, api: Api, database: str) -> None:
+        """The first change is not lost, but never was told. So the caller goes back to before it."""
+        backup, between = await self._between_changes(api)
+        restore(database, backup)
+        await expect_lost(api, between, shared=1)
+
+    async def test_it_is_true_while_nothing_is_lost(self, api: Api, database: str) -> None:
+        """Also in a new epoch, and so is that of the last change."""
+        _, between = await self._between_changes(api)
+        begin_epoch(database)
+        await api.message(between.id)
+        async with watching(api, between.id, after=3, epoch=between.epoch) as watcher:
+            watcher.messages = dict.fromkeys([self.first], r.ChatMessage())
+            assert "--" in (await watcher.next()).epoch
+            await watcher.until("caught_up")
+            current = await get_session(api, between.id)
+            assert (watcher.created, watcher.epoch) == ([5], current.epoch)
+
+    async def _between_changes(self, api: Api) -> tuple[r.ChatSession, r.ChatSession]:
+        """A session before its last change, and what a watch after revision 1 is told before it."""
+        session = await api.session()
+        self.first = (await api.message(session.id)).id
+        await set_metadata(api, self.first, '{"at": 2}')
+        await api.message(session.id)
+        backup = await get_session(api, session.id)
+        await set_metadata(api, self.first, '{"at": 4}')
+        async with watching(api, session.id, after=1, epoch=session.epoch) as watcher:
+            assert (await watcher.next()).epoch == backup.epoch
+            event = await watcher.next()
+        assert [message.sequence for message in event.messages_created.messages] == [3]
+        return backup, r.ChatSession(id=session.id, revision=event.revision, epoch=event.epoch)
 
 
 class TestOpenStream:

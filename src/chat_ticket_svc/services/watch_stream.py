@@ -93,10 +93,15 @@ class _WatchStream:
         self._created_at: int | None = None
         self._session_state: SessionState | None = None
         self._ticket_state: tuple[str, str, int] | None = None
+        self._position = epochs.parse(epoch, after)
         self.revision = after
-        self.epoch = epoch
         self.is_caught_up = False
         self.is_finished = False
+
+    @property
+    def epoch(self) -> str:
+        """What the caller sends with the revision to resume."""
+        return str(self._position)
 
     def advance(
         self, page: SerializedPage | None, ended_drafts: frozenset[str] = frozenset()
@@ -112,41 +117,60 @@ class _WatchStream:
                 raise sessions.not_found(self._session_id)
             return self._end()
         end, epoch = page.session.revision, page.session.epoch
-        shared = epochs.shared_revision(self.epoch or epoch, self.revision, epoch, end)
+        history, head, exact = self._position
+        shared = epochs.shared_revision(history or epoch, head, epoch, end)
         if self._created_at not in (None, page.position.created_at):
             # Ids are not reused. If one is, the session that was watched is gone all the same. But
             # a session that the database has lost can be created again.
             if shared >= 0 or not self._sent_epoch:
                 return self._end()
             raise errors.HistoryChangedError(0, epoch)
-        if self.revision > max(0, shared):
+        if head > max(0, shared):
             if self._sent_epoch:
-                raise errors.HistoryChangedError(max(0, shared), epoch)
+                raise errors.HistoryChangedError(max(0, min(shared, exact)), epoch)
             raise errors.OutOfRangeError(
-                f"revision {self.revision} does not exist, or no more: the session is at {end}",
+                f"revision {head} does not exist, or no more: the session is at {end}",
                 reason="REVISION_OUT_OF_RANGE",
             )
-        events = page.changes_ending(ended_drafts) if ended_drafts else page.changes
-        if self._session_state is None:
-            events = [*first_events(self.revision, page), *events]
+        states = self._states(page)
+        changes = page.changes_ending(ended_drafts) if ended_drafts else page.changes
+        between = epochs.Position(epoch, end, exact)
+        if head != exact:
+            states = _at(between, states)
+        if page.has_more:
+            events = [*states, *_at(between, changes)]
         else:
-            states = page.state_events(
-                session=self._session_state != page.session_state,
-                ticket=self._ticket_state != page.ticket_state,
-            )
-            events = [*states, *events]
+            events = [*states, *_at(between, changes[:-1]), *changes[-1:]]
         if not page.has_more and not self.is_caught_up:
             events = [*events, serialize(end, epoch, caught_up=Event.CaughtUp())]
             self.is_caught_up = True
         elif not events:
             # The changes have cancelled each other out. A heartbeat carries the new revision.
             events = [serialize(end, epoch, heartbeat=Event.Heartbeat())]
-        self._created_at, self.revision, self.epoch = page.position
+        self._created_at, self.revision, _ = page.position
+        self._position = between if page.has_more else epochs.Position(epoch, end, end)
         self._session_state = page.session_state
         self._ticket_state = page.ticket_state
         return events
+
+    def _states(self, page: SerializedPage) -> list[bytes]:
+        """The events of the session and of its ticket, as far as they are new to the stream."""
+        if self._session_state is None:
+            return first_events(self.revision, page)
+        return page.state_events(
+            session=self._session_state != page.session_state,
+            ticket=self._ticket_state != page.ticket_state,
+        )
 
     def _end(self) -> list[bytes]:
         self.is_finished = True
         deleted = Event.ChatSessionDeleted()
         return [serialize(self.revision, self.epoch, session_deleted=deleted)]
+
+
+def _at(position: epochs.Position, events: list[bytes]) -> list[bytes]:
+    """The events with the epoch of a position between changes: of a field, the last one counts."""
+    if not events:
+        return []
+    epoch = Event(epoch=str(position)).SerializeToString()
+    return [event + epoch for event in events]
