@@ -28,7 +28,6 @@ class Corrections:
         self._told = told
         self._drafts = drafts
         self._before = before
-        self._after = Position(shared.revision + 1, shared.epoch)
         undone = told.undo(shared.revision)
         self._lost = undone.created
         self._unread = deque([*undone.changed, *undone.deleted])
@@ -54,10 +53,7 @@ class Corrections:
         was_deleted = message_id in self._deleted
         if message is None:
             if not was_deleted:
-                gone = self._gone(message_id)
-                # The new history has deleted it after the shared revision.
-                self._told.add(self._after.event(message_deleted=gone.message_deleted))
-                yield gone
+                yield self._gone(message_id)
         elif not was_deleted:
             yield self._remembered(self._before.event(message_updated=message))
         elif message.sequence <= self.shared.revision:

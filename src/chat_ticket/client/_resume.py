@@ -57,6 +57,7 @@ class ResumeState:
         self.ended = False
         """Whether the session is deleted, after which nothing follows."""
         self._caught_up = False
+        self._delivered = self.position  # of the last event
 
     @property
     def position(self) -> Position:
@@ -64,8 +65,8 @@ class ResumeState:
         return Position(self.revision, self.epoch)
 
     def move_to(self, position: Position) -> None:
-        """Go on from another position."""
-        self.revision, self.epoch = position
+        """Go on from another position, which was delivered."""
+        self.revision, self.epoch = self._delivered = position
 
     def accept(self, response: WatchChatSessionResponse) -> WatchChatSessionResponse | None:
         """The event to deliver for a response.
@@ -86,16 +87,19 @@ class ResumeState:
                 is_known = response.ticket == self.ticket
                 self.ticket = response.ticket
             case "caught_up" if self._caught_up:
-                # A second caught_up is delivered as a heartbeat, and only if the revision moved.
-                is_known = response.revision == self.revision
+                # A second caught_up is delivered as a heartbeat, and only if the position moved.
+                is_known = (response.revision, response.epoch) == self._delivered
                 response.heartbeat.SetInParent()
             case "caught_up":
                 self._caught_up = True
             case "session_deleted":
                 self.ended = True
         # The position counts whether or not this response is delivered.
-        self.move_to(Position(response.revision, response.epoch))
-        return None if is_known else response
+        self.revision, self.epoch = response.revision, response.epoch
+        if is_known:
+            return None
+        self._delivered = self.position
+        return response
 
     def _is_known(self, session: ChatSession) -> bool:
         """Whether the session shows nothing new.
