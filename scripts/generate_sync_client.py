@@ -8,15 +8,16 @@ import re
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "src/chat_ticket/client/_async.py"
-TARGET = ROOT / "src/chat_ticket/client/_sync.py"
+CLIENT = ROOT / "src/chat_ticket/client"
+FILES = {"_async.py": "_sync.py", "_follow_async.py": "_follow_sync.py"}
 
-HEADER = '''"""The synchronous client. Generated from _async.py by scripts/generate_sync_client.py.
+HEADER = '''"""The synchronous client. Generated from {source} by scripts/generate_sync_client.py.
 
-Do not edit it: change _async.py and run `make proto`.
+Do not edit it: change {source} and run `make proto`.
 """
 '''
 
@@ -75,40 +76,45 @@ CODE = [
     (r"\bawait ", ""),
     (r"\bAwaitable\[(\w+)\]", r"\1"),
     (r"\bAsyncGenerator\[(\w+), None\]", r"Generator[\1, None, None]"),
-    (
-        r"\bAsyncGenerator, Awaitable, Callable, Mapping, Sequence\b",
-        "Callable, Generator, Sequence",
-    ),
+    (r"\bAsyncGenerator, Awaitable, ", "Generator, "),
     (r"\baclosing\b", "closing"),
     (r"\b__a(enter|exit)__\b", r"__\1__"),
     (r"\bimport _runtime_asyncio as runtime\b", "import _runtime_threads as runtime"),
-    # The stubs are imported already, under the names that the first replacement gives.
-    (r"\nif TYPE_CHECKING:.*?\n\n", "\n"),
-    (r"\bTYPE_CHECKING, ", ""),
+    (r"\b_follow_async\b", "_follow_sync"),
+    (r"\bclient\._async\b", "client._sync"),
+    # The stubs are imported already, under the names that the second replacement gives.
+    (r"\nif TYPE_CHECKING:  # the type stubs.*?\n\n", "\n"),
+    (r"\bTYPE_CHECKING, (?=Any, Self)", ""),
     (r'"(ChatTicketServiceStub|Chat(?:Session|Message|Draft|Attachment)ServiceStub)"', r"\1"),
 ]
 
 
-def generate(source: str) -> str:
-    """The text of the synchronous client."""
-    text = HEADER + source.split("\n", 1)[1]
-    for old, new in TEXTS:
-        if old not in text:
-            sys.exit(f"{SOURCE.name} has no such text any more: {old}")
-        text = text.replace(old, new)
-    for pattern, replacement in CODE:
-        text, count = re.subn(pattern, replacement, text, flags=re.DOTALL)
+def generate() -> dict[Path, str]:
+    """The texts of the synchronous client."""
+    used: Counter[str] = Counter()
+    texts = {}
+    for source, target in FILES.items():
+        header = HEADER.format(source=source)
+        text = header + (CLIENT / source).read_text().split("\n", 1)[1]
+        for old, new in TEXTS:
+            used[old] += text.count(old)
+            text = text.replace(old, new)
+        for pattern, replacement in CODE:
+            text, count = re.subn(pattern, replacement, text, flags=re.DOTALL)
+            used[pattern] += count
+        if left := re.search(r"async|await", text.removeprefix(header)):
+            sys.exit(f"still in {target}: {left.group()}")
+        texts[CLIENT / target] = formatted(text, CLIENT / target)
+    for old, count in used.items():
         if not count:
-            sys.exit(f"{SOURCE.name} has nothing that matches any more: {pattern}")
-    if left := re.search(r"async|await", text.removeprefix(HEADER)):
-        sys.exit(f"still in the synchronous client: {left.group()}")
-    return formatted(text)
+            sys.exit(f"nothing matches any more: {old}")
+    return texts
 
 
-def formatted(text: str) -> str:
+def formatted(text: str, target: Path) -> str:
     ruff = Path(sysconfig.get_path("scripts")) / "ruff"
     for arguments in (["check", "--fix", "--quiet"], ["format", "--quiet"]):
-        command = [str(ruff), *arguments, "--stdin-filename", str(TARGET), "-"]
+        command = [str(ruff), *arguments, "--stdin-filename", str(target), "-"]
         done = subprocess.run(command, input=text, check=True, capture_output=True, text=True)
         text = done.stdout
     return text
@@ -118,11 +124,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    text = generate(SOURCE.read_text())
-    if not check:
-        TARGET.write_text(text)
-    elif not TARGET.exists() or TARGET.read_text() != text:
-        sys.exit(f"not what {SOURCE.name} generates (make proto): {TARGET.name}")
+    for target, text in generate().items():
+        if not check:
+            target.write_text(text)
+        elif not target.exists() or target.read_text() != text:
+            sys.exit(f"not what its source generates (make proto): {target.name}")
 
 
 if __name__ == "__main__":

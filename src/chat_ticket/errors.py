@@ -1,5 +1,7 @@
 """The exceptions of failed calls: one class for each gRPC status that callers tell apart.
 
+Two reasons of OUT_OF_RANGE have a class of their own.
+
 The documentation's table of errors lists the reasons that come with each status.
 """
 
@@ -165,14 +167,15 @@ class AbortedError(ChatTicketError):
 class OutOfRangeError(ChatTicketError):
     """The position to go on from is not there, such as a revision that the session has not reached.
 
-    HistoryChangedError is one of these.
+    HistoryChangedError and CursorExpiredError are two of these.
     """
 
 
 class HistoryChangedError(OutOfRangeError):
     """The database has lost changes up to this position: it was restored, or a standby promoted.
 
-    What was received after `revision` is no more, or is different.
+    What was received after `revision` is no more, or is different. For a cursor of all sessions,
+    see `follow_sessions` of the client: there is no revision.
     """
 
     @property
@@ -184,6 +187,10 @@ class HistoryChangedError(OutOfRangeError):
     def epoch(self) -> str:
         """The history to go on with after `revision`."""
         return self.metadata.get("epoch", "")
+
+
+class CursorExpiredError(OutOfRangeError):
+    """The cursor is so old that deletions since then may be forgotten. Begin anew."""
 
 
 class ResourceExhaustedError(ChatTicketError):
@@ -235,6 +242,7 @@ _CLASSES: dict[grpc.StatusCode, type[ChatTicketError]] = {
 
 # Reasons that callers handle apart from others of the same status.
 _CLASSES_OF_REASONS: dict[str, type[ChatTicketError]] = {
+    "CURSOR_EXPIRED": CursorExpiredError,
     "HISTORY_CHANGED": HistoryChangedError,
 }
 

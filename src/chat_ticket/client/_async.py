@@ -4,7 +4,7 @@ import functools
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -15,6 +15,7 @@ from chat_ticket.client import _runtime_asyncio as runtime
 from chat_ticket.client._channel import CallMetadata, options_for
 from chat_ticket.client._channel_pool import ChannelPool
 from chat_ticket.client._drafts import ChatDraftWriter, metadata_json
+from chat_ticket.client._follow_async import SessionsFollower
 from chat_ticket.client._resume import ListProgress, Resumable, WatchProgress
 from chat_ticket.client._retry import (
     backoff_seconds,
@@ -28,10 +29,19 @@ from chat_ticket.v1.chat_draft_pb2 import WriteChatDraftRequest
 from chat_ticket.v1.chat_draft_pb2_grpc import ChatDraftServiceStub
 from chat_ticket.v1.chat_message_pb2 import GetChatMessageRequest
 from chat_ticket.v1.chat_message_pb2_grpc import ChatMessageServiceStub
-from chat_ticket.v1.chat_session_pb2 import WatchChatSessionResponse
+from chat_ticket.v1.chat_session_pb2 import (
+    WatchChatSessionResponse,
+    WatchChatSessionsRequest,
+    WatchChatSessionsResponse,
+)
 from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
 from chat_ticket.v1.chat_ticket_pb2_grpc import ChatTicketServiceStub
-from chat_ticket.v1.resources_pb2 import ChatDraft, ChatMessage, ChatMessageAuthor
+from chat_ticket.v1.resources_pb2 import (
+    ChatDraft,
+    ChatMessage,
+    ChatMessageAuthor,
+    ChatSessionStatus,
+)
 
 if TYPE_CHECKING:  # the type stubs alone have these names
     from chat_ticket.v1.chat_attachment_pb2_grpc import ChatAttachmentServiceAsyncStub
@@ -247,6 +257,52 @@ class AsyncChatTicketClient:
         """
         progress = WatchProgress(session_id, after_revision, epoch, include_drafts=include_drafts)
         return self._corrected(progress, f"watch of session {session_id}", silence_seconds)
+
+    def follow_sessions(
+        self,
+        cursor: str = "",
+        *,
+        from_beginning: bool = False,
+        statuses: Iterable["ChatSessionStatus.ValueType"] = (),
+        has_ticket: bool | None = None,
+        user_id: str = "",
+        labels: Mapping[str, str] | None = None,
+        silence_seconds: float = SILENCE_SECONDS,
+    ) -> AsyncGenerator[WatchChatSessionsResponse, None]:
+        """Every change of the tenant's sessions and tickets after a cursor, or from now on.
+
+            async for response in client.follow_sessions(cursor):
+                for event in response.events:
+                    ...
+                cursor = response.cursor
+
+        It is one WatchChatSessions stream that does not break: it resumes as `watch` does, after
+        the last response. `caught_up` comes once. Store the cursor of a response when you have
+        handled its events, and pass it to go on in another process, with the same filters.
+
+        - `from_beginning`: whether to begin with all sessions and tickets that exist.
+        - `statuses`, `has_ticket`, `user_id`, `labels`: as in WatchChatSessionsRequest.
+
+        When the database is restored or a standby is promoted, changes that were told can be lost.
+        Then the watch reads again what may be lost, tells what is gone or different by ordinary
+        events, and goes on. Their cursor is the old one: whoever leaves in the middle comes back to
+        it. The watch remembers the last 10,000 sessions and tickets that it told.
+
+        Raises CursorExpiredError for a cursor that is too old, and HistoryChangedError when more
+        may be lost than what this call has told and remembers. In both cases follow from the
+        beginning, and drop what is not told until `caught_up`. Raises the errors that a retry
+        cannot solve, as `watch` does.
+        """
+        request = WatchChatSessionsRequest(
+            cursor=cursor,
+            from_beginning=from_beginning,
+            statuses=statuses,
+            has_ticket=has_ticket,
+            user_id=user_id,
+            labels=labels,
+        )
+        resumed = functools.partial(self._resumed, silence_seconds=silence_seconds)
+        return SessionsFollower(self, request, resumed, self._closing.sleep).responses()
 
     def messages_of(
         self, session_id: str, after_sequence: int = 0, *, timeout: float = 60.0

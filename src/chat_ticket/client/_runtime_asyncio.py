@@ -16,6 +16,8 @@ from chat_ticket.client._retry import bounded
 Token = str | Callable[[], str | Awaitable[str]]
 Channel = grpc.aio.Channel
 Response = TypeVar("Response")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Closing:
@@ -39,6 +41,19 @@ class Closing:
         except TimeoutError:
             return
         raise errors.client_closed()
+
+
+async def map_concurrently(
+    function: Callable[[Item], Awaitable[Result]], items: Sequence[Item], at_once: int
+) -> list[Result]:
+    """The result of the function for each item, in order."""
+    free = asyncio.Semaphore(at_once)
+
+    async def run(item: Item) -> Result:
+        async with free:
+            return await function(item)
+
+    return await asyncio.gather(*map(run, items))
 
 
 async def close(channels: Sequence[Channel]) -> None:

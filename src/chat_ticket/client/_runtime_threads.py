@@ -4,6 +4,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
@@ -20,6 +21,8 @@ from chat_ticket.v1.chat_ticket_pb2_grpc import ChatTicketServiceStub
 Token = str | Callable[[], str]
 Channel = grpc.Channel
 Response = TypeVar("Response")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 STUBS: Sequence[Callable[[grpc.Channel], object]] = (
     ChatAttachmentServiceStub,
@@ -47,6 +50,14 @@ class Closing:
         """CallCancelledError as soon as the client is closed."""
         if self._event.wait(seconds):
             raise errors.client_closed()
+
+
+def map_concurrently(
+    function: Callable[[Item], Result], items: Sequence[Item], at_once: int
+) -> list[Result]:
+    """The result of the function for each item, in order."""
+    with ThreadPoolExecutor(at_once, "chat-ticket-read") as threads:
+        return list(threads.map(function, items))
 
 
 def close(channels: Sequence[Channel]) -> None:

@@ -1,0 +1,117 @@
+"""The synchronous client. Generated from _follow_sync.py by scripts/generate_sync_client.py.
+
+Do not edit it: change _follow_sync.py and run `make proto`.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Generator
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+from chat_ticket import errors
+from chat_ticket.client import _runtime_threads as runtime
+from chat_ticket.client._followed_sessions import (
+    Event,
+    FirstResponse,
+    FollowedSessions,
+    Key,
+    gone_event,
+)
+from chat_ticket.client._resume import Resumable
+from chat_ticket.client._retry import backoff_seconds
+from chat_ticket.v1.chat_session_pb2 import (
+    GetChatSessionRequest,
+    WatchChatSessionsRequest,
+    WatchChatSessionsResponse,
+)
+from chat_ticket.v1.chat_ticket_pb2 import GetTicketRequest
+
+if TYPE_CHECKING:
+    from chat_ticket.client._sync import ChatTicketClient
+
+log = logging.getLogger("chat_ticket.client")
+
+NAME = "watch of all sessions"  # in the log
+
+READS_AT_ONCE = 10
+READ_SECONDS = 24 * 3600.0  # as good as no limit, as for the stream
+
+
+class SessionsFollower:
+    """Follows the sessions and tickets of a tenant, also when the database has lost changes.
+
+    `resumed` makes many streams look like one, and `pause` ends when the client is closed.
+    """
+
+    def __init__(
+        self,
+        client: "ChatTicketClient",
+        request: WatchChatSessionsRequest,
+        resumed: Callable[..., Generator[Any, None, None]],
+        pause: Callable[[float], None],
+    ):
+        self._client = client
+        self._feed = FollowedSessions(request)
+        self._resumed = resumed
+        self._pause = pause
+
+    def responses(self) -> Generator[WatchChatSessionsResponse, None, None]:
+        """Those of the stream that does not break."""
+        feed, refusals = self._feed, 0
+        while True:
+            stream = self._stream(feed.request, feed)
+            try:
+                with closing(stream):
+                    for response in stream:
+                        refusals = 0
+                        yield response
+                return
+            except errors.HistoryChangedError as error:
+                refusal = error
+            log.warning("%s: changes are lost: checks what it told last: %s", NAME, refusal)
+            cursor = self._accepted_cursor() or feed.cursor_of_refusal(refusal)
+            for keys in feed.told_after(cursor):
+                events = runtime.map_concurrently(self._read, keys, READS_AT_ONCE)
+                for response in feed.corrections(events):
+                    yield response
+            feed.resume_after(cursor)
+            # Servers that disagree about the history must not keep the client busy.
+            self._pause(backoff_seconds(refusals, refusal))
+            refusals += 1
+
+    def _stream(
+        self,
+        request: Callable[[], WatchChatSessionsRequest],
+        progress: Resumable[WatchChatSessionsResponse, WatchChatSessionsResponse],
+    ) -> Generator[WatchChatSessionsResponse, None, None]:
+        return self._resumed(
+            lambda: self._client.sessions.WatchChatSessions(request()), progress, NAME
+        )
+
+    def _accepted_cursor(self) -> str:
+        """The newest cursor of this call that the server accepts; empty if there is none."""
+        for cursor in self._feed.older_cursors():
+            request = functools.partial(self._feed.request_after, cursor)
+            stream = self._stream(request, FirstResponse())
+            try:
+                with closing(stream):
+                    for _ in stream:
+                        return cursor
+            except (errors.HistoryChangedError, errors.CursorExpiredError):
+                continue
+        return ""
+
+    def _read(self, key: Key) -> Event:
+        """How a stream would tell the session or ticket now."""
+        retry = functools.partial(self._client.retry, timeout=READ_SECONDS)
+        try:
+            if key.is_session:
+                read_session = GetChatSessionRequest(session_id=key.id)
+                got_session = retry(self._client.sessions.GetChatSession, read_session)
+                return self._feed.session_event(got_session.session)
+            read_ticket = GetTicketRequest(ticket_id=key.id)
+            got_ticket = retry(self._client.tickets.GetTicket, read_ticket)
+            return Event(ticket=got_ticket.ticket)
+        except errors.NotFoundError:
+            return gone_event(key)
