@@ -15,8 +15,13 @@ from chat_ticket.v1.chat_session_pb2 import (
     GetChatSessionRequest,
     GetChatSessionResponse,
     WatchChatSessionResponse,
+    WatchChatSessionsResponse,
 )
-from chat_ticket.v1.resources_pb2 import CHAT_MESSAGE_ROLE_USER, ChatMessage
+from chat_ticket.v1.resources_pb2 import (
+    CHAT_MESSAGE_ROLE_USER,
+    CHAT_SESSION_STATUS_ACTIVE,
+    ChatMessage,
+)
 
 
 async def token() -> str:
@@ -40,6 +45,8 @@ async def right(client: AsyncChatTicketClient, error: ChatTicketError) -> None:
     assert_type(events, AsyncGenerator[WatchChatSessionResponse, None])
     async for event in events:
         assert event.WhichOneof("event") != "messages_created"
+    responses = client.follow_sessions(statuses=[CHAT_SESSION_STATUS_ACTIVE], labels={"a": "b"})
+    assert_type(responses, AsyncGenerator[WatchChatSessionsResponse, None])
     async with client.write("id", role=CHAT_MESSAGE_ROLE_USER, exclusive=True) as draft:
         async for number in draft.until_stopped(numbers()):
             assert_type(number, int)
@@ -61,6 +68,7 @@ async def wrong(client: AsyncChatTicketClient, error: ChatTicketError) -> None:
     await client.watch("id")  # type: ignore[misc]
     async for event in client.watch("id", "7"):  # type: ignore[arg-type]
         assert event.WhichOneof("event") != "mesages_created"  # type: ignore[comparison-overlap]
+    client.follow_sessions(statuses=["ACTIVE"])  # type: ignore[list-item]
     client.write("id", role="user")  # type: ignore[arg-type]
     _ = error.reasons  # type: ignore[attr-defined]
 
@@ -76,6 +84,8 @@ def right_without_asyncio(client: ChatTicketClient) -> None:
     _ = client.write  # type: ignore[attr-defined]
     events = client.watch("id", 7, include_drafts=True)
     assert_type(events, Generator[WatchChatSessionResponse, None, None])
+    responses = client.follow_sessions("cursor", has_ticket=True)
+    assert_type(responses, Generator[WatchChatSessionsResponse, None, None])
 
 
 def wrong_without_asyncio(client: ChatTicketClient) -> None:

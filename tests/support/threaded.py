@@ -56,6 +56,9 @@ class ThreadedClient:
     def watch(self, *arguments: Any, **keywords: Any) -> AsyncIterator[Any]:
         return self._read(self.client.watch, *arguments, **keywords)
 
+    def follow_sessions(self, *arguments: Any, **keywords: Any) -> AsyncIterator[Any]:
+        return self._read(self.client.follow_sessions, *arguments, **keywords)
+
     def messages_of(self, *arguments: Any, **keywords: Any) -> AsyncIterator[Any]:
         return self._read(self.client.messages_of, *arguments, **keywords)
 

@@ -130,7 +130,7 @@ class FollowedSessions:
         return (keys[start : start + PAGE_SIZE] for start in range(0, len(keys), PAGE_SIZE))
 
     def corrections(self, events: Iterable[Event]) -> Sequence[WatchChatSessionsResponse]:
-        """What to tell of the sessions and tickets that were read again: those that were told wrong.
+        """What to tell of sessions and tickets that were read again: what was told wrong.
 
         The cursor is the one before: whoever leaves in the middle resumes there, and is not told
         that all is well.

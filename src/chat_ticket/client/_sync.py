@@ -275,9 +275,10 @@ class ChatTicketClient:
         - `statuses`, `has_ticket`, `user_id`, `labels`: as in WatchChatSessionsRequest.
 
         When the database is restored or a standby is promoted, changes that were told can be lost.
-        Then the watch reads again what may be lost, tells what is gone or different by ordinary
-        events, and goes on. Their cursor is the old one: whoever leaves in the middle comes back to
-        it. The watch remembers the last 10,000 sessions and tickets that it told.
+        Then the watch reads again what may be lost, and tells what is gone or different by ordinary
+        events. So what is told last is right, also if its revision is lower than before. These
+        events have the old cursor: whoever leaves between them is not told that all is well. The
+        watch remembers the last 10,000 sessions and tickets that it told, and logs a warning.
 
         Raises CursorExpiredError for a cursor that is too old, and HistoryChangedError when more
         may be lost than what this call has told and remembers. In both cases follow from the
