@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 import grpc.aio
 import pytest
 import pytest_asyncio
+from support.client import Api
 from support.client_calls import NewClient, until
 from support.feed_model import (
     Event,
@@ -18,12 +19,16 @@ from support.feed_model import (
     ticket,
     ticket_deleted,
 )
+from support.feeds import Feed
+from support.sessions import get_session
 
 from chat_ticket import errors
 from chat_ticket.client import AsyncChatTicketClient, _followed_sessions, _retry
+from chat_ticket.client._followed_sessions import matches
 from chat_ticket.v1 import chat_session_pb2_grpc, chat_ticket_pb2_grpc
 from chat_ticket.v1 import resources_pb2 as r
-from chat_ticket.v1.chat_session_pb2 import WatchChatSessionsResponse
+from chat_ticket.v1.chat_session_pb2 import WatchChatSessionsRequest, WatchChatSessionsResponse
+from chat_ticket_svc.server import Server
 
 ACTIVE = r.CHAT_SESSION_STATUS_ACTIVE
 RESOLVED = r.CHAT_SESSION_STATUS_RESOLVED
@@ -81,10 +86,9 @@ async def client(feed: FeedModel, connect: NewClient) -> AsyncIterator[AsyncChat
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     client = connect(port)
-    tasks = asyncio.all_tasks()
     yield client
+    followers = [task for task in asyncio.all_tasks() if task.get_name() == FOLLOWER]
     await client.close()
-    followers = [task for task in asyncio.all_tasks() - tasks if task.get_name() == FOLLOWER]
     await asyncio.gather(*followers, return_exceptions=True)
     await server.stop(None)
 
@@ -330,3 +334,34 @@ async def test_holds_the_truth_after_any_changes_of_the_history(
         if chance.random() < 0.5:
             feed.lose(chance.randint(0, min(len(feed.log), 12)))
     await follower.reaches(knows_all)
+
+
+async def test_filters_mean_what_they_mean_to_the_server(
+    server: Server, api: Api, connect: NewClient
+) -> None:
+    """A session that is read again matches exactly if a stream would tell it."""
+    client = connect(server.port)
+    plain = await api.session(user_id="jo")
+    labelled = await api.session(labels={"a": "b", "c": ""})
+    resolved = await api.session(status=RESOLVED, labels={"a": "c"})
+    linked = await api.session(user_id="jo", labels={"a": "b"})
+    await api.escalate(linked.id)
+    sessions = [await get_session(api, s.id) for s in (plain, labelled, resolved, linked)]
+    for filters in (
+        {},
+        {"statuses": [RESOLVED]},
+        {"statuses": [RESOLVED, ACTIVE]},
+        {"has_ticket": True},
+        {"has_ticket": False},
+        {"user_id": "jo"},
+        {"labels": {"a": "b"}},
+        {"labels": {"a": "b", "c": ""}, "statuses": [ACTIVE]},
+    ):
+        feed = Feed(None)
+        async for response in client.follow_sessions(from_beginning=True, **filters):
+            feed.apply(response)
+            if ("caught_up", "") in feed.told:
+                break
+        request = WatchChatSessionsRequest(**filters)
+        matching = {each.id: each for each in sessions if matches(each, request)}
+        assert feed.sessions == matching, filters

@@ -20,6 +20,7 @@ import pytest
 import pytest_asyncio
 from support.client import an_id
 from support.client_calls import create_message, create_session_id, until
+from support.feeds import TOLD_SECONDS
 from support.tools import run_program
 
 from chat_ticket.client import AsyncChatTicketClient
@@ -87,12 +88,12 @@ class TestInbox:
         loop.add_reader(terminal, lambda: screen.extend(os.read(terminal, 65536)))
         inbox = await asyncio.create_subprocess_exec(*arguments, stdin=end, stdout=end, stderr=end)
         try:
-            await until(lambda: b"0 chats" in screen)
+            await until(lambda: b"0 chats" in screen, TOLD_SECONDS)
             session_id = await create_session_id(client, title="a new chat", labels=labels)
-            await until(lambda: b"a new chat" in screen)
+            await until(lambda: b"a new chat" in screen, TOLD_SECONDS)
             screen.clear()
             await delete_session(client, session_id)
-            await until(lambda: b"0 chats" in screen)
+            await until(lambda: b"0 chats" in screen, TOLD_SECONDS)
             inbox.send_signal(signal.SIGINT)
             assert await asyncio.wait_for(inbox.wait(), 10) == 0, screen.decode()
         finally:
@@ -165,7 +166,7 @@ async def relaying(server: Server, receiver: Receiver, cursor_file: Path) -> Asy
         *arguments, env=environment, stderr=asyncio.subprocess.DEVNULL
     )
     try:
-        await until(cursor_file.exists)
+        await until(cursor_file.exists, TOLD_SECONDS)
         yield
     finally:
         await kill(relay)
@@ -178,17 +179,17 @@ async def test_webhooks_are_posted_until_they_are_accepted(
     cursor_file = tmp_path / "cursor"
     async with relaying(server, receiver, cursor_file):
         session_id = await create_session_id(client)
-        await until(lambda: bool(receiver.accepted))
+        await until(lambda: bool(receiver.accepted), TOLD_SECONDS)
         assert receiver.refused == [receiver.accepted[0][0]] * 3
         ticket = (
             await client.tickets.CreateTicket(CreateTicketRequest(ticket=r.Ticket(title="help")))
         ).ticket
-        await until(lambda: len(receiver.accepted) == 2)
+        await until(lambda: len(receiver.accepted) == 2, TOLD_SECONDS)
     assert receiver.ids() == [f"session {session_id}", f"ticket {ticket.id}"]
 
     receiver.accepted.clear()
     await delete_session(client, session_id)
     await client.tickets.DeleteTicket(DeleteTicketRequest(ticket_id=ticket.id))
     async with relaying(server, receiver, cursor_file):
-        await until(lambda: f"ticket_deleted {ticket.id}" in receiver.ids())
+        await until(lambda: f"ticket_deleted {ticket.id}" in receiver.ids(), TOLD_SECONDS)
     assert f"session_deleted {session_id}" in receiver.ids()

@@ -49,7 +49,7 @@ def contents_of(events: list[WatchChatSessionResponse]) -> list[str]:
     return [message.content for event in events for message in event.messages_created.messages]
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+async def until(condition: Callable[[], bool], timeout: float = 10) -> None:
+    async with asyncio.timeout(timeout):
         while not condition():
             await asyncio.sleep(0.02)

@@ -79,7 +79,7 @@ class FollowedSessions:
 
     @property
     def position(self) -> str:
-        return f"cursor {self._cursor}" if self._cursor else "nothing"
+        return "its last cursor" if self._cursor else "nothing"
 
     def items(self, response: WatchChatSessionsResponse) -> Sequence[WatchChatSessionsResponse]:
         for event in response.events:
