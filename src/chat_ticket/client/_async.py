@@ -27,7 +27,6 @@ from chat_ticket.errors import ChatTicketError
 from chat_ticket.v1.chat_attachment_pb2_grpc import ChatAttachmentServiceStub
 from chat_ticket.v1.chat_draft_pb2 import WriteChatDraftRequest
 from chat_ticket.v1.chat_draft_pb2_grpc import ChatDraftServiceStub
-from chat_ticket.v1.chat_message_pb2 import GetChatMessageRequest
 from chat_ticket.v1.chat_message_pb2_grpc import ChatMessageServiceStub
 from chat_ticket.v1.chat_session_pb2 import (
     WatchChatSessionResponse,
@@ -67,7 +66,7 @@ MAX_EXPIRED_TOKENS = 3
 # How often `retry` logs that it still fails.
 RETRY_LOG_SECONDS = 10.0
 
-# How long a watch tries to read a message again: as good as no limit, as for its stream.
+# How long a watch tries to read something again: as good as no limit, as for its stream.
 READ_SECONDS = 24 * 3600.0
 
 
@@ -303,7 +302,7 @@ class AsyncChatTicketClient:
             labels=labels,
         )
         resumed = functools.partial(self._resumed, silence_seconds=silence_seconds)
-        return SessionsFollower(self, request, resumed, self._closing.sleep).responses()
+        return SessionsFollower(self, request, resumed, self._find, self._closing.sleep).responses()
 
     def messages_of(
         self, session_id: str, after_sequence: int = 0, *, timeout: float = 60.0
@@ -417,7 +416,8 @@ class AsyncChatTicketClient:
             for event in corrections.first_events():
                 yield event
             while (request := corrections.next_read()) is not None:
-                for event in corrections.on_read(await self._find(request)):
+                found = await self._find(self.messages.GetChatMessage, request)
+                for event in corrections.on_read(None if found is None else found.message):
                     yield event
             for event in corrections.last_events():
                 yield event
@@ -426,10 +426,12 @@ class AsyncChatTicketClient:
             await self._closing.sleep(backoff_seconds(changes, None))
             changes += 1
 
-    async def _find(self, request: GetChatMessageRequest) -> ChatMessage | None:
-        method = self.messages.GetChatMessage
+    async def _find(
+        self, method: Callable[[Request], Awaitable[Response]], request: Request
+    ) -> Response | None:
+        """The response of a read, which is tried as long as it takes. None if it finds nothing."""
         try:
-            return (await self.retry(method, request, timeout=READ_SECONDS)).message
+            return await self.retry(method, request, timeout=READ_SECONDS)
         except errors.NotFoundError:
             return None
         except ValueError:  # as gRPC calls a closed channel

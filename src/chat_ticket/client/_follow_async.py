@@ -32,13 +32,13 @@ log = logging.getLogger("chat_ticket.client")
 NAME = "watch of all sessions"  # in the log
 
 READS_AT_ONCE = 10
-READ_SECONDS = 24 * 3600.0  # as good as no limit, as for the stream
 
 
 class SessionsFollower:
     """Follows the sessions and tickets of a tenant, also when the database has lost changes.
 
-    `resumed` makes many streams look like one, and `pause` ends when the client is closed.
+    `resumed` makes many streams look like one, `find` reads until it knows the answer, and `pause`
+    ends when the client is closed.
     """
 
     def __init__(
@@ -46,11 +46,13 @@ class SessionsFollower:
         client: "AsyncChatTicketClient",
         request: WatchChatSessionsRequest,
         resumed: Callable[..., AsyncGenerator[Any, None]],
+        find: Callable[[Any, Any], Awaitable[Any]],
         pause: Callable[[float], Awaitable[None]],
     ):
         self._client = client
         self._feed = FollowedSessions(request)
         self._resumed = resumed
+        self._find = find
         self._pause = pause
 
     async def responses(self) -> AsyncGenerator[WatchChatSessionsResponse, None]:
@@ -101,14 +103,10 @@ class SessionsFollower:
 
     async def _read(self, key: Key) -> Event:
         """How a stream would tell the session or ticket now."""
-        retry = functools.partial(self._client.retry, timeout=READ_SECONDS)
-        try:
-            if key.is_session:
-                read_session = GetChatSessionRequest(session_id=key.id)
-                got_session = await retry(self._client.sessions.GetChatSession, read_session)
-                return self._feed.session_event(got_session.session)
-            read_ticket = GetTicketRequest(ticket_id=key.id)
-            got_ticket = await retry(self._client.tickets.GetTicket, read_ticket)
-            return Event(ticket=got_ticket.ticket)
-        except errors.NotFoundError:
-            return gone_event(key)
+        if key.is_session:
+            get_session = self._client.sessions.GetChatSession
+            found = await self._find(get_session, GetChatSessionRequest(session_id=key.id))
+            return gone_event(key) if found is None else self._feed.session_event(found.session)
+        get_ticket = self._client.tickets.GetTicket
+        found = await self._find(get_ticket, GetTicketRequest(ticket_id=key.id))
+        return gone_event(key) if found is None else Event(ticket=found.ticket)
