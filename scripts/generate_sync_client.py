@@ -13,7 +13,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CLIENT = ROOT / "src/chat_ticket/client"
-FILES = {"_async.py": "_sync.py", "_follow_async.py": "_follow_sync.py"}
+FILES = {
+    "_async.py": "_sync.py",
+    "_follow_async.py": "_follow_sync.py",
+    "_resumed_async.py": "_resumed_sync.py",
+}
 
 HEADER = '''"""The synchronous client. Generated from {source} by scripts/generate_sync_client.py.
 
@@ -76,11 +80,11 @@ CODE = [
     (r"\bawait ", ""),
     (r"\bAwaitable\[(\w+)\]", r"\1"),
     (r"\bAsyncGenerator\[(\w+), None\]", r"Generator[\1, None, None]"),
-    (r"\bAsyncGenerator, Awaitable, ", "Generator, "),
+    (r"\bAsyncGenerator, (Awaitable, )?", "Generator, "),
     (r"\baclosing\b", "closing"),
     (r"\b__a(enter|exit)__\b", r"__\1__"),
     (r"\bimport _runtime_asyncio as runtime\b", "import _runtime_threads as runtime"),
-    (r"\b_follow_async\b", "_follow_sync"),
+    (r"\b_(follow|resumed)_async\b", r"_\1_sync"),
     (r"\bclient\._async\b", "client._sync"),
     # The stubs are imported already, under the names that the second replacement gives.
     (r"\nif TYPE_CHECKING:  # the type stubs.*?\n\n", "\n"),
