@@ -6,6 +6,7 @@ nothing is lost that was told before it. So what has to be read again is what wa
 newest cursor that it accepts.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -62,7 +63,7 @@ class FollowedSessions:
         self._first_request = first_request
         self._cursor = first_request.cursor
         self._is_caught_up = False
-        self._told: dict[Key, Told] = {}  # in the order in which it was told
+        self._told: OrderedDict[Key, Told] = OrderedDict()  # in the order in which it was told
         self._has_forgotten = False  # something that was told in this call
 
     def request(self) -> WatchChatSessionsRequest:
@@ -154,10 +155,10 @@ class FollowedSessions:
         for event in events:
             if (state := state_of(event)) is not None:
                 key, revision = state
-                self._told.pop(key, None)
                 self._told[key] = Told(revision, self._cursor)
+                self._told.move_to_end(key)
         while len(self._told) > MAX_TOLD:
-            del self._told[next(iter(self._told))]
+            self._told.popitem(last=False)
             self._has_forgotten = True
 
     def _is_still_true(self, event: Event) -> bool:
