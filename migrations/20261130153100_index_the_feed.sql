@@ -5,8 +5,7 @@ SET LOCAL lock_timeout = '5s';
 
 -- In a migration of their own: one that adds a column holds up reads too, until it ends.
 
--- Writes wait while these are built: about a second for a million rows. Where they must not, let the
--- statements run CONCURRENTLY before this migration, which then finds the indexes.
+-- Writes wait while these are built: about a second for a million rows.
 -- squawk-ignore require-concurrent-index-creation
 CREATE INDEX IF NOT EXISTS idx_chat_sessions_feed ON chat_sessions (tenant_id, feed_bucket, id);
 -- squawk-ignore require-concurrent-index-creation
