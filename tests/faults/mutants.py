@@ -163,6 +163,13 @@ def _feed_up_to_newest_transaction() -> None:
     _replace(change_feed, "PAGE", "pg_snapshot_xmin(", "pg_snapshot_xmax(")
 
 
+def _feed_leaves_out_what_changes_again() -> None:
+    """A pass has only what has changed last below its end."""
+    start = "feed_position >= (SELECT start FROM bounds)"
+    end = "feed_position < (SELECT pass_end FROM bounds)"
+    _replace(change_feed, "PAGE", start, f"{start} AND {end}")
+
+
 def _feed_without_tombstones() -> None:
     is_due = change_feed._is_due
     deleted = (change_feed.DELETED_SESSION, change_feed.DELETED_TICKET)
@@ -223,6 +230,9 @@ MUTANTS = {
     "feed by update time": _feed_mutant(_feed_by_update_time, "was not told session"),
     "feed up to the newest transaction": _feed_mutant(
         _feed_up_to_newest_transaction, "was not told session"
+    ),
+    "feed leaves out what changes again": _feed_mutant(
+        _feed_leaves_out_what_changes_again, "which has left"
     ),
     "feed without tombstones": _feed_mutant(_feed_without_tombstones, "was deleted"),
     "feed loses its place": _feed_mutant(_feed_loses_its_place, "was not told session"),
