@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import psycopg
 from psycopg.rows import namedtuple_row
 
+from chat_ticket.v1 import resources_pb2 as r
 from faults.draft_checker import check_drafts, check_seen
 from faults.draft_record import DraftRecord
 from faults.feed_audit import read_audit
@@ -31,7 +32,7 @@ SESSIONS = "SELECT id::text, status, has_ticket, revision FROM chat_sessions WHE
 LINKS = """
 SELECT session_id::text, id::text, ticket_id::text FROM chat_tickets WHERE tenant_id = %s
 """
-TICKETS = "SELECT id::text, status FROM tickets WHERE tenant_id = %s"
+TICKETS = "SELECT id::text, title, status, revision FROM tickets WHERE tenant_id = %s"
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,42 @@ def _check_seen(
             yield Violation("draft", f"a watch of {watch.session_id} {text}")
 
 
+def check_ticket(create: Write, writes: Sequence[Write], found: Stored) -> Iterator[Violation]:
+    """A ticket that one caller has created and changed, one call after the other.
+
+    `writes` are those of its session.
+    """
+    ticket_id, session_id = create.request.ticket.id, create.session_id
+    outcomes = {write.kind: write.outcome for write in writes}
+    is_linked = any(link.id == create.request.chat_ticket_id for link in found.links)
+    if session_id not in found.sessions:
+        yield Violation("I5", f"session {session_id} was deleted with its ticket")
+    elif not is_linked and outcomes.get("DeleteChatTicket", Outcome.REFUSED) is Outcome.REFUSED:
+        yield Violation("I5", f"the ticket of session {session_id} is lost")
+    elif is_linked and outcomes.get("DeleteChatTicket") is Outcome.ACKNOWLEDGED:
+        yield Violation("I5", f"the ticket of session {session_id} is linked, and was unlinked")
+    ticket = found.tickets.get(ticket_id)
+    if ticket is None:
+        if outcomes.get("DeleteTicket", Outcome.REFUSED) is Outcome.REFUSED:
+            yield Violation("I5", f"ticket {ticket_id} is lost")
+        return
+    if outcomes.get("DeleteTicket") is Outcome.ACKNOWLEDGED:
+        yield Violation("I5", f"ticket {ticket_id} is there, and was deleted")
+    expected, revisions = [(create.request.ticket.title, "open")], 0
+    for write in writes:
+        if write.kind == "UpdateTicket" and write.outcome is not Outcome.REFUSED:
+            if write.outcome is Outcome.ACKNOWLEDGED:
+                expected.clear()
+                revisions += 1
+            changed = write.request.ticket
+            status = r.TicketStatus.Name(changed.status).removeprefix("TICKET_STATUS_").lower()
+            expected.append((changed.title, status))
+    if (ticket.title, ticket.status) not in expected:
+        yield Violation("I5", f"ticket {ticket_id} is not as it was acknowledged")
+    if ticket.revision < revisions:
+        yield Violation("I5", f"ticket {ticket_id} has too few revisions: {ticket.revision}")
+
+
 def _check_feeds(
     feeds: Sequence[FeedRecord], connection: psycopg.Connection[Any], tenant: str
 ) -> Iterator[str]:
@@ -283,16 +320,12 @@ def _tickets(writes: Sequence[Write], found: Stored) -> Iterator[Violation]:
     for session in found.sessions.values():
         if session.has_ticket != (session.id in linked):
             yield Violation("I5", f"session {session.id} has_ticket is {session.has_ticket}")
+    of_sessions: dict[str, list[Write]] = defaultdict(list)
     for write in writes:
-        if write.outcome is not Outcome.ACKNOWLEDGED:
-            continue
-        if write.kind == "CreateChatTicket":
-            if write.session_id not in found.sessions:
-                yield Violation("I5", f"session {write.session_id} was deleted with its ticket")
-            elif write.session_id not in linked:
-                yield Violation("I5", f"the ticket of session {write.session_id} is lost")
-            if write.request.ticket.id not in found.tickets:
-                yield Violation("I5", f"ticket {write.request.ticket.id} is lost")
+        of_sessions[write.session_id].append(write)
+    for write in writes:
+        if write.kind == "CreateChatTicket" and write.outcome is Outcome.ACKNOWLEDGED:
+            yield from check_ticket(write, of_sessions[write.session_id], found)
     archived = {
         write.session_id: write
         for write in writes

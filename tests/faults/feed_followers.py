@@ -15,13 +15,20 @@ from support.client import Api
 
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionsRequest
 from faults.feed_audit import Key, Snapshot, Stored, read_stored
-from faults.feed_record import Checkpoint, FeedRecord
+from faults.feed_record import Checkpoint, FeedRecord, Filters
 
 PAUSE_SECONDS = 0.05
 SNAPSHOT_SECONDS = 1.0
 # A stream that is left, is left after so many responses, or so many seconds.
 MOST_RESPONSES = 300
 MOST_SECONDS = 3.0
+
+# Whether they begin from the beginning, and what they follow: of each tenant of a run.
+FEEDS = (
+    (True, Filters()),
+    (True, Filters(has_ticket=True)),
+    (False, Filters(statuses=("active",))),
+)
 
 # A follower that resumes gets none of these, whatever breaks.
 NEVER = {
@@ -175,6 +182,21 @@ class FeedFollowers:
         self._snapshots = Snapshots(database_url)
         self._followers: list[FeedFollower] = []
         self.tasks: list[asyncio.Task[None]] = []
+
+    def start_all(self, tenant: str) -> list[FeedRecord]:
+        """Start one of each kind."""
+        records = [
+            FeedRecord(
+                tenant=tenant,
+                name=f"from {'the beginning' if from_beginning else 'now'}, {filters}",
+                filters=filters,
+                from_beginning=from_beginning,
+            )
+            for from_beginning, filters in FEEDS
+        ]
+        for record in records:
+            self.start(record, leaves=True)
+        return records
 
     def start(self, record: FeedRecord, *, leaves: bool) -> None:
         follower = FeedFollower(

@@ -235,7 +235,7 @@ class FeedWriters:
             statements.append((CHANGE_SESSION, self._of(session_id, title=title, **changed)))
         changes = 0
         for sql, params in statements:
-            changes += (await connection.execute(sql, params)).rowcount  # type: ignore[arg-type]
+            changes += (await connection.execute(sql, params)).rowcount
         return changes
 
     def _of(self, each: str, **params: Any) -> dict[str, Any]:

@@ -178,14 +178,14 @@ def _feed_without_tombstones() -> None:
 
 def _feed_loses_its_place() -> None:
     """A follower that resumes in the midst of a pass goes on after its end."""
-    decode = change_feed_cursor.decode
+    parse: Any = change_feed_cursor._parse
 
     def lost(text: str, digest: str) -> change_feed_cursor.Cursor:
-        cursor = decode(text, digest)
-        place = cursor.place
-        return cursor if place.end is None else cursor._replace(place=change_feed.Place(place.end))
+        cursor: change_feed_cursor.Cursor = parse(text, digest)
+        end = cursor.place.end
+        return cursor if end is None else cursor._replace(place=change_feed.Place(end))
 
-    change_feed_cursor.decode = lost
+    change_feed_cursor._parse = lost
 
 
 def _replace(module: Any, name: str, old: str, new: str) -> None:

@@ -116,6 +116,28 @@ class WatchRecord:
     deleted: bool = False
     drafts: SeenDrafts | None = None  # of a watch that shows them
 
+    def apply(self, event: Any) -> None:
+        """Take down an event."""
+        if event.revision < self.revision:
+            self.backwards.append(f"{event.revision} after {self.revision}")
+        self.revision = event.revision
+        if self.drafts is not None:
+            self.drafts.apply(event)
+        match event.WhichOneof("event"):
+            case "messages_created":
+                for message in event.messages_created.messages:
+                    self.created.append((message.id, message.sequence))
+                    self.messages[message.id] = message
+            case "message_updated":
+                message = event.message_updated
+                if message.id not in self.messages:
+                    self.unknown_changed.append(message.id)
+                self.messages[message.id] = message
+            case "message_deleted":
+                self.messages.pop(event.message_deleted.message_id, None)
+            case "session_deleted":
+                self.deleted = True
+
 
 @dataclass
 class Record:

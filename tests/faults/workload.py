@@ -34,17 +34,15 @@ from chat_ticket.v1.chat_message_pb2 import (
 )
 from chat_ticket.v1.chat_session_pb2 import (
     CreateChatSessionRequest,
-    DeleteChatSessionRequest,
     GetChatSessionRequest,
     ListChatSessionsRequest,
-    UpdateChatSessionRequest,
     WatchChatSessionRequest,
 )
-from chat_ticket.v1.chat_ticket_pb2 import CreateChatTicketRequest, ListTicketsRequest
+from chat_ticket.v1.chat_ticket_pb2 import ListTicketsRequest
+from faults import ticket_callers
 from faults.draft_callers import DraftCallers
 from faults.draft_record import SeenDrafts
 from faults.feed_followers import FeedFollowers
-from faults.feed_record import FeedRecord, Filters
 from faults.record import Attempt, Outcome, Record, WatchRecord, Write, clock, reason_of
 
 TENANTS = 3
@@ -55,13 +53,6 @@ CALL_SECONDS = 5.0
 THINK_SECONDS = 0.01
 BROWSE_SECONDS = 0.2
 PAUSE_SECONDS = 0.05  # before a call is made again
-
-# Whether they begin from the beginning, and what they follow; of each tenant.
-FEEDS = (
-    (True, Filters()),
-    (True, Filters(has_ticket=True)),
-    (False, Filters(statuses=("active",))),
-)
 
 NEVER = {StatusCode.INTERNAL, StatusCode.UNKNOWN}
 
@@ -120,15 +111,7 @@ class Workload:
     async def start(self) -> None:
         if self._feed_followers is not None:
             for tenant in self.tenants:
-                for from_beginning, filters in FEEDS:
-                    feed = FeedRecord(
-                        tenant=tenant,
-                        name=f"from {'the beginning' if from_beginning else 'now'}, {filters}",
-                        filters=filters,
-                        from_beginning=from_beginning,
-                    )
-                    self.record.feeds.append(feed)
-                    self._feed_followers.start(feed, leaves=True)
+                self.record.feeds += self._feed_followers.start_all(tenant)
             await self._feed_followers.wait_until_begun()
         for tenant in self.tenants:
             for _ in range(SESSIONS):
@@ -137,7 +120,7 @@ class Workload:
             chance = random.Random(self._random.random())
             self._writers.append(asyncio.create_task(self._write(tenant, chance, number)))
         for tenant in self.tenants:
-            for work in (self._escalate, self._browse, self._pry):
+            for work in (self._use_tickets, self._browse, self._pry):
                 chance = random.Random(self._random.random())
                 self._writers.append(asyncio.create_task(work(tenant, chance)))
             for number, session_id in enumerate(self.sessions[tenant] * WATCHERS):
@@ -274,31 +257,12 @@ class Workload:
                 stored += [(session_id, message_id) for message_id in new]
             await asyncio.sleep(self._think_seconds)
 
-    async def _escalate(self, tenant: str, chance: random.Random) -> None:
-        """Tickets, archiving and deleting race for sessions of their own."""
+    async def _use_tickets(self, tenant: str, chance: random.Random) -> None:
+        """Of sessions of their own."""
         while self._writing:
             session_id = await self.create_session(tenant)
-            archive = UpdateChatSessionRequest(
-                session=r.ChatSession(id=session_id, status=r.CHAT_SESSION_STATUS_ARCHIVED)
-            )
-            archive.update_mask.paths.append("status")
-            races: list[tuple[str, Any]] = [
-                (
-                    "CreateChatTicket",
-                    CreateChatTicketRequest(
-                        session_id=session_id,
-                        chat_ticket_id=str(uuid.uuid4()),
-                        ticket=r.Ticket(id=str(uuid.uuid4()), title=f"help {tenant}"),
-                    ),
-                ),
-                ("UpdateChatSession", archive),
-                ("DeleteChatSession", DeleteChatSessionRequest(session_id=session_id)),
-            ]
-            chance.shuffle(races)
-            await asyncio.gather(
-                *(self.done(kind, tenant, session_id, request, n)
-                  for n, (kind, request) in enumerate(races[: chance.randint(2, 3)]))
-            )  # fmt: skip
+            use = chance.choice((ticket_callers.race, ticket_callers.change))
+            await use(self.done, tenant, session_id, chance)
             await asyncio.sleep(PAUSE_SECONDS)
 
     async def _browse(self, tenant: str, chance: random.Random) -> None:
@@ -443,7 +407,7 @@ class Workload:
                     self._check_response(
                         watch.tenant, "WatchChatSession", event.SerializeToString()
                     )
-                    apply_event(watch, event)
+                    watch.apply(event)
             except grpc.aio.AioRpcError as error:
                 self._check_response(watch.tenant, "WatchChatSession", repr(error).encode())
                 if error.code() in NEVER or error.code() is StatusCode.OUT_OF_RANGE:
@@ -456,29 +420,6 @@ class Workload:
         for other in self.tenants:
             if other != tenant and other.encode() in data:
                 self.record.findings.append(f"{kind} tells {tenant} of {other}")
-
-
-def apply_event(watch: WatchRecord, event: Any) -> None:
-    """Apply an event to the state of a watch."""
-    if event.revision < watch.revision:
-        watch.backwards.append(f"{event.revision} after {watch.revision}")
-    watch.revision = event.revision
-    if watch.drafts is not None:
-        watch.drafts.apply(event)
-    match event.WhichOneof("event"):
-        case "messages_created":
-            for message in event.messages_created.messages:
-                watch.created.append((message.id, message.sequence))
-                watch.messages[message.id] = message
-        case "message_updated":
-            message = event.message_updated
-            if message.id not in watch.messages:
-                watch.unknown_changed.append(message.id)
-            watch.messages[message.id] = message
-        case "message_deleted":
-            watch.messages.pop(event.message_deleted.message_id, None)
-        case "session_deleted":
-            watch.deleted = True
 
 
 def _is_final(attempt: Attempt) -> bool:
@@ -502,4 +443,7 @@ _STUB: dict[str, Callable[[Api], Any]] = {
     "DeleteChatMessage": lambda api: api.messages._stub.DeleteChatMessage,
     "CreateChatAttachment": lambda api: api.attachments._stub.CreateChatAttachment,
     "CreateChatTicket": lambda api: api.tickets._stub.CreateChatTicket,
+    "DeleteChatTicket": lambda api: api.tickets._stub.DeleteChatTicket,
+    "UpdateTicket": lambda api: api.tickets._stub.UpdateTicket,
+    "DeleteTicket": lambda api: api.tickets._stub.DeleteTicket,
 }
