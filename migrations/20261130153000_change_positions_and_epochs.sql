@@ -69,6 +69,19 @@ EXCEPTION WHEN OTHERS THEN
 END
 $$;
 
+-- Where the recovery ended that made this server a primary. NULL if that is not known.
+--
+-- A server that has crashed since then has replayed its own WAL last. It has no time of a replayed
+-- transaction, as a standby has, and a server that was restored to a point in time.
+CREATE FUNCTION chat_recovery_end() RETURNS pg_lsn
+    LANGUAGE plpgsql VOLATILE AS $$
+BEGIN
+    RETURN CASE WHEN pg_last_xact_replay_timestamp() IS NOT NULL THEN pg_last_wal_replay_lsn() END;
+EXCEPTION WHEN OTHERS THEN
+    RETURN NULL;
+END
+$$;
+
 -- Begins an epoch. By hand, only after a restore that PostgreSQL itself cannot tell: of a snapshot of
 -- the volume, or of data into the tables that are there. Writers wait until the transaction ends. It
 -- reads all sessions and tickets, as restored ones may have positions of epochs that are not here.
@@ -109,13 +122,10 @@ BEGIN
         -- Of several at the same time, one begins it, and the others find it when it is committed.
         INSERT INTO chat_epochs (ordinal, identity, table_oid, branch_lsn)
         VALUES (coalesce(last_epoch.ordinal, 0) + 1, current_identity, 'chat_epochs'::regclass,
-                -- Recovery ended a timeline only if this is the next one of the same database. A
-                -- server that has crashed since then has replayed its own WAL too. It has no time
-                -- of a replayed transaction, as a standby and a restore have.
+                -- Recovery ended the last epoch only if this is the next timeline of its database.
                 CASE WHEN last_epoch.table_oid = 'chat_epochs'::regclass
                       AND current_identity = chat_next_identity(last_epoch.identity)
-                      AND pg_last_xact_replay_timestamp() IS NOT NULL
-                     THEN pg_last_wal_replay_lsn() END)
+                     THEN chat_recovery_end() END)
             ON CONFLICT (ordinal) DO NOTHING;
     END LOOP;
 END
@@ -421,6 +431,7 @@ DROP FUNCTION current_feed_position();
 DROP FUNCTION chat_feed_position(bigint, xid8);
 DROP FUNCTION begin_chat_epoch();
 DROP FUNCTION current_chat_epoch();
+DROP FUNCTION chat_recovery_end();
 DROP FUNCTION chat_wal_position();
 DROP FUNCTION chat_next_identity(text);
 DROP FUNCTION chat_database_identity();

@@ -382,3 +382,11 @@ def test_identity_is_what_the_owner_of_the_schema_may_read(owned: str) -> None:
         with psycopg.connect(owned, autocommit=True) as later:
             Rows(later, "us").add("chat_sessions")
             assert len(epochs(Rows(later, "us"))) == 2, "it has learned what database it is"
+
+
+def test_role_that_may_not_ask_where_recovery_ended_goes_on(owned: str) -> None:
+    """Otherwise nobody could write after a promotion."""
+    revoke = "REVOKE EXECUTE ON FUNCTION pg_last_xact_replay_timestamp() FROM PUBLIC"
+    execute(urlsplit(owned)._replace(netloc="postgres@").geturl(), revoke)
+    with psycopg.connect(owned) as connection:
+        assert connection.execute("SELECT chat_recovery_end()").fetchone() == (None,)
