@@ -139,10 +139,8 @@ class Dataset:
 def load(url: str, size: int, lengths: Sequence[int], to_delete: int) -> Dataset:
     """Fill a database with chats, a session of each length, and `to_delete` more of each length."""
     with psycopg.connect(url, autocommit=True) as db:
-        # Without checks and triggers, and without the index that would take most of the time. It is
-        # built afterwards.
-        for setting in ("session_replication_role = replica", "maintenance_work_mem = '1GB'"):
-            db.execute(f"SET {setting}")
+        service.prepare_load(db)
+        # Without the index that would take most of the time. It is built afterwards.
         [[index]] = db.execute("SELECT pg_get_indexdef('idx_chat_messages_content'::regclass)")
         db.execute("DROP INDEX idx_chat_messages_content")
         _load_utterances(db)

@@ -102,9 +102,7 @@ LISTS: Mapping[str, List] = {
 def load(url: str, size: int) -> None:
     """Fill a database with the sessions and tickets of one tenant."""
     with psycopg.connect(url, autocommit=True) as db:
-        # Without checks and triggers.
-        for setting in ("session_replication_role = replica", "maintenance_work_mem = '1GB'"):
-            db.execute(f"SET {setting}")
+        service.prepare_load(db)
         definitions = [
             db.execute("SELECT pg_get_indexdef(%s::regclass)", [name]).fetchone() or ("",)
             for name in INDEXES
