@@ -182,6 +182,7 @@ def large_tenant(cluster: Cluster) -> Iterator[psycopg.Connection[Any]]:
     execute(
         url,
         "SET session_replication_role = replica",
+        "ALTER TABLE chat_sessions ENABLE ALWAYS TRIGGER chat_sessions_take_feed_position",
         "INSERT INTO chat_sessions (tenant_id, user_id, labels, created_at, updated_at)"
         f" SELECT '{LARGE_TENANT}', 'user-' || n % 4000,"
         "  jsonb_build_object('plan', CASE WHEN n % 5 < 3 THEN 'gold' ELSE 'free' END)"
