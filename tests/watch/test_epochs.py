@@ -195,7 +195,7 @@ class TestPositionBetweenChanges:
     """A message that changes twice is told once, at the second change."""
 
     async def test_it_is_lost_with_a_later_change(self, api: Api, database: str) -> None:
-        """The first change is not lost, but never was told. So the caller goes back to before it."""
+        """The first one is not lost, but was never told. The caller goes back to before it."""
         backup, between = await self._between_changes(api)
         restore(database, backup)
         with refused(StatusCode.OUT_OF_RANGE, "HISTORY_CHANGED") as refusal:
