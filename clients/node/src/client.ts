@@ -123,8 +123,9 @@ export class ChatTicketClient {
    * draft has gained meanwhile comes as `draftAppended`, and a draft that has ended as `draftEnded`,
    * just before its message.
    *
-   * To resume in another process, store the `revision` of each event after the event has been fully
-   * handled, and pass it as `afterRevision`. A partly handled event is then delivered again in full.
+   * To resume in another process, store the `revision` and the `epoch` of each event after the event
+   * has been fully handled, and pass them as `afterRevision` and `epoch`. A partly handled event is
+   * then delivered again in full.
    *
    * The watch ends after `sessionDeleted`, also when the session was deleted during an
    * interruption. Leaving the loop, calling `return()` on the generator or aborting `signal` ends
@@ -132,13 +133,17 @@ export class ChatTicketClient {
    *
    * Throws errors that a retry cannot resolve: NOT_FOUND when there is no such session, OUT_OF_RANGE for a
    * revision that it has not reached, INVALID_ARGUMENT, PERMISSION_DENIED, UNAUTHENTICATED,
-   * UNIMPLEMENTED, and INTERNAL with a reason.
+   * UNIMPLEMENTED, and INTERNAL with a reason. OUT_OF_RANGE with the reason HISTORY_CHANGED means that the
+   * database has lost changes that were delivered. What came after the `revision` of its metadata is no
+   * more, or is different. Discard the state and watch from 0, or go on after that revision with the `epoch`
+   * of the metadata.
    */
   watch(sessionId: string, options: WatchOptions = {}): AsyncGenerator<WatchEvent, void, void> {
     const { renewsToken, closing } = this.#connection
-    const { afterRevision = 0n, includeDrafts = false, silenceMs = SILENCE_MS, onInterruption } = options
+    const { epoch = '', includeDrafts = false, silenceMs = SILENCE_MS, onInterruption } = options
     return leavable((signal) => {
-      const progress = new WatchProgress(sessionId, BigInt(afterRevision), includeDrafts)
+      const position = { revision: BigInt(options.afterRevision ?? 0n), epoch }
+      const progress = new WatchProgress(sessionId, position, includeDrafts)
       return resumed((each) => this.sessions.watchChatSession(progress.nextRequest(), { signal: each }), progress, {
         renewsToken,
         signal,

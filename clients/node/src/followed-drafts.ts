@@ -1,5 +1,8 @@
 import type { WatchChatSessionResponse } from './generated/chat_ticket/v1/chat_session.js'
 
+/** A revision of a session, and the history that it belongs to. */
+export type Position = Pick<WatchChatSessionResponse, 'revision' | 'epoch'>
+
 /**
  * The drafts that the caller of a watch has, and how much of each.
  *
@@ -17,7 +20,7 @@ export class FollowedDrafts {
   }
 
   /** The ends of drafts that the response implies, to be delivered before it. */
-  endedBefore({ event }: WatchChatSessionResponse, position: bigint): WatchChatSessionResponse[] {
+  endedBefore({ event }: WatchChatSessionResponse, position: Position): WatchChatSessionResponse[] {
     switch (event?.$case) {
       case 'messagesCreated':
         return this.#ended(event.value.messages.map(({ id }) => id), position)
@@ -31,13 +34,13 @@ export class FollowedDrafts {
   }
 
   /** The ends of all drafts: the session is gone. */
-  allEnded(position: bigint): WatchChatSessionResponse[] {
+  allEnded(position: Position): WatchChatSessionResponse[] {
     return this.#ended([...this.#lengths.keys()], position)
   }
 
   /** The event to deliver. Undefined for what the caller has already. */
   next(response: WatchChatSessionResponse): WatchChatSessionResponse | undefined {
-    const { event, revision } = response
+    const { event, revision, epoch } = response
     switch (event?.$case) {
       case 'draft': {
         const { id: draftId, content, length } = event.value
@@ -48,7 +51,7 @@ export class FollowedDrafts {
         if (known === undefined || length < known) return response
         if (length === known) return undefined
         const text = Buffer.from(content).subarray(Number(known)).toString()
-        return { revision, event: { $case: 'draftAppended', value: { draftId, offset: known, text } } }
+        return { revision, epoch, event: { $case: 'draftAppended', value: { draftId, offset: known, text } } }
       }
       case 'draftAppended': {
         const { draftId, offset, text } = event.value
@@ -63,11 +66,11 @@ export class FollowedDrafts {
     }
   }
 
-  #ended(draftIds: string[], revision: bigint): WatchChatSessionResponse[] {
+  #ended(draftIds: string[], position: Position): WatchChatSessionResponse[] {
     return draftIds.flatMap((draftId) => {
       this.#unseen.delete(draftId)
       if (!this.#lengths.delete(draftId)) return []
-      return [{ revision, event: { $case: 'draftEnded' as const, value: { draftId } } }]
+      return [{ ...position, event: { $case: 'draftEnded' as const, value: { draftId } } }]
     })
   }
 }

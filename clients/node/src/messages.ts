@@ -29,7 +29,9 @@ export class ListProgress implements Progress<ListChatMessagesResponse, ChatMess
   get request(): Partial<ListChatMessagesRequest> {
     const request = { sessionId: this.#sessionId, afterSequence: this.#sequence }
     // As far as the first stream would have gone.
-    return this.#session ? { ...request, beforeSequence: this.#session.revision + 1n } : request
+    return this.#session
+      ? { ...request, beforeSequence: this.#session.revision + 1n, epoch: this.#session.epoch }
+      : request
   }
 
   items({ session, messages }: ListChatMessagesResponse): readonly ChatMessage[] {

@@ -3,7 +3,7 @@ import { isDeepStrictEqual } from 'node:util'
 import type { ChatTicketError } from './errors.js'
 import { ChatTicket, type ChatSession } from './generated/chat_ticket/v1/resources.js'
 import type { WatchChatSessionRequest, WatchChatSessionResponse } from './generated/chat_ticket/v1/chat_session.js'
-import { FollowedDrafts } from './followed-drafts.js'
+import { FollowedDrafts, type Position } from './followed-drafts.js'
 import type { Progress } from './resume.js'
 
 // Three heartbeats at the server's default interval.
@@ -29,6 +29,8 @@ export interface WatchInterruption {
 export interface WatchOptions {
   /** Watch the changes after this revision. 0 by default, which starts with the whole history. */
   afterRevision?: bigint | number | string | undefined
+  /** The `epoch` that came with `afterRevision`. Empty by default, which does not check that it is still true. */
+  epoch?: string | undefined
   /** Whether the watch also shows the messages that are being written. False by default. */
   includeDrafts?: boolean | undefined
   /**
@@ -50,14 +52,14 @@ export class WatchProgress implements Progress<WatchChatSessionResponse, WatchEv
   readonly #drafts = new FollowedDrafts()
   #isAtStart = true // of a stream
 
-  constructor(sessionId: string, afterRevision: bigint, includeDrafts: boolean) {
+  constructor(sessionId: string, position: Position, includeDrafts: boolean) {
     this.#sessionId = sessionId
     this.#includeDrafts = includeDrafts
-    this.#state = new ResumeState(afterRevision)
+    this.#state = new ResumeState(position)
   }
 
   get revision(): bigint {
-    return this.#state.revision
+    return this.#state.position.revision
   }
 
   get hasEnded(): boolean {
@@ -70,13 +72,14 @@ export class WatchProgress implements Progress<WatchChatSessionResponse, WatchEv
     this.#isAtStart = true
     return {
       sessionId: this.#sessionId,
-      afterRevision: this.#state.revision,
+      afterRevision: this.#state.position.revision,
+      epoch: this.#state.position.epoch,
       includeDrafts: this.#includeDrafts,
     }
   }
 
   items(response: WatchChatSessionResponse): readonly WatchEvent[] {
-    const position = this.#state.revision
+    const position = this.#state.position
     const ended = this.#drafts.endedBefore(response, position)
     let event = this.#state.next(response)
     if (event !== undefined) event = this.#drafts.next(event)
@@ -90,8 +93,12 @@ export class WatchProgress implements Progress<WatchChatSessionResponse, WatchEv
 
   onNotFound(): readonly WatchEvent[] {
     if (this.#state.session === undefined) return []
-    return [...this.#drafts.allEnded(this.#state.revision), this.#state.deleted()]
+    return [...this.#drafts.allEnded(this.#state.position), this.#state.deleted()]
   }
+}
+
+function positionOf({ revision, epoch }: WatchChatSessionResponse): Position {
+  return { revision, epoch }
 }
 
 /** Whether the session shows nothing new. Its other fields change with every message, which has an event of its own. */
@@ -106,15 +113,15 @@ function isKnown(previous: ChatSession, session: ChatSession): boolean {
 
 /** What has been delivered to the caller of a watch, over all of its streams. */
 class ResumeState {
-  revision: bigint
+  position: Position
   session: ChatSession | undefined
   isDeleted = false
   #isCaughtUp = false
   // As delivered last. Empty while the session is linked to none.
   #ticket = ChatTicket.fromPartial({})
 
-  constructor(revision: bigint) {
-    this.revision = revision
+  constructor(position: Position) {
+    this.position = position
   }
 
   /** The event to deliver for a response. Undefined for one that only repeats the state after a resume. */
@@ -139,9 +146,9 @@ class ResumeState {
         if (this.#isCaughtUp) {
           // The caller has caught up before. The position may have moved, which a heartbeat reports.
           event =
-            response.revision === this.revision
+            response.revision === this.position.revision && response.epoch === this.position.epoch
               ? undefined
-              : { revision: response.revision, event: { $case: 'heartbeat', value: {} } }
+              : { ...positionOf(response), event: { $case: 'heartbeat', value: {} } }
         }
         this.#isCaughtUp = true
         break
@@ -149,7 +156,7 @@ class ResumeState {
         this.isDeleted = true
         break
     }
-    this.revision = response.revision
+    this.position = positionOf(response)
     return event
   }
 
@@ -161,12 +168,12 @@ class ResumeState {
     const isUnlinked = response.event?.$case === 'session' && !response.event.value.hasTicket
     if (this.isDeleted || !isUnlinked || !this.#ticket.id) return []
     this.#ticket = ChatTicket.fromPartial({})
-    return [{ revision: this.revision, event: { $case: 'ticket', value: this.#ticket } }]
+    return [{ ...this.position, event: { $case: 'ticket', value: this.#ticket } }]
   }
 
   /** The event that the server would have sent on an unbroken stream. */
   deleted(): WatchEvent {
     this.isDeleted = true
-    return { revision: this.revision, event: { $case: 'sessionDeleted', value: {} } }
+    return { ...this.position, event: { $case: 'sessionDeleted', value: {} } }
   }
 }

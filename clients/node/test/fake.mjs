@@ -47,9 +47,9 @@ export const pack = (name, type, value) =>
   Any.fromPartial({ typeUrl: `type.googleapis.com/${name}`, value: type.encode(type.fromPartial(value)).finish() })
 
 /** An error as the service sends it. */
-export function refusal(code, reason, { retrySeconds, details = [], message = 'no', packed } = {}) {
+export function refusal(code, reason, { retrySeconds, details = [], message = 'no', packed, info = {} } = {}) {
   const all = [...details]
-  if (reason) all.unshift(pack('google.rpc.ErrorInfo', ErrorInfo, { reason, domain: 'chat-ticket-svc' }))
+  if (reason) all.unshift(pack('google.rpc.ErrorInfo', ErrorInfo, { reason, domain: 'chat-ticket-svc', metadata: info }))
   if (retrySeconds !== undefined) {
     const seconds = Math.trunc(retrySeconds)
     const nanos = Math.round((retrySeconds - seconds) * 1e9)

@@ -58,6 +58,19 @@ suite('watch', () => {
     assert.equal(script.requests[0].afterRevision, large)
   })
 
+  test('sends the epoch of its position, and throws when the history has changed', async (t) => {
+    const script = scripted(
+      [session(0), { ...event('caughtUp', 2), epoch: 'of 2' }, unavailable],
+      [refusal(status.OUT_OF_RANGE, 'HISTORY_CHANGED', { info: { revision: '1', epoch: 'of 1' } })],
+    )
+    const client = await serve(t, script)
+    await assert.rejects(collect(client.watch('an id', { epoch: 'stored' })), (error) => {
+      assert.deepEqual(error.metadata, { revision: '1', epoch: 'of 1' })
+      return error.reason === 'HISTORY_CHANGED'
+    })
+    assert.deepEqual(script.requests.map(({ epoch }) => epoch), ['stored', 'of 2'])
+  })
+
   test('delivers the session again only when its status or ticket has changed', async (t) => {
     const resolved = { status: 'CHAT_SESSION_STATUS_RESOLVED' }
     const script = scripted(
