@@ -599,8 +599,8 @@ class WatchChatSessionResponse(_message.Message):
     caller has at a position.
     """
     epoch: _builtins.str
-    """The history of the session's revisions, as in `ChatSession.epoch`. Keep it with the `revision`, and
-    send both to resume.
+    """The history that the `revision` belongs to: opaque, as `ChatSession.epoch` is. It can differ from
+    that while several changes are sent. Keep the two of one response together, and send both to resume.
     """
     @_builtins.property
     def session(self) -> _resources_pb2.ChatSession:

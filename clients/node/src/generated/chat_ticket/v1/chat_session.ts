@@ -329,8 +329,8 @@ export interface WatchChatSessionResponse {
     { $case: "ticket"; value: ChatTicket }
     | undefined;
   /**
-   * The history of the session's revisions, as in `ChatSession.epoch`. Keep it with the `revision`, and
-   * send both to resume.
+   * The history that the `revision` belongs to: opaque, as `ChatSession.epoch` is. It can differ from
+   * that while several changes are sent. Keep the two of one response together, and send both to resume.
    */
   epoch: string;
 }
@@ -3758,8 +3758,8 @@ export const ChatSessionServiceDefinition = {
      * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
      * - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost changes up to
      *   `after_revision`, because it was restored from a backup or a standby was promoted. The metadata
-     *   has the last `revision` that both histories share. What was received after it is no more, or is
-     *   different. Also ends a stream that is open. Forget what came after that revision, read what had
+     *   has the last `revision` that both histories share, or an earlier one at which the caller had
+     *   exactly the state of the session. What was received after it is no more, or is different. Also ends a stream that is open. Forget what came after that revision, read what had
      *   changed after it again, and resume after it, with the `epoch` of the metadata.
      * - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): without `epoch`, the session has not reached
      *   `after_revision`. The stream also ends with this error when the database loses changes that
@@ -4055,8 +4055,8 @@ export const ChatSessionServiceService = {
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
    * - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost changes up to
    *   `after_revision`, because it was restored from a backup or a standby was promoted. The metadata
-   *   has the last `revision` that both histories share. What was received after it is no more, or is
-   *   different. Also ends a stream that is open. Forget what came after that revision, read what had
+   *   has the last `revision` that both histories share, or an earlier one at which the caller had
+   *   exactly the state of the session. What was received after it is no more, or is different. Also ends a stream that is open. Forget what came after that revision, read what had
    *   changed after it again, and resume after it, with the `epoch` of the metadata.
    * - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): without `epoch`, the session has not reached
    *   `after_revision`. The stream also ends with this error when the database loses changes that
@@ -4301,8 +4301,8 @@ export interface ChatSessionServiceServer extends UntypedServiceImplementation {
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
    * - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost changes up to
    *   `after_revision`, because it was restored from a backup or a standby was promoted. The metadata
-   *   has the last `revision` that both histories share. What was received after it is no more, or is
-   *   different. Also ends a stream that is open. Forget what came after that revision, read what had
+   *   has the last `revision` that both histories share, or an earlier one at which the caller had
+   *   exactly the state of the session. What was received after it is no more, or is different. Also ends a stream that is open. Forget what came after that revision, read what had
    *   changed after it again, and resume after it, with the `epoch` of the metadata.
    * - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): without `epoch`, the session has not reached
    *   `after_revision`. The stream also ends with this error when the database loses changes that
@@ -4597,8 +4597,8 @@ export interface ChatSessionServiceClient extends Client {
    * - NOT_FOUND (CHAT_SESSION_NOT_FOUND): the session does not exist.
    * - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost changes up to
    *   `after_revision`, because it was restored from a backup or a standby was promoted. The metadata
-   *   has the last `revision` that both histories share. What was received after it is no more, or is
-   *   different. Also ends a stream that is open. Forget what came after that revision, read what had
+   *   has the last `revision` that both histories share, or an earlier one at which the caller had
+   *   exactly the state of the session. What was received after it is no more, or is different. Also ends a stream that is open. Forget what came after that revision, read what had
    *   changed after it again, and resume after it, with the `epoch` of the metadata.
    * - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): without `epoch`, the session has not reached
    *   `after_revision`. The stream also ends with this error when the database loses changes that
