@@ -771,7 +771,7 @@ class WatchChatSessionsResponse(_message.Message):
 
     @_typing.final
     class Event(_message.Message):
-        """One thing that the stream tells."""
+        """One event of the feed."""
 
         DESCRIPTOR: _descriptor.Descriptor
 

@@ -273,7 +273,8 @@ class ChatSessionServiceServicer:
         its state at that change or at a later one. Nothing is skipped, in whatever order transactions are
         committed, and on however many servers. Several changes of one session can be told as one. A session
         can be told again although it has not changed. The order of the events says nothing about the order
-        of the changes. A caller that keeps the newest `revision` of each session can ignore repeats.
+        of the changes. A caller that keeps the newest `revision` of each session can ignore repeats, as
+        long as the `epoch` of the session is the same.
 
         Every response has the `cursor` to resume after. Store it when you have processed the events of its
         response. A cursor is valid for the tenant and the filters of the stream that it came from.

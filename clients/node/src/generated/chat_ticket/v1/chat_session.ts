@@ -427,9 +427,9 @@ export interface WatchChatSessionsResponse {
   events: WatchChatSessionsResponse_Event[];
 }
 
-/** One thing that the stream tells. */
+/** One event of the feed. */
 export interface WatchChatSessionsResponse_Event {
-  /** What it tells. */
+  /** The event. */
   event:
     | //
     /** A session in its current state. It was created or changed, or something in it was. */
@@ -3797,7 +3797,8 @@ export const ChatSessionServiceDefinition = {
      * its state at that change or at a later one. Nothing is skipped, in whatever order transactions are
      * committed, and on however many servers. Several changes of one session can be told as one. A session
      * can be told again although it has not changed. The order of the events says nothing about the order
-     * of the changes. A caller that keeps the newest `revision` of each session can ignore repeats.
+     * of the changes. A caller that keeps the newest `revision` of each session can ignore repeats, as
+     * long as the `epoch` of the session is the same.
      *
      * Every response has the `cursor` to resume after. Store it when you have processed the events of its
      * response. A cursor is valid for the tenant and the filters of the stream that it came from.
@@ -4097,7 +4098,8 @@ export const ChatSessionServiceService = {
    * its state at that change or at a later one. Nothing is skipped, in whatever order transactions are
    * committed, and on however many servers. Several changes of one session can be told as one. A session
    * can be told again although it has not changed. The order of the events says nothing about the order
-   * of the changes. A caller that keeps the newest `revision` of each session can ignore repeats.
+   * of the changes. A caller that keeps the newest `revision` of each session can ignore repeats, as
+   * long as the `epoch` of the session is the same.
    *
    * Every response has the `cursor` to resume after. Store it when you have processed the events of its
    * response. A cursor is valid for the tenant and the filters of the stream that it came from.
@@ -4333,7 +4335,8 @@ export interface ChatSessionServiceServer extends UntypedServiceImplementation {
    * its state at that change or at a later one. Nothing is skipped, in whatever order transactions are
    * committed, and on however many servers. Several changes of one session can be told as one. A session
    * can be told again although it has not changed. The order of the events says nothing about the order
-   * of the changes. A caller that keeps the newest `revision` of each session can ignore repeats.
+   * of the changes. A caller that keeps the newest `revision` of each session can ignore repeats, as
+   * long as the `epoch` of the session is the same.
    *
    * Every response has the `cursor` to resume after. Store it when you have processed the events of its
    * response. A cursor is valid for the tenant and the filters of the stream that it came from.
@@ -4637,7 +4640,8 @@ export interface ChatSessionServiceClient extends Client {
    * its state at that change or at a later one. Nothing is skipped, in whatever order transactions are
    * committed, and on however many servers. Several changes of one session can be told as one. A session
    * can be told again although it has not changed. The order of the events says nothing about the order
-   * of the changes. A caller that keeps the newest `revision` of each session can ignore repeats.
+   * of the changes. A caller that keeps the newest `revision` of each session can ignore repeats, as
+   * long as the `epoch` of the session is the same.
    *
    * Every response has the `cursor` to resume after. Store it when you have processed the events of its
    * response. A cursor is valid for the tenant and the filters of the stream that it came from.
