@@ -117,6 +117,7 @@ def comments(file: FileDescriptorProto) -> Iterator[str]:
         # Without the marks of list items and headings, which are not text of the page.
         text = re.sub(r"^ *(?:-|#+) ", "", location.leading_comments, flags=re.MULTILINE)
         comment = words(html.escape(text))
-        is_of_oneof = list(location.path[2:3]) == [8]
+        # `oneof_decl` of a message, which may be nested in another.
+        is_of_oneof = list(location.path[:1]) == [4] and list(location.path[-2:-1]) == [8]
         if comment and list(location.path[:1]) in ([2], [4], [5], [6]) and not is_of_oneof:
             yield comment
