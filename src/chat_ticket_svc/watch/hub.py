@@ -319,6 +319,7 @@ class WatchHub:
         watch_heartbeat_seconds: float,
         max_concurrent_reads: int,
     ):
+        self._db = db
         self._session_hubs: dict[SessionKey, SessionHub[Any]] = {}
         self._notifications = Notifications(
             db, listen_url, self, poll_interval_seconds=watch_poll_interval_seconds
@@ -419,8 +420,13 @@ class WatchHub:
             session_hub.wake()
         self.change_feeds.wake(key[0])
 
-    def wake_all_feeds(self) -> None:
-        self.change_feeds.wake_all()
+    async def wake_all_feeds(self) -> None:
+        try:
+            # After a promotion nobody may write for long. The followers are to learn of it soon.
+            if self.change_feeds.follower_count:
+                await change_feed.ensure_epoch(self._db)
+        finally:
+            self.change_feeds.wake_all()
 
     def wake_if_moved(self, key: SessionKey, revision: int | None, epoch: str | None) -> None:
         session_hub = self._session_hubs.get(key)

@@ -63,8 +63,11 @@ class WatchedSessions(Protocol):
     def wake_if_moved(self, key: SessionKey, revision: int | None, epoch: str | None) -> None:
         """Read the session's changes if a watcher is elsewhere. None: the session is deleted."""
 
-    def wake_all_feeds(self) -> None:
-        """Read the feeds of all tenants that are followed here: notifications may be lost."""
+    async def wake_all_feeds(self) -> None:
+        """Read the feeds of all tenants that are followed here: notifications may be lost.
+
+        Begins an epoch before if the database is another one.
+        """
 
     def wake_drafts(self, key: SessionKey) -> None:
         """Look at the session's drafts, if they are followed or written here."""
@@ -193,7 +196,10 @@ class Notifications:
                     await self._poll_now.wait()
             self._poll_now.clear()
             self._watched.wake_all_drafts()
-            self._watched.wake_all_feeds()
+            try:
+                await self._watched.wake_all_feeds()
+            except Exception as error:  # any error: see below
+                self._warnings.warn("could not see whether an epoch begins", cause(error))
             cursors = self._watched.cursors()
             if not cursors:
                 continue
