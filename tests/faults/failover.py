@@ -275,7 +275,7 @@ def table(results: dict[str, list[Result]]) -> str:
 
 def follower_table(results: dict[str, list[Result]]) -> str:
     lines = [
-        "| how | followers of sessions | told of a loss | followers of feeds | told of a loss "
+        "| how | followers of sessions | told of a loss | of feeds | told of a possible loss "
         "| hold what is no more | sent back for nothing | other errors |",
         "|---|---|---|---|---|---|---|---|",
     ]
