@@ -98,7 +98,9 @@ def _shown_drafts(workload: Workload) -> list[DraftRecord]:
 
 
 MESSAGE = """(SELECT m.id FROM chat_messages m
-  WHERE m.tenant_id = '{tenant}' AND m.session_id = '{session}' ORDER BY m.sequence {which} LIMIT 1)
+  WHERE m.tenant_id = '{tenant}' AND m.session_id = '{session}'
+    AND m.content LIKE 'of {tenant}: %'  -- not of a draft
+  ORDER BY m.sequence {which} LIMIT 1)
 """
 COPY = """
 INSERT INTO chat_messages
