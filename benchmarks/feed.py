@@ -26,7 +26,7 @@ SECONDS = 120
 
 SESSIONS = 1_000
 WRITES_PER_SECOND = 200
-PHASE_SECONDS = 2.5
+PHASE_SECONDS = 2
 ONE, TWENTY, CROWDED = (
     f"1 follower, {SESSIONS:,} sessions",
     f"20 followers, {SESSIONS:,} sessions",
@@ -40,7 +40,7 @@ READS = 2
 READ_TARGET = 50_000  # sessions a second
 
 CALLERS = (16, 64)
-CALLERS_SECONDS = 1.2
+CALLERS_SECONDS = 1
 APPEND_TARGET = 0.97
 UPDATES = 10_000
 FEED, BARE = "with the feed", "without its index and triggers"
@@ -182,9 +182,6 @@ def _measure_reading(bench: Bench) -> list[Reading]:
             db.execute("CHECKPOINT")
         readings = []
         with service.server(url, log=bench.directory / "reading.log") as server:
-            told = client.submit(feed_followers.count_from_the_beginning, server.address).result()
-            if told != ALL_SESSIONS:
-                raise RuntimeError(f"{told:,} sessions were told, and not {ALL_SESSIONS:,}")
             for number in range(min(READS, bench.rounds)):
                 bench.progress(f"read {number + 1}, {ALL_SESSIONS:,} sessions")
                 readings.append(
