@@ -27,7 +27,8 @@ async def watch(
 ) -> AsyncIterator[bytes]:
     """The responses of a stream from `start`; None stands for now."""
     # Otherwise a restored database would stay in the old epoch until its first write.
-    await change_feed.ensure_epoch(db)
+    async with feeds.read_slot(tenant_id):
+        await change_feed.ensure_epoch(db)
     cursor = start if isinstance(start, Cursor) else None
     place = start.place if isinstance(start, Cursor) else start
     is_caught_up = False

@@ -174,7 +174,7 @@ class ChangeFeeds:
 
     def __init__(self, read: ReadPage, read_slot: ReadSlot, *, heartbeat_seconds: float):
         self._read = read
-        self._read_slot = read_slot
+        self.read_slot = read_slot
         self._feeds: dict[str, ChangeFeed] = {}
         self._stopping: set[asyncio.Task[None]] = set()
         # The followers look three times an interval, so that none waits for longer than one.
@@ -216,7 +216,7 @@ class ChangeFeeds:
 
     async def read(self, tenant_id: str, place: Place | None) -> Page:
         """The page after a place, within the limits on concurrent reads."""
-        async with self._read_slot(tenant_id):
+        async with self.read_slot(tenant_id):
             page = await self._read(tenant_id, place, PAGE_ROWS)
         metrics.FEED_CHANGES.inc(len(page.rows))
         return page
