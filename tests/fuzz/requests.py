@@ -144,7 +144,7 @@ def _message(
         if depth > 4 and field.cpp_type == F.CPPTYPE_MESSAGE:
             continue
         # A message whose required fields are not all set cannot be serialized.
-        if field.name == "page_token" or (not field.is_required and _unset(draw, field, wild)):
+        if field.name in PLACES or (not field.is_required and _unset(draw, field, wild)):
             continue
         if field.is_repeated:
             _set_many(draw, result, field, wild, depth)
@@ -172,6 +172,29 @@ def _set_many(
             target[entry.key].CopyFrom(entry.value)
 
 
+# Fields with a place in a list or a stream, with the fields that do not count for its digest.
+PLACES = {"page_token": ("page_size", "page_token"), "cursor": ("cursor", "from_beginning")}
+
+
+def _place_field(kind: Descriptor) -> str:
+    """The one of PLACES that requests of this kind have, if any."""
+    return next(iter(PLACES.keys() & kind.fields_by_name.keys()), "")
+
+
+def _digest(request: Message, tenant: str) -> str:
+    """What the places of `tenant` in the list or stream of this request begin with."""
+    return paging.digest(tenant, request, PLACES[_place_field(request.DESCRIPTOR)])
+
+
+def _at(request: Message, place: str) -> Message:
+    """The request with this page token or cursor, which does not begin in another way too."""
+    field = _place_field(request.DESCRIPTOR)
+    placed = _with(request, [field], place)
+    if field == "cursor" and place:
+        placed.ClearField("from_beginning")
+    return placed
+
+
 # How many of ten values are hostile.
 LEVELS = st.sampled_from([0, 0, 0, 1, 1, 2, 4, 10])
 ONE_OF_TEN = st.integers(0, 9)
@@ -179,11 +202,11 @@ ONE_OF_TEN = st.integers(0, 9)
 
 @st.composite
 def hostile_message(draw: Draw, kind: type[Message], tenant: str = "", other: str = "") -> Message:
-    """A request as `tenant` would send it, whose page token may be one of `other`."""
+    """A request as `tenant` would send it, whose page token or cursor may be one of `other`."""
     level = draw(LEVELS)
     result = _message(draw, kind.DESCRIPTOR, lambda: draw(ONE_OF_TEN) < level)
-    if "page_token" in kind.DESCRIPTOR.fields_by_name:
-        result.page_token = _page_token(draw, result, tenant, other)  # type: ignore[attr-defined]
+    if _place_field(kind.DESCRIPTOR):
+        result = _at(result, _place(draw, result, tenant, other))
     return result
 
 
@@ -262,16 +285,35 @@ FIRST = {
 }
 
 
+EPOCH_IDS = ['"0123456789abcdef"', '"0123456789ABCDEF"', '""', "0"]
+# Positions in the feed: of the first epoch, of the last one that is possible, and below both.
+FEED_POSITIONS = ["0", "1", str(1 << 48), str((1 << 48) + 800), str((1 << 63) - 1)]
+# Where a cursor is if it is not damaged: nowhere else can a hostile value be seen alone.
+CURSOR = [FEED_POSITIONS[2], "null", "0", "0", '""', EPOCH_IDS[0], "0", "[]"]
+
+
 def _fitting(draw: Draw, request: str) -> list[str]:
-    """A position as the list of this request has them."""
+    """A position as the list or the stream of this request has them."""
+    if request == "WatchChatSessionsRequest":
+        feed_position = st.sampled_from(FEED_POSITIONS)
+        return [
+            draw(feed_position),
+            draw(st.one_of(st.just("null"), feed_position)),
+            draw(st.sampled_from("0123")),
+            str(int(draw(feed_position)) >> 16),
+            draw(st.sampled_from(['""', *POSITIONS_OF_IDS])),
+            EPOCH_IDS[0],
+            draw(st.one_of(st.just("null"), feed_position)),
+            draw(st.sampled_from(["[]", f"[[{EPOCH_IDS[0]},1]]"])),
+        ]
     first = [draw(FIRST[request])] if request in FIRST else []
     return [*first, draw(TIMES), draw(st.sampled_from(POSITIONS_OF_IDS))]
 
 
-def _page_token(draw: Draw, request: Message, tenant: str, other: str) -> str:
-    """None, a forged one, another tenant's, a damaged one, or anything.
+def _place(draw: Draw, request: Message, tenant: str, other: str) -> str:
+    """A page token or cursor: none, a forged one, another tenant's, a damaged one, or anything.
 
-    Tokens are no secret: whoever knows how makes one that passes for the service's own.
+    They are no secret: whoever knows how makes one that passes for the service's own.
     """
     if draw(st.booleans()):
         return ""
@@ -284,13 +326,13 @@ def _page_token(draw: Draw, request: Message, tenant: str, other: str) -> str:
             hostile_bytes
         ).decode()
     whose = draw(st.sampled_from([tenant, tenant, tenant, other]))
-    genuine = json.loads(decode_token(paging.encode_token(whose, request)))[0]
+    genuine = _digest(request, whose)
     first = json.dumps(genuine)
     if choice == 2:
         first = draw(st.one_of(POSITION, st.just(json.dumps(genuine.upper()))))
     positions = _fitting(draw, request.DESCRIPTOR.name)
     if choice == 3:
-        positions = draw(st.lists(POSITION, max_size=4))
+        positions = draw(st.lists(POSITION, max_size=len(positions) + 2))
     elif choice == 4:
         positions[draw(st.integers(0, len(positions) - 1))] = draw(POSITION)
     token = base64.urlsafe_b64encode(f"[{','.join([first, *positions])}]".encode()).decode()
@@ -335,15 +377,16 @@ def corner_cases(kind: type[Message], tenant: str, choice: str = "") -> Iterator
             if path[-1] == "metadata_merge_json":
                 changed.ClearField("update_mask")
             yield changed
-    if "page_token" in kind.DESCRIPTOR.fields_by_name:
-        digest = json.dumps(json.loads(decode_token(paging.encode_token(tenant, good)))[0])
+    if place := _place_field(kind.DESCRIPTOR):
+        digest = json.dumps(_digest(good, tenant))
         first = {"ListChatAttachmentsRequest": ["0"], "SearchChatMessagesRequest": ["0.5"]}
         position = [*first.get(kind.DESCRIPTOR.name, []), "0", POSITIONS_OF_IDS[0]]
+        position = CURSOR if place == "cursor" else position
         for value in TOKEN_CORNERS:
-            yield _with(good, ["page_token"], _token(value))
+            yield _at(good, _token(value))
             for index in range(len(position)):
                 changed = [*position[:index], value, *position[index + 1 :]]
-                yield _with(good, ["page_token"], _token(f"[{','.join([digest, *changed])}]"))
+                yield _at(good, _token(f"[{','.join([digest, *changed])}]"))
 
 
 def stream_corner_cases(kind: type[Message], tenant: str) -> Iterator[list[Message]]:
@@ -379,7 +422,7 @@ def _texts(hostile_message: Message) -> Iterator[list[Any]]:
                 for path in _texts(inner):
                     yield [field.name, *([] if index is None else [index]), *path]
     for field in hostile_message.DESCRIPTOR.fields:
-        if field.type == F.TYPE_STRING and not field.is_repeated and field.name != "page_token":
+        if field.type == F.TYPE_STRING and not field.is_repeated and field.name not in PLACES:
             yield [field.name]
 
 

@@ -31,7 +31,11 @@ from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_attachment_pb2 import ListChatAttachmentsRequest
 from chat_ticket.v1.chat_draft_pb2 import ListChatDraftsRequest
 from chat_ticket.v1.chat_message_pb2 import ListChatMessagesRequest
-from chat_ticket.v1.chat_session_pb2 import ListChatSessionsRequest, UpdateChatSessionRequest
+from chat_ticket.v1.chat_session_pb2 import (
+    ListChatSessionsRequest,
+    UpdateChatSessionRequest,
+    WatchChatSessionsResponse,
+)
 from chat_ticket.v1.chat_ticket_pb2 import (
     DeleteChatTicketRequest,
     ListChatTicketsRequest,
@@ -239,7 +243,9 @@ async def call(
 
 def _is_last(method: Method, response: bytes) -> bool:
     """Whether a stream sends nothing more until something changes."""
-    message = method.response.FromString(response)
+    message: Any = method.response.FromString(response)
+    if isinstance(message, WatchChatSessionsResponse):
+        return any(event.HasField("caught_up") for event in message.events)
     if "event" in method.response.DESCRIPTOR.oneofs_by_name:
         return message.WhichOneof("event") == "caught_up"
     return method.name == "Watch"
@@ -271,8 +277,9 @@ def violations(method: Method, requests: Sequence[bytes], answer: Answer) -> lis
         except DecodeError:
             findings.append("the response is not one of this method")
             continue
-        with contextlib.suppress(AttributeError, ValueError):
-            parts.append(decode_token(message.next_page_token))
+        for place in ("next_page_token", "cursor"):
+            with contextlib.suppress(AttributeError, ValueError):
+                parts.append(decode_token(getattr(message, place)))
     received = b"\n".join(parts).lower()
     secrets = itertools.chain([CANARY], *SECRET.values())
     findings += [f"tells {secret}" for secret in secrets if secret.encode() in received]

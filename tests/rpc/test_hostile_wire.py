@@ -27,6 +27,7 @@ from chat_ticket_svc.limits import MIB
 CREATE = b"/chat_ticket.v1.ChatSessionService/CreateChatSession"
 GET = b"/chat_ticket.v1.ChatSessionService/GetChatSession"
 WATCH = b"/chat_ticket.v1.ChatSessionService/WatchChatSession"
+FEED = b"/chat_ticket.v1.ChatSessionService/WatchChatSessions"
 HEALTH_CHECK = b"/grpc.health.v1.Health/Check"
 HEALTH_WATCH = b"/grpc.health.v1.Health/Watch"
 REFLECTION = b"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
@@ -377,12 +378,17 @@ class TestRequestLine:
 
 
 class TestConnections:
-    async def test_streams_reset_at_once(self, address: str) -> None:
+    @pytest.mark.parametrize(("path", "data"), [(WATCH, None), (FEED, frame(b""))])
+    async def test_streams_reset_at_once(
+        self, address: str, path: bytes, data: bytes | None
+    ) -> None:
         """Rapid resets cost the caller his connection at the most."""
         with Http2(address) as connection:
             for _ in range(2000):
                 try:
-                    stream = connection.open(headers(path=WATCH))
+                    stream = connection.open(headers(path=path))
+                    if data is not None:
+                        connection.send(stream, data)
                     connection.h2.reset_stream(stream)
                     connection.flush()
                 except Exception:  # as many as the server allows at once, or it has hung up
@@ -427,7 +433,7 @@ class TestConnections:
 
     async def test_connections_dropped_in_the_middle(self, address: str) -> None:
         """Of a message, and of a stream that is followed."""
-        for path in (CREATE, WATCH, HEALTH_WATCH, REFLECTION) * 10:
+        for path in (CREATE, WATCH, FEED, HEALTH_WATCH, REFLECTION) * 10:
             with Http2(address) as connection:
                 stream = connection.open(headers(path=path))
                 connection.send(stream, frame(b"abc", length=100), end=False)
