@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psycopg
 import pytest
 from grpc import StatusCode
 from prometheus_client.parser import text_string_to_metric_families
@@ -16,6 +17,7 @@ from support.authority import Authority
 from support.client import Api, an_id, refused
 from support.database import session_locked
 from support.drafts import leave_draft, writing
+from support.feeds import caught_up_feed
 from support.process import ServerProcess, server_process
 from support.watching import watching
 
@@ -182,6 +184,28 @@ async def test_streams_watchers_and_delivery(process: ServerProcess, tenant: str
         "chat_ticket_notify_batch_sessions_count",
     ):
         assert now(name) > before(name), name
+
+
+async def test_feeds(process: ServerProcess, tenant: str, database: str) -> None:
+    """Their followers, what they are told and how soon, and how long they have been held up."""
+    before = Metrics(process)
+    async with Api(process.address, tenant) as api, caught_up_feed(api) as feed:
+        open_now = {"grpc_service": SESSIONS, "grpc_method": "WatchChatSessions"}
+        await feed.settle(api)
+        now = Metrics(process)
+        assert now("chat_ticket_feed_followers") == 1
+        assert now("chat_ticket_streams_open", **open_now) == 1
+        for name in ("changes_total", "delivery_seconds_count"):
+            name = f"chat_ticket_feed_{name}"
+            assert now(name) >= before(name) + 2, name
+        with psycopg.connect(database) as writer:
+            writer.execute("SELECT pg_current_xact_id()")
+            await api.session()
+            async with asyncio.timeout(10):
+                while Metrics(process)("chat_ticket_feed_held_up_seconds") < 0.2:
+                    await asyncio.sleep(0.1)
+        await until(process, "chat_ticket_feed_held_up_seconds", 0)
+    await until(process, "chat_ticket_feed_followers", 0)
 
 
 async def test_rejected_by_limit(process: ServerProcess, tenant: str) -> None:

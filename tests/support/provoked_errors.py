@@ -144,7 +144,11 @@ async def provoke_request_errors(output: ServerOutput, api: Api) -> None:
     calls.append(api.sessions.CreateChatSession(s.CreateChatSessionRequest(session=labeled)))
     for call in calls:
         await output.expect_error(invalid, call)
-    for method, stub in (("GetChatSession", "unary_unary"), ("WatchChatSession", "unary_stream")):
+    for method, stub in (
+        ("GetChatSession", "unary_unary"),
+        ("WatchChatSession", "unary_stream"),
+        ("WatchChatSessions", "unary_stream"),
+    ):
         raw = getattr(api.channel, stub)(f"/chat_ticket.v1.ChatSessionService/{method}")
         call = raw(b"\xff" + bad.encode(), metadata=api.sessions._metadata)
         await output.expect_error(invalid, call if stub == "unary_unary" else read_all(call))

@@ -26,6 +26,7 @@ from support.provoked_errors import (
     provoke_rule_violations,
     read_all,
 )
+from support.provoked_feeds import provoke_feed_errors
 from support.secrets import MARKED, secret
 
 # Run by the server process before anything else: breaks what no caller and no database can break.
@@ -259,6 +260,7 @@ async def provoke_everything(
     await provoke_authentication_errors(output, api, keys)
     await provoke_rule_violations(output, api, database, store)
     await provoke_draft_errors(output, api)
+    await provoke_feed_errors(output, api, database)
     await provoke_database_errors(output, api, database)
     await output.wait_for_output("finished the draft of a lost writer")
     postgres.stop()
