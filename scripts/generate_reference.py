@@ -94,10 +94,10 @@ def settings_page() -> str:
         (
             "quotas",
             "Quotas",
-            "What callers may use of one server process. Streams of `ListChatMessages` and of "
-            "`WatchChatSession` both count. What exceeds the rate or the calls in flight waits for "
-            "up to 2 seconds, and at most half of its time until its deadline, before it is "
-            "refused. A stream waits for the rate only.",
+            "What callers may use of one server process. The streams of `ListChatMessages`, "
+            "`WatchChatSession` and `WatchChatSessions` all count. What exceeds the rate or the "
+            "calls in flight waits for up to 2 seconds, and at most half of its time until its "
+            "deadline, before it is refused. A stream waits for the rate only.",
         ),
     ):
         group: type[BaseModel] = config.Settings.model_fields[name].annotation  # type: ignore[assignment]

@@ -52,7 +52,7 @@ class Quotas(BaseModel):
     """Limits of what callers may use of one server process.
 
     Calls beyond the rate or the calls in flight wait for up to 2 seconds before they are refused.
-    ListChatMessages, WatchChatSession and WriteChatDraft streams count as streams.
+    ListChatMessages, WatchChatSession, WatchChatSessions and WriteChatDraft count as streams.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

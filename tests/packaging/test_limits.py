@@ -13,7 +13,14 @@ from chat_ticket_svc import server
 from chat_ticket_svc.config import Settings
 from chat_ticket_svc.limits import KIB, MIB, Limits, Quotas
 from chat_ticket_svc.rpc import middleware, status
-from chat_ticket_svc.services import attachment_url_policy, metadata_json, paging, validate
+from chat_ticket_svc.services import (
+    attachment_url_policy,
+    change_feed_cursor,
+    change_feed_events,
+    metadata_json,
+    paging,
+    validate,
+)
 from chat_ticket_svc.store import drafts, messages, search, sessions
 
 OPTIONS = dict(server.OPTIONS)
@@ -21,6 +28,8 @@ DEFAULTS = Limits()
 QUOTAS = Quotas()
 UNARY_SECONDS = Settings.model_fields["unary_timeout_seconds"].default
 DRAFT_SECONDS = Settings.model_fields["draft_seconds"].default
+HEARTBEAT_SECONDS = Settings.model_fields["watch_heartbeat_seconds"].default
+WRITE_SECONDS = Settings.model_fields["stream_write_timeout_seconds"].default
 
 # Each limit of a request that is a setting, with the field that it limits and how that says it.
 SETTINGS = {
@@ -50,12 +59,22 @@ CONSTANTS = [
     ("ChatSession.labels", f"at most {sessions.MAX_LABELS} pairs. A key has 1 to 63 characters"),
     ("ChatSession.labels", f"A value has at most {validate.MAX_LABEL_VALUE} characters"),
     ("ListChatSessionsRequest.labels", f"at most {validate.MAX_FILTER_LABELS} pairs"),
+    ("WatchChatSessionsRequest.labels", f"at most {validate.MAX_FILTER_LABELS} pairs"),
+    (
+        "WatchChatSessionsRequest.cursor",
+        f"At most {change_feed_cursor.MAX_CHARACTERS:,} characters",
+    ),
     ("ListChatMessagesResponse.messages", f"at most {paging.MAX_STREAM_PAGE} and about 1 MiB"),
     (
         "SearchChatMessagesResponse.incomplete_results",
         f"up to {search.MAX_MESSAGES:,} messages, {search.MAX_BYTES // MIB} MiB of text or "
         f"{search.MAX_SESSIONS:,} sessions",
     ),
+]
+OF_THE_FEED = [
+    f"A response has at most {change_feed_events.MAX_EVENTS} events and about 1 MiB",
+    f"at least every {HEARTBEAT_SECONDS} seconds",
+    f"read nothing for {WRITE_SECONDS} seconds",
 ]
 OF_DRAFTS = [
     f"A writer must send something every {DRAFT_SECONDS} seconds",
@@ -93,7 +112,7 @@ def test_field_names_its_limit(protos: FileDescriptorSet) -> None:
     for field, text in [*SETTINGS.values(), *CONSTANTS]:
         assert text in comments[field], field
     assert attachment_url_policy.MAX_REDIRECTS == 5
-    assert messages.PAGE_BYTES == MIB
+    assert messages.PAGE_BYTES == change_feed_events.MAX_RESPONSE_BYTES == MIB
 
 
 def test_fields_of_a_kind_name_the_limit_of_their_kind(protos: FileDescriptorSet) -> None:
@@ -130,3 +149,9 @@ def test_package_names_the_limits_of_all_methods(protos: FileDescriptorSet, text
 def test_write_names_the_limits_of_drafts(protos: FileDescriptorSet, text: str) -> None:
     """Of one session, one tenant and one server process."""
     assert text in method_comment(protos, "WriteChatDraft")
+
+
+@pytest.mark.parametrize("text", OF_THE_FEED)
+def test_watch_names_the_limits_of_the_feed(protos: FileDescriptorSet, text: str) -> None:
+    """With the values that the server has."""
+    assert text in method_comment(protos, "WatchChatSessions")

@@ -17,6 +17,10 @@ export const SERVICE_CONFIG = {
           "method": "WatchChatSession"
         },
         {
+          "service": "chat_ticket.v1.ChatSessionService",
+          "method": "WatchChatSessions"
+        },
+        {
           "service": "chat_ticket.v1.ChatMessageService",
           "method": "GetChatMessage"
         },
