@@ -67,15 +67,20 @@ def work(environment: Environment) -> Iterator[Workload]:
 
 
 def _has_tickets(workload: Workload) -> bool:
-    """Whether each tenant has one that stays linked, as its caller has only tried to archive."""
+    """Whether each tenant has one that stays linked: its caller has gone on to another session."""
     writes = list(workload.record.writes)
-    raced = {write.session_id for write in writes if write.kind == "UpdateChatSession"}
-    linked = {
-        write.tenant
-        for write in writes
-        if write.kind == "CreateChatTicket" and write.outcome is Outcome.ACKNOWLEDGED
-        if write.session_id in raced
-    }
+    unlinked = {write.session_id for write in writes if write.kind == "DeleteChatTicket"}
+    left, linked = set(), set()
+    for write in reversed(writes):
+        if write.kind == "CreateChatSession":
+            left.add(write.tenant)
+        if (
+            write.kind == "CreateChatTicket"
+            and write.outcome is Outcome.ACKNOWLEDGED
+            and write.tenant in left
+            and write.session_id not in unlinked
+        ):
+            linked.add(write.tenant)
     return linked == set(workload.tenants)
 
 
