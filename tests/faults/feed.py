@@ -23,12 +23,14 @@ from faults.workload import Workload
 SETTLE_SECONDS = 10.0
 MOST_VIOLATIONS = 5  # of one follower: a feed that is wrong is wrong everywhere
 
-FILTERS = {
-    "all": Filters(),
-    "of a status": Filters(statuses=("active",)),
-    "with a ticket": Filters(has_ticket=True),
-    "of a user": Filters(user_id="ada"),
-    "of a label without a ticket": Filters(has_ticket=False, labels=(("team", "sales"),)),
+# How they begin, and what they follow. They leave their streams and resume.
+FOLLOWERS = {
+    "from now": Filters(),
+    "from now, of a status": Filters(statuses=("active",)),
+    "from now, of a label without a ticket": Filters(has_ticket=False, labels=(("team", "sales"),)),
+    "from the beginning": Filters(),
+    "from the beginning, with a ticket": Filters(has_ticket=True),
+    "from the beginning, of a user": Filters(user_id="ada"),
 }
 
 
@@ -79,27 +81,26 @@ async def _follow(
     )
     records: list[FeedRecord] = []
 
-    def start(kind: str, name: str, filters: Filters, *, leaves: bool = True) -> None:
+    def start(name: str, filters: Filters, *, leaves: bool = True) -> None:
         record = FeedRecord(
             tenant=tenant,
-            name=f"{kind}, {name}",
+            name=name,
             filters=filters,
-            from_beginning=kind != "from now",
+            from_beginning=not name.startswith("from now"),
         )
         records.append(record)
         followers.start(record, leaves=leaves)
 
     try:
         await writers.create_sessions()
-        start("always there", "all", Filters(), leaves=False)
-        for name, filters in FILTERS.items():
-            start("from now", name, filters)
-            start("from the beginning", name, filters)
+        start("that stays", Filters(), leaves=False)
+        for name, filters in FOLLOWERS.items():
+            start(name, filters)
         await followers.wait_until_begun()
         writing = asyncio.create_task(writers.write())
         while writers.changes < count / 2 and not writing.done():
             await asyncio.sleep(0.05)
-        start("late", "all", Filters())
+        start("that comes late", Filters())
         await writing
         # It wakes the feed, for which transactions that the service knows nothing of do not.
         await workload.api(tenant, 0).session()
