@@ -266,6 +266,20 @@ class TestRunningTransaction:
             async with following_feed(api, feed.cursor, statuses=[ACTIVE]) as again:
                 await again.until("left", session.id)
 
+    async def test_change_that_was_told_is_not_repeated(self, api: Api, database: str) -> None:
+        """A session leaves once, although it is told while its change is held up."""
+        session = await api.session()
+        async with contextlib.AsyncExitStack() as stack:
+            with contextlib.ExitStack() as newer:
+                with running_transaction(database, api.tenant):
+                    feed = await stack.enter_async_context(caught_up_feed(api, statuses=[ACTIVE]))
+                    newer.enter_context(running_transaction(database, api.tenant))
+                    await set_status(api, session.id, RESOLVED)
+                await feed.until("left", session.id)
+            await feed.settle(api)
+        events = [event for response in feed.responses for event in response.events]
+        assert [event.left.session_id for event in events if event.HasField("left")] == [session.id]
+
 
 async def everything(api: Api) -> tuple[dict[str, r.ChatSession], dict[str, r.Ticket]]:
     """All sessions and tickets of a tenant."""

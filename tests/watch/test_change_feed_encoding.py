@@ -37,7 +37,7 @@ TIME = some.integers(-(10**15), 5 * 10**15) | some.integers(-(10**9), 5 * 10**9)
 def test_an_encoded_session_equals_the_one_that_protobuf_builds(session: Session) -> None:
     row = Row(
         section=SESSION,
-        bucket=1,
+        feed_position=1,
         filter_position=1,
         filter_before=None,
         external_ref=None,

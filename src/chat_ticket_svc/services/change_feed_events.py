@@ -1,7 +1,7 @@
 """What WatchChatSessions tells of a page of the feed, for the filters of a stream."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionsResponse as Response
@@ -12,7 +12,6 @@ from chat_ticket_svc.store.change_feed import (
     SESSION,
     TICKET,
     Page,
-    Place,
     Row,
 )
 
@@ -39,22 +38,34 @@ class SessionFilter(NamedTuple):
 
 
 def responses(
-    page: Page, session_filter: SessionFilter, tenant_id: str, digest: str, cursor: Cursor
+    page: Page,
+    session_filter: SessionFilter,
+    tenant_id: str,
+    digest: str,
+    cursor: Cursor,
+    told: frozenset[tuple[int, int, str]],
 ) -> tuple[list[bytes], Cursor]:
     """The responses for a page after `cursor`, serialised, and the cursor after them.
 
-    They are made once for all streams at this cursor with the same filters.
+    `told` are the rows that the stream has told already. The responses are made once for all
+    streams at this cursor with the same filters.
     """
-    key = (digest, cursor)
+    key = (digest, cursor, told)
     made = page.cache.get(key)
     if made is None:
-        made = page.cache[key] = _responses(page, session_filter, tenant_id, digest, cursor)
+        rows = [row for row in page.rows if row[:3] not in told] if told else page.rows
+        made = page.cache[key] = _responses(page, rows, session_filter, tenant_id, digest, cursor)
     result: tuple[list[bytes], Cursor] = made
     return result
 
 
 def _responses(
-    page: Page, session_filter: SessionFilter, tenant_id: str, digest: str, cursor: Cursor
+    page: Page,
+    rows: Sequence[Row],
+    session_filter: SessionFilter,
+    tenant_id: str,
+    digest: str,
+    cursor: Cursor,
 ) -> tuple[list[bytes], Cursor]:
     # Not moved by a page without events, so that it stays as low as possible.
     told = cursor._replace(wal_position=page.wal_position)
@@ -62,15 +73,14 @@ def _responses(
     made: list[bytes] = []
     events: list[bytes] = []
     size, last = 0, None
-    for row in page.rows:
+    for row in rows:
         event = _event(row, session_filter, tenant_id, tenant, page.place.start)
         if event is None:
             continue
         size += len(event) + 8
         if last and (len(events) == MAX_EVENTS or size > MAX_RESPONSE_BYTES):
-            place = Place(page.place.start, page.pass_end, last.section, last.bucket, last.id)
-            place_cursor = told._replace(place=place).encode(digest)
-            made.append(change_feed_encoding.response(place_cursor, events))
+            last_cursor = told._replace(place=page.place_after(last)).encode(digest)
+            made.append(change_feed_encoding.response(last_cursor, events))
             events, size = [], len(event) + 8
         events.append(event)
         last = row

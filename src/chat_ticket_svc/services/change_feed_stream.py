@@ -34,6 +34,7 @@ async def watch(
     is_caught_up = False
     # The position of the newest transaction when the stream began.
     caught_up_at: int | None = None
+    told_early: frozenset[tuple[int, int, str]] = frozenset()
     sent_at = time.monotonic()
     with feeds.follower(tenant_id) as follower:
         while True:
@@ -44,8 +45,9 @@ async def watch(
                     # A stream that begins now has nothing to catch up with.
                     caught_up_at = page.newest if place else 0
                 made, cursor = change_feed_events.responses(
-                    page, session_filter, tenant_id, digest, cursor
+                    page, session_filter, tenant_id, digest, cursor, told_early
                 )
+                told_early = page.told_early()
                 for response in made:
                     sent_at = time.monotonic()
                     yield response

@@ -16,7 +16,6 @@ A pass is read in the order of the indexes: by section, bucket and id.
 """
 
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any, LiteralString, NamedTuple
 
 from chat_ticket_svc import errors
@@ -54,7 +53,7 @@ class Row(NamedTuple):
     """
 
     section: int
-    bucket: int
+    feed_position: int
     id: str
     status: str
     has_ticket: bool
@@ -101,6 +100,18 @@ class Page:
         """About how many bytes it has."""
         return sum(ROW_BYTES + len(row.labels or "") for row in self.rows)
 
+    def place_after(self, row: Row) -> Place:
+        """Where a follower is that knows the rows up to this one."""
+        bucket = row.feed_position >> BUCKET_BITS
+        return Place(self.place.start, self.pass_end, row.section, bucket, row.id)
+
+    def told_early(self) -> frozenset[tuple[int, int, str]]:
+        """The first columns of the rows that the next pass has again, if they do not change."""
+        if not self.place.start:
+            # Whether a session has left a filter is not judged before the next pass.
+            return frozenset()
+        return frozenset(row[:3] for row in self.rows if row.feed_position >= self.pass_end)
+
 
 class Epoch(NamedTuple):
     """A history of the database.
@@ -146,7 +157,7 @@ def _section(
 
 
 _BOUNDS: dict[str, LiteralString] = {
-    "bucket": "start",
+    "feed_position": "start",
     "id": "epoch_id",
     "revision": "horizon",
     "created_at": "newest",
@@ -155,12 +166,12 @@ _BOUNDS: dict[str, LiteralString] = {
 }
 _SESSION: dict[str, LiteralString] = {
     **columns(Session),
-    "bucket": "feed_bucket",
+    "feed_position": "feed_position",
     "filter_position": "filter_position",
     "filter_before": "filter_before::text",
 }
-_TICKET: dict[str, LiteralString] = {**columns(Ticket), "bucket": "feed_bucket"}
-_DELETED: dict[str, LiteralString] = {"bucket": "feed_bucket"}
+_TICKET: dict[str, LiteralString] = {**columns(Ticket), "feed_position": "feed_position"}
+_DELETED: dict[str, LiteralString] = {"feed_position": "feed_position"}
 
 # A ticket whose id is used again, against the rules, exists.
 _NOT_USED_AGAIN = """
@@ -191,7 +202,6 @@ UNION ALL {_section("3", "ticket_tombstones t", "t.ticket_id", _DELETED, _NOT_US
 """
 
 ROW_TYPES = type_ids(Row)
-_section_bucket_and_id = itemgetter(0, 1, 2)
 
 ENSURE_EPOCH = "SELECT (current_chat_epoch()).id"
 
@@ -218,7 +228,7 @@ async def page(db: Database, tenant_id: str, place: Place | None, limit: int) ->
     params = _params(tenant_id, place, due, limit)
     for is_last_attempt in (False, True):
         rows = await db.fetch_typed(PAGE, params, ROW_TYPES)
-        bounds, *changed = map(Row._make, sorted(rows, key=_section_bucket_and_id))
+        bounds, *changed = map(Row._make, sorted(rows, key=_order))
         if place is None or max(place.start, place.end or 0) <= bounds.revision:
             break
         if is_last_attempt:
@@ -227,7 +237,7 @@ async def page(db: Database, tenant_id: str, place: Place | None, limit: int) ->
             )
         # A standby was promoted that lacks the last changes, and nothing was written since.
         await ensure_epoch(db)
-    start, swept_position = bounds.bucket, bounds.filter_position
+    start, swept_position = bounds.feed_position, bounds.filter_position
     place = place or Place(start)
     known = place.start or place.end
     if known and known < swept_position:
@@ -241,7 +251,8 @@ async def page(db: Database, tenant_id: str, place: Place | None, limit: int) ->
         if len(of_section) == limit:
             end = of_section[-1] + 1
             last = changed[end - 1]
-            following = Place(start, pass_end, section, last.bucket, last.id)
+            bucket = last.feed_position >> BUCKET_BITS
+            following = Place(start, pass_end, section, bucket, last.id)
             break
     else:
         if place.id and place.section < DELETED_TICKET:
@@ -250,6 +261,11 @@ async def page(db: Database, tenant_id: str, place: Place | None, limit: int) ->
         place, following, changed[:end], bounds.id, bounds.revision, bounds.created_at,
         bounds.updated_at,
     )  # fmt: skip
+
+
+def _order(row: tuple[Any, ...]) -> tuple[int, int, str]:
+    """That of a pass: by section, bucket and id."""
+    return row[0], row[1] >> BUCKET_BITS, row[2]
 
 
 def _is_due(place: Place, section: int) -> bool:
