@@ -173,9 +173,11 @@ _SESSION: dict[str, LiteralString] = {
 _TICKET: dict[str, LiteralString] = {**columns(Ticket), "feed_position": "feed_position"}
 _DELETED: dict[str, LiteralString] = {"feed_position": "feed_position"}
 
-# A ticket whose id is used again, against the rules, exists.
+# A ticket whose id is used again, against the rules, exists. OFFSET 0 keeps the planner from
+# turning EXISTS into a hash of all tickets of the tenant.
 _NOT_USED_AGAIN = """
-NOT EXISTS (SELECT FROM tickets u WHERE u.tenant_id = t.tenant_id AND u.id = t.ticket_id)
+NOT EXISTS (
+    SELECT FROM tickets u WHERE u.tenant_id = t.tenant_id AND u.id = t.ticket_id OFFSET 0)
 """
 
 # The ids are qualified: otherwise ORDER BY would mean the text that is selected, and would sort.
