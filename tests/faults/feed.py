@@ -103,7 +103,7 @@ async def _follow(
         start("that comes late", Filters())
         await writing
         # It wakes the feed, for which transactions that the service knows nothing of do not.
-        await workload.api(tenant, 0).session()
+        await workload.create_session(tenant)
         await followers.settle(SETTLE_SECONDS)
     finally:
         await followers.close()
