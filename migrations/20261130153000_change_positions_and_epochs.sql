@@ -260,8 +260,13 @@ BEGIN
         NEW.epoch := coalesce(NEW.epoch, '0.' || last_epoch.id);
         NEW.filter_position := NEW.feed_position;
         NEW.filter_before := NULL;
-    ELSIF right(OLD.epoch, 16) <> last_epoch.id THEN
-        NEW.epoch := OLD.epoch || '-' || (OLD.revision + 1) || '.' || last_epoch.id;
+    ELSE
+        -- A long transaction can have a lower position than one that has changed the row before. A row
+        -- that went back in the index would be passed over by those who are reading it.
+        NEW.feed_bucket := greatest(OLD.feed_bucket, NEW.feed_bucket);
+        IF right(OLD.epoch, 16) <> last_epoch.id THEN
+            NEW.epoch := OLD.epoch || '-' || (OLD.revision + 1) || '.' || last_epoch.id;
+        END IF;
     END IF;
     RETURN NEW;
 END

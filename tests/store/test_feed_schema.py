@@ -135,6 +135,20 @@ class TestPositions:
         )
         assert is_new
 
+    def test_row_does_not_go_back_in_the_index(self, us: Rows) -> None:
+        """When a long transaction changes it after a newer one. A reader would pass over it."""
+        session = us.add("chat_sessions")
+        newer = (position(us, "chat_sessions", session) or 0) + 2**16
+        with us.connection.transaction():
+            us.connection.execute("SET LOCAL session_replication_role = replica")
+            us.set("chat_sessions", session, feed_position=newer, feed_bucket=newer >> 16)
+        us.set("chat_sessions", session, revision=1)
+        [(changed_at, bucket)] = us.connection.execute(
+            "SELECT feed_position, feed_bucket FROM chat_sessions WHERE id = %s", [session]
+        ).fetchall()
+        assert changed_at < newer
+        assert bucket == newer >> 16
+
     @pytest.mark.parametrize("table", ["chat_sessions", "tickets"])
     def test_position_is_not_chosen(self, us: Rows, table: str) -> None:
         """A row at another position would be told too late, or never."""

@@ -38,6 +38,7 @@ def test_an_encoded_session_equals_the_one_that_protobuf_builds(session: Session
     row = Row(
         section=SESSION,
         feed_position=1,
+        feed_bucket=0,
         filter_position=1,
         filter_before=None,
         external_ref=None,

@@ -33,7 +33,7 @@ def session_event(tenant: bytes, row: Row) -> bytes:
     """An event that has the session of a row. Equals convert.session, in a third of the time."""
     (
         _, _, id_, status, has_ticket, revision, created_at, updated_at, user_id, title, labels,
-        epoch, _, _, _,
+        epoch, _, _, _, _,
     ) = row  # fmt: skip
     create_time = _timestamp(created_at)
     update_time = create_time if updated_at == created_at else _timestamp(updated_at)

@@ -67,6 +67,7 @@ class Row(NamedTuple):
     filter_position: int
     filter_before: str | None
     external_ref: str | None
+    feed_bucket: int
 
     def ticket(self, tenant_id: str) -> Ticket:
         return Ticket(
@@ -102,8 +103,7 @@ class Page:
 
     def place_after(self, row: Row) -> Place:
         """Where a follower is that knows the rows up to this one."""
-        bucket = row.feed_position >> BUCKET_BITS
-        return Place(self.place.start, self.pass_end, row.section, bucket, row.id)
+        return Place(self.place.start, self.pass_end, row.section, row.feed_bucket, row.id)
 
     def told_early(self) -> frozenset[tuple[int, int, str]]:
         """The first columns of the rows that the next pass has again, if they do not change."""
@@ -163,15 +163,19 @@ _BOUNDS: dict[str, LiteralString] = {
     "created_at": "newest",
     "updated_at": "wal_position",
     "filter_position": "swept_position",
+    "feed_bucket": "0",
+}
+_DELETED: dict[str, LiteralString] = {
+    "feed_position": "feed_position",
+    "feed_bucket": "feed_bucket",
 }
 _SESSION: dict[str, LiteralString] = {
     **columns(Session),
-    "feed_position": "feed_position",
+    **_DELETED,
     "filter_position": "filter_position",
     "filter_before": "filter_before::text",
 }
-_TICKET: dict[str, LiteralString] = {**columns(Ticket), "feed_position": "feed_position"}
-_DELETED: dict[str, LiteralString] = {"feed_position": "feed_position"}
+_TICKET: dict[str, LiteralString] = {**columns(Ticket), **_DELETED}
 
 # A ticket whose id is used again, against the rules, exists. OFFSET 0 keeps the planner from
 # turning EXISTS into a hash of all tickets of the tenant.
@@ -253,8 +257,7 @@ async def page(db: Database, tenant_id: str, place: Place | None, limit: int) ->
         if len(of_section) == limit:
             end = of_section[-1] + 1
             last = changed[end - 1]
-            bucket = last.feed_position >> BUCKET_BITS
-            following = Place(start, pass_end, section, bucket, last.id)
+            following = Place(start, pass_end, section, last.feed_bucket, last.id)
             break
     else:
         if place.id and place.section < DELETED_TICKET:
@@ -267,7 +270,7 @@ async def page(db: Database, tenant_id: str, place: Place | None, limit: int) ->
 
 def _order(row: tuple[Any, ...]) -> tuple[int, int, str]:
     """That of a pass: by section, bucket and id."""
-    return row[0], row[1] >> BUCKET_BITS, row[2]
+    return row[0], row[-1], row[2]
 
 
 def _is_due(place: Place, section: int) -> bool:
