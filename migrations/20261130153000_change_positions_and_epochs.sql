@@ -58,14 +58,40 @@ CREATE FUNCTION chat_next_identity(identity text) RETURNS text
                 THEN regexp_replace(identity, '/.*/', format('/%s/', upper(lpad(to_hex(
                          ('x' || split_part(identity, '/', 2))::bit(32)::bigint + 1), 8, '0')))) END;
 
--- The end of the WAL, in bytes: what is visible now was written before it. NULL where a managed service
--- has no WAL as PostgreSQL has.
+-- The end of the last record of the WAL, in bytes: what is visible now was written before it. NULL where
+-- a managed service has no WAL as PostgreSQL has.
+--
+-- PostgreSQL says where the next record begins: after a page that is full, behind the header of the next.
 CREATE FUNCTION chat_wal_position() RETURNS bigint
     LANGUAGE plpgsql VOLATILE AS $$
+DECLARE
+    segment_size   bigint := pg_size_bytes(current_setting('wal_segment_size'));
+    page_size      bigint := current_setting('wal_block_size');
+    next_record    bigint;
+    offset_in_page bigint;
+    page           bigint;
 BEGIN
-    RETURN pg_current_wal_insert_lsn() - '0/0';
+    next_record := pg_current_wal_insert_lsn() - '0/0';
+    offset_in_page := next_record % page_size;
+    page := next_record - offset_in_page;
+    RETURN CASE WHEN offset_in_page = CASE page % segment_size WHEN 0 THEN 40 ELSE 24 END
+                THEN page ELSE next_record END;
 EXCEPTION WHEN OTHERS THEN
     RETURN NULL;
+END
+$$;
+
+-- Whether a crash keeps the WAL up to a position. A transaction that was rolled back, or that wrote
+-- nothing, does not wait for that. If its record is lost, its id is given again.
+--
+-- Without synchronous_commit, a crash loses changes anyway.
+CREATE FUNCTION chat_wal_is_flushed(wal_position bigint) RETURNS boolean
+    LANGUAGE plpgsql VOLATILE AS $$
+BEGIN
+    RETURN current_setting('synchronous_commit') = 'off'
+        OR coalesce(pg_current_wal_flush_lsn() - '0/0' >= wal_position, true);
+EXCEPTION WHEN OTHERS THEN
+    RETURN true;
 END
 $$;
 
@@ -437,6 +463,7 @@ DROP FUNCTION chat_feed_position(bigint, xid8);
 DROP FUNCTION begin_chat_epoch();
 DROP FUNCTION current_chat_epoch();
 DROP FUNCTION chat_recovery_end();
+DROP FUNCTION chat_wal_is_flushed(bigint);
 DROP FUNCTION chat_wal_position();
 DROP FUNCTION chat_next_identity(text);
 DROP FUNCTION chat_database_identity();

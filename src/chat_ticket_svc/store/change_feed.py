@@ -6,6 +6,9 @@ below pg_snapshot_xmin have all ended. So a reader takes this bound as the end o
 rows from the start of the pass on, and goes on from its end. That needs no clock and no lock, and
 the pages of a pass can be read in any number of transactions.
 
+A crash of the database can lose how transactions ended that changed nothing, and then their ids are
+given again. So a bound is used only when the WAL has been flushed up to where it was read.
+
 A pass also has the rows whose last change is at its end or later, if they are visible already. The
 next pass has them again. Otherwise a session that changes all the time would not be told while
 transactions overlap, as its last change would always be beyond the end. And a follower that has
@@ -15,6 +18,7 @@ could not be judged by the last changes.
 A pass is read in the order of the indexes: by section, bucket and id.
 """
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import Any, LiteralString, NamedTuple
 
@@ -29,6 +33,9 @@ SESSION, DELETED_SESSION, TICKET, DELETED_TICKET = SECTIONS = range(4)
 BUCKET_BITS = 16  # as in the triggers
 MAX_POSITION = 2**63 - 1
 ROW_BYTES = 1024  # of a row without labels
+# How long to wait for the WAL before the next look. It doubles.
+MIN_RETRY_SECONDS = 0.001
+MAX_RETRY_SECONDS = 0.1
 MAX_ID = "ffffffff-ffff-ffff-ffff-ffffffffffff"
 
 
@@ -159,6 +166,7 @@ def _section(
 _BOUNDS: dict[str, LiteralString] = {
     "feed_position": "start",
     "id": "epoch_id",
+    "has_ticket": "chat_wal_is_flushed(wal_position)",
     "revision": "horizon",
     "created_at": "newest",
     "updated_at": "wal_position",
@@ -211,6 +219,8 @@ ROW_TYPES = type_ids(Row)
 
 ENSURE_EPOCH = "SELECT (current_chat_epoch()).id"
 
+IS_FLUSHED = "SELECT chat_wal_is_flushed(%(wal_position)s)"
+
 LIST_EPOCHS = "SELECT id, (branch_lsn - '0/0')::bigint FROM chat_epochs ORDER BY ordinal"
 
 
@@ -243,6 +253,8 @@ async def page(db: Database, tenant_id: str, place: Place | None, limit: int) ->
             )
         # A standby was promoted that lacks the last changes, and nothing was written since.
         await ensure_epoch(db)
+    if (place is None or place.end is None) and not bounds.has_ticket:
+        await _wait_until_flushed(db, bounds.updated_at)
     start, swept_position = bounds.feed_position, bounds.filter_position
     place = place or Place(start)
     known = place.start or place.end
@@ -271,6 +283,17 @@ async def page(db: Database, tenant_id: str, place: Place | None, limit: int) ->
 def _order(row: tuple[Any, ...]) -> tuple[int, int, str]:
     """That of a pass: by section, bucket and id."""
     return row[0], row[-1], row[2]
+
+
+async def _wait_until_flushed(db: Database, wal_position: int) -> None:
+    """Wait until a crash keeps all that was visible, also the end of transactions."""
+    retry_seconds = MIN_RETRY_SECONDS
+    while True:
+        await asyncio.sleep(retry_seconds)
+        [is_flushed] = await db.fetch_all(IS_FLUSHED, {"wal_position": wal_position}, bool)
+        if is_flushed:
+            return
+        retry_seconds = min(2 * retry_seconds, MAX_RETRY_SECONDS)
 
 
 def _is_due(place: Place, section: int) -> bool:
