@@ -1,4 +1,4 @@
-"""The sessions in the responses of WatchChatSessions are encoded by hand."""
+"""The responses of WatchChatSessions. The sessions in them are encoded by hand."""
 
 import json
 
@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionsResponse
-from chat_ticket_svc.services import change_feed_encoding, convert
-from chat_ticket_svc.store.change_feed import SESSION, Row
+from chat_ticket_svc.services import change_feed_encoding, change_feed_events, convert
+from chat_ticket_svc.services.change_feed_cursor import Cursor
+from chat_ticket_svc.services.change_feed_events import SessionFilter
+from chat_ticket_svc.store.change_feed import SESSION, Page, Place, Row
 from chat_ticket_svc.store.sessions import Session
 
 TEXT = some.text(some.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
@@ -53,3 +55,20 @@ def test_an_encoded_session_equals_the_one_that_protobuf_builds(session: Session
     assert WatchChatSessionsResponse.FromString(encoded) == WatchChatSessionsResponse(
         cursor="a cursor", events=[expected, expected]
     )
+
+
+def test_followers_with_many_filters_keep_no_more_than_the_rows() -> None:
+    """Pages are kept as long as the tenant is followed."""
+    row = Row(
+        SESSION, 1, "id", "active", False, 1, 0, 0, None, "x" * 255, None, "0.epoch", 1, None,
+        None, 0,
+    )  # fmt: skip
+    page = Page(Place(1), Place(2), [row] * 100, "epoch", 2, 2, None)
+    everything = SessionFilter(None, None, None, {})
+    cursor = Cursor(Place(1), "epoch", None)
+    for number in range(50):
+        made, _ = change_feed_events.responses(
+            page, everything, "tenant", f"filter {number}", cursor, frozenset()
+        )
+        assert len(made[0]) > 100 * 255
+    assert 0 < sum(len(r) for kept, _ in page.cache.values() for r in kept) <= page.size

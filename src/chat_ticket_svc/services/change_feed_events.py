@@ -18,6 +18,9 @@ from chat_ticket_svc.store.change_feed import (
 MAX_EVENTS = 500
 MAX_RESPONSE_BYTES = 1024 * 1024
 
+# Of the responses for a page, as many bytes as its rows have, or so many, are kept for others.
+MIN_KEPT_BYTES = 64 * 1024
+
 Event = Response.Event
 
 
@@ -48,13 +51,17 @@ def responses(
     """The responses for a page after `cursor`, serialised, and the cursor after them.
 
     `told` are the rows that the stream has told already. The responses are made once for all
-    streams at this cursor with the same filters.
+    streams at this cursor with the same filters, unless there are many such filters.
     """
     key = (digest, cursor, told)
     made = page.cache.get(key)
     if made is None:
         rows = [row for row in page.rows if row[:3] not in told] if told else page.rows
-        made = page.cache[key] = _responses(page, rows, session_filter, tenant_id, digest, cursor)
+        made = _responses(page, rows, session_filter, tenant_id, digest, cursor)
+        all_made = [*page.cache.values(), made]
+        size = sum(len(response) for made_once, _ in all_made for response in made_once)
+        if size <= max(page.size, MIN_KEPT_BYTES):
+            page.cache[key] = made
     result: tuple[list[bytes], Cursor] = made
     return result
 
