@@ -164,6 +164,27 @@ class TestLongTransactions:
                 await caught_up
                 assert ("session", session.id) in feed.told
 
+    async def test_poll_does_not_wait_for_it(self) -> None:
+        """Otherwise one old transaction would let the feeds of all tenants read all the time."""
+        place = store_change_feed.Place(1)
+        reads = asyncio.Queue[None]()
+
+        async def read(_: store_change_feed.Place) -> store_change_feed.Page:
+            reads.put_nowait(None)
+            return store_change_feed.Page(place, place, [], "epoch", 1, 2, None)
+
+        feed = change_feed.ChangeFeed(place, read)
+        try:
+            feed.poll()
+            await reads.get()
+            await asyncio.sleep(0.05)
+            assert reads.empty()
+            feed.wake(has_changed=True)
+            for _ in range(3):
+                await asyncio.wait_for(reads.get(), 5)
+        finally:
+            await feed.stop()
+
 
 class TestTogether:
     async def test_change_is_read_once_for_all_followers(

@@ -9,7 +9,8 @@ hint, and the poll wakes all feeds. What is told is read from the database, by p
 
 A change that is committed can be read only when the transactions that began before it have ended,
 and nobody tells of their end. So after a wake the feed reads until it has come to where the newest
-transaction was then.
+transaction was then. After a poll it reads once: otherwise one old transaction would let the feeds
+of all tenants read all the time.
 """
 
 import asyncio
@@ -58,6 +59,7 @@ class ChangeFeed:
         self._first = 0  # the number of the first page that is kept
         self._waiters: set[asyncio.Future[None]] = set()
         self._is_due = asyncio.Event()
+        self._waits_for_newest = False  # after the next read
         self._woken_at = 0.0  # of the event loop's clock; 0: by no change that is known
         self._waiting_since = 0.0
         self._reading = asyncio.create_task(self._follow())
@@ -104,9 +106,14 @@ class ChangeFeed:
             self._waiters.discard(waiter)
 
     def wake(self, *, has_changed: bool) -> None:
-        """Read on: the tenant has changed, or may have."""
+        """Read on, to the newest transaction: the tenant has changed, or a follower has joined."""
         if has_changed and not self._woken_at:
             self._woken_at = asyncio.get_running_loop().time()
+        self._waits_for_newest = True
+        self._is_due.set()
+
+    def poll(self) -> None:
+        """Read on as far as possible: the tenant may have changed. The next poll reads the rest."""
         self._is_due.set()
 
     def resume_waiters(self) -> None:
@@ -127,9 +134,10 @@ class ChangeFeed:
             await self._is_due.wait()
             self._is_due.clear()
             woken_at, self._woken_at = self._woken_at, 0.0
+            waits, self._waits_for_newest = self._waits_for_newest, False
             began = loop.time()
             try:
-                await self._read_to_newest(woken_at)
+                await self._read_to_newest(woken_at, waits=waits)
             except Exception as error:
                 # They resume, here or elsewhere, and the next wake reads again.
                 self.fail(error)
@@ -138,8 +146,8 @@ class ChangeFeed:
             duration = loop.time() - began
             await asyncio.sleep(max(MIN_PAUSE_SECONDS, PAUSE_PER_READ * duration))
 
-    async def _read_to_newest(self, woken_at: float) -> None:
-        """Read all that is committed now, also what has to wait for other transactions."""
+    async def _read_to_newest(self, woken_at: float, *, waits: bool) -> None:
+        """Read all that is committed now. With `waits`, also what other transactions hold up."""
         loop = asyncio.get_running_loop()
         newest, retry_seconds = 0, MIN_RETRY_SECONDS
         while True:
@@ -151,7 +159,7 @@ class ChangeFeed:
                     metrics.FEED_DELIVERY_SECONDS.observe(loop.time() - woken_at)
             if page.next.end is not None:
                 continue
-            if page.horizon >= newest:
+            if page.horizon >= newest or not waits:
                 return
             self._waiting_since = self._waiting_since or time.monotonic()
             await asyncio.sleep(retry_seconds)
@@ -229,7 +237,7 @@ class ChangeFeeds:
     def wake_all(self) -> None:
         """Something may have changed: notifications may be lost."""
         for feed in self._feeds.values():
-            feed.wake(has_changed=False)
+            feed.poll()
 
     def drain(self) -> None:
         """End all streams, present and future, with UNAVAILABLE: the clients resume elsewhere."""
