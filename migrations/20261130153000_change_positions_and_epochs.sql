@@ -251,7 +251,8 @@ CREATE FUNCTION take_feed_position() RETURNS trigger
     LANGUAGE plpgsql AS $$
 BEGIN
     NEW.feed_position := current_feed_position();
-    NEW.feed_bucket := NEW.feed_position >> 16;
+    -- See chat_sessions_take_feed_position. OLD is NULL when a row is inserted.
+    NEW.feed_bucket := greatest(OLD.feed_bucket, NEW.feed_position >> 16);
     RETURN NEW;
 END
 $$;
