@@ -112,6 +112,10 @@ class TestLongTransactions:
             before = await api.session()
             await elsewhere.execute("SELECT pg_current_xact_id()")
             await feed.until("session", before.id)
+            # A transaction of another test may be older. Until it ends, `held_up` would be told
+            # with what that one holds up.
+            await until_xmin_passes(database, await position_of(database, before.id))
+            await asyncio.sleep(2 * change_feed.MAX_RETRY_SECONDS)
             held_up = await api.session()
             told = asyncio.create_task(feed.until("session", held_up.id))
             await asyncio.sleep(0.5)
