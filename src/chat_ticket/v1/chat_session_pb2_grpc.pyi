@@ -177,8 +177,9 @@ class ChatSessionServiceStub:
     - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost changes up to
       `after_revision`, because it was restored from a backup or a standby was promoted. The metadata
       has the last `revision` that both histories share, or an earlier one at which the caller had
-      exactly the state of the session. What was received after it is no more, or is different. Also ends a stream that is open. Forget what came after that revision, read what had
-      changed after it again, and resume after it, with the `epoch` of the metadata.
+      exactly the state of the session, and an `epoch`. What was received after that revision is
+      gone, or is different. Forget it, read again what had changed after that revision, and resume
+      after it with the `epoch` of the metadata. A stream that is open ends with this error too.
     - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): without `epoch`, the session has not reached
       `after_revision`. The stream also ends with this error when the database loses changes that
       were delivered. Watch again from 0. A call without `epoch` is not refused when the session has
@@ -403,8 +404,9 @@ class ChatSessionServiceAsyncStub(ChatSessionServiceStub):
     - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost changes up to
       `after_revision`, because it was restored from a backup or a standby was promoted. The metadata
       has the last `revision` that both histories share, or an earlier one at which the caller had
-      exactly the state of the session. What was received after it is no more, or is different. Also ends a stream that is open. Forget what came after that revision, read what had
-      changed after it again, and resume after it, with the `epoch` of the metadata.
+      exactly the state of the session, and an `epoch`. What was received after that revision is
+      gone, or is different. Forget it, read again what had changed after that revision, and resume
+      after it with the `epoch` of the metadata. A stream that is open ends with this error too.
     - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): without `epoch`, the session has not reached
       `after_revision`. The stream also ends with this error when the database loses changes that
       were delivered. Watch again from 0. A call without `epoch` is not refused when the session has
@@ -662,8 +664,9 @@ class ChatSessionServiceServicer(metaclass=_abc_1.ABCMeta):
         - OUT_OF_RANGE (HISTORY_CHANGED): `epoch` was sent, and the database has lost changes up to
           `after_revision`, because it was restored from a backup or a standby was promoted. The metadata
           has the last `revision` that both histories share, or an earlier one at which the caller had
-          exactly the state of the session. What was received after it is no more, or is different. Also ends a stream that is open. Forget what came after that revision, read what had
-          changed after it again, and resume after it, with the `epoch` of the metadata.
+          exactly the state of the session, and an `epoch`. What was received after that revision is
+          gone, or is different. Forget it, read again what had changed after that revision, and resume
+          after it with the `epoch` of the metadata. A stream that is open ends with this error too.
         - OUT_OF_RANGE (REVISION_OUT_OF_RANGE): without `epoch`, the session has not reached
           `after_revision`. The stream also ends with this error when the database loses changes that
           were delivered. Watch again from 0. A call without `epoch` is not refused when the session has
