@@ -116,7 +116,9 @@ def main() -> None:
     parser.add_argument("--address", default="localhost:50051")
     parser.add_argument("--cursor-file", type=Path, default=Path("webhooks.cursor"))
     arguments = parser.parse_args()
-    secret = os.environ["WEBHOOK_SECRET"].encode()
+    secret = os.environ.get("WEBHOOK_SECRET", "").encode()
+    if not secret:
+        parser.error("set WEBHOOK_SECRET, which signs the requests")
     logging.basicConfig(format="%(message)s")
     try:
         asyncio.run(
