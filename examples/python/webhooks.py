@@ -10,7 +10,8 @@ file it begins now. A program of your own needs the packages chat-ticket-client 
 
 The requests are those of https://www.standardwebhooks.com. `webhook-id` is the same when the same
 change is posted again, so a receiver that keeps the ids can ignore repeats. `webhook-signature` is
-an HMAC-SHA256 of the id, the time and the body, so that nobody else can post.
+an HMAC-SHA256 of the id, the time and the body, so that nobody else can post. The libraries of that
+site take the secret in base64: `c2VjcmV0` for `secret`.
 """
 
 import argparse
