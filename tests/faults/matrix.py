@@ -164,7 +164,7 @@ FAULTS = (
     Fault("callers leave, 10,000", _callers(abuse.leave), 1, 10_000, 100),
     Fault("races, 2,000 of each pair", _callers(abuse.race), 1, 2_000, 10),
     Fault("16 callers with one id, 1,000", _callers(abuse.repeat), 1, 1_000, 10),
-    Fault("late commits, 100,000 changes", follow_late_commits, 1, 100_000, 200),
+    Fault("late commits, 100,000 changes", follow_late_commits, 1, 100_000, 120),
     # An allocator keeps 28 MiB of the hundreds that they take for a moment: after five of them as
     # after one. The last, as what they keep would be the others' growth.
     Fault("200 streams not read", _not_read, 5, 200, 0, mebibytes=40.0),
