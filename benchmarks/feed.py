@@ -241,7 +241,7 @@ def _measure_appends(bench: Bench) -> Appends:
 
         for what in servers:
             append(what, CALLERS[-1], CALLERS_SECONDS)  # a warm-up
-            # Otherwise the appends slow down until autovacuum comes, to one database before the other.
+            # Otherwise appends slow down until autovacuum comes, to one database before the other.
             with psycopg.connect(urls[what], autocommit=True) as db:
                 db.execute("VACUUM (ANALYZE)")
         for number in range(1, bench.rounds + 1):

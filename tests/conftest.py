@@ -5,8 +5,10 @@ take `fresh_database` and `start_server`.
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -191,3 +193,16 @@ async def two_clients(
         Api(two_servers[1].address, tenant) as two,
     ):
         yield one, two
+
+
+@pytest.fixture
+def feed_turn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The turn of a test that follows a feed.
+
+    A test that is marked `holds_up_feeds` is the only one, in all processes: its open transaction
+    holds up the feeds of all databases of this PostgreSQL. Two of them would wait for each other.
+    """
+    is_alone = request.node.get_closest_marker("holds_up_feeds") is not None
+    with (Path(tempfile.gettempdir()) / f"chat-ticket-feeds-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
+        yield

@@ -17,6 +17,8 @@ from support.sessions import (
 )
 from support.tickets import create_ticket, delete_ticket, unlink
 
+pytestmark = pytest.mark.usefixtures("feed_turn")
+
 STATUSES = (ACTIVE, RESOLVED, ARCHIVED)
 GOLD = {"plan": "gold", "region": "eu"}
 

@@ -30,6 +30,8 @@ from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionsRequest, WatchChatSessionsResponse
 from chat_ticket_svc.server import Server
 
+pytestmark = pytest.mark.usefixtures("feed_turn")
+
 ACTIVE = r.CHAT_SESSION_STATUS_ACTIVE
 RESOLVED = r.CHAT_SESSION_STATUS_RESOLVED
 

@@ -11,6 +11,8 @@ from support.process import command
 from chat_ticket_svc.commands.check import feed
 from chat_ticket_svc.store.feed_health import Holder, oldest_holder
 
+pytestmark = [pytest.mark.usefixtures("feed_turn"), pytest.mark.holds_up_feeds]
+
 
 async def test_transaction_that_holds_up_the_feed_is_a_warning(
     fresh_database: str, monkeypatch: pytest.MonkeyPatch

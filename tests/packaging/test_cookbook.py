@@ -11,6 +11,8 @@ from support.tools import needs_grpcurl
 
 from chat_ticket_svc.commands.token import development_settings
 
+pytestmark = pytest.mark.usefixtures("feed_turn")
+
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "guides" / "grpcurl.md").read_text()
 BETWEEN = "---- the next block ----"

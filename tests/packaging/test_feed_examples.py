@@ -29,6 +29,8 @@ from chat_ticket.v1.chat_session_pb2 import DeleteChatSessionRequest
 from chat_ticket.v1.chat_ticket_pb2 import CreateTicketRequest, DeleteTicketRequest
 from chat_ticket_svc.server import Server
 
+pytestmark = pytest.mark.usefixtures("feed_turn")
+
 EXAMPLES = Path(__file__).parents[2] / "examples" / "python"
 SECRET = "a secret"
 

@@ -29,6 +29,8 @@ from chat_ticket_svc.store import change_feed as store_change_feed
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.watch import change_feed
 
+pytestmark = pytest.mark.usefixtures("feed_turn")
+
 # So small that the server soon waits for a client that does not read.
 SMALL_WINDOW = [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
 
@@ -99,6 +101,7 @@ async def position_of(database: str, session_id: str) -> int:
     return int(position)
 
 
+@pytest.mark.holds_up_feeds
 class TestLongTransactions:
     async def test_change_is_held_up_until_older_transactions_have_ended(
         self, unpolled: Api, database: str

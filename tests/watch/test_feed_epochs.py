@@ -1,10 +1,13 @@
 """Open streams of the feed, when the database is another one than before."""
 
+import pytest
 from grpc import StatusCode
 from support.client import Api, refused
 from support.database import execute
 from support.feeds import caught_up_feed
 from support.server import serving
+
+pytestmark = pytest.mark.usefixtures("feed_turn")
 
 
 async def test_stream_is_told_although_nobody_writes(fresh_database: str, tenant: str) -> None:
