@@ -113,6 +113,7 @@ class Receiver(HTTPServer):
         self.failures = failures
         self.refused: list[str] = []
         self.accepted: list[tuple[str, dict[str, Any]]] = []
+        self.errors: list[BaseException | None] = []
 
     def ids(self) -> list[str]:
         """The events that were accepted: their kinds, and the ids that they are about."""
@@ -124,7 +125,9 @@ class Receiver(HTTPServer):
         return ids
 
     def handle_error(self, *_: object) -> None:
-        pass  # the connections that the test cuts
+        error = sys.exc_info()[1]
+        if not isinstance(error, ConnectionError):  # such as of the program that the test kills
+            self.errors.append(error)
 
 
 class ReceiverRequest(BaseHTTPRequestHandler):
@@ -156,6 +159,7 @@ def receiver() -> Iterator[Receiver]:
         threading.Thread(target=receiver.serve_forever, daemon=True).start()
         yield receiver
         receiver.shutdown()
+        assert receiver.errors == [], "a request was not as it should be"
 
 
 @contextlib.asynccontextmanager
