@@ -101,7 +101,7 @@ class TestMessage:
             for table in ("chat_messages", "chat_attachments", "chat_draft_pieces"):
                 rows = await connection.execute(
                     f"SELECT count(*) FROM {table} t WHERE tenant_id = %s AND t::text ~ %s",
-                    [api.tenant, "4111|card"],
+                    [api.tenant, "4111 1111|card"],
                 )
                 assert await rows.fetchone() == (0,)
 
@@ -142,7 +142,8 @@ class TestMessage:
         done = await command("export", "--tenant", api.tenant, DATABASE_URL=database)
         assert f'"content":"{MARK}"' in done.output
         assert '"redacted":true' in done.output
-        assert "4111" not in done.output
+        assert "4111 1111" not in done.output
+        assert "card" not in done.output
 
 
 class TestRefusal:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
+import psycopg
 
 from chat_ticket.v1 import resources_pb2 as r
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionsRequest, WatchChatSessionsResponse
@@ -129,3 +130,22 @@ async def caught_up_feed(api: Api, cursor: str = "", **fields: Any) -> AsyncIter
     async with following_feed(api, cursor, **fields) as feed:
         await feed.until("caught_up")
         yield feed
+
+
+async def until_xmin_passes(database: str, position: int) -> None:
+    """Until no transaction is open that began before the one of this position."""
+    statement = "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as connection:
+        async with asyncio.timeout(30):
+            while True:
+                [xmin] = await (await connection.execute(statement)).fetchone() or [0]
+                if xmin > position & (1 << 48) - 1:
+                    return
+                await asyncio.sleep(0.02)
+
+
+async def position_of(database: str, session_id: str) -> int:
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as connection:
+        statement = "SELECT feed_position FROM chat_sessions WHERE id = %s"
+        [position] = await (await connection.execute(statement, [session_id])).fetchone() or [0]
+    return int(position)

@@ -15,7 +15,7 @@ from grpc import StatusCode
 from support.authority import key_set
 from support.client import Api, refused
 from support.database import execute
-from support.feeds import Feed, caught_up_feed, following_feed
+from support.feeds import Feed, caught_up_feed, following_feed, position_of, until_xmin_passes
 from support.jwt_server import KEY, SETTINGS
 from support.server import serving
 from support.sessions import RESOLVED, delete_session, set_status
@@ -80,25 +80,6 @@ class TestWakes:
             )
             await feed.until("session", session.id)
             assert feed.sessions[session.id].title == "by SQL"
-
-
-async def until_xmin_passes(database: str, position: int) -> None:
-    """Until no transaction is open that began before the one of this position."""
-    statement = "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint"
-    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as connection:
-        async with asyncio.timeout(30):
-            while True:
-                [xmin] = await (await connection.execute(statement)).fetchone() or [0]
-                if xmin > position & (1 << 48) - 1:
-                    return
-                await asyncio.sleep(0.02)
-
-
-async def position_of(database: str, session_id: str) -> int:
-    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as connection:
-        statement = "SELECT feed_position FROM chat_sessions WHERE id = %s"
-        [position] = await (await connection.execute(statement, [session_id])).fetchone() or [0]
-    return int(position)
 
 
 @pytest.mark.holds_up_feeds
