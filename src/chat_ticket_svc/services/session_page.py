@@ -10,7 +10,7 @@ from chat_ticket_svc.services import convert, paging
 from chat_ticket_svc.store import session_changes, tickets
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.store.sessions import Session
-from chat_ticket_svc.watch.hub import Position
+from chat_ticket_svc.watch.cursor_group import Position
 
 # What the event of a session tells: it is sent again when this changes.
 SessionState = tuple[str, bool, str | None, str | None]

@@ -17,8 +17,8 @@ Watchers that follow drafts wait for the feed of their session too (see draft_fe
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Awaitable, Iterator
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar, cast
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Generic, Protocol, Self, cast
 from weakref import WeakValueDictionary
 
 from chat_ticket_svc import errors
@@ -29,45 +29,9 @@ from chat_ticket_svc.store.sessions import WatchedCursor
 from chat_ticket_svc.telemetry import metrics
 from chat_ticket_svc.timeouts import TimeoutQueue
 from chat_ticket_svc.watch.change_feed import ChangeFeeds
+from chat_ticket_svc.watch.cursor_group import CursorGroup, P, PageReader, Position
 from chat_ticket_svc.watch.draft_feed import DRAFTS_CHANGED, DraftFeed, DraftReader, DraftsChanged
 from chat_ticket_svc.watch.notifications import Notifications, SessionKey
-
-
-class Position(NamedTuple):
-    """How much of a session a watcher has received.
-
-    Includes the creation time. If an id were used again, against the rules, the positions of the
-    two sessions would still differ. Includes the epoch. If the database goes back, to a standby or
-    a backup, the same revision can be another change.
-    """
-
-    created_at: int
-    revision: int
-    epoch: str  # of the session: see store/epochs.py
-
-
-class WatchPage(Protocol):
-    """The changes after a position."""
-
-    @property
-    def position(self) -> Position | None:
-        """The position after this page. None when the session is deleted."""
-
-    @property
-    def has_more(self) -> bool:
-        """Whether the session already had further changes when the page was read."""
-
-
-P = TypeVar("P", bound=WatchPage)
-P_co = TypeVar("P_co", bound=WatchPage, covariant=True)
-
-
-class PageReader(Protocol[P_co]):
-    """Reads the page after a revision of a session; without `limit`, one of the usual size."""
-
-    def __call__(
-        self, tenant_id: str, session_id: str, after: int, limit: int | None = ...
-    ) -> Awaitable[P_co]: ...
 
 
 class DraftWriters(Protocol):
@@ -78,33 +42,6 @@ class DraftWriters(Protocol):
 
     def check_all_drafts(self) -> None:
         """Look at all drafts written here. Called at each poll, as notifications may be lost."""
-
-
-class CursorGroup(Generic[P]):
-    """The watchers at one position of a session, and the page that they need next."""
-
-    def __init__(self, position: Position):
-        self.position = position
-        self.watcher_count = 0
-        self.waiters: set[asyncio.Future[P | None]] = set()
-        self.next_page: P | None = None
-        self.read_task: asyncio.Task[None] | None = None
-        # The changes already read for this position: the session's `change_count` when the read
-        # that ended here, or started here, began. -1: none, so a read is due.
-        self.covered_changes = -1
-
-    def deliver(self, page: P | None) -> None:
-        """Resume the waiting watchers with a page, or with None for a heartbeat."""
-        for waiter in self._pending_waiters():
-            waiter.set_result(page)
-
-    def fail(self, error: Exception) -> None:
-        """End the streams of the waiting watchers with an error."""
-        for waiter in self._pending_waiters():
-            waiter.set_exception(error)
-
-    def _pending_waiters(self) -> list[asyncio.Future[P | None]]:
-        return [waiter for waiter in self.waiters if not waiter.done()]
 
 
 class SessionHub(Generic[P]):
