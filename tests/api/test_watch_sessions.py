@@ -285,6 +285,21 @@ class TestRunningTransaction:
         events = [event for response in feed.responses for event in response.events]
         assert [event.left.session_id for event in events if event.HasField("left")] == [session.id]
 
+    async def test_what_the_beginning_told_is_not_repeated(self, api: Api, database: str) -> None:
+        """A stream from the beginning tells a session once, although its creation is held up."""
+        other = await api.session()
+        async with contextlib.AsyncExitStack() as stack:
+            with running_transaction(database, api.tenant):
+                session = await api.session()
+                feed = await stack.enter_async_context(
+                    following_feed(api, from_beginning=True, statuses=[ACTIVE])
+                )
+                await feed.until("session", session.id)
+            await feed.settle(api)
+        events = [event for response in feed.responses for event in response.events]
+        told = [event.session.id for event in events if event.HasField("session")]
+        assert sorted(told) == sorted([other.id, session.id])
+
 
 async def everything(api: Api) -> tuple[dict[str, r.ChatSession], dict[str, r.Ticket]]:
     """All sessions and tickets of a tenant."""

@@ -23,6 +23,9 @@ MIN_KEPT_BYTES = 64 * 1024
 
 Event = Response.Event
 
+# The section, position and id of a row: the row has not changed while they are the same.
+RowKey = tuple[int, int, str]
+
 
 class SessionFilter(NamedTuple):
     """Which sessions to tell. None does not filter. A session must have all of `labels`."""
@@ -32,7 +35,21 @@ class SessionFilter(NamedTuple):
     user_id: str | None
     labels: Mapping[str, str]
 
-    def matches(self, status: str, has_ticket: bool, labels: Mapping[str, str]) -> bool:
+    def matches(self, row: Row) -> bool:
+        return self.is_of_user(row) and self.matches_state(
+            row.status, row.has_ticket, self.labels_of(row)
+        )
+
+    def is_of_user(self, row: Row) -> bool:
+        return self.user_id is None or row.user_id == self.user_id
+
+    def labels_of(self, row: Row) -> Mapping[str, str]:
+        """Those of a session. Empty if the filter has none."""
+        labels: Mapping[str, str] = json.loads(row.labels) if row.labels and self.labels else {}
+        return labels
+
+    def matches_state(self, status: str, has_ticket: bool, labels: Mapping[str, str]) -> bool:
+        """What of the filter can stop to match: the user of a session never changes."""
         return (
             (self.statuses is None or status in self.statuses)
             and (self.has_ticket is None or has_ticket == self.has_ticket)
@@ -46,7 +63,7 @@ def responses(
     tenant_id: str,
     digest: str,
     cursor: Cursor,
-    told: frozenset[tuple[int, int, str]],
+    told: frozenset[RowKey],
 ) -> tuple[list[bytes], Cursor]:
     """The responses for a page after `cursor`, serialised, and the cursor after them.
 
@@ -64,6 +81,15 @@ def responses(
             page.cache[key] = made
     result: tuple[list[bytes], Cursor] = made
     return result
+
+
+def told_early(page: Page, session_filter: SessionFilter) -> frozenset[RowKey]:
+    """The rows of a page that need not be told again, if the next pass has them unchanged."""
+    again = page.rows_again()
+    if not page.place.start:
+        # Whether a session has left the filter is not judged before the next pass.
+        again = [row for row in again if row.section != SESSION or session_filter.matches(row)]
+    return frozenset(row[:3] for row in again)
 
 
 def _responses(
@@ -103,12 +129,9 @@ def _event(
 ) -> bytes | None:
     """What to tell of a row that has changed at or after `start`, if anything, as an Event."""
     if row.section == SESSION:
-        if session_filter.user_id is not None and row.user_id != session_filter.user_id:
-            return None
-        labels = json.loads(row.labels) if row.labels and session_filter.labels else {}
-        if session_filter.matches(row.status, row.has_ticket, labels):
+        if session_filter.matches(row):
             return change_feed_encoding.session_event(tenant, row)
-        if not _may_have_matched(row, session_filter, labels, start):
+        if not _may_have_matched(row, session_filter, start):
             return None
         event = Event(left=Response.ChatSessionLeft(session_id=row.id))
     elif row.section == DELETED_SESSION:
@@ -120,16 +143,16 @@ def _event(
     return event.SerializeToString()
 
 
-def _may_have_matched(
-    row: Row, session_filter: SessionFilter, labels: Mapping[str, str], start: int
-) -> bool:
+def _may_have_matched(row: Row, session_filter: SessionFilter, start: int) -> bool:
     """Whether a session that does not match now may have been told as one that matches."""
+    if not session_filter.is_of_user(row):
+        return False
     if start == 0 or row.filter_position < start or row.filter_before is None:
         return False
     before: dict[str, Any] = json.loads(row.filter_before)
     # Of several changes since then, only what was before the last one is known.
-    return before["position"] >= start or session_filter.matches(
+    return before["position"] >= start or session_filter.matches_state(
         before.get("status", row.status),
         before.get("has_ticket", row.has_ticket),
-        before.get("labels", labels),
+        before.get("labels", session_filter.labels_of(row)),
     )

@@ -7,7 +7,7 @@ from chat_ticket.v1.chat_session_pb2 import WatchChatSessionsResponse as Respons
 from chat_ticket_svc import errors
 from chat_ticket_svc.services import change_feed_events
 from chat_ticket_svc.services.change_feed_cursor import Cursor, HistoryChanged
-from chat_ticket_svc.services.change_feed_events import Event, SessionFilter
+from chat_ticket_svc.services.change_feed_events import Event, RowKey, SessionFilter
 from chat_ticket_svc.store import change_feed
 from chat_ticket_svc.store.change_feed import Page, Place
 from chat_ticket_svc.store.database import Database
@@ -34,7 +34,7 @@ async def watch(
     is_caught_up = False
     # The position of the newest transaction when the stream began.
     caught_up_at: int | None = None
-    told_early: frozenset[tuple[int, int, str]] = frozenset()
+    told_early: frozenset[RowKey] = frozenset()
     sent_at = time.monotonic()
     with feeds.follower(tenant_id) as follower:
         while True:
@@ -47,7 +47,7 @@ async def watch(
                 made, cursor = change_feed_events.responses(
                     page, session_filter, tenant_id, digest, cursor, told_early
                 )
-                told_early = page.told_early()
+                told_early = change_feed_events.told_early(page, session_filter)
                 for response in made:
                     sent_at = time.monotonic()
                     yield response

@@ -112,12 +112,9 @@ class Page:
         """Where a follower is that knows the rows up to this one."""
         return Place(self.place.start, self.pass_end, row.section, row.feed_bucket, row.id)
 
-    def told_early(self) -> frozenset[tuple[int, int, str]]:
-        """The first columns of the rows that the next pass has again, if they do not change."""
-        if not self.place.start:
-            # Whether a session has left a filter is not judged before the next pass.
-            return frozenset()
-        return frozenset(row[:3] for row in self.rows if row.feed_position >= self.pass_end)
+    def rows_again(self) -> list[Row]:
+        """Those that the next pass has again, as their last change is at its start or later."""
+        return [row for row in self.rows if row.feed_position >= self.pass_end]
 
 
 class Epoch(NamedTuple):
