@@ -4,6 +4,7 @@ Tests that share the worker's server each act for a tenant of their own. Those t
 take `fresh_database` and `start_server`.
 """
 
+import asyncio
 import contextlib
 import fcntl
 import os
@@ -195,8 +196,8 @@ async def two_clients(
         yield one, two
 
 
-@pytest.fixture
-def feed_turn(request: pytest.FixtureRequest) -> Iterator[None]:
+@pytest_asyncio.fixture
+async def feed_turn(request: pytest.FixtureRequest) -> AsyncIterator[None]:
     """The turn of a test that follows a feed.
 
     A test that is marked `holds_up_feeds` is the only one, in all processes: its open transaction
@@ -204,5 +205,8 @@ def feed_turn(request: pytest.FixtureRequest) -> Iterator[None]:
     """
     is_alone = request.node.get_closest_marker("holds_up_feeds") is not None
     with (Path(tempfile.gettempdir()) / f"chat-ticket-feeds-{os.getuid()}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
+        # The event loop goes on meanwhile: it may be in the middle of a transaction of the server,
+        # for whose end the test that has the turn waits.
+        operation = fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH
+        await asyncio.to_thread(fcntl.flock, lock, operation)
         yield
