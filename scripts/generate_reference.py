@@ -12,7 +12,7 @@ import sys
 import tempfile
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -167,11 +167,12 @@ def errors_page() -> str:
 
 
 def metrics_page() -> str:
-    rows = [
-        _metric_row(value)
-        for value in vars(metrics).values()
-        if isinstance(value, MetricWrapperBase)
-    ]
+    calls: Iterable[Any] = metrics.CALLS.describe()
+    rows = [_metric_row(family, family._labelnames) for family in calls]
+    for value in vars(metrics).values():
+        if isinstance(value, MetricWrapperBase):
+            [family] = value.describe()
+            rows.append(_metric_row(family, value._labelnames))
     return (
         GENERATED.format(source="src/chat_ticket_svc/telemetry/metrics.py")
         + "# Metrics\n\n"
@@ -185,11 +186,10 @@ def metrics_page() -> str:
     )
 
 
-def _metric_row(metric: Any) -> list[str]:
-    [family] = metric.describe()
+def _metric_row(family: Any, label_names: Iterable[str]) -> list[str]:
     name = f"{family.name}_total" if family.type == "counter" else family.name
     name = f"{name}_info" if family.type == "info" else name
-    labels = ", ".join(f"`{label}`" for label in metric._labelnames)
+    labels = ", ".join(f"`{label}`" for label in label_names)
     return [f"`{name}`", family.type, labels, family.documentation]
 
 

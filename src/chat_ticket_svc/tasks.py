@@ -1,10 +1,17 @@
-"""Ending asyncio's tasks."""
+"""The current task of asyncio, and ending tasks."""
 
 import asyncio
 from typing import Any
 
 # A task that has not ended by then is cancelled again.
 CANCEL_SECONDS = 1.0
+
+
+def current_task() -> asyncio.Task[Any]:
+    """The current task, where there always is one: in a coroutine."""
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - for the type checker
+    return task
 
 
 async def cancel_and_wait(*tasks: asyncio.Task[Any] | None) -> None:

@@ -2,9 +2,14 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
+
+from chat_ticket_svc.tasks import current_task
 
 K = TypeVar("K")
+
+# Most calls have ended by then.
+SWEEP_SECONDS = 0.05
 
 
 class TimeoutQueue(Generic[K]):
@@ -45,6 +50,56 @@ class TimeoutQueue(Generic[K]):
         self._timer = None
 
 
+class TimeoutSweep:
+    """Cancels tasks that take longer than their timeout, each its own.
+
+    Most tasks end soon. They get no timer: one sweep at a time sets timers for those that have not
+    ended SWEEP_SECONDS after it was scheduled. Each task has one timeout at a time.
+    """
+
+    def __init__(self) -> None:
+        self._deadlines: dict[asyncio.Task[Any], float] = {}  # of those that have no timer yet
+        self._timers: dict[asyncio.Task[Any], asyncio.TimerHandle] = {}
+        self._expired: set[asyncio.Task[Any]] = set()
+        self._is_scheduled = False
+
+    def start(self, task: asyncio.Task[Any], seconds: float) -> None:
+        loop = task.get_loop()
+        if seconds < SWEEP_SECONDS:
+            self._timers[task] = loop.call_later(seconds, self._expire, task)
+            return
+        self._deadlines[task] = loop.time() + seconds
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            loop.call_later(SWEEP_SECONDS, self._sweep)
+
+    def stop(self, task: asyncio.Task[Any]) -> bool:
+        """End the task's timeout. Returns whether its CancelledError, if it has one, is due to it.
+
+        If something else cancelled the task as well, it is not.
+        """
+        if self._deadlines.pop(task, None) is not None:
+            return False
+        if (timer := self._timers.pop(task, None)) is not None:
+            timer.cancel()
+            return False
+        if task in self._expired:
+            self._expired.remove(task)
+            return not task.uncancel()
+        return False
+
+    def _sweep(self) -> None:
+        self._is_scheduled = False
+        for task, deadline in self._deadlines.items():
+            self._timers[task] = task.get_loop().call_at(deadline, self._expire, task)
+        self._deadlines.clear()
+
+    def _expire(self, task: asyncio.Task[Any]) -> None:
+        del self._timers[task]
+        self._expired.add(task)
+        task.cancel()
+
+
 class Timeout:
     """A block that raises TimeoutError after some seconds. Enter each instance only once."""
 
@@ -59,9 +114,7 @@ class Timeout:
 
     def __enter__(self) -> Self:
         loop = asyncio.get_running_loop()
-        task = asyncio.current_task(loop)
-        assert task is not None  # noqa: S101 - for the type checker: a timeout cancels a task
-        self._task = task
+        self._task = current_task()
         self._timer = loop.call_later(self._seconds, self._expire)
         return self
 

@@ -16,7 +16,7 @@ from chat_ticket_svc.access.credential import (
     metadata_values,
 )
 from chat_ticket_svc.access.method_permissions import METHOD_PERMISSIONS, UNAUTHENTICATED_METHODS
-from chat_ticket_svc.access.quotas import QuotaEnforcer
+from chat_ticket_svc.access.quotas import QuotaEnforcer, QuotaLease
 from chat_ticket_svc.errors import PermissionDeniedError, QuotaExceededError
 
 # The event loop rejects timeouts that are too long. The connection is closed long before this one.
@@ -42,13 +42,13 @@ class AdmissionController:
         *,
         wait_seconds: float,
         request_bytes: int,
-    ) -> contextlib.AbstractContextManager[None]:
-        """Admit a unary call. The caller enters the returned quota lease around the handler.
+    ) -> QuotaLease | None:
+        """Admit a unary call. The caller releases the returned quota lease when the call ends.
 
         It may wait for its quotas, for `wait_seconds` at most.
         """
         if method in UNAUTHENTICATED_METHODS:
-            return contextlib.nullcontext()
+            return None
         _, tenant_id = await self._authorize(method, context, metadata)
         request_context.set_tenant(tenant_id)
         try:

@@ -46,11 +46,13 @@ MAX_DELAYED_REJECTIONS = 256
 CLOCK_ERROR_SECONDS = 1e-6
 
 # The calls or streams of a tenant that wait, in order: when each came, and how to admit it.
-_Queue = OrderedDict["asyncio.Future[_Lease]", tuple[int, "Callable[[], _Lease]"]]
+_Queue = OrderedDict["asyncio.Future[QuotaLease]", tuple[int, "Callable[[], QuotaLease]"]]
 
 
 class _TenantUsage:
     """What a tenant currently uses, and what waits to be admitted."""
+
+    call_lease: QuotaLease  # for all calls: it has nothing of its own
 
     def __init__(self, tenant_id: str) -> None:
         self.tenant_id = tenant_id
@@ -72,10 +74,10 @@ class _TenantUsage:
         return len(self.waiting_calls) + len(self.waiting_streams)
 
 
-class _Lease(contextlib.AbstractContextManager[None]):
+class QuotaLease(contextlib.AbstractContextManager[None]):
     """A share of the quotas that is released when the block ends."""
 
-    # A class instead of a generator, because every call enters one: it costs a third.
+    # A class instead of a generator: it costs a third.
     def __init__(self, release: Callable[..., None], *arguments: Any):
         self._release = release
         self._arguments = arguments
@@ -96,6 +98,8 @@ class QuotaEnforcer:
     def __init__(self, limits: Quotas, calls_per_second: float):
         self._limits = limits
         self._rate = calls_per_second
+        self._interval = 1 / calls_per_second
+        self._burst_seconds = limits.tenant_burst / calls_per_second
         self._usages: dict[str, _TenantUsage] = {}
         self._prune_threshold = PRUNE_THRESHOLD_TENANTS
         self._calls = 0
@@ -110,30 +114,33 @@ class QuotaEnforcer:
 
     async def acquire_call(
         self, tenant_id: str, *, wait_seconds: float, request_bytes: int
-    ) -> contextlib.AbstractContextManager[None]:
-        """Acquire the quotas of a unary call. Leaving the returned lease releases them.
+    ) -> QuotaLease:
+        """Acquire the quotas of a unary call, until the returned lease is released.
 
         Waits `wait_seconds` or MAX_WAIT_SECONDS at most, whichever is less. Raises at once if the
         rate does not allow the call in time, or too many calls wait already. A rejected call does
         not count towards the rate.
         """
-        usage = self._usage(tenant_id)
-        take = functools.partial(self._take_call, usage)
+        usage = self._usages.get(tenant_id) or self._usage(tenant_id)
         if (
             not usage.waiting_calls
             and not self._turns
             and usage.calls < self._limits.tenant_calls_in_flight
             and self._calls < self._limits.calls_in_flight
-            and self._rate_delay(usage) == 0
+            and self._try_consume_rate(usage)
         ):
-            return take()
+            return self._count_call(usage)
+        take = functools.partial(self._take_call, usage)
         return await self._wait(usage, usage.waiting_calls, take, wait_seconds, request_bytes)
 
-    def _take_call(self, usage: _TenantUsage) -> _Lease:
+    def _take_call(self, usage: _TenantUsage) -> QuotaLease:
         self._consume_rate(usage)
+        return self._count_call(usage)
+
+    def _count_call(self, usage: _TenantUsage) -> QuotaLease:
         usage.calls += 1
         self._calls += 1
-        return _Lease(self._release_call, usage)
+        return usage.call_lease
 
     def _release_call(self, usage: _TenantUsage) -> None:
         usage.calls -= 1
@@ -169,13 +176,13 @@ class QuotaEnforcer:
             )
         require_below("streams", limits.streams, self._streams)
 
-    def _take_stream(self, usage: _TenantUsage, session_id: str) -> _Lease:
+    def _take_stream(self, usage: _TenantUsage, session_id: str) -> QuotaLease:
         self._require_stream_quotas(usage, session_id)  # others may have opened meanwhile
         self._consume_rate(usage)
         usage.streams += 1
         usage.session_streams[session_id] += 1
         self._streams += 1
-        return _Lease(self._release_stream, usage, session_id)
+        return QuotaLease(self._release_stream, usage, session_id)
 
     def _release_stream(self, usage: _TenantUsage, session_id: str) -> None:
         usage.streams -= 1
@@ -188,10 +195,10 @@ class QuotaEnforcer:
         self,
         usage: _TenantUsage,
         queue: _Queue,
-        take: Callable[[], _Lease],
+        take: Callable[[], QuotaLease],
         wait_seconds: float,
         request_bytes: int,
-    ) -> _Lease:
+    ) -> QuotaLease:
         wait_seconds = min(wait_seconds, MAX_WAIT_SECONDS)
         if self._rate_delay(usage, usage.waiting) >= wait_seconds:
             raise self._exceeded(usage, queue)
@@ -201,7 +208,7 @@ class QuotaEnforcer:
         require_below("waiting_calls", MAX_WAITING, self._waiting)
         require_below("tenant_waiting_bytes", MAX_WAITING_BYTES_PER_TENANT, tenant_bytes, tenant_id)
         require_below("waiting_bytes", MAX_WAITING_BYTES, waiting_bytes)
-        lease: asyncio.Future[_Lease] = asyncio.get_running_loop().create_future()
+        lease: asyncio.Future[QuotaLease] = asyncio.get_running_loop().create_future()
         queue[lease] = next(self._arrivals), take
         self._waiting += 1
         self._waiting_bytes += request_bytes
@@ -325,14 +332,26 @@ class QuotaEnforcer:
         I.371.
         """
         now = asyncio.get_running_loop().time()
-        arrival_time = max(now, usage.theoretical_arrival_time) + (ahead + 1) / self._rate
-        delay = arrival_time - now - self._limits.tenant_burst / self._rate
+        arrival_time = max(now, usage.theoretical_arrival_time) + (ahead + 1) * self._interval
+        delay = arrival_time - now - self._burst_seconds
         return delay if delay > CLOCK_ERROR_SECONDS else 0
+
+    def _try_consume_rate(self, usage: _TenantUsage) -> bool:
+        """`_consume_rate`, if `_rate_delay` is 0. Returns whether it was."""
+        now = asyncio.get_running_loop().time()
+        arrival_time = usage.theoretical_arrival_time
+        if arrival_time < now:
+            arrival_time = now
+        arrival_time += self._interval
+        if arrival_time - now - self._burst_seconds > CLOCK_ERROR_SECONDS:
+            return False
+        usage.theoretical_arrival_time = arrival_time
+        return True
 
     def _consume_rate(self, usage: _TenantUsage) -> None:
         """Count a call that `_rate_delay` allows towards the tenant's rate."""
         now = asyncio.get_running_loop().time()
-        usage.theoretical_arrival_time = max(now, usage.theoretical_arrival_time) + 1 / self._rate
+        usage.theoretical_arrival_time = max(now, usage.theoretical_arrival_time) + self._interval
 
     def _usage(self, tenant_id: str) -> _TenantUsage:
         if (usage := self._usages.get(tenant_id)) is not None:
@@ -340,6 +359,7 @@ class QuotaEnforcer:
         if len(self._usages) >= self._prune_threshold:
             self._prune_idle_tenants()
         usage = self._usages[tenant_id] = _TenantUsage(tenant_id)
+        usage.call_lease = QuotaLease(self._release_call, usage)
         return usage
 
     def _prune_idle_tenants(self) -> None:

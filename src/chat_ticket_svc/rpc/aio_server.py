@@ -10,21 +10,22 @@ loop: after one such request, from anybody who can reach the port, the server ac
 while its process lives on. gRPC's core routes the calls of registered methods itself, so only calls
 of unknown methods arrive that way. They are rejected without a look at their path.
 
-grpcio's handling of a request that ends before its message returns without a status. The caller
-would wait for ever, and the call would hold a stream of its connection that no quota sees. Here the
-request is read before the handler is called. A request that ends early is answered INTERNAL, and
-one that does not arrive in time DEADLINE_EXCEEDED.
+Unary calls are answered by `unary_calls`. For streams of responses, the request is read before the
+handler is called: as there, a request that ends before its message is answered INTERNAL, and one
+that does not arrive in time DEADLINE_EXCEEDED.
 """
 
 import asyncio
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import grpc.aio
 from grpc._cython import cygrpc  # type: ignore[attr-defined] # has no stubs
 
+from chat_ticket_svc.rpc.unary_calls import Handle, UnaryCalls
+from chat_ticket_svc.tasks import current_task
 from chat_ticket_svc.timeouts import Timeout
 
 # The tasks of a method that wait for calls. Each accepts one call per turn of the event loop, and
@@ -52,6 +53,7 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
     def __init__(self, request_timeout_seconds: float, *arguments: Any):
         super().__init__(*arguments)
         self._request_timeout_seconds = request_timeout_seconds
+        self._unary_calls = UnaryCalls(request_timeout_seconds=request_timeout_seconds)
         self._handlers: dict[str, Any] = {}
         # The event loop holds only weak references to its tasks.
         self._tasks: set[asyncio.Task[None]] = set()
@@ -70,21 +72,55 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
         # cancelled acceptor would free memory that gRPC's core still writes to.
         failure = loop.create_future()
 
-        def propagate_error(task: asyncio.Task[None]) -> None:
-            if not task.cancelled() and (error := task.exception()) and not failure.done():
+        def fail(error: BaseException) -> None:
+            if not failure.done():
                 failure.set_exception(error)
 
+        def propagate_error(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()):
+                fail(error)
+
+        handler = None if method is None else self._handlers[method.decode()]
         for _ in range(ACCEPTORS_PER_METHOD):
-            acceptor = (
-                self._reject_unknown_methods() if method is None else self._accept_calls(method)
-            )
-            self._spawn(acceptor).add_done_callback(propagate_error)
+            if method is None:
+                self._spawn(self._reject_unknown_methods()).add_done_callback(propagate_error)
+            elif _is_unary(handler):
+                self._accept_next(method, _handle_of(handler), fail)
+            else:
+                accepting = self._accept_calls(method, handler)
+                self._spawn(accepting).add_done_callback(propagate_error)
         return failure
 
-    async def _accept_calls(self, method: bytes) -> None:
+    def _accept_next(
+        self, method: bytes, handle: Handle, fail: Callable[[BaseException], None]
+    ) -> None:
+        """Start a task that accepts the next call of a unary method, and answers it."""
+        task = asyncio.get_running_loop().create_task(
+            self._accept_unary_call(method, handle, fail)
+        )
+        self._tasks.add(task)
+
+    async def _accept_unary_call(
+        self, method: bytes, handle: Handle, fail: Callable[[BaseException], None]
+    ) -> None:
+        """Accept a call, start the task that accepts the next one, and answer the call.
+
+        The errors that gRPC's loop expects when the server stops go to `fail`.
+        """
+        try:
+            call = await self._request_registered_call(method)
+            # Before the handler sets its context variables: the next task starts with a copy.
+            self._accept_next(method, handle, fail)
+        except Exception as error:
+            fail(error)
+        else:
+            await self._unary_calls.answer(call, handle)
+        finally:
+            self._tasks.discard(current_task())
+
+    async def _accept_calls(self, method: bytes, handler: Any) -> None:
         """Never return; raise the errors that gRPC's loop expects when the server stops."""
         loop, name = asyncio.get_running_loop(), method.decode()
-        handler = self._handlers[name]
         while True:
             call = await self._request_registered_call(method)
             handling = self._handle(handler, call, loop)
@@ -93,12 +129,9 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
             del call, handling
 
     async def _handle(self, handler: Any, call: Any, loop: asyncio.AbstractEventLoop) -> None:
-        """Read the request and run the handler of a call.
+        """Read the request and run the handler of a call that is no unary one.
 
-        This also breaks the reference cycle of an aborted call. gRPC's state of a call holds the
-        error that ended it, the error's traceback holds our frames, and these hold the call. Only
-        the garbage collector frees such a cycle. After a flood of rejected calls it stops every
-        call for 0.1 s to do so.
+        This also breaks the reference cycle of an aborted call, see UnaryContext.
         """
         try:
             if handler.request_streaming:
@@ -108,14 +141,9 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
                 call, handler.request_deserializer, handler.response_serializer, loop
             )
             request = await self._read_request(context)
-            if handler.response_streaming:
-                await cygrpc._finish_handler_with_stream_responses(
-                    call, handler.unary_stream, request, context, loop
-                )
-            else:
-                await cygrpc._finish_handler_with_unary_response(
-                    call, handler.unary_unary, request, context, handler.response_serializer, loop
-                )
+            await cygrpc._finish_handler_with_stream_responses(
+                call, handler.unary_stream, request, context, loop
+            )
         except grpc.aio.AbortError as error:
             error.__traceback__ = error.__context__ = None
             raise
@@ -148,6 +176,24 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _is_unary(handler: Any) -> bool:
+    return not handler.request_streaming and not handler.response_streaming
+
+
+def _handle_of(handler: Any) -> Handle:
+    """The handler of a unary method, for serialised messages."""
+    handle: Handle = handler.unary_unary
+    deserialize, serialize = handler.request_deserializer, handler.response_serializer
+    if deserialize is None and serialize is None:
+        return handle
+
+    async def handle_serialized(data: bytes, context: Any) -> bytes:
+        response: bytes = serialize(await handle(deserialize(data), context))
+        return response
+
+    return handle_serialized
 
 
 # By whether responses are a stream.

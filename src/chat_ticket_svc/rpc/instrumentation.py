@@ -1,24 +1,24 @@
 """Metrics, the access log and the trace span of every call."""
 
+from __future__ import annotations
+
 import asyncio
-import functools
 import random
 import re
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from typing import Any
 
 import grpc
 import grpc.aio
 import structlog
-from prometheus_client import Counter, Histogram
 
 from chat_ticket_svc.access import request_context
-from chat_ticket_svc.access.credential import Metadata, metadata_values
+from chat_ticket_svc.access.credential import Metadata
 from chat_ticket_svc.access.method_permissions import UNAUTHENTICATED_METHODS
 from chat_ticket_svc.telemetry import metrics, tracing
 from chat_ticket_svc.telemetry.log_sampler import LogSampler
-from chat_ticket_svc.telemetry.log_writer import log_deferred
+from chat_ticket_svc.telemetry.log_writer import access_log
 
 log = structlog.get_logger()
 
@@ -53,29 +53,27 @@ class CallRecord:
 
     __slots__ = (
         "_fields",
-        "_sent",
-        "_write",
         "metadata",
+        "method",
         "reason",
         "request_bytes",
         "response_bytes",
         "responses",
+        "span",
+        "started_at",
     )
 
-    def __init__(
-        self,
-        metadata: Metadata,
-        write: Callable[..., None] | None,
-        fields: dict[str, str],
-        sent: Counter,
-    ):
+    def __init__(self, method: MethodInstrumentation, metadata: Metadata):
+        self.started_at = time.perf_counter()
+        self.method = method
         self.metadata = metadata
-        self._sent = sent
-        self._write = write
-        self._fields = fields
         self.request_bytes: int | None = None  # None for a stream of requests
         self.response_bytes = self.responses = 0
         self.reason: str | None = None  # of a domain error
+        self._fields = {"method": method.name, "request_id": _request_id(metadata)}
+        self.span = tracing.start_call(method.path, metadata)
+        if self.span is not None:
+            self._fields["trace_id"] = self.span.trace_id
 
     @property
     def request_id(self) -> str:
@@ -84,7 +82,7 @@ class CallRecord:
     @property
     def log_fields(self) -> dict[str, str]:
         """What identifies the call in other log lines."""
-        return {**self._fields, **request_context.log_fields()}
+        return self._fields | request_context.log_fields()
 
     def log_rejected_credential(self, diagnosis: Mapping[str, str]) -> None:
         """Log why the call's credential was rejected, unless there was such a line just now.
@@ -100,19 +98,17 @@ class CallRecord:
         """Count a message that was sent to the caller."""
         self.responses += 1
         self.response_bytes += size
-        self._sent.inc()
+        self.method.metrics.sent += 1
 
     def log_started(self, session_id: str | None) -> None:
         """Log that a stream was admitted; `session_id` is a UUID."""
         if session_id is not None:
             self._fields["session_id"] = session_id
-        if self._write is not None:
-            log_deferred(self._write, "started call", self._fields | request_context.log_fields())
+        if self.method.log_level is not None:
+            access_log.log(self.method.log_level, "started call", self.log_fields)
 
-    def log_finished(self, code: grpc.StatusCode, seconds: float) -> None:
-        if self._write is None:
-            return
-        fields: dict[str, Any] = self._fields | request_context.log_fields()
+    def log_finished(self, level: str, code: grpc.StatusCode, seconds: float) -> None:
+        fields: dict[str, Any] = self.log_fields
         fields["code"] = code.name
         if self.reason is not None:
             fields["reason"] = self.reason
@@ -121,89 +117,71 @@ class CallRecord:
             fields["request_bytes"] = self.request_bytes
         fields["responses"] = self.responses
         fields["response_bytes"] = self.response_bytes
-        log_deferred(self._write, "finished call", fields)
+        access_log.log(level, "finished call", fields)
 
 
-Behavior = Callable[[Any, Context, CallRecord], Awaitable[Any]]
+class MethodInstrumentation:
+    """Metrics, the access log and the span around the calls of one method.
 
+    Use it as `begin`, then `end`, of each call, in the call's own task.
+    """
 
-def instrumented(
-    method: str, grpc_type: str, behavior: Behavior, *, access_log: bool
-) -> Callable[[Any, Context], Awaitable[Any]]:
-    """Return `behavior` with metrics, the access log and a span around it."""
-    _, service, name = method.split("/")
-    metrics_for = functools.cache(functools.partial(_metrics_for, grpc_type, service, name))
-    open_streams = metrics.STREAMS.labels(service, name) if grpc_type != "unary" else None
-    of_method = (grpc_type, service, name)
-    started, received, sent = (
-        metric.labels(*of_method) for metric in (metrics.STARTED, metrics.RECEIVED, metrics.SENT)
-    )
-    write = None
-    if access_log:
+    def __init__(self, path: str, grpc_type: str, *, access_log_enabled: bool):
+        self.path = path
+        self.name = path[1:]
+        _, service, name = path.split("/")
+        self.metrics = metrics.CALLS.method(grpc_type, service, name)
+        self._open_streams = (
+            metrics.STREAMS.labels(service, name) if grpc_type != "unary" else None
+        )
         # Health checks come every few seconds, for as long as the server runs.
-        write = log.debug if method in UNAUTHENTICATED_METHODS else log.info
+        level = "debug" if path in UNAUTHENTICATED_METHODS else "info"
+        is_logged = access_log_enabled and access_log.is_enabled_for(level)
+        self.log_level = level if is_logged else None
 
-    async def handle(request: Any, context: Context) -> Any:
-        started_at = time.perf_counter()
-        metadata: Metadata = context.invocation_metadata() or ()  # type: ignore[assignment]
-        fields = {"method": method[1:], "request_id": _request_id(metadata)}
-        record = CallRecord(metadata, write, fields, sent)
-        code = grpc.StatusCode.CANCELLED
-        started.inc()
-        if isinstance(request, bytes):
-            received.inc()
+    def begin(self, context: Context) -> CallRecord:
+        record = CallRecord(self, context.invocation_metadata() or ())  # type: ignore[arg-type]
+        self.metrics.started += 1
+        if self._open_streams is not None:
+            self._open_streams.inc()
+        return record
+
+    def end(self, record: CallRecord, code: grpc.StatusCode) -> None:
+        seconds = time.perf_counter() - record.started_at
+        if self._open_streams is None:
+            self.metrics.observe_ended(code.name, seconds)
         else:
-            request = _counted(request, received)
-        if open_streams is not None:
-            open_streams.inc()
-        with tracing.call(method, metadata) as span:
-            if span is not None:
-                fields["trace_id"] = tracing.trace_id(span)
-            try:
-                response = await behavior(request, context, record)
-                code = grpc.StatusCode.OK
-                return response
-            except grpc.aio.AbortError:
-                code = context.code()
-                raise
-            except asyncio.CancelledError:
-                # gRPC also cancels the handler when the deadline has passed.
-                remaining = context.time_remaining()
-                if remaining is not None and remaining <= DEADLINE_SKEW_SECONDS:
-                    code = grpc.StatusCode.DEADLINE_EXCEEDED
-                raise
-            finally:
-                seconds = time.perf_counter() - started_at
-                handled, histogram = metrics_for(code)
-                handled.inc()
-                if open_streams is None:
-                    histogram.observe(seconds)
-                else:
-                    open_streams.dec()
-                if span is not None:
-                    tracing.record_status(span, code.value[0], is_error=code in SERVER_ERROR_CODES)
-                record.log_finished(code, seconds)
+            self.metrics.count_ended(code.name)
+            self._open_streams.dec()
+        if record.span is not None:
+            record.span.end(code.value[0], is_error=code in SERVER_ERROR_CODES)
+        if self.log_level is not None:
+            record.log_finished(self.log_level, code, seconds)
 
-    return handle
+    async def counted(self, requests: AsyncIterable[Any]) -> AsyncIterator[Any]:
+        """The requests of a stream, counted."""
+        async for request in requests:
+            self.metrics.received += 1
+            yield request
 
 
-async def _counted(requests: AsyncIterable[Any], received: Counter) -> AsyncIterator[Any]:
-    async for request in requests:
-        received.inc()
-        yield request
+def status_code_of(context: Context, error: BaseException) -> grpc.StatusCode:
+    """The status code of a call that ended with the error that aborts or cancels it."""
+    if isinstance(error, grpc.aio.AbortError):
+        code: grpc.StatusCode = context.code()
+        return code
+    if isinstance(error, asyncio.CancelledError):
+        # gRPC also cancels the handler when the deadline has passed.
+        remaining = context.time_remaining()
+        if remaining is not None and remaining <= DEADLINE_SKEW_SECONDS:
+            return grpc.StatusCode.DEADLINE_EXCEEDED
+    return grpc.StatusCode.CANCELLED
 
 
 def _request_id(metadata: Metadata) -> str:
     """Return the request id that the caller has sent, or a random one."""
-    for value in metadata_values(metadata, REQUEST_ID_KEY):
-        if isinstance(value, str) and REQUEST_ID.fullmatch(value):
+    for key, value in metadata:
+        if key == REQUEST_ID_KEY and isinstance(value, str) and REQUEST_ID.fullmatch(value):
             return value
     # The id is not a secret. The system's random numbers would cost a release of the GIL.
     return f"{random.getrandbits(64):016x}"
-
-
-def _metrics_for(
-    grpc_type: str, service: str, name: str, code: grpc.StatusCode
-) -> tuple[Counter, Histogram]:
-    labels = (grpc_type, service, name, code.name)
-    return metrics.HANDLED.labels(*labels), metrics.HANDLING_SECONDS.labels(*labels)

@@ -20,10 +20,16 @@ from google.protobuf.message import DecodeError
 from chat_ticket_svc import errors
 from chat_ticket_svc.access.admission import AdmissionController
 from chat_ticket_svc.access.method_permissions import READ_METHODS, UNAUTHENTICATED_METHODS
-from chat_ticket_svc.rpc.instrumentation import Behavior, CallRecord, instrumented
+from chat_ticket_svc.rpc.instrumentation import (
+    CallRecord,
+    Context,
+    MethodInstrumentation,
+    status_code_of,
+)
 from chat_ticket_svc.rpc.status import abort_with_domain_error, abort_with_internal_error
 from chat_ticket_svc.services.validate import is_uuid
-from chat_ticket_svc.timeouts import Timeout, TimeoutQueue
+from chat_ticket_svc.tasks import current_task
+from chat_ticket_svc.timeouts import Timeout, TimeoutQueue, TimeoutSweep
 
 # A write with less time left than this is not started: its caller would not learn the outcome.
 MIN_WRITE_SECONDS = 0.05
@@ -65,7 +71,7 @@ def _passthrough_serializer(serialize: Callable[[Any], bytes]) -> Callable[[Any]
 
 
 def _raise_if_malformed(request: Any) -> None:
-    if isinstance(request, _MalformedRequest):
+    if type(request) is _MalformedRequest:
         raise errors.InvalidArgumentError(
             [errors.Violation("", "malformed request: not the request message of this method")]
         )
@@ -108,8 +114,11 @@ class RpcMiddleware:
         access_log: bool,
     ):
         self._admission = admission
-        self._instrumented = functools.partial(instrumented, access_log=access_log)
+        self._instrumentation = functools.partial(
+            MethodInstrumentation, access_log_enabled=access_log
+        )
         self._unary_timeout_seconds = unary_timeout_seconds
+        self._unary_timeouts = TimeoutSweep()
         # The tasks whose write is in progress, and those whose write took too long.
         self._write_timeouts = TimeoutQueue[asyncio.Task[Any]](
             stream_write_timeout_seconds, self._on_write_timeout
@@ -158,16 +167,13 @@ class RpcMiddleware:
         serialize = _passthrough_serializer(handler.response_serializer)
         if handler.stream_stream:
             parse = functools.partial(_parse_stream, parse, self._unary_timeout_seconds)
-            behavior = self._stream(method, handler.stream_stream, parse, serialize)
-            handle = self._instrumented(method, "bidi_stream", behavior)
-            return grpc.stream_stream_rpc_method_handler(handle, None, serialize)
+            stream = self._stream(method, "bidi_stream", handler.stream_stream, parse, serialize)
+            return grpc.stream_stream_rpc_method_handler(stream, None, serialize)
         if handler.unary_stream:
-            behavior = self._stream(method, handler.unary_stream, parse, serialize)
-            handle = self._instrumented(method, "server_stream", behavior)
-            return grpc.unary_stream_rpc_method_handler(handle, None, serialize)
-        behavior = self._unary(method, handler.unary_unary, parse, serialize)
-        handle = self._instrumented(method, "unary", behavior)
-        return grpc.unary_unary_rpc_method_handler(handle, None, None)
+            stream = self._stream(method, "server_stream", handler.unary_stream, parse, serialize)
+            return grpc.unary_stream_rpc_method_handler(stream, None, serialize)
+        unary = self._unary(method, handler.unary_unary, parse, serialize)
+        return grpc.unary_unary_rpc_method_handler(unary, None, None)
 
     def _unary(
         self,
@@ -175,63 +181,91 @@ class RpcMiddleware:
         behavior: Callable[..., Awaitable[Any]],
         parse: Callable[[bytes], Any],
         serialize: Callable[[Any], bytes],
-    ) -> Behavior:
+    ) -> Callable[[bytes, Context], Awaitable[bytes]]:
+        """Wrap a unary method.
+
+        One coroutine does all that is around the method. Each further one, and each object made for
+        a call, costs about as much as one of the things that it does.
+        """
         is_write = method not in UNAUTHENTICATED_METHODS and method not in READ_METHODS
         min_seconds = MIN_WRITE_SECONDS if is_write else 0
+        instrumentation = self._instrumentation(method, "unary")
+        admission, timeouts = self._admission, self._unary_timeouts
 
-        async def unary(
-            data: bytes, context: grpc.aio.ServicerContext[Any, Any], record: CallRecord
-        ) -> bytes:
-            task = self._track_handler()
+        async def unary(data: bytes, context: Context) -> bytes:
+            record = instrumentation.begin(context)
+            instrumentation.metrics.received += 1
             record.request_bytes = len(data)
+            code = grpc.StatusCode.CANCELLED
+            task = self._track_handler()
             try:
-                await self._wait_until_resumed()
+                if not self._resumed.is_set():
+                    await self._wait_until_resumed()
                 remaining = context.time_remaining()
                 timeout = self._unary_timeout_seconds if remaining is None else remaining
                 if timeout < min_seconds:
                     raise errors.DeadlineExceededError
+                timeouts.start(task, timeout)
                 try:
-                    with (
-                        Timeout(timeout),
-                        await self._admission.admit_unary(
-                            method,
-                            context,
-                            record.metadata,
-                            wait_seconds=(timeout - min_seconds) * MAX_QUOTA_WAIT,
-                            request_bytes=len(data),
-                        ),
-                    ):
+                    lease = await admission.admit_unary(
+                        method,
+                        context,
+                        record.metadata,
+                        wait_seconds=(timeout - min_seconds) * MAX_QUOTA_WAIT,
+                        request_bytes=len(data),
+                    )
+                    try:
                         request = parse(data)
                         _raise_if_malformed(request)
                         response = serialize(await behavior(request, context))
+                    finally:
+                        if lease is not None:
+                            lease.release()
+                except asyncio.CancelledError as error:
+                    if timeouts.stop(task):
+                        raise errors.DeadlineExceededError from error
+                    raise
                 except TimeoutError as error:
                     raise errors.DeadlineExceededError from error
+                finally:
+                    timeouts.stop(task)
                 record.count_response(len(response))
+                code = grpc.StatusCode.OK
                 return response
             except BaseException as error:
-                await self._abort(context, record, task, error)
+                try:
+                    await self._abort(context, record, task, error)
+                except BaseException as ended:
+                    code = status_code_of(context, ended)
+                    raise
             finally:
                 self._in_flight.discard(task)
+                instrumentation.end(record, code)
 
         return unary
 
     def _stream(
         self,
         method: str,
+        grpc_type: str,
         behavior: Callable[..., Any],
         parse: Callable[[Any], Any],
         serialize: Callable[[Any], bytes],
-    ) -> Behavior:
+    ) -> Callable[[Any, Context], Awaitable[None]]:
         """Wrap a method that streams responses. It may stream requests too."""
+        instrumentation = self._instrumentation(method, grpc_type)
 
-        async def stream(
-            data: Any, context: grpc.aio.ServicerContext[Any, Any], record: CallRecord
-        ) -> None:
+        async def stream(data: Any, context: Context) -> None:
+            record = instrumentation.begin(context)
+            code = grpc.StatusCode.CANCELLED
+            if isinstance(data, bytes):
+                instrumentation.metrics.received += 1
+                record.request_bytes = len(data)
+            else:
+                data = instrumentation.counted(data)
             # Parsed during admission at the earliest, once the caller is authenticated.
             parsed = functools.cache(lambda: parse(data))
             task = self._track_handler()
-            if isinstance(data, bytes):
-                record.request_bytes = len(data)
             try:
                 await self._wait_until_resumed()
 
@@ -258,12 +292,18 @@ class RpcMiddleware:
                             await context.write(message)
                             self._write_timeouts.stop(task)
                             record.count_response(len(message))
+                code = grpc.StatusCode.OK
             except BaseException as error:
-                await self._abort(context, record, task, error)
+                try:
+                    await self._abort(context, record, task, error)
+                except BaseException as ended:
+                    code = status_code_of(context, ended)
+                    raise
             finally:
                 self._in_flight.discard(task)
                 self._write_timeouts.stop(task)
                 self._write_timed_out.discard(task)
+                instrumentation.end(record, code)
 
         return stream
 
@@ -272,14 +312,13 @@ class RpcMiddleware:
         task.cancel()
 
     def _track_handler(self) -> asyncio.Task[Any]:
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - for the type checker: a handler is a task
+        task = current_task()
         self._in_flight.add(task)
         return task
 
     async def _abort(
         self,
-        context: grpc.aio.ServicerContext[Any, Any],
+        context: Context,
         record: CallRecord,
         task: asyncio.Task[Any],
         error: BaseException,

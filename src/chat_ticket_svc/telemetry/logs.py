@@ -37,13 +37,17 @@ def configure(settings: Settings) -> None:
         structlog.processors.add_log_level,
         structlog.processors.MaybeTimeStamper(fmt="iso"),
     ]
-    if settings.workers > 1:
-        common.append(_add_pid)
+    process_fields = {"pid": os.getpid()} if settings.workers > 1 else {}
+    if process_fields:
+        common.append(_add_fields(process_fields))
     structlog.configure(
         processors=[*common, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=log_writer.LineLogger,
         cache_logger_on_first_use=True,
+    )
+    log_writer.access_log.configure(
+        min_level=level, json_lines=not use_console, common_fields=process_fields
     )
     log_writer.writer.start()
     atexit.register(log_writer.flush_at_exit)
@@ -95,5 +99,5 @@ def _log_exception(event: str, error: BaseException | None, **fields: Any) -> No
     log.error(event, errors=[] if error is None else exception_chain(error), **fields)
 
 
-def _add_pid(_: Any, __: str, line: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    return {**line, "pid": os.getpid()}
+def _add_fields(fields: dict[str, Any]) -> structlog.typing.Processor:
+    return lambda _, __, line: {**line, **fields}

@@ -19,30 +19,16 @@ from prometheus_client import (
     start_http_server,
 )
 
+from chat_ticket_svc.telemetry.call_metrics import CallMetrics
+
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-METHOD = ("grpc_type", "grpc_service", "grpc_method")
-CALL = (*METHOD, "grpc_code")
 
-STARTED = Counter(
-    "grpc_server_started", "Unary calls and streams that began.", METHOD, registry=REGISTRY
-)
-RECEIVED = Counter(
-    "grpc_server_msg_received", "Messages received from callers.", METHOD, registry=REGISTRY
-)
-SENT = Counter("grpc_server_msg_sent", "Messages sent to callers.", METHOD, registry=REGISTRY)
-HANDLED = Counter(
-    "grpc_server_handled", "Unary calls and streams that ended, by status.", CALL, registry=REGISTRY
-)
-HANDLING_SECONDS = Histogram(
-    "grpc_server_handling_seconds",
-    "Duration of unary calls, from when the server accepts them.",
-    CALL,
-    buckets=SECONDS,
-    registry=REGISTRY,
-)
+CALLS = CallMetrics(SECONDS)
+REGISTRY.register(CALLS)
+
 STREAMS = Gauge(
     "chat_ticket_streams_open",
     "Open streams, by method.",

@@ -6,6 +6,8 @@ OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_TRACES_SAMPLER, OTEL_RESOURCE_ATTRIBUTES). Lik
 hold no values and no exception texts. SQL statements are constants of the source.
 """
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import os
@@ -89,6 +91,40 @@ class _ReportingExporter:
         return bool(self._exporter.force_flush(timeout_millis))
 
 
+class CallSpan:
+    """The span of a call, from its construction to `end`."""
+
+    def __init__(self, method: str, metadata: Iterable[tuple[str, Any]]):
+        from opentelemetry import context
+        from opentelemetry.trace import SpanKind, set_span_in_context
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        _, service, name = method.split("/")
+        self._span = _tracer.start_span(
+            method[1:],
+            context=TraceContextTextMapPropagator().extract(dict(metadata)),
+            kind=SpanKind.SERVER,
+            attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
+        )
+        self._context = context.attach(set_span_in_context(self._span))
+
+    @property
+    def trace_id(self) -> str:
+        """In hexadecimal, as collectors display it."""
+        return f"{self._span.get_span_context().trace_id:032x}"
+
+    def end(self, code: int, *, is_error: bool) -> None:
+        """End with the status code of the call."""
+        from opentelemetry import context
+        from opentelemetry.trace import StatusCode
+
+        context.detach(self._context)
+        self._span.set_attribute("rpc.grpc.status_code", code)
+        if is_error:
+            self._span.set_status(StatusCode.ERROR)
+        self._span.end()
+
+
 def shutdown() -> None:
     """Export the remaining spans, for at most SHUTDOWN_SECONDS."""
     if _provider is not None:
@@ -97,40 +133,12 @@ def shutdown() -> None:
         export.join(SHUTDOWN_SECONDS)
 
 
-def call(method: str, metadata: Iterable[tuple[str, Any]]) -> AbstractContextManager[Any]:
-    """The span of a call, in the trace that its metadata name. Yields None without tracing."""
-    return _NO_SPAN if _tracer is None else _server_span(method, metadata)
+def start_call(method: str, metadata: Iterable[tuple[str, Any]]) -> CallSpan | None:
+    """Start the span of a call, in the trace that its metadata name. None without tracing.
 
-
-@contextlib.contextmanager
-def _server_span(method: str, metadata: Iterable[tuple[str, Any]]) -> Iterator[Any]:
-    from opentelemetry.trace import SpanKind
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-    _, service, name = method.split("/")
-    with _tracer.start_as_current_span(
-        method[1:],
-        context=TraceContextTextMapPropagator().extract(dict(metadata)),
-        kind=SpanKind.SERVER,
-        attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
-        record_exception=False,
-        set_status_on_exception=False,
-    ) as span:
-        yield span
-
-
-def record_status(span: Any, code: int, *, is_error: bool) -> None:
-    """Record the status code of a call in its span."""
-    from opentelemetry.trace import StatusCode
-
-    span.set_attribute("rpc.grpc.status_code", code)
-    if is_error:
-        span.set_status(StatusCode.ERROR)
-
-
-def trace_id(span: Any) -> str:
-    """The trace id in hexadecimal, as collectors display it."""
-    return f"{span.get_span_context().trace_id:032x}"
+    It is the current span of the call's task until it ends.
+    """
+    return None if _tracer is None else CallSpan(method, metadata)
 
 
 def pool_wait() -> AbstractContextManager[Any]:

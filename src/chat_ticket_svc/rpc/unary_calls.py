@@ -1,0 +1,198 @@
+"""Unary calls, from their request to their status, in fewer steps than grpc.aio takes.
+
+grpc.aio uses two tasks and four events of gRPC's core for each call. One of the events always waits
+for the end of the call, to hear when the caller leaves. Here a call is one task and three events:
+the wait for its end is part of the batch that sends the response. Only a call that is not answered
+within LISTEN_AFTER_SECONDS gets a second task, which waits for its end.
+
+What becomes of a call:
+
+- Its caller leaves, or its connection breaks: the handler is cancelled. That may be
+  LISTEN_AFTER_SECONDS later than with grpc.aio. Once the answer is being sent, nothing happens.
+- It is aborted: the status is sent instead of a response.
+- Its request ends before its message, or does not arrive in time: it is answered INTERNAL or
+  DEADLINE_EXCEEDED, and the handler is not called. grpc.aio returns without a status in the first
+  case. The caller would wait for ever, and the call would hold a stream of its connection that no
+  quota sees.
+- The server stops: gRPC's core cancels the calls that outlast the grace period, as if their callers
+  had left.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+import grpc.aio
+from grpc._cython import cygrpc  # type: ignore[attr-defined] # has no stubs
+
+from chat_ticket_svc.tasks import current_task
+from chat_ticket_svc.timeouts import TimeoutQueue
+
+LISTEN_AFTER_SECONDS = 0.01
+
+# Takes and returns a serialised message.
+Handle = Callable[[bytes, Any], Awaitable[bytes]]
+
+_NO_FLAGS = 0
+
+
+class UnaryContext(cygrpc._ServicerContext):  # type: ignore[misc]
+    """The context of a unary call, as handlers know it from grpc.aio.
+
+    gRPC's own `abort` sends the status in a batch of its own. It also keeps the error, whose
+    traceback has the frames that hold the call. Only the garbage collector frees such a cycle.
+    After a flood of rejected calls it stops every call for 0.1 s to do so.
+    """
+
+    __slots__ = (
+        "_code",
+        "_details",
+        "_trailing_metadata",
+        "call",
+        "has_request",
+        "has_request_timeout",
+        "is_answered",
+        "is_late",
+        "is_listening",
+        "task",
+    )
+
+    def __init__(self, call: Any, *_: Any):
+        self.call = call
+        self.task = current_task()
+        self.has_request = False
+        self.has_request_timeout = False
+        self.is_late = False  # the request has not arrived in time
+        self.is_listening = False  # for the end of the call
+        self.is_answered = False
+        self._code: grpc.StatusCode | None = None
+
+    async def abort(
+        self,
+        code: grpc.StatusCode,
+        details: str = "",
+        trailing_metadata: tuple[tuple[str, str | bytes], ...] = (),
+    ) -> NoReturn:
+        self._code = code
+        self._details = details
+        self._trailing_metadata = trailing_metadata
+        raise grpc.aio.AbortError("the call was aborted")
+
+    def code(self) -> grpc.StatusCode | None:
+        """That of the abort. None without one."""
+        return self._code
+
+    def abort_operations(self) -> tuple[Any, ...]:
+        assert self._code is not None  # noqa: S101 - for the type checker
+        return _status_operations(self._code, self._details, self._trailing_metadata)
+
+
+class UnaryCalls:
+    """Answers the unary calls of a server."""
+
+    def __init__(self, *, request_timeout_seconds: float):
+        # Those that do not listen for their end yet.
+        self._recent: set[UnaryContext] = set()
+        self._is_scheduled = False
+        # The event loop holds only weak references to its tasks.
+        self._listeners: set[asyncio.Task[None]] = set()
+        self._request_timeouts = TimeoutQueue[UnaryContext](
+            request_timeout_seconds, self._on_late_request
+        )
+
+    async def answer(self, call: Any, handle: Handle) -> None:
+        """Answer a call that gRPC's core has accepted, in the current task. Raises no errors."""
+        loop = asyncio.get_running_loop()
+        context = UnaryContext(call, None, None, loop)
+        self._recent.add(context)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            loop.call_later(LISTEN_AFTER_SECONDS, self._listen)
+        operations: tuple[Any, ...] = ()
+        try:
+            request = await self._receive(context, loop)
+            if request is None:
+                operations = _status_operations(
+                    grpc.StatusCode.INTERNAL, "the request ended before its message"
+                )
+            else:
+                response = await handle(request, context)
+                operations = (
+                    cygrpc.SendInitialMetadataOperation(None, _NO_FLAGS),
+                    cygrpc.SendMessageOperation(response, _NO_FLAGS),
+                    cygrpc.SendStatusFromServerOperation((), 0, "", _NO_FLAGS),
+                )
+        except grpc.aio.AbortError:
+            operations = context.abort_operations()
+        except asyncio.CancelledError:  # by the caller, by the drain, or as the request is late
+            if context.is_late and not context.task.uncancel():
+                operations = _status_operations(
+                    grpc.StatusCode.DEADLINE_EXCEEDED, "the request did not arrive in time"
+                )
+        except Exception as error:
+            loop.call_exception_handler({"message": "error of a unary call", "exception": error})
+            operations = _status_operations(grpc.StatusCode.UNKNOWN, "unexpected error")
+        context.is_answered = True
+        if not context.is_listening:
+            self._recent.discard(context)
+            operations = (*operations, cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS))
+        if operations:
+            try:
+                await cygrpc.execute_batch(call, operations, loop)
+            except cygrpc.ExecuteBatchError:
+                return  # the caller has left
+
+    async def _receive(
+        self, context: UnaryContext, loop: asyncio.AbstractEventLoop
+    ) -> bytes | None:
+        """The message of the request. None if it ends before."""
+        receive = cygrpc.ReceiveMessageOperation(_NO_FLAGS)
+        try:
+            await cygrpc.execute_batch(context.call, (receive,), loop)
+        except cygrpc.ExecuteBatchError:
+            return None  # the caller has left
+        finally:
+            context.has_request = True
+            if context.has_request_timeout:
+                self._request_timeouts.stop(context)
+        request: bytes | None = receive.message()
+        return request
+
+    def _listen(self) -> None:
+        """Listen for the end of the calls that are not as quick as most."""
+        self._is_scheduled = False
+        loop = asyncio.get_running_loop()
+        for context in self._recent:
+            context.is_listening = True
+            listener = loop.create_task(_cancel_when_ended(context, loop))
+            self._listeners.add(listener)
+            listener.add_done_callback(self._listeners.discard)
+            # gRPC's core itself ends a call at the caller's deadline.
+            if not context.has_request and context.time_remaining() is None:
+                context.has_request_timeout = True
+                self._request_timeouts.start(context)
+        self._recent.clear()
+
+    def _on_late_request(self, context: UnaryContext) -> None:
+        context.is_late = True
+        context.task.cancel()
+
+
+async def _cancel_when_ended(context: UnaryContext, loop: asyncio.AbstractEventLoop) -> None:
+    close = cygrpc.ReceiveCloseOnServerOperation(_NO_FLAGS)
+    await cygrpc.execute_batch(context.call, (close,), loop)
+    if close.cancelled() and not context.is_answered:
+        context.task.cancel()
+
+
+def _status_operations(
+    code: grpc.StatusCode,
+    details: str,
+    trailing_metadata: tuple[tuple[str, str | bytes], ...] = (),
+) -> tuple[Any, ...]:
+    """The operations that end a call without a response."""
+    return (
+        cygrpc.SendInitialMetadataOperation(None, _NO_FLAGS),
+        cygrpc.SendStatusFromServerOperation(trailing_metadata, code.value[0], details, _NO_FLAGS),
+    )
