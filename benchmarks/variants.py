@@ -13,9 +13,14 @@ With `--without-watch` no write wakes a watcher.
 import asyncio
 import gc
 import json
+import os
 import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Any, cast
+
+from chat_ticket_svc import event_engine
+
+event_engine.disable_listener(os.environ)  # as `serve` does, before gRPC is imported
 
 import grpc
 import uvloop

@@ -17,7 +17,12 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-# Before the imports: pytest rewrites the asserts of a module when it is imported.
+from chat_ticket_svc import event_engine
+
+# Before the imports: gRPC reads the environment when it is imported.
+event_engine.disable_listener(os.environ)  # for the servers in this process, as `serve` does
+
+# pytest rewrites the asserts of a module when it is imported.
 pytest.register_assert_rewrite("support", "fuzz")
 
 from support import pooler

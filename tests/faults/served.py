@@ -9,7 +9,10 @@ import os
 import signal
 import sys
 
-from chat_ticket_svc import cli
+from chat_ticket_svc import cli, event_engine
+
+event_engine.disable_listener(os.environ)  # as `serve` does, before the mutants import gRPC
+
 from faults.mutants import MUTANTS
 
 MUTANT = "FAULTS_MUTANT"

@@ -23,6 +23,7 @@ from support.sessions import create_session_at, list_sessions_at
 from support.watching import watching
 
 from chat_ticket_svc import config
+from chat_ticket_svc.commands.serve import EVENT_ENGINE_READS
 from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.embedded import EmbeddedPostgres
 from chat_ticket_svc.rpc import aio_server
@@ -108,8 +109,13 @@ class TestProcess:
         assert result.stderr.count("\n") == 1, "no line of gRPC's own"
 
     def test_every_log_line_has_one_form(self) -> None:
-        """Every line is JSON, also the lines of libraries about an unreachable database."""
-        with server_process("postgresql://nobody@127.0.0.1:1/none") as process:
+        """Every line is JSON, also the lines of libraries about an unreachable database.
+
+        One says that gRPC's EventEngine reads the connections, as the operator wants it.
+        """
+        with server_process(
+            "postgresql://nobody@127.0.0.1:1/none", GRPC_EXPERIMENTS="event_engine_listener"
+        ) as process:
             process.wait_for("listening")
             process.wait_for("not serving")
             process.wait_for("listener cannot connect")
@@ -123,6 +129,7 @@ class TestProcess:
         assert all("level" in line and "timestamp" in line for line in process.log)
         events = Counter(line["event"] for line in process.log)
         assert max(events.values()) == 1, "a failure that goes on is logged once"
+        assert EVENT_ENGINE_READS in events
         assert "listener lost its connection" not in events, "it had none"
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -148,6 +155,7 @@ class TestProcess:
                             await watcher.next()
                     assert (await writing).sequence == 1
             assert await asyncio.to_thread(process.stop) == 0
+        assert EVENT_ENGINE_READS not in {line["event"] for line in process.log}
 
     async def test_calls_during_the_drain_are_answered(self, database: str, tenant: str) -> None:
         """Callers who call again at once lose no call: each is answered, until nothing listens."""

@@ -21,6 +21,7 @@ from support.watching import watching
 from support.worker_processes import pids, printed, two_workers, unable_to_spawn, wait_until
 
 from chat_ticket_svc import config, workers
+from chat_ticket_svc.commands.serve import EVENT_ENGINE_READS
 from chat_ticket_svc.config import ConfigurationError
 from chat_ticket_svc.embedded import EmbeddedPostgres
 
@@ -119,6 +120,7 @@ class TestTwo:
         assert any(line.get("logger") == "psycopg.pool" for line in process.log)
         assert all({"level", "timestamp", "pid"} <= line.keys() for line in process.log)
         assert {line["pid"] for line in process.log} == set(both)
+        assert EVENT_ENGINE_READS not in {line["event"] for line in process.log}
 
     def test_one_is_the_process_that_was_started(self, database: str) -> None:
         """Without workers there is no parent, and the log is as it was."""

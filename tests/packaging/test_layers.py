@@ -25,7 +25,7 @@ LAYERS = [
     ["shutdown", "workers"],
     ["embedded", "telemetry"],
     ["errors"],
-    ["addresses", "config", "reasons", "tasks", "timeouts"],
+    ["addresses", "config", "event_engine", "reasons", "tasks", "timeouts"],
     ["limits", "search_language"],
 ]
 SERVICERS = {"attachment_access", "attachments", "drafts", "messages", "sessions", "tickets"}

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from chat_ticket_svc import event_engine
 from support import fork_server, pooler
 
 START_SECONDS = 30
@@ -106,8 +107,12 @@ class ServerProcess:
 @contextmanager
 def server_process(database_url: str = "", *arguments: str, **settings: str) -> Iterator[Any]:
     """A server process on a free port; `settings` are environment variables."""
-    # Tests attach no real URLs. Without the check a server starts a quarter faster.
-    defaults = {"CHAT_TICKET_PORT": "0", "CHAT_TICKET_ATTACHMENT_URL_CHECK": "false"}
+    defaults = {
+        "CHAT_TICKET_PORT": "0",
+        # Tests attach no real URLs. Without the check a server starts a quarter faster.
+        "CHAT_TICKET_ATTACHMENT_URL_CHECK": "false",
+        event_engine.VARIABLE: "",  # the tests have set it for the servers in their process
+    }
     environment = {**pooler.environment(database_url), **defaults, **settings}
     process = ServerProcess(*arguments, environment=environment)
     try:

@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from chat_ticket_svc import config, workers
+from chat_ticket_svc import config, event_engine, workers
 from chat_ticket_svc.commands import arguments, migrate
 from chat_ticket_svc.config import ConfigurationError, Settings
 from chat_ticket_svc.embedded import EmbeddedPostgres, EmbeddedPostgresError
@@ -20,6 +20,9 @@ from chat_ticket_svc.shutdown import ShutdownSignals, run_until_shutdown
 from chat_ticket_svc.telemetry import logs
 
 log = structlog.get_logger()
+
+# A warning in the log, when the switch to prevent it has no effect.
+EVENT_ENGINE_READS = "gRPC's EventEngine reads the connections, which costs more CPU time"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,6 +81,7 @@ def run_server(
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     # By default gRPC prints a line to stderr for each failed handshake.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    event_engine.disable_listener(os.environ)
     # Imported here, because gRPC takes half a second to load, and the supervisor must not load it.
     import uvloop
 
@@ -87,8 +91,13 @@ def run_server(
     if settings.traces:
         tracing.configure()
 
+    def report_listening(port: int) -> None:
+        if event_engine.is_listening():
+            log.warning(EVENT_ENGINE_READS)
+        on_listening(port)
+
     async def serve(stop: asyncio.Event) -> int:
-        await server.run(settings, stop, on_listening)
+        await server.run(settings, stop, report_listening)
         return 0
 
     try:
