@@ -95,9 +95,7 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
         self, method: bytes, handle: Handle, fail: Callable[[BaseException], None]
     ) -> None:
         """Start a task that accepts the next call of a unary method, and answers it."""
-        task = asyncio.get_running_loop().create_task(
-            self._accept_unary_call(method, handle, fail)
-        )
+        task = asyncio.get_running_loop().create_task(self._accept_unary_call(method, handle, fail))
         self._tasks.add(task)
 
     async def _accept_unary_call(

@@ -131,9 +131,7 @@ class MethodInstrumentation:
         self.name = path[1:]
         _, service, name = path.split("/")
         self.metrics = metrics.CALLS.method(grpc_type, service, name)
-        self._open_streams = (
-            metrics.STREAMS.labels(service, name) if grpc_type != "unary" else None
-        )
+        self._open_streams = metrics.STREAMS.labels(service, name) if grpc_type != "unary" else None
         # Health checks come every few seconds, for as long as the server runs.
         level = "debug" if path in UNAUTHENTICATED_METHODS else "info"
         is_logged = access_log_enabled and access_log.is_enabled_for(level)

@@ -120,9 +120,7 @@ class AccessLogger:
         self._encode: Callable[[dict[str, Any]], str] | None = None
         self._common_fields: dict[str, Any] = {}
 
-    def configure(
-        self, *, min_level: int, json_lines: bool, common_fields: dict[str, Any]
-    ) -> None:
+    def configure(self, *, min_level: int, json_lines: bool, common_fields: dict[str, Any]) -> None:
         """`common_fields` end each line."""
         self._min_level = min_level
         self._encode = json.JSONEncoder().encode if json_lines else None
