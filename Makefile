@@ -87,7 +87,7 @@ check-reference: venv ## fail unless docs/reference is what these generate
 	@$(BIN)/python scripts/generate_reference.py --check
 
 # Where the history is missing, as in a shallow clone, there is nothing to compare with.
-AGAINST ?= $(shell git describe --tags --abbrev=0 2>/dev/null || git rev-parse --verify --quiet HEAD~1)
+check-breaking: AGAINST ?= $(shell git describe --tags --abbrev=0 2>/dev/null || git rev-parse --verify --quiet HEAD~1)
 check-breaking: venv ## fail when the protos break callers of the last tag, or of the last commit; AGAINST= another
 	@test -n "$(AGAINST)" || { echo "nothing to compare the protos with: no tag, no commit before"; exit 0; }; \
 		$(BIN)/buf breaking protos --against '.git#ref=$(AGAINST),subdir=protos'
@@ -113,7 +113,7 @@ lock: venv ## resolve the lock files again from pyproject.toml
 ##@ To measure it, and to break it on purpose
 
 bench: venv-bench ## measure against limits and peers, in 24 minutes; PARTS="calls streams" chooses, ROUNDS=
-	@PARTS="$(PARTS)" ROUNDS="$(ROUNDS)" $(BIN)/python -m benchmarks.bench
+	@PARTS="$(PARTS)" ROUNDS="$(ROUNDS)" AGAINST="$(AGAINST)" $(BIN)/python -m benchmarks.bench
 
 scaling: venv ## measure PgBouncer, nginx and sizes for docs/scaling.md; PARTS="size" chooses, ROUNDS=
 	@PYTHONPATH=tests $(BIN)/python -m benchmarks.scaling $(PARTS) $(if $(ROUNDS),--rounds $(ROUNDS))

@@ -1,9 +1,10 @@
 """`make bench`: runs the parts, prints a table, and writes build/bench/figures.json and a picture.
 
-Two environment variables control it: PARTS selects parts by name, ROUNDS sets the number of rounds
-of each figure.
+Environment variables control it: PARTS selects parts by name, ROUNDS sets the number of rounds of
+each figure, and AGAINST names a commit to compare this checkout with.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -15,15 +16,17 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from benchmarks import (
+    against,
     batch,
     calls,
+    checkout,
     drafts,
     expire,
     feed,
@@ -38,8 +41,9 @@ from benchmarks import (
     watch,
     workers,
 )
+from benchmarks.checkout import ROOT
 from benchmarks.figures import Figure
-from benchmarks.service import ROOT, Bench
+from benchmarks.service import Bench
 
 OUTPUT = ROOT / "build" / "bench"
 PICTURE_PYTHON = ROOT / ".venv-bench" / "bin" / "python"
@@ -87,8 +91,11 @@ def main() -> int:
 
 
 def _run() -> int:
-    parts = _selected_parts(os.environ.get("PARTS", ""))
     rounds = int(os.environ.get("ROUNDS") or ROUNDS)
+    names = os.environ.get("PARTS", "")
+    if commit := os.environ.get("AGAINST"):
+        return _compare(_selected_parts(names or calls.NAME), rounds, commit)
+    parts = _selected_parts(names)
     environment = _environment()
     started_at = time.monotonic()
     measured, failed, seconds_by_part = _measure_parts(parts, rounds)
@@ -114,15 +121,52 @@ def _run() -> int:
     return 1 if failed or seconds > MAX_SECONDS else 0
 
 
+def _compare(parts: Sequence[Part], rounds: int, name: str) -> int:
+    """Print the table of this checkout and another commit."""
+    if others := {part.NAME for part in parts} - set(against.PARTS):
+        sys.exit(f"not comparable: {', '.join(sorted(others))}; PARTS={' '.join(against.PARTS)}")
+    commit = checkout.commit_id(name)
+    other = checkout.of_commit(commit)
+    comparisons: list[against.Comparison] = []
+    started_at = time.monotonic()
+    with _session(parts) as (directory, postgres, progress):
+        for part in parts:
+            scratch = directory / part.NAME
+            scratch.mkdir()
+            bench = Bench(rounds, scratch, postgres, progress(part))
+            comparisons += against.measure(part.measure, bench, other)
+    print(against.table(comparisons, commit))
+    print(f"\n{rounds} rounds in {time.monotonic() - started_at:.0f} s, {_environment()['commit']}")
+    return 0
+
+
 def _measure_parts(
     parts: Sequence[Part], rounds: int
 ) -> tuple[list[Figure], dict[str, str], dict[str, float]]:
     """The figures, the errors of the parts that failed, and the seconds of each part."""
-    budget = sum(part.SECONDS for part in parts)
-    started_at = time.monotonic()
     measured: list[Figure] = []
     failed: dict[str, str] = {}
     seconds_by_part: dict[str, float] = {}
+    with _session(parts) as (directory, postgres, progress):
+        for part in parts:
+            part_started_at = time.monotonic()
+            scratch = directory / part.NAME
+            scratch.mkdir()
+            try:
+                measured += part.measure(Bench(rounds, scratch, postgres, progress(part)))
+            except Exception:  # the other parts are still measured
+                failed[part.NAME] = traceback.format_exc()
+            seconds_by_part[part.NAME] = time.monotonic() - part_started_at
+    return measured, failed, seconds_by_part
+
+
+@contextlib.contextmanager
+def _session(
+    parts: Sequence[Part],
+) -> Iterator[tuple[Path, service.Postgres, Callable[[Part], Callable[[str], None]]]]:
+    """A directory, a PostgreSQL, and a function that returns the progress of a part."""
+    budget = sum(part.SECONDS for part in parts)
+    started_at = time.monotonic()
     with (
         tempfile.TemporaryDirectory(prefix="chat-ticket-bench-") as name,
         # Only on a terminal: `disable=None` omits the bar elsewhere.
@@ -136,22 +180,16 @@ def _measure_parts(
         directory = Path(name)
         directory.chmod(0o711)  # PostgreSQL may have to run as another user
 
-        def progress(text: str) -> None:
-            bar.set_description(f"{part.NAME}: {text}", refresh=False)
-            bar.n = min(budget, int(time.monotonic() - started_at))
-            bar.refresh()
+        def progress(part: Part) -> Callable[[str], None]:
+            def show(text: str) -> None:
+                bar.set_description(f"{part.NAME}: {text}", refresh=False)
+                bar.n = min(budget, int(time.monotonic() - started_at))
+                bar.refresh()
+
+            return show
 
         with service.postgres(directory) as postgres:
-            for part in parts:
-                part_started_at = time.monotonic()
-                scratch = directory / part.NAME
-                scratch.mkdir()
-                try:
-                    measured += part.measure(Bench(rounds, scratch, postgres, progress))
-                except Exception:  # the other parts are still measured
-                    failed[part.NAME] = traceback.format_exc()
-                seconds_by_part[part.NAME] = time.monotonic() - part_started_at
-    return measured, failed, seconds_by_part
+            yield directory, postgres, progress
 
 
 def _selected_parts(names: str) -> list[Part]:

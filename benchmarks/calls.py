@@ -1,7 +1,7 @@
-"""Unary calls, compared with an empty call and with the same statements run by pgbench.
+"""Unary calls, compared with empty calls and with the same statements run by pgbench.
 
 Messages are created durably, in a thousand sessions. One server process receives all calls, except
-for the empty call without middleware, which has a server of its own.
+for the empty calls to compare with, each of which has a server of its own.
 """
 
 import contextlib
@@ -9,12 +9,13 @@ import itertools
 import random
 import uuid
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psycopg
 
-from benchmarks import chats, http2, load, pgbench, service, variants
+from benchmarks import chats, http2, load, pgbench, service, variants, yardsticks
 from benchmarks.figures import Figure
 from benchmarks.load import TENANTS, Load
 from benchmarks.service import Bench, Server
@@ -25,19 +26,26 @@ from chat_ticket_svc.services import convert
 from chat_ticket_svc.store import append, sessions
 
 NAME = "calls"
-SECONDS = 150
+SECONDS = 180
 
 PHASE_SECONDS = 1.5
+COMPARED_PHASE_SECONDS = 0.5  # when two versions are compared: the shorter, the more alike
 WARM_UP_SECONDS = 1.0
 CALLERS = (16, 64)
 SESSIONS = 250  # per tenant for the service, and as many for pgbench
 REQUESTS = 5_000
 TEXTS = 200  # different message contents of pgbench
 
-BARE, EMPTY = "empty call without middleware", "empty call"
-GET, CREATE = "GetChatSession", "CreateChatMessage"
-TARGETS = {GET: 0.75, CREATE: 0.60}
-STRETCH_TARGETS = {GET: 0.90, CREATE: 0.80}
+EMPTY, GET, CREATE = "empty call", "GetChatSession", "CreateChatMessage"
+
+# Empty calls of other servers.
+STOCK, BARE, GRPC_JS = "a stock grpc.aio server", "without middleware", "grpc-js"
+EMPTY_TARGETS = {STOCK: 0.75}
+EMPTY_STRETCH_TARGETS = {STOCK: 0.60}
+
+# The microseconds of our CPU that a call may take beyond those of the empty call.
+TARGETS = {GET: 30, CREATE: 50}
+STRETCH_TARGETS = {GET: 25, CREATE: 40}
 
 # The session ids of this part are numbers, because pgbench has only numbers.
 CREATE_SESSIONS = """
@@ -63,29 +71,29 @@ Limits = dict[tuple[str, int], list[pgbench.Outcome]]
 def measure(bench: Bench) -> list[Figure]:
     outcomes: Outcomes = defaultdict(list)
     limits: Limits = defaultdict(list)
+    phase_seconds = PHASE_SECONDS if bench.with_limits else COMPARED_PHASE_SECONDS
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(bench.postgres.database())
         with psycopg.connect(url, autocommit=True) as db:
             create_sessions(db)
-        ours, bare = (
-            stack.enter_context(
-                service.server(
-                    url, *option, log=bench.directory / name, module="benchmarks.variants"
-                )
-            )
-            for name, option in (("ours.log", []), ("bare.log", [variants.BARE]))
-        )
+        log = bench.directory / "ours.log"
+        ours = stack.enter_context(service.server(url, log=log, module="benchmarks.variants"))
+        others = stack.enter_context(_other_servers(bench, url)) if bench.with_limits else {}
         call = stack.enter_context(load.client())
         _require_middleware(ours)
         requests_by_call = requests()
-        scripts = _scripts(bench.directory)
+        empty_requests = requests_by_call[EMPTY]
+        phases = {
+            **{what: (server, *empty_requests) for what, server in others.items()},
+            **{what: (ours, *each) for what, each in requests_by_call.items()},
+        }
+        scripts = _scripts(bench.directory) if bench.with_limits else {}
         runs = itertools.count()
         created_count = 0
 
         def run(what: str, callers: int, seconds: float) -> load.Outcome:
             nonlocal created_count
-            server = bare if what == BARE else ours
-            path, bodies = requests_by_call[what]
+            server, path, bodies = phases[what]
             outcome = call(
                 Load(
                     address=server.address,
@@ -99,12 +107,12 @@ def measure(bench: Bench) -> list[Figure]:
             created_count += outcome.calls if what == CREATE else 0
             return outcome
 
-        for what in requests_by_call:
+        for what in phases:
             run(what, CALLERS[-1], WARM_UP_SECONDS)
         for number, callers in itertools.product(range(1, bench.rounds + 1), CALLERS):
-            for what in requests_by_call:
+            for what in phases:
                 bench.progress(f"round {number}, {what}, {callers} callers")
-                outcomes[what, callers].append(run(what, callers, PHASE_SECONDS))
+                outcomes[what, callers].append(run(what, callers, phase_seconds))
             for what, script in scripts.items():
                 bench.progress(f"round {number}, {what} by pgbench, {callers} callers")
                 variables = {"run": next(runs), "n": 0}
@@ -119,8 +127,29 @@ def measure(bench: Bench) -> list[Figure]:
                 f"{created_count} messages were acknowledged, but {stored} are stored"
             )
     return [figure for callers in CALLERS for figure in _figures(outcomes, limits, callers)] + [
-        Figure(part=NAME, name="memory of the server afterwards", unit="MiB", measured=[memory])
+        Figure(
+            part=NAME,
+            name="memory of the server afterwards",
+            unit="MiB",
+            measured=[memory],
+            at_most=True,
+        )
     ]
+
+
+@contextlib.contextmanager
+def _other_servers(bench: Bench, url: str) -> Iterator[dict[str, Server]]:
+    """The servers whose empty call is compared with ours."""
+    with contextlib.ExitStack() as stack:
+        bare = service.server(
+            url, variants.BARE, log=bench.directory / "bare.log", module="benchmarks.variants"
+        )
+        servers = {
+            STOCK: stack.enter_context(yardsticks.stock(bench.directory / "stock.log")),
+            BARE: stack.enter_context(bare),
+            GRPC_JS: stack.enter_context(yardsticks.grpc_js(bench.directory / "grpc-js.log")),
+        }
+        yield {what: server for what, server in servers.items() if server}
 
 
 def create_sessions(db: psycopg.Connection) -> None:
@@ -156,7 +185,6 @@ def requests() -> dict[str, tuple[str, list[bytes]]]:
         for session_id, utterance in zip(ids, chats.repeated(), strict=False)
     ]
     return {
-        BARE: (variants.PATH, [b""]),
         EMPTY: (variants.PATH, [b""]),
         GET: (
             f"/chat_ticket.v1.ChatSessionService/{GET}",
@@ -211,62 +239,79 @@ def _scripts(directory: Path) -> dict[str, Path]:
     return scripts
 
 
-def _figures(outcomes: Outcomes, limits: Limits, callers: int) -> list[Figure]:
-    def rates(rounds: Sequence[load.Outcome | pgbench.Outcome]) -> list[float]:
-        return [outcome.calls_per_second for outcome in rounds]
-
-    def cpu(rounds: Sequence[load.Outcome | pgbench.Outcome], of: str) -> list[float]:
-        return [outcome.cpu_us[of] for outcome in rounds]
-
-    base, bare = outcomes[EMPTY, callers], outcomes[BARE, callers]
-    figures = [
-        Figure(
-            part=NAME,
-            name=f"CPU of the {EMPTY}, {callers} callers",
-            unit="µs",
-            measured=cpu(base, "server"),
-            limit=cpu(bare, "server"),
-            against="without middleware",
-            must=1.15,
-            at_most=True,
-            note=load.note(base),
-            details={"with": base, "without": bare},
-        )
-    ]
+def _figures(outcomes: Outcomes, limits: Limits, callers: int) -> Iterator[Figure]:
+    suffix = f"{callers} callers"
+    empty = outcomes[EMPTY, callers]
+    yield _rate_figure(f"{EMPTY}, {suffix}", empty)
+    yield _cpu_figure(f"{EMPTY}, {suffix}", empty)
+    for other in (STOCK, BARE, GRPC_JS):
+        if (other, callers) in outcomes:
+            yield _cpu_figure(
+                f"{EMPTY}, {suffix}",
+                empty,
+                limit=_cpu(outcomes[other, callers], "server"),
+                against=other,
+                must=EMPTY_TARGETS.get(other),
+                stretch=EMPTY_STRETCH_TARGETS.get(other),
+                details={"other": outcomes[other, callers]},
+            )
     for what in (GET, CREATE):
-        ours, direct = outcomes[what, callers], limits[what, callers]
-        figures += [
-            Figure(
+        ours = outcomes[what, callers]
+        yield _rate_figure(f"{what}, {suffix}", ours, limit=_rates(empty), against="empty calls")
+        yield _cpu_figure(f"{what}, {suffix}", ours)
+        direct = limits.get((what, callers), [])
+        if direct:  # otherwise this is a comparison of versions, where small differences mislead
+            pairs = zip(_cpu(ours, "server"), _cpu(empty, "server"), strict=True)
+            yield Figure(
                 part=NAME,
-                name=f"{what}, {callers} callers",
-                unit="calls/s",
-                measured=rates(ours),
-                limit=rates(base),
-                against="empty calls",
+                name=f"CPU of the server above the {EMPTY}, {what}, {suffix}",
+                unit="µs",
+                measured=[call - base for call, base in pairs],
                 must=TARGETS[what],
                 stretch=STRETCH_TARGETS[what],
-                note=load.note(ours),
-                details={"rounds": ours},
-            ),
-            Figure(
-                part=NAME,
-                name=f"{what}, {callers} callers",
-                unit="calls/s",
-                measured=rates(ours),
-                limit=rates(direct),
+                at_most=True,
+            )
+            yield _rate_figure(
+                f"{what}, {suffix}",
+                ours,
+                limit=_rates(direct),
                 against="by pgbench",
                 note=f"pgbench: {load.cpu_note([outcome.cpu_us for outcome in direct])}",
                 details={"pgbench": direct},
-            ),
-            Figure(
-                part=NAME,
-                name=f"PostgreSQL's CPU of {what}, {callers} callers",
-                unit="µs",
-                measured=cpu(ours, "postgres"),
-                limit=cpu(direct, "postgres"),
-                against="by pgbench",
-                stretch=0.6 if what == CREATE else None,
-                at_most=True,
-            ),
-        ]
-    return figures
+            )
+        yield Figure(
+            part=NAME,
+            name=f"PostgreSQL's CPU of {what}, {suffix}",
+            unit="µs",
+            measured=_cpu(ours, "postgres"),
+            limit=_cpu(direct, "postgres"),
+            against="by pgbench",
+            must=0.4 if what == CREATE and direct else None,
+            at_most=True,
+        )
+
+
+def _rate_figure(name: str, rounds: Sequence[load.Outcome], **compared: Any) -> Figure:
+    about = {"note": load.note(rounds), "details": {"rounds": rounds}}
+    return Figure(
+        part=NAME, name=name, unit="calls/s", measured=_rates(rounds), **{**about, **compared}
+    )
+
+
+def _cpu_figure(name: str, rounds: Sequence[load.Outcome], **compared: Any) -> Figure:
+    return Figure(
+        part=NAME,
+        name=f"CPU of the server, {name}",
+        unit="µs",
+        measured=_cpu(rounds, "server"),
+        at_most=True,
+        **compared,
+    )
+
+
+def _rates(rounds: Sequence[load.Outcome | pgbench.Outcome]) -> list[float]:
+    return [outcome.calls_per_second for outcome in rounds]
+
+
+def _cpu(rounds: Sequence[load.Outcome | pgbench.Outcome], of: str) -> list[float]:
+    return [outcome.cpu_us[of] for outcome in rounds]

@@ -83,7 +83,11 @@ def table(figures: Sequence[Figure]) -> str:
         "",
         "note",
     )
-    rows = [head, *(_row(figure) for figure in figures)]
+    return columns([head, *(_row(figure) for figure in figures)])
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """The rows with aligned columns."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -94,7 +98,7 @@ def table(figures: Sequence[Figure]) -> str:
 def _row(figure: Figure) -> tuple[str, ...]:
     limit = ""
     if figure.limit_median is not None:
-        limit = f"{_number(figure.limit_median)} {figure.against}"
+        limit = f"{number(figure.limit_median)} {figure.against}"
     ratio = "" if figure.ratio is None else f"{figure.ratio:.2f}"
     sign = "≤" if figure.at_most else "≥"
     targets = ["" if t is None else f"{sign} {t:g}" for t in (figure.must, figure.stretch)]
@@ -104,7 +108,7 @@ def _row(figure: Figure) -> tuple[str, ...]:
     return (
         figure.part,
         figure.name,
-        f"{_number(figure.median)} {figure.unit}",
+        f"{number(figure.median)} {figure.unit}",
         limit,
         ratio,
         *targets,
@@ -113,6 +117,6 @@ def _row(figure: Figure) -> tuple[str, ...]:
     )
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """The value with at least three significant digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -22,7 +22,7 @@ from benchmarks.service import CONNECTIONS, cpu_seconds
 
 WARM_UP_SECONDS = 0.3
 TIMEOUT_SECONDS = 10  # without an answer from the server
-MIN_CALLS = 200  # fewer are not worth reporting
+MIN_CALLS = 50  # fewer are not worth reporting
 
 # The same session id names a different session in each tenant.
 TENANTS = tuple(f"tenant-{number}" for number in range(4))

@@ -29,10 +29,11 @@ from typing import Any
 import psycopg
 
 from benchmarks import chats, load, service
+from benchmarks.checkout import ROOT
 from benchmarks.figures import Figure
 from benchmarks.load import Load
 from benchmarks.peers_worker import CALLERS
-from benchmarks.service import ROOT, Bench, Server
+from benchmarks.service import Bench, Server
 from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest
 from chat_ticket.v1.resources_pb2 import ChatMessage
 from chat_ticket_svc.services import convert

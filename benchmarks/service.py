@@ -8,19 +8,16 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
 
+from benchmarks import checkout
 from chat_ticket_svc import limits
-from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.embedded import EmbeddedPostgres
-
-ROOT = Path(__file__).parent.parent
 
 START_SECONDS = 60
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -73,8 +70,7 @@ class Postgres:
         """The URL of a migrated, empty database, which is dropped afterwards."""
         name = f"bench_{next(self._numbers)}"
         url = self._embedded.url(name)
-        if migrate.up(url, quiet=True) != 0:
-            raise RuntimeError("cannot migrate the database")
+        _migrate(url)
         with psycopg.connect(self._embedded.url("postgres"), autocommit=True) as db:
             db.execute("CHECKPOINT")
             try:
@@ -96,6 +92,17 @@ class Postgres:
         return float(milliseconds) / 1000
 
 
+def _migrate(database_url: str) -> None:
+    version = checkout.CURRENT.get()
+    subprocess.run(
+        [version.python, "-m", "chat_ticket_svc", "migrate"],
+        env={**version.environment, "DATABASE_URL": database_url},
+        cwd=version.root,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+
+
 @dataclass(frozen=True)
 class Bench:
     """What a part receives."""
@@ -103,7 +110,12 @@ class Bench:
     rounds: int
     directory: Path  # for the part's files
     postgres: Postgres
-    progress: Callable[[str], None]  # shows the current step
+    # Called at the beginning of each step, to show it. When two versions are compared, the other
+    # one makes its step meanwhile.
+    progress: Callable[[str], None]
+    # Whether to measure limits and peers. Not when two versions are compared: they would be the
+    # same for both.
+    with_limits: bool = True
 
 
 @dataclass(frozen=True)
@@ -148,26 +160,47 @@ def server(
     settings: Mapping[str, str] = UNLIMITED,
 ) -> Iterator[Server]:
     """`python -m MODULE serve ARGUMENTS`; `settings` are environment variables."""
-    command = [sys.executable, "-m", module, "serve", "--port", "0", *arguments]
+    version = checkout.CURRENT.get()
+    command = [version.python, "-m", module, "serve", "--port", "0", *arguments]
     if workers > 1:
         command += ["--workers", str(workers)]
     environment = {"CHAT_TICKET_LOG_FORMAT": "json", "DATABASE_URL": database_url, **settings}
+    with listening(
+        command,
+        environment={**version.environment, **environment},
+        directory=version.root,
+        log=log,
+        workers=workers,
+    ) as started:
+        yield started
+
+
+@contextlib.contextmanager
+def listening(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    directory: Path,
+    log: Path,
+    workers: int = 1,
+) -> Iterator[Server]:
+    """A process of which each worker logs a line with "listening" and its port as JSON."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
-            env={**os.environ, **environment},
-            cwd=ROOT,
+            env=environment,
+            cwd=directory,
             stdout=subprocess.DEVNULL,
             stderr=output,
             start_new_session=True,  # Ctrl-C reaches only us, and we stop the server
         )
     try:
         deadline = time.monotonic() + START_SECONDS
-        while len(listening := _LISTENING.findall(log.read_text())) < workers:
+        while len(lines := _LISTENING.findall(log.read_text())) < workers:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"the server did not start: {log.read_text()[-2000:]}")
             time.sleep(0.05)
-        yield Server(process.pid, json.loads(listening[0])["port"])
+        yield Server(process.pid, json.loads(lines[0])["port"])
         if process.poll() is not None:
             raise RuntimeError(f"the server exited: {log.read_text()[-2000:]}")
     finally:
@@ -186,13 +219,20 @@ def cpu_seconds(pid: int) -> float:
     """The CPU time of a process and all its descendants since they started."""
     while True:
         members = tree(pid)
-        total = 0
+        total = 0.0
         for member in members:
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                # User and system time, then those of children that have been reaped.
-                total += sum(int(field) for field in _stat_fields(member)[11:15])
+            with contextlib.suppress(OSError):  # it has exited
+                # /proc has the same time, in ticks of 10 ms. Children that have been reaped are
+                # only there.
+                total += time.clock_gettime(_process_clock(member))
+                total += sum(int(field) for field in _stat_fields(member)[13:15]) / TICKS
         if members == tree(pid):  # otherwise a child that was reaped meanwhile may count twice
-            return total / TICKS
+            return total
+
+
+def _process_clock(pid: int) -> int:
+    """The clock of a process's CPU time, as clock_getcpuclockid(3) returns it on Linux."""
+    return (~pid << 3) | 2
 
 
 def rss_bytes(pid: int) -> int:
