@@ -2,18 +2,22 @@
 
 import asyncio
 import contextlib
+import logging
 import os
+import random
 import re
 import select
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from io import FileIO
 from typing import Any
 
 import grpc.aio
 import pytest
+import structlog
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2
 from support.client import REQUEST_ID, Api, an_id, refused
@@ -234,6 +238,43 @@ async def test_console_format_is_for_terminals(database: str, tenant: str) -> No
         assert "finished call" in printed
         assert "code=OK" in printed
         assert "{" not in printed
+
+
+def test_lines_of_calls_are_as_structlog_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Byte for byte: the other lines are made by structlog."""
+    generator = random.Random(1)
+    texts = ["", "GetChatSession", 'a "quoted" \\ ö \u2028 \x7f', "\ud83d\ude00", "tenant 1"]
+    lines = [
+        {
+            name: generator.choice([*texts, 0, -7, 2**40, 0.125, 1e-7, 123456.789, None, True])
+            for name in generator.sample(["method", "tenant", "code", "reason", "duration_ms"], 4)
+        }
+        for _ in range(100)
+    ]
+    times = [generator.uniform(1.7e9, 1.9e9) for _ in lines]
+    times[:4] = [1.8e9, 1.8e9 + 0.9999996, 1.8e9 + 0.0000004, 1.8e9 - 0.000001]
+    written: list[str] = []
+    monkeypatch.setattr(log_writer.writer, "write", written.append)
+    ours = log_writer.AccessLogger()
+    ours.configure(min_level=logging.INFO, json_lines=True, common_fields={"pid": 7})
+    for seconds, fields in zip(times, lines, strict=True):
+        ours._lines.append(("info", "finished call", seconds, fields))
+    ours.flush()
+    render = structlog.processors.JSONRenderer()
+    assert "".join(written).splitlines() == [
+        render(
+            None,
+            "info",
+            {
+                "timestamp": datetime.fromtimestamp(seconds, UTC).isoformat()[:-6] + "Z",
+                **fields,
+                "event": "finished call",
+                "level": "info",
+                "pid": 7,
+            },
+        )
+        for seconds, fields in zip(times, lines, strict=True)
+    ]
 
 
 @contextlib.contextmanager

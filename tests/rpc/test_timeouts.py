@@ -1,10 +1,13 @@
 """Timeouts of one task, and a queue of many timeouts of the same length."""
 
 import asyncio
+import time
 
 import pytest
 
-from chat_ticket_svc.timeouts import Timeout, TimeoutQueue
+from chat_ticket_svc import timeouts
+from chat_ticket_svc.tasks import current_task
+from chat_ticket_svc.timeouts import Timeout, TimeoutQueue, TimeoutSweep
 
 SECONDS = 0.2
 
@@ -111,3 +114,49 @@ class TestTimeoutQueue:
         timeouts.start("b")
         await asyncio.sleep(SECONDS * 1.5)
         assert list(expirations.after) == ["a", "b"]
+
+
+class TestTimeoutSweep:
+    """The timeouts of calls, most of which end before any timer is set."""
+
+    @pytest.mark.parametrize("seconds", [0.01, 2 * timeouts.SWEEP_SECONDS])
+    async def test_slow_task_is_cancelled_at_its_time(self, seconds: float) -> None:
+        """Afterwards it runs on as if it had never been cancelled."""
+        sweep = TimeoutSweep()
+        task = current_task()
+        started_at = time.monotonic()
+        sweep.start(task, seconds)
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.sleep(10)
+        assert sweep.stop(task)
+        assert time.monotonic() - started_at >= seconds
+        assert not task.cancelling()
+        await asyncio.sleep(0)
+
+    @pytest.mark.parametrize("seconds", [0.01, 2 * timeouts.SWEEP_SECONDS])
+    async def test_stopped_timeout_does_nothing(self, seconds: float) -> None:
+        sweep = TimeoutSweep()
+        sweep.start(current_task(), seconds)
+        assert not sweep.stop(current_task())
+        assert not sweep.stop(current_task()), "it may be stopped twice"
+        await asyncio.sleep(1.5 * seconds)
+
+    async def test_task_cancelled_at_the_same_moment_stays_cancelled(self) -> None:
+        sweep = TimeoutSweep()
+        is_timeout = []
+
+        async def limited() -> None:
+            sweep.start(current_task(), 0.01)
+            try:
+                await asyncio.sleep(10)
+            except asyncio.CancelledError:
+                is_timeout.append(sweep.stop(current_task()))
+                raise
+
+        task = asyncio.create_task(limited())
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_soon(task.cancel)
+        asyncio.get_running_loop().call_soon(sweep._expire, task)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert is_timeout == [False]
