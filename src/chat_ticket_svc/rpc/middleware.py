@@ -33,6 +33,8 @@ from chat_ticket_svc.timeouts import Timeout, TimeoutQueue, TimeoutSweep
 
 # A write with less time left than this is not started: its caller would not learn the outcome.
 MIN_WRITE_SECONDS = 0.05
+# gRPC counts deadlines in milliseconds. A call with less left has passed its deadline.
+MIN_READ_SECONDS = 0.001
 # A call may wait for its quotas for this part of its time. The rest is for the call itself.
 MAX_QUOTA_WAIT = 0.5
 
@@ -188,7 +190,7 @@ class RpcMiddleware:
         a call, costs about as much as one of the things that it does.
         """
         is_write = method not in UNAUTHENTICATED_METHODS and method not in READ_METHODS
-        min_seconds = MIN_WRITE_SECONDS if is_write else 0
+        min_seconds = MIN_WRITE_SECONDS if is_write else MIN_READ_SECONDS
         instrumentation = self._instrumentation(method, "unary")
         admission, timeouts = self._admission, self._unary_timeouts
 
