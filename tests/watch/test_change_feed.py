@@ -24,7 +24,7 @@ from support.tickets import SOLVED, create_ticket, delete_ticket, update_ticket
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionsRequest
 from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
 from chat_ticket_svc import errors
-from chat_ticket_svc.services import change_feed_encoding, paging
+from chat_ticket_svc.services import convert, paging
 from chat_ticket_svc.store import change_feed as store_change_feed
 from chat_ticket_svc.store.database import Database
 from chat_ticket_svc.watch import change_feed
@@ -181,13 +181,13 @@ class TestTogether:
         """And made an event once for all that have the same filters."""
         api = unpolled
         converted: list[str] = []
-        session_event = change_feed_encoding.session_event
+        session_field = convert.session_field
 
         def session(tenant: bytes, row: Any) -> bytes:
             converted.append(row.id)
-            return session_event(tenant, row)
+            return session_field(tenant, row)
 
-        monkeypatch.setattr(change_feed_encoding, "session_event", session)
+        monkeypatch.setattr(convert, "session_field", session)
         created = await api.session(user_id="ann")
         async with contextlib.AsyncExitStack() as stack:
             feeds = [

@@ -1,11 +1,11 @@
 """What WatchChatSessions tells of a page of the feed, for the filters of a stream."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionsResponse as Response
-from chat_ticket_svc.services import change_feed_encoding, convert
+from chat_ticket_svc.services import convert
 from chat_ticket_svc.services.change_feed_cursor import Cursor
 from chat_ticket_svc.store.change_feed import (
     DELETED_SESSION,
@@ -102,7 +102,7 @@ def _responses(
 ) -> tuple[list[bytes], Cursor]:
     # Not moved by a page without events, so that it stays as low as possible.
     told = cursor._replace(wal_position=page.wal_position)
-    tenant = change_feed_encoding.tenant_field(tenant_id)
+    tenant = convert.tenant_field(tenant_id)
     made: list[bytes] = []
     events: list[bytes] = []
     size, last = 0, None
@@ -113,15 +113,23 @@ def _responses(
         size += len(event) + 8
         if last and (len(events) == MAX_EVENTS or size > MAX_RESPONSE_BYTES):
             last_cursor = told._replace(place=page.place_after(last)).encode(digest)
-            made.append(change_feed_encoding.response(last_cursor, events))
+            made.append(_response(last_cursor, events))
             events, size = [], len(event) + 8
         events.append(event)
         last = row
     if last is None:
         return [], cursor._replace(place=page.next)
     told = told._replace(place=page.next)
-    made.append(change_feed_encoding.response(told.encode(digest), events))
+    made.append(_response(told.encode(digest), events))
     return made, told
+
+
+def _response(cursor: str, events: Iterable[bytes]) -> bytes:
+    """A response in the wire format: a follower may be told every session of its tenant."""
+    parts = [Response(cursor=cursor).SerializeToString()]
+    for event in events:
+        parts += (b"\x12", convert.varint(len(event)), event)
+    return b"".join(parts)
 
 
 def _event(
@@ -130,7 +138,7 @@ def _event(
     """What to tell of a row that has changed at or after `start`, if anything, as an Event."""
     if row.section == SESSION:
         if session_filter.matches(row):
-            return change_feed_encoding.session_event(tenant, row)
+            return convert.session_field(tenant, row)
         if not _may_have_matched(row, session_filter, start):
             return None
         event = Event(left=Response.ChatSessionLeft(session_id=row.id))

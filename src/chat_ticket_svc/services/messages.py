@@ -62,9 +62,9 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         self._searches = asyncio.Semaphore(self._max_searches)
         self._tenant_searches = WeakValueDictionary[str, asyncio.Semaphore]()
 
-    async def CreateChatMessage(
+    async def CreateChatMessage(  # type: ignore[override] # bytes, which the middleware passes on
         self, request: pb.CreateChatMessageRequest, context: Context
-    ) -> pb.CreateChatMessageResponse:
+    ) -> bytes:
         tenant_id = request_context.tenant_id()
         validator = Validator(self._limits, self._url_schemes)
         session_id = validator.id("session_id", request.session_id)
@@ -74,7 +74,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         if not request.message.id:
             request_context.set_not_repeatable(message_id=new[0].id)
         [message] = await self._append(tenant_id, session_id, new, expected_revision)
-        return pb.CreateChatMessageResponse(message=convert.message(message))
+        return convert.message_field(message)
 
     async def BatchCreateChatMessages(
         self, request: pb.BatchCreateChatMessagesRequest, context: Context
@@ -117,15 +117,15 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             self._watch_hub.notify_changed(tenant_id, session_id)
         return stored
 
-    async def GetChatMessage(
+    async def GetChatMessage(  # type: ignore[override] # bytes, which the middleware passes on
         self, request: pb.GetChatMessageRequest, context: Context
-    ) -> pb.GetChatMessageResponse:
+    ) -> bytes:
         tenant_id = request_context.tenant_id()
         validator = Validator(self._limits)
         message_id = validator.id("message_id", request.message_id)
         validator.raise_if_invalid()
         message = await messages.get(self._db, tenant_id, message_id)
-        return pb.GetChatMessageResponse(message=convert.message(message))
+        return convert.message_field(message)
 
     async def ListChatMessages(  # type: ignore[override] # bytes, which the middleware passes on
         self, request: pb.ListChatMessagesRequest, context: Context
@@ -233,9 +233,9 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             # When the caller has left, nobody needs the page that is being read.
             await cancel_and_wait(reading)
 
-    async def UpdateChatMessage(
+    async def UpdateChatMessage(  # type: ignore[override] # bytes, which the middleware passes on
         self, request: pb.UpdateChatMessageRequest, context: Context
-    ) -> pb.UpdateChatMessageResponse:
+    ) -> bytes:
         tenant_id = request_context.tenant_id()
         validator = Validator(self._limits)
         message_id = validator.id("message.id", request.message.id)
@@ -267,7 +267,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             expected_revision=expected_revision,
         )
         self._watch_hub.notify_changed(tenant_id, message.session_id)
-        return pb.UpdateChatMessageResponse(message=convert.message(message))
+        return convert.message_field(message)
 
     def _check_merged_metadata(self, merged: str) -> None:
         validator = Validator(self._limits)
@@ -295,9 +295,9 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             self._watch_hub.notify_changed(tenant_id, session_id)
         return pb.DeleteChatMessageResponse()
 
-    async def RedactChatMessage(
+    async def RedactChatMessage(  # type: ignore[override] # bytes, which the middleware passes on
         self, request: pb.RedactChatMessageRequest, context: Context
-    ) -> pb.RedactChatMessageResponse:
+    ) -> bytes:
         tenant_id = request_context.tenant_id()
         validator = Validator(self._limits)
         message_id = validator.id("message_id", request.message_id)
@@ -305,7 +305,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         validator.raise_if_invalid()
         message = await messages.redact(self._db, tenant_id, message_id, etag)
         self._watch_hub.notify_changed(tenant_id, message.session_id)
-        return pb.RedactChatMessageResponse(message=convert.message(message))
+        return convert.message_field(message)
 
     async def SearchChatMessages(
         self, request: pb.SearchChatMessagesRequest, context: Context

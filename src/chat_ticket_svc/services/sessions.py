@@ -47,9 +47,9 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         self._deleter = SessionDeleter(db, on_deleted)
         self._limits = settings.limits
 
-    async def CreateChatSession(
+    async def CreateChatSession(  # type: ignore[override] # bytes, which the middleware passes on
         self, request: pb.CreateChatSessionRequest, context: Context
-    ) -> pb.CreateChatSessionResponse:
+    ) -> bytes:
         tenant_id = request_context.tenant_id()
         validator = Validator(self._limits)
         session_id = validator.new_id("session.id", request.session.id)
@@ -70,17 +70,17 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
             request_context.set_not_repeatable(session_id=session_id)
         session = await sessions.create(self._db, tenant_id, new)
         self._watch_hub.notify_changed(tenant_id, session_id)
-        return pb.CreateChatSessionResponse(session=convert.session(session))
+        return _response(session)
 
-    async def GetChatSession(
+    async def GetChatSession(  # type: ignore[override] # bytes, which the middleware passes on
         self, request: pb.GetChatSessionRequest, context: Context
-    ) -> pb.GetChatSessionResponse:
+    ) -> bytes:
         tenant_id = request_context.tenant_id()
         validator = Validator(self._limits)
         session_id = validator.id("session_id", request.session_id)
         validator.raise_if_invalid()
         session = await sessions.get(self._db, tenant_id, session_id)
-        return pb.GetChatSessionResponse(session=convert.session(session))
+        return _response(session)
 
     async def ListChatSessions(
         self, request: pb.ListChatSessionsRequest, context: Context
@@ -128,9 +128,9 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         page, next_page_token = paging.fill_page(rows, page_size, convert.session, token)
         return pb.ListChatSessionsResponse(sessions=page, next_page_token=next_page_token)
 
-    async def UpdateChatSession(
+    async def UpdateChatSession(  # type: ignore[override] # bytes, which the middleware passes on
         self, request: pb.UpdateChatSessionRequest, context: Context
-    ) -> pb.UpdateChatSessionResponse:
+    ) -> bytes:
         tenant_id = request_context.tenant_id()
         validator = Validator(self._limits)
         session_id = validator.id("session.id", request.session.id)
@@ -142,7 +142,7 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
             request_context.set_not_repeatable()
         session = await sessions.update(self._db, tenant_id, session_id, changes, etag)
         self._watch_hub.notify_changed(tenant_id, session_id)
-        return pb.UpdateChatSessionResponse(session=convert.session(session))
+        return _response(session)
 
     async def DeleteChatSession(
         self, request: pb.DeleteChatSessionRequest, context: Context
@@ -189,6 +189,11 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         return change_feed_stream.watch(
             self._db, self._watch_hub.change_feeds, tenant_id, digest, session_filter, start
         )
+
+
+def _response(session: sessions.Session) -> bytes:
+    """The response to a call that returns one session."""
+    return convert.session_field(convert.tenant_field(session.tenant_id), session)
 
 
 def _changes(validator: Validator, request: pb.UpdateChatSessionRequest) -> sessions.Update:
