@@ -18,7 +18,7 @@ from chat_ticket_svc.store import epochs
 from chat_ticket_svc.store.attachments import NewAttachment
 from chat_ticket_svc.store.messages import NewMessage
 
-UUID_TEXT = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+UUID_TEXT = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 # A media type with parameters, as RFC 9110 has them, in ASCII.
 _WORD = r"[A-Za-z0-9!#$%&'*+.^_`|~-]++"
 MIME_TYPE = re.compile(
@@ -323,7 +323,8 @@ class Validator:
 
     def new_message(self, field: str, message: pb.ChatMessage) -> NewMessage:
         new = self._message(field, message)
-        self._distinct_ids({field: new})
+        if new.attachments:
+            self._distinct_ids({field: new})
         return new
 
     def new_messages(self, field: str, messages: Sequence[pb.ChatMessage]) -> list[NewMessage]:
@@ -362,14 +363,19 @@ class Validator:
         )
 
     def _message(self, field: str, message: pb.ChatMessage) -> NewMessage:
-        author_kind, author_id = self.author(f"{field}.author", message.author)
+        author_kind = author_id = None
+        if message.HasField("author"):
+            author_kind, author_id = self.author(f"{field}.author", message.author)
+        attachments: tuple[NewAttachment, ...] = ()
+        if message.attachments:
+            attachments = self._attachments(f"{field}.attachments", message.attachments)
         return NewMessage(
             id=self.new_id(f"{field}.id", message.id),
             role=self.enum(f"{field}.role", message.role, convert.MESSAGE_ROLE),
             content=self.content(f"{field}.content", message.content),
             language_code=self.language_code(f"{field}.language_code", message.language_code),
             metadata=self.metadata(f"{field}.metadata_json", message.metadata_json),
-            attachments=self._attachments(f"{field}.attachments", message.attachments),
+            attachments=attachments,
             author_kind=author_kind,
             author_id=author_id,
         )

@@ -111,10 +111,9 @@ def array_literal(values: Iterable[str | int | None]) -> str:
 def _array_element(value: str | int | None) -> str:
     if value is None:
         return "NULL"
-    if isinstance(value, int):
-        return str(value)
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    if isinstance(value, str) and ("\\" in value or '"' in value):
+        value = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{value}"'
 
 
 def _message_params(tenant_id: str, session_id: str, new: Sequence[NewMessage]) -> dict[str, Any]:
