@@ -29,7 +29,7 @@ async def pool(database: str) -> AsyncIterator[Pool]:
 @pytest_asyncio.fixture
 async def shared(pool: Pool) -> AsyncIterator[pipelined_connection.PipelinedConnection]:
     shared = pipelined_connection.PipelinedConnection(
-        pool, prepare_statements=True, lifetime_seconds=60
+        pool, prepare_statements=True, lifetime_seconds=60, reads_only=True
     )
     yield shared
     await shared.close()
@@ -142,3 +142,45 @@ async def test_error_that_arrives_with_unread_results(
     async with asyncio.timeout(5):
         with pytest.raises(pg_errors.ConnectionFailure):
             await waiting
+
+
+async def test_reads_of_one_turn_share_a_transaction_and_fail_alone(
+    shared: pipelined_connection.PipelinedConnection,
+) -> None:
+    """Those behind a read that fails are sent again, also if it was to prepare their statement."""
+    time, quotient = "SELECT transaction_timestamp()::text", "SELECT 1 / %(number)s::bigint"
+    first, second = await asyncio.gather(*(shared.fetch(time, {}) for _ in range(2)))
+    assert first == second
+    assert await shared.fetch(time, {}) != first
+
+    numbers = [1, 0, 1, 0, *[1] * 40, 0]
+    reads = [shared.fetch(quotient, {"number": number}) for number in numbers]
+    bad = shared.fetch("SELECT no_such_column", {})
+    unprepared = [shared.fetch("SELECT %(number)s::int", {"number": number}) for number in (5, 6)]
+    found = await asyncio.gather(bad, *reads, *unprepared, return_exceptions=True)
+    assert isinstance(found[0], pg_errors.UndefinedColumn)
+    for number, rows in zip(numbers, found[1 : len(numbers) + 1], strict=True):
+        assert rows == [(1,)] if number else isinstance(rows, pg_errors.DivisionByZero)
+    assert found[-2:] == [[(5,)], [(6,)]]
+    assert await shared.fetch(SQL, {"number": 7}) == [(7,)]
+
+
+async def test_writes_of_one_turn_are_transactions_of_their_own(pool: Pool) -> None:
+    writes = pipelined_connection.PipelinedConnection(
+        pool, prepare_statements=True, lifetime_seconds=60, reads_only=False
+    )
+    sql = "SELECT pg_current_xact_id()::text"
+    first, second = await asyncio.gather(*(writes.fetch(sql, {}) for _ in range(2)))
+    assert first != second
+    await writes.close()
+
+
+async def test_connection_is_returned_when_all_who_wait_to_send_have_left(
+    shared: pipelined_connection.PipelinedConnection, returned: list[int]
+) -> None:
+    await shared.fetch(SQL, {"number": 1})
+    waiting = asyncio.create_task(shared.fetch(SQL, {"number": 2}))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    shared.release_connection()
+    await eventually(lambda: returned)

@@ -135,8 +135,9 @@ class Database:
                 self._pool,
                 prepare_statements=prepare_statements,
                 lifetime_seconds=POOL_MAX_LIFETIME_SECONDS,
+                reads_only=reads_only,
             )
-            for _ in range(PIPELINED_CONNECTIONS)
+            for reads_only in (True, False)
         )
         self._pool_check: asyncio.Task[None] | None = None
         self._replacement: asyncio.Task[None] | None = None
@@ -229,9 +230,20 @@ class Database:
         Only for reads that use an index and return at most PIPELINED_MAX_ROWS rows and
         PIPELINED_MAX_BYTES, as the calls behind them wait.
         """
+        # Nearly all succeed at once. What a retry needs is made for those that do not.
+        try:
+            return await self._run_pipelined(
+                self._reads, sql, params, types, outcome_unknown=outcome_unknown
+            )
+        except (psycopg.Error, ConnectionLost) as error:
+            failed: list[Exception] = [error]
 
         async def work(outcome: _Outcome) -> list[tuple[Any, ...]]:
-            return await self._run_pipelined(self._reads, sql, params, outcome, types)
+            if failed:
+                raise failed.pop()
+            return await self._run_pipelined(
+                self._reads, sql, params, types, outcome_unknown=outcome.is_unknown
+            )
 
         return await self._run_with_retries(work, idempotent=True, outcome_unknown=outcome_unknown)
 
@@ -268,7 +280,7 @@ class Database:
         It is not retried. After ConnectionLost it may have been committed.
         """
         try:
-            return await self._run_pipelined(self._writes, sql, params, _Outcome())
+            return await self._run_pipelined(self._writes, sql, params)
         except psycopg.Error as error:
             raise self._translated(error) from error
 
@@ -376,18 +388,19 @@ class Database:
         connection: PipelinedConnection,
         sql: LiteralString,
         params: Params,
-        outcome: _Outcome,
         types: Sequence[int] | None = None,
+        *,
+        outcome_unknown: bool = False,
     ) -> list[tuple[Any, ...]]:
         if connection.pending >= MAX_PIPELINED_CALLS:
-            raise self._queue_full(outcome)
+            raise self._queue_full(_Outcome(is_unknown=outcome_unknown))
         try:
             with tracing.statement(sql), CancellationDetector(self._statement_timeout_seconds):
                 return await connection.fetch(sql, params, types)
         except pg_errors.ConnectionFailure as error:
             raise ConnectionLost from error
         except psycopg_pool.PoolTimeout as error:
-            raise self._unavailable(outcome) from error
+            raise self._unavailable(_Outcome(is_unknown=outcome_unknown)) from error
 
     async def _run_with_retries(
         self,

@@ -2,8 +2,13 @@
 
 A connection of the pool runs one statement at a time. To wait for it, take it and return it costs
 several times what PostgreSQL needs to look up a row by its key. In pipeline mode, statements are
-sent without waiting for the results of those before. Each statement has a sync point of its own, so
-it is a transaction of its own: it fails alone, and is committed when its result arrives.
+sent without waiting for the results of those before.
+
+A write has a sync point of its own, so it is a transaction of its own: it fails alone, and is
+committed when its result arrives. Reads that callers make in one turn of the event loop share a
+sync point. That saves a system call for each, which is a third of their cost, and PostgreSQL does
+the same. A read that fails takes those behind it along, up to the sync point. These are sent again,
+each alone, so that every caller gets what is due to its own read.
 
 PostgreSQL runs the statements one after the other. So only fast statements that wait for no lock
 may be sent here.
@@ -76,17 +81,28 @@ def _encode(value: Any) -> bytes | None:
 class _PendingStatement:
     """A statement that waits to be sent, or for its result."""
 
-    __slots__ = ("is_preparing", "parameters", "result", "rows", "statement", "types")
+    __slots__ = (
+        "has_own_sync",
+        "is_preparing",
+        "parameters",
+        "result",
+        "rows",
+        "statement",
+        "types",
+    )
 
     def __init__(
         self,
         statement: _Statement,
         parameters: Sequence[bytes | None],
         types: Sequence[int] | None,
+        *,
+        has_own_sync: bool,
     ):
         self.statement = statement
         self.parameters = parameters
         self.types = types
+        self.has_own_sync = has_own_sync
         self.rows: asyncio.Future[list[Row]] = asyncio.get_running_loop().create_future()
         # Whether the next result is that of preparing it.
         self.is_preparing = False
@@ -106,8 +122,10 @@ class PipelinedConnection:
         *,
         prepare_statements: bool,
         lifetime_seconds: float,
+        reads_only: bool,
     ):
         self._pool = pool
+        self._reads_only = reads_only
         self._prepare_statements = prepare_statements
         self._lifetime = lifetime_seconds
         self._session: _PipelineSession | None = None
@@ -129,7 +147,10 @@ class PipelinedConnection:
         """
         statement = _parse(sql)
         pending = _PendingStatement(
-            statement, [_encode(params[name]) for name in statement.parameter_names], types
+            statement,
+            [_encode(params[name]) for name in statement.parameter_names],
+            types,
+            has_own_sync=not self._reads_only,
         )
         self._pending += 1
         try:
@@ -196,7 +217,10 @@ class _PipelineSession:
         self._name_numbers = itertools.count()
         self._transformer = Transformer(connection)
         self._unsent: deque[_PendingStatement] = deque()
+        # Without a result so far, and with one whose sync point is still to come.
         self._in_flight: deque[_PendingStatement] = deque()
+        self._answered: list[_PendingStatement] = []
+        self._is_sending_soon = False
         self._loop = asyncio.get_running_loop()
         # No new statements are accepted. Those already accepted are completed.
         self.is_ended = False
@@ -209,22 +233,37 @@ class _PipelineSession:
 
     def send(self, pending: _PendingStatement) -> None:
         self._unsent.append(pending)
-        self._send_unsent()
+        if not self._is_sending_soon:  # with the others of this turn of the loop
+            self._is_sending_soon = True
+            self._loop.call_soon(self._send_soon)
         if self._recheck_timer is None:
             self._recheck_timer = self._loop.call_later(RECHECK_SECONDS, self._recheck)
 
+    def _send_soon(self) -> None:
+        self._is_sending_soon = False
+        self._send_unsent()
+        self._return_if_done()
+
+    @property
+    def _is_waiting(self) -> bool:
+        """Whether results or a sync point are to come."""
+        return bool(self._in_flight or self._answered)
+
     def _recheck(self) -> None:
         self._recheck_timer = None
-        if self._in_flight:
+        if self._is_waiting:
             self._receive()
-        if self._in_flight:
+        if self._is_waiting:
             self._recheck_timer = self._loop.call_later(RECHECK_SECONDS, self._recheck)
 
     def end(self) -> None:
         """Accept no more statements, and return the connection when the pending ones are done."""
         self.is_ended = True
         self._expiry.cancel()
-        if not self._in_flight and not self._unsent:
+        self._return_if_done()
+
+    def _return_if_done(self) -> None:
+        if self.is_ended and not self._is_waiting and not self._unsent:
             self._return()
 
     def _return(self) -> None:
@@ -240,12 +279,23 @@ class _PipelineSession:
         self._return_connection(self._connection)
 
     def _send_unsent(self) -> None:
+        if not self._unsent:
+            return
         try:
-            while self._unsent and len(self._in_flight) < MAX_IN_FLIGHT:
+            is_synced = True
+            while self._unsent and len(self._in_flight) + len(self._answered) < MAX_IN_FLIGHT:
                 pending = self._unsent.popleft()
-                if not pending.rows.done():  # its caller was not cancelled
-                    self._in_flight.append(pending)
-                    self._send(pending)
+                if pending.rows.done():  # its caller was cancelled
+                    continue
+                if pending.has_own_sync and not is_synced:
+                    self._libpq.pipeline_sync()
+                self._in_flight.append(pending)
+                self._send(pending)
+                is_synced = pending.has_own_sync
+                if is_synced:
+                    self._libpq.pipeline_sync()
+            if not is_synced:
+                self._libpq.pipeline_sync()
             self._flush()
         except psycopg.OperationalError as error:
             self._fail_all(error)
@@ -263,7 +313,6 @@ class _PipelineSession:
             self._libpq.send_query_prepared(
                 name, pending.parameters, result_format=pq.Format.BINARY
             )
-        self._libpq.pipeline_sync()
 
     def _flush(self) -> None:
         if self._libpq.flush():  # the socket's buffer is full
@@ -281,7 +330,7 @@ class _PipelineSession:
             self._libpq.consume_input()
             # libpq returns NULL after each result of a statement, and twice when there are no more.
             is_after_null = False
-            while self._in_flight and not self._libpq.is_busy():
+            while self._is_waiting and not self._libpq.is_busy():
                 result = self._libpq.get_result()
                 if result is not None:
                     self._process(result)
@@ -295,22 +344,29 @@ class _PipelineSession:
             self._fail_all(None)
             return
         self._send_unsent()
-        if self.is_ended and not self._in_flight and not self._unsent:
-            self._return()
+        self._return_if_done()
 
     def _process(self, result: pq.abc.PGresult) -> None:
-        """Process the next result of the oldest statement in flight."""
-        pending = self._in_flight[0]
+        """Process the next result of the oldest statement in flight, or the next sync point."""
         if result.status == pq.ExecStatus.PIPELINE_SYNC:
-            self._in_flight.popleft()
-            self._complete(pending)
-        elif pending.is_preparing:
+            answered, self._answered = self._answered, []
+            for pending in answered:
+                self._complete(pending)
+            return
+        if not self._in_flight:  # the transaction failed at its end
+            for pending in self._answered:
+                pending.result = result
+            return
+        pending = self._in_flight[0]
+        if pending.is_preparing:
             pending.is_preparing = False
             if result.status != pq.ExecStatus.COMMAND_OK:
                 self._prepared_names.pop(pending.statement.sql, None)
                 pending.result = result
-        elif pending.result is None:
+            return
+        if pending.result is None:
             pending.result = result
+        self._answered.append(self._in_flight.popleft())
 
     def _complete(self, pending: _PendingStatement) -> None:
         result = pending.result
@@ -322,9 +378,13 @@ class _PipelineSession:
         ):
             error = _error(result)
             if isinstance(error, pg_errors.InvalidSqlStatementName):
-                self._send_again(pending)
-            else:
+                self._forget_name(pending.statement)
+            elif result is None or result.status != pq.ExecStatus.PIPELINE_ABORTED:
                 pending.rows.set_exception(error)
+                return
+            pending.has_own_sync = True
+            pending.result = None
+            self._unsent.appendleft(pending)
             return
         self._transformer.set_pgresult(
             result, set_loaders=pending.types is None, format=pq.Format.BINARY
@@ -333,25 +393,24 @@ class _PipelineSession:
             self._transformer.set_loader_types(pending.types, pq.Format.BINARY)
         pending.rows.set_result(self._transformer.load_rows(0, result.ntuples, tuple))
 
-    def _send_again(self, pending: _PendingStatement) -> None:
-        """Send a statement again that relied on an earlier one to prepare it, which failed."""
+    def _forget_name(self, statement: _Statement) -> None:
+        """Prepare a statement again, as an earlier one that was to prepare it has failed."""
         is_being_prepared = any(
-            other.is_preparing for other in self._in_flight if other.statement is pending.statement
+            other.is_preparing for other in self._in_flight if other.statement is statement
         )
         if not is_being_prepared:
-            self._prepared_names.pop(pending.statement.sql, None)
-        pending.result = None
-        self._unsent.appendleft(pending)
+            self._prepared_names.pop(statement.sql, None)
 
     def _fail_all(self, error: psycopg.Error | None) -> None:
         """The connection is lost. The outcome of the statements in flight is unknown."""
         self.is_ended = True
         self._expiry.cancel()
-        for pending in (*self._in_flight, *self._unsent):
+        for pending in (*self._answered, *self._in_flight, *self._unsent):
             if not pending.rows.done():
                 failure = pg_errors.ConnectionFailure("the connection was lost")
                 failure.__cause__ = error
                 pending.rows.set_exception(failure)
+        self._answered.clear()
         self._in_flight.clear()
         self._unsent.clear()
         self._return()
