@@ -112,7 +112,7 @@ lock: venv ## resolve the lock files again from pyproject.toml
 
 ##@ To measure it, and to break it on purpose
 
-bench: venv-bench ## measure against limits and peers, in 24 minutes; PARTS="calls streams" chooses, ROUNDS=
+bench: venv-bench ## measure against limits and peers, in 40 minutes; PARTS="calls streams" chooses, ROUNDS=; AGAINST= a commit
 	@PARTS="$(PARTS)" ROUNDS="$(ROUNDS)" AGAINST="$(AGAINST)" $(BIN)/python -m benchmarks.bench
 
 scaling: venv ## measure PgBouncer, nginx and sizes for docs/scaling.md; PARTS="size" chooses, ROUNDS=

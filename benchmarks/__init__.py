@@ -5,3 +5,7 @@ import os
 # What the measured processes get. The service may set variables of gRPC when it is imported, which
 # must not reach a server of another version, or one that is not ours.
 ENVIRONMENT = dict(os.environ)
+
+# The service of the empty method, which no proto has.
+EMPTY_SERVICE = "chat_ticket.bench.Bench"
+EMPTY_PATH = f"/{EMPTY_SERVICE}/Empty"

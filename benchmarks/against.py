@@ -20,6 +20,7 @@ from benchmarks.turns import run_in_turns
 # read or write nothing but through the API.
 PARTS = ("calls", "batch", "streams", "watch", "workers", "peers", "neighbour")
 
+MIN_ROUNDS = 3
 SHORT = 10  # digits of a commit
 
 
@@ -38,10 +39,12 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """Whether all rounds agree on which one is better."""
-        if self.ratios and min(self.ratios) > 1:
+        """Which one is better, if all rounds agree and are not so few that it means nothing."""
+        if len(self.ratios) < MIN_ROUNDS:
+            return ""
+        if min(self.ratios) > 1:
             return "worse" if self.this.at_most else "better"
-        if self.ratios and max(self.ratios) < 1:
+        if max(self.ratios) < 1:
             return "better" if self.this.at_most else "worse"
         return ""
 

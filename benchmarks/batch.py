@@ -23,7 +23,7 @@ from chat_ticket.v1.resources_pb2 import ChatMessage
 from chat_ticket_svc.services import convert
 
 NAME = "batch"
-SECONDS = 50
+SECONDS = 35
 
 PATH = "/chat_ticket.v1.ChatMessageService/BatchCreateChatMessages"
 BATCH = 500  # the limit of the RPC

@@ -19,7 +19,7 @@ from benchmarks.figures import Figure
 from benchmarks.service import Bench
 
 NAME = "drafts"
-SECONDS = 140
+SECONDS = 100
 
 WRITERS = 200
 FOLLOWERS = 1_000

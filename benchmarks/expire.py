@@ -28,7 +28,7 @@ from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
 from chat_ticket.v1.resources_pb2 import CHAT_MESSAGE_ROLE_USER, ChatMessage
 
 NAME = "expire"
-SECONDS = 50
+SECONDS = 35
 
 PHASE_SECONDS = 2.5
 WARM_UP_SECONDS = 1.5  # in which the command starts

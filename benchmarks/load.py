@@ -76,7 +76,7 @@ _ConnectionState = tuple[http2.Connection, bytes, dict[int, float]]
 def client() -> Iterator[Callable[[Load], Outcome]]:
     """A function that runs a load in a process of its own."""
     with process() as pool:
-        yield lambda load: pool.submit(_run, load).result()
+        yield lambda load: pool.submit(run, load).result()
 
 
 def process() -> ProcessPoolExecutor:
@@ -90,7 +90,8 @@ def _initialize_process() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and stops us
 
 
-def _run(load: Load) -> Outcome:
+def run(load: Load) -> Outcome:
+    """Run a load in this process, which `process` has made."""
     with contextlib.ExitStack() as stack:
         connections: dict[int, _ConnectionState] = {}
         for number in range(min(load.connections, load.callers)):

@@ -21,15 +21,14 @@ import contextlib
 import itertools
 import json
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psycopg
 
-from benchmarks import chats, load, service
-from benchmarks.checkout import ROOT
+from benchmarks import chats, checkout, load, service
+from benchmarks.checkout import ROOT, Checkout
 from benchmarks.figures import Figure
 from benchmarks.load import Load
 from benchmarks.peers_worker import CALLERS
@@ -39,7 +38,7 @@ from chat_ticket.v1.resources_pb2 import ChatMessage
 from chat_ticket_svc.services import convert
 
 NAME = "peers"
-SECONDS = 100
+SECONDS = 70
 
 CONVERSATIONS = 256  # to append to
 SIZES = (10, 1_000, 10_000)
@@ -57,7 +56,7 @@ INSERT INTO chat_sessions (tenant_id) SELECT %s FROM generate_series(1, %s) RETU
 # One tenant may use half of the connections: as many as the libraries have.
 SETTINGS = {**service.UNLIMITED, "CHAT_TICKET_POOL_SIZE": str(2 * CALLERS)}
 
-BENCH_PYTHON = str(ROOT / ".venv-bench" / "bin" / "python")
+WITH_LIBRARIES = Checkout(ROOT, str(ROOT / ".venv-bench" / "bin" / "python"))
 
 # The answers of each round, by operation and peer.
 Answers = dict[str, dict[str, list[Any]]]
@@ -80,11 +79,12 @@ class Process:
 
 
 @contextlib.contextmanager
-def process(python: str, module: str, address: str, log: Path) -> Iterator[Process]:
+def process(version: Checkout, module: str, address: str, log: Path) -> Iterator[Process]:
     with log.open("wb") as output:
         popen = subprocess.Popen(
-            [python, "-m", f"benchmarks.{module}", address],
-            cwd=ROOT,
+            [version.python, "-m", f"benchmarks.{module}", address],
+            env=version.environment,
+            cwd=version.root,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=output,
@@ -106,14 +106,14 @@ def measure(bench: Bench) -> list[Figure]:
         log = bench.directory / "server.log"
         server = stack.enter_context(service.server(url, log=log, settings=SETTINGS))
         call = stack.enter_context(load.client())
+        peers = [(OURS, checkout.CURRENT.get(), "peer_ours", server.address)]
+        if bench.with_limits:
+            peers += [(name, WITH_LIBRARIES, module, url) for module, name in LIBRARIES.items()]
         processes = {
             name: stack.enter_context(
-                process(python, module, address, bench.directory / f"{module}.log")
+                process(version, module, address, bench.directory / f"{module}.log")
             )
-            for name, python, module, address in (
-                (OURS, sys.executable, "peer_ours", server.address),
-                *((name, BENCH_PYTHON, module, url) for module, name in LIBRARIES.items()),
-            )
+            for name, version, module, address in peers
         }
         utterances = list(itertools.islice(chats.repeated(), max(SIZES)))
         for name, work in processes.items():
@@ -146,7 +146,8 @@ def measure(bench: Bench) -> list[Figure]:
                         "postgres_cpu_seconds": postgres_cpu,
                     }
                     answers[what][name].append(answer)
-    return list(figures(answers, [outcome.calls_per_second for outcome in raw]))
+    rates = [outcome.calls_per_second for outcome in raw]
+    return list(figures(answers, rates)) if bench.with_limits else list(own_figures(answers, rates))
 
 
 def raw_appends(
@@ -174,17 +175,38 @@ def raw_appends(
     )
 
 
+APPEND = f"append, {CALLERS} callers, {CONVERSATIONS} conversations"
+
+
+def own_figures(answers: Answers, raw: list[float]) -> Iterator[Figure]:
+    """The figures without the libraries."""
+
+    def figure(name: str, unit: str, measured: list[float], *, at_most: bool = False) -> Figure:
+        return Figure(part=NAME, name=name, unit=unit, measured=measured, at_most=at_most)
+
+    appends = answers["append"][OURS]
+    yield figure(APPEND, "messages/s", [rate(answer) for answer in appends])
+    yield figure(f"{APPEND}, by a raw client", "messages/s", raw)
+    yield figure(f"{APPEND}: CPU of all", "µs a message", [cpu(a) for a in appends], at_most=True)
+    for what in ("append", *(f"read {size}" for size in SIZES)):
+        for process, name in (("cpu_seconds", "client"), ("server_cpu_seconds", "server")):
+            measured = [1e6 * answer[process] / answer["calls"] for answer in answers[what][OURS]]
+            yield figure(f"{what}: CPU of the {name}", "µs a call", measured, at_most=True)
+    for size in SIZES:
+        reads = [size * rate(answer) for answer in answers[f"read {size}"][OURS]]
+        yield figure(f"read a conversation of {size:,}", "messages/s", reads)
+
+
 def figures(answers: Answers, raw: list[float]) -> Iterator[Figure]:
-    append = f"append, {CALLERS} callers, {CONVERSATIONS} conversations"
     longest = max(SIZES)
     for library in LIBRARIES.values():
-        yield compared(answers["append"], library, append, rate, "messages/s", must=1)
+        yield compared(answers["append"], library, APPEND, rate, "messages/s", must=1)
         yield compared(
-            answers["append"], library, f"{append}: CPU of all", cpu, "µs a message", at_most=True
+            answers["append"], library, f"{APPEND}: CPU of all", cpu, "µs a message", at_most=True
         )
         yield Figure(
             part=NAME,
-            name=f"{append}, by a raw client",
+            name=f"{APPEND}, by a raw client",
             unit="messages/s",
             measured=raw,
             limit=[rate(answer) for answer in answers["append"][library]],
@@ -208,6 +230,7 @@ def figures(answers: Answers, raw: list[float]) -> Iterator[Figure]:
             measured=[100 * answer["reordered"] / answer["reads"] for answer in rounds],
             must=0 if name == OURS else None,
             at_most=True,
+            noise_of=None,
             details={"rounds": rounds},
         )
         yield Figure(
@@ -217,6 +240,7 @@ def figures(answers: Answers, raw: list[float]) -> Iterator[Figure]:
             measured=answers["repeat"][name],
             must=1 if name == OURS else None,
             at_most=True,
+            noise_of=None,
         )
 
 

@@ -170,6 +170,7 @@ def _figures(kind: str, queries: Sequence[Query], found: Found, before: Found) -
         unit="",
         measured=[recall],
         must=1.0 if kind in EXACT else None,
+        noise_of=None,
         note=f"{recall_before:.3g} by the expression before",
         details={"missed": {text: names for text, names in missed.items() if names}},
     )
@@ -178,6 +179,7 @@ def _figures(kind: str, queries: Sequence[Query], found: Found, before: Found) -
         name=f"precision, {kind}, {len(queries)} queries",
         unit="",
         measured=[precision],
+        noise_of=None,
         note=f"{precision_before:.3g} by the expression before",
         details={"others": {text: names for text, names in others.items() if names}},
     )

@@ -18,7 +18,7 @@ from chat_ticket.v1.chat_session_pb2 import ListChatSessionsRequest
 from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
 
 NAME = "start"
-SECONDS = 25
+SECONDS = 15
 
 TARGET_SECONDS = 1.5
 

@@ -12,7 +12,7 @@ import grpc
 import uvloop
 from google.protobuf.empty_pb2 import Empty
 
-SERVICE = "chat_ticket.bench.Bench"
+from benchmarks import EMPTY_SERVICE
 
 
 async def _empty(_: Empty, context: object) -> Empty:  # noqa: ARG001 - gRPC passes both
@@ -29,9 +29,9 @@ async def _serve(methods: int) -> None:
     others = (f"Other{number}" for number in range(1, methods))
     handlers = dict.fromkeys(("Empty", *others), handler)
     # As generated functions register their methods.
-    generic = grpc.method_handlers_generic_handler(SERVICE, handlers)
+    generic = grpc.method_handlers_generic_handler(EMPTY_SERVICE, handlers)
     server.add_generic_rpc_handlers((generic,))
-    server.add_registered_method_handlers(SERVICE, handlers)
+    server.add_registered_method_handlers(EMPTY_SERVICE, handlers)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(json.dumps({"event": "listening", "port": port}), file=sys.stderr, flush=True)

@@ -26,6 +26,7 @@ import grpc
 import uvloop
 from google.protobuf.empty_pb2 import Empty
 
+from benchmarks import EMPTY_PATH, EMPTY_SERVICE
 from chat_ticket.v1 import chat_session_pb2_grpc
 from chat_ticket.v1.chat_message_pb2 import CreateChatMessageRequest, CreateChatMessageResponse
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionResponse as Event
@@ -36,9 +37,6 @@ from chat_ticket_svc.rpc import aio_server
 from chat_ticket_svc.watch import hub
 
 BARE, WITHOUT_WATCH = "--bare", "--without-watch"
-
-SERVICE = "chat_ticket.bench.Bench"
-PATH = f"/{SERVICE}/Empty"
 
 
 async def _empty(_: Empty, context: object) -> Empty:  # noqa: ARG001 - gRPC passes both
@@ -52,9 +50,9 @@ def _register(target: Any) -> None:
         request_deserializer=Empty.FromString,
         response_serializer=Empty.SerializeToString,
     )
-    generic = grpc.method_handlers_generic_handler(SERVICE, {"Empty": handler})
+    generic = grpc.method_handlers_generic_handler(EMPTY_SERVICE, {"Empty": handler})
     target.add_generic_rpc_handlers((generic,))
-    target.add_registered_method_handlers(SERVICE, {"Empty": handler})
+    target.add_registered_method_handlers(EMPTY_SERVICE, {"Empty": handler})
 
 
 class _InMemoryChat:
@@ -129,7 +127,9 @@ def main() -> None:
     if BARE in sys.argv:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve_bare())
-    cast("dict[str, Permission]", method_permissions.METHOD_PERMISSIONS)[PATH] = Permission.READ
+    cast("dict[str, Permission]", method_permissions.METHOD_PERMISSIONS)[EMPTY_PATH] = (
+        Permission.READ
+    )
     generated: Any = chat_session_pb2_grpc
     add = generated.add_ChatSessionServiceServicer_to_server
     generated.add_ChatSessionServiceServicer_to_server = _also_register(add)

@@ -1,9 +1,19 @@
-"""The gain of a second worker process, on a machine that also runs PostgreSQL and the client."""
+"""What a second worker process costs and brings, on a machine with PostgreSQL and the client.
+
+A second worker brings more calls only where there is CPU for it. So each rate stands beside the
+rate at which the CPU of all three would be used up, as a call takes it. Where the CPU time of a
+call stays the same with a second worker, the rate grows with the cores.
+
+In some rounds the servers, and the others, have cores of their own: one for each worker, if that
+leaves one for the others. With two cores that is only possible for one worker.
+"""
 
 import contextlib
-import subprocess
-import sys
+import os
+import statistics
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import psycopg
 
@@ -13,22 +23,21 @@ from benchmarks.load import Load, Outcome
 from benchmarks.service import Bench
 
 NAME = "workers"
-SECONDS = 50
+SECONDS = 45
 
 CALLERS = 64  # each on its own connection, which the kernel distributes over the workers
 PHASE_SECONDS = 1.5
 WARM_UP_SECONDS = 0.5
 WORKERS = (1, 2)
 
+CORES = sorted(os.sched_getaffinity(0))
+
+# By call, number of workers, and whether these have cores of their own.
+Outcomes = dict[tuple[str, int, bool], list[Outcome]]
+
 
 def measure(bench: Bench) -> list[Figure]:
-    usage = subprocess.run(
-        [sys.executable, "-m", "chat_ticket_svc", "serve", "--help"], capture_output=True, text=True
-    )
-    if "--workers" not in usage.stdout:
-        print("workers: skipped, the service lacks --workers")
-        return []
-    outcomes: dict[tuple[str, int], list[Outcome]] = defaultdict(list)
+    outcomes: Outcomes = defaultdict(list)
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(bench.postgres.database())
         with psycopg.connect(url, autocommit=True) as db:
@@ -39,51 +48,117 @@ def measure(bench: Bench) -> list[Figure]:
             )
             for count in WORKERS
         }
-        call = stack.enter_context(load.client())
+        client = stack.enter_context(load.process())
+        client_pid = client.submit(os.getpid).result()
         requests_by_call = calls.requests()
+
+        def run(number: int, what: str, count: int, *, has_cores: bool) -> None:
+            bench.progress(f"round {number}, {what}, {count} workers")
+            path, requests = requests_by_call[what]
+            server = servers[count]
+            outcome = client.submit(
+                load.run,
+                Load(
+                    address=server.address,
+                    path=path,
+                    requests=requests,
+                    callers=CALLERS,
+                    connections=CALLERS,
+                    seconds=PHASE_SECONDS if number else WARM_UP_SECONDS,
+                    watched={"servers": server.pid, "postgres": bench.postgres.pid},
+                ),
+            ).result()
+            if number:
+                outcomes[what, count, has_cores].append(outcome)
+
         for number in range(bench.rounds + 1):  # the first is a warm-up
             for what in (calls.GET, calls.CREATE):
-                path, requests = requests_by_call[what]
                 for count, server in servers.items():
-                    bench.progress(f"round {number}, {what}, {count} workers")
-                    outcome = call(
-                        Load(
-                            address=server.address,
-                            path=path,
-                            requests=requests,
-                            callers=CALLERS,
-                            connections=CALLERS,
-                            seconds=PHASE_SECONDS if number else WARM_UP_SECONDS,
-                            watched={"servers": server.pid, "postgres": bench.postgres.pid},
-                        )
-                    )
-                    if number:
-                        outcomes[what, count].append(outcome)
+                    run(number, what, count, has_cores=False)
+                    if number and count < len(CORES):
+                        others = [bench.postgres.pid, client_pid]
+                        with _on(CORES[:count], [server.pid]), _on(CORES[count:], others):
+                            run(number, what, count, has_cores=True)
+    return list(_figures(outcomes))
+
+
+@contextlib.contextmanager
+def _on(cores: Sequence[int], pids: Sequence[int]) -> Iterator[None]:
+    """Let these processes, and what they start, run only on these cores."""
+    _set_cores(pids, cores)
+    try:
+        yield
+    finally:
+        _set_cores(pids, CORES)
+
+
+def _set_cores(pids: Sequence[int], cores: Sequence[int]) -> None:
+    for member in (member for pid in pids for member in service.tree(pid)):
+        with contextlib.suppress(OSError):  # it has exited
+            for thread in Path(f"/proc/{member}/task").iterdir():
+                os.sched_setaffinity(int(thread.name), cores)
+
+
+def _figures(outcomes: Outcomes) -> Iterator[Figure]:
     one, two = WORKERS
-    figures = []
     for what in (calls.GET, calls.CREATE):
-        figures.append(
-            Figure(
-                part=NAME,
-                name=f"{what}, {two} workers",
-                unit="calls/s",
-                measured=[outcome.calls_per_second for outcome in outcomes[what, two]],
-                limit=[outcome.calls_per_second for outcome in outcomes[what, one]],
-                against="with one",
-                note=load.note(outcomes[what, two]),
-                details={str(count): outcomes[what, count] for count in WORKERS},
-            )
+        both = {count: outcomes[what, count, False] for count in WORKERS}
+        yield Figure(
+            part=NAME,
+            name=f"CPU of the servers, {what}, {two} workers",
+            unit="µs",
+            measured=_cpu(both[two]),
+            limit=_cpu(both[one]),
+            against="with one",
+            must=1.05,
+            at_most=True,
+            noise_of="cpu",
         )
-        figures += [
-            Figure(
-                part=NAME,
-                name=f"PostgreSQL's share of the CPU, {what}, {count} workers",
-                unit="%",
-                measured=[
-                    100 * outcome.cpu_us["postgres"] / sum(outcome.cpu_us.values())
-                    for outcome in outcomes[what, count]
-                ],
-            )
-            for count in WORKERS
-        ]
-    return figures
+        yield Figure(
+            part=NAME,
+            name=f"{what}, {two} workers",
+            unit="calls/s",
+            measured=[outcome.calls_per_second for outcome in both[two]],
+            limit=[outcome.calls_per_second for outcome in both[one]],
+            against="with one",
+            note=load.note(both[two]),
+            details={str(count): rounds for count, rounds in both.items()},
+        )
+        for count in WORKERS:
+            for has_cores in (False, True):
+                if rounds := outcomes.get((what, count, has_cores)):
+                    yield _growth_figure(what, count, rounds, has_cores=has_cores)
+
+
+def _growth_figure(what: str, count: int, rounds: list[Outcome], *, has_cores: bool) -> Figure:
+    """The rate, compared with what the CPU allows, and the cores that each used."""
+    used = {
+        name: statistics.median(each.calls_per_second * each.cpu_us[name] / 1e6 for each in rounds)
+        for name in rounds[0].cpu_us
+    }
+    of_cores = f"{count} of {len(CORES)} cores their own" if has_cores else "sharing all cores"
+    return Figure(
+        part=NAME,
+        name=f"{what}, workers: {count}, {of_cores}",
+        unit="calls/s",
+        measured=[each.calls_per_second for each in rounds],
+        limit=[_possible_rate(each, count, has_cores=has_cores) for each in rounds],
+        against="that the cores allow",
+        note=f"cores in use: {', '.join(f'{name} {cores:.2f}' for name, cores in used.items())}",
+        details={"rounds": rounds},
+    )
+
+
+def _possible_rate(outcome: Outcome, workers: int, *, has_cores: bool) -> float:
+    """The calls per second at which the CPU time that a call takes uses up the cores.
+
+    A worker cannot use more than one core.
+    """
+    servers = outcome.cpu_us["servers"]
+    others = sum(outcome.cpu_us.values()) - servers
+    rest = (len(CORES) - workers) / others if has_cores else len(CORES) / (servers + others)
+    return 1e6 * min(workers / servers, rest)
+
+
+def _cpu(rounds: Sequence[Outcome]) -> list[float]:
+    return [outcome.cpu_us["servers"] for outcome in rounds]
