@@ -15,6 +15,7 @@ import contextlib
 import functools
 import itertools
 import random
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -42,7 +43,7 @@ REJECTION_DELAY_SECONDS = 0.1
 MAX_DELAYED_REJECTIONS_PER_TENANT = 64
 MAX_DELAYED_REJECTIONS = 256
 
-# Differences of the event loop's time below this are rounding errors.
+# Differences of the clock below this are rounding errors.
 CLOCK_ERROR_SECONDS = 1e-6
 
 # The calls or streams of a tenant that wait, in order: when each came, and how to admit it.
@@ -60,7 +61,7 @@ class _TenantUsage:
         self.streams = 0
         self.delayed_rejections = 0
         self.session_streams: Counter[str] = Counter()
-        # Of the rate limit, in the event loop's time. See QuotaEnforcer._consume_rate.
+        # Of the rate limit, by time.monotonic. See QuotaEnforcer._consume_rate.
         self.theoretical_arrival_time = 0.0
         # Two queues, because a stream does not wait for calls in flight.
         self.waiting_calls: _Queue = OrderedDict()
@@ -331,14 +332,14 @@ class QuotaEnforcer:
         A token bucket that needs a single number: the generic cell rate algorithm (GCRA) of ITU-T
         I.371.
         """
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         arrival_time = max(now, usage.theoretical_arrival_time) + (ahead + 1) * self._interval
         delay = arrival_time - now - self._burst_seconds
         return delay if delay > CLOCK_ERROR_SECONDS else 0
 
     def _try_consume_rate(self, usage: _TenantUsage) -> bool:
         """`_consume_rate`, if `_rate_delay` is 0. Returns whether it was."""
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         arrival_time = usage.theoretical_arrival_time
         if arrival_time < now:
             arrival_time = now
@@ -350,7 +351,7 @@ class QuotaEnforcer:
 
     def _consume_rate(self, usage: _TenantUsage) -> None:
         """Count a call that `_rate_delay` allows towards the tenant's rate."""
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         usage.theoretical_arrival_time = max(now, usage.theoretical_arrival_time) + self._interval
 
     def _usage(self, tenant_id: str) -> _TenantUsage:
@@ -364,7 +365,7 @@ class QuotaEnforcer:
 
     def _prune_idle_tenants(self) -> None:
         """Forget the tenants whose counters are all what they would be for a new tenant."""
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         self._usages = {
             tenant_id: usage
             for tenant_id, usage in self._usages.items()

@@ -19,13 +19,12 @@ import asyncio
 import contextlib
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import grpc.aio
 from grpc._cython import cygrpc  # type: ignore[attr-defined] # has no stubs
 
 from chat_ticket_svc.rpc.unary_calls import Handle, UnaryCalls
-from chat_ticket_svc.tasks import current_task
 from chat_ticket_svc.timeouts import Timeout
 
 # The tasks of a method that wait for calls. Each accepts one call per turn of the event loop, and
@@ -47,6 +46,15 @@ def create_server(*, request_timeout_seconds: float, **arguments: Any) -> grpc.a
         return grpc.aio.server(**arguments)
     finally:
         cygrpc.AioServer = original
+
+
+class _UnaryMethod(NamedTuple):
+    """`fail` gets the errors that gRPC's loop expects when the server stops."""
+
+    name: bytes
+    handle: Handle
+    loop: asyncio.AbstractEventLoop
+    fail: Callable[[BaseException], None]
 
 
 class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
@@ -85,36 +93,35 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
             if method is None:
                 self._spawn(self._reject_unknown_methods()).add_done_callback(propagate_error)
             elif _is_unary(handler):
-                self._accept_next(method, _handle_of(handler), fail)
+                self._accept_next(_UnaryMethod(method, _handle_of(handler), loop, fail))
             else:
                 accepting = self._accept_calls(method, handler)
                 self._spawn(accepting).add_done_callback(propagate_error)
         return failure
 
-    def _accept_next(
-        self, method: bytes, handle: Handle, fail: Callable[[BaseException], None]
-    ) -> None:
-        """Start a task that accepts the next call of a unary method, and answers it."""
-        task = asyncio.get_running_loop().create_task(self._accept_unary_call(method, handle, fail))
+    def _accept_next(self, method: _UnaryMethod) -> None:
+        """Start a task that accepts the next call of a method, and answers it."""
+        # The task gets itself: asyncio.current_task is slow before Python 3.12.
+        itself: list[asyncio.Task[None]] = []
+        task = method.loop.create_task(self._accept_unary_call(method, itself))
+        itself.append(task)
         self._tasks.add(task)
 
     async def _accept_unary_call(
-        self, method: bytes, handle: Handle, fail: Callable[[BaseException], None]
+        self, method: _UnaryMethod, itself: list[asyncio.Task[None]]
     ) -> None:
-        """Accept a call, start the task that accepts the next one, and answer the call.
-
-        The errors that gRPC's loop expects when the server stops go to `fail`.
-        """
+        """Accept a call, start the task that accepts the next one, and answer the call."""
+        task = itself.pop()
         try:
-            call = await self._request_registered_call(method)
+            call = await self._request_registered_call(method.name)
             # Before the handler sets its context variables: the next task starts with a copy.
-            self._accept_next(method, handle, fail)
+            self._accept_next(method)
         except Exception as error:
-            fail(error)
+            method.fail(error)
         else:
-            await self._unary_calls.answer(call, handle)
+            await self._unary_calls.answer(call, method.handle, method.loop, task)
         finally:
-            self._tasks.discard(current_task())
+            self._tasks.discard(task)
 
     async def _accept_calls(self, method: bytes, handler: Any) -> None:
         """Never return; raise the errors that gRPC's loop expects when the server stops."""

@@ -27,6 +27,7 @@ from chat_ticket_svc.rpc.instrumentation import (
     status_code_of,
 )
 from chat_ticket_svc.rpc.status import abort_with_domain_error, abort_with_internal_error
+from chat_ticket_svc.rpc.unary_calls import UnaryContext
 from chat_ticket_svc.services.validate import is_uuid
 from chat_ticket_svc.tasks import current_task
 from chat_ticket_svc.timeouts import Timeout, TimeoutQueue, TimeoutSweep
@@ -183,7 +184,7 @@ class RpcMiddleware:
         behavior: Callable[..., Awaitable[Any]],
         parse: Callable[[bytes], Any],
         serialize: Callable[[Any], bytes],
-    ) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    ) -> Callable[[bytes, UnaryContext], Awaitable[bytes]]:
         """Wrap a unary method.
 
         One coroutine does all that is around the method. Each further one, and each object made for
@@ -194,12 +195,13 @@ class RpcMiddleware:
         instrumentation = self._instrumentation(method, "unary")
         admission, timeouts = self._admission, self._unary_timeouts
 
-        async def unary(data: bytes, context: Context) -> bytes:
+        async def unary(data: bytes, context: UnaryContext) -> bytes:
             record = instrumentation.begin(context)
             instrumentation.metrics.received += 1
             record.request_bytes = len(data)
             code = grpc.StatusCode.CANCELLED
-            task = self._track_handler()
+            task = context.task
+            self._in_flight.add(task)
             try:
                 if not self._resumed.is_set():
                     await self._wait_until_resumed()
@@ -267,7 +269,8 @@ class RpcMiddleware:
                 data = instrumentation.counted(data)
             # Parsed during admission at the earliest, once the caller is authenticated.
             parsed = functools.cache(lambda: parse(data))
-            task = self._track_handler()
+            task = current_task()
+            self._in_flight.add(task)
             try:
                 await self._wait_until_resumed()
 
@@ -312,11 +315,6 @@ class RpcMiddleware:
     def _on_write_timeout(self, task: asyncio.Task[Any]) -> None:
         self._write_timed_out.add(task)
         task.cancel()
-
-    def _track_handler(self) -> asyncio.Task[Any]:
-        task = current_task()
-        self._in_flight.add(task)
-        return task
 
     async def _abort(
         self,

@@ -26,7 +26,6 @@ import grpc
 import grpc.aio
 from grpc._cython import cygrpc  # type: ignore[attr-defined] # has no stubs
 
-from chat_ticket_svc.tasks import current_task
 from chat_ticket_svc.timeouts import TimeoutQueue
 
 LISTEN_AFTER_SECONDS = 0.01
@@ -60,7 +59,7 @@ class UnaryContext(cygrpc._ServicerContext):  # type: ignore[misc]
 
     def __init__(self, call: Any, *_: Any):
         self.call = call
-        self.task = current_task()
+        self.task: asyncio.Task[Any]  # that answers the call
         self.has_request = False
         self.has_request_timeout = False
         self.is_late = False  # the request has not arrived in time
@@ -101,10 +100,12 @@ class UnaryCalls:
             request_timeout_seconds, self._on_late_request
         )
 
-    async def answer(self, call: Any, handle: Handle) -> None:
-        """Answer a call that gRPC's core has accepted, in the current task. Raises no errors."""
-        loop = asyncio.get_running_loop()
+    async def answer(
+        self, call: Any, handle: Handle, loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any]
+    ) -> None:
+        """Answer a call that gRPC's core has accepted, in `task`. Raises no errors."""
         context = UnaryContext(call, None, None, loop)
+        context.task = task
         self._recent.add(context)
         if not self._is_scheduled:
             self._is_scheduled = True
