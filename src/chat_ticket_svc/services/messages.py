@@ -106,12 +106,14 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         new: list[messages.NewMessage],
         expected_revision: int | None,
     ) -> list[messages.Message]:
-        stored = await attachment_access.find_stored_or_check_urls(
-            self._url_checker,
-            tenant_id,
-            [attachment.file_url for message in new for attachment in message.attachments],
-            lambda: append.find_repeat(self._db, tenant_id, session_id, new),
-        )
+        stored = None
+        if urls := [attachment.file_url for message in new for attachment in message.attachments]:
+            stored = await attachment_access.find_stored_or_check_urls(
+                self._url_checker,
+                tenant_id,
+                urls,
+                lambda: append.find_repeat(self._db, tenant_id, session_id, new),
+            )
         if stored is None:
             stored = await self._group_commit.append(tenant_id, session_id, new, expected_revision)
             self._watch_hub.notify_changed(tenant_id, session_id)

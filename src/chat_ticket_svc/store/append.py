@@ -173,10 +173,12 @@ def stored_message(
     session_id: str, new: NewMessage, sequence: int, metadata: str | None, created_at: int
 ) -> Message:
     """The stored form of a new message, from the values that its INSERT returned."""
-    stored_attachments = tuple(
-        Attachment(a.id, new.id, a.file_url, a.file_name, a.file_type, created_at + tick, None)
-        for tick, a in enumerate(new.attachments, start=1)
-    )
+    stored_attachments: tuple[Attachment, ...] = ()
+    if new.attachments:
+        stored_attachments = tuple(
+            Attachment(a.id, new.id, a.file_url, a.file_name, a.file_type, created_at + tick, None)
+            for tick, a in enumerate(new.attachments, start=1)
+        )
     return Message(
         new.id, session_id, sequence, sequence, new.role, new.content, new.language_code,
         metadata, new.state, created_at, new.author_kind, new.author_id, False, stored_attachments,
