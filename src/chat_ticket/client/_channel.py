@@ -60,22 +60,25 @@ class CallMetadata(Generic[TokenResult]):
     """What every call of a client carries: the tenant and the token."""
 
     def __init__(self, tenant: str | None, token: str | Callable[[], TokenResult] | None) -> None:
-        self._fixed: list[tuple[str, str]] = []
+        fixed: list[tuple[str, str]] = []
         self.get_token: Callable[[], TokenResult] | None = None
         """Called for each call, when the token is not a string."""
         if tenant is not None:
-            self._fixed.append(("x-tenant-id", printable_ascii("tenant", tenant)))
+            fixed.append(("x-tenant-id", printable_ascii("tenant", tenant)))
         if isinstance(token, str):
-            self._fixed.append(_authorization(token))
+            fixed.append(_authorization(token))
         else:
             self.get_token = token
+        # Every call has it. Interceptors of a tracing library could add to a list or a Metadata.
+        self._fixed = tuple(fixed)
 
     def combine(
         self, given: Iterable[tuple[str, str | bytes]] | None, token: str | None
-    ) -> list[tuple[str, str | bytes]]:
+    ) -> tuple[tuple[str, str | bytes], ...]:
         """The metadata of one call: its own, then the client's. `token` is what get_token gave."""
-        added = [] if self.get_token is None else [_authorization(token)]
-        return [*(given or ()), *self._fixed, *added]
+        if self.get_token is not None:
+            return (*(given or ()), *self._fixed, _authorization(token))
+        return (*given, *self._fixed) if given else self._fixed
 
 
 def _authorization(token: str | None) -> tuple[str, str]:

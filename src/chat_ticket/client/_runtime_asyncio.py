@@ -1,8 +1,6 @@
 """The asyncio runtime of AsyncChatTicketClient. `_runtime_threads` has the same names."""
 
 import asyncio
-import inspect
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -11,10 +9,10 @@ import grpc.aio
 
 from chat_ticket import errors
 from chat_ticket.client._channel import CallMetadata
-from chat_ticket.client._retry import bounded
+from chat_ticket.client._channel_asyncio import ClientChannel
 
 Token = str | Callable[[], str | Awaitable[str]]
-Channel = grpc.aio.Channel
+Channel = ClientChannel
 Response = TypeVar("Response")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -71,14 +69,11 @@ def open_channel(
 ) -> Channel:
     """A channel whose calls carry the metadata, and raise the exceptions of chat_ticket.errors."""
     asyncio.get_running_loop()  # gRPC would use another loop, in which no call ends
-    interceptors = [
-        _UnaryInterceptor(metadata, timeout, closing),
-        _StreamInterceptor(metadata, closing),
-        _DuplexInterceptor(metadata, closing),
-    ]
     if credentials is None:
-        return grpc.aio.insecure_channel(target, options=options, interceptors=interceptors)
-    return grpc.aio.secure_channel(target, credentials, options=options, interceptors=interceptors)
+        channel = grpc.aio.insecure_channel(target, options=options)
+    else:
+        channel = grpc.aio.secure_channel(target, credentials, options=options)
+    return ClientChannel(channel, metadata, timeout, closing)
 
 
 class ResponseReader(Generic[Response]):
@@ -97,97 +92,3 @@ class ResponseReader(Generic[Response]):
     def cancel(self) -> None:
         """End the stream, also at the server."""
         self._call.cancel()
-
-
-async def _with_metadata(
-    details: grpc.aio.ClientCallDetails,
-    metadata: CallMetadata[str | Awaitable[str]],
-    timeout: float | None,
-) -> grpc.aio.ClientCallDetails:
-    """The details of a call, with the metadata, and the timeout that the token has left."""
-    timeout = bounded(timeout if details.timeout is None else details.timeout)
-    token: str | None = None
-    if metadata.get_token is not None:
-        start = time.monotonic()
-        result = metadata.get_token()
-        token = await _within(timeout, result) if inspect.isawaitable(result) else result
-        if timeout is not None:
-            timeout -= time.monotonic() - start
-    return grpc.aio.ClientCallDetails(
-        details.method,
-        timeout,
-        grpc.aio.Metadata(*metadata.combine(details.metadata, token)),
-        details.credentials,
-        details.wait_for_ready,
-    )
-
-
-async def _within(timeout: float | None, token: Awaitable[str]) -> str:
-    """The token; DeadlineExceededError when it takes as long as the call may."""
-    try:
-        async with asyncio.timeout(timeout) as limit:
-            return await token
-    except TimeoutError:
-        if not limit.expired():
-            raise  # the function's own
-        raise errors.DeadlineExceededError(
-            grpc.StatusCode.DEADLINE_EXCEEDED, f"token: its function took over {timeout:g} s"
-        ) from None
-
-
-# grpc.aio looks at the first kind that an interceptor has, so each kind needs its own class.
-class _UnaryInterceptor(grpc.aio.UnaryUnaryClientInterceptor):
-    def __init__(
-        self, metadata: CallMetadata[str | Awaitable[str]], timeout: float, closing: Closing
-    ):
-        self._metadata = metadata
-        self._timeout = timeout
-        self._closing = closing
-
-    async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
-        try:
-            call = await continuation(
-                await _with_metadata(details, self._metadata, self._timeout), request
-            )
-            await call
-        except grpc.aio.AioRpcError as error:
-            raise errors.from_rpc_error(error) from error
-        except asyncio.CancelledError:  # of the call: the caller's task is another one
-            if self._closing.has_begun:
-                raise errors.client_closed() from None
-            raise
-        return call
-
-
-class _Streams:
-    """What is the same for streams of responses, whether or not the requests are a stream too."""
-
-    def __init__(self, metadata: CallMetadata[str | Awaitable[str]], closing: Closing):
-        self._metadata = metadata
-        self._closing = closing
-
-    async def _start(self, continuation: Any, details: Any, request: Any) -> AsyncIterator[Any]:
-        call = await continuation(await _with_metadata(details, self._metadata, None), request)
-        return self._responses(call)
-
-    async def _responses(self, call: Any) -> AsyncIterator[Any]:
-        try:
-            async for response in call:
-                yield response
-        except grpc.aio.AioRpcError as error:
-            raise errors.from_rpc_error(error) from error
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self._closing.has_begun and (task is None or not task.cancelling()):
-                raise errors.client_closed() from None
-            raise
-
-
-class _StreamInterceptor(_Streams, grpc.aio.UnaryStreamClientInterceptor):
-    async def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
-        return await self._start(continuation, details, request)
-
-
-class _DuplexInterceptor(_Streams, grpc.aio.StreamStreamClientInterceptor):
-    async def intercept_stream_stream(self, continuation: Any, details: Any, requests: Any) -> Any:
-        return await self._start(continuation, details, requests)

@@ -2,16 +2,15 @@
 
 import queue
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import grpc
 
 from chat_ticket import errors
 from chat_ticket.client._channel import CallMetadata
-from chat_ticket.client._retry import bounded
+from chat_ticket.client._channel_threads import ClientChannel
 from chat_ticket.v1.chat_attachment_pb2_grpc import ChatAttachmentServiceStub
 from chat_ticket.v1.chat_draft_pb2_grpc import ChatDraftServiceStub
 from chat_ticket.v1.chat_message_pb2_grpc import ChatMessageServiceStub
@@ -19,7 +18,7 @@ from chat_ticket.v1.chat_session_pb2_grpc import ChatSessionServiceStub
 from chat_ticket.v1.chat_ticket_pb2_grpc import ChatTicketServiceStub
 
 Token = str | Callable[[], str]
-Channel = grpc.Channel
+Channel = ClientChannel
 Response = TypeVar("Response")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -79,12 +78,12 @@ def open_channel(
         channel = grpc.insecure_channel(target, options=options)
     else:
         channel = grpc.secure_channel(target, credentials, options=options)
-    # gRPC registers a method with its core when the first stub of it is made: below an interceptor
-    # that is at the first call. On a channel that another thread has closed it then crashes the
-    # process. Registered before, the method raises ValueError.
+    # gRPC registers a method with its core when the first stub of it is made: for a stream, that is
+    # at its first call. On a channel that another thread has closed it then crashes the process.
+    # Registered before, the method raises ValueError.
     for stub in STUBS:
         stub(channel)
-    return grpc.intercept_channel(channel, _Interceptor(metadata, timeout))
+    return ClientChannel(channel, metadata, timeout)
 
 
 class ResponseReader(Generic[Response]):
@@ -137,83 +136,3 @@ class ResponseReader(Generic[Response]):
             except Exception as error:  # any error: it is the caller's
                 result = error
             self._results.put(result)
-
-
-class _CallDetails(NamedTuple):
-    method: str
-    timeout: float | None
-    metadata: Sequence[tuple[str, str | bytes]]
-    credentials: grpc.CallCredentials | None
-    wait_for_ready: bool | None
-    compression: grpc.Compression | None
-
-
-class _Details(_CallDetails, grpc.ClientCallDetails):  # type: ignore[misc]
-    """As gRPC documents it for interceptors: a tuple that is also ClientCallDetails."""
-
-
-class _Interceptor(
-    grpc.UnaryUnaryClientInterceptor,
-    grpc.UnaryStreamClientInterceptor,
-    grpc.StreamStreamClientInterceptor,
-):
-    def __init__(self, metadata: CallMetadata[str], timeout: float):
-        self._metadata = metadata
-        self._timeout = timeout
-
-    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
-        return _Call(continuation(self._with_metadata(details, self._timeout), request))
-
-    def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
-        return _Call(continuation(self._with_metadata(details, None), request))
-
-    def intercept_stream_stream(self, continuation: Any, details: Any, requests: Any) -> Any:
-        return _Call(continuation(self._with_metadata(details, None), requests))
-
-    def _with_metadata(self, details: Any, timeout: float | None) -> _Details:
-        timeout = bounded(timeout if details.timeout is None else details.timeout)
-        get_token = self._metadata.get_token
-        token: str | None = None
-        if get_token is not None:
-            start = time.monotonic()
-            token = get_token()
-            if timeout is not None:
-                timeout -= time.monotonic() - start
-        return _Details(
-            details.method,
-            timeout,
-            self._metadata.combine(details.metadata, token),
-            details.credentials,
-            details.wait_for_ready,
-            details.compression,
-        )
-
-
-class _Call:
-    """gRPC's call, future or stream of responses, but with the exceptions of chat_ticket.errors."""
-
-    def __init__(self, call: Any):
-        self._call = call
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._call, name)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        return self._typed(self._call.__next__)
-
-    def result(self, timeout: float | None = None) -> Any:
-        return self._typed(self._call.result, timeout)
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        error: BaseException | None = self._call.exception(timeout)
-        return errors.from_rpc_error(error) if isinstance(error, grpc.RpcError) else error
-
-    @staticmethod
-    def _typed(read: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return read(*arguments)
-        except grpc.RpcError as error:
-            raise errors.from_rpc_error(error) from error
