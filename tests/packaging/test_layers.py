@@ -25,8 +25,8 @@ LAYERS = [
     ["shutdown", "workers"],
     ["embedded", "telemetry"],
     ["errors"],
-    ["addresses", "config", "event_engine", "reasons", "tasks", "timeouts"],
-    ["limits", "search_language"],
+    ["addresses", "config", "event_engine", "reasons", "timeouts"],
+    ["limits", "search_language", "tasks"],
 ]
 SERVICERS = {"attachment_access", "attachments", "drafts", "messages", "sessions", "tickets"}
 GRPC = {"access", "commands", "rpc", "server", "services"}
