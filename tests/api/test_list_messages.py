@@ -120,6 +120,20 @@ async def test_batches_double_from_small_to_500(api: Api) -> None:
     assert sizes == [32, 64, 128, 256, 500, 500, 220]
 
 
+async def test_a_large_message_among_small_ones_is_in_its_place(api: Api) -> None:
+    """Two batches of small messages are read at once, and a message may not fit in with them."""
+    session_id = await session_with_messages(api, 2100)
+    await api.message(session_id, "x" * 1000)
+    await api.message(session_id, "y")
+    for order in (CHAT_MESSAGE_ORDER_ASC, CHAT_MESSAGE_ORDER_DESC):
+        found = await batches(api, session_id, order=order)
+        listed = [message for response in found for message in response.messages]
+        expected = sorted(range(1, 2103), reverse=order == CHAT_MESSAGE_ORDER_DESC)
+        assert [message.sequence for message in listed] == expected
+        assert all(message.content for message in listed)
+        assert max(len(response.messages) for response in found) == 500
+
+
 async def test_batch_is_at_most_1_mib(api: Api) -> None:
     """Large messages come in smaller batches, the largest alone, none lost."""
     session = await api.session()

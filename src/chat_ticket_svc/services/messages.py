@@ -37,6 +37,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 MAX_SEQUENCE = 2**63 - 1
 # An error names the ids of at most this many messages, as its details are limited to 8 KiB.
 MAX_NAMED_IDS = 100
+# A read costs the server as much as 300 messages do. So a list reads two responses at once while
+# its messages are so small that they fit into PAGE_BYTES together.
+MAX_SMALL_PAGE = 2 * paging.MAX_STREAM_PAGE
 
 
 class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
@@ -173,7 +176,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         limit: int,
         epoch: str,
     ) -> AsyncGenerator[tuple[sessions.Session | None, list[message_listing.Row]]]:
-        """Yield pages that double in size. Only the first one has the session.
+        """Yield the rows of each response, which double in number. Only the first has the session.
 
         Raises HistoryChangedError if the session does not have the message where the list goes on,
         or no more. Where it begins is checked if `epoch` is not empty.
@@ -221,12 +224,12 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                         before = position
                     else:
                         after = position
-                    page_size = min(2 * page_size, paging.MAX_STREAM_PAGE)
+                    page_size = _next_page_size(page_size, rows)
                     if not is_first:
                         reading = read(page_size)
                         await asyncio.sleep(0)  # sends the statement before this page is encoded
-                if rows or is_first:
-                    yield session, rows
+                for start in range(0, max(len(rows), is_first), paging.MAX_STREAM_PAGE):
+                    yield session, rows[start : start + paging.MAX_STREAM_PAGE]
                 if not more or not limit:
                     return
                 if is_first:
@@ -375,6 +378,14 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             incomplete_results=page.incomplete,
             ignored_words=page.ignored_words,
         )
+
+
+def _next_page_size(page_size: int, rows: list[message_listing.Row]) -> int:
+    """Twice as many messages, up to MAX_STREAM_PAGE, or MAX_SMALL_PAGE while all are small."""
+    if page_size < paging.MAX_STREAM_PAGE:
+        return min(2 * page_size, paging.MAX_STREAM_PAGE)
+    are_small = max(map(message_listing.size, rows)) <= messages.PAGE_BYTES // MAX_SMALL_PAGE
+    return MAX_SMALL_PAGE if are_small else paging.MAX_STREAM_PAGE
 
 
 def _set_assigned_message_ids(new: list[messages.NewMessage]) -> None:

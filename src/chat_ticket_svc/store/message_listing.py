@@ -47,8 +47,8 @@ class MessagePage(NamedTuple):
     more: bool
 
 
-# The first read of a page omits the contents of messages over this size, and the page ends before
-# the first of them. So the largest page, 500 messages of 2,048 bytes, is smaller than PAGE_BYTES.
+# The first read of a page omits the contents of messages over this size, and of those over an equal
+# share of PAGE_BYTES. The page ends before the first of them, so no page exceeds PAGE_BYTES.
 # A page that begins with a large message is read again without this limit, up to PAGE_BYTES.
 FIRST_READ_MESSAGE_BYTES = 2048
 UNLIMITED_BYTES = 2**31 - 1
@@ -163,7 +163,8 @@ async def page(
             raise sessions.not_found(session_id)
         return (session, *history(rows[0])), rows if size(rows[0]) else []
 
-    found, rows = await read(limit=limit, message_bytes=FIRST_READ_MESSAGE_BYTES)
+    message_bytes = min(FIRST_READ_MESSAGE_BYTES, messages.PAGE_BYTES // limit)
+    found, rows = await read(limit=limit, message_bytes=message_bytes)
     if rows and content(rows[0]) is None:
         found, rows = await read(limit=_count_that_fits(rows), message_bytes=UNLIMITED_BYTES)
         return MessagePage(*found, rows, more=bool(rows))
