@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from chat_ticket_svc import event_engine
-from support import fork_server, pooler
+from support import pooler
+from support.fork_server import ForkedProcess
 
 START_SECONDS = 30
+# The variables that are read before the service is imported, or while it is.
+READ_AT_START = ("PYTHON", "GRPC_")
 
 
 class ServerProcess:
@@ -30,24 +33,39 @@ class ServerProcess:
         command: Sequence[str] = (),
         directory: Path | None = None,
     ):
-        """`command` is run instead of the module of this environment."""
+        """`command` is run instead of the module of this environment.
+
+        The service is forked, from a process that has imported it, unless it is to start otherwise:
+        as another program, with children of its own, or where Python or gRPC have other settings.
+        """
         self.log: list[dict[str, Any]] = []
         self.output = ""  # both streams, as they came
         self._logged = threading.Condition()
-        self.popen = subprocess.Popen(
-            [*(command or (sys.executable, "-m", module, "serve")), *arguments],
-            cwd=directory,
-            env={**os.environ, "CHAT_TICKET_LOG_FORMAT": "json", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        is_forked = not (command or arguments or directory) and module == "chat_ticket_svc"
+        at_start = [environment[name] for name in environment if name.startswith(READ_AT_START)]
+        is_forked = is_forked and not any(at_start)
+        environment = {**os.environ, "CHAT_TICKET_LOG_FORMAT": "json", **environment}
+        program = [*(command or (sys.executable, "-m", module, "serve")), *arguments]
+        self.popen: subprocess.Popen[bytes] | ForkedProcess
+        read, write = os.pipe()
+        try:
+            if is_forked:
+                self.popen = ForkedProcess(["serve"], environment, write, write)
+            else:
+                self.popen = subprocess.Popen(
+                    program, cwd=directory, env=environment, stdout=write, stderr=write
+                )
+        except BaseException:
+            os.close(read)
+            raise
+        finally:
+            os.close(write)
+        self._output = os.fdopen(read)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.popen.stdout is not None
-        for line in self.popen.stdout:
+        for line in self._output:
             with self._logged:
                 self.output += line
                 try:
@@ -99,8 +117,7 @@ class ServerProcess:
             self.popen.send_signal(number)
         status = self.popen.wait(timeout=30)
         self._reader.join(timeout=5)
-        assert self.popen.stdout is not None
-        self.popen.stdout.close()
+        self._output.close()
         return status
 
 
@@ -139,7 +156,7 @@ async def command(*arguments: str, **environment: str) -> Finished:
 def _run(arguments: Sequence[str], environment: Mapping[str, str]) -> Finished:
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         streams = output.fileno(), errors.fileno()
-        status = fork_server.run(arguments, {**os.environ, **environment}, *streams)
+        status = ForkedProcess(arguments, {**os.environ, **environment}, *streams).wait()
         output.seek(0)
         errors.seek(0)
         return Finished(status, output.read().decode(), errors.read().decode())
