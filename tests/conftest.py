@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -18,6 +19,11 @@ import pytest
 import pytest_asyncio
 
 from chat_ticket_svc import event_engine
+
+# Before the imports of the tests. With compiled modules kept, a server process starts in a sixth less time,
+# and each worker has collected the tests in half the time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Before the imports: gRPC reads the environment when it is imported.
 event_engine.disable_listener(os.environ)  # for the servers in this process, as `serve` does
@@ -36,9 +42,6 @@ from support.server import serving
 from chat_ticket_svc.commands import migrate
 from chat_ticket_svc.embedded import EmbeddedPostgres
 from chat_ticket_svc.server import Server
-
-# With the compiled modules of this tree kept, each server process starts in a sixth less time.
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 RUN = pytest.StashKey[Run]()
 
