@@ -11,13 +11,11 @@ from support.tools import needs_grpcurl
 
 from chat_ticket_svc.commands.token import development_settings
 
-pytestmark = pytest.mark.usefixtures("feed_turn")
-
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "guides" / "grpcurl.md").read_text()
 BETWEEN = "---- the next block ----"
 
-pytestmark = needs_grpcurl
+pytestmark = [pytest.mark.usefixtures("feed_turn"), needs_grpcurl]
 
 
 def blocks() -> list[tuple[str, list[str]]]:
