@@ -9,6 +9,7 @@ import contextlib
 import functools
 import gc
 import importlib
+import io
 import json
 import os
 import runpy
@@ -127,8 +128,11 @@ def _become(
         os.dup2(descriptor, number)
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     # The text layer of the fork server remembers whether its own stderr could seek.
-    sys.stderr = sys.__stderr__ = open(
-        2, "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace", closefd=False
+    sys.stderr = sys.__stderr__ = io.TextIOWrapper(
+        io.BufferedWriter(io.FileIO(2, "w", closefd=False)),
+        encoding=sys.stderr.encoding,
+        errors="backslashreplace",
+        line_buffering=True,
     )
     os.environ.clear()
     os.environ.update(environment)
