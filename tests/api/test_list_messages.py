@@ -7,6 +7,7 @@ import psycopg
 import pytest
 from grpc import StatusCode
 from support.client import Api, a_file, an_id, refused
+from support.cluster import Cluster
 from support.messages import ASSISTANT, USER, batches, read_rest, sequences, session_with_messages
 
 from chat_ticket.v1.chat_message_pb2 import (
@@ -300,3 +301,39 @@ async def test_page_uses_the_index(api: Api, database: str) -> None:
             plan = "\n".join(row[0] for row in rows)
             assert "idx_chat_messages_session" in plan
             assert "Seq Scan on chat_messages" not in plan
+
+
+def test_page_of_a_long_session_is_not_planned_each_time(cluster: Cluster) -> None:
+    """PostgreSQL keeps one plan, also where a page is a small part of a session."""
+    from chat_ticket_svc.store import message_listing, pipelined_connection
+
+    statement = pipelined_connection._parse(message_listing.FIRST_ASC)
+    params = {
+        "tenant_id": "tenant",
+        "session_id": an_id(),
+        "after": 0,
+        "before": 2**62,
+        "roles": None,
+        "limit": 64,
+        "message_bytes": message_listing.FIRST_READ_MESSAGE_BYTES,
+    }
+    values = [params[name] for name in statement.parameter_names]
+    url = cluster.create()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("SET session_replication_role = replica")
+        connection.execute(
+            "INSERT INTO chat_messages (tenant_id, session_id, sequence, revision, role, content)"
+            " SELECT 'tenant', %s::uuid, n, n, 'user', 'x' FROM generate_series(1, 5000) AS n",
+            [params["session_id"]],
+        )
+        connection.execute("ANALYZE chat_messages")
+        connection.pgconn.prepare(b"page", statement.sql)
+        for _ in range(8):
+            connection.pgconn.exec_prepared(
+                b"page", [None if value is None else str(value).encode() for value in values]
+            )
+        [plans] = connection.execute(
+            "SELECT generic_plans FROM pg_prepared_statements WHERE name = 'page'"
+        )
+    cluster.drop(url)
+    assert plans == (3,), "PostgreSQL plans the first five for their values"
