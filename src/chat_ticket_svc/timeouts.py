@@ -1,6 +1,7 @@
 """Timeouts that cost less than asyncio's own, for every call and every stream write."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import Any, Generic, Self, TypeVar
 
@@ -29,21 +30,19 @@ class TimeoutQueue(Generic[K]):
         return key in self._deadlines
 
     def start(self, key: K) -> None:
-        loop = asyncio.get_running_loop()
-        self._deadlines[key] = loop.time() + self.seconds
+        self._deadlines[key] = time.monotonic() + self.seconds
         if self._timer is None:
-            self._timer = loop.call_later(self.seconds, self._expire)
+            self._timer = asyncio.get_running_loop().call_later(self.seconds, self._expire)
 
     def stop(self, key: K) -> None:
         """Does nothing if the key has expired or was never started."""
         self._deadlines.pop(key, None)
 
     def _expire(self) -> None:
-        loop = asyncio.get_running_loop()
         while self._deadlines:
             key, deadline = next(iter(self._deadlines.items()))
-            if deadline > loop.time():
-                self._timer = loop.call_at(deadline, self._expire)
+            if (remaining := deadline - time.monotonic()) > 0:
+                self._timer = asyncio.get_running_loop().call_later(remaining, self._expire)
                 return
             del self._deadlines[key]
             self._on_timeout(key)

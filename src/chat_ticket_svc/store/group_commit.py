@@ -108,7 +108,12 @@ class _PendingAppend:
     """A message that waits to be sent, or for its result."""
 
     def __init__(
-        self, tenant_id: str, session_id: str, message: NewMessage, expected_revision: int | None
+        self,
+        tenant_id: str,
+        session_id: str,
+        message: NewMessage,
+        expected_revision: int | None,
+        loop: asyncio.AbstractEventLoop,
     ):
         self.tenant_id = tenant_id
         self.session_id = session_id
@@ -116,8 +121,7 @@ class _PendingAppend:
         self.expected_revision = expected_revision
         self.key = (tenant_id, message.id)
         # The row that was inserted, or None if the message has to be appended alone.
-        self.row: asyncio.Future[Sequence[Any] | None]
-        self.row = asyncio.get_running_loop().create_future()
+        self.row: asyncio.Future[Sequence[Any] | None] = loop.create_future()
         # Whether a statement that lost its connection may have stored the message.
         self.outcome_unknown = False
 
@@ -148,13 +152,14 @@ class GroupCommitWriter:
         """
         outcome_unknown = False
         if len(new) == 1 and _is_small(new[0]):
-            pending = _PendingAppend(tenant_id, session_id, new[0], expected_revision)
-            self._pending.append(pending)
-            if len(self._pending) >= self._target_size:
-                self._target_reached.set()
             if self._writing is None:
                 # An empty context: the statement belongs to no single caller, trace or tenant.
                 self._writing = asyncio.create_task(self._write(), context=Context())
+            loop = self._writing.get_loop()  # the running one, which is slow to ask for
+            pending = _PendingAppend(tenant_id, session_id, new[0], expected_revision, loop)
+            self._pending.append(pending)
+            if len(self._pending) >= self._target_size:
+                self._target_reached.set()
             with tracing.statement(APPEND_BATCH):
                 row = await pending.row
             if row is not None:

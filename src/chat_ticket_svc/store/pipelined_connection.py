@@ -103,7 +103,7 @@ class _PendingStatement:
         self.parameters = parameters
         self.types = types
         self.has_own_sync = has_own_sync
-        self.rows: asyncio.Future[list[Row]] = asyncio.get_running_loop().create_future()
+        self.rows: asyncio.Future[list[Row]]  # from when it waits in a session
         # Whether the next result is that of preparing it.
         self.is_preparing = False
         self.result: pq.abc.PGresult | None = None
@@ -232,6 +232,7 @@ class _PipelineSession:
         self._recheck_timer: asyncio.TimerHandle | None = None
 
     def send(self, pending: _PendingStatement) -> None:
+        pending.rows = self._loop.create_future()
         self._unsent.append(pending)
         if not self._is_sending_soon:  # with the others of this turn of the loop
             self._is_sending_soon = True

@@ -52,6 +52,7 @@ class ChangeFeed:
     """The end of the feed of one tenant."""
 
     def __init__(self, place: Place, read: Callable[[Place], Awaitable[Page]]):
+        self._loop = asyncio.get_running_loop()
         self._read = read
         self._place = place
         self._pages: deque[Page] = deque()
@@ -60,7 +61,7 @@ class ChangeFeed:
         self._waiters: set[asyncio.Future[None]] = set()
         self._is_due = asyncio.Event()
         self._waits_for_newest = False  # after the next read
-        self._woken_at = 0.0  # of the event loop's clock; 0: by no change that is known
+        self._woken_at = 0.0  # by time.monotonic; 0: by no change that is known
         self._waiting_since = 0.0
         self._reading = asyncio.create_task(self._follow())
         self.follower_count = 0
@@ -98,7 +99,7 @@ class ChangeFeed:
 
     async def wait(self) -> None:
         """Wait for another page, at most for a third of the heartbeat interval."""
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiter: asyncio.Future[None] = self._loop.create_future()
         self._waiters.add(waiter)
         try:
             await waiter
@@ -108,7 +109,7 @@ class ChangeFeed:
     def wake(self, *, has_changed: bool) -> None:
         """Read on, to the newest transaction: the tenant has changed, or a follower has joined."""
         if has_changed and not self._woken_at:
-            self._woken_at = asyncio.get_running_loop().time()
+            self._woken_at = time.monotonic()
         self._waits_for_newest = True
         self._is_due.set()
 
@@ -129,13 +130,12 @@ class ChangeFeed:
                 waiter.set_exception(error)
 
     async def _follow(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._is_due.wait()
             self._is_due.clear()
             woken_at, self._woken_at = self._woken_at, 0.0
             waits, self._waits_for_newest = self._waits_for_newest, False
-            began = loop.time()
+            began = time.monotonic()
             try:
                 await self._read_to_newest(woken_at, waits=waits)
             except Exception as error:
@@ -143,12 +143,11 @@ class ChangeFeed:
                 self.fail(error)
             finally:
                 self._waiting_since = 0.0
-            duration = loop.time() - began
+            duration = time.monotonic() - began
             await asyncio.sleep(max(MIN_PAUSE_SECONDS, PAUSE_PER_READ * duration))
 
     async def _read_to_newest(self, woken_at: float, *, waits: bool) -> None:
         """Read all that is committed now. With `waits`, also what other transactions hold up."""
-        loop = asyncio.get_running_loop()
         newest, retry_seconds = 0, MIN_RETRY_SECONDS
         while True:
             page = await self._read(self._place)
@@ -156,7 +155,7 @@ class ChangeFeed:
             if page.next != self._place:
                 self._append(page)
                 if page.rows and woken_at:
-                    metrics.FEED_DELIVERY_SECONDS.observe(loop.time() - woken_at)
+                    metrics.FEED_DELIVERY_SECONDS.observe(time.monotonic() - woken_at)
             if page.next.end is not None:
                 continue
             if page.horizon >= newest or not waits:

@@ -9,6 +9,7 @@ As everywhere in `watch`, a change is only a hint to read.
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
@@ -99,7 +100,7 @@ class DraftFeed:
     def refresh(self) -> None:
         """Read the drafts again: one of them has changed, or may have."""
         self.change_count += 1
-        self.last_change_time = asyncio.get_running_loop().time()
+        self.last_change_time = time.monotonic()
         self.start_read()
 
     def start_read(self) -> None:
@@ -206,7 +207,7 @@ class DraftReader:
                 feed.is_being_read = False
                 feed.fail(error)
             return
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         for feed, drafts, change_count, change_time in zip(
             feeds, found, change_counts, change_times, strict=True
         ):

@@ -17,6 +17,7 @@ Watchers that follow drafts wait for the feed of their session too (see draft_fe
 import asyncio
 import contextlib
 import functools
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Generic, Protocol, Self, cast
 from weakref import WeakValueDictionary
@@ -74,7 +75,7 @@ class SessionHub(Generic[P]):
     def wake(self) -> None:
         """Read the next page for the waiting watchers: the session has changed, or may have."""
         self.change_count += 1
-        self.last_change_time = asyncio.get_running_loop().time()
+        self.last_change_time = time.monotonic()
         for group in self.groups.values():
             if group.waiters:
                 self.start_read(group)
@@ -101,9 +102,7 @@ class SessionHub(Generic[P]):
                     group.next_page = page
                     group.deliver(page)
                     if change_time:
-                        metrics.WATCH_DELIVERY_SECONDS.observe(
-                            asyncio.get_running_loop().time() - change_time
-                        )
+                        metrics.WATCH_DELIVERY_SECONDS.observe(time.monotonic() - change_time)
         except Exception as error:
             group.fail(error)
         finally:
@@ -120,6 +119,7 @@ class Watcher(Generic[P]):
     """One stream's cursor in its session. Enter it before reading."""
 
     def __init__(self, watch_hub: "WatchHub", session_hub: SessionHub[P]):
+        self._loop = asyncio.get_running_loop()
         self._watch_hub = watch_hub
         self._session_hub = session_hub
         self._group: CursorGroup[P] | None = None
@@ -177,7 +177,7 @@ class Watcher(Generic[P]):
         group, page = self._group, self._group.next_page
         if page is None:
             self._session_hub.start_read(group)
-            waiter: asyncio.Future[P | None] = asyncio.get_running_loop().create_future()
+            waiter: asyncio.Future[P | None] = self._loop.create_future()
             group.waiters.add(waiter)
             try:
                 page = await waiter
@@ -199,7 +199,7 @@ class Watcher(Generic[P]):
             if feed.version != seen_version:
                 return DRAFTS_CHANGED
             # Whatever comes first: what comes then is found the next time.
-            waiter: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            waiter: asyncio.Future[Any] = self._loop.create_future()
             group.waiters.add(waiter)
             feed.waiters.add(waiter)
             try:
