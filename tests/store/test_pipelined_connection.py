@@ -165,6 +165,20 @@ async def test_reads_of_one_turn_share_a_transaction_and_fail_alone(
     assert await shared.fetch(SQL, {"number": 7}) == [(7,)]
 
 
+async def test_value_that_cannot_be_decoded_fails_alone(
+    shared: pipelined_connection.PipelinedConnection,
+) -> None:
+    """The reads before and behind it in its turn have their rows."""
+    infinity = shared.fetch("SELECT 'infinity'::timestamptz", {})
+    reads = [shared.fetch(SQL, {"number": number}) for number in (1, 2)]
+    async with asyncio.timeout(5):
+        first, bad, second = await asyncio.gather(
+            reads[0], infinity, reads[1], return_exceptions=True
+        )
+    assert (first, second) == ([(1,)], [(2,)])
+    assert isinstance(bad, psycopg.DataError)
+
+
 async def test_writes_of_one_turn_are_transactions_of_their_own(pool: Pool) -> None:
     writes = pipelined_connection.PipelinedConnection(
         pool, prepare_statements=True, lifetime_seconds=60, reads_only=False

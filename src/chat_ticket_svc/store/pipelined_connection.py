@@ -387,12 +387,18 @@ class _PipelineSession:
             pending.result = None
             self._unsent.appendleft(pending)
             return
-        self._transformer.set_pgresult(
-            result, set_loaders=pending.types is None, format=pq.Format.BINARY
-        )
-        if pending.types is not None:
-            self._transformer.set_loader_types(pending.types, pq.Format.BINARY)
-        pending.rows.set_result(self._transformer.load_rows(0, result.ntuples, tuple))
+        try:
+            rows = self._load(result, pending.types)
+        except Exception as error:  # of a value that Python cannot hold, such as `infinity`
+            pending.rows.set_exception(error)
+        else:
+            pending.rows.set_result(rows)
+
+    def _load(self, result: pq.abc.PGresult, types: Sequence[int] | None) -> list[Row]:
+        self._transformer.set_pgresult(result, set_loaders=types is None, format=pq.Format.BINARY)
+        if types is not None:
+            self._transformer.set_loader_types(types, pq.Format.BINARY)
+        return self._transformer.load_rows(0, result.ntuples, tuple)
 
     def _forget_name(self, statement: _Statement) -> None:
         """Prepare a statement again, as an earlier one that was to prepare it has failed."""
