@@ -24,7 +24,8 @@ ANSWERS = 2  # of a stream
 class Recorder(grpc.GenericRpcHandler):
     """Answers every call, and records its metadata and how long it may take.
 
-    A call with `x-silent` is not answered. A stream of requests is answered one by one.
+    A call with `x-silent` is not answered, and a stream with `x-endless` does not end. A stream of
+    requests is answered one by one.
     """
 
     def __init__(self) -> None:
@@ -48,6 +49,11 @@ class Recorder(grpc.GenericRpcHandler):
         await self._record(context)
         for _ in range(ANSWERS):
             yield b""
+        if ("x-endless", "1") in self.metadata[-1]:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                self.left += 1
 
     async def _echo(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         await self._record(context)
@@ -194,6 +200,32 @@ class TestAsyncCall:
         try:
             del stream
             await until(lambda: recorder.left == 1)
+        finally:
+            gc.enable()
+
+    async def test_stream_that_is_dropped_in_the_middle_ends(
+        self, recorder: Recorder, connect: NewClient
+    ) -> None:
+        """As one that was never read, whether a loop is left or it is read by hand."""
+        endless: Any = [("x-endless", "1")]
+        client: Any = connect(recorder.port)
+
+        async def leave_loop() -> None:
+            request = ListChatMessagesRequest()
+            async for _ in client.messages.ListChatMessages(request, metadata=endless):
+                break
+
+        async def read_once() -> None:
+            await client.messages.ListChatMessages(
+                ListChatMessagesRequest(), metadata=endless
+            ).read()
+
+        gc.disable()
+        try:
+            await leave_loop()
+            await until(lambda: recorder.left == 1)
+            await read_once()
+            await until(lambda: recorder.left == 2)
         finally:
             gc.enable()
 

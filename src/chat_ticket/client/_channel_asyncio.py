@@ -249,33 +249,29 @@ class _UnaryCall(_Call, grpc.aio.UnaryUnaryCall[Any, Any]):
 
 
 class _StreamCall(_Call, grpc.aio.UnaryStreamCall[Any, Any]):
-    _responses: AsyncIterator[Any] | None = None
+    """It iterates by itself: with a generator it would be part of a cycle, as gRPC's own is."""
 
     def __del__(self) -> None:
-        # gRPC's own is part of a cycle, so the stream would stay open until that is collected.
+        # The stream would stay open until the cycle of gRPC's own is collected.
         if self._call is not None:
             self._call.cancel()
 
     def __aiter__(self) -> AsyncIterator[Any]:
-        if self._responses is None:
-            self._responses = self._iterate()
-        return self._responses
+        return self
+
+    async def __anext__(self) -> Any:
+        response = await self.read()
+        if response is grpc.aio.EOF:
+            raise StopAsyncIteration
+        return response
 
     async def read(self) -> Any:
-        return await anext(aiter(self), grpc.aio.EOF)
+        return await self._typed(_read)
 
-    async def _iterate(self) -> AsyncIterator[Any]:
-        try:
-            if self._call is None:
-                await self._beginning
-            async for response in self._call:
-                yield response
-        except grpc.aio.AioRpcError as error:
-            raise errors.from_rpc_error(error) from error
-        except asyncio.CancelledError:
-            if self._is_ended_by_closing():
-                raise errors.client_closed() from None
-            raise
+
+def _read(call: Any) -> Awaitable[Any]:
+    response: Awaitable[Any] = call.read()
+    return response
 
 
 class _DuplexCall(_StreamCall, grpc.aio.StreamStreamCall[Any, Any]):
