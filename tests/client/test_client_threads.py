@@ -99,6 +99,23 @@ def test_future_does_not_wait(tenant: str) -> None:
         assert future.cancel()
 
 
+def test_call_without_its_token_has_the_methods_of_grpc(target: str) -> None:
+    """What looks at calls, such as a wrapper that logs them, looks at those that failed too."""
+
+    def token() -> str:
+        raise LookupError("no token")
+
+    with ChatTicketClient(target, token=token) as client:
+        future: Any = client.sessions.GetChatSession.future(GetChatSessionRequest())  # type: ignore[attr-defined]
+        stream: Any = client.messages.ListChatMessages(ListChatMessagesRequest())
+        for call in (future, stream):
+            assert (call.code(), call.details()) == (grpc.StatusCode.INTERNAL, "no token")
+            assert (call.is_active(), call.add_callback(print), call.cancel()) == (False,) * 3
+            assert call.initial_metadata() is call.trailing_metadata() is None
+            assert call.time_remaining() is None
+            assert call.traceback() is call.exception().__traceback__ is not None
+
+
 def test_stream_can_be_cancelled(client: ChatTicketClient) -> None:
     """Like any gRPC call, and its error is the cancellation."""
     session_id = session_of(client)

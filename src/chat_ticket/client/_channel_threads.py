@@ -8,6 +8,7 @@ it when the connection breaks, when the server refuses it, and when its caller c
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from types import TracebackType
 from typing import Any
 
 import grpc
@@ -167,3 +168,21 @@ class _FailedCall(Future[Any]):
 
     def details(self) -> str:
         return str(self.exception())
+
+    def initial_metadata(self) -> None:
+        """None, as nothing came of the call. So it is with `trailing_metadata`."""
+
+    trailing_metadata = initial_metadata
+
+    def is_active(self) -> bool:
+        return False
+
+    def time_remaining(self) -> None:
+        """None, as the call has no end to come."""
+
+    def add_callback(self, _: Callable[[], Any]) -> bool:
+        return False  # the call has ended
+
+    def traceback(self, timeout: float | None = None) -> TracebackType | None:
+        error = self.exception(timeout)
+        return None if error is None else error.__traceback__
