@@ -20,11 +20,11 @@ async def cancel_and_wait(*tasks: asyncio.Task[Any] | None) -> None:
     One `cancel` is not enough: `asyncio.wait_for` of Python 3.11, by which psycopg's pool waits,
     loses a cancellation that comes just when it has its result (python/cpython#86296).
     """
-    running = {task for task in tasks if task is not None}
-    while running:
+    known = [task for task in tasks if task is not None]
+    while running := [task for task in known if not task.done()]:
         for task in running:
             task.cancel()
-        done, running = await asyncio.wait(running, timeout=CANCEL_SECONDS)
-        for task in done:
-            # Without this, asyncio would log that nobody has heard of its error.
-            task.cancelled() or task.exception()
+        await asyncio.wait(running, timeout=CANCEL_SECONDS)
+    for task in known:
+        # Without this, asyncio would log that nobody has heard of its error.
+        task.cancelled() or task.exception()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -92,6 +93,9 @@ class AdmissionController:
             await self._quotas.delay_rejection(tenant_id, context.time_remaining())
             raise
         with lease:
+            if credential.expires_at == math.inf:
+                yield
+                return
             remaining = min(credential.expires_at - time.time(), MAX_STREAM_SECONDS)
             try:
                 async with asyncio.timeout(remaining) as timeout:

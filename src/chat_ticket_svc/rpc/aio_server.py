@@ -10,22 +10,20 @@ loop: after one such request, from anybody who can reach the port, the server ac
 while its process lives on. gRPC's core routes the calls of registered methods itself, so only calls
 of unknown methods arrive that way. They are rejected without a look at their path.
 
-Unary calls are answered by `unary_calls`. For streams of responses, the request is read before the
-handler is called: as there, a request that ends before its message is answered INTERNAL, and one
-that does not arrive in time DEADLINE_EXCEEDED.
+Calls with one request are answered by `calls`.
 """
 
 import asyncio
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import grpc.aio
 from grpc._cython import cygrpc  # type: ignore[attr-defined] # has no stubs
 
-from chat_ticket_svc.rpc.unary_calls import Handle, UnaryCalls
-from chat_ticket_svc.timeouts import Timeout
+from chat_ticket_svc.rpc.calls import Calls, Handle
 
 # The tasks of a method that wait for calls. Each accepts one call per turn of the event loop, and
 # calls beyond that queue inside gRPC, where no quota sees them. With one acceptor, a burst of ten
@@ -48,7 +46,7 @@ def create_server(*, request_timeout_seconds: float, **arguments: Any) -> grpc.a
         cygrpc.AioServer = original
 
 
-class _UnaryMethod(NamedTuple):
+class _Method(NamedTuple):
     """`fail` gets the errors that gRPC's loop expects when the server stops."""
 
     name: bytes
@@ -60,8 +58,7 @@ class _UnaryMethod(NamedTuple):
 class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
     def __init__(self, request_timeout_seconds: float, *arguments: Any):
         super().__init__(*arguments)
-        self._request_timeout_seconds = request_timeout_seconds
-        self._unary_calls = UnaryCalls(request_timeout_seconds=request_timeout_seconds)
+        self._calls = Calls(request_timeout_seconds=request_timeout_seconds)
         self._handlers: dict[str, Any] = {}
         # The event loop holds only weak references to its tasks.
         self._tasks: set[asyncio.Task[None]] = set()
@@ -88,28 +85,26 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
             if not task.cancelled() and (error := task.exception()):
                 fail(error)
 
-        handler = None if method is None else self._handlers[method.decode()]
+        handler: Any = None if method is None else self._handlers[method.decode()]
         for _ in range(ACCEPTORS_PER_METHOD):
             if method is None:
                 self._spawn(self._reject_unknown_methods()).add_done_callback(propagate_error)
-            elif _is_unary(handler):
-                self._accept_next(_UnaryMethod(method, _handle_of(handler), loop, fail))
-            else:
-                accepting = self._accept_calls(method, handler)
+            elif handler.request_streaming:
+                accepting = self._accept_request_streams(method, handler)
                 self._spawn(accepting).add_done_callback(propagate_error)
+            else:
+                self._accept_next(_Method(method, _handle_of(handler), loop, fail))
         return failure
 
-    def _accept_next(self, method: _UnaryMethod) -> None:
+    def _accept_next(self, method: _Method) -> None:
         """Start a task that accepts the next call of a method, and answers it."""
         # The task gets itself: asyncio.current_task is slow before Python 3.12.
         itself: list[asyncio.Task[None]] = []
-        task = method.loop.create_task(self._accept_unary_call(method, itself))
+        task = method.loop.create_task(self._accept_call(method, itself))
         itself.append(task)
         self._tasks.add(task)
 
-    async def _accept_unary_call(
-        self, method: _UnaryMethod, itself: list[asyncio.Task[None]]
-    ) -> None:
+    async def _accept_call(self, method: _Method, itself: list[asyncio.Task[None]]) -> None:
         """Accept a call, start the task that accepts the next one, and answer the call."""
         task = itself.pop()
         try:
@@ -119,60 +114,22 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
         except Exception as error:
             method.fail(error)
         else:
-            await self._unary_calls.answer(call, method.handle, method.loop, task)
+            await self._calls.answer(call, method.handle, method.loop, task)
         finally:
             self._tasks.discard(task)
 
-    async def _accept_calls(self, method: bytes, handler: Any) -> None:
+    async def _accept_request_streams(self, method: bytes, handler: Any) -> None:
         """Never return; raise the errors that gRPC's loop expects when the server stops."""
         loop, name = asyncio.get_running_loop(), method.decode()
         while True:
             call = await self._request_registered_call(method)
-            handling = self._handle(handler, call, loop)
+            handling = _handle_request_stream(handler, call, loop)
             self._spawn(cygrpc._schedule_rpc_coro(handling, call, loop, name))
             # They would keep this call in memory until the next one arrives.
             del call, handling
 
-    async def _handle(self, handler: Any, call: Any, loop: asyncio.AbstractEventLoop) -> None:
-        """Read the request and run the handler of a call that is no unary one.
-
-        This also breaks the reference cycle of an aborted call, see UnaryContext.
-        """
-        try:
-            if handler.request_streaming:
-                await _HANDLE_REQUEST_STREAM[handler.response_streaming](handler, call, loop)
-                return
-            context = cygrpc._ServicerContext(
-                call, handler.request_deserializer, handler.response_serializer, loop
-            )
-            request = await self._read_request(context)
-            await cygrpc._finish_handler_with_stream_responses(
-                call, handler.unary_stream, request, context, loop
-            )
-        except grpc.aio.AbortError as error:
-            error.__traceback__ = error.__context__ = None
-            raise
-
-    async def _read_request(self, context: Any) -> Any:
-        """Return the only message of a request, or abort the call."""
-        try:
-            # gRPC's core itself ends a call at the caller's deadline.
-            with (
-                Timeout(self._request_timeout_seconds)
-                if context.time_remaining() is None
-                else contextlib.nullcontext()
-            ):
-                request = await context.read()
-        except TimeoutError:
-            await _abort(
-                context, grpc.StatusCode.DEADLINE_EXCEEDED, "the request did not arrive in time"
-            )
-        if request is grpc.aio.EOF:
-            await _abort(context, grpc.StatusCode.INTERNAL, "the request ended before its message")
-        return request
-
     async def _reject_unknown_methods(self) -> None:
-        """Never return; raise as _accept_calls does."""
+        """Never return; raise as _accept_request_streams does."""
         while True:
             self._spawn(_abort_unimplemented(await self._request_call()))
 
@@ -183,37 +140,42 @@ class _AioServer(cygrpc.AioServer):  # type: ignore[misc]
         return task
 
 
-def _is_unary(handler: Any) -> bool:
-    return not handler.request_streaming and not handler.response_streaming
-
-
 def _handle_of(handler: Any) -> Handle:
-    """The handler of a unary method, for serialised messages."""
-    handle: Handle = handler.unary_unary
-    deserialize, serialize = handler.request_deserializer, handler.response_serializer
-    if deserialize is None and serialize is None:
+    """The handler of a method with one request, for serialised messages."""
+    deserialize = handler.request_deserializer or bytes
+    serialize = handler.response_serializer or bytes
+    behavior = handler.unary_stream if handler.response_streaming else handler.unary_unary
+    if inspect.isasyncgenfunction(behavior):
+
+        async def write_all(data: bytes, context: Any) -> None:
+            async for response in behavior(deserialize(data), context):
+                await context.write(serialize(response))
+
+        return write_all
+    if handler.request_deserializer is None and handler.response_serializer is None:
+        handle: Handle = behavior
         return handle
 
     async def handle_serialized(data: bytes, context: Any) -> bytes:
-        response: bytes = serialize(await handle(deserialize(data), context))
-        return response
+        return bytes(serialize(await behavior(deserialize(data), context)))
 
     return handle_serialized
 
 
+async def _handle_request_stream(handler: Any, call: Any, loop: asyncio.AbstractEventLoop) -> None:
+    """Handle a call with a stream of requests.
+
+    This also breaks the reference cycle of an aborted call, see CallContext.
+    """
+    try:
+        await _HANDLE_REQUEST_STREAM[handler.response_streaming](handler, call, loop)
+    except grpc.aio.AbortError as error:
+        error.__traceback__ = error.__context__ = None
+        raise
+
+
 # By whether responses are a stream.
 _HANDLE_REQUEST_STREAM = (cygrpc._handle_stream_unary_rpc, cygrpc._handle_stream_stream_rpc)
-
-
-async def _abort(
-    context: grpc.aio.ServicerContext[Any, Any], code: grpc.StatusCode, details: str
-) -> NoReturn:
-    try:
-        await context.abort(code, details)
-    except grpc.aio.AbortError:
-        raise
-    except grpc.aio.BaseError as error:  # the caller has left before the status
-        raise asyncio.CancelledError from error
 
 
 async def _abort_unimplemented(call: Any) -> None:

@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 from chat_ticket_svc import errors
 from chat_ticket_svc.access.admission import AdmissionController
 from chat_ticket_svc.access.method_permissions import READ_METHODS, UNAUTHENTICATED_METHODS
+from chat_ticket_svc.rpc.calls import CallContext
 from chat_ticket_svc.rpc.instrumentation import (
     CallRecord,
     Context,
@@ -27,7 +28,7 @@ from chat_ticket_svc.rpc.instrumentation import (
     status_code_of,
 )
 from chat_ticket_svc.rpc.status import abort_with_domain_error, abort_with_internal_error
-from chat_ticket_svc.rpc.unary_calls import UnaryContext
+from chat_ticket_svc.services.paging import LastResponse
 from chat_ticket_svc.services.validate import is_uuid
 from chat_ticket_svc.tasks import current_task
 from chat_ticket_svc.timeouts import Timeout, TimeoutQueue, TimeoutSweep
@@ -171,10 +172,10 @@ class RpcMiddleware:
         if handler.stream_stream:
             parse = functools.partial(_parse_stream, parse, self._unary_timeout_seconds)
             stream = self._stream(method, "bidi_stream", handler.stream_stream, parse, serialize)
-            return grpc.stream_stream_rpc_method_handler(stream, None, serialize)
+            return grpc.stream_stream_rpc_method_handler(stream, None, None)
         if handler.unary_stream:
             stream = self._stream(method, "server_stream", handler.unary_stream, parse, serialize)
-            return grpc.unary_stream_rpc_method_handler(stream, None, serialize)
+            return grpc.unary_stream_rpc_method_handler(stream, None, None)
         unary = self._unary(method, handler.unary_unary, parse, serialize)
         return grpc.unary_unary_rpc_method_handler(unary, None, None)
 
@@ -184,7 +185,7 @@ class RpcMiddleware:
         behavior: Callable[..., Awaitable[Any]],
         parse: Callable[[bytes], Any],
         serialize: Callable[[Any], bytes],
-    ) -> Callable[[bytes, UnaryContext], Awaitable[bytes]]:
+    ) -> Callable[[bytes, CallContext], Awaitable[bytes]]:
         """Wrap a unary method.
 
         One coroutine does all that is around the method. Each further one, and each object made for
@@ -195,7 +196,7 @@ class RpcMiddleware:
         instrumentation = self._instrumentation(method, "unary")
         admission, timeouts = self._admission, self._unary_timeouts
 
-        async def unary(data: bytes, context: UnaryContext) -> bytes:
+        async def unary(data: bytes, context: CallContext) -> bytes:
             record = instrumentation.begin(context)
             instrumentation.metrics.received += 1
             record.request_bytes = len(data)
@@ -255,11 +256,15 @@ class RpcMiddleware:
         behavior: Callable[..., Any],
         parse: Callable[[Any], Any],
         serialize: Callable[[Any], bytes],
-    ) -> Callable[[Any, Context], Awaitable[None]]:
-        """Wrap a method that streams responses. It may stream requests too."""
+    ) -> Callable[[Any, Context], Awaitable[bytes | None]]:
+        """Wrap a method that streams responses. It may stream requests too.
+
+        What is returned writes the responses. It returns a LastResponse, as `calls` sends it
+        together with the status.
+        """
         instrumentation = self._instrumentation(method, grpc_type)
 
-        async def stream(data: Any, context: Context) -> None:
+        async def stream(data: Any, context: Context) -> bytes | None:
             record = instrumentation.begin(context)
             code = grpc.StatusCode.CANCELLED
             if isinstance(data, bytes):
@@ -269,8 +274,9 @@ class RpcMiddleware:
                 data = instrumentation.counted(data)
             # Parsed during admission at the earliest, once the caller is authenticated.
             parsed = functools.cache(lambda: parse(data))
-            task = current_task()
+            task = context.task if isinstance(context, CallContext) else current_task()
             self._in_flight.add(task)
+            last_response: bytes | None = None
             try:
                 await self._wait_until_resumed()
 
@@ -292,12 +298,17 @@ class RpcMiddleware:
                     record.log_started(requested_id if is_uuid(requested_id) else None)
                     async with contextlib.aclosing(behavior(request, context)) as responses:
                         async for response in responses:
+                            if type(response) is LastResponse:
+                                last_response = response.message
+                                record.count_response(len(last_response))
+                                break
                             message = serialize(response)
                             self._write_timeouts.start(task)
                             await context.write(message)
                             self._write_timeouts.stop(task)
                             record.count_response(len(message))
                 code = grpc.StatusCode.OK
+                return last_response
             except BaseException as error:
                 try:
                     await self._abort(context, record, task, error)

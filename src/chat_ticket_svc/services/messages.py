@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -134,7 +134,7 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
 
     async def ListChatMessages(  # type: ignore[override] # bytes, which the middleware passes on
         self, request: pb.ListChatMessagesRequest, context: Context
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncIterator[bytes | paging.LastResponse]:
         tenant_id = request_context.tenant_id()
         validator = Validator(self._limits)
         session_id = validator.id("session_id", request.session_id)
@@ -158,11 +158,13 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
             epoch=epoch,
         )
         async with contextlib.aclosing(pages):
-            async for session, rows in pages:
+            async for session, rows, is_only in pages:
                 response = pb.ListChatMessagesResponse(
                     session=convert.session(session) if session else None
                 )
-                yield response.SerializeToString() + convert.messages(session_id, rows)
+                data = response.SerializeToString() + convert.messages(session_id, rows)
+                is_last = is_only and len(data) <= paging.MAX_LAST_RESPONSE_BYTES
+                yield paging.LastResponse(data) if is_last else data
 
     async def _read_pages(
         self,
@@ -175,8 +177,10 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
         roles: list[str] | None,
         limit: int,
         epoch: str,
-    ) -> AsyncGenerator[tuple[sessions.Session | None, list[message_listing.Row]]]:
+    ) -> AsyncGenerator[tuple[sessions.Session | None, list[message_listing.Row], bool]]:
         """Yield the rows of each response, which double in number. Only the first has the session.
+
+        The last value says whether it is the only response.
 
         Raises HistoryChangedError if the session does not have the message where the list goes on,
         or no more. Where it begins is checked if `epoch` is not empty.
@@ -187,28 +191,27 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
 
         def read(
             page_size: int, *, first: bool = False
-        ) -> asyncio.Task[message_listing.MessagePage]:
-            return asyncio.create_task(
-                message_listing.page(
-                    self._db,
-                    tenant_id,
-                    session_id,
-                    first=first,
-                    after=after,
-                    before=before,
-                    descending=descending,
-                    roles=roles,
-                    limit=min(page_size, limit),
-                )
+        ) -> Coroutine[Any, Any, message_listing.MessagePage]:
+            return message_listing.page(
+                self._db,
+                tenant_id,
+                session_id,
+                first=first,
+                after=after,
+                before=before,
+                descending=descending,
+                roles=roles,
+                limit=min(page_size, limit),
             )
 
         page_size = paging.MIN_STREAM_PAGE
         position = before if descending else after
         before = before or MAX_SEQUENCE
-        reading = read(page_size, first=True)
+        reading: asyncio.Task[message_listing.MessagePage] | None = None
+        page = await read(page_size, first=True)
         try:
             while True:
-                session, revision, current_epoch, rows, more = await reading
+                session, revision, current_epoch, rows, more = page
                 if epoch:
                     epochs.check(epoch, position, current_epoch, revision)
                 epoch = current_epoch
@@ -226,14 +229,15 @@ class ChatMessageService(chat_message_pb2_grpc.ChatMessageServiceServicer):
                         after = position
                     page_size = _next_page_size(page_size, rows)
                     if not is_first:
-                        reading = read(page_size)
+                        reading = asyncio.create_task(read(page_size))
                         await asyncio.sleep(0)  # sends the statement before this page is encoded
+                is_only = is_first and not (more and limit)
                 for start in range(0, max(len(rows), is_first), paging.MAX_STREAM_PAGE):
-                    yield session, rows[start : start + paging.MAX_STREAM_PAGE]
+                    yield session, rows[start : start + paging.MAX_STREAM_PAGE], is_only
                 if not more or not limit:
                     return
-                if is_first:
-                    reading = read(page_size)
+                page = await (read(page_size) if reading is None else reading)
+                reading = None
         finally:
             # When the caller has left, nobody needs the page that is being read.
             await cancel_and_wait(reading)

@@ -1,4 +1,4 @@
-"""The path of unary calls, from gRPC's core to the handler and back, without the service."""
+"""Calls with one request, from gRPC's core to the handler and back, without the service."""
 
 import asyncio
 import contextlib
@@ -13,9 +13,9 @@ import pytest
 import pytest_asyncio
 from grpc._cython import cygrpc
 
-from chat_ticket_svc.rpc import aio_server, unary_calls
+from chat_ticket_svc.rpc import aio_server, calls
 
-METHOD = "/test.Test/Call"
+METHOD, STREAM = "/test.Test/Call", "/test.Test/Stream"
 SEEN: ContextVar[str] = ContextVar("seen")
 
 Behavior = Callable[[bytes, Any], Awaitable[bytes]]
@@ -59,8 +59,11 @@ async def serving(handler: Handler) -> AsyncIterator[tuple[grpc.aio.Server, grpc
     async def call(request: bytes, context: Any) -> bytes:
         return await handler(request, context)
 
-    method = grpc.unary_unary_rpc_method_handler(call)
-    server.add_registered_method_handlers("test.Test", {"Call": method})
+    methods = {
+        "Call": grpc.unary_unary_rpc_method_handler(call),
+        "Stream": grpc.unary_stream_rpc_method_handler(call),
+    }
+    server.add_registered_method_handlers("test.Test", methods)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
@@ -75,6 +78,13 @@ async def call(handler: Handler) -> AsyncIterator[Callable[..., Any]]:
     """`call(request, **options)` calls the method."""
     async with serving(handler) as (_, channel):
         yield channel.unary_unary(METHOD)
+
+
+@pytest_asyncio.fixture
+async def stream(handler: Handler) -> AsyncIterator[Callable[..., Any]]:
+    """`stream(request, **options)` calls the method as a stream."""
+    async with serving(handler) as (_, channel):
+        yield channel.unary_stream(STREAM)
 
 
 @contextlib.contextmanager
@@ -93,7 +103,7 @@ def loop_errors() -> Iterator[list[dict[str, Any]]]:
 class TestCallerLeaves:
     """The handler is cancelled, whether or not the call listens for its end already."""
 
-    @pytest.mark.parametrize("seconds", [0, 3 * unary_calls.LISTEN_AFTER_SECONDS])
+    @pytest.mark.parametrize("seconds", [0, 3 * calls.LISTEN_AFTER_SECONDS])
     async def test_cancelled_call(
         self, handler: Handler, call: Callable[..., Any], seconds: float
     ) -> None:
@@ -129,7 +139,7 @@ class TestCallerLeaves:
         """The end of a call that has its answer is no leaving."""
 
         async def slow(request: bytes, _: Any) -> bytes:
-            await asyncio.sleep(3 * unary_calls.LISTEN_AFTER_SECONDS)
+            await asyncio.sleep(3 * calls.LISTEN_AFTER_SECONDS)
             return request
 
         handler.behavior = slow
@@ -219,7 +229,7 @@ async def test_calls_share_no_context_variables(handler: Handler, call: Callable
         assert await call(b"secret of a tenant") == b"nothing"
 
 
-@pytest.mark.parametrize("seconds", [0, 3 * unary_calls.LISTEN_AFTER_SECONDS])
+@pytest.mark.parametrize("seconds", [0, 3 * calls.LISTEN_AFTER_SECONDS])
 async def test_server_stops_after_the_calls_in_flight(handler: Handler, seconds: float) -> None:
     """They are answered within the grace period."""
     finish = asyncio.Event()
@@ -250,3 +260,76 @@ async def test_call_that_outlasts_the_grace_period_is_cancelled(handler: Handler
         await handler.was_cancelled.wait()
         with pytest.raises(grpc.aio.AioRpcError):
             await calling
+
+
+class TestStream:
+    """Of responses. The handler writes them, and may return the last one."""
+
+    @pytest.mark.parametrize("written", [0, 1, 3])
+    @pytest.mark.parametrize("last", [None, b"", b"last"])
+    async def test_responses_come_in_order_and_then_the_status(
+        self, handler: Handler, stream: Callable[..., Any], written: int, last: bytes | None
+    ) -> None:
+        async def write(_: bytes, context: Any) -> Any:
+            for number in range(written):
+                await context.write(b"%d" % number)
+            return last
+
+        handler.behavior = write
+        call = stream(b"x")
+        responses = [b"%d" % number for number in range(written)]
+        assert [each async for each in call] == responses + ([] if last is None else [last])
+        assert await call.code() is grpc.StatusCode.OK
+
+    async def test_abort_after_a_response(
+        self, handler: Handler, stream: Callable[..., Any]
+    ) -> None:
+        async def abort(_: bytes, context: Any) -> bytes:
+            await context.write(b"first")
+            await context.abort(grpc.StatusCode.ABORTED, "why", (("a", "b"),))
+            raise AssertionError
+
+        handler.behavior = abort
+        call = stream(b"x")
+        assert await call.read() == b"first"
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await call.read()
+        assert refusal.value.code() is grpc.StatusCode.ABORTED
+        assert ("a", "b") in {*refusal.value.trailing_metadata()}
+
+    @pytest.mark.parametrize("seconds", [0, 3 * calls.LISTEN_AFTER_SECONDS])
+    async def test_caller_that_leaves_between_responses_is_heard(
+        self, handler: Handler, stream: Callable[..., Any], seconds: float
+    ) -> None:
+        async def write_and_wait(request: bytes, context: Any) -> bytes:
+            await context.write(b"first")
+            return await handler.wait(request, context)
+
+        handler.behavior = write_and_wait
+        call = stream(b"x")
+        async with asyncio.timeout(10):
+            assert await call.read() == b"first"
+            await asyncio.sleep(seconds)
+            call.cancel()
+            await handler.was_cancelled.wait()
+
+    async def test_write_to_a_caller_that_has_left_fails(
+        self, handler: Handler, stream: Callable[..., Any]
+    ) -> None:
+        """Or the handler is cancelled before."""
+        ended = asyncio.Event()
+
+        async def write_for_ever(_: bytes, context: Any) -> bytes:
+            try:
+                while True:
+                    await context.write(b"x" * 1000)
+            finally:
+                ended.set()
+
+        handler.behavior = write_for_ever
+        with loop_errors():
+            call = stream(b"x")
+            async with asyncio.timeout(10):
+                await call.read()
+                call.cancel()
+                await ended.wait()
