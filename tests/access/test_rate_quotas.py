@@ -1,7 +1,7 @@
 """Calls per second: the rate of a tenant, and the calls that no tenant pays for."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,10 @@ class TestUnauthenticatedMethods:
         api = await start_with_quotas(streams=1, calls_in_flight=1)
         session = await api.session()
         reflection = reflection_pb2_grpc.ServerReflectionStub(api.channel)  # type: ignore[no-untyped-call]
-        services = reflection_pb2.ServerReflectionRequest(list_services="")
+
+        async def requests() -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
+            yield reflection_pb2.ServerReflectionRequest(list_services="")
+            await asyncio.Event().wait()  # the stream stays open
 
         async def watch() -> Any:
             stream = api.health.Watch(health_pb2.HealthCheckRequest())
@@ -200,8 +203,8 @@ class TestUnauthenticatedMethods:
             return stream
 
         async def reflect() -> Any:
-            stream = reflection.ServerReflectionInfo()
-            await stream.write(services)
+            # Not by `write`: it fails without the status if the refusal comes first.
+            stream = reflection.ServerReflectionInfo(requests())
             if await stream.read() is grpc.aio.EOF:
                 await stream.wait_for_connection()  # raises why it has ended
             return stream
