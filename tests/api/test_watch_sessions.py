@@ -290,7 +290,8 @@ class TestRunningTransaction:
         other = await api.session()
         async with contextlib.AsyncExitStack() as stack:
             with running_transaction(database, api.tenant):
-                session = await api.session()
+                session, resolved = await api.session(), await api.session()
+                await set_status(api, resolved.id, RESOLVED)
                 feed = await stack.enter_async_context(
                     following_feed(api, from_beginning=True, statuses=[ACTIVE])
                 )
@@ -299,6 +300,7 @@ class TestRunningTransaction:
         events = [event for response in feed.responses for event in response.events]
         told = [event.session.id for event in events if event.HasField("session")]
         assert sorted(told) == sorted([other.id, session.id])
+        assert not any(event.HasField("left") for event in events), "it was never told"
 
 
 async def everything(api: Api) -> tuple[dict[str, r.ChatSession], dict[str, r.Ticket]]:

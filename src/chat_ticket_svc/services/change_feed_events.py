@@ -86,8 +86,10 @@ def responses(
 def told_early(page: Page, session_filter: SessionFilter) -> frozenset[RowKey]:
     """The rows of a page that need not be told again, if the next pass has them unchanged."""
     again = page.rows_again()
-    if not page.place.start:
-        # Whether a session has left the filter is not judged before the next pass.
+    is_whole_pass = page.place.end is None and page.next.end is None
+    if not page.place.start and not is_whole_pass:
+        # An earlier page may have told the session before it left the filter. Whether it has left
+        # is not judged before the next pass.
         again = [row for row in again if row.section != SESSION or session_filter.matches(row)]
     return frozenset(row[:3] for row in again)
 
