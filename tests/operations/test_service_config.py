@@ -92,6 +92,10 @@ def end_one_under_load(
             await js.start()
             python.start()
             await asyncio.gather(asyncio.sleep(SECONDS), python.answered(ANSWERS))
+            if number == signal.SIGKILL:
+                # So that calls are in flight when it is killed: most take a millisecond.
+                servers[0].popen.send_signal(signal.SIGSTOP)
+                await asyncio.sleep(0.1)
             await asyncio.to_thread(servers[0].stop, number)
             await asyncio.gather(asyncio.sleep(SECONDS), python.answered(ANSWERS))
             outcomes = await python.stop(), await js.stop()
