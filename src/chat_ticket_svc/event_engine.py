@@ -2,7 +2,7 @@
 
 By default its threads read them, and hand what they have read to the thread that takes completed
 operations to the event loop. With the listener off, that thread reads the connections itself: a
-call costs a tenth less CPU time.
+create costs 4 % less CPU time, a read 8 %, and an empty call a fifth.
 
 gRPC calls the switch an experiment, and is to remove it one day. The server then runs as before,
 at the higher cost, and says so when it starts.

@@ -53,6 +53,7 @@ class CallRecord:
 
     __slots__ = (
         "_fields",
+        "code",
         "metadata",
         "method",
         "reason",
@@ -67,6 +68,7 @@ class CallRecord:
         self.started_at = time.perf_counter()
         self.method = method
         self.metadata = metadata
+        self.code = grpc.StatusCode.CANCELLED  # unless it ends otherwise
         self.request_bytes: int | None = None  # None for a stream of requests
         self.response_bytes = self.responses = 0
         self.reason: str | None = None  # of a domain error
@@ -107,9 +109,9 @@ class CallRecord:
         if self.method.log_level is not None:
             access_log.log(self.method.log_level, "started call", self.log_fields)
 
-    def log_finished(self, level: str, code: grpc.StatusCode, seconds: float) -> None:
+    def log_finished(self, level: str, seconds: float) -> None:
         fields: dict[str, Any] = self.log_fields
-        fields["code"] = code.name
+        fields["code"] = self.code.name
         if self.reason is not None:
             fields["reason"] = self.reason
         fields["duration_ms"] = round(1000 * seconds, 3)
@@ -144,8 +146,9 @@ class MethodInstrumentation:
             self._open_streams.inc()
         return record
 
-    def end(self, record: CallRecord, code: grpc.StatusCode) -> None:
+    def end(self, record: CallRecord) -> None:
         seconds = time.perf_counter() - record.started_at
+        code = record.code
         if self._open_streams is None:
             self.metrics.observe_ended(code.name, seconds)
         else:
@@ -154,7 +157,7 @@ class MethodInstrumentation:
         if record.span is not None:
             record.span.end(code.value[0], is_error=code in SERVER_ERROR_CODES)
         if self.log_level is not None:
-            record.log_finished(self.log_level, code, seconds)
+            record.log_finished(self.log_level, seconds)
 
     async def counted(self, requests: AsyncIterable[Any]) -> AsyncIterator[Any]:
         """The requests of a stream, counted."""

@@ -200,7 +200,6 @@ class RpcMiddleware:
             record = instrumentation.begin(context)
             instrumentation.metrics.received += 1
             record.request_bytes = len(data)
-            code = grpc.StatusCode.CANCELLED
             task = context.task
             self._in_flight.add(task)
             try:
@@ -235,17 +234,13 @@ class RpcMiddleware:
                 finally:
                     timeouts.stop(task)
                 record.count_response(len(response))
-                code = grpc.StatusCode.OK
+                record.code = grpc.StatusCode.OK
                 return response
             except BaseException as error:
-                try:
-                    await self._abort(context, record, task, error)
-                except BaseException as ended:
-                    code = status_code_of(context, ended)
-                    raise
+                await self._end_with_error(context, record, task, error)
             finally:
                 self._in_flight.discard(task)
-                instrumentation.end(record, code)
+                instrumentation.end(record)
 
         return unary
 
@@ -266,7 +261,6 @@ class RpcMiddleware:
 
         async def stream(data: Any, context: Context) -> bytes | None:
             record = instrumentation.begin(context)
-            code = grpc.StatusCode.CANCELLED
             if isinstance(data, bytes):
                 instrumentation.metrics.received += 1
                 record.request_bytes = len(data)
@@ -307,25 +301,35 @@ class RpcMiddleware:
                             await context.write(message)
                             self._write_timeouts.stop(task)
                             record.count_response(len(message))
-                code = grpc.StatusCode.OK
+                record.code = grpc.StatusCode.OK
                 return last_response
             except BaseException as error:
-                try:
-                    await self._abort(context, record, task, error)
-                except BaseException as ended:
-                    code = status_code_of(context, ended)
-                    raise
+                await self._end_with_error(context, record, task, error)
             finally:
                 self._in_flight.discard(task)
                 self._write_timeouts.stop(task)
                 self._write_timed_out.discard(task)
-                instrumentation.end(record, code)
+                instrumentation.end(record)
 
         return stream
 
     def _on_write_timeout(self, task: asyncio.Task[Any]) -> None:
         self._write_timed_out.add(task)
         task.cancel()
+
+    async def _end_with_error(
+        self,
+        context: Context,
+        record: CallRecord,
+        task: asyncio.Task[Any],
+        error: BaseException,
+    ) -> NoReturn:
+        """Abort or cancel a call, and record its status. Always raises."""
+        try:
+            await self._abort(context, record, task, error)
+        except BaseException as ended:
+            record.code = status_code_of(context, ended)
+            raise
 
     async def _abort(
         self,
