@@ -4,6 +4,11 @@ A second worker brings more calls only where there is CPU for it. So each rate s
 rate at which the CPU of all three would be used up, as a call takes it. Where the CPU time of a
 call stays the same with a second worker, the rate grows with the cores.
 
+Two workers are measured with the callers of one worker, and with as many for each. With the same
+callers each worker has half of them, so half as many messages share a statement of group commit,
+and a worker that waits more often wakes up for fewer calls. With the same callers per worker, each
+has as many callers as the one worker, on average. That is what a second worker is added for.
+
 In some rounds the servers, and the others, have cores of their own: one for each worker, if that
 leaves one for the others. With two cores that is only possible for one worker.
 """
@@ -23,17 +28,20 @@ from benchmarks.load import Load, Outcome
 from benchmarks.service import Bench
 
 NAME = "workers"
-SECONDS = 45
+SECONDS = 60
 
-CALLERS = 64  # each on its own connection, which the kernel distributes over the workers
+CALLERS = 64  # of one worker; each on its own connection, which the kernel gives to a worker
 PHASE_SECONDS = 1.5
 WARM_UP_SECONDS = 0.5
-WORKERS = (1, 2)
+ONE, TWO = WORKERS = (1, 2)
+# What two workers are measured with, beside one worker with CALLERS.
+CALLERS_OF_TWO = {"same callers": CALLERS, "same callers per worker": TWO * CALLERS}
+LOADS = ((ONE, CALLERS), *((TWO, callers) for callers in CALLERS_OF_TWO.values()))
 
 CORES = sorted(os.sched_getaffinity(0))
 
-# By call, number of workers, and whether these have cores of their own.
-Outcomes = dict[tuple[str, int, bool], list[Outcome]]
+# By call, numbers of workers and callers, and whether the workers have cores of their own.
+Outcomes = dict[tuple[str, int, int, bool], list[Outcome]]
 
 
 def measure(bench: Bench) -> list[Figure]:
@@ -52,8 +60,8 @@ def measure(bench: Bench) -> list[Figure]:
         client_pid = client.submit(os.getpid).result()
         requests_by_call = calls.requests()
 
-        def run(number: int, what: str, count: int, *, has_cores: bool) -> None:
-            bench.progress(f"round {number}, {what}, {count} workers")
+        def run(number: int, what: str, count: int, callers: int, *, has_cores: bool) -> None:
+            bench.progress(f"round {number}, {what}, {count} workers, {callers} callers")
             path, requests = requests_by_call[what]
             server = servers[count]
             outcome = client.submit(
@@ -62,23 +70,23 @@ def measure(bench: Bench) -> list[Figure]:
                     address=server.address,
                     path=path,
                     requests=requests,
-                    callers=CALLERS,
-                    connections=CALLERS,
+                    callers=callers,
+                    connections=callers,
                     seconds=PHASE_SECONDS if number else WARM_UP_SECONDS,
                     watched={"servers": server.pid, "postgres": bench.postgres.pid},
                 ),
             ).result()
             if number:
-                outcomes[what, count, has_cores].append(outcome)
+                outcomes[what, count, callers, has_cores].append(outcome)
 
         for number in range(bench.rounds + 1):  # the first is a warm-up
             for what in (calls.GET, calls.CREATE):
-                for count, server in servers.items():
-                    run(number, what, count, has_cores=False)
+                for count, callers in LOADS:
+                    run(number, what, count, callers, has_cores=False)
                     if number and count < len(CORES):
                         others = [bench.postgres.pid, client_pid]
-                        with _on(CORES[:count], [server.pid]), _on(CORES[count:], others):
-                            run(number, what, count, has_cores=True)
+                        with _on(CORES[:count], [servers[count].pid]), _on(CORES[count:], others):
+                            run(number, what, count, callers, has_cores=True)
     return list(_figures(outcomes))
 
 
@@ -100,37 +108,40 @@ def _set_cores(pids: Sequence[int], cores: Sequence[int]) -> None:
 
 
 def _figures(outcomes: Outcomes) -> Iterator[Figure]:
-    one, two = WORKERS
     for what in (calls.GET, calls.CREATE):
-        both = {count: outcomes[what, count, False] for count in WORKERS}
-        yield Figure(
-            part=NAME,
-            name=f"CPU of the servers, {what}, {two} workers",
-            unit="µs",
-            measured=_cpu(both[two]),
-            limit=_cpu(both[one]),
-            against="with one",
-            must=1.05,
-            at_most=True,
-            noise_of="cpu",
-        )
-        yield Figure(
-            part=NAME,
-            name=f"{what}, {two} workers",
-            unit="calls/s",
-            measured=[outcome.calls_per_second for outcome in both[two]],
-            limit=[outcome.calls_per_second for outcome in both[one]],
-            against="with one",
-            note=load.note(both[two]),
-            details={str(count): rounds for count, rounds in both.items()},
-        )
-        for count in WORKERS:
+        one = outcomes[what, ONE, CALLERS, False]
+        for load_name, callers in CALLERS_OF_TWO.items():
+            two = outcomes[what, TWO, callers, False]
+            yield Figure(
+                part=NAME,
+                name=f"CPU of the servers, {what}, {TWO} workers, {load_name}",
+                unit="µs",
+                measured=_cpu(two),
+                limit=_cpu(one),
+                against="with one",
+                must=1.05,
+                at_most=True,
+                noise_of="cpu",
+            )
+            yield Figure(
+                part=NAME,
+                name=f"{what}, {TWO} workers, {load_name}",
+                unit="calls/s",
+                measured=[outcome.calls_per_second for outcome in two],
+                limit=[outcome.calls_per_second for outcome in one],
+                against="with one",
+                note=load.note(two),
+                details={str(ONE): one, str(TWO): two},
+            )
+        for count, callers in LOADS:
             for has_cores in (False, True):
-                if rounds := outcomes.get((what, count, has_cores)):
-                    yield _growth_figure(what, count, rounds, has_cores=has_cores)
+                if rounds := outcomes.get((what, count, callers, has_cores)):
+                    yield _growth_figure(what, count, callers, rounds, has_cores=has_cores)
 
 
-def _growth_figure(what: str, count: int, rounds: list[Outcome], *, has_cores: bool) -> Figure:
+def _growth_figure(
+    what: str, count: int, callers: int, rounds: list[Outcome], *, has_cores: bool
+) -> Figure:
     """The rate, compared with what the CPU allows, and the cores that each used."""
     used = {
         name: statistics.median(each.calls_per_second * each.cpu_us[name] / 1e6 for each in rounds)
@@ -139,7 +150,7 @@ def _growth_figure(what: str, count: int, rounds: list[Outcome], *, has_cores: b
     of_cores = f"{count} of {len(CORES)} cores their own" if has_cores else "sharing all cores"
     return Figure(
         part=NAME,
-        name=f"{what}, workers: {count}, {of_cores}",
+        name=f"{what}, workers: {count}, callers: {callers}, {of_cores}",
         unit="calls/s",
         measured=[each.calls_per_second for each in rounds],
         limit=[_possible_rate(each, count, has_cores=has_cores) for each in rounds],
