@@ -337,3 +337,27 @@ def test_page_of_a_long_session_is_not_planned_each_time(cluster: Cluster) -> No
         )
     cluster.drop(url)
     assert plans == (3,), "PostgreSQL plans the first five for their values"
+
+
+def test_no_attachments_of_others_are_read(cluster: Cluster) -> None:
+    """Also by the plan that is kept, when most attachments are those of another tenant."""
+    from chat_ticket_svc.store import message_listing, pipelined_connection
+
+    statement = pipelined_connection._parse(message_listing.LIST_ASC)
+    url = cluster.create()
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("SET session_replication_role = replica")
+        connection.execute(
+            "INSERT INTO chat_attachments (tenant_id, message_id, file_url, file_name, file_type)"
+            " SELECT 'other', gen_random_uuid(), 'https://x', 'x', 'text/plain'"
+            " FROM generate_series(1, 5000)"
+        )
+        connection.execute("ANALYZE chat_attachments")
+        connection.execute("SET plan_cache_mode = force_generic_plan")
+        connection.execute(f"PREPARE page AS {statement.sql.decode()}")  # type: ignore[arg-type]
+        nulls = ", ".join("NULL" for _ in statement.parameter_names)
+        rows = connection.execute(f"EXPLAIN EXECUTE page ({nulls})").fetchall()  # type: ignore[arg-type]
+    cluster.drop(url)
+    plan = "\n".join(row[0] for row in rows)
+    assert "on chat_attachments" in plan
+    assert "Seq Scan on chat_attachments" not in plan

@@ -220,7 +220,7 @@ def message_field(row: Message) -> bytes:
         row.id.encode(), row.sequence, row.revision, row.role.encode(), row.content.encode(),
         _encoded(row.metadata), row.created_at - POSTGRESQL_EPOCH_MICROSECONDS, attached,
         _encoded(row.language_code), _encoded(row.state), _encoded(row.author_kind),
-        _encoded(row.author_id), row.redacted, 0, None, None,
+        _encoded(row.author_id), row.redacted, 0, None,
     )  # fmt: skip
     return messages(row.session_id, [listed], tag=MESSAGE)
 
@@ -242,7 +242,7 @@ def messages(session_id: str, rows: Iterable[Row], *, tag: bytes = MESSAGES) -> 
     continued, final = CONTINUED, FINAL  # local names are faster
     for (
         id_, sequence, revision, role, content, metadata, created_at, attachments, language, state,
-        author_kind, author_id, redacted, _, _, _,
+        author_kind, author_id, redacted, _, _,
     ) in rows:  # fmt: skip
         if 0x4000 <= sequence < 0x10000000:
             number = continued[sequence & 0x3FFF] + final[sequence >> 14]
