@@ -252,14 +252,32 @@ def messages(session_id: str, rows: Iterable[Row], *, tag: bytes = MESSAGES) -> 
         if seconds != time_seconds:
             time, time_seconds = _seconds(seconds), seconds
             before_nanos = b"B%b%b\x10" % (final[len(time) + 6], time)
+        # `end` has the fields from create_time to author.
         if (nanos := 1000 * microseconds) >= 0x10000000:
             rest = continued[nanos >> 14 & 0x3FFF] + final[nanos >> 28]
-            create_time = before_nanos + continued[nanos & 0x3FFF] + rest
+            end = before_nanos + continued[nanos & 0x3FFF] + rest
         else:
-            create_time = b"%b\x10%b" % (time, varint(nanos)) if nanos else time
-            create_time = b"B%b%b" % (final[len(create_time)], create_time)
+            end = b"%b\x10%b" % (time, varint(nanos)) if nanos else time
+            end = b"B%b%b" % (final[len(end)], end)
+        if attachments is not None:
+            end += _attachments(attachments)
+        if language is not None:
+            end += b"R%b%b" % (final[len(language)], language)
+        if state is not None:
+            end += STATE[state]
+        if author_kind is not None or author_id is not None:
+            author = author_kind, author_id
+            if author not in authors:
+                authors[author] = _author(author_kind, author_id)
+            end += authors[author]
+        if metadata is None:
+            before_metadata = metadata = b""
+        else:
+            size = len(metadata)
+            before_metadata = b":" + (final[size] if size < 0x4000 else varint(size))
         size = len(content)
-        message = b"\n$%b%b%b %b%b%b%b%b%b" % (
+        etag = b"%d" % revision
+        message = b"\n$%b%b%b %b%b%b%b%b%b%bj%b%b" % (
             id_,
             session_id_and_sequence_tag,
             number,
@@ -267,26 +285,16 @@ def messages(session_id: str, rows: Iterable[Row], *, tag: bytes = MESSAGES) -> 
             ROLE_AND_CONTENT_TAG[role],
             final[size] if size < 0x4000 else varint(size),
             content,
-            b"" if metadata is None else b":%b%b" % (varint(len(metadata)), metadata),
-            create_time,
+            before_metadata,
+            metadata,
+            end,
+            final[len(etag)],
+            etag,
         )
-        if attachments is not None:
-            message += _attachments(attachments)
-        if language is not None:
-            message += b"R%b%b" % (final[len(language)], language)
-        if state is not None:
-            message += STATE[state]
-        if author_kind is not None or author_id is not None:
-            author = author_kind, author_id
-            if author not in authors:
-                authors[author] = _author(author_kind, author_id)
-            message += authors[author]
-        etag = b"%d" % revision
-        end = b"j%b%b" % (final[len(etag)], etag)
         if redacted:
-            end += REDACTED
-        size = len(message) + len(end)
-        parts += (tag, final[size] if size < 0x4000 else varint(size), message, end)
+            message += REDACTED
+        size = len(message)
+        parts += (tag, final[size] if size < 0x4000 else varint(size), message)
     return b"".join(parts)
 
 
