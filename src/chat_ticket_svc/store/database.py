@@ -24,7 +24,12 @@ from psycopg import errors as pg_errors
 
 from chat_ticket_svc import errors
 from chat_ticket_svc.access import request_context
-from chat_ticket_svc.store.connection import connection_string, is_lost, prepare_session
+from chat_ticket_svc.store.connection import (
+    PoolConnection,
+    connection_string,
+    is_lost,
+    prepare_session,
+)
 from chat_ticket_svc.store.connection_errors import cause
 from chat_ticket_svc.store.connection_queue import (
     LEASE_TIMEOUT_SECONDS,
@@ -111,12 +116,14 @@ class Database:
         lock_timeout_ms: int,
     ):
         logging.getLogger("psycopg.pool").addFilter(_name_cause)  # once, however often it is added
+        self._pool: psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[Any]]
         self._pool = psycopg_pool.AsyncConnectionPool(
             connection_string(
                 url,
                 statement_timeout=statement_timeout_ms,
                 lock_timeout=lock_timeout_ms,
             ),
+            connection_class=PoolConnection,
             configure=prepare_session,
             kwargs={"autocommit": True, "prepare_threshold": 0 if prepare_statements else None},
             min_size=min(pool_size, 2),
