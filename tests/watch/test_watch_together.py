@@ -272,6 +272,21 @@ class TestTogether:
                 [group] = session_hub.groups.values()
                 assert group.next_page is None
 
+    async def test_follower_that_stops_reading_is_disconnected(
+        self, start_server: Any, database: str
+    ) -> None:
+        """The write timeout also holds for an event that is sent to all followers at once."""
+        api = await start_server(database, stream_write_timeout_seconds=0.3)
+        session = await api.session()
+        async with watching_slowly(api, session.id) as slow:
+            await slow.until("caught_up")
+            for _ in range(3):  # gRPC's client takes one that nobody has read
+                await api.message(session.id, "x" * LARGE)
+                await asyncio.sleep(0.05)
+            await asyncio.sleep(1)
+            with refused(StatusCode.RESOURCE_EXHAUSTED, "SLOW_READER"):
+                await slow.end()
+
     async def test_discarded_history_is_not_delivered(self, database: str, tenant: str) -> None:
         """A page kept for a slow watcher is not delivered to one that joined after a restore."""
         async with serving(

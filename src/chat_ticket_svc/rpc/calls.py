@@ -59,6 +59,7 @@ class CallContext(cygrpc._ServicerContext):  # type: ignore[misc]
         "is_listening",
         "loop",
         "task",
+        "writer",
     )
 
     def __init__(self, call: Any, _: None, __: None, loop: asyncio.AbstractEventLoop):
@@ -78,6 +79,26 @@ class CallContext(cygrpc._ServicerContext):  # type: ignore[misc]
         operations = (*self._metadata(), cygrpc.SendMessageOperation(message, _NO_FLAGS))
         self.has_sent_metadata = True
         await cygrpc.execute_batch(self.call, operations, self.loop)
+
+    def start_write(self, message: bytes, on_sent: Callable[[], object]) -> asyncio.Future[None]:
+        """Begin to send a response of a stream, without a task that waits until it is sent.
+
+        Then it calls `on_sent`. The returned future is done, and must not be cancelled. Raises
+        ExecuteBatchError if the caller has left before. If it leaves later, the response is lost.
+        """
+        operations = (*self._metadata(), cygrpc.SendMessageOperation(message, _NO_FLAGS))
+        self.has_sent_metadata = True
+        batch = cygrpc.execute_batch(self.call, operations, self.loop)
+        sent: asyncio.Future[None] = batch.send(None)  # as far as to its only await
+
+        def finish(_: object) -> None:
+            try:
+                batch.send(None)
+            except (StopIteration, cygrpc.ExecuteBatchError):
+                on_sent()
+
+        sent.add_done_callback(finish)
+        return sent
 
     async def abort(
         self,

@@ -27,6 +27,7 @@ from chat_ticket_svc.rpc.instrumentation import (
     MethodInstrumentation,
     status_code_of,
 )
+from chat_ticket_svc.rpc.response_writer import ResponseWriter
 from chat_ticket_svc.rpc.status import abort_with_domain_error, abort_with_internal_error
 from chat_ticket_svc.services.paging import LastResponse
 from chat_ticket_svc.services.validate import is_uuid
@@ -271,6 +272,9 @@ class RpcMiddleware:
             task = context.task if isinstance(context, CallContext) else current_task()
             self._in_flight.add(task)
             last_response: bytes | None = None
+            writer = ResponseWriter(context, record, task, self._write_timeouts)
+            if isinstance(context, CallContext):
+                context.writer = writer
             try:
                 await self._wait_until_resumed()
 
@@ -296,11 +300,7 @@ class RpcMiddleware:
                                 last_response = response.message
                                 record.count_response(len(last_response))
                                 break
-                            message = serialize(response)
-                            self._write_timeouts.start(task)
-                            await context.write(message)
-                            self._write_timeouts.stop(task)
-                            record.count_response(len(message))
+                            await writer.write(serialize(response))
                 record.code = grpc.StatusCode.OK
                 return last_response
             except BaseException as error:

@@ -14,6 +14,9 @@ from chat_ticket_svc.watch.cursor_group import Position
 
 # What the event of a session tells: it is sent again when this changes.
 SessionState = tuple[str, bool, str | None, str | None]
+# What differs whenever the event of a ticket does. A ticket changes with its time, also when its
+# database goes on from an older copy.
+TicketState = tuple[str, str, int]
 
 
 async def read_page(
@@ -45,14 +48,17 @@ class SerializedPage:
         self.session = page.session
         self.session_state = _state(page.session)
         self.chat_ticket = page.chat_ticket
-        # What differs whenever the ticket event does. A ticket changes with its time, also when its
-        # database goes on from an older copy.
-        self.ticket_state = page.chat_ticket and (
+        self.ticket_state: TicketState | None = page.chat_ticket and (
             page.chat_ticket.id,
             page.chat_ticket.ticket.id,
             page.chat_ticket.ticket.updated_at,
         )
         self.changes = [event.SerializeToString() for event in _events(page)]
+
+    @functools.cached_property
+    def advances(self) -> dict[Any, tuple[Any, list[bytes]]]:
+        """The states of streams before this page, each with the one after it and the events."""
+        return {}
 
     @functools.cached_property
     def _state_events(self) -> dict[tuple[bool, bool], list[bytes]]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, cast
 
 import grpc.aio
 
@@ -164,8 +164,10 @@ class ChatSessionService(chat_session_pb2_grpc.ChatSessionServiceServicer):
         after = validator.non_negative("after_revision", request.after_revision)
         epoch = validator.epoch(request.epoch)
         validator.raise_if_invalid()
-        watch = watch_stream.watch_with_drafts if request.include_drafts else watch_stream.watch
-        return watch(self._db, self._watch_hub, tenant_id, session_id, after, epoch)
+        start = self._db, self._watch_hub, tenant_id, session_id, after, epoch
+        if request.include_drafts:
+            return watch_stream.watch_with_drafts(*start)
+        return watch_stream.watch(*start, cast(Any, context).writer)
 
     def WatchChatSessions(
         self, request: pb.WatchChatSessionsRequest, context: Context

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import AsyncIterator
+from typing import NamedTuple, Protocol
 
 from chat_ticket.v1.chat_session_pb2 import WatchChatSessionResponse as Event
 from chat_ticket_svc import errors
@@ -9,6 +10,7 @@ from chat_ticket_svc.services import paging
 from chat_ticket_svc.services.session_page import (
     SerializedPage,
     SessionState,
+    TicketState,
     first_events,
     read_page,
     serialize,
@@ -20,16 +22,32 @@ from chat_ticket_svc.watch.draft_feed import DraftsChanged
 from chat_ticket_svc.watch.hub import WatchHub
 
 
+class ResponseWriter(Protocol):
+    """Writes the responses of a call."""
+
+    def start_write(self, message: bytes) -> bool:
+        """Begin to send a response. Returns False if the one before it is not sent yet."""
+
+
 async def watch(
-    db: Database, watch_hub: WatchHub, tenant_id: str, session_id: str, after: int, epoch: str
+    db: Database,
+    watch_hub: WatchHub,
+    tenant_id: str,
+    session_id: str,
+    after: int,
+    epoch: str,
+    writer: ResponseWriter,
 ) -> AsyncIterator[bytes]:
-    """The events of a stream without drafts. An empty `epoch` is not checked."""
+    """The events of a stream without drafts. An empty `epoch` is not checked.
+
+    While the stream waits, it yields only what `writer` could not begin to send at once.
+    """
     page_size = paging.MIN_STREAM_PAGE
     stream = _WatchStream(session_id, after, epoch)
     with watch_hub.watch(tenant_id, session_id, functools.partial(read_page, db)) as watcher:
         while not stream.is_finished:
             if stream.is_caught_up:
-                page = await watcher.next_page()
+                page = await watcher.next_page(functools.partial(stream.send_at_once, writer))
             else:
                 page = await watcher.read_page(stream.revision, page_size)
                 page_size = min(2 * page_size, paging.MAX_STREAM_PAGE)
@@ -84,24 +102,50 @@ async def watch_with_drafts(
             page, events, event = None, [], b""
 
 
+class StreamState(NamedTuple):
+    """What a stream has sent."""
+
+    revision: int
+    position: epochs.Position
+    created_at: int | None = None
+    session_state: SessionState | None = None
+    ticket_state: TicketState | None = None
+    is_caught_up: bool = False
+
+
 class _WatchStream:
-    """The position of a stream in its session, and the states of session and ticket it has sent."""
+    """A stream's state, and the events that bring it to the next one."""
 
     def __init__(self, session_id: str, after: int, epoch: str):
         self._session_id = session_id
         self._sent_epoch = bool(epoch)
-        self._created_at: int | None = None
-        self._session_state: SessionState | None = None
-        self._ticket_state: tuple[str, str, int] | None = None
-        self._position = epochs.parse(epoch, after)
-        self.revision = after
-        self.is_caught_up = False
+        self._state = StreamState(revision=after, position=epochs.parse(epoch, after))
         self.is_finished = False
+
+    @property
+    def revision(self) -> int:
+        return self._state.revision
+
+    @property
+    def is_caught_up(self) -> bool:
+        return self._state.is_caught_up
 
     @property
     def epoch(self) -> str:
         """What the caller sends with the revision to resume."""
-        return str(self._position)
+        return str(self._state.position)
+
+    def send_at_once(self, writer: ResponseWriter, page: SerializedPage | None) -> bool:
+        """Begin to send the event of a page, and move to its end, if it has only one event."""
+        state = self._state
+        try:
+            events = self.advance(page)
+        except errors.DomainError:
+            return False
+        if not self.is_finished and len(events) == 1 and writer.start_write(events[0]):
+            return True
+        self._state, self.is_finished = state, False
+        return False
 
     def advance(
         self, page: SerializedPage | None, ended_drafts: frozenset[str] = frozenset()
@@ -112,14 +156,18 @@ class _WatchStream:
         """
         if page is None:
             return [serialize(self.revision, self.epoch, heartbeat=Event.Heartbeat())]
+        if not ended_drafts and (advance := page.advances.get(self._state)):
+            self._state, events = advance
+            return events
+        before = self._state
         if page.position is None:
-            if self._created_at is None:
+            if before.created_at is None:
                 raise sessions.not_found(self._session_id)
             return self._end()
         end, epoch = page.session.revision, page.session.epoch
-        history, head, exact = self._position
+        history, head, exact = before.position
         shared = epochs.shared_revision(history or epoch, head, epoch, end)
-        if self._created_at not in (None, page.position.created_at):
+        if before.created_at not in (None, page.position.created_at):
             # Ids are not reused. If one is, the session that was watched is gone all the same. But
             # a session that the database has lost can be created again.
             if shared >= 0 or not self._sent_epoch:
@@ -132,7 +180,7 @@ class _WatchStream:
                 f"revision {head} does not exist, or no more: the session is at {end}",
                 reason="REVISION_OUT_OF_RANGE",
             )
-        states = self._states(page)
+        states = _states(before, page)
         changes = page.changes_ending(ended_drafts) if ended_drafts else page.changes
         between = epochs.Position(epoch, end, exact)
         if head != exact:
@@ -141,31 +189,38 @@ class _WatchStream:
             events = [*states, *_at(between, changes)]
         else:
             events = [*states, *_at(between, changes[:-1]), *changes[-1:]]
-        if not page.has_more and not self.is_caught_up:
+        is_caught_up = before.is_caught_up or not page.has_more
+        if is_caught_up and not before.is_caught_up:
             events = [*events, serialize(end, epoch, caught_up=Event.CaughtUp())]
-            self.is_caught_up = True
         elif not events:
             # The changes have cancelled each other out. A heartbeat carries the new revision.
             events = [serialize(end, epoch, heartbeat=Event.Heartbeat())]
-        self._created_at, self.revision, _ = page.position
-        self._position = between if page.has_more else epochs.Position(epoch, end, end)
-        self._session_state = page.session_state
-        self._ticket_state = page.ticket_state
-        return events
-
-    def _states(self, page: SerializedPage) -> list[bytes]:
-        """The events of the session and of its ticket, as far as they are new to the stream."""
-        if self._session_state is None:
-            return first_events(self.revision, page)
-        return page.state_events(
-            session=self._session_state != page.session_state,
-            ticket=self._ticket_state != page.ticket_state,
+        self._state = StreamState(
+            revision=page.position.revision,
+            position=between if page.has_more else epochs.Position(epoch, end, end),
+            created_at=page.position.created_at,
+            session_state=page.session_state,
+            ticket_state=page.ticket_state,
+            is_caught_up=is_caught_up,
         )
+        if before.is_caught_up and not ended_drafts:
+            page.advances[before] = self._state, events
+        return events
 
     def _end(self) -> list[bytes]:
         self.is_finished = True
         deleted = Event.ChatSessionDeleted()
         return [serialize(self.revision, self.epoch, session_deleted=deleted)]
+
+
+def _states(before: StreamState, page: SerializedPage) -> list[bytes]:
+    """The events of the session and of its ticket, as far as they are new to a stream."""
+    if before.session_state is None:
+        return first_events(before.revision, page)
+    return page.state_events(
+        session=before.session_state != page.session_state,
+        ticket=before.ticket_state != page.ticket_state,
+    )
 
 
 def _at(position: epochs.Position, events: list[bytes]) -> list[bytes]:

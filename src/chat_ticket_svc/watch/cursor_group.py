@@ -1,7 +1,7 @@
 """Watchers that have received equally much of a session, and the page that they need next."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 
@@ -42,13 +42,18 @@ class PageReader(Protocol[P_co]):
     ) -> Awaitable[P_co]: ...
 
 
+# Sends a page, or a heartbeat for None. Returns False if it could not be sent at once.
+Take = Callable[[P | None], bool]
+
+
 class CursorGroup(Generic[P]):
     """The watchers at one position of a session, and the page that they need next."""
 
     def __init__(self, position: Position):
         self.position = position
         self.watcher_count = 0
-        self.waiters: set[asyncio.Future[P | None]] = set()
+        # Each with what may take a page in its place, see `deliver`.
+        self.waiters: dict[asyncio.Future[P | None], Take[P] | None] = {}
         self.next_page: P | None = None
         self.read_task: asyncio.Task[None] | None = None
         # The changes already read for this position: the session's `change_count` when the read
@@ -56,14 +61,16 @@ class CursorGroup(Generic[P]):
         self.covered_changes = -1
 
     def deliver(self, page: P | None) -> None:
-        """Resume the waiting watchers with a page, or with None for a heartbeat."""
-        for waiter in self._pending_waiters():
-            waiter.set_result(page)
+        """Resume the waiting watchers with a page, or with None for a heartbeat.
+
+        A watcher whose `take` accepts it is not resumed.
+        """
+        for waiter, take in list(self.waiters.items()):
+            if not waiter.done() and (take is None or not take(page)):
+                waiter.set_result(page)
 
     def fail(self, error: Exception) -> None:
         """End the streams of the waiting watchers with an error."""
-        for waiter in self._pending_waiters():
-            waiter.set_exception(error)
-
-    def _pending_waiters(self) -> list[asyncio.Future[P | None]]:
-        return [waiter for waiter in self.waiters if not waiter.done()]
+        for waiter in self.waiters:
+            if not waiter.done():
+                waiter.set_exception(error)

@@ -30,7 +30,7 @@ from chat_ticket_svc.store.sessions import WatchedCursor
 from chat_ticket_svc.telemetry import metrics
 from chat_ticket_svc.timeouts import TimeoutQueue
 from chat_ticket_svc.watch.change_feed import ChangeFeeds
-from chat_ticket_svc.watch.cursor_group import CursorGroup, P, PageReader, Position
+from chat_ticket_svc.watch.cursor_group import CursorGroup, P, PageReader, Position, Take
 from chat_ticket_svc.watch.draft_feed import DRAFTS_CHANGED, DraftFeed, DraftReader, DraftsChanged
 from chat_ticket_svc.watch.notifications import Notifications, SessionKey
 
@@ -167,10 +167,13 @@ class Watcher(Generic[P]):
         self._watch_hub.raise_if_draining()
         await feed.refreshed()
 
-    async def next_page(self) -> P | None:
+    async def next_page(self, take: Take[P]) -> P | None:
         """Wait for the next page, which all watchers at this position share, and move past it.
 
         Returns None when nothing has changed for a heartbeat interval.
+
+        What comes is passed to `take` first. As long as that accepts it, the wait goes on: to
+        resume a thousand tasks for a page takes more time than to send it a thousand times.
         """
         self._watch_hub.raise_if_draining()
         assert self._group is not None  # noqa: S101 - for the type checker
@@ -178,13 +181,32 @@ class Watcher(Generic[P]):
         if page is None:
             self._session_hub.start_read(group)
             waiter: asyncio.Future[P | None] = self._loop.create_future()
-            group.waiters.add(waiter)
+
+            def take_and_move(page: P | None) -> bool:
+                if not take(page):
+                    return False
+                if page is not None:
+                    self._move_waiting(waiter, page)
+                return True
+
+            group.waiters[waiter] = take_and_move
             try:
                 page = await waiter
             finally:
-                group.waiters.discard(waiter)
+                self._group.waiters.pop(waiter, None)
         self._move_past(page)
         return page
+
+    def _move_waiting(self, waiter: asyncio.Future[P | None], page: P) -> None:
+        """Move past a page, and go on waiting there."""
+        assert self._group is not None  # noqa: S101 - for the type checker
+        take = self._group.waiters.pop(waiter)
+        self._move_past(page)
+        self._group.waiters[waiter] = take
+        if self._group.next_page is not None:
+            waiter.set_result(self._group.next_page)
+        else:
+            self._session_hub.start_read(self._group)
 
     async def next_page_or_drafts(
         self, feed: DraftFeed, seen_version: int
@@ -200,12 +222,12 @@ class Watcher(Generic[P]):
                 return DRAFTS_CHANGED
             # Whatever comes first: what comes then is found the next time.
             waiter: asyncio.Future[Any] = self._loop.create_future()
-            group.waiters.add(waiter)
+            group.waiters[waiter] = None
             feed.waiters.add(waiter)
             try:
                 result = await waiter
             finally:
-                group.waiters.discard(waiter)
+                del group.waiters[waiter]
                 feed.waiters.discard(waiter)
             if isinstance(result, DraftsChanged):
                 return result
